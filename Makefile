@@ -1,0 +1,69 @@
+# The commands of this project. `make` alone lists them. Needs Python 3.11 to 3.13 with pip, and nothing else.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# The first Python that fits; PYTHON=… chooses another.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c '$(FITS)' 2>/dev/null && { echo $$p; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/embedded ## start everything, train on real images, predict (DATA= BACKBONE= WEIGHTS= FEATURES_FROM= IMAGE_SIZE=; CI=1 ends after)
+	@python -m ops.demo --data="$(DATA)" --backbone="$(BACKBONE)" --weights="$(WEIGHTS)" \
+		--features-from="$(FEATURES_FROM)" --image-size="$(IMAGE_SIZE)"
+
+up: $(VENV)/embedded ## start the service alone: API, worker, MLflow, until Ctrl-C
+	@python -m ops.up
+
+weights: $(VENV)/embedded ## import pretrained weights (BACKBONE= NAME= FILE=)
+	@python -m ops.weights "$(BACKBONE)" "$(NAME)" "$(FILE)"
+
+test: $(VENV)/dev ## run the tests, but for the slow ones
+	python -m pytest -m "not slow"
+
+test-all: $(VENV)/dev ## run all tests
+	python -m pytest
+
+check: $(VENV)/dev ## check format, types, floors, compose file and images
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports --no-logo --cache-dir .cache/import-linter
+	check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	hadolint images/*.Dockerfile
+
+bench: $(VENV)/dev ## measure extraction and training against their baselines
+	python -m benchmarks.extraction
+	python -m benchmarks.folds
+
+lock: $(VENV)/dev ## compile requirements/*.txt anew from pyproject.toml, for all platforms, with hashes
+	@mkdir -p requirements
+	@for group in dev embedded worker api; do \
+		echo "requirements/$$group.txt"; \
+		uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
+			--custom-compile-command "make lock" $$(test $$group = dev || echo --constraint requirements/dev.txt) \
+			--group pyproject.toml:$$group --output-file requirements/$$group.txt || exit 1; \
+	done
+
+clean: ## remove the environment and caches, not the data
+	rm -rf $(VENV) .cache
+
+# A virtual environment without pip of its own: Debian's Python cannot make one with it, and needs no root for this.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Espalier needs Python 3.11, 3.12 or 3.13. Install one, or say where it is: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c '$(FITS)' || { echo "Espalier needs Python 3.11, 3.12 or 3.13, which TensorFlow has builds for. $(PYTHON) is $$($(PYTHON) -V 2>&1)."; exit 1; }
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { echo "$(PYTHON) has no pip. Install it (Debian: apt install python3-pip), or say which Python has: make PYTHON=…"; exit 1; }
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(VENV)/embedded $(VENV)/dev: $(VENV)/%: requirements/%.txt | $(VENV)/bin/python
+	$(PYTHON) -m pip --python $(BIN)/python install --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@
+
+.PHONY: help demo up weights test test-all check bench lock clean

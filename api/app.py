@@ -1,0 +1,93 @@
+"""Makes the API: its parts, its door and its routes. Run as `python -m api.app`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi_swagger import patch_fastapi
+
+from api import datasets, events, operations, predictions, problems, registry, runs
+from api.deps import Services
+from api.door import Door
+from api.metrics import Metrics
+from api.predictions import Admission
+from artifacts.store import Store
+from bell import Bell, CeleryBell, EagerBell
+from inference.shelf import Shelf
+from models.session import Database
+from settings import Settings
+
+JSON_BYTES = 1024 * 1024
+
+_DESCRIPTION = """
+Upload labelled images, train a classifier by transfer learning, read an honest score, ask for predictions.
+Every error is `application/problem+json` with a stable `type`.
+"""
+
+
+def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
+    """Return the application.
+
+    Args:
+        settings: the process' settings.
+        bell: rings workers; by default through the broker, if there is one.
+    """
+    database = Database(settings.database)
+    store = Store(settings.store_folder)
+    metrics = Metrics()
+    own_bell = CeleryBell(settings.redis_url) if bell is None and settings.redis_url else None
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        if own_bell is not None:
+            own_bell.close()
+        database.close()
+
+    app = FastAPI(
+        title="Espalier",
+        version="1",
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        strict_content_type=False,  # curl calls any body a form; what a body is shows in the body
+    )
+    app.state.services = Services(
+        settings=settings,
+        database=database,
+        store=store,
+        bell=bell or own_bell or EagerBell(lambda queue, job_id: None),
+        shelf=Shelf(store, settings.engine_threads, settings.shelf_bytes),
+        metrics=metrics,
+    )
+    app.state.admission = Admission(settings.predict_waiting)
+    for part in (datasets, runs, events, registry, predictions, operations):
+        app.include_router(part.router)
+    patch_fastapi(app)
+    problems.install(app)
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    app.add_middleware(Door, hosts=settings.hosts, api_key=key, metrics=metrics)
+    return app
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    settings = Settings()
+    uvicorn.run(
+        create_app(settings),
+        host=settings.api_host,
+        port=settings.api_port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Reads bodies as they stream in: archives into the store, images into memory. Opens neither."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from pydantic import ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from api.schemas import PredictRequest
+from artifacts.archive import sniff
+from artifacts.store import Digest, Store, Writer
+from errors import ArchiveRefused, DiskFull, RequestInvalid, TooLarge
+
+MIB = 1024 * 1024
+_CHUNK_BYTES = MIB
+_SNIFFED_BYTES = 262
+_DISK_EVERY_BYTES = 64 * MIB
+# An upload needs its own room, and its images once more while both are there.
+_ROOM = 2.5
+
+
+# --- archives ------------------------------------------------------------------------------------------------------
+
+
+async def receive_archive(request: Request, store: Store, limit_bytes: int, free_disk_bytes: int) -> Digest:
+    """Stream an archive into the store: the raw body, or the multipart field `archive`.
+
+    Raises:
+        TooLarge: more than `limit_bytes` were announced or came.
+        DiskFull: less than `free_disk_bytes` would stay free.
+        ArchiveRefused: the first bytes are those of no archive.
+        RequestInvalid: the multipart body is malformed or has no field `archive`.
+    """
+    declared = request.headers.get("content-length", "")
+    declared_bytes = int(declared) if declared.isdigit() else 0
+    _check_size(declared_bytes, limit_bytes)
+    _check_disk(store, int(_ROOM * declared_bytes) + free_disk_bytes)
+    sink = _ArchiveSink(store, limit_bytes, free_disk_bytes)
+    with store.writer() as writer:
+        async for piece in _archive_bytes(request):
+            await asyncio.to_thread(sink.take, writer, piece)
+        sink.check_end()
+        return await asyncio.to_thread(writer.commit)
+
+
+@dataclass
+class _ArchiveSink:
+    """Where the bytes of an archive go, and what is checked on the way."""
+
+    store: Store
+    limit_bytes: int
+    free_disk_bytes: int
+    head: bytes = b""
+    since_disk_check: int = 0
+
+    def take(self, writer: Writer, piece: bytes) -> None:
+        if len(self.head) < _SNIFFED_BYTES:
+            self.head += piece[: _SNIFFED_BYTES - len(self.head)]
+            if len(self.head) == _SNIFFED_BYTES:
+                self._check_kind()
+        _check_size(writer.size_bytes + len(piece), self.limit_bytes)
+        self.since_disk_check += len(piece)
+        if self.since_disk_check >= _DISK_EVERY_BYTES:
+            self.since_disk_check = 0
+            _check_disk(self.store, self.free_disk_bytes)
+        writer.write(piece)
+
+    def check_end(self) -> None:
+        """See that an archive came at all."""
+        if len(self.head) < _SNIFFED_BYTES:
+            self._check_kind()
+
+    def _check_kind(self) -> None:
+        if sniff(self.head) is None:
+            received = "an empty body" if not self.head else f"something that begins with {self.head[:16]!r}"
+            raise ArchiveRefused(f"Expected a zip, tar or tar.gz archive. Received {received}.")
+
+
+def _check_size(size_bytes: int, limit_bytes: int) -> None:
+    if size_bytes > limit_bytes:
+        raise TooLarge(
+            f"Expected an archive of at most {limit_bytes / MIB:,.0f} MiB. Received {size_bytes / MIB:,.1f} MiB or "
+            "more. Send the images in several archives, as versions."
+        )
+
+
+def _check_disk(store: Store, needed_bytes: int) -> None:
+    free = shutil.disk_usage(store.root).free
+    if free < needed_bytes:
+        raise DiskFull(
+            f"Expected {needed_bytes / MIB:,.0f} MiB free for this upload and what is made of it. "
+            f"The disk has {free / MIB:,.0f} MiB. Delete data sets that are not needed, or enlarge the disk."
+        )
+
+
+async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
+    boundary = _boundary(request)
+    pieces = _gathered(request.stream())
+    if boundary is None:
+        async for piece in pieces:
+            yield piece
+        return
+    form = _Form(boundary)
+    async for piece in pieces:
+        for _, name, data in form.feed(piece):
+            if name == "archive":
+                yield data
+    if "archive" not in form.names:
+        raise RequestInvalid(
+            f"Expected a multipart field 'archive'. Received {sorted(form.names) or 'none'}.", field="archive"
+        )
+
+
+async def _gathered(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the stream in larger pieces: one hop to a thread per mebibyte, not per packet."""
+    buffer = bytearray()
+    async for chunk in stream:
+        buffer += chunk
+        if len(buffer) >= _CHUNK_BYTES:
+            yield bytes(buffer)
+            buffer.clear()
+    if buffer:
+        yield bytes(buffer)
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+async def receive_images(request: Request, limit_images: int, limit_bytes: int) -> list[bytes]:
+    """Return the images of a prediction: the raw body, the multipart fields `images`, or JSON with base64.
+
+    Raises:
+        TooLarge: more bytes or images than allowed.
+        RequestInvalid: no image came, or the body is malformed.
+    """
+    boundary = _boundary(request)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise TooLarge(f"Expected at most {limit_bytes / MIB:,.0f} MiB of images in one request. Received more.")
+    if boundary is not None:
+        images = _multipart_images(bytes(body), boundary)
+    elif _is_json(request, body):
+        images = _json_images(bytes(body))
+    else:
+        images = [bytes(body)] if body else []
+    if not images:
+        raise RequestInvalid(
+            "Expected an image as the body, multipart fields 'images', or JSON {'images': [base64]}. Received nothing.",
+            field="images",
+        )
+    if len(images) > limit_images:
+        raise TooLarge(f"Expected at most {limit_images} images in one request. Received {len(images)}.")
+    return images
+
+
+def _multipart_images(body: bytes, boundary: bytes) -> list[bytes]:
+    form = _Form(boundary)
+    images: dict[int, bytearray] = {}
+    for part, name, data in form.feed(body):
+        if name == "images":
+            images.setdefault(part, bytearray()).extend(data)
+    return [bytes(image) for image in images.values()]
+
+
+def _is_json(request: Request, body: bytearray) -> bool:
+    """Say whether the body is JSON: by what it says of itself, or since no image begins with a brace."""
+    return request.headers.get("content-type", "").startswith("application/json") or body[:1] == b"{"
+
+
+def _json_images(body: bytes) -> list[bytes]:
+    try:
+        return list(PredictRequest.model_validate_json(body).images)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "body"
+        raise RequestInvalid(f"{field}: {first['msg']}.", field=field) from error
+
+
+# --- multipart -----------------------------------------------------------------------------------------------------
+
+
+def _boundary(request: Request) -> bytes | None:
+    """Return the boundary of a multipart body, or None for any other body. Raises RequestInvalid if it is missing."""
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
+        return None
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise RequestInvalid("Expected a boundary in the multipart Content-Type. Received none.")
+    return boundary
+
+
+@dataclass
+class _Form:
+    """A multipart body being parsed; nothing of it is kept but the name of the part under way."""
+
+    boundary: bytes
+    names: set[str] = field(default_factory=set)
+    _part: int = 0
+    _name: str = ""
+    _header: bytes = b""
+    _value: bytes = b""
+    _out: list[tuple[int, str, bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._parser = MultipartParser(
+            self.boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._on_field,
+                "on_header_value": self._on_value,
+                "on_header_end": self._on_header,
+                "on_part_data": self._on_data,
+            },
+        )
+
+    def feed(self, chunk: bytes) -> list[tuple[int, str, bytes]]:
+        """Return the (number of the part, field name, bytes) that this chunk brought."""
+        self._out = []
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise RequestInvalid(f"The multipart body is malformed: {error}.") from error
+        return self._out
+
+    def _begin(self) -> None:
+        self._part += 1
+        self._name = ""
+
+    def _on_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            _, options = parse_options_header(self._value)
+            self._name = options.get(b"name", b"").decode("utf-8", "replace")
+            self.names.add(self._name)
+        self._header = self._value = b""
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        self._out.append((self._part, self._name, data[start:end]))

@@ -1,0 +1,43 @@
+"""What routes are given: the parts of the process, and who asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from api.metrics import Metrics
+from artifacts.store import Store
+from bell import Bell
+from inference.shelf import Shelf
+from models.project import Principal
+from models.session import Database
+from settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of one API process."""
+
+    settings: Settings
+    database: Database
+    store: Store
+    bell: Bell
+    shelf: Shelf
+    metrics: Metrics
+
+
+def services(request: Request) -> Services:
+    """Return the parts of this process."""
+    found: Services = request.app.state.services
+    return found
+
+
+def principal() -> Principal:
+    """Return who asks; there is one project today."""
+    return Principal()
+
+
+ServicesDep = Annotated[Services, Depends(services)]
+PrincipalDep = Annotated[Principal, Depends(principal)]

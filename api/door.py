@@ -1,0 +1,112 @@
+"""What every request passes before a route sees it: its id, its size, who asks and from where. Knows no route.
+
+A page from anywhere can make a browser send requests to an open loopback service. So the Host must be one of ours,
+against DNS names that point here, and a browser's request that changes something must come from our own pages.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import structlog
+import uuid_utils
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import problems
+from api.metrics import Metrics
+from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Unauthorized
+
+URL_BYTES = 8 * 1024
+HEADER_BYTES = 16 * 1024
+
+# Answered without a key: probes, and the documentation, which shows nothing that is not public.
+_OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/swagger/", "/favicon.ico")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+log = structlog.get_logger()
+
+
+class Door:
+    """The outermost middleware."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._api_key = api_key
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid_utils.uuid7().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status = 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            with structlog.contextvars.bound_contextvars(request=request_id):
+                refusal = self._refusal(scope)
+                if refusal is not None:
+                    await problems.response(refusal, request_id)(scope, receive, watched)
+                else:
+                    await self._app(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.saw_request(scope["method"], route, status, time.perf_counter() - started)
+
+    def _refusal(self, scope: Scope) -> EspalierError | None:
+        """Return why a request is turned away, or None."""
+        headers = Headers(scope=scope)
+        url_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+        if url_bytes > URL_BYTES:
+            return AddressTooLong(f"Expected an address of at most {URL_BYTES} bytes. Received {url_bytes}.")
+        header_bytes = sum(len(name) + len(value) for name, value in headers.raw)
+        if header_bytes > HEADER_BYTES:
+            return HeadersTooLarge(f"Expected headers of at most {HEADER_BYTES} bytes. Received {header_bytes}.")
+        host = headers.get("host", "")
+        if "*" not in self._hosts and _without_port(host) not in self._hosts:
+            return Forbidden(
+                f"Expected a Host of {', '.join(self._hosts)}. Received {host!r}. "
+                "Set ESPALIER_ALLOWED_HOSTS if the service has another name."
+            )
+        if scope["method"] not in _SAFE and _is_from_elsewhere(headers, host):
+            return Forbidden("A page of another site may not send this request for you.")
+        if self._api_key is not None and not scope["path"].startswith(_OPEN):
+            return self._unauthorized(headers)
+        return None
+
+    def _unauthorized(self, headers: Headers) -> EspalierError | None:
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        if not key:
+            return Unauthorized("Expected the header 'Authorization: Bearer <API key>'. Received none.")
+        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), (self._api_key or "").encode()):
+            return Unauthorized("The API key is wrong.")
+        return None
+
+
+def _without_port(host: str) -> str:
+    """Return the name in a Host header; an IPv6 address keeps its brackets."""
+    name, separator, port = host.rpartition(":")
+    return name if separator and port.isdigit() and not name.endswith(":") else host
+
+
+def _is_from_elsewhere(headers: Headers, host: str) -> bool:
+    site = headers.get("sec-fetch-site")
+    if site is not None and site not in ("same-origin", "none"):
+        return True
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != host

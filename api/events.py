@@ -1,0 +1,73 @@
+"""The events of a run as they happen, over server-sent events. Reads rows; nothing is kept in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from api import problems
+from api.deps import PrincipalDep, Services, ServicesDep
+from errors import RequestInvalid
+from models import run as runs
+from models.run import EventKind, RunEvent
+
+_LOOK_EVERY_S = 0.5
+
+router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
+
+
+@router.get("/{run_id}/events", response_class=EventSourceResponse)
+async def stream_events(
+    given: ServicesDep,
+    principal: PrincipalDep,
+    run_id: str,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Stream `progress`, `epoch`, `fold` and `state` events until the run is over.
+
+    Starts from the first event, or after `Last-Event-ID`.
+    """
+    after = _number(last_event_id)
+
+    def check() -> None:
+        with given.database.reading() as session:
+            runs.get_run(session, principal, run_id)
+
+    await run_in_threadpool(check)
+    while True:
+        events, is_over = await run_in_threadpool(_look, given, run_id, after)
+        for event in events:
+            after = event.seq
+            yield ServerSentEvent(event=event.kind.value, id=str(event.seq), data=_payload(event))
+        if is_over and not events:
+            return
+        if not events:
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _number(last_event_id: str | None) -> int:
+    if last_event_id is None:
+        return 0
+    if not last_event_id.isdigit():
+        raise RequestInvalid(f"Last-Event-ID: expected the id of an event. Received {last_event_id!r}.")
+    return int(last_event_id)
+
+
+def _look(given: Services, run_id: str, after: int) -> tuple[list[RunEvent], bool]:
+    """Return the next events, and whether the run is over."""
+    with given.database.reading() as session:
+        events = list(runs.get_events(session, run_id, after))
+        run = session.get_one(runs.Run, run_id)
+        return events, run.state.is_final
+
+
+def _payload(event: RunEvent) -> dict[str, object]:
+    payload = {**event.payload, "at": event.at.isoformat()}
+    if event.kind is EventKind.STATE:
+        payload["error"] = problems.stored_problem(event.payload.get("error"))
+    return payload

@@ -1,0 +1,139 @@
+"""The one table from errors to RFC 9457 problems. Nothing else in the program knows a status code of an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+import errors
+from errors import EspalierError, RecipeInvalid, RequestInvalid
+
+MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:espalier:problem:"
+RETRY_AFTER_S = 1
+
+log = structlog.get_logger()
+
+# Error → (status, title). Every class of `errors` stands here; a test says so.
+TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
+    EspalierError: (500, "Something broke"),
+    errors.NotFound: (404, "Not found"),
+    errors.Conflict: (409, "Conflict"),
+    errors.NameTaken: (409, "Name taken"),
+    errors.NotReady: (409, "Not ready"),
+    errors.InUse: (409, "In use"),
+    errors.Invalid: (422, "Invalid"),
+    errors.RequestInvalid: (422, "Request invalid"),
+    errors.RecipeInvalid: (422, "Recipe invalid"),
+    errors.ArchiveRefused: (422, "Archive refused"),
+    errors.LayoutUnknown: (422, "Layout unknown"),
+    errors.DatasetRefused: (422, "Data set refused"),
+    errors.ImageRefused: (422, "Image refused"),
+    errors.TooLarge: (413, "Too large"),
+    errors.AddressTooLong: (414, "Address too long"),
+    errors.HeadersTooLarge: (431, "Headers too large"),
+    errors.DiskFull: (507, "Disk full"),
+    errors.DeadlineExceeded: (504, "Deadline exceeded"),
+    errors.Overloaded: (503, "Overloaded"),
+    errors.Unavailable: (503, "Unavailable"),
+    errors.Unauthorized: (401, "Unauthorized"),
+    errors.Forbidden: (403, "Forbidden"),
+    errors.WeightsUnavailable: (503, "Weights unavailable"),
+    errors.WeightsRefused: (422, "Weights refused"),
+    errors.TrainingDiverged: (422, "Training diverged"),
+    errors.OutOfMemory: (500, "Out of memory"),
+    errors.Stalled: (500, "Stalled"),
+    errors.Crashed: (500, "Crashed"),
+    errors.Corrupt: (500, "Corrupt"),
+    errors.BundleRefused: (500, "Bundle refused"),
+}
+
+Problem = dict[str, Any]
+
+
+def problem(record: Mapping[str, Any]) -> Problem:
+    """Return the problem object of an error's record, as `EspalierError.record` writes it."""
+    fields = dict(record)
+    kind = errors.every_error().get(fields.pop("code"), EspalierError)
+    status, title = TABLE[kind]
+    detail = fields.pop("detail")
+    return {"type": TYPE_PREFIX + kind.code, "title": title, "status": status, "detail": detail, **fields}
+
+
+def stored_problem(record: Mapping[str, Any] | None) -> Problem | None:
+    """Return the problem object of an error that stands in a row, or None."""
+    return None if record is None else problem(record)
+
+
+def response(error: EspalierError, request_id: str) -> JSONResponse:
+    """Return the answer that an error gets."""
+    content = problem(error.record())
+    return _answer(content, request_id)
+
+
+def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    extra = dict(headers or {})
+    if content["status"] == 401:
+        extra["WWW-Authenticate"] = "Bearer"
+    if content["status"] == 503:
+        extra["Retry-After"] = str(RETRY_AFTER_S)
+    return JSONResponse({**content, "request_id": request_id}, content["status"], extra, MEDIA_TYPE)
+
+
+def request_id(request: Request) -> str:
+    """Return the id that `api.door` gave the request."""
+    return str(request.scope.get("state", {}).get("request_id", ""))
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the app a problem."""
+
+    @app.exception_handler(EspalierError)
+    def known(request: Request, error: EspalierError) -> JSONResponse:
+        return response(error, request_id(request))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return response(_invalid(error), request_id(request))
+
+    @app.exception_handler(HTTPException)
+    def http(request: Request, error: HTTPException) -> JSONResponse:
+        status = HTTPStatus(error.status_code)
+        content: Problem = {
+            "type": TYPE_PREFIX + status.phrase.lower().replace(" ", "-"),
+            "title": status.phrase,
+            "status": status.value,
+            "detail": f"{error.detail}. Received {request.method} {request.url.path}.",
+        }
+        if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            content |= {"type": TYPE_PREFIX + errors.TooLarge.code, "title": TABLE[errors.TooLarge][1]}
+            content["detail"] = "Expected a smaller body; see the limits in the documentation."
+        return _answer(content, request_id(request), error.headers)
+
+    @app.exception_handler(Exception)
+    def unknown(request: Request, error: Exception) -> JSONResponse:
+        log.exception("request broke", path=request.url.path, exc_info=error)
+        broken = EspalierError("This is a bug. The log has more under the request id.")
+        return response(broken, request_id(request))
+
+
+def _invalid(error: RequestValidationError) -> EspalierError:
+    """Return what a failed validation says, with each field by the path that the client wrote."""
+    found = [
+        {"field": ".".join(str(part) for part in item["loc"][1:]) or str(item["loc"][0]), "message": item["msg"]}
+        for item in error.errors()
+    ]
+    first = found[0]
+    detail = f"{first['field']}: {first['message']}."
+    if len(found) > 1:
+        detail += f" And {len(found) - 1} more; 'errors' lists them."
+    if first["field"].startswith("recipe"):
+        return RecipeInvalid(first["field"], detail, errors=found)
+    return RequestInvalid(detail, field=first["field"], errors=found)

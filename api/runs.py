@@ -1,0 +1,186 @@
+"""Routes of runs and backbones: start, look, cancel. Trains nothing: that is a worker's job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api import problems
+from api.deps import PrincipalDep, Services, ServicesDep
+from api.paging import CursorQuery, LimitQuery, page
+from api.schemas import (
+    BackboneOut,
+    CutOut,
+    Extraction,
+    FileOut,
+    FoldOut,
+    ModelRef,
+    Page,
+    RunOut,
+    RunProgress,
+    RunRequest,
+    WeightsOut,
+)
+from artifacts.catalogue import CATALOGUE, Backbone
+from artifacts.recipe import IMAGENET, RANDOM, Recipe, fill
+from artifacts.store import Digest
+from errors import NotFound, RecipeInvalid
+from models import dataset as datasets
+from models import job as jobs
+from models import registry
+from models import run as runs
+from models.dataset import DatasetVersion
+from models.job import JobKind, Queue
+from models.project import scope
+from models.registry import Weights
+from models.run import Run
+
+router = APIRouter(prefix="/api/v1", tags=["runs"])
+
+
+@router.post("/runs", status_code=202)
+def start_run(response: Response, given: ServicesDep, principal: PrincipalDep, wanted: RunRequest) -> RunOut:
+    """Train a model on a data set."""
+    with given.database.writing() as session:
+        dataset = datasets.get_dataset(session, principal, wanted.dataset)
+        version = datasets.ready_version(session, dataset, wanted.version)
+        assert version.task is not None
+        _check_weights(session, wanted.recipe)
+        recipe = fill(wanted.recipe, version.task, version.class_counts)
+        run = runs.create_run(session, principal, version.id, wanted.name, recipe)
+        job = jobs.add_job(session, principal.project_id, JobKind.TRAIN, Queue.CPU, run.id)
+        shown = _run_out(session, given, run)
+    given.bell.ring(Queue.CPU, job.id)
+    response.headers["Location"] = f"/api/v1/runs/{run.id}"
+    return shown
+
+
+@router.get("/runs")
+def list_runs(
+    given: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+) -> Page[RunOut]:
+    """List runs, the newest first."""
+    with given.database.reading() as session:
+        query = select(Run).where(scope(Run.project_id, principal))
+        rows, next_cursor = page(session, query, Run.id, lambda row: row.Run.id, limit, cursor)
+        return Page(items=[_run_out(session, given, row.Run) for row in rows], next_cursor=next_cursor)
+
+
+@router.get("/runs/{run_id}")
+def get_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
+    """Show a run."""
+    with given.database.reading() as session:
+        return _run_out(session, given, runs.get_run(session, principal, run_id))
+
+
+@router.post("/runs/{run_id}/cancel", status_code=202)
+def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
+    """End a run; asking twice, or too late, changes nothing."""
+    with given.database.writing() as session:
+        run = runs.get_run(session, principal, run_id)
+        if jobs.request_cancel(session, JobKind.TRAIN, run_id):
+            runs.cancel_run(session, run_id)
+        return _run_out(session, given, run)
+
+
+@router.get("/runs/{run_id}/files/{name}", response_class=Response)
+def get_file(
+    given: ServicesDep, principal: PrincipalDep, run_id: str, name: Annotated[str, Path(max_length=128)]
+) -> Response:
+    """Return a file that a run made: its report, pictures, folds with out-of-fold logits."""
+    with given.database.reading() as session:
+        runs.get_run(session, principal, run_id)
+        file = next((file for file in runs.get_artifacts(session, run_id) if file.name == name), None)
+    if file is None:
+        raise NotFound(f"Run {run_id} has no file {name!r}.")
+    return Response(given.store.read(Digest(file.sha256)), media_type=file.media_type)
+
+
+@router.get("/backbones")
+def list_backbones(given: ServicesDep) -> Page[BackboneOut]:
+    """List the backbones that a recipe may name, with their cut points and the weights that are here."""
+    with given.database.reading() as session:
+        here = {(row.network, row.name): row.sha256 for row in session.scalars(select(Weights))}
+    items = []
+    for backbone in CATALOGUE.values():
+        imported = {name for network, name in here if network == backbone.name}
+        weights = [
+            WeightsOut(name=name, here=(backbone.name, name) in here, sha256=here.get((backbone.name, name)))
+            for name in sorted({IMAGENET, RANDOM} | imported)
+        ]
+        items.append(_backbone_out(backbone, weights))
+    return Page(items=items, next_cursor=None)
+
+
+def _check_weights(session: Session, recipe: Recipe) -> None:
+    """See that the weights exist or can be had. Raises RecipeInvalid."""
+    if recipe.weights in (IMAGENET, RANDOM) or registry.find_weights(session, recipe.backbone, recipe.weights):
+        return
+    raise RecipeInvalid(
+        "weights",
+        f"Expected 'imagenet', 'random', or weights imported for {recipe.backbone.value}. Received "
+        f"{recipe.weights!r}. Import them with 'make weights BACKBONE={recipe.backbone.value} NAME={recipe.weights} "
+        "FILE=…'.",
+    )
+
+
+def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
+    return BackboneOut(
+        name=backbone.name,
+        title=backbone.title,
+        input_size=backbone.size,
+        minimum_size=backbone.minimum_size,
+        features=backbone.cuts[backbone.last_cut],
+        cut_points=[CutOut(name=name, width=width) for name, width in backbone.cuts.items()],
+        weights=weights,
+    )
+
+
+def _run_out(session: Session, given: Services, run: Run) -> RunOut:
+    version = session.get_one(DatasetVersion, run.dataset_version_id)
+    made = registry.find_run_version(session, run.id)
+    return RunOut(
+        id=run.id,
+        dataset=version.dataset_id,
+        version=version.number,
+        name=run.name,
+        recipe=run.recipe,
+        state=run.state,
+        progress=RunProgress(**run.progress),
+        metrics=run.metrics,
+        folds=[
+            FoldOut(
+                fold=fold.number,
+                epochs=fold.epochs,
+                best_epoch=fold.best_epoch,
+                stopped=fold.stopped,
+                metrics=fold.metrics,
+            )
+            for fold in runs.get_folds(session, run.id)
+        ],
+        extraction=Extraction(**run.extraction) if run.extraction else None,
+        model=ModelRef(name=run.name, version=made.number) if made else None,
+        files=[
+            FileOut(
+                name=file.name,
+                size_bytes=file.size_bytes,
+                media_type=file.media_type,
+                url=f"/api/v1/runs/{run.id}/files/{file.name}",
+            )
+            for file in runs.get_artifacts(session, run.id)
+        ],
+        error=problems.stored_problem(run.error),
+        mlflow_url=_mlflow_url(given, run),
+        created_at=run.created_at,
+        started_at=run.started_at,
+        finished_at=run.finished_at,
+    )
+
+
+def _mlflow_url(given: Services, run: Run) -> str | None:
+    if run.mlflow_run_id is None:
+        return None
+    return f"{given.settings.mlflow_public}/#/experiments/{run.mlflow_experiment_id}/runs/{run.mlflow_run_id}"

@@ -1,0 +1,341 @@
+"""The shapes of the contract: what answers look like, and requests that are JSON. Builds nothing."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+
+from artifacts.layout import Split
+from artifacts.recipe import NAME_PATTERN, Recipe, Task
+from models.dataset import DatasetState
+from models.run import RunState
+
+Item = TypeVar("Item")
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, description="Lower-case letters, digits, '.', '_' and '-'.")]
+Problem = Annotated[
+    dict[str, Any], Field(description="A problem object (RFC 9457): type, title, status, detail and more.")
+]
+
+
+class Schema(BaseModel):
+    """The root of all shapes."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Request(Schema):
+    """The root of all requests: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Page(Schema, Generic[Item]):
+    """A part of a list, the newest first; `next_cursor` asks for the next part, null at the end."""
+
+    items: list[Item]
+    next_cursor: str | None
+
+
+# --- data sets -----------------------------------------------------------------------------------------------------
+
+
+class DatasetCreated(Schema):
+    """A data set that waits to be taken in."""
+
+    id: str
+    name: str
+    state: DatasetState
+    version: int
+
+
+class ClassImages(Schema):
+    """A class and how many images it has."""
+
+    name: str
+    images: int
+
+
+class RefusedFile(Schema):
+    """A file that was refused, and why."""
+
+    path: str
+    reason: str
+
+
+class TargetRange(Schema):
+    """The numbers of a regression data set."""
+
+    min: float
+    max: float
+    mean: float
+
+
+class IngestProgress(Schema):
+    """How far a version is."""
+
+    stage: str
+    fraction: float
+    eta_s: float | None
+
+
+class DatasetVersionOut(Schema):
+    """One immutable state of a data set."""
+
+    version: int
+    state: DatasetState
+    images: int
+    progress: IngestProgress | None
+    error: Problem | None
+    created_at: datetime
+
+
+class DatasetOut(Schema):
+    """A data set as its newest usable version shows it."""
+
+    id: str
+    name: str
+    state: DatasetState
+    task: Task | None
+    images: int
+    """Accepted files, duplicates included."""
+    classes: list[ClassImages]
+    """In the order of a model's outputs."""
+    target: TargetRange | None
+    duplicates: int
+    """Accepted files whose content another file of the version has, too."""
+    ignored: int
+    """Files that operating systems leave behind."""
+    refused: list[RefusedFile]
+    """The first thousand."""
+    refused_total: int
+    version: int
+    versions: list[DatasetVersionOut]
+    progress: IngestProgress | None
+    created_at: datetime
+    error: Problem | None
+
+
+class ImageOut(Schema):
+    """An image of a data set; `image` is its SHA-256."""
+
+    image: str
+    path: str
+    label: str | None
+    labels: list[str]
+    target: float | None
+    group: str | None
+    split: Split
+    width: int
+    height: int
+    format: str
+    size_bytes: int
+    thumbnail: str
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+class RunRequest(Request):
+    """What to train."""
+
+    dataset: str
+    """Id of the data set."""
+    version: Annotated[int, Field(ge=1)] | None = None
+    """Version of the data set; by default the newest that is ready."""
+    name: Name
+    """Name of the model that the run makes a version of."""
+    recipe: Recipe = Recipe()
+
+
+class RunProgress(Schema):
+    """How far a run is; `fraction` of the whole from 0 to 1."""
+
+    stage: str
+    fraction: float
+    fold: int | None
+    folds: int | None
+    epoch: int | None
+    epochs: int | None
+    eta_s: float | None
+
+
+class FoldOut(Schema):
+    """What a fold measured on images it did not train on; `fold` counts from 0."""
+
+    fold: int
+    epochs: int
+    best_epoch: int
+    stopped: str
+    metrics: dict[str, Any]
+
+
+class ModelRef(Schema):
+    """A version of a model."""
+
+    name: str
+    version: int
+
+
+class Extraction(Schema):
+    """How many different images a run had, how many went through the backbone, and how many were cached."""
+
+    images: int
+    computed: int
+    cached: int
+    seconds: float
+
+
+class FileOut(Schema):
+    """A file that a run made."""
+
+    name: str
+    size_bytes: int
+    media_type: str
+    url: str
+
+
+class RunOut(Schema):
+    """A run."""
+
+    id: str
+    dataset: str
+    version: int
+    name: str
+    recipe: dict[str, Any]
+    """With every default filled in."""
+    state: RunState
+    progress: RunProgress
+    metrics: dict[str, Any] | None
+    folds: list[FoldOut]
+    extraction: Extraction | None
+    model: ModelRef | None
+    files: list[FileOut]
+    error: Problem | None
+    mlflow_url: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class CutOut(Schema):
+    """A place of a network to take features from, and how many they are."""
+
+    name: str
+    width: int
+
+
+class WeightsOut(Schema):
+    """Weights that a recipe may name; `here` says whether they need no fetching."""
+
+    name: str
+    here: bool
+    sha256: str | None
+
+
+class BackboneOut(Schema):
+    """A backbone."""
+
+    name: str
+    title: str
+    input_size: int
+    minimum_size: int
+    features: int
+    """Features after the last cut point."""
+    cut_points: list[CutOut]
+    weights: list[WeightsOut]
+
+
+# --- models and predictions ----------------------------------------------------------------------------------------
+
+
+class ModelVersionOut(Schema):
+    """What one run made of a model."""
+
+    version: int
+    run: str
+    dataset: str
+    dataset_version: int
+    recipe: dict[str, Any]
+    metrics: dict[str, Any]
+    bundle: str
+    """SHA-256 of the bundle."""
+    backbone: str
+    """SHA-256 of the backbone."""
+    aliases: list[str]
+    created_at: datetime
+
+
+class ModelOut(Schema):
+    """A model with its versions, the newest first."""
+
+    name: str
+    versions: list[ModelVersionOut]
+    aliases: dict[str, int]
+    created_at: datetime
+
+
+class AliasRequest(Request):
+    """Where to point an alias."""
+
+    version: Annotated[int, Field(ge=1)]
+
+
+class AliasOut(Schema):
+    """An alias; `serving` is `new` once this process answers with the version it points at."""
+
+    model: str
+    alias: str
+    version: int
+    serving: str
+
+
+class PredictRequest(Request):
+    """Images as base64 text."""
+
+    images: Annotated[list[Base64Bytes], Field(min_length=1)]
+
+
+class PredictionOut(Schema):
+    """The answer for one image."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class TimingsOut(Schema):
+    """Where the time of an answer went, in milliseconds."""
+
+    queue: float
+    decode: float
+    backbone: float
+    head: float
+
+
+class PredictionsOut(Schema):
+    """The answers for a request's images, in their order."""
+
+    model: str
+    version: int
+    predictions: list[PredictionOut]
+    timings_ms: TimingsOut
+
+
+# --- operations ----------------------------------------------------------------------------------------------------
+
+
+class Check(Schema):
+    """One part of the service."""
+
+    ok: bool
+    detail: str
+
+
+class Readiness(Schema):
+    """Whether requests should be sent here, part by part; `broker` and `workers` do not decide it."""
+
+    ready: bool
+    checks: dict[str, Check]

@@ -1,0 +1,353 @@
+"""Reads zip, tar and tar.gz archives, hostile ones too. Nothing is ever extracted: a member's name is only text.
+
+Names and sizes are checked before any member is read; inflated bytes are counted as they come, whatever headers say.
+What the folders mean is `artifacts.layout`'s business; what the bytes mean is `artifacts.images`'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import re
+import stat
+import struct
+import tarfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from errors import ArchiveRefused, Refused
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ArchiveLimits:
+    """What an archive may be at most. Sizes in bytes."""
+
+    entries: int = 200_000
+    depth: int = 8
+    part_bytes: int = 255
+    path_bytes: int = 1024
+    inflated_bytes: int = 20 * 1024 * MIB
+    inflated_ratio: int = 50
+    inflated_ratio_from_bytes: int = 64 * MIB
+    member_bytes: int = 64 * MIB
+    member_ratio: int = 100
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One regular file of an archive, by its checked path with `/` between the parts."""
+
+    path: str
+    size_bytes: int
+
+
+class Archive(Protocol):
+    """A checked archive. `ignored` counts the litter of operating systems that was left out of `entries`."""
+
+    entries: tuple[Entry, ...]
+    ignored: int
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+        """Yield (path, bytes) for each wanted path in the archive's order; Refused in place of damaged bytes."""
+        ...
+
+
+def open_archive(path: Path, limits: ArchiveLimits) -> Archive:
+    """Check the archive at `path` and return it, ready to be read. Raises ArchiveRefused."""
+    kind = sniff(path.open("rb").read(262))
+    if kind == "zip":
+        return ZipArchive(path, limits)
+    if kind in ("tar", "tar.gz"):
+        return TarArchive(path, limits)
+    raise ArchiveRefused("Expected a zip, tar or tar.gz archive. Received a file that is none of them.")
+
+
+def sniff(head: bytes) -> str | None:
+    """Name the kind of archive that begins with these (at least 262) bytes: `zip`, `tar`, `tar.gz` or None."""
+    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return "zip"
+    if head[:2] == b"\x1f\x8b":
+        return "tar.gz"
+    if head[257:262] == b"ustar":
+        return "tar"
+    return None
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+_LITTER = frozenset({"thumbs.db", "desktop.ini"})
+
+
+def check_path(name: str, limits: ArchiveLimits) -> str:
+    """Return an archive's member name as a relative path with `/`. Raises ArchiveRefused for a name that could harm."""
+    shown = ascii(name if len(name) <= 200 else name[:200] + "…")
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
+        raise ArchiveRefused(f"A file name holds control characters: {shown}. Rename it and pack the archive again.")
+    path = name.replace("\\", "/")
+    if path.startswith("/") or _DRIVE.match(path):
+        raise ArchiveRefused(f"A file name is absolute: {shown}. Pack the archive with relative paths.")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ArchiveRefused(f"A file name climbs out of its folder: {shown}. Pack the archive without '..'.")
+    if len(parts) > limits.depth:
+        raise ArchiveRefused(f"Expected at most {limits.depth} folders above a file. Received: {shown}.")
+    sizes = [len(part.encode()) for part in parts]
+    if max(sizes, default=0) > limits.part_bytes or sum(sizes) + len(sizes) - 1 > limits.path_bytes:
+        raise ArchiveRefused(
+            f"Expected names of at most {limits.part_bytes} bytes and paths of at most {limits.path_bytes}. "
+            f"Received: {shown}."
+        )
+    return "/".join(parts)
+
+
+def is_litter(path: str) -> bool:
+    """Say whether a path is what macOS or Windows leaves behind, or a hidden file."""
+    parts = path.split("/")
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _LITTER
+
+
+class _Index:
+    """The entries seen so far, with the limits that hold for all of them together."""
+
+    def __init__(self, stored_bytes: int, limits: ArchiveLimits) -> None:
+        self.entries: list[Entry] = []
+        self.ignored = 0
+        self._seen: set[str] = set()
+        self._limits = limits
+        self._budget = _budget(stored_bytes, limits)
+        self._inflated = 0
+
+    def add(self, name: str, size_bytes: int) -> str | None:
+        """Check one file; return its path, or None for litter."""
+        path = check_path(name, self._limits)
+        if not path:
+            raise ArchiveRefused(f"A file has no name: {name!a}. Pack the archive again.")
+        if path in self._seen:
+            raise ArchiveRefused(f"Two files have the same name: {path!r}. Pack the archive again with each file once.")
+        self._seen.add(path)
+        if len(self._seen) > self._limits.entries:
+            raise ArchiveRefused(f"Expected at most {self._limits.entries:,} files. Received more.")
+        if size_bytes > self._limits.member_bytes:
+            raise ArchiveRefused(
+                f"Expected files of at most {_mib(self._limits.member_bytes)}. "
+                f"Received: {path!r} of {_mib(size_bytes)}."
+            )
+        self._inflated += size_bytes
+        if self._inflated > self._budget:
+            raise _too_inflated(self._budget)
+        if is_litter(path):
+            self.ignored += 1
+            return None
+        self.entries.append(Entry(path, size_bytes))
+        return path
+
+
+def _budget(stored_bytes: int, limits: ArchiveLimits) -> int:
+    ratio = max(limits.inflated_ratio * stored_bytes, limits.inflated_ratio_from_bytes)
+    return min(limits.inflated_bytes, ratio)
+
+
+def _too_inflated(budget: int) -> ArchiveRefused:
+    return ArchiveRefused(
+        f"Expected an archive that unpacks to at most {_mib(budget)}. Received one that unpacks to more. "
+        "Split it, or add the rest as further versions."
+    )
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / MIB:,.1f} MiB"
+
+
+# --- zip -----------------------------------------------------------------------------------------------------------
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+_ENCRYPTED, _SIZES_FOLLOW, _PATCH, _STRONG, _MASKED = 0x1, 0x8, 0x20, 0x40, 0x2000
+
+
+class ZipArchive:
+    """A zip whose central directory agrees with its local headers."""
+
+    def __init__(self, path: Path, limits: ArchiveLimits) -> None:
+        self._limits = limits
+        self._budget = _budget(path.stat().st_size, limits)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
+            raise ArchiveRefused(f"The zip cannot be read: {error}. Pack it again.") from error
+        index = _Index(path.stat().st_size, limits)
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        with path.open("rb") as file:
+            self._check_headers(file, path.stat().st_size)
+        for info in self._zip.infolist():
+            check_path(info.orig_filename, limits)  # before zipfile cut it at a NUL
+            if info.filename.endswith(("/", "\\")):
+                continue
+            self._check(info)
+            entry = index.add(info.filename, info.file_size)
+            if entry is not None:
+                self._infos[entry] = info
+        self.entries, self.ignored = tuple(index.entries), index.ignored
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+        inflated = 0
+        for path, info in self._infos.items():
+            if path not in wanted:
+                continue
+            data = self._read(path, info)
+            if isinstance(data, bytes):
+                inflated += len(data)
+                if inflated > self._budget:
+                    raise _too_inflated(self._budget)
+            yield path, data
+
+    def _read(self, path: str, info: zipfile.ZipInfo) -> bytes | Refused:
+        try:
+            with self._zip.open(info) as member:
+                data = member.read(info.file_size + 1)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+            return Refused(path, f"damaged in the archive: {error}")
+        if len(data) != info.file_size:
+            return Refused(path, f"damaged in the archive: {info.file_size} bytes announced, {len(data)} found")
+        return data
+
+    def _check(self, info: zipfile.ZipInfo) -> None:
+        shown = ascii(info.filename[:200])
+        if info.flag_bits & (_ENCRYPTED | _STRONG | _MASKED | _PATCH):
+            raise ArchiveRefused(f"Expected a zip without encryption. Received an encrypted file: {shown}.")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ArchiveRefused(
+                f"Expected files stored or deflated. Received compression method {info.compress_type}: {shown}."
+            )
+        mode = info.external_attr >> 16
+        if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+            raise ArchiveRefused(f"Expected regular files and folders only. Received a link or device: {shown}.")
+        if info.file_size > self._limits.member_ratio * max(info.compress_size, 1):
+            raise ArchiveRefused(
+                f"Expected files that unpack to at most {self._limits.member_ratio} times their stored size. "
+                f"Received {shown}: {info.compress_size} bytes that unpack to {info.file_size}."
+            )
+
+    def _check_headers(self, file: IO[bytes], size_bytes: int) -> None:
+        """Compare every local header with the central directory, and see that no two members overlap."""
+        end = 0
+        for info in sorted(self._zip.infolist(), key=lambda info: info.header_offset):
+            shown = ascii(info.filename[:200])
+            file.seek(info.header_offset)
+            raw = file.read(_LOCAL.size)
+            if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
+                raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
+            _, _, flags, method, _, _, crc, compressed, plain, name_length, extra_length = _LOCAL.unpack(raw)
+            name = file.read(name_length)
+            start = info.header_offset + _LOCAL.size + name_length + extra_length
+            agrees = (
+                method == info.compress_type
+                and (flags ^ info.flag_bits) & (_ENCRYPTED | _SIZES_FOLLOW | _STRONG | _MASKED) == 0
+                and name == _raw_name(info)
+                and (flags & _SIZES_FOLLOW or crc == info.CRC)
+                and compressed in (info.compress_size, 0xFFFFFFFF, 0 if flags & _SIZES_FOLLOW else info.compress_size)
+                and plain in (info.file_size, 0xFFFFFFFF, 0 if flags & _SIZES_FOLLOW else info.file_size)
+            )
+            if not agrees:
+                raise ArchiveRefused(f"The zip says two different things about {shown}. Pack it again.")
+            if info.header_offset < end or start + info.compress_size > size_bytes:
+                raise ArchiveRefused(f"Two files of the zip overlap, or one is cut off: {shown}. Pack it again.")
+            end = start + info.compress_size
+        if end > self._zip.start_dir:
+            raise ArchiveRefused("A file of the zip overlaps its directory. Pack it again.")
+
+
+def _raw_name(info: zipfile.ZipInfo) -> bytes:
+    return info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "surrogateescape")
+
+
+# --- tar -----------------------------------------------------------------------------------------------------------
+
+
+_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+
+
+class TarArchive:
+    """A tar, plain or gzipped, of files and folders; read as a stream, once for the names and once for the bytes."""
+
+    def __init__(self, path: Path, limits: ArchiveLimits) -> None:
+        self._path = path
+        self._limits = limits
+        self._budget = _budget(path.stat().st_size, limits)
+        index = _Index(path.stat().st_size, limits)
+        self._names: dict[str, str] = {}
+        for _, info in self._members():
+            if info.isdir():
+                check_path(info.name, limits)
+                continue
+            if not info.isreg() or info.issparse():
+                raise ArchiveRefused(
+                    "Expected regular files and folders only. Received a link, device or sparse file: "
+                    f"{info.name[:200]!a}."
+                )
+            entry = index.add(info.name, info.size)
+            if entry is not None:
+                self._names[info.name] = entry
+        self.entries, self.ignored = tuple(index.entries), index.ignored
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+        for tar, info in self._members():
+            path = self._names.get(info.name)
+            if path is None or path not in wanted:
+                continue
+            member = tar.extractfile(info)  # opens the member's bytes in place; nothing is written anywhere
+            if member is None:
+                raise ArchiveRefused(f"The tar changed while it was read: {path!r} is no file any more.")
+            try:
+                data = member.read()
+            except _TAR_ERRORS as error:
+                raise _tar_damaged(error) from error
+            yield path, data
+
+    def _members(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+        """Go through the members of a fresh stream."""
+        with self._path.open("rb") as file:
+            is_gzip = sniff(file.read(262)) == "tar.gz"
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if is_gzip else contextlib.nullcontext(file) as raw:
+                counted: Any = _Counted(raw, self._budget, self._limits)
+                try:
+                    tar = tarfile.open(fileobj=counted, mode="r|", encoding="utf-8")  # noqa: SIM115 (has no file)
+                    while (info := tar.next()) is not None:
+                        yield tar, info
+                        tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header it ever saw
+                except _TAR_ERRORS as error:
+                    raise _tar_damaged(error) from error
+                # tarfile takes a tar that was cut between two members for a whole one, but a whole one ends empty.
+                if counted.tail.strip(b"\0"):
+                    raise ArchiveRefused("The tar is cut off. Send it again.")
+
+
+class _Counted:
+    """A stream that refuses to give more than its budget, headers and padding included."""
+
+    def __init__(self, raw: Any, budget: int, limits: ArchiveLimits) -> None:
+        self.tail = b""
+        self._raw = raw
+        self._budget = budget
+        # Every member costs a header of 512 bytes and padding, some two more for long names.
+        self._left = budget + limits.entries * 4 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._raw.read(size)
+        self._left -= len(data)
+        self.tail = data[-tarfile.BLOCKSIZE :] or self.tail
+        if self._left < 0:
+            raise _too_inflated(self._budget)
+        return data
+
+
+def _tar_damaged(error: Exception) -> ArchiveRefused:
+    return ArchiveRefused(f"The tar cannot be read: {error}. Pack it again.")

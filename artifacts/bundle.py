@@ -1,0 +1,139 @@
+"""Bundle format 1: everything that answers for one model version, in one safetensors file named by its digest.
+
+The manifest travels in the file's metadata, the head's weights and a golden input with its golden output as tensors.
+The backbone is only named, by digest: a thousand bundles on one backbone share it. Holds arrays and text, never code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from artifacts.images import Pixels
+from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.store import Digest, parse_digest
+from errors import BundleRefused
+
+FORMAT = 1
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One dense layer: `activation(x @ kernel + bias)`; kernel float32 [inputs, units], bias float32 [units]."""
+
+    kernel: Float32
+    bias: Float32
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model as it is served.
+
+    Attributes:
+        task: what is predicted.
+        labels: class names in the order of the outputs; a binary bundle has two labels and one output.
+        backbone: digest of the network that turns images into features.
+        image_rule: number of the rule by which images are decoded.
+        layers: the head, from features [N, D] to logits [N, outputs]; the last activation is linear.
+        temperature: logits are divided by it before they become probabilities.
+        threshold: probability from which on the second class of a binary task is answered.
+        golden_input: uint8 [N, size, size, 3].
+        golden_output: float32 [N, outputs], the logits that belong to `golden_input`.
+    """
+
+    task: Task
+    labels: tuple[str, ...]
+    backbone: Digest
+    engine: str
+    precision: Precision
+    image_rule: int
+    size: int
+    resize: Resize
+    layers: tuple[Dense, ...]
+    golden_input: Pixels
+    golden_output: Float32
+    temperature: float = 1.0
+    threshold: float = 0.5
+
+    def dump(self) -> bytes:
+        """Return the bundle as a file; equal bundles give equal bytes."""
+        manifest = {
+            "format": FORMAT,
+            "task": self.task,
+            "labels": self.labels,
+            "backbone": self.backbone,
+            "engine": self.engine,
+            "precision": self.precision,
+            "image_rule": self.image_rule,
+            "size": self.size,
+            "resize": self.resize,
+            "layers": [{"type": "dense", "activation": layer.activation} for layer in self.layers],
+            "temperature": self.temperature,
+            "threshold": self.threshold,
+        }
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "golden_input": self.golden_input,
+            "golden_output": self.golden_output,
+        }
+        for number, layer in enumerate(self.layers):
+            tensors[f"layers.{number}.kernel"] = layer.kernel
+            tensors[f"layers.{number}.bias"] = layer.bias
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        return save_tensors(tensors, metadata={"espalier": json.dumps(manifest, sort_keys=True, ensure_ascii=False)})
+
+
+def load(data: bytes) -> Bundle:
+    """Return the bundle in `data`. Raises BundleRefused."""
+    try:
+        manifest = _manifest(data)
+        if manifest.get("format") != FORMAT:
+            raise BundleRefused(f"Expected a bundle of format {FORMAT}. Received format {manifest.get('format')}.")
+        tensors = load_tensors(data)
+        return _bundle(manifest, tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise BundleRefused(f"The bundle cannot be read: {error}.") from error
+
+
+def _manifest(data: bytes) -> dict[str, Any]:
+    """Read the metadata of a safetensors file: 8 bytes of length, then JSON (the format's own specification)."""
+    length = int.from_bytes(data[:8], "little")
+    header: Mapping[str, Any] = json.loads(data[8 : 8 + length])
+    manifest: dict[str, Any] = json.loads(header["__metadata__"]["espalier"])
+    return manifest
+
+
+def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Bundle:
+    layers = tuple(
+        Dense(tensors[f"layers.{number}.kernel"], tensors[f"layers.{number}.bias"], Activation(layer["activation"]))
+        for number, layer in enumerate(manifest["layers"])
+    )
+    for before, after in itertools.pairwise(layers):
+        if before.kernel.shape[1] != after.kernel.shape[0]:
+            raise BundleRefused(f"Two layers do not fit: {before.kernel.shape} before {after.kernel.shape}.")
+    return Bundle(
+        task=Task(manifest["task"]),
+        labels=tuple(manifest["labels"]),
+        backbone=parse_digest(manifest["backbone"]),
+        engine=manifest["engine"],
+        precision=Precision(manifest["precision"]),
+        image_rule=manifest["image_rule"],
+        size=manifest["size"],
+        resize=Resize(manifest["resize"]),
+        layers=layers,
+        golden_input=tensors["golden_input"],
+        golden_output=tensors["golden_output"],
+        temperature=manifest["temperature"],
+        threshold=manifest["threshold"],
+    )

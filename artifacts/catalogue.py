@@ -1,0 +1,137 @@
+"""The backbones that Espalier knows, as a static table. Knows no Keras: the API answers from it without TensorFlow.
+
+A cut is a named place to take features from; its width is the number of channels there. The networks are those of
+`keras.applications` without their top; file names and MD5 sums of the ImageNet weights are those that Keras publishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class BackboneName(StrEnum):
+    """A pretrained convolutional network."""
+
+    VGG16 = "vgg16"
+    VGG19 = "vgg19"
+    RESNET50 = "resnet50"
+    INCEPTION_V3 = "inception_v3"
+    XCEPTION = "xception"
+
+
+class Preprocessing(StrEnum):
+    """What a network expects of its input: `caffe` is BGR minus the ImageNet means, `tf` is RGB from -1 to 1."""
+
+    CAFFE = "caffe"
+    TF = "tf"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A published weights file: where it lies under the base address, and its MD5."""
+
+    path: str
+    md5: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One network. Sizes are sides of a square in pixels; `cuts` maps a cut's name to its width, first layer first."""
+
+    name: BackboneName
+    title: str
+    size: int
+    minimum_size: int
+    preprocessing: Preprocessing
+    cuts: Mapping[str, int]
+    imagenet: WeightsFile
+
+    @property
+    def last_cut(self) -> str:
+        """The cut after which nothing is left but the top."""
+        return list(self.cuts)[-1]
+
+
+_VGG_CUTS = {"block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}
+
+CATALOGUE: Mapping[BackboneName, Backbone] = {
+    backbone.name: backbone
+    for backbone in (
+        Backbone(
+            BackboneName.VGG16,
+            "VGG16",
+            size=224,
+            minimum_size=32,
+            preprocessing=Preprocessing.CAFFE,
+            cuts=_VGG_CUTS,
+            imagenet=WeightsFile(
+                "vgg16/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5", "6d6bbae143d832006294945121d1f1fc"
+            ),
+        ),
+        Backbone(
+            BackboneName.VGG19,
+            "VGG19",
+            size=224,
+            minimum_size=32,
+            preprocessing=Preprocessing.CAFFE,
+            cuts=_VGG_CUTS,
+            imagenet=WeightsFile(
+                "vgg19/vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5", "253f8cb515780f3b799900260a226db6"
+            ),
+        ),
+        Backbone(
+            BackboneName.RESNET50,
+            "ResNet50",
+            size=224,
+            minimum_size=32,
+            preprocessing=Preprocessing.CAFFE,
+            cuts={"conv2": 256, "conv3": 512, "conv4": 1024, "conv5": 2048},
+            imagenet=WeightsFile(
+                "resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5", "4d473c1dd8becc155b73f8504c6f6626"
+            ),
+        ),
+        Backbone(
+            BackboneName.INCEPTION_V3,
+            "InceptionV3",
+            size=299,
+            minimum_size=75,
+            preprocessing=Preprocessing.TF,
+            cuts={
+                "mixed0": 256,
+                "mixed1": 288,
+                "mixed2": 288,
+                "mixed3": 768,
+                "mixed4": 768,
+                "mixed5": 768,
+                "mixed6": 768,
+                "mixed7": 768,
+                "mixed8": 1280,
+                "mixed9": 2048,
+                "mixed10": 2048,
+            },
+            imagenet=WeightsFile(
+                "inception_v3/inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+                "bcbd6486424b2319ff4ef7d526e38f63",
+            ),
+        ),
+        Backbone(
+            BackboneName.XCEPTION,
+            "Xception",
+            size=299,
+            minimum_size=71,
+            preprocessing=Preprocessing.TF,
+            cuts={
+                "block2": 128,
+                "block3": 256,
+                **{f"block{number}": 728 for number in range(4, 13)},
+                "block13": 1024,
+                "block14": 2048,
+            },
+            imagenet=WeightsFile(
+                "xception/xception_weights_tf_dim_ordering_tf_kernels_notop.h5", "b0042744bf5b25fce3cb969f33bebb97"
+            ),
+        ),
+    )
+}

@@ -1,0 +1,150 @@
+"""The cache of features: one float32 row per image, so that no image goes through a backbone twice.
+
+Rows of one (image rule, size, resize, backbone, precision) live together in append-only segments of at most 64 MiB,
+each with an index of image digests and checksums. A segment has one writer, so workers never wait for each other;
+a row counts once its index entry is whole, so a torn tail is simply not there. A cache: it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.recipe import Precision, Resize
+from artifacts.store import Digest, disk_errors
+
+Features = npt.NDArray[np.float32]
+
+SEGMENT_BYTES = 64 * 1024 * 1024
+_ENTRY = struct.Struct("<32sI")
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """What a feature depends on besides the image."""
+
+    image_rule: int
+    size: int
+    resize: Resize
+    backbone: Digest
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        """A file name for this space."""
+        return hashlib.sha256(repr([str(part) for part in astuple(self)]).encode()).hexdigest()[:32]
+
+
+class FeatureCache:
+    """The rows of one feature space, float32 [width] each."""
+
+    def __init__(self, root: Path, space: FeatureSpace, width: int) -> None:
+        self._folder = root / space.name
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._width = width
+        self._places: dict[bytes, tuple[Path, int]] = {}
+        self._segment: _Segment | None = None
+        for index in sorted(self._folder.glob("*.index")):
+            self._load(index)
+
+    def missing(self, images: Sequence[Digest]) -> list[Digest]:
+        """Return the images that have no row yet, each once, in their order."""
+        return [image for image in dict.fromkeys(images) if bytes.fromhex(image) not in self._places]
+
+    def add(self, images: Sequence[Digest], rows: Features) -> None:
+        """Append one row per image. Raises DiskFull.
+
+        Args:
+            images: the images' digests.
+            rows: float32 [len(images), width].
+        """
+        if rows.shape != (len(images), self._width):
+            raise ValueError(f"Expected features [{len(images)}, {self._width}]. Received {rows.shape}. This is a bug.")
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        for start in range(0, len(images), self._rows_per_segment):
+            chunk = slice(start, start + self._rows_per_segment)
+            self._append(images[chunk], rows[chunk])
+
+    def rows(self, images: Sequence[Digest]) -> Features:
+        """Return float32 [len(images), width], row i for image i. Raises KeyError for an image that is missing."""
+        result = np.empty((len(images), self._width), dtype=np.float32)
+        by_segment: dict[Path, tuple[list[int], list[int]]] = {}
+        for position, image in enumerate(images):
+            data, row = self._places[bytes.fromhex(image)]
+            positions, rows = by_segment.setdefault(data, ([], []))
+            positions.append(position)
+            rows.append(row)
+        for data, (positions, rows) in by_segment.items():
+            mapped = np.memmap(data, dtype=np.float32, mode="r").reshape(-1, self._width)
+            result[positions] = mapped[rows]
+        return result
+
+    @property
+    def _rows_per_segment(self) -> int:
+        return max(1, SEGMENT_BYTES // (4 * self._width))
+
+    def _append(self, images: Sequence[Digest], rows: Features) -> None:
+        if self._segment is None or self._segment.rows + len(images) > self._rows_per_segment:
+            if self._segment is not None:
+                self._segment.close()
+            self._segment = _Segment(self._folder / secrets.token_hex(8))
+        first = self._segment.append(images, rows)
+        for offset, image in enumerate(images):
+            self._places[bytes.fromhex(image)] = (self._segment.data, first + offset)
+
+    def _load(self, index: Path) -> None:
+        """Take over the rows of a segment whose index entry is whole and whose checksum is right."""
+        data = index.with_suffix(".f32")
+        if not data.exists():
+            return
+        entries = index.read_bytes()
+        row_bytes = 4 * self._width
+        with data.open("rb") as file:
+            for row in range(len(entries) // _ENTRY.size):
+                image, checksum = _ENTRY.unpack_from(entries, row * _ENTRY.size)
+                if zlib.crc32(file.read(row_bytes)) == checksum:
+                    self._places[image] = (data, row)
+
+    def close(self) -> None:
+        """Close the segment that is being written."""
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
+
+class _Segment:
+    """One pair of files being appended to: rows first, then their index entries."""
+
+    def __init__(self, stem: Path) -> None:
+        self.data = stem.with_suffix(".f32")
+        self.rows = 0
+        self._data = self.data.open("xb")
+        self._index = stem.with_suffix(".index").open("xb")
+
+    def append(self, images: Sequence[Digest], rows: Features) -> int:
+        """Append and sync; return the number of the first row."""
+        first = self.rows
+        entries = b"".join(
+            _ENTRY.pack(bytes.fromhex(image), zlib.crc32(row.tobytes()))
+            for image, row in zip(images, rows, strict=True)
+        )
+        with disk_errors():
+            for file, content in ((self._data, rows.tobytes()), (self._index, entries)):
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        self.rows += len(images)
+        return first
+
+    def close(self) -> None:
+        self._data.close()
+        self._index.close()

@@ -1,0 +1,151 @@
+"""The only decode and resize in the program: what training saw is what prediction sees. Knows no archive.
+
+Image rule 1, part of every cache key and bundle: a JPEG is decoded at the next DCT scale that is at least twice the
+target; EXIF orientation is applied once; 16-bit greys are scaled, not clipped; transparency is laid on white; the rest
+is an antialiased bilinear resize of RGB. Changing any of it means a new rule number.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from artifacts.recipe import Resize
+from errors import ImageRefused
+
+IMAGE_RULE = 1
+
+MIB = 1024 * 1024
+Pixels = npt.NDArray[np.uint8]
+
+# Pillow's own limit is one global number with a warning below it and an error above; `_open` checks ours, which an
+# operator may raise, before a single pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What one image may be at most, at both doors. `size_bytes` in bytes, `side` in pixels."""
+
+    size_bytes: int = 20 * MIB
+    pixels: int = 40_000_000
+    side: int = 16_384
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is kept of an image besides its bytes: its upright size in pixels and its format's name."""
+
+    width: int
+    height: int
+    format: str
+
+
+def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
+    """Decode the whole image once to see that it can be used. Raises ImageRefused."""
+    with _open(data, limits) as image:
+        facts = ImageFacts(*_upright_size(image), image.format or "")
+        image.load()
+        return facts
+
+
+def decode(data: bytes, size: int, resize: Resize, limits: ImageLimits) -> Pixels:
+    """Decode an image by image rule 1.
+
+    Args:
+        data: the file's bytes.
+        size: side of the result in pixels.
+        resize: `squash` ignores the aspect ratio, `crop` keeps the centre square, `pad` adds black borders.
+        limits: what the image may be at most.
+
+    Returns:
+        uint8 [size, size, 3], RGB.
+
+    Raises:
+        ImageRefused: the bytes are no image that can be used.
+    """
+    with _open(data, limits) as image:
+        width, height = _fitted(_upright_size(image), size, resize)
+        image.draft(None, (2 * height, 2 * width) if _is_lying(image) else (2 * width, 2 * height))
+        upright = _to_rgb(ImageOps.exif_transpose(image))
+        scaled = upright.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    if (width, height) != (size, size):
+        left, top = (width - size) // 2, (height - size) // 2
+        scaled = scaled.crop((left, top, left + size, top + size))
+    return np.asarray(scaled, dtype=np.uint8)
+
+
+def thumbnail(data: bytes, side: int, limits: ImageLimits) -> bytes:
+    """Return the image as a WEBP of at most `side` pixels, re-encoded and without metadata. Raises ImageRefused."""
+    with _open(data, limits) as image:
+        image.draft(None, (2 * side, 2 * side))
+        upright = _to_rgb(ImageOps.exif_transpose(image))
+        upright.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return encode(upright, "WEBP")
+
+
+def encode(image: Image.Image, format: str) -> bytes:
+    """Return `image` as a file of `format` without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
+    """Open `data` under the limits; whatever a decoder raises inside the block becomes ImageRefused."""
+    if len(data) > limits.size_bytes:
+        raise ImageRefused(
+            f"Expected a file of at most {limits.size_bytes / MIB:g} MiB. Received {len(data) / MIB:.1f} MiB."
+        )
+    try:
+        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+            width, height = image.size
+            if width * height > limits.pixels or max(width, height) > limits.side:
+                raise ImageRefused(
+                    f"Expected at most {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels a side. "
+                    f"Received {width:,} × {height:,}."
+                )
+            yield image
+    except UnidentifiedImageError as error:
+        raise ImageRefused(f"Expected an image ({', '.join(limits.formats)}). Received something else.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, IndexError, KeyError) as error:
+        raise ImageRefused(f"The image is damaged: {error}.") from error
+
+
+def _is_lying(image: Image.Image) -> bool:
+    """Say whether EXIF asks for a quarter turn."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _is_lying(image) else (width, height)
+
+
+def _fitted(upright: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
+    """Return the width and height to scale to, before cropping or padding to `size`."""
+    width, height = upright
+    if resize is Resize.SQUASH:
+        return size, size
+    scale = (max if resize is Resize.CROP else min)(size / width, size / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips everything above 255 to white
+        grey = np.asarray(image, dtype=np.float64) / 257.0
+        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,220 @@
+"""What an archive's folders or its labels.csv say of each image: labels or target, group and split. Reads no image.
+
+Three layouts are known, each with or without one extra folder around everything:
+`daisy/1.jpg` · `train/daisy/1.jpg` with `test/…` and `validation/…` beside it · `labels.csv` at the top.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from artifacts.recipe import Task
+from errors import LayoutUnknown, Refused
+
+LABELS_FILE = "labels.csv"
+
+
+class Split(StrEnum):
+    """What an image may be used for. `test` is scored once by the final model and never trained on."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+_SPLITS = {
+    "": Split.TRAIN,
+    "train": Split.TRAIN,
+    "training": Split.TRAIN,
+    "val": Split.VALIDATION,
+    "valid": Split.VALIDATION,
+    "validation": Split.VALIDATION,
+    "test": Split.TEST,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set and what is known of it. `labels` is empty where there is a `target`."""
+
+    path: str
+    labels: tuple[str, ...] = ()
+    target: float | None = None
+    group: str | None = None
+    split: Split = Split.TRAIN
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The samples of an archive by path, the task they make, and the files that belong to none."""
+
+    task: Task
+    samples: tuple[Sample, ...]
+    refused: tuple[Refused, ...] = field(default=())
+
+
+def labels_file(paths: Iterable[str]) -> str | None:
+    """Return the path of the labels.csv at the archive's top, or under its one outer folder; None without one."""
+    paths = list(paths)
+    if LABELS_FILE in paths:
+        return LABELS_FILE
+    outer = _outer_folder(paths)
+    return outer + LABELS_FILE if outer + LABELS_FILE in paths else None
+
+
+def from_folders(paths: Sequence[str]) -> Layout:
+    """Read one folder per class. Raises LayoutUnknown, saying what was expected."""
+    outer = _outer_folder(paths)
+    inner = [path.removeprefix(outer).split("/") for path in paths]
+    if not inner:
+        raise LayoutUnknown(f"The archive is empty. {_EXPECTED}")
+    splits = {parts[0].lower() for parts in inner if len(parts) > 1}
+    has_splits = splits <= _SPLITS.keys() and any(len(parts) == 3 for parts in inner)
+    depth = 3 if has_splits else 2
+    samples, refused = [], []
+    for path, parts in zip(paths, inner, strict=True):
+        if len(parts) < depth:
+            refused.append(Refused(path, "in no class folder"))
+        elif len(parts) > depth:
+            raise LayoutUnknown(f"{_EXPECTED} Received {path!r}, which is nested more deeply.")
+        else:
+            split = _SPLITS[parts[0].lower()] if has_splits else Split.TRAIN
+            samples.append(Sample(path, labels=(parts[-2],), split=split))
+    if not samples:
+        raise LayoutUnknown(f"{_EXPECTED} Received {len(paths)} files in no class folder, such as {paths[0]!r}.")
+    names = {sample.labels[0] for sample in samples}
+    check_class_names(names)
+    return Layout(Task.BINARY if len(names) == 2 else Task.MULTICLASS, tuple(samples), tuple(refused))
+
+
+def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
+    """Read a labels.csv for an archive of `paths`. Raises LayoutUnknown, naming the line at fault."""
+    try:
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        rows = [(reader.line_num, row) for row in reader if any(row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LayoutUnknown(f"labels.csv cannot be read as comma-separated UTF-8: {error}.") from error
+    columns = _columns(rows[0][1] if rows else [])
+    folder = csv_path.removesuffix(LABELS_FILE)
+    present = set(paths) - {csv_path}
+    samples: dict[str, Sample] = {}
+    refused = []
+    for line, row in rows[1:]:
+        if len(row) != len(columns):
+            raise LayoutUnknown(f"Line {line} of labels.csv: expected {len(columns)} values. Received {len(row)}.")
+        sample = _sample(line, dict(zip(columns, (value.strip() for value in row), strict=True)))
+        path = next((path for path in (sample.path, folder + sample.path) if path in present), None)
+        if path is None:
+            refused.append(Refused(sample.path, "named in labels.csv but not in the archive"))
+        elif path in samples:
+            raise LayoutUnknown(f"Line {line} of labels.csv: {sample.path!r} was named before.")
+        else:
+            samples[path] = Sample(path, sample.labels, sample.target, sample.group, sample.split)
+    refused += [Refused(path, "not named in labels.csv") for path in paths if path in present - samples.keys()]
+    if not samples:
+        raise LayoutUnknown("labels.csv names no file of the archive. Its paths count from the archive's top.")
+    _check_groups(samples.values())
+    names = {label for sample in samples.values() for label in sample.labels}
+    check_class_names(names)
+    return Layout(_task(columns, samples.values(), names), tuple(samples.values()), tuple(refused))
+
+
+_EXPECTED = "Expected one folder per class (daisy/1.jpg, rose/2.jpg), or a labels.csv at the top."
+_TEXT_BYTES = 1000
+_KNOWN_COLUMNS = ("path", "label", "target", "group", "split")
+
+
+def _columns(header: list[str]) -> list[str]:
+    columns = [name.strip().lower() for name in header]
+    is_known = set(columns) <= set(_KNOWN_COLUMNS) and len(set(columns)) == len(columns)
+    if not is_known or "path" not in columns or ("label" in columns) == ("target" in columns):
+        raise LayoutUnknown(
+            "Line 1 of labels.csv: expected path,label[,group][,split] or path,target[,group][,split]. "
+            f"Received {','.join(header)!r}."
+        )
+    return columns
+
+
+def _sample(line: int, values: dict[str, str]) -> Sample:
+    for column in ("label", "group"):
+        _check_text(line, column, values.get(column, ""))
+    path = "/".join(part for part in values["path"].replace("\\", "/").split("/") if part not in ("", "."))
+    split = _SPLITS.get(values.get("split", "").lower())
+    if split is None:
+        raise LayoutUnknown(
+            f"Line {line} of labels.csv: expected split train, validation or test. Received {values['split']!r}."
+        )
+    labels: tuple[str, ...] = ()
+    target = None
+    if "target" in values:
+        target = _number(line, values["target"])
+    else:
+        labels = tuple(sorted({label.strip() for label in values["label"].split("|")} - {""}))
+        if not labels and "|" not in values["label"]:
+            raise LayoutUnknown(f"Line {line} of labels.csv: the label is empty (a lone | says: none of the labels).")
+    return Sample(path, labels, target, values.get("group") or None, split)
+
+
+def _check_text(line: int, column: str, text: str) -> None:
+    is_readable = not any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
+    if len(text.encode()) > _TEXT_BYTES or not is_readable:
+        raise LayoutUnknown(
+            f"Line {line} of labels.csv: expected a {column} of at most {_TEXT_BYTES} bytes without control "
+            f"characters. Received {text[:100]!a}."
+        )
+
+
+def _number(line: int, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise LayoutUnknown(f"Line {line} of labels.csv: expected a number as target. Received {text!r}.")
+    return number
+
+
+def _task(columns: list[str], samples: Iterable[Sample], names: set[str]) -> Task:
+    if "target" in columns:
+        return Task.REGRESSION
+    if any(len(sample.labels) != 1 for sample in samples):
+        return Task.MULTILABEL
+    return Task.BINARY if len(names) == 2 else Task.MULTICLASS
+
+
+def _check_groups(samples: Iterable[Sample]) -> None:
+    splits: dict[str, Split] = {}
+    for sample in samples:
+        if sample.group and splits.setdefault(sample.group, sample.split) != sample.split:
+            raise LayoutUnknown(
+                f"Group {sample.group!r} of labels.csv is in two splits. What belongs together must stay together."
+            )
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """See that no two class names look the same to a reader. Raises LayoutUnknown."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        if folded in seen:
+            raise LayoutUnknown(
+                f"Two classes differ only by case or Unicode form: {seen[folded]!r} and {name!r}. Rename one."
+            )
+        seen[folded] = name
+
+
+def _outer_folder(paths: Iterable[str]) -> str:
+    """Return the one folder around everything, with its slash; empty if there is none or it is itself a class."""
+    split = [path.split("/") for path in paths]
+    firsts = {parts[0] for parts in split}
+    if len(firsts) != 1 or min(map(len, split)) < 2:
+        return ""
+    has_inner_folders = any(len(parts) > 2 for parts in split)
+    has_labels = any(parts[1:] == [LABELS_FILE] for parts in split)
+    return firsts.pop() + "/" if has_inner_folders or has_labels else ""

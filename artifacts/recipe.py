@@ -1,0 +1,248 @@
+"""What a run is asked to do: every field, its values and its default. Knows no data and trains nothing.
+
+A recipe is parsed at the door and travels unchanged; `fill` replaces "choose for me" by what the data set allows.
+Values that this version cannot train are not in these types, so that the door refuses them and the documentation
+does not offer them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from artifacts.catalogue import CATALOGUE, BackboneName
+from errors import RecipeInvalid
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+IMAGENET, RANDOM = "imagenet", "random"
+
+
+class Mode(StrEnum):
+    """How a network learns."""
+
+    FEATURE_EXTRACTION = "feature-extraction"
+
+
+class Task(StrEnum):
+    """What is predicted."""
+
+    MULTICLASS = "multiclass"
+    BINARY = "binary"
+    MULTILABEL = "multilabel"
+    REGRESSION = "regression"
+
+
+class TaskChoice(StrEnum):
+    """The task that a recipe asks for; `auto` takes the data set's."""
+
+    AUTO = "auto"
+    MULTICLASS = "multiclass"
+    BINARY = "binary"
+
+
+class Resize(StrEnum):
+    """How an image becomes a square: stretched, cut to its centre, or given black borders."""
+
+    SQUASH = "squash"
+    CROP = "crop"
+    PAD = "pad"
+
+
+class Activation(StrEnum):
+    """What follows a hidden layer of a head."""
+
+    LINEAR = "linear"
+    RELU = "relu"
+    SIGMOID = "sigmoid"
+    TANH = "tanh"
+
+
+class OptimizerName(StrEnum):
+    """An update rule; `momentum` and `nesterov` are stochastic gradient descent with momentum 0.9."""
+
+    SGD = "sgd"
+    MOMENTUM = "momentum"
+    NESTEROV = "nesterov"
+    ADAGRAD = "adagrad"
+    RMSPROP = "rmsprop"
+    ADAM = "adam"
+    ADAMW = "adamw"
+
+
+class Monitor(StrEnum):
+    """What early stopping watches on the validation split."""
+
+    VAL_LOSS = "val_loss"
+    VAL_ACCURACY = "val_accuracy"
+
+
+class TargetMetric(StrEnum):
+    """What a target may be set on."""
+
+    LOSS = "loss"
+    ACCURACY = "accuracy"
+    VAL_LOSS = "val_loss"
+    VAL_ACCURACY = "val_accuracy"
+
+
+class ClassWeights(StrEnum):
+    """`auto` weighs each class by the inverse of its share."""
+
+    AUTO = "auto"
+    NONE = "none"
+
+
+class Precision(StrEnum):
+    """The arithmetic of the backbone."""
+
+    FLOAT32 = "float32"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class HeadRecipe(_Part):
+    """The trained part: dense layers on the features. Without hidden layers it is linear."""
+
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=4)] = ()
+    """Units of each hidden layer."""
+    activation: Activation = Activation.RELU
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of inputs dropped before each layer while training."""
+    l2: Annotated[float, Field(ge=0, le=10)] = 1e-4
+    """Weight of the squared weights in the loss."""
+
+
+class OptimizerRecipe(_Part):
+    """How weights are updated."""
+
+    name: OptimizerName = OptimizerName.ADAM
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.001
+
+
+class Target(_Part):
+    """A value at which training may end: losses from above, accuracies from below."""
+
+    metric: TargetMetric
+    value: float
+
+
+class EarlyStopping(_Part):
+    """When a fit ends before its last epoch; the weights of its best epoch are restored."""
+
+    monitor: Monitor = Monitor.VAL_LOSS
+    patience: Annotated[int, Field(ge=0, le=10_000)] = 5
+    """Epochs without improvement that are waited for."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """The least change that counts as an improvement."""
+    target: Target | None = None
+
+
+class Folds(_Part):
+    """How the score is measured."""
+
+    k: Annotated[int, Field(ge=2, le=20)] | None = None
+    """Number of folds; by default 5, or fewer if a class is smaller."""
+    repeats: Annotated[int, Field(ge=1, le=20)] = 1
+    """How often the whole k-fold evaluation is repeated with other splits."""
+    validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.15
+    """Share of a fold's training images that early stopping watches."""
+
+
+class Recipe(_Part):
+    """Everything that a run is asked to do."""
+
+    mode: Mode = Mode.FEATURE_EXTRACTION
+    backbone: BackboneName = BackboneName.XCEPTION
+    weights: Annotated[str, Field(pattern=NAME_PATTERN)] = IMAGENET
+    """`imagenet`, `random`, or a name under which the operator imported weights."""
+    features_from: str | None = None
+    """The cut point whose output becomes the features; by default the last. See GET /api/v1/backbones."""
+    image_size: Annotated[int, Field(ge=16, le=1024)] | None = None
+    """Side of the square in pixels that images are resized to; by default the backbone's own."""
+    resize: Resize = Resize.SQUASH
+    task: TaskChoice = TaskChoice.AUTO
+    head: HeadRecipe = HeadRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    batch_size: Annotated[int, Field(ge=1, le=8192)] = 32
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 100
+    early_stopping: EarlyStopping | None = EarlyStopping()
+    """`null` trains every epoch and keeps the last weights."""
+    folds: Folds = Folds()
+    augmentation: None = None
+    """Features of a frozen backbone are computed once per image, so there is nothing to augment."""
+    class_weights: ClassWeights = ClassWeights.NONE
+    precision: Precision = Precision.FLOAT32
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """A class of a data set version: its images, and how many groups of them can be folded.
+
+    An image without a group is a group of its own; test and validation images are in no fold.
+    """
+
+    name: str
+    images: int
+    groups: int
+
+
+def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> Recipe:
+    """Return the recipe with every default filled in for a data set. Raises RecipeInvalid, naming the field."""
+    backbone = CATALOGUE[recipe.backbone]
+    size = recipe.image_size or backbone.size
+    if size < backbone.minimum_size:
+        raise RecipeInvalid(
+            "image_size",
+            f"Expected at least {backbone.minimum_size} pixels for {backbone.title}. Received {size}.",
+        )
+    cut = recipe.features_from or backbone.last_cut
+    if cut not in backbone.cuts:
+        raise RecipeInvalid(
+            "features_from",
+            f"Expected a cut point of {backbone.title} ({', '.join(backbone.cuts)}). Received {cut!r}.",
+        )
+    return recipe.model_copy(
+        update={
+            "image_size": size,
+            "features_from": cut,
+            "task": _filled_task(recipe.task, task, classes),
+            "folds": recipe.folds.model_copy(update={"k": _filled_k(recipe.folds.k, classes)}),
+        }
+    )
+
+
+_DEFAULT_K = 5
+
+
+def _filled_task(wanted: TaskChoice, task: Task, classes: Sequence[ClassCount]) -> TaskChoice:
+    if task not in (Task.BINARY, Task.MULTICLASS):
+        raise RecipeInvalid(
+            "task", f"Expected a data set with one label per image. Received one for {task.value}, not supported yet."
+        )
+    if wanted is TaskChoice.BINARY and len(classes) != 2:
+        raise RecipeInvalid("task", f"Expected 2 classes for a binary task. The data set has {len(classes)}.")
+    return TaskChoice(task.value) if wanted is TaskChoice.AUTO else wanted
+
+
+def _filled_k(k: int | None, classes: Sequence[ClassCount]) -> int:
+    smallest = min(classes, key=lambda count: count.groups)
+    if smallest.groups < 2:
+        raise RecipeInvalid(
+            "dataset",
+            f"Expected at least 2 images of each class that do not belong together, to train on one and test on the "
+            f"other. Class {smallest.name!r} has {smallest.groups} (of {smallest.images} images). Add images of it.",
+        )
+    if k is not None and k > smallest.groups:
+        raise RecipeInvalid(
+            "folds.k",
+            f"Expected at most {smallest.groups} folds: class {smallest.name!r} has no more images that do not belong "
+            f"together. Received {k}.",
+        )
+    return k or min(_DEFAULT_K, smallest.groups)

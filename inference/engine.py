@@ -1,0 +1,76 @@
+"""Runs an exported backbone: images in, features out. The same engine feeds training and answers predictions.
+
+Knows nothing of heads, batching or files being decoded.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import openvino
+
+from artifacts.features import Features
+from artifacts.images import Pixels
+from artifacts.recipe import Precision
+
+_HINTS = {Precision.FLOAT32: "f32"}
+
+# How far two runs of one network on different processors may differ, relative to the largest value.
+TOLERANCE = {Precision.FLOAT32: 1e-3}
+
+
+class Engine(Protocol):
+    """A network that turns images into features."""
+
+    name: str
+
+    def features(self, images: Pixels) -> Features:
+        """Return float32 [N, D] for uint8 images [N, H, W, 3]. May be called from several threads."""
+        ...
+
+
+class OpenVinoEngine:
+    """An ONNX network run by OpenVINO on the processor."""
+
+    name = "openvino"
+
+    def __init__(self, network: Path, precision: Precision, threads: int) -> None:
+        core = openvino.Core()
+        # OpenVINO would choose bfloat16 by itself where the processor has it, and the score would not be the same.
+        options = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        self._network = core.compile_model(core.read_model(str(network)), "CPU", options)
+        self._output = self._network.output("features")
+        self._local = threading.local()
+
+    def features(self, images: Pixels) -> Features:
+        """Return float32 [N, D] for uint8 images [N, H, W, 3]."""
+        if not hasattr(self._local, "request"):
+            self._local.request = self._network.create_infer_request()
+        request: Any = self._local.request
+        request.infer([np.ascontiguousarray(images)])
+        return np.array(request.get_tensor(self._output).data, dtype=np.float32)
+
+
+class FlatEngine:
+    """A stand-in that needs no network: the mean colour of each cell of a grid over the image. For tests and trials."""
+
+    name = "flat"
+
+    def __init__(self, cells: int = 4) -> None:
+        self._cells = cells
+        self.images_seen = 0
+
+    def features(self, images: Pixels) -> Features:
+        """Return float32 [N, cells * cells * 3] for uint8 images [N, H, W, 3] with H and W divisible by `cells`."""
+        self.images_seen += len(images)
+        count, height, width, _ = images.shape
+        grid = images.reshape(count, self._cells, height // self._cells, self._cells, width // self._cells, 3)
+        means: Features = grid.mean(axis=(2, 4), dtype=np.float32).reshape(count, -1)
+        return means

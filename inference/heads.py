@@ -1,0 +1,60 @@
+"""Heads in NumPy: features to logits to probabilities. The trained score is measured with this code, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.bundle import Dense, Float32
+from artifacts.features import Features
+from artifacts.recipe import Activation, Task
+
+
+def _sigmoid(x: Float32) -> Float32:
+    # exp of a negative number only, so that large logits do not overflow
+    small = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+
+
+_ACTIVATIONS: Mapping[Activation, Callable[[Float32], Float32]] = {
+    Activation.LINEAR: lambda x: x,
+    Activation.RELU: lambda x: np.maximum(x, np.float32(0)),
+    Activation.SIGMOID: _sigmoid,
+    Activation.TANH: np.tanh,
+}
+
+
+def logits(layers: Sequence[Dense], features: Features) -> Float32:
+    """Return float32 [N, outputs] for features float32 [N, D]."""
+    x = features
+    for layer in layers:
+        x = _ACTIVATIONS[layer.activation](x @ layer.kernel + layer.bias)
+    return x
+
+
+def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: float = 1.0) -> npt.NDArray[np.float64]:
+    """Return the probability of each label.
+
+    Args:
+        task: `multiclass` is a softmax over the outputs, `binary` a sigmoid of the one output.
+        logits: [N, outputs]; [N, 1] for a binary task.
+        temperature: divides the logits (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+
+    Returns:
+        float64 [N, labels]; two labels for a binary task, the second one being the sigmoid. Rows sum to one.
+    """
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    if task is Task.BINARY:
+        scaled = np.concatenate([np.zeros_like(scaled), scaled], axis=1)
+    exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    result: npt.NDArray[np.float64] = exponents / exponents.sum(axis=1, keepdims=True)
+    return result
+
+
+def answers(task: Task, probabilities: npt.NDArray[np.float64], threshold: float = 0.5) -> npt.NDArray[np.intp]:
+    """Return the index of the label that is answered for each row, int [N]."""
+    if task is Task.BINARY:
+        return (probabilities[:, 1] >= threshold).astype(np.intp)
+    return np.asarray(probabilities.argmax(axis=1), dtype=np.intp)

@@ -1,0 +1,110 @@
+"""Answers for one model: decodes images, runs its backbone and its head. Knows no HTTP, SQL or names of models."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from artifacts import images
+from artifacts.bundle import Bundle
+from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
+from errors import BundleRefused, DeadlineExceeded, ImageRefused
+from inference import heads
+from inference.engine import TOLERANCE, Engine
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image; `probabilities` by label, in the bundle's order."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of an answer went, in milliseconds."""
+
+    queue: float
+    decode: float
+    backbone: float
+    head: float
+
+
+class Predictor:
+    """One bundle with the engine of its backbone; `turn` is held by whoever uses that engine."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, turn: threading.Lock) -> None:
+        self.bundle = bundle
+        self._engine = engine
+        self._turn = turn
+
+    def check(self) -> None:
+        """See that this machine gives the golden output for the golden input. Raises BundleRefused."""
+        bundle = self.bundle
+        if bundle.image_rule != IMAGE_RULE:
+            raise BundleRefused(
+                f"The model was trained with image rule {bundle.image_rule}, this version decodes by rule "
+                f"{IMAGE_RULE}. Train it again, or serve it with the version that trained it."
+            )
+        found = heads.logits(bundle.layers, self._engine.features(bundle.golden_input))
+        scale = max(1.0, float(np.abs(bundle.golden_output).max()))
+        difference = float(np.abs(found - bundle.golden_output).max()) / scale
+        if not difference <= TOLERANCE[bundle.precision]:
+            raise BundleRefused(
+                f"This machine's {self._engine.name} engine answers differently from the one that trained the model: "
+                f"expected at most {TOLERANCE[bundle.precision]:g} relative difference. Received {difference:g}."
+            )
+
+    def predict(
+        self, files: Sequence[bytes], limits: ImageLimits, deadline_s: float
+    ) -> tuple[list[Prediction], Timings]:
+        """Answer for each image file.
+
+        Raises:
+            ImageRefused: an image cannot be used; `image` is its position.
+            DeadlineExceeded: the engine was busy for longer than `deadline_s`.
+        """
+        bundle = self.bundle
+        started = time.perf_counter()
+        pixels = np.stack([self._decode(position, file, limits) for position, file in enumerate(files)])
+        decoded = time.perf_counter()
+        if not self._turn.acquire(timeout=deadline_s):
+            raise DeadlineExceeded(
+                f"The engine was busy for {deadline_s:g} s. Try again, or send fewer images at once."
+            )
+        try:
+            waited = time.perf_counter()
+            features = self._engine.features(pixels)
+            computed = time.perf_counter()
+        finally:
+            self._turn.release()
+        logits = heads.logits(bundle.layers, features)
+        probabilities = heads.probabilities(bundle.task, logits, bundle.temperature)
+        chosen = heads.answers(bundle.task, probabilities, bundle.threshold)
+        predictions = [
+            Prediction(
+                label=bundle.labels[index],
+                probability=float(row[index]),
+                probabilities=dict(zip(bundle.labels, map(float, row), strict=True)),
+            )
+            for index, row in zip(chosen, probabilities, strict=True)
+        ]
+        finished = time.perf_counter()
+        return predictions, Timings(
+            queue=1000 * (waited - decoded),
+            decode=1000 * (decoded - started),
+            backbone=1000 * (computed - waited),
+            head=1000 * (finished - computed),
+        )
+
+    def _decode(self, position: int, file: bytes, limits: ImageLimits) -> Pixels:
+        try:
+            return images.decode(file, self.bundle.size, self.bundle.resize, limits)
+        except ImageRefused as error:
+            raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error

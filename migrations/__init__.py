@@ -1,0 +1,1 @@
+"""The history of the schema, as Alembic runs it. The records themselves are in `models/`."""

@@ -1,0 +1,42 @@
+"""Alembic's entry point. Compares against every record of `models/`; takes its connection from who calls it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from alembic import context
+from alembic.autogenerate.api import AutogenContext
+from sqlalchemy import JSON, Connection
+
+import models.job
+import models.reference  # noqa: F401  (these two import every record, so that all are compared)
+from models.base import Base, Utc
+from models.session import Database
+from settings import Settings
+
+
+def render_type(kind: str, item: Any, autogenerate: AutogenContext) -> str | Literal[False]:
+    """Write our own column types out in full: a migration must not change when `models/` does."""
+    if kind == "type" and isinstance(item, Utc):
+        return "sa.DateTime(timezone=True)"
+    if kind == "type" and isinstance(item, JSON):
+        autogenerate.imports.add("from sqlalchemy.dialects.postgresql import JSONB")
+        return 'sa.JSON().with_variant(JSONB(), "postgresql")'
+    return False
+
+
+def migrate(connection: Connection) -> None:
+    """Run the migrations that are due on this connection, in its transaction."""
+    context.configure(
+        connection=connection, target_metadata=Base.metadata, render_as_batch=True, render_item=render_type
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+given = context.config.attributes.get("connection")
+if given is not None:
+    migrate(given)
+else:
+    with Database(Settings().database).engine.begin() as own:
+        migrate(own)

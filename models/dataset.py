@@ -1,0 +1,397 @@
+"""Data sets, their versions, and which image is in which version. Reads no file.
+
+A version is written once and never changed: adding images makes a new version that also names the old ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    UniqueConstraint,
+    delete,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from artifacts.images import ImageFacts
+from artifacts.layout import Split
+from artifacts.manifest import Row
+from artifacts.recipe import ClassCount, Task
+from artifacts.store import Digest
+from errors import NameTaken, NotFound, NotReady, Refused
+from models.base import Base, Json, new_id, now, text_enum
+from models.project import Principal, owner, scope
+
+REFUSED_SHOWN = 1000
+
+_ALIVE = text("deleted_at IS NULL")
+
+
+class DatasetState(StrEnum):
+    """Where a version stands."""
+
+    UPLOADED = "uploaded"
+    INGESTING = "ingesting"
+    READY = "ready"
+    REJECTED = "rejected"
+
+
+class Dataset(Base):
+    """A named line of versions. A deleted one keeps its row, since runs still name it, but gives its name back."""
+
+    __tablename__ = "dataset"
+    __table_args__ = (
+        Index(
+            "uq_dataset_project_id_name",
+            "project_id",
+            "name",
+            unique=True,
+            sqlite_where=_ALIVE,
+            postgresql_where=_ALIVE,
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: new_id("ds"))
+    project_id: Mapped[str] = owner()
+    name: Mapped[str] = mapped_column(String(63))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    deleted_at: Mapped[datetime | None]
+
+
+class DatasetVersion(Base):
+    """One immutable state of a data set. Counts, classes and manifest are there once it is ready."""
+
+    __tablename__ = "dataset_version"
+    __table_args__ = (UniqueConstraint("dataset_id", "number"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: new_id("dsv"))
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"))
+    number: Mapped[int]
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("dataset_version.id"))
+    state: Mapped[DatasetState] = mapped_column(text_enum(DatasetState), default=DatasetState.UPLOADED)
+    archive_sha256: Mapped[str | None] = mapped_column(String(64))
+    manifest_sha256: Mapped[str | None] = mapped_column(String(64))
+    task: Mapped[Task | None] = mapped_column(text_enum(Task))
+    images: Mapped[int] = mapped_column(default=0)
+    duplicates: Mapped[int] = mapped_column(default=0)
+    ignored: Mapped[int] = mapped_column(default=0)
+    classes: Mapped[list[Any]] = mapped_column(Json, default=list)
+    target: Mapped[dict[str, Any] | None]
+    refused: Mapped[list[Any]] = mapped_column(Json, default=list)
+    refused_total: Mapped[int] = mapped_column(default=0)
+    progress: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    ready_at: Mapped[datetime | None]
+
+    @property
+    def class_counts(self) -> list[ClassCount]:
+        """The classes in the order of their outputs."""
+        return [ClassCount(**count) for count in self.classes]
+
+
+class Image(Base):
+    """One file, by its content; the same file in two versions is one image. Sizes in bytes and upright pixels."""
+
+    __tablename__ = "image"
+    __table_args__ = (UniqueConstraint("project_id", "sha256"),)
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    project_id: Mapped[str] = owner()
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    width: Mapped[int]
+    height: Mapped[int]
+    format: Mapped[str] = mapped_column(String(16))
+
+
+class Membership(Base):
+    """An image in a version, with what is known of it there. Several labels are joined by `|`."""
+
+    __tablename__ = "membership"
+    __table_args__ = (Index(None, "version_id", "label", "path"),)
+
+    version_id: Mapped[str] = mapped_column(ForeignKey("dataset_version.id"), primary_key=True)
+    path: Mapped[str] = mapped_column(String(1024), primary_key=True)
+    image_id: Mapped[int] = mapped_column(ForeignKey("image.id"), index=True)
+    label: Mapped[str | None] = mapped_column(String(1024))
+    target: Mapped[float | None]
+    group: Mapped[str | None] = mapped_column(String(1024))
+    split: Mapped[Split] = mapped_column(text_enum(Split))
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """An image that ingest took in: its row of the manifest, and what is known of its file."""
+
+    row: Row
+    facts: ImageFacts
+    size_bytes: int
+
+
+# --- finding -------------------------------------------------------------------------------------------------------
+
+
+def get_dataset(session: Session, principal: Principal, dataset_id: str) -> Dataset:
+    """Return a data set that is not deleted. Raises NotFound."""
+    query = select(Dataset).where(
+        Dataset.id == dataset_id, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
+    )
+    dataset = session.scalar(query)
+    if dataset is None:
+        raise NotFound(f"No data set has the id {dataset_id!r}.")
+    return dataset
+
+
+def get_versions(session: Session, dataset_id: str) -> Sequence[DatasetVersion]:
+    """Return every version of a data set, the newest first."""
+    query = select(DatasetVersion).where(DatasetVersion.dataset_id == dataset_id)
+    return session.scalars(query.order_by(DatasetVersion.number.desc())).all()
+
+
+def current_version(versions: Sequence[DatasetVersion]) -> DatasetVersion:
+    """Return the version that a data set shows: the newest that is ready, else the newest of all."""
+    return next((version for version in versions if version.state is DatasetState.READY), versions[0])
+
+
+def ready_version(session: Session, dataset: Dataset, number: int | None) -> DatasetVersion:
+    """Return the version that a run may use: `number`, or the newest that is ready. Raises NotFound or NotReady."""
+    versions = get_versions(session, dataset.id)
+    wanted = [version for version in versions if number in (None, version.number)]
+    if not wanted:
+        raise NotFound(f"Data set {dataset.name!r} has no version {number}.")
+    version = current_version(wanted)
+    if version.state is DatasetState.REJECTED:
+        reason = (version.error or {}).get("detail", "")
+        raise NotReady(f"Data set {dataset.name!r} was rejected and cannot be trained on: {reason}")
+    if version.state is not DatasetState.READY:
+        raise NotReady(f"Data set {dataset.name!r} is {version.state.value}; wait until its state is ready.")
+    return version
+
+
+# --- changing ------------------------------------------------------------------------------------------------------
+
+
+def check_name(session: Session, principal: Principal, name: str) -> None:
+    """See that a new data set may have this name. Raises NameTaken."""
+    query = select(Dataset.id).where(
+        Dataset.name == name, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
+    )
+    existing = session.scalar(query)
+    if existing is not None:
+        raise NameTaken(
+            f"A data set named {name!r} exists ({existing}). Add images to it with POST "
+            f"/api/v1/datasets/{existing}/versions, delete it, or choose another name.",
+            dataset=existing,
+        )
+
+
+def create_dataset(session: Session, principal: Principal, name: str) -> Dataset:
+    """Add a data set without versions. Raises NameTaken."""
+    check_name(session, principal, name)
+    dataset = Dataset(project_id=principal.project_id, name=name)
+    session.add(dataset)
+    session.flush()
+    return dataset
+
+
+def check_idle(session: Session, dataset: Dataset) -> None:
+    """See that no version is under way, so that the next one knows what it adds to. Raises NotReady."""
+    waiting = (DatasetState.UPLOADED, DatasetState.INGESTING)
+    if any(version.state in waiting for version in get_versions(session, dataset.id)):
+        raise NotReady(f"Data set {dataset.name!r} is still taking in other images; wait until they are in.")
+
+
+def add_version(session: Session, dataset: Dataset, archive: Digest) -> DatasetVersion:
+    """Add a version that waits for its archive to be ingested. Raises NotReady while another one is under way."""
+    check_idle(session, dataset)
+    versions = get_versions(session, dataset.id)
+    ready = [version for version in versions if version.state is DatasetState.READY]
+    version = DatasetVersion(
+        dataset_id=dataset.id,
+        number=versions[0].number + 1 if versions else 1,
+        parent_id=ready[0].id if ready else None,
+        archive_sha256=archive,
+    )
+    session.add(version)
+    session.flush()
+    return version
+
+
+def start_ingest(session: Session, version_id: str) -> DatasetVersion:
+    """Mark a version as being taken in, forgetting what an interrupted attempt left."""
+    version = session.get_one(DatasetVersion, version_id)
+    if version.state not in (DatasetState.UPLOADED, DatasetState.INGESTING):
+        raise RuntimeError(f"Version {version_id} is {version.state}, not waiting. This is a bug.")
+    version.state = DatasetState.INGESTING
+    session.execute(delete(Membership).where(Membership.version_id == version_id))
+    return version
+
+
+def wait_again(session: Session, version_id: str) -> None:
+    """Put a version back in line after its attempt was interrupted."""
+    session.execute(
+        update(DatasetVersion)
+        .where(DatasetVersion.id == version_id, DatasetVersion.state == DatasetState.INGESTING)
+        .values(state=DatasetState.UPLOADED)
+    )
+
+
+def add_images(session: Session, project_id: str, version_id: str, accepted: Sequence[Accepted]) -> None:
+    """Add images and their membership in a version that is being ingested."""
+    if not accepted:
+        return
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    known = dialect.insert(Image).on_conflict_do_nothing(index_elements=["project_id", "sha256"])
+    files = [
+        {
+            "project_id": project_id,
+            "sha256": image.row.sha256,
+            "size_bytes": image.size_bytes,
+            "width": image.facts.width,
+            "height": image.facts.height,
+            "format": image.facts.format,
+        }
+        for image in {image.row.sha256: image for image in accepted}.values()
+    ]
+    session.execute(known, files)
+    query = select(Image.sha256, Image.id).where(
+        Image.project_id == project_id, Image.sha256.in_([file["sha256"] for file in files])
+    )
+    ids = dict(session.execute(query).tuples().all())
+    session.execute(
+        insert(Membership),
+        [
+            {
+                "version_id": version_id,
+                "path": image.row.path,
+                "image_id": ids[image.row.sha256],
+                "label": None if image.row.target is not None else "|".join(image.row.labels),
+                "target": image.row.target,
+                "group": image.row.group,
+                "split": image.row.split,
+            }
+            for image in accepted
+        ],
+    )
+
+
+def copy_memberships(session: Session, from_version: str, to_version: str, after_path: str, limit: int) -> str | None:
+    """Copy up to `limit` rows after `after_path` into another version; return the last path, None at the end."""
+    columns = [column for column in Membership.__table__.columns if column.name != "version_id"]
+    query = (
+        select(*columns)
+        .where(Membership.version_id == from_version, Membership.path > after_path)
+        .order_by(Membership.path)
+        .limit(limit)
+    )
+    rows = session.execute(query).all()
+    if not rows:
+        return None
+    session.execute(insert(Membership), [{**row._mapping, "version_id": to_version} for row in rows])
+    return str(rows[-1].path)
+
+
+def mark_ready(
+    session: Session,
+    version_id: str,
+    *,
+    manifest: Digest,
+    task: Task,
+    images: int,
+    duplicates: int,
+    ignored: int,
+    classes: Iterable[ClassCount],
+    target: dict[str, Any] | None,
+    refused: Sequence[Refused],
+) -> None:
+    """Make an ingested version usable."""
+    version = session.get_one(DatasetVersion, version_id)
+    version.state = DatasetState.READY
+    version.manifest_sha256 = manifest
+    version.task = task
+    version.images = images
+    version.duplicates = duplicates
+    version.ignored = ignored
+    version.classes = [vars(count) for count in classes]
+    version.target = target
+    _set_refused(version, refused)
+    version.archive_sha256 = None
+    version.progress = None
+    version.ready_at = now()
+
+
+def mark_rejected(
+    session: Session, version_id: str, error: dict[str, Any], refused: Sequence[Refused] = (), ignored: int = 0
+) -> None:
+    """Close a version that makes no data set, keeping why; its images are dropped."""
+    version = session.get_one(DatasetVersion, version_id)
+    version.state = DatasetState.REJECTED
+    version.error = error
+    version.ignored = ignored
+    _set_refused(version, refused)
+    version.archive_sha256 = None
+    version.progress = None
+
+
+def withdraw(session: Session, version_id: str) -> None:
+    """Close a version that waited for its ingest when its data set was deleted; a purge drops its archive."""
+    version = session.get_one(DatasetVersion, version_id)
+    version.state = DatasetState.REJECTED
+
+
+def delete_dataset(dataset: Dataset) -> None:
+    """Take a data set out of sight and free its name; a purge job then drops what it held."""
+    dataset.deleted_at = now()
+
+
+def set_progress(session: Session, version_id: str, progress: dict[str, Any]) -> None:
+    """Say how far the ingest of a version is."""
+    session.get_one(DatasetVersion, version_id).progress = progress
+
+
+def forget_files(session: Session, dataset_id: str) -> list[Digest]:
+    """Drop the manifests and waiting archives of a deleted data set; return those files."""
+    digests = []
+    for version in get_versions(session, dataset_id):
+        digests += [Digest(file) for file in (version.manifest_sha256, version.archive_sha256) if file is not None]
+        version.manifest_sha256 = version.archive_sha256 = None
+    return digests
+
+
+def _set_refused(version: DatasetVersion, refused: Sequence[Refused]) -> None:
+    version.refused = [vars(file) for file in refused[:REFUSED_SHOWN]]
+    version.refused_total = len(refused)
+
+
+def drop_memberships(session: Session, version_ids: Sequence[str], limit: int) -> tuple[int, list[Digest]]:
+    """Remove up to `limit` rows of versions; return how many, and the files of images that no version names now."""
+    gone = session.execute(
+        select(Membership.version_id, Membership.path, Membership.image_id)
+        .where(Membership.version_id.in_(version_ids))
+        .limit(limit)
+    ).all()
+    for version_id, path, _ in gone:
+        session.execute(delete(Membership).where(Membership.version_id == version_id, Membership.path == path))
+    orphans = session.execute(
+        select(Image.id, Image.sha256).where(
+            Image.id.in_({image_id for _, _, image_id in gone}),
+            ~select(Membership.path).where(Membership.image_id == Image.id).exists(),
+        )
+    ).all()
+    session.execute(delete(Image).where(Image.id.in_([image_id for image_id, _ in orphans])))
+    return len(gone), [Digest(sha256) for _, sha256 in orphans]

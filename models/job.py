@@ -1,0 +1,356 @@
+"""Jobs: work that is owed. The database is the truth; whoever holds a job's lease may change what the job is about.
+
+    queued → running → succeeded | failed | cancelled        running → queued when a lease is lost or given back
+
+A lease is (job, epoch). Its holder counts `renewals` up; others watch that number on a clock of their own and take the
+job over when it stands still. Taking over counts the epoch up, and every write of a holder is fenced by its epoch, so
+a holder that was only asleep changes nothing any more. No clock is compared with another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import BigInteger, CursorResult, ForeignKey, Index, Integer, String, func, or_, select, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from errors import EspalierError
+from models.base import Base, Json, new_id, now, text_enum
+from models.project import owner
+from models.run import Run
+
+
+class JobKind(StrEnum):
+    """What a job does."""
+
+    INGEST = "ingest"
+    TRAIN = "train"
+    PURGE = "purge"
+    PUBLISH = "publish"
+
+
+# How often a job is begun before it counts as failed. What MLflow is owed stays owed, and a purge can always go on.
+MAX_ATTEMPTS = {JobKind.INGEST: 3, JobKind.TRAIN: 3, JobKind.PURGE: 1_000_000, JobKind.PUBLISH: 1_000_000}
+
+
+class JobState(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Queue(StrEnum):
+    """Who does a job: each queue is one job at a time in each worker that serves it."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+    INGEST = "ingest"
+    TRACKING = "tracking"
+
+
+_UNFINISHED = text("state IN ('queued', 'running')")
+
+
+class Job(Base):
+    """One piece of work about one subject: a data set version to ingest, a run to train or to publish, and so on."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        Index(None, "queue", "state", "priority", "id"),
+        Index(
+            "uq_job_unfinished",
+            "kind",
+            "subject_id",
+            "index",
+            unique=True,
+            sqlite_where=_UNFINISHED,
+            postgresql_where=_UNFINISHED,
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: new_id("job"))
+    project_id: Mapped[str] = owner()
+    kind: Mapped[JobKind] = mapped_column(text_enum(JobKind))
+    queue: Mapped[Queue] = mapped_column(text_enum(Queue))
+    subject_id: Mapped[str] = mapped_column(String(40))
+    priority: Mapped[int] = mapped_column(default=0)
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"))
+    index: Mapped[int] = mapped_column(default=0)
+    state: Mapped[JobState] = mapped_column(text_enum(JobState), default=JobState.QUEUED)
+    attempt: Mapped[int] = mapped_column(default=0)
+    lease_owner: Mapped[str | None] = mapped_column(String(127))
+    lease_epoch: Mapped[int] = mapped_column(default=0)
+    renewals: Mapped[int] = mapped_column(BigInteger, default=0)
+    next_attempt_at: Mapped[datetime | None]
+    cancel_requested_at: Mapped[datetime | None]
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Outbox(Base):
+    """Something that MLflow is still owed about a run; the row goes when MLflow has it."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id"), index=True)
+    kind: Mapped[str] = mapped_column(String(32))
+    payload: Mapped[dict[str, Any]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Worker(Base):
+    """A worker process, for display: which queues it serves and when it last looked for work."""
+
+    __tablename__ = "worker"
+
+    name: Mapped[str] = mapped_column(String(127), primary_key=True)
+    queues: Mapped[list[Any]] = mapped_column(Json)
+    started_at: Mapped[datetime] = mapped_column(default=now)
+    looked_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class LeaseLost(Exception):
+    """Another holder has the job, or it is over; stop at once and write nothing."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to work on a job."""
+
+    job_id: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a sweeper saw of a running job; the same sighting for too long means that its holder is gone."""
+
+    job_id: str
+    epoch: int
+    renewals: int
+
+
+# --- queued --------------------------------------------------------------------------------------------------------
+
+
+def add_job(session: Session, project_id: str, kind: JobKind, queue: Queue, subject_id: str) -> Job:
+    """Owe a piece of work, in the transaction that makes it due."""
+    job = Job(project_id=project_id, kind=kind, queue=queue, subject_id=subject_id)
+    session.add(job)
+    session.flush()
+    return job
+
+
+def claim(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
+    """Take the eligible job that waits longest, highest priority first; None if there is none."""
+    eligible = (
+        select(Job.id)
+        .where(Job.state == JobState.QUEUED, Job.queue.in_(queues))
+        .where(or_(Job.next_attempt_at.is_(None), Job.next_attempt_at <= now()))
+        .order_by(Job.priority.desc(), Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    job_id = session.scalar(eligible)
+    if job_id is None:
+        return None
+    taken = _execute(
+        session,
+        update(Job)
+        .where(Job.id == job_id, Job.state == JobState.QUEUED)
+        .values(
+            state=JobState.RUNNING,
+            lease_owner=owner,
+            lease_epoch=Job.lease_epoch + 1,
+            renewals=0,
+            attempt=Job.attempt + 1,
+            next_attempt_at=None,
+            started_at=now(),
+        ),
+    )
+    return session.get_one(Job, job_id, populate_existing=True) if taken else None
+
+
+# --- running, by the holder of the lease -----------------------------------------------------------------------------
+
+
+def hold(session: Session, lease: Lease) -> Job:
+    """Fence the transaction: what follows is written by the lease's holder or not at all. Raises LeaseLost."""
+    kept = _execute(session, _held(lease).values(renewals=Job.renewals))
+    if not kept:
+        raise LeaseLost(lease.job_id)
+    return session.get_one(Job, lease.job_id, populate_existing=True)
+
+
+def renew(session: Session, lease: Lease) -> bool:
+    """Show that the holder is alive; return whether somebody asked to cancel. Raises LeaseLost."""
+    kept = _execute(session, _held(lease).values(renewals=Job.renewals + 1))
+    if not kept:
+        raise LeaseLost(lease.job_id)
+    return is_cancel_requested(session, lease.job_id)
+
+
+def finish(session: Session, lease: Lease, state: JobState, error: dict[str, Any] | None = None) -> None:
+    """Close a job. Raises LeaseLost."""
+    values = {"state": state, "error": error, "finished_at": now(), "lease_owner": None}
+    if not _execute(session, _held(lease).values(**values)):
+        raise LeaseLost(lease.job_id)
+
+
+def give_back(session: Session, lease: Lease, *, delay_s: float = 0.0, counts: bool = True) -> None:
+    """Queue a job again, after a delay; an attempt that does not count was not the job's fault. Raises LeaseLost."""
+    values = {
+        "state": JobState.QUEUED,
+        "lease_owner": None,
+        "attempt": Job.attempt if counts else Job.attempt - 1,
+        "next_attempt_at": now() + timedelta(seconds=delay_s) if delay_s else None,
+    }
+    if not _execute(session, _held(lease).values(**values)):
+        raise LeaseLost(lease.job_id)
+
+
+def _held(lease: Lease) -> Any:
+    return update(Job).where(Job.id == lease.job_id, Job.lease_epoch == lease.epoch, Job.state == JobState.RUNNING)
+
+
+# --- by anybody ------------------------------------------------------------------------------------------------------
+
+
+def is_cancel_requested(session: Session, job_id: str) -> bool:
+    """Say whether somebody asked to cancel the job."""
+    return session.scalar(select(Job.cancel_requested_at).where(Job.id == job_id)) is not None
+
+
+def request_cancel(session: Session, kind: JobKind, subject_id: str) -> bool:
+    """Ask for a job to end; return whether it was still queued and therefore ended here and now."""
+    mine = (Job.kind == kind, Job.subject_id == subject_id)
+    ended = _execute(
+        session,
+        update(Job)
+        .where(*mine, Job.state == JobState.QUEUED)
+        .values(state=JobState.CANCELLED, cancel_requested_at=now(), finished_at=now()),
+    )
+    if not ended:
+        _execute(
+            session,
+            update(Job)
+            .where(*mine, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
+            .values(cancel_requested_at=now()),
+        )
+    return bool(ended)
+
+
+def sightings(session: Session, queues: Sequence[Queue]) -> list[Sighting]:
+    """Return what can be seen of every running job."""
+    query = select(Job.id, Job.lease_epoch, Job.renewals).where(Job.state == JobState.RUNNING, Job.queue.in_(queues))
+    return [Sighting(*row) for row in session.execute(query)]
+
+
+def take_over(session: Session, sighting: Sighting) -> Job | None:
+    """End the lease of a holder that stood still since the sighting; return the job with its new state.
+
+    Queued again; cancelled if that was asked for; failed if its attempts are used up. None if the holder moved.
+    """
+    still = (
+        Job.id == sighting.job_id,
+        Job.lease_epoch == sighting.epoch,
+        Job.renewals == sighting.renewals,
+        Job.state == JobState.RUNNING,
+    )
+    taken = _execute(
+        session, update(Job).where(*still).values(lease_epoch=Job.lease_epoch + 1, lease_owner=None, renewals=0)
+    )
+    if not taken:
+        return None
+    job = session.get_one(Job, sighting.job_id, populate_existing=True)
+    if job.cancel_requested_at is not None:
+        job.state, job.finished_at = JobState.CANCELLED, now()
+    elif attempts_are_used_up(job):
+        job.state, job.finished_at = JobState.FAILED, now()
+    else:
+        job.state = JobState.QUEUED
+    session.flush()
+    return job
+
+
+def attempts_are_used_up(job: Job) -> bool:
+    """Say whether a failure of this attempt is final."""
+    return job.attempt >= MAX_ATTEMPTS[job.kind]
+
+
+def back_off_s(attempt: int) -> float:
+    """Return the seconds to wait before the attempt after this one: doubled each time, at most a minute."""
+    return float(min(60, 2 ** min(attempt, 6)))
+
+
+def is_retried(job: Job, error: EspalierError) -> bool:
+    """Say whether a job that failed this way gets another attempt."""
+    return error.is_transient and not attempts_are_used_up(job)
+
+
+# --- MLflow ----------------------------------------------------------------------------------------------------------
+
+
+def owe(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
+    """Owe MLflow something about a run, in the transaction that makes it true."""
+    session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
+
+
+def owed(session: Session, run_id: str) -> Sequence[Outbox]:
+    """Return what MLflow is owed about a run, in its order."""
+    return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
+
+
+def add_publish_jobs(session: Session) -> int:
+    """Queue a job for every run that MLflow is owed something about and that has none; return how many."""
+    busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+    query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
+    runs = session.execute(query).all()
+    for run_id, project_id in runs:
+        try:
+            with session.begin_nested():
+                add_job(session, project_id, JobKind.PUBLISH, Queue.TRACKING, run_id)
+        except IntegrityError:
+            continue  # another worker looked at the same moment and queued it
+    return len(runs)
+
+
+# --- display ---------------------------------------------------------------------------------------------------------
+
+
+def see_worker(session: Session, name: str, queues: Sequence[Queue]) -> None:
+    """Note that a worker looked for work."""
+    worker = session.get(Worker, name)
+    if worker is None:
+        session.add(Worker(name=name, queues=list(queues)))
+    else:
+        worker.looked_at = now()
+
+
+def count_jobs(session: Session) -> dict[tuple[Queue, JobState], int]:
+    """Return how many unfinished jobs there are by queue and state."""
+    query = (
+        select(Job.queue, Job.state, func.count())
+        .where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+        .group_by(Job.queue, Job.state)
+    )
+    return {(queue, state): count for queue, state, count in session.execute(query)}
+
+
+def _execute(session: Session, statement: Any) -> int:
+    """Run an UPDATE and return how many rows it changed."""
+    result = session.execute(statement, execution_options={"synchronize_session": False})
+    assert isinstance(result, CursorResult)
+    return result.rowcount

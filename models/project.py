@@ -1,0 +1,40 @@
+"""Projects: who owns what. One row today; every owned record names it, so that more can come without a migration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, ForeignKey, String
+from sqlalchemy.orm import InstrumentedAttribute, Mapped, mapped_column
+
+from models.base import Base, now
+
+DEFAULT_PROJECT = "prj_default"
+
+
+class Project(Base):
+    """A space of names for data sets, runs and models."""
+
+    __tablename__ = "project"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), unique=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks."""
+
+    project_id: str = DEFAULT_PROJECT
+
+
+def owner() -> Mapped[str]:
+    """Return the column that names a record's project."""
+    return mapped_column(ForeignKey("project.id"), index=True)
+
+
+def scope(project_id: InstrumentedAttribute[str], principal: Principal) -> ColumnElement[bool]:
+    """Return the condition that narrows a query to what the principal may see."""
+    return project_id == principal.project_id

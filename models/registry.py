@@ -1,0 +1,222 @@
+"""Models, their versions and aliases; exported backbones and the weights they were built from. Loads nothing.
+
+Every change of a version or an alias counts `registry_revision` up in the same transaction: a process that serves
+predictions reads that one row to learn whether anything moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, String, UniqueConstraint, select, update
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from artifacts.catalogue import BackboneName
+from artifacts.store import Digest
+from errors import NotFound
+from models.base import Base, new_id, now, text_enum
+from models.project import Principal, owner, scope
+
+CHAMPION = "champion"
+
+
+class Model(Base):
+    """A name that clients ask for predictions."""
+
+    __tablename__ = "model"
+    __table_args__ = (UniqueConstraint("project_id", "name"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: new_id("mdl"))
+    project_id: Mapped[str] = owner()
+    name: Mapped[str] = mapped_column(String(63))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class ModelVersion(Base):
+    """What one run made of a model; it never changes."""
+
+    __tablename__ = "model_version"
+    __table_args__ = (UniqueConstraint("model_id", "number"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: new_id("mdv"))
+    model_id: Mapped[str] = mapped_column(ForeignKey("model.id"))
+    number: Mapped[int]
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id"), unique=True)
+    bundle_sha256: Mapped[str] = mapped_column(String(64), index=True)
+    backbone_sha256: Mapped[str] = mapped_column(String(64), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Alias(Base):
+    """A name that points at one version of a model and may be moved."""
+
+    __tablename__ = "alias"
+
+    model_id: Mapped[str] = mapped_column(ForeignKey("model.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    version_id: Mapped[str] = mapped_column(ForeignKey("model_version.id"))
+    moved_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class RegistryRevision(Base):
+    """One row, counted up by every change of the registry."""
+
+    __tablename__ = "registry_revision"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    revision: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class Backbone(Base):
+    """An exported network. The first export of a key wins: exports are not byte-equal, and sharing depends on it."""
+
+    __tablename__ = "backbone"
+    __table_args__ = (UniqueConstraint("network", "weights_sha256", "cut", "size", "export_version"),)
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    network: Mapped[BackboneName] = mapped_column(text_enum(BackboneName))
+    weights_sha256: Mapped[str] = mapped_column(String(64))
+    cut: Mapped[str] = mapped_column(String(32))
+    size: Mapped[int]
+    export_version: Mapped[int]
+    manifest: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Weights(Base):
+    """Weights of a network that lie in the store; `source` says where they came from."""
+
+    __tablename__ = "weights"
+
+    network: Mapped[BackboneName] = mapped_column(text_enum(BackboneName), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    source: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+def get_model(session: Session, principal: Principal, name: str) -> Model:
+    """Return a model. Raises NotFound."""
+    model = session.scalar(select(Model).where(Model.name == name, scope(Model.project_id, principal)))
+    if model is None:
+        raise NotFound(f"No model is named {name!r}. GET /api/v1/models lists those that are.")
+    return model
+
+
+def get_model_version(session: Session, model: Model, number: int) -> ModelVersion:
+    """Return a version of a model by its number. Raises NotFound."""
+    query = select(ModelVersion).where(ModelVersion.model_id == model.id, ModelVersion.number == number)
+    version = session.scalar(query)
+    if version is None:
+        raise NotFound(f"Model {model.name!r} has no version {number}.")
+    return version
+
+
+def get_alias(session: Session, model: Model, alias: str) -> ModelVersion:
+    """Return the version that an alias points at. Raises NotFound."""
+    query = (
+        select(ModelVersion)
+        .join(Alias, Alias.version_id == ModelVersion.id)
+        .where(Alias.model_id == model.id, Alias.name == alias)
+    )
+    version = session.scalar(query)
+    if version is None:
+        raise NotFound(f"Model {model.name!r} has no alias {alias!r}.")
+    return version
+
+
+def get_model_versions(session: Session, model_id: str) -> Sequence[ModelVersion]:
+    """Return every version of a model, the newest first."""
+    query = select(ModelVersion).where(ModelVersion.model_id == model_id)
+    return session.scalars(query.order_by(ModelVersion.number.desc())).all()
+
+
+def find_run_version(session: Session, run_id: str) -> ModelVersion | None:
+    """Return the model version that a run made, or None."""
+    return session.scalar(select(ModelVersion).where(ModelVersion.run_id == run_id))
+
+
+def get_aliases(session: Session, model_id: str) -> dict[str, list[str]]:
+    """Return the aliases of a model by the id of the version they point at."""
+    aliases: dict[str, list[str]] = {}
+    for alias in session.scalars(select(Alias).where(Alias.model_id == model_id).order_by(Alias.name)):
+        aliases.setdefault(alias.version_id, []).append(alias.name)
+    return aliases
+
+
+def add_model_version(
+    session: Session, principal: Principal, name: str, run_id: str, bundle: Digest, backbone: Digest
+) -> ModelVersion:
+    """Add what a run made as the next version of a model; the first one becomes the champion."""
+    _count_revision(session)  # also the lock that keeps two runs from taking the same number
+    model = session.scalar(select(Model).where(Model.name == name, scope(Model.project_id, principal)))
+    if model is None:
+        model = Model(project_id=principal.project_id, name=name)
+        session.add(model)
+        session.flush()
+    versions = get_model_versions(session, model.id)
+    version = ModelVersion(
+        model_id=model.id,
+        number=versions[0].number + 1 if versions else 1,
+        run_id=run_id,
+        bundle_sha256=bundle,
+        backbone_sha256=backbone,
+    )
+    session.add(version)
+    session.flush()
+    if not versions:
+        session.add(Alias(model_id=model.id, name=CHAMPION, version_id=version.id))
+    return version
+
+
+def move_alias(session: Session, model: Model, alias: str, version: ModelVersion) -> None:
+    """Point an alias at a version, making the alias if there is none."""
+    _count_revision(session)
+    session.merge(Alias(model_id=model.id, name=alias, version_id=version.id, moved_at=now()))
+
+
+def _count_revision(session: Session) -> None:
+    session.execute(update(RegistryRevision).values(revision=RegistryRevision.revision + 1))
+
+
+# --- backbones and weights -----------------------------------------------------------------------------------------
+
+
+def find_backbone(
+    session: Session, network: BackboneName, weights: Digest, cut: str, size: int, export_version: int
+) -> Backbone | None:
+    """Return the export of a key, or None if there is none yet."""
+    return session.scalar(
+        select(Backbone).where(
+            Backbone.network == network,
+            Backbone.weights_sha256 == weights,
+            Backbone.cut == cut,
+            Backbone.size == size,
+            Backbone.export_version == export_version,
+        )
+    )
+
+
+def add_backbone(session: Session, backbone: Backbone) -> Backbone:
+    """Add an export and return the one that counts: an earlier one of the same key, or this."""
+    _count_revision(session)  # serialises writers: the second one sees the first
+    key = (backbone.network, Digest(backbone.weights_sha256), backbone.cut, backbone.size, backbone.export_version)
+    existing = find_backbone(session, *key)
+    if existing is not None:
+        return existing
+    return session.merge(backbone)
+
+
+def find_weights(session: Session, network: BackboneName, name: str) -> Weights | None:
+    """Return the weights of a network that lie in the store under this name, or None."""
+    return session.get(Weights, (network, name))
+
+
+def set_weights(session: Session, weights: Weights) -> None:
+    """Name stored weights, replacing what had that name for this network."""
+    session.merge(weights)

@@ -1,0 +1,1 @@
+"""What an operator runs: the supervised service, the demo, imports of weights, the migration."""

@@ -1,0 +1,353 @@
+"""The main job from end to end, as a user would do it over HTTP. Run as `python -m ops.demo`, or `make demo`.
+
+Starts the service, uploads images, trains with folds and early stopping, predicts images that were held out, and
+leaves the service running. With CI=1 it ends after the predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shlex
+import sys
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from artifacts import layout
+from artifacts.archive import ArchiveLimits, is_litter, open_archive
+from artifacts.images import encode
+from artifacts.recipe import IMAGENET, RANDOM
+from errors import EspalierError, Refused
+from ops import up
+from ops.up import CannotStart, console
+
+HELD_OUT = 20
+_FINAL = ("succeeded", "failed", "cancelled")
+
+
+class StepFailed(Exception):
+    """A step of the demo did not do what it should."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images by their path in an archive, with a labels.csv if there is one."""
+
+    name: str
+    contents: dict[str, bytes]
+
+
+def main() -> int:
+    """Run the demo; return the exit status."""
+    wanted = _arguments()
+    try:
+        settings = up.load_settings()
+        with up.running(settings) as supervisor:
+            with up.client(settings) as api:
+                _demonstrate(api, wanted, settings)
+            if os.environ.get("CI") in (None, "", "0", "false"):
+                console.print("\nThe service keeps running. [bold]Ctrl-C stops it.[/]")
+                up.wait(supervisor)
+    except (CannotStart, StepFailed, EspalierError) as error:
+        console.print(f"[bold red]{error}[/]")
+        return 1
+    except httpx.HTTPError as error:
+        console.print(f"[bold red]The service did not answer: {error!r}. See {settings.var / 'logs'}.[/]")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="a folder or an archive of images, one folder per class")
+    parser.add_argument("--backbone")
+    parser.add_argument("--weights", default=IMAGENET)
+    parser.add_argument("--features-from")
+    parser.add_argument("--image-size", type=int)
+    return parser.parse_args([argument for argument in sys.argv[1:] if not argument.endswith("=")])
+
+
+def _demonstrate(api: httpx.Client, wanted: argparse.Namespace, settings: Any) -> None:
+    console.rule("[bold]Espalier")
+    everything = read_images(wanted.data) if wanted.data else digits()
+    files, held_out = hold_out(everything, HELD_OUT)
+    dataset = _upload(api, files)
+    run = _train(api, dataset, files.name, _recipe(wanted))
+    _show(run)
+    _predict(api, run, held_out)
+    _tell_addresses(run, held_out, settings)
+
+
+def _recipe(wanted: argparse.Namespace) -> dict[str, Any]:
+    # The digits are 8 x 8 pixels: a small input and an early cut suit them, and both are quick.
+    recipe: dict[str, Any] = {"weights": wanted.weights}
+    if wanted.data is None:
+        recipe |= {"backbone": "vgg16", "image_size": 32, "features_from": "block3"}
+    given = {"backbone": wanted.backbone, "features_from": wanted.features_from, "image_size": wanted.image_size}
+    if wanted.backbone and wanted.backbone != recipe.get("backbone"):
+        recipe.pop("image_size", None)
+        recipe.pop("features_from", None)
+    return recipe | {name: value for name, value in given.items() if value}
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def digits() -> Files:
+    """Return scikit-learn's 1,797 handwritten digits as PNG, a folder per digit."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    contents = {}
+    for number, (pixels, digit) in enumerate(zip(data.images, data.target, strict=True)):
+        grey = Image.fromarray(np.rint(pixels * 255 / 16).astype(np.uint8))
+        contents[f"{digit}/{number:04d}.png"] = encode(grey.resize((32, 32), Image.Resampling.BICUBIC), "PNG")
+    return Files("digits", contents)
+
+
+def read_images(path: Path) -> Files:
+    """Return the files of a folder or an archive. Raises CannotStart or ArchiveRefused."""
+    name = "".join(char if char.isalnum() else "-" for char in path.name.split(".")[0].lower()).strip("-") or "images"
+    if path.is_dir():
+        found = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+        contents = {place: file.read_bytes() for place, file in found.items() if not is_litter(place)}
+    elif path.is_file():
+        archive = open_archive(path, ArchiveLimits())
+        wanted = [entry.path for entry in archive.entries]
+        contents = {place: data for place, data in archive.read(wanted) if not isinstance(data, Refused)}
+    else:
+        raise CannotStart(f"DATA={path} is neither a folder nor an archive.")
+    if not contents:
+        raise CannotStart(f"DATA={path} holds no files.")
+    return Files(name[:40], contents)
+
+
+def hold_out(files: Files, count: int) -> tuple[Files, list[tuple[str, str, bytes]]]:
+    """Take `count` images out, as evenly over the classes as possible and never more than a fifth of one.
+
+    Returns the rest, and (path, label, bytes) of the images taken. With groups in a labels.csv, none are taken whose
+    group stays behind: predicting them would show too much.
+    """
+    paths = list(files.contents)
+    csv_path = layout.labels_file(paths)
+    if csv_path is None:
+        found = layout.from_folders(paths)
+    else:
+        found = layout.from_labels(files.contents[csv_path], csv_path, paths)
+    by_class: dict[str, list[layout.Sample]] = defaultdict(list)
+    for sample in found.samples:
+        if sample.labels and sample.group is None:
+            by_class[sample.labels[0]].append(sample)
+    taken: list[layout.Sample] = []
+    for turn in range(count):
+        for samples in by_class.values():
+            if len(taken) < count and turn < len(samples) // 5:
+                taken.append(samples[-1 - turn])
+    gone = {sample.path for sample in taken}
+    rest = {path: data for path, data in files.contents.items() if path not in gone}
+    if csv_path is not None:
+        rest[csv_path] = _without(rest[csv_path], gone)
+    return Files(files.name, rest), [(item.path, item.labels[0], files.contents[item.path]) for item in taken]
+
+
+def _without(labels: bytes, gone: set[str]) -> bytes:
+    lines = labels.decode("utf-8-sig").splitlines(keepends=True)
+    return "".join(line for line in lines if not any(line.startswith(f"{path},") for path in gone)).encode()
+
+
+def _zipped(files: Files) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for path, data in files.contents.items():
+            archive.writestr(zipfile.ZipInfo(path), data)  # a fixed date, so that equal images make an equal archive
+    return buffer.getvalue()
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def _upload(api: httpx.Client, files: Files) -> dict[str, Any]:
+    known = _known_dataset(api, files.name)
+    if known is not None:
+        console.print(f"Data set [bold]{files.name}[/] is here already: {known['images']:,} images.")
+        return known
+    body = _zipped(files)
+    console.print(f"Uploading {len(files.contents):,} files, {len(body) / 1024**2:.1f} MiB …")
+    created = _checked(api.post("/api/v1/datasets", params={"name": files.name}, content=body, timeout=600)).json()
+    for dataset in _watch(api, f"/api/v1/datasets/{created['id']}", "taking in images", ("ready", "rejected")):
+        state = dataset
+    if state["state"] != "ready":
+        reasons = "\n".join(f"  {file['path']}: {file['reason']}" for file in state["refused"][:10])
+        raise StepFailed(f"The images were rejected: {state['error']['detail']}\n{reasons}")
+    classes = ", ".join(f"{item['name']} ({item['images']:,})" for item in state["classes"][:12])
+    console.print(f"Data set [bold]{files.name}[/]: {state['images']:,} images in {len(state['classes'])} classes")
+    console.print(f"  {classes}{' …' if len(state['classes']) > 12 else ''}", style="dim")
+    return state
+
+
+def _known_dataset(api: httpx.Client, name: str) -> dict[str, Any] | None:
+    cursor = None
+    while True:
+        query = {"limit": 200} | ({"cursor": cursor} if cursor else {})
+        found = _checked(api.get("/api/v1/datasets", params=query)).json()
+        for dataset in found["items"]:
+            if dataset["name"] == name and dataset["state"] == "ready":
+                return dict(dataset)
+        cursor = found["next_cursor"]
+        if cursor is None:
+            return None
+
+
+def _train(api: httpx.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    run = _run(api, dataset, name, recipe)
+    if run["state"] == "failed" and run["error"]["type"].endswith(":weights-unavailable"):
+        loud = " ImageNet weights cannot be had here: going on with RANDOM ones. Expect a lower score. "
+        console.print(f"[bold white on red]{loud}[/]")
+        console.print(run["error"]["detail"], style="dim")
+        run = _run(api, dataset, name, recipe | {"weights": RANDOM})
+    if run["state"] != "succeeded":
+        raise StepFailed(f"The run {run['state']}: {(run['error'] or {}).get('detail', '')}")
+    return run
+
+
+def _run(api: httpx.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    order = {"dataset": dataset["id"], "name": name, "recipe": recipe}
+    run: dict[str, Any] = _checked(api.post("/api/v1/runs", json=order)).json()
+    filled = run["recipe"]
+    console.print(
+        f"Training [bold]{filled['backbone']}[/] ({filled['weights']}) up to {filled['features_from']} at "
+        f"{filled['image_size']} px, {filled['folds']['k']} folds, early stopping"
+    )
+    for state in _watch(api, f"/api/v1/runs/{run['id']}", "training", _FINAL):
+        run = state
+    return run
+
+
+def _watch(api: httpx.Client, url: str, title: str, until: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Show a bar that moves while something is under way, and yield what it is like."""
+    columns = (
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %  {task.fields[eta]}"),
+    )
+    told = ""
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=1.0, eta="")
+        while True:
+            state = _checked(api.get(url)).json()
+            progress = state.get("progress") or {}
+            description = _described(title, progress)
+            eta_s = progress.get("eta_s")
+            eta = f"{eta_s:,.0f} s left" if eta_s is not None else ""
+            bar.update(task, completed=progress.get("fraction", 0.0), description=description, eta=eta)
+            if not console.is_terminal and description != told:
+                told = description
+                console.print(f"  {description}", style="dim")
+            yield state
+            if state["state"] in until:
+                return
+            time.sleep(0.5)
+
+
+def _described(title: str, progress: dict[str, Any]) -> str:
+    stage = progress.get("stage", "")
+    if progress.get("fold"):
+        return f"{title}: fold {progress['fold']} of {progress['folds']}, epoch {progress['epoch']}"
+    return f"{title}: {stage}" if stage else title
+
+
+def _show(run: dict[str, Any]) -> None:
+    metrics = run["metrics"]
+    low, high = metrics["accuracy_ci95"]
+    extraction = run["extraction"]
+    console.print(
+        f"\n[bold green]Accuracy {metrics['accuracy']:.1%}[/], 95 % interval {low:.1%} to {high:.1%} "
+        f"(folds differ by {metrics['accuracy_sd']:.1%}); measured on images that no fold had trained on"
+    )
+    console.print(
+        f"  {extraction['computed']:,} images went through the backbone, {extraction['cached']:,} came from the cache",
+        style="dim",
+    )
+    labels = [row["label"] for row in metrics["per_class"]]
+    if len(labels) > 15:
+        console.print(f"  The confusion matrix of {len(labels)} classes is in the report.", style="dim")
+        return
+    table = Table(title="Confusion matrix: rows are the truth, columns the answer")
+    table.add_column("")
+    for label in labels:
+        table.add_column(label, justify="right")
+    for label, row in zip(labels, metrics["confusion"], strict=True):
+        cells = [
+            f"[bold]{count}[/]" if labels[i] == label else (str(count) if count else "·") for i, count in enumerate(row)
+        ]
+        table.add_row(label, *cells)
+    console.print(table)
+
+
+def _predict(api: httpx.Client, run: dict[str, Any], held_out: Sequence[tuple[str, str, bytes]]) -> None:
+    if not held_out:
+        console.print("No image was held out: the classes are too small, or grouped.", style="dim")
+        return
+    images = [("images", (Path(path).name, data)) for path, _, data in held_out]
+    model = run["model"]
+    url = f"/api/v1/models/{model['name']}/predict"
+    answer = _checked(api.post(url, params={"version": model["version"]}, files=images)).json()
+    answers = [prediction["label"] for prediction in answer["predictions"]]
+    right = sum(label == answered for (_, label, _), answered in zip(held_out, answers, strict=True))
+    spent = sum(answer["timings_ms"].values())
+    console.print(
+        f"Predicted {len(held_out)} images that were never uploaded: [bold]{right} right[/], in {spent:.0f} ms"
+    )
+    for (path, label, _), prediction in list(zip(held_out, answer["predictions"], strict=True))[:5]:
+        mark = "[green]✓[/]" if prediction["label"] == label else "[red]✗[/]"
+        console.print(f"  {mark} {path}: {prediction['label']} ({prediction['probability']:.0%})")
+
+
+def _tell_addresses(run: dict[str, Any], held_out: Sequence[tuple[str, str, bytes]], settings: Any) -> None:
+    console.print()
+    console.print(up.addresses(settings))
+    with up.client(settings) as api:
+        shown = _checked(api.get(f"/api/v1/runs/{run['id']}")).json()
+        until = time.monotonic() + 30
+        while shown["mlflow_url"] is None and time.monotonic() < until:
+            time.sleep(0.5)
+            shown = _checked(api.get(f"/api/v1/runs/{run['id']}")).json()
+    console.print(f"Run     {shown['mlflow_url'] or 'MLflow will have it in a moment'}")
+    if held_out:
+        path, _, data = held_out[0]
+        example = settings.var.absolute() / f"example{Path(path).suffix}"
+        example.write_bytes(data)
+        key = " -H 'Authorization: Bearer …'" if settings.api_key else ""
+        command = f"curl{key} --data-binary @{shlex.quote(str(example))} "
+        command += f"http://127.0.0.1:{settings.api_port}/api/v1/models/{run['model']['name']}/predict"
+        console.print("Try     ", end="")
+        console.print(command, style="bold", soft_wrap=True)
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    """Return an answer that is no error. Raises StepFailed with what the problem says."""
+    if response.is_success:
+        return response
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, KeyError):
+        detail = response.text[:500]
+    raise StepFailed(f"{response.request.method} {response.request.url}: {response.status_code} {detail}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

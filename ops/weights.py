@@ -1,0 +1,73 @@
+"""Imports weights that an operator trusts. Run as `python -m ops.weights BACKBONE NAME FILE`, or `make weights`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.recipe import IMAGENET, NAME_PATTERN, RANDOM
+from artifacts.store import Digest, Store
+from errors import WeightsRefused
+from models import registry
+from models.registry import Weights
+from models.session import Database
+from ops.migrate import upgrade
+from settings import Settings
+
+
+def import_file(network: BackboneName, name: str, file: Path, store: Store, database: Database) -> Digest:
+    """Check a weights file array by array and put it into the store under a name; return its digest.
+
+    Raises WeightsRefused.
+    """
+    from training import backbones  # brings TensorFlow
+
+    if not re.fullmatch(NAME_PATTERN, name) or name == RANDOM:
+        raise WeightsRefused(f"Expected a name like 'cifar10-32' (not 'random'). Received {name!r}.")
+    if not file.is_file():
+        raise WeightsRefused(f"There is no file {file}.")
+    with file.open("rb") as stream:
+        origin = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        md5 = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    expected = CATALOGUE[network].imagenet.md5
+    if name == IMAGENET and md5 != expected:
+        raise WeightsRefused(
+            f"Expected the file that Keras publishes as 'imagenet', MD5 {expected}. Received MD5 {md5}. "
+            "Import it under another name."
+        )
+    digest = store.put(backbones.import_weights(network, file))
+    source = {"kind": "imported", "file": file.name, "sha256": origin}
+    with database.writing() as session:
+        registry.set_weights(session, Weights(network=network, name=name, sha256=digest, source=source))
+    return digest
+
+
+def main() -> int:
+    """Import a file; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("backbone", choices=[name.value for name in BackboneName])
+    parser.add_argument("name", help="what recipes will call these weights")
+    parser.add_argument("file", type=Path, help=".weights.h5, .h5 or .safetensors; weights alone, without the top")
+    wanted = parser.parse_args()
+    settings = Settings()
+    database = Database(settings.database)
+    upgrade(database)
+    network = BackboneName(wanted.backbone)
+    try:
+        digest = import_file(network, wanted.name, wanted.file, Store(settings.store_folder), database)
+    except WeightsRefused as error:
+        print(error.detail, file=sys.stderr)
+        return 1
+    finally:
+        database.close()
+    print(f"Imported {wanted.file.name} as {wanted.name!r} for {network.value} (sha256 {digest}).")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Builds the catalogue's networks in Keras, with their weights, cut where asked and with preprocessing inside.
+
+Weights travel as one safetensors file per network, in the order of the network's own `weights`; they do not depend on
+the input size. Foreign files are read array by array: nothing in them is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from artifacts.catalogue import CATALOGUE, BackboneName, Preprocessing
+from errors import WeightsRefused
+
+_BUILDERS: Mapping[BackboneName, Callable[..., Any]] = {
+    BackboneName.VGG16: keras.applications.VGG16,
+    BackboneName.VGG19: keras.applications.VGG19,
+    BackboneName.RESNET50: keras.applications.ResNet50,
+    BackboneName.INCEPTION_V3: keras.applications.InceptionV3,
+    BackboneName.XCEPTION: keras.applications.Xception,
+}
+
+# Blue, green, red means of ImageNet, as in the Caffe models that VGG and ResNet50 were converted from.
+_CAFFE_MEANS = (103.939, 116.779, 123.68)
+
+RANDOM_SEED = 0
+
+
+def network(name: BackboneName, size: int) -> Any:
+    """Return the Keras network without its top, randomly initialised, for float images [N, size, size, 3]."""
+    return _BUILDERS[name](include_top=False, weights=None, input_shape=(size, size, 3))
+
+
+def random_weights(name: BackboneName) -> bytes:
+    """Return random weights, the same on every call, so that models on random backbones share them too."""
+    keras.utils.set_random_seed(RANDOM_SEED)
+    return dump_weights(network(name, CATALOGUE[name].minimum_size))
+
+
+def dump_weights(model: Any) -> bytes:
+    """Return the weights of a network as safetensors, numbered in its order: Keras' names depend on what ran before."""
+    arrays = {
+        f"{number:04d}": np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
+        for number, variable in enumerate(model.weights)
+    }
+    return save_tensors(arrays)
+
+
+def load_weights(model: Any, data: bytes) -> None:
+    """Set the weights of a network from `dump_weights`. Raises WeightsRefused if any shape differs."""
+    try:
+        arrays = load_tensors(data)
+    except SafetensorError as error:
+        raise WeightsRefused(f"The weights cannot be read as safetensors: {error}.") from error
+    _set(model, [arrays[name] for name in sorted(arrays)])
+
+
+def import_weights(name: BackboneName, file: Path) -> bytes:
+    """Read weights that somebody else wrote, check every shape and return them as `dump_weights` does.
+
+    Args:
+        name: the network that the weights are for, without its top.
+        file: Keras weights (`.weights.h5`, or the older `.h5` of `save_weights`), or safetensors.
+
+    Raises:
+        WeightsRefused: the file holds more than weights, or does not fit the network.
+    """
+    model = network(name, CATALOGUE[name].minimum_size)
+    with file.open("rb") as stream:
+        head = stream.read(8)
+    if head == b"\x89HDF\r\n\x1a\n":
+        _load_hdf5(model, file)
+    elif len(head) == 8 and int.from_bytes(head, "little") < min(file.stat().st_size, 100_000_000):
+        load_weights(model, file.read_bytes())
+    else:
+        raise WeightsRefused(
+            "Expected weights alone, as .weights.h5, .h5 or .safetensors. Received something else: whole models, "
+            ".keras files and pickles can hold code and are not read. Save with model.save_weights()."
+        )
+    return dump_weights(model)
+
+
+def _load_hdf5(model: Any, file: Path) -> None:
+    with h5py.File(file, "r") as content:
+        if "model_config" in content.attrs or "model_weights" in content:
+            raise WeightsRefused(
+                "Expected weights alone. Received a whole model, which can hold code. Save with model.save_weights()."
+            )
+        arrays = _legacy_arrays(content) if "layer_names" in content.attrs else _keras3_arrays(model, content)
+    _set(model, arrays)
+
+
+def _legacy_arrays(content: Any) -> list[npt.NDArray[Any]]:
+    """Read the older HDF5 layout: layers by name in order, each with its weights by name in order."""
+    arrays = []
+    for layer in content.attrs["layer_names"]:
+        group = content[layer]
+        arrays += [np.asarray(group[weight]) for weight in group.attrs["weight_names"]]
+    return arrays
+
+
+def _keras3_arrays(model: Any, content: Any) -> list[npt.NDArray[Any]]:
+    """Read the layout of `.weights.h5`: `layers/<class>[_<n>]/vars/<i>`, numbered per class in the network's order."""
+    counts: dict[str, int] = {}
+    arrays = []
+    root = content.get("layers", content)
+    for layer in model.layers:
+        kind = keras.src.utils.naming.to_snake_case(type(layer).__name__)
+        number = counts[kind] = counts.get(kind, -1) + 1
+        key = kind if number == 0 else f"{kind}_{number}"
+        for index in range(len(layer.weights)):
+            place = f"{key}/vars/{index}"
+            if place not in root:
+                raise WeightsRefused(f"The file has no weights for layer {layer.name!r} ({place}): another network?")
+            arrays.append(np.asarray(root[place]))
+    found = sum(len(group["vars"]) for group in root.values() if "vars" in group)
+    if found != len(arrays):
+        raise WeightsRefused(f"Expected {len(arrays)} arrays for this network. Received {found}: another network?")
+    return arrays
+
+
+def _set(model: Any, arrays: list[npt.NDArray[Any]]) -> None:
+    if len(arrays) != len(model.weights):
+        raise WeightsRefused(
+            f"Expected the {len(model.weights)} arrays of {model.name} without its top. Received {len(arrays)}."
+        )
+    for variable, array in zip(model.weights, arrays, strict=True):
+        if tuple(variable.shape) != array.shape:
+            raise WeightsRefused(f"Expected {variable.path} as {tuple(variable.shape)}. Received {array.shape}.")
+        if not np.isfinite(array).all():
+            raise WeightsRefused(f"The weights of {variable.path} hold values that are no numbers.")
+    model.set_weights(arrays)
+
+
+def backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:
+    """Return the frozen network from pixels to features.
+
+    Args:
+        name: the network.
+        cut: the cut point that features are taken from; later layers are left out.
+        size: side of the images in pixels.
+        weights: the whole network's weights, from `dump_weights`.
+
+    Returns:
+        a Keras model from `images` uint8 [N, size, size, 3] to `{"features": float32 [N, D], "maps": float32
+        [N, h, w, D]}`; features are the mean of maps over height and width.
+    """
+    full = network(name, size)
+    load_weights(full, weights)
+    trunk = keras.Model(full.input, cut_layer(full, name, cut).output, name=f"{name}_{cut}")
+    trunk.trainable = False
+    images = keras.Input((size, size, 3), dtype="uint8", name="images")
+    maps = trunk(_preprocessed(images, CATALOGUE[name].preprocessing), training=False)
+    features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
+    model = keras.Model(images, {"features": features, "maps": maps})
+    model(np.zeros((1, size, size, 3), np.uint8))  # an ONNX export of a model that was never called fails
+    return model
+
+
+def _preprocessed(images: Any, preprocessing: Preprocessing) -> Any:
+    pixels = keras.ops.cast(images, "float32")
+    if preprocessing is Preprocessing.CAFFE:
+        return keras.ops.flip(pixels, axis=-1) - np.array(_CAFFE_MEANS, np.float32)
+    return pixels / 127.5 - 1.0
+
+
+def cut_layer(full: Any, name: BackboneName, cut: str) -> Any:
+    """Return the Keras layer of a network whose output a cut point names."""
+    match name:
+        case BackboneName.VGG16 | BackboneName.VGG19:
+            return full.get_layer(f"{cut}_pool")
+        case BackboneName.RESNET50:
+            blocks = {"conv2": 3, "conv3": 4, "conv4": 6, "conv5": 3}
+            return full.get_layer(f"{cut}_block{blocks[cut]}_out")
+        case BackboneName.INCEPTION_V3:
+            return full.get_layer(cut)
+        case BackboneName.XCEPTION:
+            if cut == "block14":
+                return full.get_layer("block14_sepconv2_act")
+            # Blocks 2 to 13 end in an addition, which Keras numbers by a global counter: go by order instead.
+            additions = [layer for layer in full.layers if isinstance(layer, keras.layers.Add)]
+            return additions[int(cut.removeprefix("block")) - 2]

@@ -1,0 +1,58 @@
+"""Keras to ONNX, checked against Keras. The only room for it, since exporting needs TensorFlow."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from artifacts.recipe import Precision
+from errors import EspalierError
+from inference.engine import TOLERANCE, OpenVinoEngine
+
+# Part of a backbone's key: a change in how networks are exported makes new backbones and leaves the old ones in use.
+EXPORT_VERSION = 1
+
+_CHECKED_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX network and how far its engine is from Keras on random images, absolute and relative to the largest."""
+
+    onnx: bytes
+    width: int
+    parameters: int
+    largest_difference: float
+    largest_relative_difference: float
+
+
+def export(model: Any, threads: int) -> Exported:
+    """Export a network from uint8 images [N, H, W, 3] to `features` and `maps`, and check it.
+
+    Raises:
+        EspalierError: the engine's features differ from Keras' by more than the engine's tolerance.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tf2onnx' own use of old NumPy names
+            model.export(str(path), format="onnx", verbose=False)
+        engine = OpenVinoEngine(path, Precision.FLOAT32, threads)
+        onnx = path.read_bytes()
+    shape = (_CHECKED_IMAGES, *model.input_shape[1:])
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = keras.ops.convert_to_numpy(model(images)["features"])
+    difference = float(np.abs(engine.features(images) - expected).max())
+    relative = difference / max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+    if not relative <= TOLERANCE[Precision.FLOAT32]:
+        raise EspalierError(
+            f"The exported network differs from Keras: expected at most {TOLERANCE[Precision.FLOAT32]:g} relative. "
+            f"Received {relative:g}. This is a bug."
+        )
+    return Exported(onnx, expected.shape[1], int(model.count_params()), difference, relative)

@@ -1,0 +1,313 @@
+"""Fits a head on features: standardised inside the fold, stopped early, its best weights restored.
+
+Standardising matters: features of a randomly initialised deep backbone are as small as 1e-10. It is folded into the
+first dense layer afterwards, so that what is served is a plain chain of dense layers on raw features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.bundle import Dense
+from artifacts.features import Features
+from artifacts.recipe import (
+    Activation,
+    ClassWeights,
+    EarlyStopping,
+    HeadRecipe,
+    OptimizerName,
+    OptimizerRecipe,
+    Recipe,
+    Target,
+    Task,
+)
+from errors import TrainingDiverged
+from training.split import Indices
+
+MOMENTUM = 0.9
+
+# A step of a head takes a fraction of what it costs to leave the compiled graph after each.
+_STEPS_PER_EXECUTION = 64
+
+Epoch = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted head.
+
+    Attributes:
+        layers: the head on raw features, standardisation folded in.
+        history: loss, accuracy, val_loss and val_accuracy of each epoch; the loss includes the penalty on weights.
+        best_epoch: the epoch whose weights were kept, counted from 1.
+        stopped: why the fit ended: `patience`, `target`, or `epochs` when all of them were trained.
+    """
+
+    layers: tuple[Dense, ...]
+    history: list[Epoch]
+    best_epoch: int
+    stopped: str
+
+
+def fit(
+    recipe: Recipe,
+    task: Task,
+    outputs: int,
+    features: Features,
+    targets: Indices,
+    train: Indices,
+    validation: Indices,
+    *,
+    epochs: int,
+    seed: int,
+    on_epoch: Callable[[int, Epoch], None],
+) -> Fit:
+    """Fit the recipe's head.
+
+    Args:
+        recipe: head, optimizer, batch size, class weights and early stopping.
+        task: binary has one output, multiclass one per class.
+        outputs: number of logits.
+        features: float32 [N, D], raw.
+        targets: class of each row, int [N].
+        train: rows to learn from.
+        validation: rows that early stopping watches; if empty, every epoch is trained.
+        epochs: epochs to train at most.
+        seed: the same seed gives the same head on the same machine.
+        on_epoch: called with the number of each finished epoch, from 1, and its metrics.
+
+    Raises:
+        TrainingDiverged: the loss is not a number any more.
+    """
+    keras.utils.set_random_seed(seed)
+    scaler = Scaler.of(features, train)
+    model = head(recipe.head, features.shape[1], outputs)
+    batches = Rows(features, targets, train, scaler, recipe.batch_size, seed)
+    model.compile(
+        optimizer=optimizer(recipe.optimizer),
+        loss=_loss(task),
+        metrics=[_accuracy(task)],
+        jit_compile=False,  # compiling takes longer than it saves on a network this small
+        steps_per_execution=min(len(batches), _STEPS_PER_EXECUTION),
+    )
+    watched = None
+    stopping: _Stopping | None = None
+    callbacks: list[Any] = [_Watch(on_epoch)]
+    if len(validation):
+        watched = (scaler(features[validation]), targets[validation])
+        if recipe.early_stopping is not None:
+            stopping = _Stopping(recipe.early_stopping)
+            callbacks += stopping.callbacks
+    history = model.fit(
+        batches,
+        validation_data=watched,
+        validation_batch_size=1024,
+        epochs=epochs,
+        callbacks=callbacks,
+        class_weight=class_weights(targets[train], recipe.class_weights),
+        verbose=0,
+    ).history
+    trained = len(history["loss"])
+    return Fit(
+        layers=_layers(model, recipe.head.activation, scaler),
+        history=[{name: float(values[epoch]) for name, values in history.items()} for epoch in range(trained)],
+        best_epoch=stopping.best_epoch if stopping else trained,
+        stopped=stopping.reason if stopping else "epochs",
+    )
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Standardises features: `(x - mean) * scale`, float64 [D] each; a feature that never changes becomes zero."""
+
+    mean: npt.NDArray[np.float64]
+    scale: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, features: Features, rows: Indices) -> Scaler:
+        """Return the scaler that gives the rows mean zero and variance one."""
+        mean = np.zeros(features.shape[1])
+        square = np.zeros(features.shape[1])
+        chunks = np.array_split(rows, -(-len(rows) // 4096))
+        for chunk in chunks:
+            mean += features[chunk].sum(axis=0, dtype=np.float64) / len(rows)
+        for chunk in chunks:
+            square += np.square(features[chunk] - mean).sum(axis=0) / len(rows)
+        deviation = np.sqrt(square)
+        # float32 carries 24 bits: a spread below the last bits of the mean is rounding, not a feature
+        varies = deviation > 1e-6 * np.abs(mean)
+        return cls(mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies))
+
+    def __call__(self, features: Features) -> Features:
+        """Return float32 [n, D]."""
+        return ((features - self.mean) * self.scale).astype(np.float32)
+
+    def fold_into(self, layer: Dense) -> Dense:
+        """Return the layer that does on raw features what `layer` does on standardised ones."""
+        kernel = self.scale[:, None] * layer.kernel.astype(np.float64)
+        bias = layer.bias.astype(np.float64) - self.mean @ kernel
+        return Dense(kernel.astype(np.float32), bias.astype(np.float32), layer.activation)
+
+
+class Rows(keras.utils.PyDataset):  # type: ignore[misc]
+    """Batches of standardised rows in an order that is a function of (seed, epoch)."""
+
+    def __init__(
+        self, features: Features, targets: Indices, rows: Indices, scaler: Scaler, batch_size: int, seed: int
+    ) -> None:
+        super().__init__()
+        self._features = features
+        self._targets = targets
+        self._rows = rows
+        self._scaler = scaler
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+        self._shuffle()
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Features, Indices]:
+        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self._scaler(self._features[rows]), self._targets[rows]
+
+    def on_epoch_end(self) -> None:
+        self._epoch += 1
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
+
+
+def head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:
+    """Return the Keras head from features [N, inputs] to logits [N, outputs]."""
+    penalty = keras.regularizers.L2(recipe.l2) if recipe.l2 else None
+    layers: list[Any] = [keras.Input((inputs,))]
+    for units in (*recipe.hidden, None):
+        if recipe.dropout:
+            layers.append(keras.layers.Dropout(recipe.dropout))
+        activation = recipe.activation.value if units else "linear"
+        layers.append(keras.layers.Dense(units or outputs, activation=activation, kernel_regularizer=penalty))
+    return keras.Sequential(layers)
+
+
+def optimizer(recipe: OptimizerRecipe) -> Any:
+    """Return the Keras optimizer that a recipe names, with Keras' defaults for what the recipe does not say."""
+    rate = recipe.learning_rate
+    match recipe.name:
+        case OptimizerName.SGD:
+            return keras.optimizers.SGD(rate)
+        case OptimizerName.MOMENTUM:
+            return keras.optimizers.SGD(rate, momentum=MOMENTUM)
+        case OptimizerName.NESTEROV:
+            return keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True)
+        case OptimizerName.ADAGRAD:
+            return keras.optimizers.Adagrad(rate)
+        case OptimizerName.RMSPROP:
+            return keras.optimizers.RMSprop(rate)
+        case OptimizerName.ADAM:
+            return keras.optimizers.Adam(rate)
+        case OptimizerName.ADAMW:
+            return keras.optimizers.AdamW(rate)
+
+
+def class_weights(targets: Indices, choice: ClassWeights) -> Mapping[int, float] | None:
+    """Return the weight of each class, N / (classes * images of the class), or None for equal weights.
+
+    The formula is that of scikit-learn's `class_weight="balanced"` (King & Zeng 2001).
+    """
+    if choice is ClassWeights.NONE:
+        return None
+    classes, counts = np.unique(targets, return_counts=True)
+    weights = len(targets) / (len(classes) * counts)
+    return dict(zip(classes.tolist(), weights.tolist(), strict=True))
+
+
+def _loss(task: Task) -> Any:
+    if task is Task.BINARY:
+        return keras.losses.BinaryCrossentropy(from_logits=True)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _accuracy(task: Task) -> Any:
+    if task is Task.BINARY:
+        return keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)  # of a logit
+    return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+
+
+def _layers(model: Any, activation: Activation, scaler: Scaler) -> tuple[Dense, ...]:
+    dense = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)]
+    layers = [
+        Dense(
+            keras.ops.convert_to_numpy(layer.kernel),
+            keras.ops.convert_to_numpy(layer.bias),
+            Activation.LINEAR if layer is dense[-1] else activation,
+        )
+        for layer in dense
+    ]
+    return (scaler.fold_into(layers[0]), *layers[1:])
+
+
+class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
+    """Tells each epoch, and ends a fit that has diverged."""
+
+    def __init__(self, on_epoch: Callable[[int, Epoch], None]) -> None:
+        super().__init__()
+        self._on_epoch = on_epoch
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        metrics = {name: float(value) for name, value in (logs or {}).items()}
+        if not all(map(np.isfinite, metrics.values())):
+            raise TrainingDiverged(
+                f"The loss is no longer a number after epoch {epoch + 1}. Lower optimizer.learning_rate."
+            )
+        self._on_epoch(epoch + 1, metrics)
+
+
+class _Stopping:
+    """Early stopping by patience and by target, as two Keras callbacks and what became of them."""
+
+    def __init__(self, recipe: EarlyStopping) -> None:
+        self._patience = keras.callbacks.EarlyStopping(
+            monitor=recipe.monitor.value,
+            patience=recipe.patience,
+            min_delta=recipe.min_delta,
+            mode="max" if recipe.monitor.value.endswith("accuracy") else "min",
+            restore_best_weights=True,
+        )
+        self._target = _TargetReached(recipe.target) if recipe.target else None
+
+    @property
+    def callbacks(self) -> list[Any]:
+        return [self._patience] + ([self._target] if self._target else [])
+
+    @property
+    def best_epoch(self) -> int:
+        return int(self._patience.best_epoch) + 1
+
+    @property
+    def reason(self) -> str:
+        if self._target and self._target.was_reached:
+            return "target"
+        return "patience" if self._patience.stopped_epoch else "epochs"
+
+
+class _TargetReached(keras.callbacks.Callback):  # type: ignore[misc]
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self._target = target
+        self.was_reached = False
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        value = (logs or {})[self._target.metric.value]
+        is_accuracy = self._target.metric.value.endswith("accuracy")
+        if value >= self._target.value if is_accuracy else value <= self._target.value:
+            self.was_reached = True
+            self.model.stop_training = True

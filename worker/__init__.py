@@ -1,0 +1,1 @@
+"""The processes that work: claims jobs, runs each in a child process, keeps MLflow informed. Loads no TensorFlow."""

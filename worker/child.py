@@ -1,0 +1,234 @@
+"""The process that does one job: reads an order from standard input, sends messages, ends. Writes no rows.
+
+Run as `python -m worker.child`. Ends at once when standard input closes, since then its worker is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from artifacts import images, layout
+from artifacts.archive import Archive, ArchiveLimits, open_archive
+from artifacts.images import ImageLimits
+from artifacts.layout import Layout
+from artifacts.recipe import Recipe
+from artifacts.store import Digest, Store
+from errors import DatasetRefused, EspalierError, ImageRefused, OutOfMemory, Refused
+from worker import weights
+from worker.weights import Source
+
+_PROGRESS_EVERY_S = 1.0
+
+
+class Channel:
+    """Messages to the worker, and answers from it."""
+
+    def __init__(self, incoming: IO[str], outgoing: IO[str]) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._lock = threading.Lock()
+
+    def listen(self) -> None:
+        """Begin to take in answers, and die with the worker."""
+        threading.Thread(target=self._listen, name="channel", daemon=True).start()
+
+    def send(self, type: str, **fields: Any) -> None:
+        """Send a message."""
+        with self._lock:
+            self._outgoing.write(json.dumps({"type": type, **fields}) + "\n")
+            self._outgoing.flush()
+
+    def ask(self, type: str, **fields: Any) -> dict[str, Any]:
+        """Send a message and wait for its answer."""
+        self.send(type, **fields)
+        return self._answers.get()
+
+    def _listen(self) -> None:
+        for line in self._incoming:
+            self._answers.put(json.loads(line))
+        os.killpg(0, signal.SIGKILL)
+
+
+def main() -> int:
+    """Do what the order says."""
+    outgoing = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever libraries print must not look like a message
+    order = json.loads(sys.stdin.readline())
+    channel = Channel(sys.stdin, outgoing)
+    channel.listen()
+    try:
+        _ORDERS[order["kind"]](order, channel)
+    except EspalierError as error:
+        channel.send("error", error=error.record())
+    except MemoryError:
+        channel.send("error", error=OutOfMemory("The work took more memory than it may.").record())
+    return 0
+
+
+# --- ingest --------------------------------------------------------------------------------------------------------
+
+
+def ingest(order: Mapping[str, Any], channel: Channel) -> None:
+    """Read an archive: store each image that can be used and say what is known of it.
+
+    Sends `layout` once, then for each image `reading` and `accepted` or `refused`. An image that kills this process
+    was the last one `reading`; the worker then orders the rest from a new process.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (order["memory_bytes"], order["memory_bytes"]))
+    store = Store(Path(order["store"]))
+    limits = ImageLimits(**{**order["image_limits"], "formats": tuple(order["image_limits"]["formats"])})
+    archive = open_archive(store.verified_path(Digest(order["archive"])), ArchiveLimits(**order["archive_limits"]))
+    found = _layout(archive)
+    done = set(order["done"])
+    channel.send(
+        "layout",
+        task=found.task,
+        samples=len(found.samples),
+        ignored=archive.ignored,
+        refused=[vars(file) for file in found.refused],
+    )
+    samples = {sample.path: sample for sample in found.samples if sample.path not in done}
+    for path, data in archive.read(samples.keys()):
+        channel.send("reading", path=path)
+        _limit_cpu(order["decode_cpu_s"])
+        try:
+            if isinstance(data, Refused):
+                channel.send("refused", path=path, reason=data.reason)
+                continue
+            facts = images.inspect(data, limits)
+        except ImageRefused as error:
+            channel.send("refused", path=path, reason=error.detail)
+            continue
+        sample = samples[path]
+        channel.send(
+            "accepted",
+            path=path,
+            sha256=store.put(data),
+            size_bytes=len(data),
+            facts=asdict(facts),
+            labels=sample.labels,
+            target=sample.target,
+            group=sample.group,
+            split=sample.split,
+        )
+
+
+def _layout(archive: Archive) -> Layout:
+    paths = [entry.path for entry in archive.entries]
+    labels = layout.labels_file(paths)
+    if labels is None:
+        return layout.from_folders(paths)
+    _, data = next(archive.read({labels}))
+    if isinstance(data, Refused):
+        raise DatasetRefused(f"labels.csv is {data.reason}.")
+    return layout.from_labels(data, labels, paths)
+
+
+def _limit_cpu(seconds: int) -> None:
+    """Let the kernel end this process if it burns that much processor time on the next image."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    spent = int(used.ru_utime + used.ru_stime)
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds + 1, resource.RLIM_INFINITY))
+
+
+# --- train ---------------------------------------------------------------------------------------------------------
+
+
+def train(order: Mapping[str, Any], channel: Channel) -> None:
+    """Run an experiment, sending `progress`, `epoch` and `fold`, then `outcome`."""
+    store = Store(Path(order["store"]))
+    recipe = Recipe.model_validate(order["recipe"])
+    source = _weights(order, recipe, store, channel)
+    # Imported here and now: TensorFlow takes seconds, and weights that cannot be had should be told before.
+    from training import experiment
+    from training.experiment import Place
+
+    limits = ImageLimits(**{**order["image_limits"], "formats": tuple(order["image_limits"]["formats"])})
+    outcome = experiment.run(
+        recipe,
+        Digest(order["manifest"]),
+        order["labels"],
+        source,
+        Place(store, Path(order["features"]), limits, order["threads"]),
+        _Registry(channel),
+        _Reporter(channel),
+    )
+    files = {
+        name: {"sha256": store.put(data), "size_bytes": len(data), "media_type": media_type}
+        for name, (data, media_type) in outcome.files.items()
+    }
+    channel.send(
+        "outcome",
+        bundle=outcome.bundle,
+        backbone=outcome.backbone,
+        metrics=outcome.metrics,
+        extraction=outcome.extraction,
+        files=files,
+    )
+
+
+class _Reporter:
+    """Sends what an experiment reports, its progress at most once a second."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._stage: str | None = None
+        self._sent_at = 0.0
+
+    def progress(self, **state: Any) -> None:
+        now = time.monotonic()
+        if state["stage"] != self._stage or now - self._sent_at >= _PROGRESS_EVERY_S:
+            self._stage, self._sent_at = state["stage"], now
+            self._channel.send("progress", state=state)
+
+    def epoch(self, fold: int | None, number: int, metrics: dict[str, float]) -> None:
+        self._channel.send("epoch", fold=fold, epoch=number, metrics=metrics)
+
+    def fold(self, result: Any) -> None:
+        self._channel.send("fold", result=asdict(result))
+
+
+class _Registry:
+    """Answers an experiment's questions about backbones through the worker."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def find_backbone(self, key: Any) -> Digest | None:
+        answer = self._channel.ask("find_backbone", key=asdict(key))["digest"]
+        return None if answer is None else Digest(answer)
+
+    def add_backbone(self, key: Any, digest: Digest, facts: dict[str, Any]) -> Digest:
+        return Digest(self._channel.ask("add_backbone", key=asdict(key), digest=digest, facts=facts)["digest"])
+
+
+def _weights(order: Mapping[str, Any], recipe: Recipe, store: Store, channel: Channel) -> Digest:
+    """Return weights that lie in the store, getting them there if need be."""
+    if order["weights"] is not None:
+        return Digest(order["weights"])
+
+    def downloaded(done_bytes: int, total_bytes: int | None, eta_s: float | None) -> None:
+        share = done_bytes / total_bytes if total_bytes else 0.0
+        channel.send("progress", state={"stage": "weights", "fraction": 0.1 * share, "eta_s": eta_s})
+
+    found = weights.obtain(recipe.backbone, recipe.weights, store, Source(**order["source"]), downloaded)
+    channel.ask("weights", network=recipe.backbone, name=recipe.weights, sha256=found.sha256, source=found.source)
+    return found.sha256
+
+
+_ORDERS: Mapping[str, Callable[[Mapping[str, Any], Channel], None]] = {"ingest": ingest, "train": train}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,372 @@
+"""Takes an uploaded archive in: the worker's side. The archive itself is only opened in a child process."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from artifacts import manifest
+from artifacts.archive import ArchiveLimits
+from artifacts.images import ImageFacts, ImageLimits
+from artifacts.layout import Split, check_class_names
+from artifacts.manifest import Row, group_rows, splits_of
+from artifacts.recipe import ClassCount, Task
+from artifacts.store import Digest, Store
+from errors import DatasetRefused, EspalierError, Refused, Unavailable
+from models import dataset as datasets
+from models.dataset import Accepted, DatasetState, DatasetVersion
+from models.reference import collect, lock_files
+from worker.loop import Complete, Reason, Stopped, Work
+from worker.process import Child, Died, Message
+
+BAD_FILES = 50
+BAD_SHARE = 0.05
+_ROWS_PER_WRITE = 200
+_PROGRESS_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class IngestLimits:
+    """What a data set may be at most, and what reading one may take."""
+
+    archive: ArchiveLimits
+    image: ImageLimits
+    classes: int
+    decode_cpu_s: int
+    memory_bytes: int
+
+
+@dataclass
+class _Intake:
+    """What has been read of an archive so far."""
+
+    task: Task | None = None
+    samples: int = 0
+    ignored: int = 0
+    accepted: list[Accepted] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    files: int = 0
+    reading: str | None = None
+
+    @property
+    def done(self) -> list[str]:
+        """The paths that need not be read again."""
+        return [image.row.path for image in self.accepted] + [file.path for file in self.refused]
+
+
+@dataclass(frozen=True)
+class _Parent:
+    """The version that new images are added to."""
+
+    version_id: str
+    task: Task
+    rows: list[Row]
+
+
+class Ingest:
+    """The job that makes an uploaded version ready, or rejects it."""
+
+    def __init__(self, store: Store, limits: IngestLimits) -> None:
+        self._store = store
+        self._limits = limits
+
+    def run(self, work: Work) -> Complete:
+        """Read the archive and return what makes the version ready or rejected."""
+        version = work.write(lambda session: datasets.start_ingest(session, work.subject_id))
+        assert version.archive_sha256 is not None
+        archive = Digest(version.archive_sha256)
+        intake = _Intake()
+        try:
+            self._read(work, archive, intake)
+            parent = self._parent(work, version.parent_id)
+            new = _merge(intake, parent)
+            rows = (parent.rows if parent else []) + [image.row for image in new]
+            self._check(intake, rows)
+        except EspalierError as error:
+            if error.is_transient:
+                raise
+            return self._rejection(work, archive, intake, error)
+        except Stopped as stopped:
+            if stopped.reason is Reason.CANCELLED:  # the data set was deleted; nothing names these files yet
+                self._forget(work, intake)
+            raise
+        self._write(work, parent, new)
+        return self._readiness(archive, intake, _task(intake, parent, rows), rows, version.id)
+
+    def requeued(self, session: Session, subject_id: str) -> None:
+        datasets.wait_again(session, subject_id)
+
+    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
+        datasets.mark_rejected(session, subject_id, error)
+
+    def cancelled(self, session: Session, subject_id: str) -> None:
+        error = DatasetRefused("The data set was deleted while it was being taken in.")
+        datasets.mark_rejected(session, subject_id, error.record())
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, work: Work, archive: Digest, intake: _Intake) -> None:
+        """Read the whole archive, in as many child processes as images kill."""
+        deaths = 0
+        while True:
+            try:
+                with Child(self._order(archive, intake)) as child:
+                    self._listen(work, child, intake)
+                return
+            except Died as death:
+                deaths += 1
+                if intake.reading is None or deaths > BAD_FILES:
+                    raise death.as_failure() from death
+                intake.refused.append(Refused(intake.reading, f"it breaks the decoder: {death.detail}"))
+                intake.reading = None
+
+    def _order(self, archive: Digest, intake: _Intake) -> dict[str, Any]:
+        return {
+            "kind": "ingest",
+            "store": str(self._store.root),
+            "archive": archive,
+            "archive_limits": asdict(self._limits.archive),
+            "image_limits": asdict(self._limits.image),
+            "decode_cpu_s": self._limits.decode_cpu_s,
+            "memory_bytes": self._limits.memory_bytes,
+            "done": intake.done,
+        }
+
+    def _listen(self, work: Work, child: Child, intake: _Intake) -> None:
+        started = told = time.monotonic()
+        before = len(intake.done)
+        while (message := child.receive(work)) is not None:
+            _take_in(intake, message)
+            now = time.monotonic()
+            if now - told >= _PROGRESS_EVERY_S and intake.samples:
+                told = now
+                done = len(intake.done)
+                speed = (done - before) / (now - started)
+                self._tell(work, done, intake.samples, speed)
+
+    def _tell(self, work: Work, done: int, total: int, images_per_s: float) -> None:
+        eta_s = (total - done) / images_per_s if images_per_s else None
+        progress = {"stage": "reading", "fraction": done / total, "eta_s": eta_s}
+        work.write(partial(datasets.set_progress, version_id=work.subject_id, progress=progress))
+
+    # --- judging ---------------------------------------------------------------------------------------------------
+
+    def _check(self, intake: _Intake, rows: Sequence[Row]) -> None:
+        """See that the files make a data set. Raises DatasetRefused or LayoutUnknown."""
+        refused = len(intake.refused)
+        allowed = max(BAD_FILES, int(BAD_SHARE * intake.files))
+        if refused > allowed:
+            raise DatasetRefused(
+                f"Expected at most {allowed} files that cannot be used. Received {refused} of {intake.files}; "
+                "'refused' lists them with their reasons."
+            )
+        if not rows:
+            raise DatasetRefused("No file of the archive is an image that can be used; 'refused' says why.")
+        names = {label for row in rows for label in row.labels}
+        if intake.task is Task.REGRESSION:
+            return
+        if not 2 <= len(names) <= self._limits.classes:
+            only = f", {next(iter(names))!r}" if len(names) == 1 else ""
+            raise DatasetRefused(
+                f"Expected 2 to {self._limits.classes:,} classes with images that can be used. "
+                f"Received {len(names)}{only}."
+            )
+        check_class_names(names)
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def _parent(self, work: Work, parent_id: str | None) -> _Parent | None:
+        if parent_id is None:
+            return None
+        with work.database.reading() as session:
+            version = session.get_one(DatasetVersion, parent_id)
+        assert version.manifest_sha256 is not None and version.task is not None
+        rows = manifest.load(self._store.read(Digest(version.manifest_sha256)))
+        return _Parent(parent_id, version.task, rows)
+
+    def _write(self, work: Work, parent: _Parent | None, new: Sequence[Accepted]) -> None:
+        """Write the version's rows in pieces, so that nobody waits long for the database."""
+        version_id = work.subject_id
+        after: str | None = "" if parent is not None else None
+        while parent is not None and after is not None:
+            copy = partial(datasets.copy_memberships, to_version=version_id, after_path=after, limit=_ROWS_PER_WRITE)
+            after = work.write(partial(copy, from_version=parent.version_id))
+        for start in range(0, len(new), _ROWS_PER_WRITE):
+            piece = new[start : start + _ROWS_PER_WRITE]
+            work.write(partial(_add_images, project_id=work.project_id, version_id=version_id, images=piece))
+        if not all(self._store.has(image.row.sha256) for image in new):
+            raise Unavailable("A file was removed with another data set just when this one took it over; once more.")
+
+    def _readiness(
+        self, archive: Digest, intake: _Intake, task: Task, rows: Sequence[Row], version_id: str
+    ) -> Complete:
+        digest = self._store.put(manifest.dump(rows))
+        targets = [row.target for row in rows if row.target is not None]
+        target = {"min": min(targets), "max": max(targets), "mean": sum(targets) / len(targets)} if targets else None
+
+        def complete(session: Session) -> None:
+            datasets.mark_ready(
+                session,
+                version_id,
+                manifest=digest,
+                task=task,
+                images=len(rows),
+                duplicates=len(rows) - len({row.sha256 for row in rows}),
+                ignored=intake.ignored,
+                classes=_class_counts(rows),
+                target=target,
+                refused=sorted(intake.refused, key=lambda file: file.path),
+            )
+            collect(session, self._store, [archive])
+
+        return complete
+
+    def _rejection(self, work: Work, archive: Digest, intake: _Intake, error: EspalierError) -> Complete:
+        drop_images(work, self._store, [work.subject_id])
+        self._forget(work, intake)
+
+        def complete(session: Session) -> None:
+            refused = sorted(intake.refused, key=lambda file: file.path)
+            datasets.mark_rejected(session, work.subject_id, error.record(), refused, intake.ignored)
+            collect(session, self._store, [archive])
+
+        return complete
+
+    def _forget(self, work: Work, intake: _Intake) -> None:
+        """Remove the files that the intake stored and nothing names; needs no lease, as it only removes those."""
+        files = sorted({image.row.sha256 for image in intake.accepted})
+        for start in range(0, len(files), _ROWS_PER_WRITE):
+            with work.database.writing() as session:
+                collect(session, self._store, files[start : start + _ROWS_PER_WRITE])
+
+
+class Purge:
+    """The job that drops what a deleted data set held."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def run(self, work: Work) -> Complete:
+        """Drop the images, then the manifests, once no ingest of the data set is under way."""
+        with work.database.reading() as session:
+            versions = datasets.get_versions(session, work.subject_id)
+        if any(version.state is DatasetState.INGESTING for version in versions):
+            raise Unavailable("An ingest of the deleted data set has not ended yet.")
+        drop_images(work, self._store, [version.id for version in versions])
+
+        def complete(session: Session) -> None:
+            collect(session, self._store, datasets.forget_files(session, work.subject_id))
+
+        return complete
+
+    def requeued(self, session: Session, subject_id: str) -> None:
+        """Nothing to change: the data set is out of sight already."""
+
+    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
+        """Nothing to change."""
+
+    def cancelled(self, session: Session, subject_id: str) -> None:
+        """Nothing to change."""
+
+
+def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
+    """Remove the images of versions from the database and, where no other row names them, from the store."""
+
+    def change(session: Session) -> bool:
+        dropped, orphans = datasets.drop_memberships(session, version_ids, limit=_ROWS_PER_WRITE)
+        collect(session, store, orphans)
+        return dropped > 0
+
+    while work.write(change):
+        work.moved()
+
+
+def _add_images(session: Session, project_id: str, version_id: str, images: Sequence[Accepted]) -> None:
+    lock_files(session)
+    datasets.add_images(session, project_id, version_id, images)
+
+
+def _take_in(intake: _Intake, message: Message) -> None:
+    match message["type"]:
+        case "layout" if intake.task is None:
+            intake.task = Task(message["task"])
+            intake.samples = message["samples"]
+            intake.ignored = message["ignored"]
+            intake.refused += [Refused(**file) for file in message["refused"]]
+            intake.files = intake.samples + len(intake.refused)
+        case "reading":
+            intake.reading = message["path"]
+        case "refused":
+            intake.refused.append(Refused(message["path"], message["reason"]))
+            intake.reading = None
+        case "accepted":
+            row = Row(
+                path=message["path"],
+                sha256=Digest(message["sha256"]),
+                labels=tuple(message["labels"]),
+                target=message["target"],
+                group=message["group"],
+                split=Split(message["split"]),
+            )
+            intake.accepted.append(Accepted(row, ImageFacts(**message["facts"]), message["size_bytes"]))
+            intake.reading = None
+
+
+def _merge(intake: _Intake, parent: _Parent | None) -> list[Accepted]:
+    """Return the images that are new, after refusing those that contradict each other or the version before.
+
+    Raises DatasetRefused if the two do not say the same kind of thing about their images.
+    """
+    old = {row.path: row for row in parent.rows} if parent else {}
+    if parent and (parent.task is Task.REGRESSION) != (intake.task is Task.REGRESSION):
+        raise DatasetRefused(
+            f"Expected images for {parent.task.value}, as in the version before. Received images for "
+            f"{intake.task.value if intake.task else 'nothing'}."
+        )
+    said: dict[Digest, set[str]] = defaultdict(set)
+    for row in (*old.values(), *(image.row for image in intake.accepted)):
+        said[row.sha256].add(_said_of(row))
+    new = []
+    for image in intake.accepted:
+        row, before = image.row, old.get(image.row.path)
+        if len(said[row.sha256]) > 1:
+            both = " and ".join(sorted(said[row.sha256]))
+            intake.refused.append(Refused(row.path, f"the same file stands under two labels: {both}"))
+        elif before is not None and before.sha256 != row.sha256:
+            intake.refused.append(Refused(row.path, "another image has this path in the version before"))
+        elif before is None:
+            new.append(image)
+    return new
+
+
+def _said_of(row: Row) -> str:
+    return "|".join(row.labels) if row.target is None else f"{row.target:g}"
+
+
+def _task(intake: _Intake, parent: _Parent | None, rows: Sequence[Row]) -> Task:
+    tasks = {intake.task, parent.task if parent else None}
+    if Task.REGRESSION in tasks:
+        return Task.REGRESSION
+    if Task.MULTILABEL in tasks:
+        return Task.MULTILABEL
+    return Task.BINARY if len({label for row in rows for label in row.labels}) == 2 else Task.MULTICLASS
+
+
+def _class_counts(rows: Sequence[Row]) -> list[ClassCount]:
+    """Count images and foldable groups of each class; sorted names are the order of the outputs from here on."""
+    groups = group_rows(rows)
+    split = splits_of(rows, groups)
+    images: Counter[str] = Counter()
+    foldable: dict[str, set[int]] = defaultdict(set)
+    for row, group, part in zip(rows, groups, split, strict=True):
+        images.update(row.labels)
+        if part is Split.TRAIN:
+            for label in row.labels:
+                foldable[label].add(group)
+    return [ClassCount(label, images[label], len(foldable[label])) for label in sorted(images)]

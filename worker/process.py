@@ -1,0 +1,154 @@
+"""One child process per job: starts it, talks with it in JSON lines, and ends it with all it started.
+
+The child runs in a process group of its own and ends when its standard input closes, so that it cannot outlive its
+worker. Its standard output carries messages only; whatever libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from errors import Crashed, EspalierError, OutOfMemory, from_record
+from worker.loop import Stopped, Work
+
+STOP_GRACE_S = 5.0
+_POLL_S = 0.25
+_WAITING = 1000
+
+Message = dict[str, Any]
+
+_END = object()
+
+
+class Died(EspalierError):
+    """The child ended without a result; `signal` is the number that killed it, or None."""
+
+    code = "died"
+
+    def __init__(self, returncode: int) -> None:
+        self.signal = -returncode if returncode < 0 else None
+        name = signal.Signals(self.signal).name if self.signal else f"exit status {returncode}"
+        super().__init__(f"The process ended with {name}.")
+
+    def as_failure(self) -> EspalierError:
+        """Return what this means for a whole job: nothing but the kernel sends SIGKILL to a child of ours."""
+        if self.signal == signal.SIGKILL:
+            return OutOfMemory(
+                "The work was killed, most likely for the memory it took. Use smaller images, a smaller batch_size or "
+                "a machine with more memory."
+            )
+        return Crashed(f"{self.detail} The worker's log has more.")
+
+
+class Child:
+    """A running child; use it in a `with` block."""
+
+    def __init__(self, order: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+            text=True,
+            encoding="utf-8",
+        )
+        self._messages: queue.Queue[Any] = queue.Queue(_WAITING)
+        self._reader = threading.Thread(target=self._read, name="child-reader", daemon=True)
+        self._reader.start()
+        self.send(order)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, which is its group's too."""
+        return self._process.pid
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one message to the child; a child that has died is noticed when it is listened to."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return
+
+    def receive(self, work: Work) -> Message | None:
+        """Return the child's next message, or None at its end.
+
+        Raises:
+            Stopped: the job must end.
+            Died: the child ended without being done.
+            EspalierError: the child said what went wrong.
+        """
+        while True:
+            work.check()
+            try:
+                message = self._messages.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            work.moved()
+            if message is _END:
+                returncode = self._process.wait()
+                if returncode:
+                    raise Died(returncode)
+                return None
+            if message["type"] == "error":
+                raise from_record(message["error"])
+            return dict(message)
+
+    def stop(self) -> None:
+        """End the child's whole group: politely, then not."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._signal(signal.SIGKILL)
+                self._process.wait()
+        self._signal(signal.SIGKILL)  # whatever the child itself left running
+        while self._reader.is_alive():
+            self._drain()
+            self._reader.join(0.05)
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                _close(stream)
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return
+
+    def _drain(self) -> None:
+        while not self._messages.empty():
+            self._messages.get_nowait()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._messages.put(json.loads(line))
+        self._messages.put(_END)
+
+
+def _close(stream: Any) -> None:
+    try:
+        stream.close()
+    except BrokenPipeError:
+        return
+
+
+__all__ = ["Child", "Died", "Message", "Stopped"]

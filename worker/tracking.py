@@ -1,0 +1,425 @@
+"""Tells MLflow about runs, from what the database says it is still owed. The only file that knows MLflow.
+
+A run never waits for this and never fails because of it. Whatever is sent may be sent again after a crash or a
+time-out, so every step looks first whether MLflow has it: runs are found by their tags, metrics carry fixed times,
+files are overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
+
+from artifacts.store import Digest, Store
+from errors import Unavailable
+from models import registry
+from models import run as runs
+from models.dataset import Dataset, DatasetVersion
+from models.job import Outbox, owed
+from models.registry import ModelVersion
+from models.run import Fold, Run, RunArtifact, RunState
+from worker.loop import Complete, Work
+
+_NOTE = "mlflow.note.content"
+_NOTE_CHARACTERS = 20_000
+_VIEW = "espalier"
+_STATUS = {RunState.SUCCEEDED: "FINISHED", RunState.FAILED: "FAILED", RunState.CANCELLED: "KILLED"}
+
+
+@dataclass(frozen=True)
+class TrackingPlace:
+    """Where MLflow is, how long one call to it may take, and where its readers find the API."""
+
+    url: str
+    timeout_s: float
+    api_url: str
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """All that MLflow is told about a run."""
+
+    run: Run
+    dataset: Dataset
+    version: DatasetVersion
+    folds: Sequence[Fold]
+    files: Sequence[RunArtifact]
+    model_version: ModelVersion | None
+    aliases: Sequence[str]
+
+
+class Publish:
+    """The job that sends what MLflow is owed about one run."""
+
+    def __init__(self, store: Store, place: TrackingPlace) -> None:
+        self._store = store
+        self._place = place
+
+    def run(self, work: Work) -> Complete:
+        """Send everything that is owed, in order."""
+        with work.database.reading() as session:
+            rows = owed(session, work.subject_id)
+        with _mlflow(self._place) as client:
+            for row in rows:
+                with work.database.reading() as session:
+                    facts = _facts(session, work.subject_id)
+                page = _Page(client, facts, self._place)
+                match row.kind:
+                    case "started":
+                        page.start()
+                    case "fold":
+                        page.add_fold(row.payload["fold"])
+                    case "finished":
+                        page.finish(self._store)
+                    case "alias":
+                        page.move_alias(row.payload["alias"])
+                work.write(partial(_settle, row=row, page=page))
+                work.moved()
+        return lambda session: None
+
+    def requeued(self, session: Session, subject_id: str) -> None:
+        """Nothing to change: what is owed stays owed."""
+
+    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
+        """Nothing to change: what is owed stays owed, and a new job will be made for it."""
+
+    def cancelled(self, session: Session, subject_id: str) -> None:
+        """Nothing to change."""
+
+
+def _settle(session: Session, row: Outbox, page: _Page) -> None:
+    session.execute(delete(Outbox).where(Outbox.id == row.id))
+    run = session.get_one(Run, row.run_id)
+    run.mlflow_experiment_id, run.mlflow_run_id = page.experiment_id, page.run_id
+
+
+def _facts(session: Session, run_id: str) -> _Facts:
+    run = session.get_one(Run, run_id)
+    version = session.get_one(DatasetVersion, run.dataset_version_id)
+    model_version = registry.find_run_version(session, run_id)
+    aliases = registry.get_aliases(session, model_version.model_id) if model_version else {}
+    return _Facts(
+        run=run,
+        dataset=session.get_one(Dataset, version.dataset_id),
+        version=version,
+        folds=runs.get_folds(session, run_id),
+        files=runs.get_artifacts(session, run_id),
+        model_version=model_version,
+        aliases=aliases.get(model_version.id, []) if model_version else [],
+    )
+
+
+@contextmanager
+def _mlflow(place: TrackingPlace) -> Iterator[Any]:
+    """Yield a client whose every failure inside the block is Unavailable."""
+    # MLflow reads these at each call; its own defaults retry for minutes. Imported late: it costs seconds and memory.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(place.timeout_s)))
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    import mlflow
+    import requests
+
+    try:
+        yield mlflow.MlflowClient(tracking_uri=place.url, registry_uri=place.url)
+    except (mlflow.MlflowException, requests.RequestException) as error:
+        raise Unavailable(f"MLflow at {place.url} does not take what it is sent: {error}") from error
+
+
+class _Page:
+    """One run in MLflow: a parent run, its folds, its model."""
+
+    def __init__(self, client: Any, facts: _Facts, place: TrackingPlace) -> None:
+        self._client = client
+        self._facts = facts
+        self._place = place
+        self.experiment_id = self._experiment()
+        self.run_id = self._run("summary", facts.run.started_at, {})
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Show what the run is about to do."""
+        facts = self._facts
+        params = _flat(facts.run.recipe)
+        self._client.log_batch(self.run_id, params=[_param(name, value) for name, value in params.items()])
+        self._log_dataset()
+
+    def add_fold(self, number: int) -> None:
+        """Show one fold's curves, as a run below the parent."""
+        fold = next((fold for fold in self._facts.folds if fold.number == number), None)
+        if fold is None:  # the run was begun again meanwhile and will tell of this fold once more
+            return
+        run_id = self._run(f"fold-{number + 1}", self._facts.run.started_at, {"mlflow.parentRunId": self.run_id})
+        at = _milliseconds(self._facts.run.started_at)
+        metrics = [
+            _metric(_curve(name), value, at, step)
+            for step, epoch in enumerate(fold.history, start=1)
+            for name, value in epoch.items()
+        ]
+        metrics += [
+            _metric(f"test/{name}", value, at, 0) for name, value in fold.metrics.items() if isinstance(value, float)
+        ]
+        for start in range(0, len(metrics), 1000):  # MLflow takes no more at once
+            self._client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        self._client.set_terminated(run_id, "FINISHED")
+
+    def finish(self, store: Store) -> None:
+        """Show what came out."""
+        facts = self._facts
+        run = facts.run
+        if run.error is not None:
+            self._client.set_tag(self.run_id, _NOTE, f"**Failed:** {run.error['detail']}")
+        if run.metrics is not None:
+            at = _milliseconds(run.finished_at)
+            metrics = [_metric(name, value, at, 0) for name, value in _summary(run.metrics).items()]
+            self._client.log_batch(self.run_id, metrics=metrics)
+            self._client.set_tag(self.run_id, _NOTE, _note(facts))
+            self._log_files(store)
+            self._register()
+        self._client.set_terminated(self.run_id, _STATUS[run.state], end_time=_milliseconds(run.finished_at))
+
+    def move_alias(self, alias: str) -> None:
+        """Mirror an alias, if it still points at this run's version; our database decides."""
+        version = self._registered()
+        if version is not None and alias in self._facts.aliases:
+            self._client.set_registered_model_alias(self._facts.run.name, alias, version.version)
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _experiment(self) -> str:
+        """Return the experiment of the run's model, making it if need be, with its card up to date."""
+        name = self._facts.run.name
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            experiment_id = str(self._client.create_experiment(name))
+        else:
+            experiment_id = str(experiment.experiment_id)
+            if experiment.lifecycle_stage == "deleted":
+                self._client.restore_experiment(experiment_id)
+        tags = {
+            _NOTE: _card(self._facts, self._place.api_url),
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.experiment.primaryMetric.name": "cv/accuracy",
+            "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+            f"mlflow.sharedViewState.{_VIEW}": json.dumps(_shared_view()),
+        }
+        known = experiment.tags if experiment is not None else {}
+        for key, value in tags.items():
+            if known.get(key) != value:
+                self._client.set_experiment_tag(experiment_id, key, value)
+        return experiment_id
+
+    def _run(self, part: str, started_at: datetime | None, tags: dict[str, str]) -> str:
+        """Return the MLflow run for a part of this run, making it if MLflow has none."""
+        run = self._facts.run
+        wanted = f"tags.`espalier.run` = '{run.id}' and tags.`espalier.fold` = '{part}'"
+        found = self._client.search_runs([self.experiment_id], wanted, max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        mine = {"espalier.run": run.id, "espalier.fold": part, "mlflow.source.name": "espalier"}
+        name = _name(run) if part == "summary" else f"{_name(run)}-{part}"
+        created = self._client.create_run(
+            self.experiment_id, start_time=_milliseconds(started_at), tags={**mine, **tags}, run_name=name
+        )
+        return str(created.info.run_id)
+
+    def _log_dataset(self) -> None:
+        import mlflow.data.meta_dataset
+        from mlflow.data.http_dataset_source import HTTPDatasetSource
+        from mlflow.entities import DatasetInput, InputTag
+
+        facts = self._facts
+        source: Any = HTTPDatasetSource(f"{self._place.api_url}/api/v1/datasets/{facts.dataset.id}")  # type: ignore[no-untyped-call]
+        digest = (facts.version.manifest_sha256 or "")[:36]
+        name = f"{facts.dataset.name} v{facts.version.number}"
+        data: Any = mlflow.data.meta_dataset.MetaDataset(source, name, digest)  # type: ignore[abstract]
+        context = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(self.run_id, [DatasetInput(data._to_mlflow_entity(), [context])])
+
+    def _log_files(self, store: Store) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for file in sorted(self._facts.files, key=lambda file: file.name != "report.md"):
+                path = Path(folder) / file.name
+                path.write_bytes(store.read(Digest(file.sha256)))
+                self._client.log_artifact(self.run_id, str(path))
+        metrics = self._facts.run.metrics or {}
+        # As `log_table` writes it; that one appends when it is called again.
+        columns = ["label", "precision", "recall", "f1", "images"]
+        rows = [[row[column] for column in columns] for row in metrics["per_class"]]
+        self._client.log_dict(self.run_id, {"columns": columns, "data": rows}, "per_class.json")
+        logged = json.dumps([{"path": "per_class.json", "type": "table"}])
+        self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", logged)
+        self._client.log_dict(self.run_id, self._facts.run.recipe, "recipe.json")
+
+    def _register(self) -> None:
+        """Mirror the model version, with its aliases, into MLflow's registry."""
+        from mlflow.exceptions import RestException
+
+        version = self._facts.model_version
+        if version is None:
+            return
+        name = self._facts.run.name
+        try:
+            self._client.create_registered_model(name)
+        except RestException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        registered = self._registered()
+        if registered is None:
+            model_id = self._logged_model(version)
+            registered = self._client.create_model_version(
+                name,
+                source=f"models:/{model_id}",
+                run_id=self.run_id,
+                tags={"espalier.version": str(version.number), "espalier.run": version.run_id},
+                model_id=model_id,
+            )
+        for alias in self._facts.aliases:
+            self._client.set_registered_model_alias(name, alias, registered.version)
+
+    def _registered(self) -> Any:
+        """Return MLflow's version of this run's model version, or None."""
+        version = self._facts.model_version
+        if version is None:
+            return None
+        found = self._client.search_model_versions(f"name = '{self._facts.run.name}' and run_id = '{self.run_id}'")
+        return found[0] if found else None
+
+    def _logged_model(self, version: ModelVersion) -> str:
+        """Return the id of MLflow's entry for what is served: code that asks Espalier, since we keep the weights."""
+        import mlflow.pyfunc
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema
+
+        name = self._facts.run.name
+        model = self._client.create_logged_model(
+            self.experiment_id,
+            name=f"{name}-v{version.number}",
+            source_run_id=self.run_id,
+            tags={"espalier.version": str(version.number), "espalier.bundle": version.bundle_sha256},
+            params={key: str(value) for key, value in _flat(self._facts.run.recipe).items()},
+            model_type="classifier",
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            mlflow.pyfunc.save_model(
+                Path(folder) / "model",
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                model_config={"url": self._place.api_url, "model": name, "version": version.number},
+                signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")])),
+                pip_requirements=[f"mlflow=={mlflow.__version__}"],
+            )
+            self._client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
+        self._client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def experiment_url(base: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of a run's page."""
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def _name(run: Run) -> str:
+    recipe = run.recipe
+    mode = recipe["mode"].split("-")[-1]
+    return f"{recipe['backbone']}-{recipe['features_from']}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
+
+
+def _card(facts: _Facts, api_url: str) -> str:
+    """Return the card of the data set, as Markdown."""
+    version = facts.version
+    lines = [
+        f"# {facts.dataset.name}",
+        "",
+        f"{version.images:,} images, version {version.number}, {version.task.value if version.task else ''}; "
+        f"{version.duplicates:,} duplicates, {version.refused_total:,} refused.",
+        "",
+        f"[Data set]({api_url}/api/v1/datasets/{facts.dataset.id}) · [API]({api_url}/docs) · "
+        f"[runs with their scores](?viewStateShareKey={_VIEW})",
+        "",
+        "| class | images |",
+        "|---|--:|",
+        *(f"| {count.name} | {count.images:,} |" for count in version.class_counts),
+    ]
+    return "\n".join(lines)[:_NOTE_CHARACTERS]
+
+
+def _note(facts: _Facts) -> str:
+    metrics = facts.run.metrics or {}
+    low, high = metrics["accuracy_ci95"]
+    return (
+        f"**Accuracy {metrics['accuracy']:.1%}** (95 % interval {low:.1%} to {high:.1%}), out of fold on "
+        f"{facts.dataset.name} version {facts.version.number}. See `report.md` under Artifacts."
+    )
+
+
+def _shared_view() -> dict[str, Any]:
+    """Return the table of runs as it should open: best score first, only summaries."""
+    return {
+        "searchFilter": "tags.`espalier.fold` = 'summary'",
+        "orderByKey": "metrics.`cv/accuracy`",
+        "orderByAsc": False,
+        "groupBy": None,
+        "selectedColumns": [
+            "attributes.`Source`",
+            "metrics.`cv/accuracy`",
+            "metrics.`cv/accuracy_low`",
+            "metrics.`cv/accuracy_high`",
+            "metrics.`cv/f1_macro`",
+            "params.`backbone`",
+            "params.`features_from`",
+            "params.`weights`",
+        ],
+    }
+
+
+def _summary(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of the parent run: few, so that MLflow's page stays quick."""
+    summary = {f"cv/{name}": value for name, value in metrics.items() if isinstance(value, float)}
+    summary["cv/accuracy_low"], summary["cv/accuracy_high"] = metrics["accuracy_ci95"]
+    if "test" in metrics:
+        summary |= {f"test/{name}": value for name, value in metrics["test"].items() if isinstance(value, float)}
+    return summary
+
+
+def _curve(name: str) -> str:
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+
+
+def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in recipe.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _param(name: str, value: Any) -> Any:
+    from mlflow.entities import Param
+
+    return Param(name, str(value))
+
+
+def _metric(name: str, value: float, timestamp_ms: int, step: int) -> Any:
+    from mlflow.entities import Metric
+
+    return Metric(name, value, timestamp_ms, step)
+
+
+def _milliseconds(moment: datetime | None) -> int:
+    return int(moment.timestamp() * 1000) if moment is not None else 0

@@ -1,0 +1,187 @@
+"""Trains a run: the worker's side. The network itself only lives in a child process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from artifacts.catalogue import BackboneName
+from artifacts.images import ImageLimits
+from artifacts.store import Digest, Store
+from models import registry
+from models import run as runs
+from models.dataset import DatasetVersion
+from models.job import owe
+from models.project import Principal
+from models.registry import Backbone, Weights
+from models.run import EventKind, Fold, Run
+from worker.loop import Complete, Work
+from worker.process import Child, Died, Message
+from worker.weights import Source
+
+_WRITE_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingPlace:
+    """Where training happens, as its child process is told."""
+
+    features: str
+    image_limits: ImageLimits
+    threads: int
+    source: Source
+
+
+class Train:
+    """The job that trains a run and adds what came out as a model version."""
+
+    def __init__(self, store: Store, place: TrainingPlace) -> None:
+        self._store = store
+        self._place = place
+
+    def run(self, work: Work) -> Complete:
+        """Train in a child process; return what closes the run."""
+        order = work.write(lambda session: self._start(session, work.subject_id))
+        outcome: Message | None = None
+        notes = _Notes(work)
+        try:
+            with Child(order) as child:
+                while (message := child.receive(work)) is not None:
+                    match message["type"]:
+                        case "progress" | "epoch" | "fold":
+                            notes.take(message)
+                        case "outcome":
+                            outcome = message
+                        case _:
+                            child.send(work.write(partial(_answer, asked=message)))
+        except Died as death:
+            raise death.as_failure() from death
+        notes.write()
+        if outcome is None:
+            raise RuntimeError("The child ended without an outcome.")
+        done = outcome
+        return lambda session: _complete(session, work.subject_id, done)
+
+    def requeued(self, session: Session, subject_id: str) -> None:
+        runs.requeue_run(session, subject_id)
+
+    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
+        runs.fail_run(session, subject_id, error)
+        owe(session, subject_id, "finished", {})
+
+    def cancelled(self, session: Session, subject_id: str) -> None:
+        runs.cancel_run(session, subject_id)
+        owe(session, subject_id, "finished", {})
+
+    def _start(self, session: Session, run_id: str) -> dict[str, Any]:
+        run = runs.start_run(session, run_id)
+        owe(session, run_id, "started", {})
+        version = session.get_one(DatasetVersion, run.dataset_version_id)
+        weights = registry.find_weights(session, BackboneName(run.recipe["backbone"]), run.recipe["weights"])
+        return {
+            "kind": "train",
+            "store": str(self._store.root),
+            "features": self._place.features,
+            "image_limits": asdict(self._place.image_limits),
+            "threads": self._place.threads,
+            "source": asdict(self._place.source),
+            "recipe": run.recipe,
+            "manifest": version.manifest_sha256,
+            "labels": [count.name for count in version.class_counts],
+            "weights": weights.sha256 if weights else None,
+        }
+
+
+class _Notes:
+    """Events on their way into the database, written together once a second: a fast head has many epochs in one."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._events: list[tuple[EventKind, dict[str, Any]]] = []
+        self._folds: list[dict[str, Any]] = []
+        self._progress: dict[str, Any] | None = None
+        self._written_at = time.monotonic()
+
+    def take(self, message: Message) -> None:
+        match message["type"]:
+            case "progress":
+                self._progress = runs.progress(**message["state"])
+            case "epoch":
+                payload = {name: message[name] for name in ("fold", "epoch", "metrics")}
+                self._events.append((EventKind.EPOCH, payload))
+            case "fold":
+                self._folds.append(message["result"])
+        if self._folds or time.monotonic() - self._written_at >= _WRITE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was noted."""
+        self._work.write(self._write)
+        self._events, self._folds, self._progress = [], [], None
+        self._written_at = time.monotonic()
+
+    def _write(self, session: Session) -> None:
+        run_id = self._work.subject_id
+        for kind, payload in self._events:
+            runs.add_event(session, run_id, kind, payload)
+        for result in self._folds:
+            runs.add_fold(session, Fold(run_id=run_id, **result))
+            owe(session, run_id, "fold", {"fold": result["number"]})
+        if self._progress is not None:
+            runs.set_progress(session, run_id, self._progress)
+
+
+def _answer(session: Session, asked: Message) -> dict[str, Any]:
+    """Answer what the child wants to know, or note what it found, in one transaction."""
+    match asked["type"]:
+        case "weights":
+            weights = Weights(
+                network=BackboneName(asked["network"]),
+                name=asked["name"],
+                sha256=asked["sha256"],
+                source=asked["source"],
+            )
+            registry.set_weights(session, weights)
+            return {}
+        case "find_backbone":
+            found = registry.find_backbone(session, **_key(asked))
+            return {"digest": found.sha256 if found else None}
+        case "add_backbone":
+            key = asked["key"]
+            backbone = Backbone(
+                sha256=asked["digest"],
+                network=BackboneName(key["network"]),
+                weights_sha256=key["weights"],
+                cut=key["cut"],
+                size=key["size"],
+                export_version=key["export_version"],
+                manifest=asked["facts"],
+            )
+            return {"digest": registry.add_backbone(session, backbone).sha256}
+        case unknown:
+            raise RuntimeError(f"The child asked {unknown!r}, which nobody answers. This is a bug.")
+
+
+def _key(asked: Message) -> dict[str, Any]:
+    key = dict(asked["key"])
+    return {**key, "network": BackboneName(key["network"]), "weights": Digest(key["weights"])}
+
+
+def _complete(session: Session, run_id: str, outcome: Message) -> None:
+    """Close the run with its model version, in one transaction."""
+    run: Run = runs.succeed_run(session, run_id, outcome["metrics"], outcome["extraction"])
+    for name, file in outcome["files"].items():
+        runs.add_artifact(session, run_id, name, Digest(file["sha256"]), file["size_bytes"], file["media_type"])
+    registry.add_model_version(
+        session,
+        Principal(run.project_id),
+        run.name,
+        run_id,
+        Digest(outcome["bundle"]),
+        Digest(outcome["backbone"]),
+    )
+    owe(session, run_id, "finished", {})
