@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
+import logs
 from api import datasets, events, operations, predictions, problems, registry, runs
 from api.deps import Services
 from api.door import Door
@@ -19,8 +20,6 @@ from bell import Bell, CeleryBell, EagerBell
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
-
-JSON_BYTES = 1024 * 1024
 
 _DESCRIPTION = """
 Upload labelled images, train a classifier by transfer learning, read an honest score, ask for predictions.
@@ -77,6 +76,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
 
 def main() -> None:
     """Serve until told to stop."""
+    logs.configure()
     settings = Settings()
     uvicorn.run(
         create_app(settings),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Depends, Header
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -21,24 +21,31 @@ _LOOK_EVERY_S = 0.5
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
 
 
+def existing_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> str:
+    """Return the id of a run that exists; a stream that has begun could not say any more that it does not."""
+    with given.database.reading() as session:
+        return runs.get_run(session, principal, run_id).id
+
+
+def last_seen(last_event_id: Annotated[str | None, Header()] = None) -> int:
+    """Return the number of the last event that the client has, 0 for none."""
+    if last_event_id is None:
+        return 0
+    if not last_event_id.isdecimal():
+        raise RequestInvalid(f"Last-Event-ID: expected the id of an event. Received {last_event_id!r}.")
+    return int(last_event_id)
+
+
 @router.get("/{run_id}/events", response_class=EventSourceResponse)
 async def stream_events(
     given: ServicesDep,
-    principal: PrincipalDep,
-    run_id: str,
-    last_event_id: Annotated[str | None, Header()] = None,
+    run_id: Annotated[str, Depends(existing_run)],
+    after: Annotated[int, Depends(last_seen)],
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream `progress`, `epoch`, `fold` and `state` events until the run is over.
 
     Starts from the first event, or after `Last-Event-ID`.
     """
-    after = _number(last_event_id)
-
-    def check() -> None:
-        with given.database.reading() as session:
-            runs.get_run(session, principal, run_id)
-
-    await run_in_threadpool(check)
     while True:
         events, is_over = await run_in_threadpool(_look, given, run_id, after)
         for event in events:
@@ -48,14 +55,6 @@ async def stream_events(
             return
         if not events:
             await asyncio.sleep(_LOOK_EVERY_S)
-
-
-def _number(last_event_id: str | None) -> int:
-    if last_event_id is None:
-        return 0
-    if not last_event_id.isdigit():
-        raise RequestInvalid(f"Last-Event-ID: expected the id of an event. Received {last_event_id!r}.")
-    return int(last_event_id)
 
 
 def _look(given: Services, run_id: str, after: int) -> tuple[list[RunEvent], bool]:

@@ -114,7 +114,6 @@ def install(app: FastAPI) -> None:
         }
         if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             content |= {"type": TYPE_PREFIX + errors.TooLarge.code, "title": TABLE[errors.TooLarge][1]}
-            content["detail"] = "Expected a smaller body; see the limits in the documentation."
         return _answer(content, request_id(request), error.headers)
 
     @app.exception_handler(Exception)

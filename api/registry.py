@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from api.bodies import JsonRoute
 from api.deps import PrincipalDep, ServicesDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Page
@@ -20,7 +21,7 @@ from models.project import scope
 from models.registry import Model, ModelVersion
 from models.run import Run
 
-router = APIRouter(prefix="/api/v1/models", tags=["models"])
+router = APIRouter(prefix="/api/v1/models", tags=["models"], route_class=JsonRoute)
 
 AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
 

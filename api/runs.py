@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api import problems
+from api.bodies import JsonRoute
 from api.deps import PrincipalDep, Services, ServicesDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.schemas import (
@@ -38,7 +39,7 @@ from models.project import scope
 from models.registry import Weights
 from models.run import Run
 
-router = APIRouter(prefix="/api/v1", tags=["runs"])
+router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
 
 
 @router.post("/runs", status_code=202)

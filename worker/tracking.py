@@ -299,17 +299,24 @@ class _Page:
     def _logged_model(self, version: ModelVersion) -> str:
         """Return the id of MLflow's entry for what is served: code that asks Espalier, since we keep the weights."""
         import mlflow.pyfunc
+        from mlflow.entities import LoggedModelOutput
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, Schema
 
         name = self._facts.run.name
-        model = self._client.create_logged_model(
-            self.experiment_id,
-            name=f"{name}-v{version.number}",
-            source_run_id=self.run_id,
-            tags={"espalier.version": str(version.number), "espalier.bundle": version.bundle_sha256},
-            params={key: str(value) for key, value in _flat(self._facts.run.recipe).items()},
-            model_type="classifier",
+        wanted = f"name = '{name}-v{version.number}' and tags.`espalier.run` = '{version.run_id}'"
+        found = self._client.search_logged_models([self.experiment_id], wanted, max_results=1)
+        model = (
+            found[0]
+            if found
+            else self._client.create_logged_model(
+                self.experiment_id,
+                name=f"{name}-v{version.number}",
+                source_run_id=self.run_id,
+                tags={"espalier.run": version.run_id, "espalier.bundle": version.bundle_sha256},
+                params={key: str(value) for key, value in _flat(self._facts.run.recipe).items()},
+                model_type="classifier",
+            )
         )
         with tempfile.TemporaryDirectory() as folder:
             mlflow.pyfunc.save_model(
@@ -321,6 +328,7 @@ class _Page:
             )
             self._client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
         self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         return str(model.model_id)
 
 

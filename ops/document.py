@@ -1,0 +1,40 @@
+"""Writes docs/settings.md from settings.py. Run as `python -m ops.document`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import AliasChoices
+from pydantic_core import PydanticUndefined
+
+from settings import Settings
+
+TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
+
+_HEAD = """# Settings
+
+Read from the environment. Written by `python -m ops.document` from `settings.py`.
+
+| setting | default | meaning |
+|---|---|---|
+"""
+
+
+def settings_page() -> str:
+    """Return the page."""
+    lines = []
+    for name, field in Settings.model_fields.items():
+        alias = field.validation_alias
+        variable = str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"ESPALIER_{name.upper()}"
+        default = "" if field.default in (None, PydanticUndefined, ()) else _shown(field.default)
+        lines.append(f"| `{variable}` | {default} | {field.description} |\n")
+    return _HEAD + "".join(lines)
+
+
+def _shown(value: object) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f"`{text}`"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(settings_page())

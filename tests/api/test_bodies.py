@@ -1,0 +1,147 @@
+"""What is checked while a body streams in, without a worker."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sample
+from fastapi.testclient import TestClient
+
+from api.deps import Services
+from artifacts.store import digest_of
+from models.job import Queue
+
+ARCHIVE = sample.zipped(sample.coloured(per_class=2))
+
+
+def stored(services: Services) -> list[str]:
+    """Return every file in the store, half-written ones too."""
+    return [path.name for path in services.store.root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("way", ["raw", "multipart", "chunked"])
+def test_an_archive_is_stored_whole_and_its_ingest_is_owed(
+    client: TestClient, services: Services, rung: list[tuple[str, str]], way: str
+) -> None:
+    match way:
+        case "raw":
+            answer = client.post("/api/v1/datasets?name=colours", content=ARCHIVE)
+        case "multipart":
+            fields = {"note": "a field that is not the archive"}
+            answer = client.post("/api/v1/datasets?name=colours", files={"archive": ("a.zip", ARCHIVE)}, data=fields)
+        case "chunked":
+            pieces: Iterator[bytes] = (ARCHIVE[start : start + 100] for start in range(0, len(ARCHIVE), 100))
+            answer = client.post("/api/v1/datasets?name=colours", content=pieces)
+    assert answer.status_code == 202, answer.text
+    created = answer.json()
+    assert answer.headers["location"] == f"/api/v1/datasets/{created['id']}"
+    assert (created["name"], created["state"]) == ("colours", "uploaded")
+    assert stored(services) == [digest_of(ARCHIVE)]
+    assert [queue for queue, _ in rung] == [Queue.INGEST]
+    assert client.get(answer.headers["location"]).json()["state"] == "uploaded"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"", "an empty body"),
+        (b"hello, I am no archive", "hello"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(400), "PNG"),
+        (bytes(1000), "Expected a zip, tar or tar.gz"),
+    ],
+)
+def test_what_is_no_archive_is_refused_at_the_door(
+    client: TestClient, services: Services, body: bytes, expected: str
+) -> None:
+    answer = client.post("/api/v1/datasets?name=x", content=body)
+    assert answer.status_code == 422
+    assert answer.json()["type"].endswith(":archive-refused")
+    assert expected in answer.json()["detail"]
+    assert stored(services) == []
+    assert client.get("/api/v1/datasets").json()["items"] == []
+
+
+def test_an_archive_above_the_limit_is_refused_before_and_while_it_comes(
+    client: TestClient, services: Services
+) -> None:
+    large = ARCHIVE + bytes(1_000_001)
+    announced = client.post("/api/v1/datasets?name=x", content=large)
+    streamed = client.post("/api/v1/datasets?name=x", content=iter([large[:500_000], large[500_000:]]))
+    for answer in (announced, streamed):
+        assert answer.status_code == 413
+        assert "at most 1 MiB" in answer.json()["detail"]
+    assert stored(services) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_sent(client: TestClient, services: Services, tmp_path: Path) -> None:
+    huge = services.settings.model_copy(update={"free_disk_bytes": 10**18})
+    client.app.state.services = Services(**{**vars(services), "settings": huge})  # type: ignore[attr-defined]
+    answer = client.post("/api/v1/datasets?name=x", content=ARCHIVE)
+    assert answer.status_code == 507
+    assert stored(services) == []
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "with space", "-dash", "x" * 64, "../x"])
+def test_a_name_that_does_not_fit_is_refused(client: TestClient, name: str) -> None:
+    answer = client.post("/api/v1/datasets", params={"name": name}, content=ARCHIVE)
+    assert answer.status_code == 422
+    assert answer.json()["field"] == "name"
+
+
+def test_a_missing_name_is_told(client: TestClient) -> None:
+    answer = client.post("/api/v1/datasets", content=ARCHIVE)
+    assert (answer.status_code, answer.json()["field"]) == (422, "name")
+
+
+def test_a_name_is_taken_until_its_data_set_is_deleted(client: TestClient) -> None:
+    first = client.post("/api/v1/datasets?name=x", content=ARCHIVE).json()
+    taken = client.post("/api/v1/datasets?name=x", content=ARCHIVE)
+    assert taken.status_code == 409
+    assert taken.json()["dataset"] == first["id"]
+    assert client.delete(f"/api/v1/datasets/{first['id']}").status_code == 204
+    assert client.get(f"/api/v1/datasets/{first['id']}").status_code == 404
+    assert client.post("/api/v1/datasets?name=x", content=ARCHIVE).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "expected"),
+    [
+        ("multipart/form-data", b"x", "boundary"),
+        ("multipart/form-data; boundary=b", b"no multipart at all", "malformed"),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nPK\x03\x04\r\n--b--\r\n',
+            "field 'archive'",
+        ),
+    ],
+)
+def test_a_malformed_multipart_body_is_told(
+    client: TestClient, services: Services, content_type: str, body: bytes, expected: str
+) -> None:
+    answer = client.post("/api/v1/datasets?name=x", content=body, headers={"Content-Type": content_type})
+    assert answer.status_code == 422
+    assert expected in answer.json()["detail"]
+    assert stored(services) == []
+
+
+def test_images_cannot_be_added_to_what_is_not_there_or_not_idle(client: TestClient) -> None:
+    assert client.post("/api/v1/datasets/ds_none/versions", content=ARCHIVE).status_code == 404
+    created = client.post("/api/v1/datasets?name=x", content=ARCHIVE).json()
+    answer = client.post(f"/api/v1/datasets/{created['id']}/versions", content=ARCHIVE)
+    assert answer.status_code == 409
+    assert answer.json()["type"].endswith(":not-ready")
+
+
+def test_a_prediction_for_an_unknown_model_is_told_whatever_is_sent(client: TestClient) -> None:
+    answer = client.post("/api/v1/models/none/predict", content=b"x")
+    assert answer.status_code == 404
+    assert "'none'" in answer.json()["detail"]
+
+
+def test_json_images_are_bytes_in_base64() -> None:
+    from api.bodies import _json_images
+
+    assert _json_images(b'{"images": ["' + base64.b64encode(b"abc") + b'"]}') == [b"abc"]

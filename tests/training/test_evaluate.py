@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artifacts.recipe import Task
+from training import evaluate
+
+LABELS = ["a", "b", "c"]
+
+
+def test_the_interval_is_wilsons() -> None:
+    # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    for hits, count, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert evaluate.wilson(hits / count, count) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.floats(0, 1), st.integers(1, 10**6))
+def test_the_interval_holds_the_share_and_stays_between_zero_and_one(share: float, count: int) -> None:
+    low, high = evaluate.wilson(share, count)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+
+
+def test_a_multiclass_score_counts_by_hand() -> None:
+    truth = np.array([0, 0, 1, 1, 2])
+    logits = np.log(
+        np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
+    ).astype(np.float32)
+    metrics = evaluate.score(Task.MULTICLASS, LABELS, truth, logits)
+    assert metrics["accuracy"] == pytest.approx(0.8)
+    assert metrics["confusion"] == [[1, 1, 0], [0, 2, 0], [0, 0, 1]]
+    assert metrics["loss"] == pytest.approx(-np.mean(np.log([0.7, 0.2, 0.8, 0.6, 0.4])), rel=1e-6)
+    assert metrics["per_class"][0] == {
+        "label": "a",
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3),
+        "images": 2,
+    }
+    assert metrics["f1_macro"] == pytest.approx((2 / 3 + 0.8 + 1.0) / 3)
+    assert "roc_auc" not in metrics
+
+
+def test_a_class_that_is_never_answered_counts_as_zero_without_a_warning() -> None:
+    metrics = evaluate.score(Task.MULTICLASS, LABELS, np.array([0, 1]), np.array([[1, 0, 0], [1, 0, 0]], np.float32))
+    assert [row["f1"] for row in metrics["per_class"]] == [pytest.approx(2 / 3), 0.0, 0.0]
+
+
+def test_a_binary_score_has_an_area_under_the_curve() -> None:
+    logits = np.array([[-2.0], [-1.0], [0.5], [-0.5], [3.0]], np.float32)
+    metrics = evaluate.score(Task.BINARY, ["no", "yes"], np.array([0, 0, 0, 1, 1]), logits)
+    assert metrics["roc_auc"] == pytest.approx(5 / 6)
+    assert metrics["confusion"] == [[2, 1], [1, 1]]
+
+
+def test_pooling_repeats_adds_counts_but_does_not_narrow_the_interval() -> None:
+    truth = np.array([0, 1, 2, 0])
+    once = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]][None] * 5
+    single = evaluate.pooled(Task.MULTICLASS, LABELS, truth, once, [1.0, 0.5])
+    double = evaluate.pooled(Task.MULTICLASS, LABELS, truth, np.concatenate([once, once]), [1.0, 0.5, 1.0, 0.5])
+    assert single["accuracy"] == double["accuracy"] == 0.75
+    assert single["accuracy_ci95"] == double["accuracy_ci95"] == list(evaluate.wilson(0.75, 4))
+    assert np.array_equal(2 * np.array(single["confusion"]), double["confusion"])
+    assert single["accuracy_sd"] == pytest.approx(np.std([1.0, 0.5], ddof=1))
+
+
+@pytest.mark.parametrize(("epochs", "median"), [([3], 3), ([1, 9, 2], 2), ([1, 2, 3, 10], 3)])
+def test_the_median_epoch_is_the_later_of_the_middle_pair(epochs: list[int], median: int) -> None:
+    assert evaluate.median_epoch(epochs) == median

@@ -1,0 +1,205 @@
+"""Whole runs in this process: real Keras networks, a real engine, small images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sample
+from safetensors.numpy import load as load_tensors
+
+from artifacts import bundle as bundles
+from artifacts import manifest
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.images import ImageLimits
+from artifacts.layout import Split
+from artifacts.manifest import Row
+from artifacts.recipe import ClassCount, Recipe, Task, fill
+from artifacts.store import Digest, Store
+from inference.shelf import Shelf
+from training import backbones, evaluate, experiment
+from training.experiment import BackboneKey, FoldResult, Outcome, Place
+
+QUICK: dict[str, Any] = {
+    "backbone": "vgg16",
+    "weights": "random",
+    "features_from": "block1",
+    "image_size": 32,
+    "epochs": 6,
+    "optimizer": {"learning_rate": 0.05},
+    "folds": {"k": 3},
+}
+
+
+@dataclass
+class Known:
+    """Backbones by key, as the worker's database keeps them."""
+
+    exports: dict[BackboneKey, Digest] = field(default_factory=dict)
+
+    def find_backbone(self, key: BackboneKey) -> Digest | None:
+        return self.exports.get(key)
+
+    def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
+        assert facts["largest_relative_difference"] < 1e-4
+        return self.exports.setdefault(key, digest)
+
+
+@dataclass
+class Heard:
+    """What an experiment reported."""
+
+    stages: list[str] = field(default_factory=list)
+    fractions: list[float] = field(default_factory=list)
+    epochs: list[tuple[int | None, int]] = field(default_factory=list)
+    folds: list[FoldResult] = field(default_factory=list)
+
+    def progress(self, **state: Any) -> None:
+        if not self.stages or self.stages[-1] != state["stage"]:
+            self.stages.append(state["stage"])
+        self.fractions.append(state["fraction"])
+
+    def epoch(self, fold: int | None, number: int, metrics: dict[str, float]) -> None:
+        self.epochs.append((fold, number))
+
+    def fold(self, result: FoldResult) -> None:
+        self.folds.append(result)
+
+
+class Bench:
+    """A store with weights and images, and runs on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(folder / "store")
+        self.place = Place(self.store, folder / "features", ImageLimits(), threads=2)
+        self.known = Known()
+        self.weights = {}
+
+    def rows(self, files: dict[str, bytes], split: Split = Split.TRAIN) -> list[Row]:
+        return [
+            Row(path, self.store.put(data), (path.split("/")[0],), None, None, split) for path, data in files.items()
+        ]
+
+    def run(self, rows: list[Row], **change: Any) -> tuple[Outcome, Heard]:
+        labels = sorted({row.labels[0] for row in rows})
+        counts = [ClassCount(label, 99, 99) for label in labels]
+        task = Task.BINARY if len(labels) == 2 else Task.MULTICLASS
+        recipe = fill(Recipe.model_validate(QUICK | change), task, counts)
+        weights = self.weights.setdefault(recipe.backbone, self.store.put(backbones.random_weights(recipe.backbone)))
+        heard = Heard()
+        digest = self.store.put(manifest.dump(rows))
+        return experiment.run(recipe, digest, labels, weights, self.place, self.known, heard), heard
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) -> None:
+    files = sample.coloured(per_class=20)
+    rows = bench.rows(files)
+    outcome, heard = bench.run(rows)
+
+    assert heard.stages == ["backbone", "features", "folds", "final", "bundle"]
+    assert heard.fractions == sorted(heard.fractions)
+    assert [result.number for result in heard.folds] == [0, 1, 2]
+    assert outcome.metrics["accuracy"] > 0.9
+    assert outcome.metrics["interval"] == "Wilson, over images; not over retraining"
+    assert sum(map(sum, outcome.metrics["confusion"])) == len(rows)
+    assert outcome.extraction["computed"] == len(rows)
+
+    kept = load_tensors(outcome.files["out-of-fold.safetensors"][0])
+    assert kept["folds"].shape == (1, 60) and set(kept["folds"][0]) == {0, 1, 2}
+    assert kept["logits"].shape == (1, 60, 3) and kept["logits"].dtype == np.float32
+    ordered = sorted(rows, key=lambda row: row.path)
+    truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
+    again = evaluate.score(Task.MULTICLASS, ["blue", "green", "red"], truth, kept["logits"][0])
+    assert again["confusion"] == outcome.metrics["confusion"]
+    assert again["loss"] == pytest.approx(outcome.metrics["loss"])
+
+    predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    predictions, timings = predictor.predict(list(files.values()), ImageLimits(), deadline_s=10)
+    right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
+    assert np.mean(right) > 0.95
+    assert min(timings.decode, timings.backbone, timings.head) > 0
+
+    median = evaluate.median_epoch([result.best_epoch for result in heard.folds])
+    assert [number for fold, number in heard.epochs if fold is None] == list(range(1, median + 1))
+    for name in ("confusion.png", "curves.png"):
+        assert outcome.files[name][0].startswith(b"\x89PNG")
+    assert "Accuracy" in outcome.files["report.md"][0].decode()
+
+
+def test_another_head_computes_no_features_and_added_images_only_their_own(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=10))
+    first, _ = bench.run(rows)
+    assert (first.extraction["computed"], first.extraction["cached"]) == (30, 0)
+    second, _ = bench.run(rows, optimizer={"name": "sgd", "learning_rate": 0.05}, seed=3)
+    assert (second.extraction["computed"], second.extraction["cached"]) == (0, 30)
+    assert second.backbone == first.backbone
+    more = bench.rows({f"red/more{number}.png": sample.png(5000 + number, (200, 50, 40)) for number in range(10)})
+    third, _ = bench.run(rows + more)
+    assert (third.extraction["computed"], third.extraction["cached"]) == (10, 30)
+
+
+def test_the_same_seed_gives_the_same_metrics_and_the_same_bundle(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=10))
+    one, _ = bench.run(rows, head={"hidden": [8], "dropout": 0.2})
+    same, _ = bench.run(rows, head={"hidden": [8], "dropout": 0.2})
+    other, _ = bench.run(rows, head={"hidden": [8], "dropout": 0.2}, seed=1)
+    assert one.metrics == same.metrics
+    assert one.bundle == same.bundle
+    assert other.bundle != one.bundle
+
+
+def test_a_binary_run_has_one_logit_and_an_area_under_the_curve(bench: Bench) -> None:
+    outcome, _ = bench.run(bench.rows(sample.coloured(per_class=10, classes=2)))
+    bundle = bundles.load(bench.store.read(outcome.bundle))
+    assert bundle.task is Task.BINARY and bundle.labels == ("blue", "green")
+    assert bundle.golden_output.shape == (1, 1)
+    assert outcome.metrics["roc_auc"] > 0.9
+
+
+def test_test_images_are_scored_once_and_neither_trained_on_nor_folded(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=12))
+    held = [Row(row.path, row.sha256, row.labels, None, None, Split.TEST) for row in rows[::4]]
+    rest = [row for row in rows if row.path not in {row.path for row in held}]
+    outcome, heard = bench.run(rest + held)
+    kept = load_tensors(outcome.files["out-of-fold.safetensors"][0])
+    tests = np.array([row.split is Split.TEST for row in sorted(rest + held, key=lambda row: row.path)])
+    assert (kept["folds"][0][tests] == -1).all() and np.isnan(kept["logits"][0][tests]).all()
+    assert outcome.metrics["test"]["images"] == len(held)
+    assert sum(map(sum, outcome.metrics["confusion"])) == len(rest)
+    assert all(sum(fold.metrics["images"].values()) == len(rest) for fold in heard.folds)
+
+    # The test images' labels must not matter to what was trained: turn them round and only their score changes.
+    turned = [Row(row.path, row.sha256, (rest[0].labels[0],), None, None, Split.TEST) for row in held]
+    other, _ = bench.run(rest + turned)
+    assert other.bundle == outcome.bundle
+    assert other.metrics["test"] != outcome.metrics["test"]
+
+
+def test_repeats_fold_again_and_are_pooled(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=10))
+    outcome, heard = bench.run(rows, folds={"k": 2, "repeats": 2})
+    assert [result.number for result in heard.folds] == [0, 1, 2, 3]
+    assert load_tensors(outcome.files["out-of-fold.safetensors"][0])["folds"].shape == (2, 30)
+    assert sum(map(sum, outcome.metrics["confusion"])) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(BackboneName))
+def test_every_backbone_trains_at_its_smallest_size_from_its_last_cut(bench: Bench, name: BackboneName) -> None:
+    rows = bench.rows(sample.coloured(per_class=8))
+    outcome, _ = bench.run(
+        rows, backbone=name.value, features_from=None, image_size=CATALOGUE[name].minimum_size, folds={"k": 2}
+    )
+    assert outcome.metrics["accuracy"] > 0.5
+    assert (
+        bundles.load(bench.store.read(outcome.bundle)).layers[0].kernel.shape[0]
+        == CATALOGUE[name].cuts[CATALOGUE[name].last_cut]
+    )

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from artifacts.features import Features
+from artifacts.recipe import (
+    ClassWeights,
+    EarlyStopping,
+    HeadRecipe,
+    OptimizerName,
+    OptimizerRecipe,
+    Recipe,
+    Target,
+    Task,
+)
+from errors import TrainingDiverged
+from inference import heads
+from training.fit import Fit, Rows, Scaler, class_weights, fit
+from training.split import Indices
+
+NONE = np.array([], dtype=np.intp)
+EPOCHS = 12
+
+
+def clouds(rows: int = 120, classes: int = 3, width: int = 8, scale: float = 1.0) -> tuple[Features, Indices]:
+    """Return points around one centre per class."""
+    random = np.random.default_rng(0)
+    truth = np.arange(rows) % classes
+    centres = random.normal(0, 2, (classes, width))
+    return ((centres[truth] + random.normal(0, 1, (rows, width))) * scale).astype(np.float32), truth
+
+
+def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0, **change: Any) -> Fit:
+    rows = np.arange(len(truth))
+    options: dict[str, Any] = {
+        "train": rows[rows % 4 != 0],
+        "validation": rows[rows % 4 == 0],
+        "epochs": EPOCHS,
+        "on_epoch": lambda number, metrics: None,
+        **change,
+    }
+    binary = truth.max() == 1
+    task, outputs = (Task.BINARY, 1) if binary else (Task.MULTICLASS, int(truth.max()) + 1)
+    return fit(
+        recipe,
+        task,
+        outputs,
+        features,
+        truth,
+        options["train"],
+        options["validation"],
+        epochs=options["epochs"],
+        seed=seed,
+        on_epoch=options["on_epoch"],
+    )
+
+
+def quick(**fields: Any) -> Recipe:
+    return Recipe(**{"optimizer": OptimizerRecipe(learning_rate=0.05), "batch_size": 16, **fields})
+
+
+def accuracy(result: Fit, features: Features, truth: Indices) -> float:
+    answers = heads.logits(result.layers, features).argmax(axis=1)
+    return float((answers == truth).mean())
+
+
+def test_a_linear_head_learns_classes_and_answers_on_raw_features() -> None:
+    features, truth = clouds()
+    result = fitted(quick(), features, truth)
+    assert len(result.layers) == 1
+    assert accuracy(result, features, truth) > 0.9
+
+
+def test_a_binary_head_has_one_output() -> None:
+    features, truth = clouds(classes=2)
+    result = fitted(quick(), features, truth)
+    logits = heads.logits(result.layers, features)
+    assert logits.shape == (len(truth), 1)
+    assert ((logits[:, 0] > 0) == truth).mean() > 0.9
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "linear"])
+def test_a_head_with_hidden_layers_and_dropout_answers_as_keras_does(activation: str) -> None:
+    features, truth = clouds()
+    recipe = quick(head=HeadRecipe(hidden=(16, 8), activation=activation, dropout=0.1))
+    result = fitted(recipe, features, truth)
+    assert [layer.kernel.shape for layer in result.layers] == [(8, 16), (16, 8), (8, 3)]
+    rows = np.arange(len(truth)) % 4 == 0
+    # Keras' own count on the validation rows at the epoch that was kept, without dropout
+    kept = result.history[result.best_epoch - 1]["val_accuracy"]
+    assert accuracy(result, features[rows], truth[rows]) == pytest.approx(kept)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e6])
+def test_tiny_and_huge_features_learn_alike(scale: float) -> None:
+    features, truth = clouds(scale=scale)
+    assert accuracy(fitted(quick(), features, truth), features, truth) > 0.9
+
+
+def test_a_feature_that_never_changes_is_left_out() -> None:
+    features, truth = clouds()
+    features[:, 3] = 7.0
+    result = fitted(quick(), features, truth)
+    assert not result.layers[0].kernel[3].any()
+
+
+def test_standardising_is_learned_from_the_training_rows_alone() -> None:
+    features, truth = clouds()
+    changed = features.copy()
+    changed[::4] += 100.0  # the validation rows
+    train = np.arange(len(truth))[np.arange(len(truth)) % 4 != 0]
+    assert np.array_equal(Scaler.of(features, train).mean, Scaler.of(changed, train).mean)
+    scaled = Scaler.of(features, train)(features[train])
+    assert scaled.mean(axis=0) == pytest.approx(np.zeros(8), abs=1e-6)
+    assert scaled.std(axis=0) == pytest.approx(np.ones(8), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", list(OptimizerName))
+def test_every_optimizer_lowers_the_loss(name: OptimizerName) -> None:
+    features, truth = clouds()
+    result = fitted(quick(optimizer=OptimizerRecipe(name=name, learning_rate=0.02)), features, truth)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_the_same_seed_gives_the_same_head_and_another_seed_another() -> None:
+    features, truth = clouds()
+    recipe = quick(head=HeadRecipe(hidden=(8,), dropout=0.3))
+    one, same, other = (fitted(recipe, features, truth, seed=seed) for seed in (1, 1, 2))
+    assert one.history == same.history
+    assert all(np.array_equal(a.kernel, b.kernel) for a, b in zip(one.layers, same.layers, strict=True))
+    assert one.history != other.history
+
+
+def test_patience_ends_a_fit_and_the_best_weights_are_kept() -> None:
+    random = np.random.default_rng(1)
+    features = random.normal(size=(120, 30)).astype(np.float32)  # nothing to learn: validation soon gets worse
+    truth = random.integers(0, 3, 120)
+    recipe = quick(head=HeadRecipe(l2=0.0), early_stopping=EarlyStopping(patience=2))
+    result = fitted(recipe, features, truth, epochs=200)
+    losses = [epoch["val_loss"] for epoch in result.history]
+    assert result.stopped == "patience"
+    assert result.best_epoch == int(np.argmin(losses)) + 1
+    assert len(losses) == result.best_epoch + 2
+    rows = np.arange(120) % 4 == 0
+    probabilities = heads.probabilities(Task.MULTICLASS, heads.logits(result.layers, features[rows]))
+    loss = -np.log(probabilities[np.arange(rows.sum()), truth[rows]]).mean()
+    assert loss == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_a_target_that_is_reached_ends_a_fit() -> None:
+    features, truth = clouds()
+    target = Target(metric="val_accuracy", value=0.5)
+    result = fitted(quick(early_stopping=EarlyStopping(target=target)), features, truth)
+    assert result.stopped == "target"
+    assert result.history[-1]["val_accuracy"] >= 0.5
+    assert all(epoch["val_accuracy"] < 0.5 for epoch in result.history[:-1])
+
+
+def test_without_early_stopping_every_epoch_is_trained_and_the_last_is_kept() -> None:
+    features, truth = clouds()
+    result = fitted(quick(early_stopping=None), features, truth)
+    assert (len(result.history), result.best_epoch, result.stopped) == (EPOCHS, EPOCHS, "epochs")
+
+
+def test_without_validation_rows_every_epoch_is_trained() -> None:
+    features, truth = clouds()
+    result = fitted(quick(), features, truth, train=np.arange(len(truth)), validation=NONE)
+    assert (len(result.history), result.best_epoch) == (EPOCHS, EPOCHS)
+    assert set(result.history[0]) == {"loss", "accuracy"}
+
+
+def test_a_diverging_fit_says_what_to_lower() -> None:
+    features, truth = clouds()
+    recipe = quick(
+        head=HeadRecipe(hidden=(64, 64), activation="linear", l2=10.0),
+        optimizer=OptimizerRecipe(name="sgd", learning_rate=10),
+    )
+    with pytest.raises(TrainingDiverged, match=r"optimizer\.learning_rate"):
+        fitted(recipe, features, truth, epochs=200)
+
+
+def test_every_epoch_is_told() -> None:
+    told: list[tuple[int, float]] = []
+    features, truth = clouds()
+    result = fitted(quick(), features, truth, on_epoch=lambda number, metrics: told.append((number, metrics["loss"])))
+    assert told == [(number, epoch["loss"]) for number, epoch in enumerate(result.history, start=1)]
+
+
+def test_the_order_of_rows_is_a_function_of_seed_and_epoch() -> None:
+    features, truth = clouds(rows=10)
+    rows = np.array([1, 3, 5, 7, 9])
+    identity = Scaler(np.zeros(8), np.ones(8))
+
+    def seen(batches: Rows) -> list[float]:
+        return [value for index in range(len(batches)) for value in batches[index][0][:, 0].tolist()]
+
+    one, same = (Rows(features, truth, rows, identity, 2, seed=5) for _ in range(2))
+    first = seen(one)
+    assert sorted(first) == sorted(features[rows, 0].tolist())
+    one.on_epoch_end()
+    assert first != seen(one)
+    same.on_epoch_end()
+    assert seen(one) == seen(same)
+
+
+def test_class_weights_balance_what_is_rare() -> None:
+    truth = np.array([0, 0, 0, 1])
+    assert class_weights(truth, ClassWeights.NONE) is None
+    assert class_weights(truth, ClassWeights.AUTO) == pytest.approx({0: 4 / 6, 1: 2.0})
+
+
+def test_class_weights_make_a_rare_class_answered_more_often() -> None:
+    random = np.random.default_rng(0)
+    truth = (np.arange(400) % 20 == 1).astype(np.intp)
+    features = (truth[:, None] + random.normal(0, 1.5, (400, 4))).astype(np.float32)
+    plain, weighted = (
+        (heads.logits(fitted(quick(class_weights=choice), features, truth).layers, features) > 0).sum()
+        for choice in ("none", "auto")
+    )
+    assert weighted > plain

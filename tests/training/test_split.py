@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+
+from errors import RecipeInvalid
+from training.split import Fold, Indices, make_folds
+
+NONE = np.array([], dtype=np.intp)
+
+
+def fold(
+    strata: Indices,
+    groups: Indices,
+    *,
+    k: int = 3,
+    repeats: int = 1,
+    fraction: float = 0.2,
+    seed: int = 0,
+    validation: Indices = NONE,
+) -> list[Fold]:
+    rows = np.setdiff1d(np.arange(len(strata)), validation)
+    return make_folds(rows, strata, groups, validation, k=k, repeats=repeats, validation_fraction=fraction, seed=seed)
+
+
+@st.composite
+def grouped_rows(draw: st.DrawFn) -> tuple[Indices, Indices]:
+    """Draw classes and groups; each class has at least four groups, a group may span classes."""
+    classes = draw(st.integers(2, 4))
+    strata, groups = [], []
+    for stratum in range(classes):
+        for group in range(draw(st.integers(4, 12))):
+            size = draw(st.integers(1, 4))
+            strata += [stratum] * size
+            groups += [group if draw(st.booleans()) else 100 * stratum + group] * size
+    return np.array(strata), np.array(groups)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(grouped_rows(), st.integers(2, 4), st.integers(0, 2**32 - 1), st.integers(1, 2))
+def test_folds_cover_every_row_once_and_no_group_crosses(
+    drawn: tuple[Indices, Indices], k: int, seed: int, repeats: int
+) -> None:
+    strata, groups = drawn
+    try:
+        folds = fold(strata, groups, k=k, seed=seed, repeats=repeats)
+    except RecipeInvalid:
+        reject()  # these groups cannot be cut
+    assert [one.number for one in folds] == list(range(k * repeats))
+    for repeat in range(repeats):
+        tested = np.concatenate([one.test for one in folds if one.repeat == repeat])
+        assert sorted(tested.tolist()) == list(range(len(strata)))
+    for one in folds:
+        parts = [set(groups[part].tolist()) for part in (one.train, one.validation, one.test)]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+        assert len(one.train) + len(one.validation) + len(one.test) == len(strata)
+        assert set(strata[one.train]) == set(strata), "every class must be trained on"
+
+
+def test_folds_keep_the_share_of_each_class() -> None:
+    strata = np.repeat([0, 1], [80, 20])
+    folds = fold(strata, np.arange(100), k=5)
+    assert [np.bincount(strata[one.test]).tolist() for one in folds] == [[16, 4]] * 5
+    assert [np.bincount(strata[one.validation]).tolist() for one in folds] == [[13, 3]] * 5
+
+
+def test_folds_of_groups_keep_the_share_of_each_class_nearly() -> None:
+    strata = np.tile(np.repeat([0, 1], [3, 1]), 50)
+    groups = np.repeat(np.arange(50), 4)
+    folds = fold(strata, groups, k=5)
+    assert [np.bincount(strata[one.test]).tolist() for one in folds] == [[30, 10]] * 5
+
+
+def test_the_same_seed_gives_the_same_folds_and_another_seed_others() -> None:
+    strata, groups = np.repeat([0, 1, 2], 30), np.arange(90)
+    one, same, other = (fold(strata, groups, seed=seed) for seed in (7, 7, 8))
+    assert all(
+        np.array_equal(a.test, b.test) and np.array_equal(a.train, b.train) for a, b in zip(one, same, strict=True)
+    )
+    assert not all(np.array_equal(a.test, b.test) for a, b in zip(one, other, strict=True))
+
+
+def test_repeats_use_other_splits() -> None:
+    folds = fold(np.repeat([0, 1], 20), np.arange(40), repeats=2)
+    assert not np.array_equal(folds[0].test, folds[3].test)
+
+
+def test_given_validation_rows_are_watched_in_every_fold_and_never_tested() -> None:
+    validation = np.array([0, 1, 20, 21])
+    folds = fold(np.repeat([0, 1], 20), np.arange(40), validation=validation)
+    assert all(np.array_equal(one.validation, validation) for one in folds)
+    assert not set(validation) & {row for one in folds for row in one.test}
+
+
+def test_a_class_of_two_images_is_still_trained_on() -> None:
+    strata = np.repeat([0, 1], [20, 2])
+    for one in fold(strata, np.arange(22), k=2):
+        assert 1 in strata[one.train]
+        assert 1 not in strata[one.validation]
+
+
+def test_groups_that_cannot_be_cut_are_refused_with_the_field() -> None:
+    strata = np.array([0, 0, 0, 0, 1, 1])
+    groups = np.array([0, 1, 2, 3, 4, 4])  # all of class 1 belongs together
+    with pytest.raises(RecipeInvalid, match="cannot be cut into 2 folds") as refused:
+        fold(strata, groups, k=2)
+    assert refused.value.field == "folds.k"
