@@ -22,7 +22,8 @@ def wilson(share: float, count: int, z: float = 1.959963984540054) -> tuple[floa
     centre = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # at shares of 0 and 1 the bounds are the share itself, up to rounding
+    return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
 
 
 def score(task: Task, labels: Sequence[str], truth: Indices, logits: Float32) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlflow.models
 import mlflow.pyfunc
+import pandas as pd
 
 
 class EspalierModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
@@ -25,8 +26,8 @@ class EspalierModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defin
         address = os.environ.get("ESPALIER_URL", config["url"]).rstrip("/")
         self._url = f"{address}/api/v1/models/{config['model']}/predict?version={config['version']}"
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
-        """Return one prediction per row, as Espalier answers them."""
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Return one row per image: `label`, `probability`, and `probabilities` by label."""
         images = [base64.b64encode(image).decode() for image in model_input["image"]]
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("ESPALIER_API_KEY"):
@@ -34,7 +35,7 @@ class EspalierModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defin
         body = json.dumps({"images": images}).encode()
         request = urllib.request.Request(self._url, body, headers)  # noqa: S310 (the address is the config's)
         with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-            return json.load(answer)["predictions"]
+            return pd.DataFrame(json.load(answer)["predictions"])
 
 
 mlflow.models.set_model(EspalierModel())

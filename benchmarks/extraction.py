@@ -1,0 +1,81 @@
+"""Extraction against the bare engine on the same batches: what decoding, the store and the cache cost.
+
+Run as `python -m benchmarks.extraction [--images 512] [--size 96] [--data archive.zip]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+
+from artifacts import images
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.features import FeatureCache, FeatureSpace
+from artifacts.images import IMAGE_RULE
+from artifacts.recipe import Precision, Resize
+from benchmarks.ground import LIMITS, ground, report, spread
+from inference.engine import OpenVinoEngine
+from training.extract import BATCH, extract
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", type=BackboneName, default=BackboneName.VGG16)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--data", type=Path)
+    wanted = parser.parse_args()
+    cut = CATALOGUE[wanted.backbone].last_cut
+    with ground(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
+        engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
+        digests = [row.sha256 for row in given.rows]
+        pixels = np.stack(
+            [images.decode(given.store.read(digest), wanted.size, Resize.SQUASH, LIMITS) for digest in digests]
+        )
+        engine.features(pixels[:BATCH])
+        bare, whole = [], []
+        for _ in range(wanted.pairs):
+            started = time.perf_counter()
+            for start in range(0, len(pixels), BATCH):
+                engine.features(pixels[start : start + BATCH])
+            bare.append(time.perf_counter() - started)
+
+            folder = given.folder / "features"
+            shutil.rmtree(folder, ignore_errors=True)
+            started = time.perf_counter()
+            space = FeatureSpace(IMAGE_RULE, wanted.size, Resize.SQUASH, given.backbone, Precision.FLOAT32)
+            cache = FeatureCache(folder, space, CATALOGUE[wanted.backbone].cuts[cut])
+            extract(
+                digests,
+                engine,
+                cache,
+                given.store,
+                size=wanted.size,
+                resize=Resize.SQUASH,
+                limits=LIMITS,
+                threads=given.threads,
+                report=lambda done, total: None,
+            )
+            cache.close()
+            whole.append(time.perf_counter() - started)
+        report(
+            "extraction",
+            {
+                "network": f"{wanted.backbone.value} at {wanted.size} px, float32",
+                "images": len(pixels),
+                "images_per_s_bare_engine": spread([len(pixels) / spent for spent in bare]),
+                "images_per_s_extraction": spread([len(pixels) / spent for spent in whole]),
+                "ratio_to_bare_engine": spread([one / other for one, other in zip(bare, whole, strict=True)]),
+                "aim": ">= 0.9",
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""A whole k-fold run against the loop that tutorials show: Keras `fit` per fold with the frozen backbone in the graph.
+
+The loop trains on 80 % of the images for every epoch of every fold and tests each fold once; its time is that of two
+epochs of each fold, scaled. Tracing and compiling it, and decoding its images, are left out; ours counts decoding,
+extraction, all folds and the final head. Its limit is 0.8 · k · epochs + 1 forward passes to one.
+
+Run as `python -m benchmarks.folds [--images 1024] [--size 96] [--data archive.zip]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from artifacts import images, manifest
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.recipe import ClassCount, Recipe, Resize, Task, fill
+from artifacts.store import Digest
+from benchmarks.ground import LIMITS, Ground, ground, report
+from training import backbones, experiment
+from training.experiment import BackboneKey, Place
+from training.split import make_folds
+
+K = 5
+TIMED_EPOCHS = 2
+
+
+class Known:
+    """The backbone is exported already."""
+
+    def __init__(self, digest: Digest) -> None:
+        self._digest = digest
+
+    def find_backbone(self, key: BackboneKey) -> Digest:
+        return self._digest
+
+    def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
+        raise AssertionError("nothing is exported here")
+
+
+class Silent:
+    """Nobody listens."""
+
+    def progress(self, **state: Any) -> None: ...
+
+    def epoch(self, fold: int | None, number: int, metrics: dict[str, float]) -> None: ...
+
+    def fold(self, result: Any) -> None: ...
+
+
+def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
+    """Return the seconds of a whole run, and of its extraction alone."""
+    recipe = fill(
+        Recipe(backbone=wanted.backbone, image_size=wanted.size, epochs=wanted.epochs, early_stopping=None),
+        Task.MULTICLASS,
+        [ClassCount(label, 100, 100) for label in given.labels],
+    )
+    version = given.store.put(manifest.dump(given.rows))
+    place = Place(given.store, given.folder / "features", LIMITS, given.threads)
+    started = time.perf_counter()
+    outcome = experiment.run(recipe, version, given.labels, given.weights, place, Known(given.backbone), Silent())
+    return time.perf_counter() - started, outcome.extraction["seconds"]
+
+
+def tutorial(given: Ground, wanted: argparse.Namespace) -> float:
+    """Return the seconds that the tutorial's loop would take for all epochs of all folds."""
+    cut = CATALOGUE[wanted.backbone].last_cut
+    frozen = backbones.backbone(wanted.backbone, cut, wanted.size, given.store.read(given.weights))
+    pixels = np.stack(
+        [images.decode(given.store.read(row.sha256), wanted.size, Resize.SQUASH, LIMITS) for row in given.rows]
+    )
+    truth = np.array([given.labels.index(row.labels[0]) for row in given.rows])
+    everything = np.arange(len(truth))
+    folds = make_folds(everything, truth, everything, everything[:0], k=K, repeats=1, validation_fraction=0.15, seed=0)
+    total = 0.0
+    for fold in folds:
+        train = np.setdiff1d(everything, fold.test)
+        model = keras.Sequential([frozen.input, frozen, _Features(), keras.layers.Dense(len(given.labels))])
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+        model.fit(pixels[:32], truth[:32], epochs=1, verbose=0)  # traces and compiles, not timed
+        model.evaluate(pixels[:32], truth[:32], verbose=0)
+        started = time.perf_counter()
+        model.fit(pixels[train], truth[train], epochs=TIMED_EPOCHS, batch_size=32, verbose=0)
+        total += (time.perf_counter() - started) * wanted.epochs / TIMED_EPOCHS
+        started = time.perf_counter()
+        model.evaluate(pixels[fold.test], truth[fold.test], verbose=0)
+        total += time.perf_counter() - started
+    return total
+
+
+class _Features(keras.layers.Layer):  # type: ignore[misc]
+    """Takes the features of the frozen backbone's two outputs."""
+
+    def call(self, outputs: dict[str, Any]) -> Any:
+        return outputs["features"]
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", type=BackboneName, default=BackboneName.VGG16)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--data", type=Path)
+    wanted = parser.parse_args()
+    cut = CATALOGUE[wanted.backbone].last_cut
+    with ground(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
+        whole, extraction = ours(given, wanted)
+        loop = tutorial(given, wanted)
+        report(
+            "folds",
+            {
+                "network": f"{wanted.backbone.value} at {wanted.size} px, float32",
+                "images": len(given.rows),
+                "folds": K,
+                "epochs": wanted.epochs,
+                "seconds_whole_run": round(whole, 2),
+                "seconds_of_it_extraction": round(extraction, 2),
+                "seconds_tutorial_loop_scaled": round(loop, 1),
+                "ratio": round(loop / whole, 1),
+                "limit": 0.8 * K * wanted.epochs + 1,
+                "aim": ">= 30",
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+import sample
+from running import ROOT, Service, free_port
+
+
+def up(var: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ESPALIER_VAR": str(var), "ESPALIER_API_PORT": str(free_port())} | settings
+    return subprocess.run(
+        [sys.executable, "-m", "ops.up"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("setting", ["ESPALIER_API_PORT", "ESPALIER_MLFLOW_PORT"])
+def test_a_taken_port_is_told_with_the_way_out(tmp_path: Path, setting: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = up(tmp_path, **{setting: str(port)})
+    assert done.returncode == 1
+    assert f"Port {port} cannot be used" in done.stdout and f"{setting}={port + 1} make up" in done.stdout
+
+
+def test_a_second_service_on_the_same_data_is_told(service: Service) -> None:
+    done = up(service.var)
+    assert done.returncode == 1
+    assert "already running" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [("ESPALIER_API_HOST", "0.0.0.0", "ESPALIER_API_KEY"), ("ESPALIER_API_PORT", "99999", "api_port")],
+)
+def test_a_setting_that_cannot_be_is_told(tmp_path: Path, setting: str, value: str, says: str) -> None:
+    done = up(tmp_path, **{setting: value})
+    assert done.returncode == 1 and says in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["api.app", "worker.app", "valkey-server", "mlflow"])
+def test_what_dies_is_restarted_and_the_service_answers_again(
+    service: Service, trained: dict[str, Any], name: str
+) -> None:
+    def found() -> list[psutil.Process]:
+        return [process for process in service.processes() if name in " ".join(process.cmdline())]
+
+    [victim, *_] = found()
+    victim.send_signal(signal.SIGKILL)
+    psutil.wait_procs([victim], timeout=10)
+    deadline = time.monotonic() + 40
+    while not (is_ready(service) and any(process.pid != victim.pid for process in found())):
+        assert time.monotonic() < deadline, f"{name} was not restarted"
+        time.sleep(0.3)
+    answer = service.http.post("/api/v1/models/colours/predict", content=sample.png(1))
+    assert answer.status_code == 200
+
+
+def is_ready(service: Service) -> bool:
+    try:
+        return all(check["ok"] for check in service.http.get("/readyz").json()["checks"].values())
+    except httpx2.TransportError:
+        return False
+
+
+def test_a_run_whose_worker_is_killed_ends_as_it_would_have(
+    service: Service, colours: dict[str, Any], trained: dict[str, Any]
+) -> None:
+    run = service.train(colours["id"], "killed", wait=False)
+    url = f"/api/v1/runs/{run['id']}"
+    service.until(url, lambda found: found["state"] == "running")
+    [worker, *_] = [process for process in service.processes() if "worker.app" in " ".join(process.cmdline())]
+    child = worker.children()
+    worker.send_signal(signal.SIGKILL)
+    ended = service.settled(url)
+    assert ended["state"] == "succeeded"
+    assert ended["metrics"] == trained["metrics"], "the same seed on the same images"
+    assert ended["model"] == {"name": "killed", "version": 1}
+    _, alive = psutil.wait_procs(child, timeout=5)
+    assert not alive, "the child must not outlive its worker"
