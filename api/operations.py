@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import redis
 from alembic.config import Config
@@ -73,7 +74,7 @@ def _database(given: Services) -> Check:
 
 def _schema(given: Services) -> Check:
     config = Config()
-    config.set_main_option("script_location", "migrations")
+    config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
     wanted = ScriptDirectory.from_config(config).get_current_head()
     with given.database.reading() as session:
         found = MigrationContext.configure(session.connection()).get_current_revision()

@@ -82,6 +82,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
             "ESPALIER_VAR": str(folder),
             "REDIS_URL": settings.redis_url or f"redis+socket://{sockets / 'valkey.sock'}",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for its language-model features: eight more processes
             "NNCF_CI": "1",
         }
         config = folder / "supervisord.conf"

