@@ -15,7 +15,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -61,7 +61,8 @@ class Archive(Protocol):
 
 def open_archive(path: Path, limits: ArchiveLimits) -> Archive:
     """Check the archive at `path` and return it, ready to be read. Raises ArchiveRefused."""
-    kind = sniff(path.open("rb").read(262))
+    with path.open("rb") as file:
+        kind = sniff(file.read(262))
     if kind == "zip":
         return ZipArchive(path, limits)
     if kind in ("tar", "tar.gz"):
@@ -92,13 +93,13 @@ def check_path(name: str, limits: ArchiveLimits) -> str:
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
         raise ArchiveRefused(f"A file name holds control characters: {shown}. Rename it and pack the archive again.")
     path = name.replace("\\", "/")
-    if path.startswith("/") or _DRIVE.match(path):
-        raise ArchiveRefused(f"A file name is absolute: {shown}. Pack the archive with relative paths.")
     parts = [part for part in path.split("/") if part not in ("", ".")]
+    if path.startswith("/") or (parts and _DRIVE.match(parts[0])):
+        raise ArchiveRefused(f"A file name is absolute: {shown}. Pack the archive with relative paths.")
     if ".." in parts:
         raise ArchiveRefused(f"A file name climbs out of its folder: {shown}. Pack the archive without '..'.")
     if len(parts) > limits.depth:
-        raise ArchiveRefused(f"Expected at most {limits.depth} folders above a file. Received: {shown}.")
+        raise ArchiveRefused(f"Expected paths of at most {limits.depth} parts. Received: {shown}.")
     sizes = [len(part.encode()) for part in parts]
     if max(sizes, default=0) > limits.part_bytes or sum(sizes) + len(sizes) - 1 > limits.path_bytes:
         raise ArchiveRefused(
@@ -121,9 +122,17 @@ class _Index:
         self.entries: list[Entry] = []
         self.ignored = 0
         self._seen: set[str] = set()
+        self._folders = 0
         self._limits = limits
         self._budget = _budget(stored_bytes, limits)
         self._inflated = 0
+
+    def add_folder(self, name: str) -> None:
+        """Check one folder."""
+        check_path(name, self._limits)
+        self._folders += 1
+        if self._folders > self._limits.entries:
+            raise ArchiveRefused(f"Expected at most {self._limits.entries:,} folders. Received more.")
 
     def add(self, name: str, size_bytes: int) -> str | None:
         """Check one file; return its path, or None for litter."""
@@ -169,7 +178,8 @@ def _mib(size_bytes: int) -> str:
 # --- zip -----------------------------------------------------------------------------------------------------------
 
 _LOCAL = struct.Struct("<4s5H3I2H")
-_ENCRYPTED, _SIZES_FOLLOW, _PATCH, _STRONG, _MASKED = 0x1, 0x8, 0x20, 0x40, 0x2000
+_ENCRYPTED, _SIZES_FOLLOW, _PATCH, _STRONG, _UTF8, _MASKED = 0x1, 0x8, 0x20, 0x40, 0x800, 0x2000
+_IN_ZIP64 = 0xFFFFFFFF
 
 
 class ZipArchive:
@@ -179,38 +189,42 @@ class ZipArchive:
         self._limits = limits
         self._budget = _budget(path.stat().st_size, limits)
         try:
-            self._zip = zipfile.ZipFile(path)
+            with zipfile.ZipFile(path) as archive:
+                infos, directory = archive.infolist(), archive.start_dir
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
             raise ArchiveRefused(f"The zip cannot be read: {error}. Pack it again.") from error
-        index = _Index(path.stat().st_size, limits)
+        self._path = path
         self._infos: dict[str, zipfile.ZipInfo] = {}
+        index = _Index(path.stat().st_size, limits)
         with path.open("rb") as file:
-            self._check_headers(file, path.stat().st_size)
-        for info in self._zip.infolist():
-            check_path(info.orig_filename, limits)  # before zipfile cut it at a NUL
-            if info.filename.endswith(("/", "\\")):
+            _check_headers(file, infos, directory)
+        for info in infos:
+            name = _name(info)
+            if name.endswith(("/", "\\")):
+                index.add_folder(name)
                 continue
             self._check(info)
-            entry = index.add(info.filename, info.file_size)
+            entry = index.add(name, info.file_size)
             if entry is not None:
                 self._infos[entry] = info
         self.entries, self.ignored = tuple(index.entries), index.ignored
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         inflated = 0
-        for path, info in self._infos.items():
-            if path not in wanted:
-                continue
-            data = self._read(path, info)
-            if isinstance(data, bytes):
-                inflated += len(data)
-                if inflated > self._budget:
-                    raise _too_inflated(self._budget)
-            yield path, data
+        with zipfile.ZipFile(self._path) as archive:
+            for path, info in self._infos.items():
+                if path not in wanted:
+                    continue
+                data = self._read(archive, path, info)
+                if isinstance(data, bytes):
+                    inflated += len(data)
+                    if inflated > self._budget:
+                        raise _too_inflated(self._budget)
+                yield path, data
 
-    def _read(self, path: str, info: zipfile.ZipInfo) -> bytes | Refused:
+    def _read(self, archive: zipfile.ZipFile, path: str, info: zipfile.ZipInfo) -> bytes | Refused:
         try:
-            with self._zip.open(info) as member:
+            with archive.open(info) as member:
                 data = member.read(info.file_size + 1)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
             return Refused(path, f"damaged in the archive: {error}")
@@ -235,43 +249,77 @@ class ZipArchive:
                 f"Received {shown}: {info.compress_size} bytes that unpack to {info.file_size}."
             )
 
-    def _check_headers(self, file: IO[bytes], size_bytes: int) -> None:
-        """Compare every local header with the central directory, and see that no two members overlap."""
-        end = 0
-        for info in sorted(self._zip.infolist(), key=lambda info: info.header_offset):
-            shown = ascii(info.filename[:200])
-            file.seek(info.header_offset)
-            raw = file.read(_LOCAL.size)
-            if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
-                raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
-            _, _, flags, method, _, _, crc, compressed, plain, name_length, extra_length = _LOCAL.unpack(raw)
-            name = file.read(name_length)
-            start = info.header_offset + _LOCAL.size + name_length + extra_length
-            agrees = (
-                method == info.compress_type
-                and (flags ^ info.flag_bits) & (_ENCRYPTED | _SIZES_FOLLOW | _STRONG | _MASKED) == 0
-                and name == _raw_name(info)
-                and (flags & _SIZES_FOLLOW or crc == info.CRC)
-                and compressed in (info.compress_size, 0xFFFFFFFF, 0 if flags & _SIZES_FOLLOW else info.compress_size)
-                and plain in (info.file_size, 0xFFFFFFFF, 0 if flags & _SIZES_FOLLOW else info.file_size)
-            )
-            if not agrees:
-                raise ArchiveRefused(f"The zip says two different things about {shown}. Pack it again.")
-            if info.header_offset < end or start + info.compress_size > size_bytes:
-                raise ArchiveRefused(f"Two files of the zip overlap, or one is cut off: {shown}. Pack it again.")
-            end = start + info.compress_size
-        if end > self._zip.start_dir:
-            raise ArchiveRefused("A file of the zip overlaps its directory. Pack it again.")
+
+def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory: int) -> None:
+    """Compare every local header with the central directory, and see that no two members overlap."""
+    end = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        shown = ascii(info.filename[:200])
+        if not 0 <= info.header_offset < directory:  # no file can be sought there
+            raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
+        file.seek(info.header_offset)
+        raw = file.read(_LOCAL.size)
+        if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
+            raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
+        _, _, flags, method, _, _, crc, compressed, plain, name_length, extra_length = _LOCAL.unpack(raw)
+        name = file.read(name_length)
+        compressed, plain = _local_sizes(compressed, plain, file.read(extra_length))
+        start = info.header_offset + _LOCAL.size + name_length + extra_length
+        unequal = flags ^ info.flag_bits
+        agrees = (
+            method == info.compress_type
+            and not unequal & (_ENCRYPTED | _SIZES_FOLLOW | _PATCH | _STRONG | _MASKED)
+            and name == _raw_name(info)
+            and (name.isascii() or not unequal & _UTF8)
+            and (flags & _SIZES_FOLLOW or (crc, compressed, plain) == (info.CRC, info.compress_size, info.file_size))
+            and compressed in (info.compress_size, 0, _IN_ZIP64)
+            and plain in (info.file_size, 0, _IN_ZIP64)
+        )
+        if not agrees:
+            raise ArchiveRefused(f"The zip says two different things about {shown}. Pack it again.")
+        if info.header_offset < end or start + info.compress_size > directory:
+            raise ArchiveRefused(f"Two files of the zip overlap, or one is cut off: {shown}. Pack it again.")
+        end = start + info.compress_size
+
+
+def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
+    """Return the two sizes of a local header, taken from its zip64 field where they stand there."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            field = extra[4 : 4 + length]
+            long = struct.iter_unpack("<Q", field[: len(field) // 8 * 8])
+            (plain,) = next(long, (plain,)) if plain == _IN_ZIP64 else (plain,)
+            (compressed,) = next(long, (compressed,)) if compressed == _IN_ZIP64 else (compressed,)
+        extra = extra[4 + length :]
+    return compressed, plain
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """Return a member's name whole (zipfile cuts it at a NUL), and as UTF-8 where it is that.
+
+    macOS writes UTF-8 without saying so, which zipfile reads as code page 437: a class would be called `caf├⌐`.
+    """
+    try:
+        return _raw_name(info).decode()
+    except UnicodeDecodeError:
+        return info.orig_filename if "\0" in info.orig_filename else info.filename
 
 
 def _raw_name(info: zipfile.ZipInfo) -> bytes:
-    return info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "surrogateescape")
+    return info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437", "surrogateescape")
 
 
 # --- tar -----------------------------------------------------------------------------------------------------------
 
 
-_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+# RecursionError: tarfile calls itself for every header that only announces the next one.
+_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError)
+_ANNOUNCING = frozenset(
+    (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+)
+_ANNOUNCED_BYTES = 64 * 1024  # names and attributes of one member; read into memory at once
+_OCTAL_BYTES = 8**11  # the most that a plain header can say: 8 GiB
 
 
 class TarArchive:
@@ -285,13 +333,11 @@ class TarArchive:
         self._names: dict[str, str] = {}
         for _, info in self._members():
             if info.isdir():
-                check_path(info.name, limits)
+                index.add_folder(info.name)
                 continue
             if not info.isreg() or info.issparse():
-                raise ArchiveRefused(
-                    "Expected regular files and folders only. Received a link, device or sparse file: "
-                    f"{info.name[:200]!a}."
-                )
+                raise _not_regular(info)
+            _check_size(info, _OCTAL_BYTES)  # what a pax header says, tarfile puts here unseen
             entry = index.add(info.name, info.size)
             if entry is not None:
                 self._names[info.name] = entry
@@ -300,11 +346,10 @@ class TarArchive:
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         for tar, info in self._members():
             path = self._names.get(info.name)
-            if path is None or path not in wanted:
+            if path is None or path not in wanted or not info.isreg():  # a folder may have a file's name
                 continue
             member = tar.extractfile(info)  # opens the member's bytes in place; nothing is written anywhere
-            if member is None:
-                raise ArchiveRefused(f"The tar changed while it was read: {path!r} is no file any more.")
+            assert member is not None  # as it is regular
             try:
                 data = member.read()
             except _TAR_ERRORS as error:
@@ -319,22 +364,53 @@ class TarArchive:
             with gzip.GzipFile(fileobj=file) if is_gzip else contextlib.nullcontext(file) as raw:
                 counted: Any = _Counted(raw, self._budget, self._limits)
                 try:
-                    tar = tarfile.open(fileobj=counted, mode="r|", encoding="utf-8")  # noqa: SIM115 (has no file)
+                    tar = tarfile.open(fileobj=counted, mode="r|", encoding="utf-8", tarinfo=_Header)  # noqa: SIM115
                     while (info := tar.next()) is not None:
                         yield tar, info
                         tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header it ever saw
+                    _see_end(tar)
                 except _TAR_ERRORS as error:
                     raise _tar_damaged(error) from error
-                # tarfile takes a tar that was cut between two members for a whole one, but a whole one ends empty.
-                if counted.tail.strip(b"\0"):
-                    raise ArchiveRefused("The tar is cut off. Send it again.")
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar, judged before tarfile acts on it. What tarfile takes for the end, a whole tar never has."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise ArchiveRefused("The tar is cut off. Send it again.")
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if any(buf):
+                raise _tar_damaged(error) from error
+            raise  # a block of zeros: the end
+        _check_size(info, _ANNOUNCED_BYTES if info.type in _ANNOUNCING else _OCTAL_BYTES)
+        if info.type == tarfile.GNUTYPE_SPARSE:  # tarfile would read its map, however long that is
+            raise _not_regular(info)
+        return info
+
+
+def _check_size(info: tarfile.TarInfo, most: int) -> None:
+    if not 0 <= info.size <= most:
+        raise ArchiveRefused(
+            f"Expected a header of the tar to say 0 to {most:,} bytes. It does not: {info.name[:200]!a}."
+        )
+
+
+def _see_end(tar: tarfile.TarFile) -> None:
+    """Read to the end of the stream, where gzip keeps its checksum; nothing may follow the last member."""
+    stream: Any = tar.fileobj
+    while rest := stream.read(tarfile.RECORDSIZE):
+        if any(rest):
+            raise ArchiveRefused("The tar goes on after its end. Pack everything into one.")
 
 
 class _Counted:
     """A stream that refuses to give more than its budget, headers and padding included."""
 
     def __init__(self, raw: Any, budget: int, limits: ArchiveLimits) -> None:
-        self.tail = b""
         self._raw = raw
         self._budget = budget
         # Every member costs a header of 512 bytes and padding, some two more for long names.
@@ -343,7 +419,6 @@ class _Counted:
     def read(self, size: int = -1) -> bytes:
         data: bytes = self._raw.read(size)
         self._left -= len(data)
-        self.tail = data[-tarfile.BLOCKSIZE :] or self.tail
         if self._left < 0:
             raise _too_inflated(self._budget)
         return data
@@ -351,3 +426,9 @@ class _Counted:
 
 def _tar_damaged(error: Exception) -> ArchiveRefused:
     return ArchiveRefused(f"The tar cannot be read: {error}. Pack it again.")
+
+
+def _not_regular(info: tarfile.TarInfo) -> ArchiveRefused:
+    return ArchiveRefused(
+        f"Expected regular files and folders only. Received a link, device or sparse file: {info.name[:200]!a}."
+    )

@@ -6,7 +6,6 @@ The backbone is only named, by digest: a thousand bundles on one backbone share 
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +101,7 @@ def load(data: bytes) -> Bundle:
             raise BundleRefused(f"Expected a bundle of format {FORMAT}. Received format {manifest.get('format')}.")
         tensors = load_tensors(data)
         return _bundle(manifest, tensors)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BundleRefused(f"The bundle cannot be read: {error}.") from error
 
 
@@ -119,10 +118,7 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
         Dense(tensors[f"layers.{number}.kernel"], tensors[f"layers.{number}.bias"], Activation(layer["activation"]))
         for number, layer in enumerate(manifest["layers"])
     )
-    for before, after in itertools.pairwise(layers):
-        if before.kernel.shape[1] != after.kernel.shape[0]:
-            raise BundleRefused(f"Two layers do not fit: {before.kernel.shape} before {after.kernel.shape}.")
-    return Bundle(
+    bundle = Bundle(
         task=Task(manifest["task"]),
         labels=tuple(manifest["labels"]),
         backbone=parse_digest(manifest["backbone"]),
@@ -137,3 +133,30 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
         temperature=manifest["temperature"],
         threshold=manifest["threshold"],
     )
+    _check(bundle)
+    return bundle
+
+
+_F32, _U8 = np.dtype(np.float32), np.dtype(np.uint8)
+
+
+def _check(bundle: Bundle) -> None:
+    """See that the arrays fit each other, the labels and the size. Raises BundleRefused."""
+    units = [layer.kernel.shape[-1] for layer in bundle.layers]
+    images, outputs = max(1, len(bundle.golden_input)), units[-1]
+    for number, layer in enumerate(bundle.layers):
+        inputs = units[number - 1] if number else layer.kernel.shape[0]
+        _expect(f"layers.{number}.kernel", layer.kernel, _F32, (inputs, units[number]))
+        _expect(f"layers.{number}.bias", layer.bias, _F32, (units[number],))
+    if bundle.layers[-1].activation is not Activation.LINEAR:
+        raise BundleRefused(f"Expected a linear last layer. Received {bundle.layers[-1].activation}.")
+    _expect("golden_input", bundle.golden_input, _U8, (images, bundle.size, bundle.size, 3))
+    _expect("golden_output", bundle.golden_output, _F32, (images, outputs))
+    labels = len(bundle.labels)
+    if (labels, outputs) != {Task.BINARY: (2, 1), Task.REGRESSION: (0, 1)}.get(bundle.task, (labels, labels)):
+        raise BundleRefused(f"The labels do not fit the head of a {bundle.task} task: {labels} for {outputs} outputs.")
+
+
+def _expect(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise BundleRefused(f"Expected {name} to be {dtype} {list(shape)}. Received {array.dtype} {list(array.shape)}.")

@@ -7,6 +7,7 @@ a row counts once its index entry is whole, so a torn tail is simply not there. 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -84,8 +85,8 @@ class FeatureCache:
             positions.append(position)
             rows.append(row)
         for data, (positions, rows) in by_segment.items():
-            mapped = np.memmap(data, dtype=np.float32, mode="r").reshape(-1, self._width)
-            result[positions] = mapped[rows]
+            whole = data.stat().st_size // (4 * self._width)  # a torn tail holds part of a row
+            result[positions] = np.memmap(data, dtype=np.float32, mode="r", shape=(whole, self._width))[rows]
         return result
 
     @property
@@ -97,7 +98,11 @@ class FeatureCache:
             if self._segment is not None:
                 self._segment.close()
             self._segment = _Segment(self._folder / secrets.token_hex(8))
-        first = self._segment.append(images, rows)
+        try:
+            first = self._segment.append(images, rows)
+        except BaseException:
+            self.close()  # what it holds by halves would shift every row after it
+            raise
         for offset, image in enumerate(images):
             self._places[bytes.fromhex(image)] = (self._segment.data, first + offset)
 
@@ -111,7 +116,8 @@ class FeatureCache:
         with data.open("rb") as file:
             for row in range(len(entries) // _ENTRY.size):
                 image, checksum = _ENTRY.unpack_from(entries, row * _ENTRY.size)
-                if zlib.crc32(file.read(row_bytes)) == checksum:
+                found = file.read(row_bytes)
+                if len(found) == row_bytes and zlib.crc32(found) == checksum:
                     self._places[image] = (data, row)
 
     def close(self) -> None:
@@ -146,5 +152,6 @@ class _Segment:
         return first
 
     def close(self) -> None:
-        self._data.close()
-        self._index.close()
+        for file in (self._data, self._index):
+            with contextlib.suppress(OSError):  # a full disk fails the last flush too, and the rows were not promised
+                file.close()

@@ -8,14 +8,13 @@ is an antialiased bilinear resize of RGB. Changing any of it means a new rule nu
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from artifacts.recipe import Resize
 from errors import ImageRefused
@@ -52,8 +51,9 @@ class ImageFacts:
 def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
     """Decode the whole image once to see that it can be used. Raises ImageRefused."""
     with _open(data, limits) as image:
-        facts = ImageFacts(*_upright_size(image), image.format or "")
-        image.load()
+        # A JPEG with further pictures behind it, as phones write them, calls itself MPO.
+        facts = ImageFacts(*_upright_size(image), "JPEG" if image.format == "MPO" else image.format or "")
+        _to_rgb(_upright(image))
         return facts
 
 
@@ -75,9 +75,13 @@ def decode(data: bytes, size: int, resize: Resize, limits: ImageLimits) -> Pixel
     with _open(data, limits) as image:
         width, height = _fitted(_upright_size(image), size, resize)
         image.draft(None, (2 * height, 2 * width) if _is_lying(image) else (2 * width, 2 * height))
-        upright = _to_rgb(ImageOps.exif_transpose(image))
-        scaled = upright.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    if (width, height) != (size, size):
+        upright = _to_rgb(_upright(image))
+        if resize is Resize.CROP:  # cut first: all of a 16,384 × 1 image at this height would take gigabytes
+            box = _middle(upright, (width, height), size)
+            scaled = upright.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
+        else:
+            scaled = upright.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    if scaled.size != (size, size):
         left, top = (width - size) // 2, (height - size) // 2
         scaled = scaled.crop((left, top, left + size, top + size))
     return np.asarray(scaled, dtype=np.uint8)
@@ -87,7 +91,7 @@ def thumbnail(data: bytes, side: int, limits: ImageLimits) -> bytes:
     """Return the image as a WEBP of at most `side` pixels, re-encoded and without metadata. Raises ImageRefused."""
     with _open(data, limits) as image:
         image.draft(None, (2 * side, 2 * side))
-        upright = _to_rgb(ImageOps.exif_transpose(image))
+        upright = _to_rgb(_upright(image))
         upright.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
     return encode(upright, "WEBP")
 
@@ -95,7 +99,9 @@ def thumbnail(data: bytes, side: int, limits: ImageLimits) -> bytes:
 def encode(image: Image.Image, format: str) -> bytes:
     """Return `image` as a file of `format` without metadata."""
     buffer = io.BytesIO()
-    image.save(buffer, format)
+    bare = image.copy()
+    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    bare.save(buffer, format)
     return buffer.getvalue()
 
 
@@ -117,13 +123,37 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError as error:
         raise ImageRefused(f"Expected an image ({', '.join(limits.formats)}). Received something else.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, IndexError, KeyError) as error:
-        raise ImageRefused(f"The image is damaged: {error}.") from error
+    except ImageRefused:
+        raise
+    except Exception as error:  # decoders raise whatever they stumble over: TypeError, AssertionError, MemoryError
+        raise ImageRefused(f"The image is damaged: {str(error) or type(error).__name__}.") from error
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return int(orientation) if orientation in _TURNS else 1
 
 
 def _is_lying(image: Image.Image) -> bool:
     """Say whether EXIF asks for a quarter turn."""
-    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return _orientation(image) >= 5
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the image as EXIF asks. `ImageOps.exif_transpose` would write the other tags anew, and fail on odd ones."""
+    orientation = _orientation(image)
+    return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -140,10 +170,21 @@ def _fitted(upright: tuple[int, int], size: int, resize: Resize) -> tuple[int, i
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
+def _middle(image: Image.Image, scaled: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    """Return the part of the image that lies in the middle `size` × `size` pixels once it is scaled."""
+    (width, height), (left, top) = scaled, ((side - size) // 2 for side in scaled)
+    return (
+        left * image.width / width,
+        top * image.height / height,
+        (left + size) * image.width / width,
+        (top + size) * image.height / height,
+    )
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips everything above 255 to white
-        grey = np.asarray(image, dtype=np.float64) / 257.0
-        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.clip(np.asarray(image), 0, 65535)
+        return Image.fromarray((grey // 257 + (grey % 257 > 128)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

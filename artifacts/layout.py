@@ -71,6 +71,8 @@ def labels_file(paths: Iterable[str]) -> str | None:
 def from_folders(paths: Sequence[str]) -> Layout:
     """Read one folder per class. Raises LayoutUnknown, saying what was expected."""
     outer = _outer_folder(paths)
+    if outer.removesuffix("/").lower() in _SPLITS:  # an archive of test images alone must not be trained on
+        outer = ""
     inner = [path.removeprefix(outer).split("/") for path in paths]
     if not inner:
         raise LayoutUnknown(f"The archive is empty. {_EXPECTED}")
@@ -116,7 +118,8 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
             raise LayoutUnknown(f"Line {line} of labels.csv: {sample.path!r} was named before.")
         else:
             samples[path] = Sample(path, sample.labels, sample.target, sample.group, sample.split)
-    refused += [Refused(path, "not named in labels.csv") for path in paths if path in present - samples.keys()]
+    unnamed = present - samples.keys()
+    refused += [Refused(path, "not named in labels.csv") for path in paths if path in unnamed]
     if not samples:
         raise LayoutUnknown("labels.csv names no file of the archive. Its paths count from the archive's top.")
     _check_groups(samples.values())
@@ -126,7 +129,7 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
 
 
 _EXPECTED = "Expected one folder per class (daisy/1.jpg, rose/2.jpg), or a labels.csv at the top."
-_TEXT_BYTES = 1000
+_TEXT_BYTES = 1024
 _KNOWN_COLUMNS = ("path", "label", "target", "group", "split")
 
 
@@ -142,7 +145,7 @@ def _columns(header: list[str]) -> list[str]:
 
 
 def _sample(line: int, values: dict[str, str]) -> Sample:
-    for column in ("label", "group"):
+    for column in ("path", "label", "group"):
         _check_text(line, column, values.get(column, ""))
     path = "/".join(part for part in values["path"].replace("\\", "/").split("/") if part not in ("", "."))
     split = _SPLITS.get(values.get("split", "").lower())

@@ -103,7 +103,8 @@ class Precision(StrEnum):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # JSON has no infinity: a database refuses to keep one that came in as 1e999.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class HeadRecipe(_Part):
@@ -202,7 +203,7 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> Recipe:
             "image_size",
             f"Expected at least {backbone.minimum_size} pixels for {backbone.title}. Received {size}.",
         )
-    cut = recipe.features_from or backbone.last_cut
+    cut = backbone.last_cut if recipe.features_from is None else recipe.features_from
     if cut not in backbone.cuts:
         raise RecipeInvalid(
             "features_from",

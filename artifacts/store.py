@@ -108,7 +108,8 @@ class Writer:
         self._store = store
         self._temporary = temporary
         self._hash = hashlib.sha256()
-        self._file = temporary.open("xb")
+        with disk_errors():
+            self._file = temporary.open("xb")
 
     def __enter__(self) -> Writer:
         return self

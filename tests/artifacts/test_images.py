@@ -1,0 +1,685 @@
+"""The one decode: what comes out of each kind of picture, and what never gets in."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+from sample import jpeg, picture, png, zipped
+
+from artifacts.images import IMAGE_RULE, MIB, ImageFacts, ImageLimits, Pixels, decode, encode, inspect, thumbnail
+from artifacts.recipe import Resize
+from errors import ImageRefused
+
+ROOT = Path(__file__).parent.parent.parent
+LIMITS = ImageLimits()
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF"]
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+Doors = pytest.mark.parametrize(
+    "door",
+    [
+        lambda data, limits: inspect(data, limits),
+        lambda data, limits: decode(data, 8, Resize.SQUASH, limits),
+        lambda data, limits: thumbnail(data, 8, limits),
+    ],
+    ids=["inspect", "decode", "thumbnail"],
+)
+Door = Callable[[bytes, ImageLimits], object]
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    """Return an image as a file, with whatever metadata the options say."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def plain(colour: tuple[int, ...] | int, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def pixels(data: bytes, size: int = 8, resize: Resize = Resize.SQUASH) -> Pixels:
+    return decode(data, size, resize, LIMITS)
+
+
+def colour_of(data: bytes) -> list[int]:
+    """Return the one colour that an image has."""
+    found = np.unique(pixels(data).reshape(-1, 3), axis=0)
+    assert len(found) == 1
+    return [int(value) for value in found[0]]
+
+
+# --- orientation -----------------------------------------------------------------------------------------------------
+
+
+def corners() -> Pixels:
+    """Return an upright picture, 24 wide and 16 high, with another colour in each corner."""
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :12], upright[:8, 12:], upright[8:, :12], upright[8:, 12:] = RED, GREEN, BLUE, WHITE
+    upright[0, 0] = BLACK
+    return upright
+
+
+# How a camera stores an upright picture, from the EXIF standard: which side the 0th row and the 0th column show.
+STORED: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda upright: upright,  # top, left
+    2: lambda upright: upright[:, ::-1],  # top, right
+    3: lambda upright: upright[::-1, ::-1],  # bottom, right
+    4: lambda upright: upright[::-1],  # bottom, left
+    5: lambda upright: upright.swapaxes(0, 1),  # left, top
+    6: lambda upright: upright[:, ::-1].swapaxes(0, 1),  # right, top
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),  # right, bottom
+    8: lambda upright: upright[::-1].swapaxes(0, 1),  # left, bottom
+}
+
+
+def shot(orientation: int, format: str, upright: Pixels | None = None, **options: Any) -> bytes:
+    """Return a picture as a camera held that way writes it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Make] = "a camera"
+    stored = STORED[orientation](corners() if upright is None else upright)
+    return saved(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize(
+    ("format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100, "subsampling": 0})]
+)
+def test_a_picture_comes_out_upright(orientation: int, format: str, options: dict[str, Any]) -> None:
+    data = shot(orientation, format, **options)
+    assert inspect(data, LIMITS) == ImageFacts(24, 16, format)
+    upright = encode(Image.fromarray(corners()), "PNG")
+    for resize in Resize:
+        difference = np.abs(pixels(data, 24, resize).astype(int) - pixels(upright, 24, resize)).max()
+        assert difference <= (8 if format == "JPEG" else 0)
+    with Image.open(io.BytesIO(thumbnail(data, 12, LIMITS))) as small:
+        assert small.size == (12, 8)
+        shown = np.asarray(small.convert("RGB")).astype(int)
+    for (y, x), colour in {(2, 2): RED, (2, 9): GREEN, (6, 2): BLUE, (6, 9): WHITE}.items():
+        assert np.abs(shown[y, x] - colour).max() < 60
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_an_orientation_that_means_nothing_turns_nothing(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = saved(Image.fromarray(corners()), "PNG", exif=exif)
+    assert inspect(data, LIMITS) == ImageFacts(24, 16, "PNG")
+    assert np.array_equal(pixels(data), pixels(encode(Image.fromarray(corners()), "PNG")))
+
+
+def with_tags(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """Return a JPEG of corners whose EXIF holds these (tag, type, count, value), right or wrong."""
+    entries = b"".join(struct.pack("<HHI4s", *tag) for tag in sorted(tags))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(68)
+    whole = saved(Image.fromarray(corners()), "JPEG", quality=95)
+    return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:]
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind"),
+    [(256, 1), (258, 4), (270, 11), (282, 1), (282, 2), (700, 2), (700, 4), (33723, 11), (34665, 4), (34853, 4)],
+)
+def test_odd_tags_beside_the_orientation_do_no_harm(tag: int, kind: int) -> None:
+    data = with_tags((274, 3, 1, b"\x03\0\0\0"), (tag, kind, 1, b"a\0\1\0"))
+    assert inspect(data, LIMITS) == ImageFacts(24, 16, "JPEG")
+    turned = pixels(saved(Image.fromarray(corners()), "JPEG", quality=95), 24, Resize.PAD)[::-1, ::-1]
+    assert np.array_equal(pixels(data, 24, Resize.PAD), turned)
+    assert thumbnail(data, 8, LIMITS)
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_format_gives_its_colours(format: str) -> None:
+    data = saved(plain((200, 100, 50)), format)
+    assert inspect(data, LIMITS) == ImageFacts(8, 8, format)
+    found = pixels(data)
+    assert found.dtype == np.uint8 and found.shape == (8, 8, 3)
+    assert np.abs(found.astype(int) - (200, 100, 50)).max() <= 3
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    data = saved(Image.fromarray(levels), "PNG")
+    assert data[24] == 16, "the file holds 16 bits"
+    found = pixels(data, 256)
+    assert np.array_equal(found[..., 0], np.rint(levels / 257.0).astype(np.uint8))
+    assert np.array_equal(found[..., 0], found[..., 1]) and np.array_equal(found[..., 0], found[..., 2])
+
+
+def test_sixteen_bit_greys_may_be_large() -> None:
+    levels = np.full((3000, 3000), 40_000, np.uint16)
+    assert colour_of(saved(Image.fromarray(levels), "PNG", compress_level=1)) == [156, 156, 156]
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "colour"),
+    [
+        (plain((255, 0, 0, 0), "RGBA"), {}, [255, 255, 255]),
+        (plain((255, 0, 0, 128), "RGBA"), {}, [255, 127, 127]),
+        (plain((255, 0, 0, 255), "RGBA"), {}, [255, 0, 0]),
+        (plain((0, 0), "LA"), {}, [255, 255, 255]),
+        (plain((0, 102), "LA"), {}, [153, 153, 153]),
+        (plain(0, "L"), {"transparency": 0}, [255, 255, 255]),
+        (plain(0, "L"), {"transparency": 7}, [0, 0, 0]),
+        (plain(0, "1"), {"transparency": 0}, [255, 255, 255]),
+        (plain(RED), {"transparency": RED}, [255, 255, 255]),
+        (plain(RED), {"transparency": BLUE}, [255, 0, 0]),
+        (plain(RED).quantize(2), {"transparency": 0}, [255, 255, 255]),
+        (plain(RED).quantize(2), {"transparency": b"\x80"}, [255, 127, 127]),
+        (plain(RED).quantize(2), {}, [255, 0, 0]),
+    ],
+)
+def test_transparency_is_laid_on_white(image: Image.Image, options: dict[str, Any], colour: list[int]) -> None:
+    data = saved(image, "PNG", **options)
+    assert inspect(data, LIMITS) == ImageFacts(8, 8, "PNG")
+    assert colour_of(data) == colour
+
+
+@pytest.mark.parametrize("format", ["WEBP", "GIF"])
+def test_transparency_of_other_formats_is_laid_on_white_too(format: str) -> None:
+    options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+    assert colour_of(saved(plain((255, 0, 0, 0), "RGBA"), format, **options)) == [255, 255, 255]
+
+
+def test_colour_under_transparency_does_not_bleed_into_edges() -> None:
+    image = plain((255, 0, 0, 0), "RGBA")
+    image.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    found = pixels(saved(image, "PNG"), 4)
+    assert np.array_equal(found[:, 0], [[0, 0, 255]] * 4) and np.array_equal(found[:, 3], [[255, 255, 255]] * 4)
+    assert (found[..., 2] == 255).all(), "blue on white; red was not to be seen"
+
+
+def test_printers_colours_become_screen_colours() -> None:
+    found = pixels(saved(plain((0, 255, 255, 0), "CMYK"), "JPEG", quality=95)).astype(int)
+    assert np.abs(found - RED).max() <= 6
+    assert pixels(saved(plain((0, 0, 0, 255), "CMYK"), "JPEG", quality=95)).max() <= 6
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP"])
+def test_one_bit_is_black_and_white(format: str) -> None:
+    image = plain(0, "1")
+    image.paste(1, (0, 0, 4, 8))
+    found = pixels(saved(image, format))
+    assert (found[:, :4] == 255).all() and (found[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGB"])
+def test_greys_are_the_same_in_each_channel(mode: str) -> None:
+    data = saved(Image.linear_gradient("L").resize((16, 16)).convert(mode), "PNG")
+    found = pixels(data, 16)
+    assert np.array_equal(found[..., 0], found[..., 1]) and np.array_equal(found[..., 0], found[..., 2])
+    assert found[0].max() < 20 and found[-1].min() > 235
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_of_a_moving_picture_the_first_frame_counts(format: str) -> None:
+    options = {"lossless": True} if format == "WEBP" else {}
+    moving = saved(plain(RED), format, save_all=True, append_images=[plain(BLUE), plain(GREEN)], duration=50, **options)
+    with Image.open(io.BytesIO(moving)) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert inspect(moving, LIMITS) == ImageFacts(8, 8, format)
+    assert colour_of(moving) == [255, 0, 0]
+
+
+def test_a_jpeg_with_more_pictures_behind_it_is_a_jpeg() -> None:
+    several = saved(picture(1, RED), "MPO", save_all=True, append_images=[picture(2, BLUE)])
+    with Image.open(io.BytesIO(several)) as image:
+        assert image.format == "MPO"
+    assert inspect(several, LIMITS) == ImageFacts(40, 40, "JPEG")
+    assert np.array_equal(pixels(several), pixels(saved(picture(1, RED), "JPEG")))
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+def bands(*colours: tuple[int, int, int], across: bool = True) -> bytes:
+    """Return a picture of square fields of 10 pixels, beside each other or on top of each other."""
+    fields = np.repeat(np.repeat(np.array([colours], np.uint8), 10, 0), 10, 1)
+    return encode(Image.fromarray(np.ascontiguousarray(fields if across else fields.swapaxes(0, 1))), "PNG")
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_squash_shows_everything_and_forgets_the_aspect(across: bool) -> None:
+    found = pixels(bands(RED, GREEN, BLUE, across=across), 30)
+    found = found if across else found.swapaxes(0, 1)
+    for start, colour in zip((0, 10, 20), (RED, GREEN, BLUE), strict=True):
+        assert (found[:, start : start + 10] == colour).all()
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("size", [4, 10, 17, 40])
+def test_crop_shows_the_square_in_the_middle(across: bool, size: int) -> None:
+    found = pixels(bands(RED, GREEN, BLUE, across=across), size, Resize.CROP)
+    found = found if across else found.swapaxes(0, 1)
+    edge = -(-size // 20)  # antialiasing looks half a pixel beyond the cut
+    assert (found[:, edge:-edge] == GREEN).all()
+    assert (found[..., 1] > 127).all()
+    assert np.array_equal(found[..., 0], found[:, ::-1, 2]), "as much of the left field as of the right one"
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_crop_cuts_as_much_on_both_sides(across: bool) -> None:
+    found = pixels(bands(RED, BLUE, across=across), 10, Resize.CROP)
+    found = found if across else found.swapaxes(0, 1)
+    assert (found[:, :5] == RED).all() and (found[:, 5:] == BLUE).all()
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_pad_shows_everything_between_black_borders(across: bool) -> None:
+    found = pixels(bands(RED, GREEN, BLUE, across=across), 30, Resize.PAD)
+    found = found if across else found.swapaxes(0, 1)
+    assert (found[:10] == BLACK).all() and (found[20:] == BLACK).all()
+    for start, colour in zip((0, 10, 20), (RED, GREEN, BLUE), strict=True):
+        assert (found[10:20, start : start + 10] == colour).all()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.sampled_from(Resize))
+def test_a_plain_picture_stays_plain_whatever_its_shape(width: int, height: int, size: int, resize: Resize) -> None:
+    found = decode(encode(plain((200, 100, 50), size=(width, height)), "PNG"), size, resize, LIMITS)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    filled = (found == (200, 100, 50)).all(axis=2)
+    if resize is Resize.PAD:
+        assert (found[~filled] == 0).all()
+        rows, columns = filled.any(axis=1), filled.any(axis=0)
+        assert rows.sum() == max(1, round(size * min(1, height / width)))
+        assert columns.sum() == max(1, round(size * min(1, width / height)))
+        assert filled.sum() == rows.sum() * columns.sum()
+        assert abs(int(rows[::-1].argmax()) - int(rows.argmax())) <= 1, "the borders are alike"
+    else:
+        assert filled.all()
+
+
+@given(st.integers(1, 40), st.sampled_from(Resize))
+def test_a_square_is_resized_the_same_in_every_way(size: int, resize: Resize) -> None:
+    assert np.array_equal(pixels(png(5), size, resize), pixels(png(5), size))
+
+
+def test_a_picture_of_the_right_size_is_not_touched() -> None:
+    for resize in Resize:
+        assert np.array_equal(pixels(png(3), 40, resize), np.asarray(picture(3)))
+
+
+def test_image_rule_1_gives_these_pixels() -> None:
+    assert IMAGE_RULE == 1
+    y, x = np.mgrid[:9, :12]
+    image = np.stack([x * 20, y * 25, (x * y) % 7 * 40], axis=-1).astype(np.uint8)
+    data = encode(Image.fromarray(image), "PNG")
+    found = {resize: pixels(data, 3, resize).tolist() for resize in Resize}
+    assert found == {
+        Resize.SQUASH: [
+            [[38, 31, 72], [110, 31, 96], [182, 31, 85]],
+            [[38, 100, 118], [110, 100, 117], [182, 100, 126]],
+            [[38, 169, 72], [110, 169, 74], [182, 169, 78]],
+        ],
+        Resize.CROP: [
+            [[25, 31, 58], [80, 31, 111], [140, 31, 70]],
+            [[25, 100, 111], [80, 100, 139], [140, 100, 93]],
+            [[25, 169, 66], [80, 169, 88], [140, 169, 58]],
+        ],
+        Resize.PAD: [
+            [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+            [[38, 55, 89], [110, 55, 104], [182, 55, 101]],
+            [[38, 145, 94], [110, 145, 92], [182, 145, 100]],
+        ],
+    }, "other pixels are another rule: give it a number, since caches and bundles name it"
+
+
+# --- large files -----------------------------------------------------------------------------------------------------
+
+
+def landscape(width: int, height: int) -> Image.Image:
+    """Return slopes, waves and hard edges, as a photograph has them."""
+    y, x = np.mgrid[:height, :width] / 200.0
+    waves = [128 + 100 * np.sin(3 * x + y), 255 * (y / y.max()), 128 + 60 * np.sign(np.sin(x * 2) * np.cos(y * 3))]
+    return Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("resize", Resize)
+def test_a_large_jpeg_is_decoded_in_part_and_looks_nearly_the_same(resize: Resize, orientation: int) -> None:
+    upright = np.asarray(landscape(1600, 1000))
+    data = shot(orientation, "JPEG", upright, quality=92)
+    with Image.open(io.BytesIO(data)) as whole:
+        stored = np.asarray(whole)
+    if orientation == 6:
+        stored = np.ascontiguousarray(np.rot90(stored, -1))
+    full = encode(Image.fromarray(stored), "PNG")
+    difference = np.abs(pixels(data, 96, resize).astype(int) - pixels(full, 96, resize))
+    assert 0 < difference.mean() < 1 and difference.max() < 24
+
+
+def test_a_small_jpeg_is_decoded_whole() -> None:
+    with Image.open(io.BytesIO(jpeg(1, side=190))) as whole:
+        full = encode(whole.convert("RGB"), "PNG")
+    assert np.array_equal(pixels(jpeg(1, side=190), 48), pixels(full, 48))
+
+
+def test_decoding_gives_the_same_pixels_every_time_and_in_every_thread() -> None:
+    files = [saved(landscape(640, 400), kind) for kind in FORMATS]
+    before = [pixels(data, 32, Resize.CROP) for data in files]
+    with ThreadPoolExecutor(4) as pool:
+        again = list(pool.map(lambda data: pixels(data, 32, Resize.CROP), files * 4))
+    assert all(np.array_equal(one, other) for one, other in zip(before * 4, again, strict=True))
+
+
+# --- thumbnails and metadata -----------------------------------------------------------------------------------------
+
+
+def traces(data: bytes) -> set[str]:
+    """Return what a file tells besides its pixels."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        harmless = {"loop", "background", "timestamp", "duration", "jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        return {str(name) for name in image.info} - harmless | ({"exif"} if len(image.getexif()) else set())
+
+
+def telling(format: str) -> bytes:
+    """Return a picture that tells where it was taken, by whom, and how its colours are meant."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = "somebody"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    options: dict[str, Any] = {"exif": exif, "icc_profile": b"a profile of colours" * 10}
+    if format == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")
+        options["pnginfo"].add_text("Comment", "taken at home")
+    elif format == "WEBP":
+        options["xmp"] = b"<x:xmpmeta/>"
+    else:
+        options["comment"] = b"taken at home"
+    data = saved(picture(1), format, **options)
+    assert {"exif", "icc_profile"} <= traces(data)
+    return data
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_thumbnail_carries_no_metadata(format: str) -> None:
+    small = thumbnail(telling(format), 16, LIMITS)
+    assert traces(small) == set()
+    assert not any(chunk in small for chunk in (b"EXIF", b"ICCP", b"XMP ", b"somebody"))
+    with Image.open(io.BytesIO(small)) as image:
+        assert (image.format, image.size, image.mode) == ("WEBP", (16, 16), "RGB")
+
+
+@pytest.mark.parametrize("source", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_an_encoded_image_carries_no_metadata(source: str, format: str) -> None:
+    with Image.open(io.BytesIO(telling(source))) as image:
+        data = encode(image, format)
+        assert "icc_profile" in image.info, "the image itself is left as it was"
+    assert traces(data) == set()
+
+
+def test_an_encoded_palette_keeps_its_transparency() -> None:
+    with Image.open(io.BytesIO(saved(plain(RED).quantize(2), "PNG", transparency=0))) as image:
+        assert colour_of(encode(image, "PNG")) == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((40, 20), (16, 8)), ((20, 40), (8, 16)), ((10, 5), (10, 5)), ((3000, 2), (16, 1))]
+)
+def test_a_thumbnail_keeps_the_aspect_and_never_grows(size: tuple[int, int], small: tuple[int, int]) -> None:
+    for kind in FORMATS:
+        with Image.open(io.BytesIO(thumbnail(saved(plain(RED, size=size), kind), 16, LIMITS))) as image:
+            assert image.size == small
+            assert np.abs(np.asarray(image).astype(int) - RED).max() < 12
+
+
+def test_a_thumbnail_shows_transparency_as_white() -> None:
+    with Image.open(io.BytesIO(thumbnail(saved(plain((255, 0, 0, 0), "RGBA"), "PNG"), 8, LIMITS))) as image:
+        assert np.asarray(image).min() > 250
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@Doors
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"text in a file called 1.jpg\n" * 10,
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"BM",
+        b"RIFF\0\0\0\0WEBP",
+        zipped({"1.jpg": b"data"}),
+        b"%PDF-1.7\n" + bytes(100),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n" + bytes(100),
+        b"8BPS\0\1" + bytes(100),
+        b"icns" + struct.pack(">I", 108) + bytes(100),
+        b"SIMPLE  =                    T" + b" " * 2850,
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>',
+        *(saved(plain(RED), kind) for kind in ("TIFF", "ICO", "PPM", "TGA", "JPEG2000", "PCX", "SGI", "DDS")),
+    ],
+)
+def test_what_is_no_image_of_an_allowed_format_is_refused(door: Door, data: bytes) -> None:
+    with pytest.raises(ImageRefused, match=r"Expected an image \(JPEG, PNG, WEBP, BMP, GIF\)\. Received something"):
+        door(data, LIMITS)
+
+
+@Doors
+def test_a_format_is_allowed_by_name(door: Door) -> None:
+    limits = ImageLimits(formats=("TIFF", "PNG"))
+    door(saved(plain(RED), "TIFF"), limits)
+    door(saved(plain(RED), "PNG"), limits)
+    with pytest.raises(ImageRefused, match=r"Expected an image \(TIFF, PNG\)"):
+        door(saved(plain(RED), "JPEG"), limits)
+
+
+def test_a_tiff_is_read_where_it_is_allowed() -> None:
+    limits = ImageLimits(formats=("TIFF",))
+    data = saved(plain(RED), "TIFF")
+    assert inspect(data, limits) == ImageFacts(8, 8, "TIFF")
+    assert (decode(data, 4, Resize.CROP, limits) == RED).all()
+    levels = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+    assert (decode(saved(levels, "TIFF"), 4, Resize.CROP, limits) == 156).all()
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB", "YCbCr", "CMYK", "LA", "1"])
+def test_what_is_accepted_in_one_place_is_accepted_in_all(mode: str) -> None:
+    limits = ImageLimits(formats=("TIFF",))
+    data = saved(Image.new(mode, (8, 8)), "TIFF")
+    outcomes = set()
+    for door in (
+        lambda: inspect(data, limits),
+        lambda: decode(data, 8, Resize.PAD, limits),
+        lambda: thumbnail(data, 8, limits),
+    ):
+        try:
+            outcomes.add(bool(door() is not None))
+        except ImageRefused:
+            outcomes.add(False)
+    assert len(outcomes) == 1
+
+
+@Doors
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_truncated_file_is_refused(door: Door, format: str) -> None:
+    data = saved(landscape(64, 48), format)
+    for part in (0.3, 0.5, 0.9):
+        with pytest.raises(ImageRefused, match=r"^The image is damaged: .+\.$|^Expected an image"):
+            door(data[: int(len(data) * part)], LIMITS)
+
+
+@Doors
+def test_a_damaged_file_is_refused(door: Door) -> None:
+    data = bytearray(png(1))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(ImageRefused, match="The image is damaged"):
+        door(bytes(data), LIMITS)
+
+
+@Doors
+def test_a_large_file_is_refused_before_it_is_read(door: Door) -> None:
+    data = png(1)
+    door(data, ImageLimits(size_bytes=len(data)))
+    with pytest.raises(ImageRefused, match="Expected a file of at most"):
+        door(data, ImageLimits(size_bytes=len(data) - 1))
+    with pytest.raises(ImageRefused, match=r"Expected a file of at most 20 MiB\. Received 20\.5 MiB"):
+        door(data + bytes(20 * MIB + MIB // 2 - len(data)), LIMITS)
+
+
+@Doors
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_of_too_many_pixels_is_refused(door: Door, format: str) -> None:
+    data = saved(plain(RED, size=(30, 20)), format)
+    door(data, ImageLimits(pixels=600, side=30))
+    for limits in (ImageLimits(pixels=599), ImageLimits(side=29)):
+        with pytest.raises(ImageRefused, match=r"Expected at most .* megapixels and .* Received 30 × 20"):
+            door(data, limits)
+
+
+def png_of(width: int, height: int, rows: bytes = b"", depth: int = 8, kind: int = 2) -> bytes:
+    """Return a PNG whose header says what we like."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">2I5B", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def claiming(format: str) -> bytes:
+    """Return a small file whose header claims as many pixels as the format can say, or nearly."""
+    data = bytearray(saved(plain(RED), format))
+    if format == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">2H", 65_500, 65_500)
+    elif format == "GIF":
+        data[6:10] = struct.pack("<2H", 65_500, 65_500)
+    elif format == "BMP":
+        data[18:26] = struct.pack("<2i", 60_000, -60_000)
+    elif format == "WEBP":
+        at = data.index(b"\x9d\x01\x2a") + 3
+        data[at : at + 4] = struct.pack("<2H", 16_383, 16_383)
+    else:
+        return png_of(40_000, 40_000)
+    return bytes(data)
+
+
+FRUGAL = """
+import resource, sys
+from pathlib import Path
+from artifacts.images import ImageLimits, decode, inspect, thumbnail
+from artifacts.recipe import Resize
+from errors import ImageRefused
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+most = pages * resource.getpagesize() + int(sys.argv[1]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+limits = ImageLimits()
+doors = [inspect, lambda data, limits: thumbnail(data, 64, limits)]
+doors += [lambda data, limits, way=way: decode(data, 299, way, limits) for way in Resize]
+for file in sys.argv[2:]:
+    for door in doors:
+        try:
+            door(Path(file).read_bytes(), limits)
+            print("taken")
+        except ImageRefused as error:
+            print(error.detail)
+"""
+
+
+def frugally(folder: Path, files: list[bytes], memory_mib: int) -> list[str]:
+    """Return what each door says to each file, in a process that may take little more memory than it has."""
+    paths = [folder / str(number) for number in range(len(files))]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    command = [sys.executable, "-c", FRUGAL, str(memory_mib), *map(str, paths)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def test_an_image_that_claims_to_be_huge_is_refused_without_taking_memory(tmp_path: Path) -> None:
+    files = [claiming(kind) for kind in ("JPEG", "PNG", "BMP", "GIF")]
+    answers = frugally(tmp_path, [*files, png_of(20_000, 1), png_of(2**31 - 1, 2**31 - 1)], 100)
+    assert len(answers) == 6 * 5
+    assert {answer.partition(" Received ")[0] for answer in answers} == {
+        "Expected at most 40 megapixels and 16,384 pixels a side."
+    }
+
+
+@Doors
+def test_a_webp_that_claims_to_be_huge_is_refused(door: Door) -> None:
+    with pytest.raises(ImageRefused):
+        door(claiming("WEBP"), LIMITS)
+
+
+def test_a_very_long_image_takes_no_more_memory_than_its_pixels(tmp_path: Path) -> None:
+    files = [encode(plain(RED, size=size), "PNG") for size in ((16_384, 1), (1, 16_384), (16_384, 3))]
+    assert frugally(tmp_path, files, 200) == ["taken"] * 15
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    for data in (png_of(0, 5), png_of(5, 0)):
+        for door in (inspect, lambda data, limits: decode(data, 8, Resize.CROP, limits)):
+            with pytest.raises(ImageRefused):
+                door(data, LIMITS)
+
+
+SEEDS = [
+    shot(6, "JPEG"),
+    shot(8, "PNG"),
+    shot(5, "WEBP"),
+    saved(picture(1), "JPEG", progressive=True),
+    saved(picture(1).convert("CMYK"), "JPEG"),
+    saved(picture(1).quantize(8), "PNG", transparency=1),
+    saved(Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40), "PNG"),
+    saved(picture(1), "GIF", save_all=True, append_images=[picture(2)]),
+    saved(picture(1), "BMP"),
+    saved(picture(1), "MPO", save_all=True, append_images=[picture(2)]),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on damaged files
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(SEEDS), st.integers(0, 2**32))
+def test_a_damaged_image_is_refused_everywhere_or_nowhere(whole: bytes, seed: int) -> None:
+    source = random.Random(seed)
+    data = bytearray(whole)
+    for _ in range(source.randint(1, 5)):
+        position = source.randrange(source.choice([min(300, len(data)), len(data)]))
+        change = source.choice(["set", "set", "set", "drop", "add"])
+        if change == "set":
+            data[position] = source.choice([0, 1, 2, 7, 127, 128, 255, source.randrange(256)])
+        elif change == "drop":
+            del data[position : position + source.randint(1, 8)]
+        else:
+            data[position:position] = source.randbytes(source.randint(1, 8))
+    assume(data)
+    outcomes = []
+    for door in (
+        lambda: inspect(bytes(data), LIMITS),
+        lambda: decode(bytes(data), 24, Resize.CROP, LIMITS),
+        lambda: decode(bytes(data), 24, Resize.PAD, LIMITS),
+        lambda: thumbnail(bytes(data), 16, LIMITS),
+    ):
+        try:
+            door()
+            outcomes.append("taken")
+        except ImageRefused:
+            outcomes.append("refused")
+    assert len(set(outcomes)) == 1

@@ -1,0 +1,443 @@
+"""What folders and labels.csv say: the layouts that are known, and the ways to get one wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sample import zipped
+
+from artifacts.archive import ArchiveLimits, open_archive
+from artifacts.layout import Layout, Sample, Split, check_class_names, from_folders, from_labels, labels_file
+from artifacts.recipe import Task
+from errors import LayoutUnknown, Refused
+
+
+def labels_of(layout: Layout) -> dict[str, tuple[str, ...]]:
+    return {sample.path: sample.labels for sample in layout.samples}
+
+
+def splits_of(layout: Layout) -> dict[str, Split]:
+    return {sample.path: sample.split for sample in layout.samples}
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_folder_is_a_class() -> None:
+    layout = from_folders(["daisy/1.jpg", "rose/2.jpg", "daisy/3.jpg", "tulip/4.jpg"])
+    assert layout == Layout(
+        Task.MULTICLASS,
+        (
+            Sample("daisy/1.jpg", ("daisy",)),
+            Sample("rose/2.jpg", ("rose",)),
+            Sample("daisy/3.jpg", ("daisy",)),
+            Sample("tulip/4.jpg", ("tulip",)),
+        ),
+    )
+
+
+def test_two_classes_make_a_binary_task() -> None:
+    assert from_folders(["daisy/1.jpg", "rose/2.jpg"]).task is Task.BINARY
+
+
+def test_one_folder_around_everything_is_no_class() -> None:
+    layout = from_folders(["flowers/daisy/1.jpg", "flowers/rose/2.jpg"])
+    assert labels_of(layout) == {"flowers/daisy/1.jpg": ("daisy",), "flowers/rose/2.jpg": ("rose",)}
+
+
+def test_one_folder_with_nothing_around_it_is_the_only_class() -> None:
+    layout = from_folders(["daisy/1.jpg", "daisy/2.jpg"])
+    assert {sample.labels for sample in layout.samples} == {("daisy",)}
+    assert layout.task is Task.MULTICLASS
+
+
+@pytest.mark.parametrize("outer", ["", "flowers/"])
+def test_folders_may_say_splits(outer: str) -> None:
+    paths = ["train/daisy/1.jpg", "Validation/rose/2.jpg", "TEST/rose/3.jpg", "val/daisy/4.jpg", "training/rose/5.jpg"]
+    layout = from_folders([outer + path for path in paths])
+    assert [sample.labels for sample in layout.samples] == [("daisy",), ("rose",), ("rose",), ("daisy",), ("rose",)]
+    assert [sample.split for sample in layout.samples] == [
+        Split.TRAIN, Split.VALIDATION, Split.TEST, Split.VALIDATION, Split.TRAIN,
+    ]  # fmt: skip
+    assert layout.task is Task.BINARY
+
+
+def test_a_train_folder_alone_is_a_folder_around_everything() -> None:
+    layout = from_folders(["train/daisy/1.jpg", "train/rose/2.jpg"])
+    assert labels_of(layout) == {"train/daisy/1.jpg": ("daisy",), "train/rose/2.jpg": ("rose",)}
+    assert set(splits_of(layout).values()) == {Split.TRAIN}
+
+
+def test_classes_may_be_called_train_and_test() -> None:
+    layout = from_folders(["train/1.jpg", "test/2.jpg", "val/3.jpg"])
+    assert labels_of(layout) == {"train/1.jpg": ("train",), "test/2.jpg": ("test",), "val/3.jpg": ("val",)}
+    assert set(splits_of(layout).values()) == {Split.TRAIN}
+
+
+def test_test_images_without_a_class_are_refused_one_by_one() -> None:
+    layout = from_folders(["train/daisy/1.jpg", "train/rose/2.jpg", "test/3.jpg"])
+    assert [sample.path for sample in layout.samples] == ["train/daisy/1.jpg", "train/rose/2.jpg"]
+    assert layout.refused == (Refused("test/3.jpg", "in no class folder"),)
+
+
+@pytest.mark.parametrize("outer", ["", "flowers/"])
+def test_an_archive_of_test_images_alone_is_not_trained_on(outer: str) -> None:
+    layout = from_folders([outer + path for path in ("test/daisy/1.jpg", "test/rose/2.jpg")])
+    assert [(sample.labels, sample.split) for sample in layout.samples] == [
+        (("daisy",), Split.TEST),
+        (("rose",), Split.TEST),
+    ]
+
+
+@pytest.mark.parametrize("outer", ["", "flowers/"])
+def test_a_file_at_the_root_is_refused_and_the_rest_goes_on(outer: str) -> None:
+    paths = [outer + path for path in ("readme.txt", "daisy/1.jpg", "rose/2.jpg")]
+    layout = from_folders(paths)
+    assert layout.refused == (Refused(outer + "readme.txt", "in no class folder"),)
+    assert [sample.labels for sample in layout.samples] == [("daisy",), ("rose",)]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["daisy/1.jpg", "rose/old/2.jpg"],
+        ["flowers/daisy/1.jpg", "flowers/rose/old/2.jpg"],
+        ["train/daisy/1.jpg", "test/rose/old/2.jpg"],
+        ["a/b/c/d/1.jpg", "a/b/c/e/2.jpg"],
+        ["readme.txt", "flowers/daisy/1.jpg"],
+    ],
+)
+def test_folders_that_are_nested_too_deep_are_told(paths: list[str]) -> None:
+    with pytest.raises(LayoutUnknown, match=r"Expected one folder per class.*which is nested more deeply"):
+        from_folders(paths)
+
+
+def test_files_in_no_folder_are_told() -> None:
+    with pytest.raises(LayoutUnknown, match=r"Received 2 files in no class folder, such as '1\.jpg'"):
+        from_folders(["1.jpg", "2.jpg"])
+
+
+def test_an_archive_without_files_is_told() -> None:
+    with pytest.raises(LayoutUnknown, match="empty"):
+        from_folders([])
+
+
+LOOK_ALIKE = [
+    ("Daisy", "daisy"),
+    ("café", unicodedata.normalize("NFD", "café")),
+    ("ﬁg", "fig"),
+    ("STRASSE", "straße"),
+    ("Ⅷ", "viii"),
+    ("ｄaisy", "daisy"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), LOOK_ALIKE)
+def test_class_names_that_look_the_same_are_refused(one: str, other: str) -> None:
+    with pytest.raises(LayoutUnknown, match="differ only by case or Unicode form") as refusal:
+        from_folders([f"{one}/1.jpg", f"{other}/2.jpg", "rose/3.jpg"])
+    assert repr(one) in refusal.value.detail and repr(other) in refusal.value.detail
+    with pytest.raises(LayoutUnknown, match="differ only by case or Unicode form"):
+        from_labels(f"path,label\n1.jpg,{one}\n2.jpg,{other}\n".encode(), "labels.csv", ["1.jpg", "2.jpg"])
+
+
+def test_class_names_that_differ_are_allowed() -> None:
+    check_class_names(["daisy", "daisies", "dai sy", "1", "l", "rosé", "rose"])
+    check_class_names([])
+
+
+def test_litter_does_not_hide_the_layout(tmp_path: Path) -> None:
+    files = ["flowers/daisy/1.jpg", "flowers/rose/2.jpg", "flowers/rose/Thumbs.db", "flowers/.DS_Store", ".DS_Store"]
+    files += ["__MACOSX/flowers/._daisy", "__MACOSX/flowers/daisy/._1.jpg"]
+    (tmp_path / "archive").write_bytes(zipped(dict.fromkeys(files, b"data")))
+    archive = open_archive(tmp_path / "archive", ArchiveLimits())
+    layout = from_folders([entry.path for entry in archive.entries])
+    assert labels_of(layout) == {"flowers/daisy/1.jpg": ("daisy",), "flowers/rose/2.jpg": ("rose",)}
+    assert (layout.refused, archive.ignored) == ((), 5)
+
+
+PARTS = st.sampled_from(["train", "test", "val", "daisy", "rose", "Daisy", "1.jpg", "2.jpg", "labels.csv"])
+
+
+@given(st.lists(st.lists(PARTS, min_size=1, max_size=4).map("/".join), max_size=8, unique=True))
+def test_every_file_is_a_sample_or_refused_or_the_layout_is_unknown(paths: list[str]) -> None:
+    try:
+        layout = from_folders(paths)
+    except LayoutUnknown:
+        return
+    found = [sample.path for sample in layout.samples] + [file.path for file in layout.refused]
+    assert sorted(found) == sorted(paths)
+    assert all(sample.labels == (sample.path.split("/")[-2],) for sample in layout.samples)
+
+
+# --- labels.csv ------------------------------------------------------------------------------------------------------
+
+PATHS = ["1.png", "images/2.png", "images/3.png", "labels.csv"]
+
+
+def read(text: str, paths: Sequence[str] = PATHS, encoding: str = "utf-8") -> Layout:
+    found = labels_file(paths)
+    assert found is not None
+    return from_labels(text.encode(encoding), found, paths)
+
+
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["labels.csv", "1.png"], "labels.csv"),
+        (["data/labels.csv", "data/1.png"], "data/labels.csv"),
+        (["data/labels.csv", "data/images/1.png"], "data/labels.csv"),
+        (["data/images/labels.csv", "data/images/1.png"], None),
+        (["data/labels.csv", "1.png"], None),
+        (["a/labels.csv", "b/1.png"], None),
+        (["Labels.csv", "labels.csv.txt", "daisy/1.png"], None),
+        ([], None),
+    ],
+)
+def test_the_labels_file_is_at_the_top_or_below_the_one_outer_folder(paths: list[str], found: str | None) -> None:
+    assert labels_file(paths) == found
+    assert labels_file(iter(paths)) == found
+
+
+def test_labels_groups_and_splits_are_read() -> None:
+    layout = read("path,label,group,split\n1.png,daisy,tom,train\nimages/2.png,rose,ann,test\nimages/3.png,daisy,,\n")
+    assert layout == Layout(
+        Task.BINARY,
+        (
+            Sample("1.png", ("daisy",), group="tom"),
+            Sample("images/2.png", ("rose",), group="ann", split=Split.TEST),
+            Sample("images/3.png", ("daisy",)),
+        ),
+    )
+
+
+def test_columns_may_stand_in_any_order_and_case() -> None:
+    layout = read(" Split ,LABEL,Path\nTEST,daisy,1.png\nVal,rose,images/2.png\n,tulip,images/3.png\n")
+    assert splits_of(layout) == {"1.png": Split.TEST, "images/2.png": Split.VALIDATION, "images/3.png": Split.TRAIN}
+    assert layout.task is Task.MULTICLASS
+
+
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [
+        ("train", Split.TRAIN),
+        ("Training", Split.TRAIN),
+        ("", Split.TRAIN),
+        ("val", Split.VALIDATION),
+        ("valid", Split.VALIDATION),
+        ("VALIDATION", Split.VALIDATION),
+        (" test ", Split.TEST),
+    ],
+)
+def test_each_word_for_a_split_is_known(word: str, split: Split) -> None:
+    assert read(f"path,label,split\n1.png,daisy,{word}\n").samples[0].split is split
+
+
+@pytest.mark.parametrize("word", ["holdout", "0", "train test", "trainn"])
+def test_a_word_that_is_no_split_is_told(word: str) -> None:
+    with pytest.raises(LayoutUnknown, match=f"Line 3 .* expected split train, validation or test. Received '{word}'"):
+        read(f"path,label,split\n1.png,daisy,train\nimages/2.png,rose,{word}\n")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_what_spreadsheets_write_is_read(newline: str, encoding: str) -> None:
+    text = 'path,label\n"1.png","Löwe, groß"\n\nimages/2.png,"say ""hi"""\n'.replace("\n", newline)
+    layout = read(text, encoding=encoding)
+    assert labels_of(layout) == {"1.png": ("Löwe, groß",), "images/2.png": ('say "hi"',)}
+
+
+def test_paths_may_be_written_in_several_ways() -> None:
+    text = "path,label\n ./1.png,daisy\nimages\\2.png,rose\n/images//3.png,daisy\n"
+    assert list(labels_of(read(text))) == ["1.png", "images/2.png", "images/3.png"]
+
+
+@pytest.mark.parametrize("prefix", ["", "data/"])
+def test_paths_count_from_the_top_or_from_the_labels_file(prefix: str) -> None:
+    text = f"path,label\n{prefix}1.png,daisy\n{prefix}images/2.png,rose\n"
+    layout = read(text, ["data/labels.csv", "data/1.png", "data/images/2.png"])
+    assert list(labels_of(layout)) == ["data/1.png", "data/images/2.png"]
+    assert layout.refused == ()
+
+
+def test_a_file_named_twice_is_told_however_it_is_written() -> None:
+    paths = ["data/labels.csv", "data/1.png"]
+    for again in ("1.png", "./1.png", "data/1.png", "data\\1.png"):
+        with pytest.raises(LayoutUnknown, match=r"Line 3 of labels\.csv: .* was named before"):
+            read(f"path,label\n1.png,daisy\n{again},rose\n", paths)
+
+
+def test_files_that_are_missing_or_not_named_are_refused_one_by_one() -> None:
+    layout = read("path,label\n1.png,daisy\nimages/9.png,rose\n../1.png,rose\nlabels.csv,daisy\n")
+    assert labels_of(layout) == {"1.png": ("daisy",)}
+    assert layout.refused == (
+        Refused("images/9.png", "named in labels.csv but not in the archive"),
+        Refused("../1.png", "named in labels.csv but not in the archive"),
+        Refused("labels.csv", "named in labels.csv but not in the archive"),
+        Refused("images/2.png", "not named in labels.csv"),
+        Refused("images/3.png", "not named in labels.csv"),
+    )
+
+
+@pytest.mark.parametrize("text", ["path,label\n", "path,label\n9.png,daisy\n", "path,target\n,1\n"])
+def test_labels_for_no_file_of_the_archive_are_told(text: str) -> None:
+    with pytest.raises(LayoutUnknown, match="names no file of the archive"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "",
+        "label",
+        "path",
+        "path,label,target",
+        "path,label,label",
+        "path,label,colour",
+        "path;label",
+        "1.png,daisy",
+        "path,label,",
+        "path,group,split",
+    ],
+)
+def test_columns_that_are_not_known_are_told(head: str) -> None:
+    with pytest.raises(LayoutUnknown, match=r"Line 1 of labels.csv: expected path,label\[,group\]\[,split\]"):
+        read(f"{head}\n1.png,daisy\n" if head else "")
+
+
+@pytest.mark.parametrize("row", ["1.png", "1.png,daisy,tom", "1.png,Löwe, groß"])
+def test_a_row_with_too_few_or_too_many_values_is_told(row: str) -> None:
+    with pytest.raises(LayoutUnknown, match=r"Line 3 of labels\.csv: expected 2 values\. Received [13]"):
+        read(f"path,label\nimages/2.png,rose\n{row}\n")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "path,label\n1.png,Löwe\n".encode("latin-1"),
+        "path,label\n1.png,daisy\n".encode("utf-16"),
+        b'path,label\n1.png,"daisy\n',
+        b'path,label\n1.png,"dai"sy\n',
+        b"path,label\n1.png," + b"x" * 200_000,
+        b"path,label\n1.png,\xed\xa0\x80\n",
+    ],
+)
+def test_what_is_no_csv_in_utf8_is_told(data: bytes) -> None:
+    with pytest.raises(LayoutUnknown, match=r"labels\.csv"):
+        from_labels(data, "labels.csv", PATHS)
+
+
+@pytest.mark.parametrize("column", ["path", "label", "group"])
+@pytest.mark.parametrize("text", ["a\0b", "a\x1b[2Jb", "a\x85b", '"a\nb"', "x" * 1025, "é" * 513])
+def test_control_characters_and_endless_text_are_told(column: str, text: str) -> None:
+    values = {"path": "images/2.png", "label": "rose", "group": "tom"} | {column: text}
+    with pytest.raises(
+        LayoutUnknown, match=f"Line [34] of labels.csv: expected a {column} of at most 1024 bytes"
+    ) as at:
+        read("path,label,group\n1.png,daisy,ann\n" + ",".join(values.values()) + "\n")
+    assert at.value.detail.isprintable() and len(at.value.detail) < 1000
+
+
+def test_a_path_may_be_as_long_as_an_archive_allows() -> None:
+    path = "/".join(["a" * 204] * 5)
+    assert labels_of(read(f"path,label\n{path},daisy\n", ["labels.csv", path])) == {path: ("daisy",)}
+
+
+def test_an_empty_label_is_told() -> None:
+    with pytest.raises(LayoutUnknown, match=r"Line 2 of labels.csv: the label is empty \(a lone \|"):
+        read("path,label\n1.png, \n")
+
+
+def test_several_labels_make_a_multilabel_task() -> None:
+    layout = read("path,label\n1.png,sea| sky |sea\nimages/2.png,sky\nimages/3.png,|\n")
+    assert layout.task is Task.MULTILABEL
+    assert labels_of(layout) == {"1.png": ("sea", "sky"), "images/2.png": ("sky",), "images/3.png": ()}
+
+
+def test_one_label_each_is_no_multilabel_task_even_with_a_bar() -> None:
+    layout = read("path,label\n1.png,|sea\nimages/2.png,sky|\nimages/3.png,sun\n")
+    assert layout.task is Task.MULTICLASS
+    assert labels_of(layout) == {"1.png": ("sea",), "images/2.png": ("sky",), "images/3.png": ("sun",)}
+
+
+def test_targets_make_a_regression() -> None:
+    layout = read("path,target,group\n1.png,1.5,a\nimages/2.png,-2e3,a\nimages/3.png, 7 ,\n")
+    assert layout.task is Task.REGRESSION
+    assert [(sample.target, sample.labels) for sample in layout.samples] == [(1.5, ()), (-2000.0, ()), (7.0, ())]
+
+
+@pytest.mark.parametrize("text", ["", "daisy", "nan", "inf", "-Infinity", "1e999", "1,5", "0x10", "1.2.3"])
+def test_a_target_that_is_no_number_is_told(text: str) -> None:
+    with pytest.raises(LayoutUnknown, match=r"Line 2 of labels\.csv: expected a number as target"):
+        read(f'path,target\n1.png,"{text}"\n')
+
+
+def test_a_group_in_two_splits_is_told() -> None:
+    read("path,label,group,split\n1.png,daisy,tom,test\nimages/2.png,rose,tom,test\n")
+    with pytest.raises(LayoutUnknown, match=r"Group 'tom' of labels\.csv is in two splits"):
+        read("path,label,group,split\n1.png,daisy,tom,train\nimages/2.png,rose,tom,test\n")
+    with pytest.raises(LayoutUnknown, match=r"Group 'tom' of labels\.csv is in two splits"):
+        read("path,label,group,split\n1.png,daisy,tom,\nimages/2.png,rose,tom,val\n")
+
+
+def test_rows_without_a_group_may_be_in_any_split() -> None:
+    layout = read("path,label,group,split\n1.png,daisy,,train\nimages/2.png,rose, ,test\n")
+    assert [sample.group for sample in layout.samples] == [None, None]
+
+
+def test_a_large_labels_file_takes_no_longer_than_its_length() -> None:
+    rows = [f"{number}.png" for number in range(30_000)]
+    text = "path,label\n" + "".join(f"{path},{'daisy' if number % 2 else 'rose'}\n" for number, path in enumerate(rows))
+    paths = ["labels.csv", *rows, *(f"more/{path}" for path in rows)]
+    started = time.process_time()
+    layout = read(text, paths)
+    assert time.process_time() - started < 10, "the work must not grow with the square of the files"
+    assert len(layout.samples) == len(layout.refused) == 30_000
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="|"), max_size=12)
+ROWS = st.dictionaries(
+    st.integers(0, 30).map("images/{}.png".format),
+    st.tuples(WORDS, st.integers(0, 4), st.sampled_from(Split)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(ROWS, st.booleans())
+def test_what_a_csv_writer_writes_is_read_as_it_was(rows: Mapping[str, tuple[str, int, Split]], quote: bool) -> None:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, quoting=csv.QUOTE_ALL if quote else csv.QUOTE_MINIMAL)
+    writer.writerow(["path", "label", "group", "split"])
+    expected = {}
+    for path, (word, number, split) in rows.items():
+        label, group = f"{number}{word}".strip(), f"{split} {word}"
+        writer.writerow([path, label, group, split])
+        expected[path] = Sample(path, (label,), None, group.strip(), split)
+    try:
+        layout = from_labels(buffer.getvalue().encode(), "labels.csv", ["labels.csv", *rows])
+    except LayoutUnknown as error:
+        looks = {unicodedata.normalize("NFKC", sample.labels[0]).casefold() for sample in expected.values()}
+        if len(looks) == len({sample.labels for sample in expected.values()}):
+            raise AssertionError("no two labels look the same") from error
+        return
+    assert {sample.path: sample for sample in layout.samples} == expected
+    assert layout.refused == ()
+
+
+@given(st.binary(max_size=200) | st.text(st.sampled_from('path,label\n"1.png|\r;\0é'), max_size=60).map(str.encode))
+def test_whatever_stands_in_a_labels_file_it_is_read_or_told(data: bytes) -> None:
+    for start in (b"", b"path,label\n", b"path,target,split\n"):
+        try:
+            layout = from_labels(start + data, "labels.csv", PATHS)
+        except LayoutUnknown:
+            continue
+        assert {sample.path for sample in layout.samples} <= set(PATHS) - {"labels.csv"}

@@ -1,0 +1,216 @@
+"""The store: a digest names the whole file or nothing, whatever happens on the way."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from artifacts.store import Digest, Store, digest_of, disk_errors, parse_digest
+from errors import Corrupt, DiskFull, NotFound
+
+ROOT = Path(__file__).parent.parent.parent
+DATA = b"some bytes"
+NOWHERE = digest_of(b"never stored")
+
+
+def leftovers(store: Store) -> list[Path]:
+    """Return every file below the store's folder."""
+    return [path for path in store.root.rglob("*") if path.is_file()]
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_is_the_sha256_in_lower_case() -> None:
+    assert digest_of(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert parse_digest(digest_of(DATA)) == digest_of(DATA)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a" * 63, "a" * 65, "A" * 64, "g" * 64, "a" * 64 + "\n", " " + "a" * 63, "../" + "a" * 61, "٣" * 64],
+)
+def test_what_is_no_digest_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="Expected 64 hexadecimal digits"):
+        parse_digest(text)
+
+
+# --- putting and getting ---------------------------------------------------------------------------------------------
+
+
+def test_a_stored_file_is_found_by_its_digest(store: Store) -> None:
+    digest = store.put(DATA)
+    assert digest == hashlib.sha256(DATA).hexdigest()
+    assert store.has(digest)
+    assert store.read(digest) == DATA
+    with store.open(digest) as file:
+        assert file.read() == DATA
+    assert store.path(digest) == store.verified_path(digest) == store.root / digest[:2] / digest
+    assert store.place(digest) == store.path(digest)
+    assert list(store.digests()) == [digest]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chunks=st.lists(st.binary(max_size=5000), max_size=5))
+def test_it_does_not_matter_in_which_pieces_a_file_comes(store: Store, chunks: list[bytes]) -> None:
+    whole = b"".join(chunks)
+    assert store.put(chunks) == store.put(iter(chunks)) == store.put(whole) == digest_of(whole)
+    assert store.read(digest_of(whole)) == whole
+
+
+def test_a_file_stored_twice_is_kept_once(store: Store) -> None:
+    assert store.put(DATA) == store.put(DATA)
+    assert leftovers(store) == [store.path(digest_of(DATA))]
+
+
+def test_many_who_store_one_file_at_once_do_not_disturb_each_other(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        digests = list(pool.map(lambda _: store.put([DATA] * 1000), range(32)))
+    assert set(digests) == {digest_of(DATA * 1000)}
+    assert leftovers(store) == [store.verified_path(digests[0])]
+
+
+def test_a_store_finds_what_an_earlier_one_stored(store: Store) -> None:
+    digests = sorted(store.put(bytes([number])) for number in range(20))
+    again = Store(store.root)
+    assert list(again.digests()) == digests
+    assert again.read(digests[7]) == store.read(digests[7])
+
+
+def test_a_deleted_file_is_gone_and_may_be_deleted_again(store: Store) -> None:
+    digest, other = store.put(DATA), store.put(b"other")
+    store.delete(digest)
+    store.delete(digest)
+    assert not store.has(digest)
+    assert list(store.digests()) == [other]
+    assert store.put(DATA) == digest and store.read(digest) == DATA
+
+
+@pytest.mark.parametrize("ask", [Store.path, Store.open, Store.read, Store.verified_path])
+def test_a_file_that_is_not_here_is_not_found(store: Store, ask: Callable[[Store, Digest], object]) -> None:
+    assert not store.has(NOWHERE)
+    with pytest.raises(NotFound, match=NOWHERE):
+        ask(store, NOWHERE)
+
+
+@pytest.mark.parametrize("harm", [lambda data: b"S" + data[1:], lambda data: data[:-1], lambda data: data + b"\0"])
+def test_a_corrupt_file_is_told_from_a_whole_one(store: Store, harm: Callable[[bytes], bytes]) -> None:
+    digest = store.put(DATA)
+    store.place(digest).write_bytes(harm(DATA))
+    with pytest.raises(Corrupt, match=digest):
+        store.read(digest)
+    with pytest.raises(Corrupt, match=digest):
+        store.verified_path(digest)
+    assert store.put(DATA) == digest
+    assert store.read(digest) == DATA, "storing the file again repairs it"
+
+
+# --- writers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_exists_from_its_commit_on(store: Store) -> None:
+    with store.writer() as writer:
+        writer.write(DATA[:3])
+        writer.write(DATA[3:])
+        assert writer.size_bytes == len(DATA)
+        assert list(store.digests()) == [] and not store.has(digest_of(DATA))
+        digest = writer.commit()
+        assert store.read(digest) == DATA
+    assert leftovers(store) == [store.path(digest)], "leaving the block after the commit keeps the file"
+
+
+def test_a_writer_that_is_not_committed_leaves_nothing(store: Store) -> None:
+    with store.writer() as writer:
+        writer.write(DATA)
+    assert leftovers(store) == []
+
+
+def test_an_interrupted_write_leaves_nothing(store: Store) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield DATA * 100_000
+        raise ConnectionResetError("the client went away")
+
+    with pytest.raises(ConnectionResetError):
+        store.put(chunks())
+    assert leftovers(store) == []
+
+
+def test_writers_side_by_side_keep_their_bytes_apart(store: Store) -> None:
+    with store.writer() as one, store.writer() as other:
+        one.write(b"a")
+        other.write(b"b")
+        one.write(b"c")
+        assert (one.commit(), other.commit()) == (digest_of(b"ac"), digest_of(b"b"))
+
+
+def test_a_process_that_dies_while_writing_leaves_no_digest(store: Store) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from artifacts.store import Store;"
+        "writer = Store(Path(sys.argv[1])).writer(); writer.write(bytes(10**6)); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(store.root)], cwd=ROOT).returncode == 9
+    assert list(Store(store.root).digests()) == []
+    assert not store.has(digest_of(bytes(10**6)))
+
+
+# --- full disks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_bytes", [1, 10**6], ids=["at the commit", "while writing"])
+def test_a_full_disk_is_told_and_leaves_nothing(
+    store: Store, fill_disk: Callable[[Path], None], size_bytes: int
+) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"the beginning"
+        fill_disk(store.root / "incoming")
+        yield bytes(size_bytes)
+
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(DiskFull, match="nothing was kept"):
+        store.put(chunks())
+    assert leftovers(store) == []
+    assert len(os.listdir("/proc/self/fd")) == len(before), "the file was closed"
+    assert store.read(store.put(DATA)) == DATA
+
+
+def test_a_file_above_the_limit_of_the_process_leaves_nothing(store: Store) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from artifacts.store import Store;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); store = Store(Path(sys.argv[1]))\n"
+        "try:\n store.put([bytes(10**4)] * 100)\n"
+        "except OSError:\n print('stopped', store.put(b'small'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store.root)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["stopped", digest_of(b"small")]
+    assert leftovers(store) == [store.path(digest_of(b"small"))]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_space_left_is_a_full_disk(number: int) -> None:
+    with pytest.raises(DiskFull) as caught, disk_errors():
+        raise OSError(number, os.strerror(number))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_device_that_is_full_is_a_full_disk() -> None:
+    with pytest.raises(DiskFull), disk_errors():
+        Path("/dev/full").write_bytes(DATA)
+
+
+def test_other_errors_of_a_disk_stay_what_they_are() -> None:
+    with pytest.raises(PermissionError), disk_errors():
+        raise PermissionError(errno.EACCES, "not yours")
+    with disk_errors():
+        pass
