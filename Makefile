@@ -3,10 +3,11 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# The first Python that fits; PYTHON=… chooses another.
-FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	command -v $$p >/dev/null && $$p -c '$(FITS)' 2>/dev/null && { echo $$p; break; }; done)
+# The first Python that fits and has pip, as a full path (the environment's own comes first in PATH below and has no
+# pip); PYTHON=… chooses another.
+FITS := import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+FOUND := $(shell for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	command -v $$p >/dev/null && $$p -c '$(FITS)' 2>/dev/null && { command -v $$p; break; }; done)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,13 +58,11 @@ clean: ## remove the environment and caches, not the data
 
 # A virtual environment without pip of its own: Debian's Python cannot make one with it, and needs no root for this.
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "Espalier needs Python 3.11, 3.12 or 3.13. Install one, or say where it is: make PYTHON=/path/to/python3.12"; exit 1; }
-	@$(PYTHON) -c '$(FITS)' || { echo "Espalier needs Python 3.11, 3.12 or 3.13, which TensorFlow has builds for. $(PYTHON) is $$($(PYTHON) -V 2>&1)."; exit 1; }
-	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { echo "$(PYTHON) has no pip. Install it (Debian: apt install python3-pip), or say which Python has: make PYTHON=…"; exit 1; }
-	$(PYTHON) -m venv --without-pip $(VENV)
+	@test -n "$(FOUND)" || { echo "Espalier needs Python 3.11, 3.12 or 3.13 (TensorFlow has builds for these) with pip, and found none. On Debian: apt install python3 python3-pip. Or say where one is: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(FOUND) -m venv --without-pip $(VENV)
 
 $(VENV)/embedded $(VENV)/dev: $(VENV)/%: requirements/%.txt | $(VENV)/bin/python
-	$(PYTHON) -m pip --python $(BIN)/python install --disable-pip-version-check --require-hashes --requirement $<
+	$(FOUND) -m pip --python $(BIN)/python install --disable-pip-version-check --require-hashes --requirement $<
 	@touch $@
 
 .PHONY: help demo up weights test test-all check bench lock clean

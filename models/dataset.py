@@ -233,12 +233,12 @@ def add_version(session: Session, dataset: Dataset, archive: Digest) -> DatasetV
 
 
 def start_ingest(session: Session, version_id: str) -> DatasetVersion:
-    """Mark a version as being taken in, forgetting what an interrupted attempt left."""
+    """Mark a version as being taken in; what an interrupted attempt left of images is the caller's to drop."""
     version = session.get_one(DatasetVersion, version_id)
     if version.state not in (DatasetState.UPLOADED, DatasetState.INGESTING):
         raise RuntimeError(f"Version {version_id} is {version.state}, not waiting. This is a bug.")
     version.state = DatasetState.INGESTING
-    session.execute(delete(Membership).where(Membership.version_id == version_id))
+    version.progress = None
     return version
 
 
@@ -272,7 +272,7 @@ def add_images(session: Session, project_id: str, version_id: str, accepted: Seq
     query = select(Image.sha256, Image.id).where(
         Image.project_id == project_id, Image.sha256.in_([file["sha256"] for file in files])
     )
-    ids = dict(session.execute(query).tuples().all())
+    ids = dict(session.execute(query).all())
     session.execute(
         insert(Membership),
         [
@@ -319,7 +319,7 @@ def mark_ready(
     target: dict[str, Any] | None,
     refused: Sequence[Refused],
 ) -> None:
-    """Make an ingested version usable."""
+    """Make an ingested version usable. Its archive is still named: it may go once this is committed."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.READY
     version.manifest_sha256 = manifest
@@ -330,7 +330,6 @@ def mark_ready(
     version.classes = [vars(count) for count in classes]
     version.target = target
     _set_refused(version, refused)
-    version.archive_sha256 = None
     version.progress = None
     version.ready_at = now()
 
@@ -338,13 +337,12 @@ def mark_ready(
 def mark_rejected(
     session: Session, version_id: str, error: dict[str, Any], refused: Sequence[Refused] = (), ignored: int = 0
 ) -> None:
-    """Close a version that makes no data set, keeping why; its images are dropped."""
+    """Close a version that makes no data set, keeping why. Its archive is still named, as in `mark_ready`."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.REJECTED
     version.error = error
     version.ignored = ignored
     _set_refused(version, refused)
-    version.archive_sha256 = None
     version.progress = None
 
 
@@ -362,6 +360,13 @@ def delete_dataset(dataset: Dataset) -> None:
 def set_progress(session: Session, version_id: str, progress: dict[str, Any]) -> None:
     """Say how far the ingest of a version is."""
     session.get_one(DatasetVersion, version_id).progress = progress
+
+
+def forget_archive(session: Session, version_id: str) -> list[Digest]:
+    """Drop the archive of a closed version; return that file, if there is one."""
+    version = session.get_one(DatasetVersion, version_id)
+    archive, version.archive_sha256 = version.archive_sha256, None
+    return [] if archive is None else [Digest(archive)]
 
 
 def forget_files(session: Session, dataset_id: str) -> list[Digest]:

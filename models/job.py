@@ -209,16 +209,23 @@ def finish(session: Session, lease: Lease, state: JobState, error: dict[str, Any
         raise LeaseLost(lease.job_id)
 
 
-def give_back(session: Session, lease: Lease, *, delay_s: float = 0.0, counts: bool = True) -> None:
-    """Queue a job again, after a delay; an attempt that does not count was not the job's fault. Raises LeaseLost."""
+def give_back(session: Session, lease: Lease, *, delay_s: float = 0.0, counts: bool = True) -> JobState:
+    """Queue a job again, after a delay, or cancel it if that was asked for; return its new state. Raises LeaseLost.
+
+    An attempt that does not count was not the job's fault.
+    """
+    job = hold(session, lease)
+    if job.cancel_requested_at is not None:
+        finish(session, lease, JobState.CANCELLED)
+        return JobState.CANCELLED
     values = {
         "state": JobState.QUEUED,
         "lease_owner": None,
         "attempt": Job.attempt if counts else Job.attempt - 1,
         "next_attempt_at": now() + timedelta(seconds=delay_s) if delay_s else None,
     }
-    if not _execute(session, _held(lease).values(**values)):
-        raise LeaseLost(lease.job_id)
+    _execute(session, _held(lease).values(**values))
+    return JobState.QUEUED
 
 
 def _held(lease: Lease) -> Any:
@@ -236,19 +243,17 @@ def is_cancel_requested(session: Session, job_id: str) -> bool:
 def request_cancel(session: Session, kind: JobKind, subject_id: str) -> bool:
     """Ask for a job to end; return whether it was still queued and therefore ended here and now."""
     mine = (Job.kind == kind, Job.subject_id == subject_id)
-    ended = _execute(
+    # First whatever its state: this waits for whoever is just giving the job back, and then holds its row.
+    _execute(
         session,
         update(Job)
-        .where(*mine, Job.state == JobState.QUEUED)
-        .values(state=JobState.CANCELLED, cancel_requested_at=now(), finished_at=now()),
+        .where(*mine, Job.state.in_((JobState.QUEUED, JobState.RUNNING)), Job.cancel_requested_at.is_(None))
+        .values(cancel_requested_at=now()),
     )
-    if not ended:
-        _execute(
-            session,
-            update(Job)
-            .where(*mine, Job.state == JobState.RUNNING, Job.cancel_requested_at.is_(None))
-            .values(cancel_requested_at=now()),
-        )
+    ended = _execute(
+        session,
+        update(Job).where(*mine, Job.state == JobState.QUEUED).values(state=JobState.CANCELLED, finished_at=now()),
+    )
     return bool(ended)
 
 
@@ -317,14 +322,15 @@ def add_publish_jobs(session: Session) -> int:
     """Queue a job for every run that MLflow is owed something about and that has none; return how many."""
     busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
     query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
-    runs = session.execute(query).all()
-    for run_id, project_id in runs:
+    added = 0
+    for run_id, project_id in session.execute(query).all():
         try:
             with session.begin_nested():
                 add_job(session, project_id, JobKind.PUBLISH, Queue.TRACKING, run_id)
         except IntegrityError:
             continue  # another worker looked at the same moment and queued it
-    return len(runs)
+        added += 1
+    return added
 
 
 # --- display ---------------------------------------------------------------------------------------------------------

@@ -161,8 +161,10 @@ def start_run(session: Session, run_id: str) -> Run:
 
 
 def requeue_run(session: Session, run_id: str) -> None:
-    """Put a run back in line after its worker was lost."""
-    _change(session, run_id, RunState.QUEUED, {"started_at": None, "progress": progress(stage="queued")})
+    """Put a run back in line after its worker was lost; one whose worker never began is still there."""
+    run = session.get_one(Run, run_id, with_for_update=True)
+    if run.state is not RunState.QUEUED:
+        _change(session, run_id, RunState.QUEUED, {"started_at": None, "progress": progress(stage="queued")})
 
 
 def succeed_run(session: Session, run_id: str, metrics: dict[str, Any], extraction: dict[str, Any]) -> Run:

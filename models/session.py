@@ -26,14 +26,14 @@ _WAL_FIXED = {(3, 44): 6, (3, 50): 7, (3, 51): 3}
 
 
 class Database:
-    """A database, as sessions for reading and for writing."""
+    """A database, as sessions for reading and for writing. SQLite waits `busy_timeout_s` for another writer."""
 
-    def __init__(self, url: str | URL) -> None:
+    def __init__(self, url: str | URL, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         parsed = make_url(url)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         if self.is_sqlite:
-            self._writer = _sqlite_engine(parsed, begin="BEGIN IMMEDIATE")
-            self._reader = _sqlite_engine(parsed, begin="BEGIN")
+            self._writer = _sqlite_engine(parsed, "BEGIN IMMEDIATE", busy_timeout_s)
+            self._reader = _sqlite_engine(parsed, "BEGIN", busy_timeout_s)
         else:
             self._writer = self._reader = _postgresql_engine(parsed)
 
@@ -80,10 +80,10 @@ def wal_is_safe(version: tuple[int, ...]) -> bool:
     return line > max(_WAL_FIXED)
 
 
-def _sqlite_engine(url: URL, begin: str) -> Engine:
+def _sqlite_engine(url: URL, begin: str, busy_timeout_s: float) -> Engine:
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = create_engine(url, connect_args={"timeout": busy_timeout_s})
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info) else "DELETE"
 
     @event.listens_for(engine, "connect")

@@ -1,6 +1,7 @@
 """The process that does one job: reads an order from standard input, sends messages, ends. Writes no rows.
 
-Run as `python -m worker.child`. Ends at once when standard input closes, since then its worker is gone.
+Run as `python -m worker.child <descriptor>`: that open file takes the messages, so that nothing which a library prints
+looks like one. Ends at once when standard input closes, since then its worker is gone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from artifacts.archive import Archive, ArchiveLimits, open_archive
 from artifacts.images import ImageLimits
 from artifacts.layout import Layout
 from artifacts.recipe import Recipe
-from artifacts.store import Digest, Store
+from artifacts.store import Digest, Store, digest_of
 from errors import DatasetRefused, EspalierError, ImageRefused, OutOfMemory, Refused
 from worker import weights
 from worker.weights import Source
@@ -63,8 +64,9 @@ class Channel:
 
 def main() -> int:
     """Do what the order says."""
-    outgoing = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print must not look like a message
+    descriptor = int(sys.argv[1])
+    os.set_inheritable(descriptor, False)  # what this process starts must not keep the pipe open after its end
+    outgoing = os.fdopen(descriptor, "w", encoding="utf-8")
     order = json.loads(sys.stdin.readline())
     channel = Channel(sys.stdin, outgoing)
     channel.listen()
@@ -101,7 +103,8 @@ def ingest(order: Mapping[str, Any], channel: Channel) -> None:
     )
     samples = {sample.path: sample for sample in found.samples if sample.path not in done}
     for path, data in archive.read(samples.keys()):
-        channel.send("reading", path=path)
+        # With its digest, so that the worker knows of every file that may lie in the store if it stops us now.
+        channel.send("reading", path=path, sha256=None if isinstance(data, Refused) else digest_of(data))
         _limit_cpu(order["decode_cpu_s"])
         try:
             if isinstance(data, Refused):

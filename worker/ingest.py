@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -44,13 +44,14 @@ class IngestLimits:
 
 @dataclass
 class _Intake:
-    """What has been read of an archive so far."""
+    """What has been read of an archive so far; `stored` are the files that this may have put into the store."""
 
     task: Task | None = None
     samples: int = 0
     ignored: int = 0
     accepted: list[Accepted] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    stored: set[Digest] = field(default_factory=set)
     files: int = 0
     reading: str | None = None
 
@@ -81,6 +82,7 @@ class Ingest:
         version = work.write(lambda session: datasets.start_ingest(session, work.subject_id))
         assert version.archive_sha256 is not None
         archive = Digest(version.archive_sha256)
+        drop_images(work, self._store, [version.id])  # which an interrupted attempt left
         intake = _Intake()
         try:
             self._read(work, archive, intake)
@@ -88,26 +90,28 @@ class Ingest:
             new = _merge(intake, parent)
             rows = (parent.rows if parent else []) + [image.row for image in new]
             self._check(intake, rows)
+            self._write(work, parent, new)
         except EspalierError as error:
-            if error.is_transient:
-                raise
-            return self._rejection(work, archive, intake, error)
+            if not error.is_transient:
+                return self._rejection(work, intake, error)
+            self._forget(work, intake)
+            raise
         except Stopped as stopped:
-            if stopped.reason is Reason.CANCELLED:  # the data set was deleted; nothing names these files yet
+            if stopped.reason in (Reason.CANCELLED, Reason.STALLED):  # nobody will read these files once more
                 self._forget(work, intake)
             raise
-        self._write(work, parent, new)
-        return self._readiness(archive, intake, _task(intake, parent, rows), rows, version.id)
+        return self._readiness(work, intake, _task(intake, parent, rows), rows)
 
     def requeued(self, session: Session, subject_id: str) -> None:
         datasets.wait_again(session, subject_id)
 
     def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
         datasets.mark_rejected(session, subject_id, error)
+        collect(session, self._store, datasets.forget_archive(session, subject_id))
 
     def cancelled(self, session: Session, subject_id: str) -> None:
         error = DatasetRefused("The data set was deleted while it was being taken in.")
-        datasets.mark_rejected(session, subject_id, error.record())
+        datasets.mark_rejected(session, subject_id, error.record())  # the purge that waits for this drops its archive
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -117,7 +121,12 @@ class Ingest:
         while True:
             try:
                 with Child(self._order(archive, intake)) as child:
-                    self._listen(work, child, intake)
+                    try:
+                        self._listen(work, child, intake)
+                    except Stopped:
+                        for message in child.stop():
+                            _take_in(intake, message)
+                        raise
                 return
             except Died as death:
                 deaths += 1
@@ -203,9 +212,7 @@ class Ingest:
         if not all(self._store.has(image.row.sha256) for image in new):
             raise Unavailable("A file was removed with another data set just when this one took it over; once more.")
 
-    def _readiness(
-        self, archive: Digest, intake: _Intake, task: Task, rows: Sequence[Row], version_id: str
-    ) -> Complete:
+    def _readiness(self, work: Work, intake: _Intake, task: Task, rows: Sequence[Row]) -> Complete:
         digest = self._store.put(manifest.dump(rows))
         targets = [row.target for row in rows if row.target is not None]
         target = {"min": min(targets), "max": max(targets), "mean": sum(targets) / len(targets)} if targets else None
@@ -213,7 +220,7 @@ class Ingest:
         def complete(session: Session) -> None:
             datasets.mark_ready(
                 session,
-                version_id,
+                work.subject_id,
                 manifest=digest,
                 task=task,
                 images=len(rows),
@@ -223,24 +230,31 @@ class Ingest:
                 target=target,
                 refused=sorted(intake.refused, key=lambda file: file.path),
             )
-            collect(session, self._store, [archive])
 
+        kept = {row.sha256 for row in rows}
+        work.afterwards(partial(self._forget, work, intake, kept))
+        work.afterwards(partial(self._forget_archive, work))
         return complete
 
-    def _rejection(self, work: Work, archive: Digest, intake: _Intake, error: EspalierError) -> Complete:
+    def _rejection(self, work: Work, intake: _Intake, error: EspalierError) -> Complete:
         drop_images(work, self._store, [work.subject_id])
         self._forget(work, intake)
 
         def complete(session: Session) -> None:
             refused = sorted(intake.refused, key=lambda file: file.path)
             datasets.mark_rejected(session, work.subject_id, error.record(), refused, intake.ignored)
-            collect(session, self._store, [archive])
 
+        work.afterwards(partial(self._forget_archive, work))
         return complete
 
-    def _forget(self, work: Work, intake: _Intake) -> None:
-        """Remove the files that the intake stored and nothing names; needs no lease, as it only removes those."""
-        files = sorted({image.row.sha256 for image in intake.accepted})
+    def _forget_archive(self, work: Work) -> None:
+        """Remove the archive, once no further attempt can need it: a file that is gone cannot be rolled back."""
+        with work.database.writing() as session:
+            collect(session, self._store, datasets.forget_archive(session, work.subject_id))
+
+    def _forget(self, work: Work, intake: _Intake, kept: Collection[Digest] = ()) -> None:
+        """Remove what the intake stored and nothing names; needs no lease, as it only removes that."""
+        files = sorted(intake.stored.difference(kept))
         for start in range(0, len(files), _ROWS_PER_WRITE):
             with work.database.writing() as session:
                 collect(session, self._store, files[start : start + _ROWS_PER_WRITE])
@@ -253,10 +267,10 @@ class Purge:
         self._store = store
 
     def run(self, work: Work) -> Complete:
-        """Drop the images, then the manifests, once no ingest of the data set is under way."""
+        """Drop the images, then the manifests, once no ingest of the data set is under way or about to be."""
         with work.database.reading() as session:
             versions = datasets.get_versions(session, work.subject_id)
-        if any(version.state is DatasetState.INGESTING for version in versions):
+        if any(version.state not in (DatasetState.READY, DatasetState.REJECTED) for version in versions):
             raise Unavailable("An ingest of the deleted data set has not ended yet.")
         drop_images(work, self._store, [version.id for version in versions])
 
@@ -279,6 +293,7 @@ def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
     """Remove the images of versions from the database and, where no other row names them, from the store."""
 
     def change(session: Session) -> bool:
+        lock_files(session)  # first: an image that another data set is just naming must not look like an orphan
         dropped, orphans = datasets.drop_memberships(session, version_ids, limit=_ROWS_PER_WRITE)
         collect(session, store, orphans)
         return dropped > 0
@@ -302,6 +317,8 @@ def _take_in(intake: _Intake, message: Message) -> None:
             intake.files = intake.samples + len(intake.refused)
         case "reading":
             intake.reading = message["path"]
+            if message["sha256"] is not None:
+                intake.stored.add(Digest(message["sha256"]))
         case "refused":
             intake.refused.append(Refused(message["path"], message["reason"]))
             intake.reading = None

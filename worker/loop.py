@@ -84,6 +84,7 @@ class Work:
         self.project_id = job.project_id
         self.attempt = job.attempt
         self._holder = holder
+        self._afterwards: list[Callable[[], None]] = []
 
     def moved(self) -> None:
         """Say that the work made progress; a job that does not move for long counts as hung."""
@@ -109,6 +110,21 @@ class Work:
                 time.sleep(_DATABASE_PAUSE_S)
             except LeaseLost as error:
                 raise Stopped(Reason.LOST) from error
+
+    def afterwards(self, tidy: Callable[[], None]) -> None:
+        """Have `tidy` called once the job has succeeded: for what cannot be rolled back, such as removing a file.
+
+        A process that ends in between never calls it, so nothing may depend on it.
+        """
+        self._afterwards.append(tidy)
+
+    def tidy(self) -> None:
+        """Do what was left for afterwards; the job is closed, so nothing that goes wrong here changes it."""
+        for tidy in self._afterwards:
+            try:
+                tidy()
+            except Exception:
+                log.exception("tidying up failed")
 
 
 class Holder:
@@ -140,6 +156,9 @@ class Holder:
         """Raise Stopped if there is a reason."""
         if self._reason is None and self._draining.is_set():
             self._reason = Reason.DRAINING
+        # Looked at here too: a renewal that hangs in a dead connection never comes back to `_watch`.
+        if self._reason is None and time.monotonic() - self._renewed_at > self._timings.let_go_s:
+            self._reason = Reason.LOST
         if self._reason is not None:
             raise Stopped(self._reason)
 
@@ -237,8 +256,10 @@ class Loop:
         log.info("job started", attempt=job.attempt)
         with Holder(self._database, lease, self._timings, self._draining) as holder:
             try:
-                complete = handler.run(Work(self._database, job, holder))
-                self._close(lease, JobState.SUCCEEDED, complete)
+                work = Work(self._database, job, holder)
+                complete = handler.run(work)
+                if self._close(lease, JobState.SUCCEEDED, complete):
+                    work.tidy()
             except Stopped as stopped:
                 self._stop(job, lease, handler, stopped.reason)
             except LeaseLost:
@@ -273,34 +294,43 @@ class Loop:
                 lease, JobState.FAILED, lambda session: handler.failed(session, job.subject_id, record), error=record
             )
 
-    def _close(self, lease: Lease, state: JobState, complete: Complete, error: dict[str, Any] | None = None) -> None:
+    def _close(self, lease: Lease, state: JobState, complete: Complete, error: dict[str, Any] | None = None) -> bool:
+        """Write a job's end; return whether this holder wrote it."""
+
         def change(session: Session) -> None:
             jobs.hold(session, lease)
             complete(session)
             jobs.finish(session, lease, state, error)
 
-        self._persist(change)
-        log.info("job finished", state=state.value)
+        is_written = self._persist(change)
+        if is_written:
+            log.info("job finished", state=state.value)
+        return is_written
 
     def _give_back(self, job: Job, lease: Lease, handler: Handler, *, delay_s: float, counts: bool) -> None:
         def change(session: Session) -> None:
-            jobs.hold(session, lease)
-            handler.requeued(session, job.subject_id)
-            jobs.give_back(session, lease, delay_s=delay_s, counts=counts)
+            state = jobs.give_back(session, lease, delay_s=delay_s, counts=counts)
+            if state is JobState.CANCELLED:  # asked for while the attempt was ending
+                handler.cancelled(session, job.subject_id)
+            else:
+                handler.requeued(session, job.subject_id)
 
         self._persist(change)
 
-    def _persist(self, change: Callable[[Session], None]) -> None:
-        """Write a job's end; a database that is away is waited for as long as the lease can last."""
+    def _persist(self, change: Callable[[Session], None]) -> bool:
+        """Write what becomes of a job; a database that is away is waited for as long as the lease can last.
+
+        Return False if the lease was lost, or if an earlier try was written after all.
+        """
         until = time.monotonic() + self._timings.let_go_s
         while True:
             try:
                 with self._database.writing() as session:
                     change(session)
-                return
+                return True
             except LeaseLost:
                 log.warning("lease lost")
-                return
+                return False
             except Unavailable:
                 if time.monotonic() > until:
                     raise
@@ -362,6 +392,15 @@ class Sweeper:
         return sum(self._take_over(sighting) for sighting in expired)
 
     def _take_over(self, sighting: Sighting) -> bool:
+        try:
+            return self._end_lease(sighting)
+        except Unavailable:
+            raise
+        except Exception:  # one job that cannot be taken over must not keep the others waiting
+            log.exception("take-over failed", job=sighting.job_id)
+            return False
+
+    def _end_lease(self, sighting: Sighting) -> bool:
         with self._database.writing() as session:
             job = jobs.take_over(session, sighting)
             if job is None:

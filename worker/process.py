@@ -1,7 +1,8 @@
 """One child process per job: starts it, talks with it in JSON lines, and ends it with all it started.
 
 The child runs in a process group of its own and ends when its standard input closes, so that it cannot outlive its
-worker. Its standard output carries messages only; whatever libraries print goes to standard error.
+worker. Messages come through a pipe of their own; whatever libraries print, from their import on, goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from worker.loop import Stopped, Work
 STOP_GRACE_S = 5.0
 _POLL_S = 0.25
 _WAITING = 1000
+_STDERR = 2
 
 Message = dict[str, Any]
 
@@ -52,15 +54,21 @@ class Child:
     """A running child; use it in a `with` block."""
 
     def __init__(self, order: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env={**os.environ, **(environment or {})},
-            text=True,
-            encoding="utf-8",
-        )
+        incoming, outgoing = os.pipe()
+        self._incoming = os.fdopen(incoming, encoding="utf-8", errors="replace")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "worker.child", str(outgoing)],
+                stdin=subprocess.PIPE,
+                stdout=_STDERR,
+                pass_fds=(outgoing,),
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+                text=True,
+                encoding="utf-8",
+            )
+        finally:
+            os.close(outgoing)
         self._messages: queue.Queue[Any] = queue.Queue(_WAITING)
         self._reader = threading.Thread(target=self._read, name="child-reader", daemon=True)
         self._reader.start()
@@ -110,8 +118,8 @@ class Child:
                 raise from_record(message["error"])
             return dict(message)
 
-    def stop(self) -> None:
-        """End the child's whole group: politely, then not."""
+    def stop(self) -> list[Message]:
+        """End the child's whole group: politely, then not. Return what it had said that nobody has heard."""
         if self._process.poll() is None:
             self._signal(signal.SIGTERM)
             try:
@@ -120,12 +128,13 @@ class Child:
                 self._signal(signal.SIGKILL)
                 self._process.wait()
         self._signal(signal.SIGKILL)  # whatever the child itself left running
+        unheard = self._drain()
         while self._reader.is_alive():
-            self._drain()
             self._reader.join(0.05)
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                _close(stream)
+            unheard += self._drain()
+        for stream in (self._process.stdin, self._incoming):
+            _close(stream)
+        return unheard
 
     def _signal(self, number: int) -> None:
         try:
@@ -133,14 +142,14 @@ class Child:
         except ProcessLookupError:
             return
 
-    def _drain(self) -> None:
-        while not self._messages.empty():
-            self._messages.get_nowait()
+    def _drain(self) -> list[Message]:
+        waiting = [self._messages.get_nowait() for _ in range(self._messages.qsize())]
+        return [message for message in waiting if message is not _END]
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._messages.put(json.loads(line))
+        for line in self._incoming:
+            if line.endswith("\n"):  # else the child died in the middle of a message
+                self._messages.put(json.loads(line))
         self._messages.put(_END)
 
 

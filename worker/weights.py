@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from artifacts.catalogue import CATALOGUE, BackboneName, WeightsFile
 from artifacts.recipe import IMAGENET, RANDOM
@@ -49,9 +49,9 @@ class Obtained:
 
 def obtain(network: BackboneName, name: str, store: Store, source: Source, progress: Progress) -> Obtained:
     """Put weights into the store. Raises WeightsUnavailable, saying what to do."""
-    from training import backbones  # brings TensorFlow
-
     if name == RANDOM:
+        from training import backbones  # brings TensorFlow, which takes seconds: only where it is needed
+
         return Obtained(store.put(backbones.random_weights(network)), {"kind": "random", "seed": backbones.RANDOM_SEED})
     if name != IMAGENET:
         raise WeightsUnavailable(
@@ -59,27 +59,29 @@ def obtain(network: BackboneName, name: str, store: Store, source: Source, progr
             f"'make weights BACKBONE={network.value} NAME={name} FILE=…', or use 'imagenet' or 'random'."
         )
     published = CATALOGUE[network].imagenet
-    cached = Path(source.cache).expanduser() / Path(published.path).name
-    if cached.is_file() and _md5(cached) == published.md5:
-        origin = {"kind": "imagenet", "from": "cache", "md5": published.md5}
-        return Obtained(store.put(backbones.import_weights(network, cached)), origin)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "weights.h5"
-        _download(network, published, source, file, progress)
-        origin = {"kind": "imagenet", "from": f"{source.url.rstrip('/')}/{published.path}", "md5": published.md5}
-        return Obtained(store.put(backbones.import_weights(network, file)), origin)
+        file = Path(source.cache).expanduser() / Path(published.path).name
+        origin = str(file)
+        if not file.is_file() or _md5(file) != published.md5:
+            file = Path(folder) / "weights.h5"
+            origin = f"{source.url.rstrip('/')}/{published.path}"
+            _download(network, published, source, file, progress)
+        from training import backbones
+
+        facts = {"kind": "imagenet", "from": origin, "md5": published.md5}
+        return Obtained(store.put(backbones.import_weights(network, file)), facts)
 
 
 def _download(network: BackboneName, published: WeightsFile, source: Source, file: Path, progress: Progress) -> None:
     """Fetch a published file and check its MD5. Raises WeightsUnavailable."""
     url = f"{source.url.rstrip('/')}/{published.path}"
-    timeout = httpx.Timeout(source.stall_s, connect=source.connect_s)
+    timeout = httpx2.Timeout(source.stall_s, connect=source.connect_s)
     started = time.monotonic()
     digest = hashlib.md5(usedforsecurity=False)
     done = 0
     try:
         _resolve(url, source.connect_s)
-        with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as answer, file.open("wb") as target:
+        with httpx2.stream("GET", url, timeout=timeout, follow_redirects=True) as answer, file.open("wb") as target:
             answer.raise_for_status()
             total = int(answer.headers["content-length"]) if "content-length" in answer.headers else None
             for chunk in answer.iter_bytes(_CHUNK):
@@ -88,7 +90,7 @@ def _download(network: BackboneName, published: WeightsFile, source: Source, fil
                 done += len(chunk)
                 speed = done / (time.monotonic() - started)
                 progress(done, total, (total - done) / speed if total else None)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         raise _unavailable(network, published, f"{url} cannot be fetched: {error or type(error).__name__}") from error
     if digest.hexdigest() != published.md5:
         raise _unavailable(
@@ -100,7 +102,7 @@ def _download(network: BackboneName, published: WeightsFile, source: Source, fil
 
 def _resolve(url: str, timeout_s: float) -> None:
     """See that the host has an address: no HTTP client bounds this step, and a resolver may hang for a minute."""
-    host = httpx.URL(url).host
+    host = httpx2.URL(url).host
     answered: queue.Queue[OSError | None] = queue.Queue()
 
     def look_up() -> None:

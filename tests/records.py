@@ -1,0 +1,84 @@
+"""Rows for tests: data sets, runs and what belongs to them, each in the state that a test begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from artifacts.images import ImageFacts
+from artifacts.layout import Split
+from artifacts.manifest import Row
+from artifacts.recipe import ClassCount, Recipe, Task
+from artifacts.store import Digest, digest_of
+from models import dataset as datasets
+from models import run as runs
+from models.base import Base
+from models.dataset import Accepted, Dataset, DatasetVersion
+from models.project import Principal
+from models.run import Run
+
+PRINCIPAL = Principal()
+
+
+def digest(name: str) -> Digest:
+    """Return a digest that is the same for the same name."""
+    return digest_of(name.encode())
+
+
+def accepted(path: str, content: str | None = None, label: str = "daisy") -> Accepted:
+    """Return an image as ingest takes it in; the same content is the same file."""
+    row = Row(path, digest(content or path), (label,), None, None, Split.TRAIN)
+    return Accepted(row, ImageFacts(40, 30, "PNG"), 123)
+
+
+def waiting_version(session: Session, name: str = "flowers") -> DatasetVersion:
+    """Add a data set whose first version waits for its ingest."""
+    dataset = datasets.create_dataset(session, PRINCIPAL, name)
+    return datasets.add_version(session, dataset, digest(f"archive of {name}"))
+
+
+def make_ready(session: Session, version: DatasetVersion, images: Sequence[Accepted] = ()) -> DatasetVersion:
+    """Take a waiting version in, with these images."""
+    datasets.start_ingest(session, version.id)
+    datasets.add_images(session, PRINCIPAL.project_id, version.id, images)
+    datasets.mark_ready(
+        session,
+        version.id,
+        manifest=digest(f"manifest of {version.id}"),
+        task=Task.BINARY,
+        images=len(images),
+        duplicates=0,
+        ignored=0,
+        classes=[ClassCount("daisy", 10, 10), ClassCount("rose", 10, 10)],
+        target=None,
+        refused=[],
+    )
+    session.flush()
+    return version
+
+
+def ready_version(session: Session, name: str = "flowers", images: Sequence[Accepted] = ()) -> DatasetVersion:
+    """Add a data set whose first version can be trained on."""
+    return make_ready(session, waiting_version(session, name), images)
+
+
+def dataset_of(session: Session, version: DatasetVersion) -> Dataset:
+    """Return the data set that a version belongs to."""
+    return session.get_one(Dataset, version.dataset_id)
+
+
+def queued_run(session: Session, version: DatasetVersion, name: str = "flowers") -> Run:
+    """Add a run that waits."""
+    return runs.create_run(session, PRINCIPAL, version.id, name, Recipe())
+
+
+def running_run(session: Session, version: DatasetVersion, name: str = "flowers") -> Run:
+    """Add a run that is under way."""
+    return runs.start_run(session, queued_run(session, version, name).id)
+
+
+def count(session: Session, record: type[Base]) -> int:
+    """Return how many rows of a record there are."""
+    return session.scalar(select(func.count()).select_from(record)) or 0

@@ -1,0 +1,661 @@
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from datetime import datetime
+from typing import NoReturn
+
+import pytest
+import records
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from structlog.testing import capture_logs
+from waiting import until
+from working import (
+    FROZEN,
+    QUICK,
+    Hands,
+    Outage,
+    StartLoop,
+    add_job,
+    leave_mark,
+    look,
+    make_due,
+    marks,
+    reason_to_stop,
+    settled,
+    work_on,
+)
+
+from errors import DatasetRefused, Unavailable
+from models import job as jobs
+from models.base import now
+from models.job import Job, JobKind, JobState, Lease, Queue, Worker
+from models.session import Database
+from worker.loop import Complete, Reason, Stopped, Sweeper, Work
+
+
+def request_cancel(database: Database) -> None:
+    with database.writing() as session:
+        jobs.request_cancel(session, JobKind.TRAIN, "run_1")
+
+
+# --- from claim to close -------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_seen_through_and_closed(database: Database, start_loop: StartLoop) -> None:
+    seen: list[Work] = []
+    hands = Hands(seen.append)
+    job_id = add_job(database, "run_1")
+    start_loop(database, hands)
+    job = settled(database, job_id, JobState.SUCCEEDED)
+    (work,) = seen
+    assert (work.subject_id, work.project_id, work.attempt) == ("run_1", records.PRINCIPAL.project_id, 1)
+    assert work.lease == Lease(job_id, 1)
+    assert (marks(database), hands.told) == (1, [])
+    assert job.finished_at is not None and job.lease_owner is None and job.error is None
+
+
+def test_a_job_and_what_it_made_are_written_together_or_not_at_all(database: Database, start_loop: StartLoop) -> None:
+    def make(work: Work) -> Complete:
+        def complete(session: Session) -> None:
+            leave_mark(session)
+            raise ZeroDivisionError("in the middle")
+
+        return complete
+
+    hands = Hands(make)
+    job_id = add_job(database)
+    start_loop(database, hands)
+    job = settled(database, job_id, JobState.FAILED)
+    assert job.error is not None and "in the middle" in job.error["detail"]
+    assert marks(database) == 0
+
+
+def test_jobs_of_one_queue_are_done_one_at_a_time_and_in_their_order(database: Database, start_loop: StartLoop) -> None:
+    done: list[str] = []
+    ids = [add_job(database, f"run_{number}") for number in range(5)]
+    start_loop(database, Hands(lambda work: done.append(work.subject_id)))
+    for job_id in ids:
+        settled(database, job_id, JobState.SUCCEEDED)
+    assert done == [f"run_{number}" for number in range(5)]
+
+
+def test_a_loop_leaves_other_queues_alone(database: Database, start_loop: StartLoop) -> None:
+    other = add_job(database, "run_1", queue=Queue.GPU)
+    mine = add_job(database, "run_2")
+    start_loop(database, Hands(lambda work: None))
+    settled(database, mine, JobState.SUCCEEDED)
+    assert look(database, other).state is JobState.QUEUED
+
+
+def test_two_loops_do_every_job_once(database: Database, start_loop: StartLoop) -> None:
+    done: list[str] = []
+    ids = [add_job(database, f"run_{number}") for number in range(12)]
+    for worker in ("here", "there"):
+        start_loop(database, Hands(lambda work: done.append(work.subject_id)), worker=worker)
+    for job_id in ids:
+        settled(database, job_id, JobState.SUCCEEDED)
+    assert sorted(done) == sorted(f"run_{number}" for number in range(12))
+    assert marks(database) == 12
+
+
+def test_what_mlflow_is_owed_becomes_work(database: Database, start_loop: StartLoop) -> None:
+    with database.writing() as session:
+        run_id = records.queued_run(session, records.ready_version(session)).id
+        jobs.owe(session, run_id, "started", {})
+    published: list[str] = []
+
+    def publish(work: Work) -> Complete:
+        published.append(work.subject_id)
+
+        def complete(session: Session) -> None:
+            for row in jobs.owed(session, work.subject_id):
+                session.delete(row)
+
+        return complete
+
+    start_loop(database, Hands(publish), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
+    until(lambda: published)
+    with database.reading() as session:
+        job = session.scalars(select(Job)).one()
+    settled(database, job.id, JobState.SUCCEEDED)
+    assert published == [run_id]
+
+
+# --- waking --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bell_wakes_the_loop_at_once(sqlite: Database, start_loop: StartLoop) -> None:
+    first = add_job(sqlite, "run_1")
+    loop = start_loop(sqlite, Hands(lambda work: None), timings=replace(QUICK, look_every_s=60))
+    settled(sqlite, first, JobState.SUCCEEDED)
+    second = add_job(sqlite, "run_2")
+    loop.ring()
+    settled(sqlite, second, JobState.SUCCEEDED, within_s=5)
+
+
+def test_without_a_bell_the_loop_looks_by_itself(sqlite: Database, start_loop: StartLoop) -> None:
+    first = add_job(sqlite, "run_1")
+    start_loop(sqlite, Hands(lambda work: None), timings=replace(QUICK, look_every_s=0.5))
+    settled(sqlite, first, JobState.SUCCEEDED)
+    second = add_job(sqlite, "run_2")
+    settled(sqlite, second, JobState.SUCCEEDED, within_s=5)
+
+
+def test_a_thousand_stale_bells_do_nothing(sqlite: Database, start_loop: StartLoop) -> None:
+    done: list[str] = []
+    job_id = add_job(sqlite)
+    loop = start_loop(sqlite, Hands(lambda work: done.append(work.subject_id)))
+    settled(sqlite, job_id, JobState.SUCCEEDED)
+    for _ in range(1000):
+        loop.ring()
+    assert settled(sqlite, add_job(sqlite, "run_2"), JobState.SUCCEEDED).attempt == 1
+    assert done == ["run_1", "run_2"] and marks(sqlite) == 2
+
+
+# --- stopping ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_job_ends_within_a_second(database: Database, start_loop: StartLoop) -> None:
+    hands = Hands(work_on)
+    job_id = add_job(database)
+    start_loop(database, hands)
+    settled(database, job_id, JobState.RUNNING)
+    request_cancel(database)
+    job = settled(database, job_id, JobState.CANCELLED, within_s=1)
+    assert hands.told == [("cancelled", "run_1")] and marks(database) == 0
+    assert job.finished_at is not None and job.error is None
+
+
+def test_a_job_that_fails_for_now_just_when_it_is_cancelled_is_not_tried_again(
+    database: Database, start_loop: StartLoop
+) -> None:
+    def fail(work: Work) -> NoReturn:
+        request_cancel(database)
+        raise Unavailable("away")
+
+    hands = Hands(fail)
+    job_id = add_job(database)
+    start_loop(database, hands, timings=FROZEN)  # too slow to notice the request by itself
+    settled(database, job_id, JobState.CANCELLED)
+    assert hands.told == [("cancelled", "run_1")]
+
+
+def test_a_drained_loop_gives_its_job_back_and_ends(database: Database, start_loop: StartLoop) -> None:
+    hands = Hands(work_on)
+    job_id = add_job(database)
+    loop = start_loop(database, hands)
+    settled(database, job_id, JobState.RUNNING)
+    later = add_job(database, "run_2")
+    loop.drain()
+    loop.join(10)
+    job = look(database, job_id)
+    assert (job.state, job.attempt, job.lease_owner, job.next_attempt_at) == (JobState.QUEUED, 0, None, None)
+    assert hands.told == [("requeued", "run_1")]
+    assert look(database, later).attempt == 0  # it looked for no other
+
+    start_loop(database, Hands(lambda work: None), worker="there")
+    assert settled(database, job_id, JobState.SUCCEEDED).attempt == 1
+
+
+def test_a_loop_that_is_drained_while_it_waits_ends_at_once(sqlite: Database, start_loop: StartLoop) -> None:
+    job_id = add_job(sqlite)
+    loop = start_loop(sqlite, Hands(lambda work: None), timings=replace(QUICK, look_every_s=60))
+    settled(sqlite, job_id, JobState.SUCCEEDED)
+    started = time.monotonic()
+    loop.drain()
+    loop.join(30)
+    assert time.monotonic() - started < 5
+    assert look(sqlite, add_job(sqlite, "run_2")).state is JobState.QUEUED
+
+
+def test_a_job_that_does_not_move_is_failed_as_stalled(database: Database, start_loop: StartLoop) -> None:
+    def hang(work: Work) -> None:
+        until(lambda: work.check())
+
+    hands = Hands(hang)
+    job_id = add_job(database)
+    start_loop(database, hands, timings=replace(QUICK, stall_s=0.3))
+    job = settled(database, job_id, JobState.FAILED)
+    assert job.error is not None
+    assert job.error["code"] == "stalled" and job.error["detail"].startswith("Nothing moved for 0.3 s")
+    assert hands.told == [("failed", "run_1", "stalled")]
+    assert job.attempt == 1 and marks(database) == 0
+
+
+def test_a_slow_job_that_moves_is_not_stalled(sqlite: Database, start_loop: StartLoop) -> None:
+    def work_slowly(work: Work) -> None:
+        ended = time.monotonic() + 1.5
+        while time.monotonic() < ended:
+            work.moved()
+            work.check()
+            time.sleep(0.02)
+
+    job_id = add_job(sqlite)
+    start_loop(sqlite, Hands(work_slowly), timings=replace(QUICK, stall_s=0.5))
+    settled(sqlite, job_id, JobState.SUCCEEDED)
+    assert look(sqlite, job_id).renewals > 3
+
+
+# --- failing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_transient_error_is_tried_again_later_and_then_failed(database: Database, start_loop: StartLoop) -> None:
+    attempts: list[int] = []
+    failed_at: list[datetime] = []
+
+    def fail(work: Work) -> NoReturn:
+        attempts.append(work.attempt)
+        failed_at.append(now())
+        raise Unavailable("The store is away.", part="store")
+
+    hands = Hands(fail)
+    job_id = add_job(database)
+    start_loop(database, hands)
+    for attempt, back_off_s in ((1, 2), (2, 4)):
+        until(lambda attempt=attempt: len(attempts) == attempt)  # type: ignore[misc]
+        job = settled(database, job_id, JobState.QUEUED)
+        assert job.attempt == attempt and job.next_attempt_at is not None
+        assert back_off_s <= (job.next_attempt_at - failed_at[-1]).total_seconds() < back_off_s + 1.5
+        make_due(database, job_id)
+    job = settled(database, job_id, JobState.FAILED)
+    assert job.error == {"code": "unavailable", "detail": "The store is away.", "part": "store"}
+    assert attempts == [1, 2, 3]
+    assert hands.told == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "unavailable")]
+
+
+def test_an_error_in_what_was_asked_is_final(database: Database, start_loop: StartLoop) -> None:
+    def fail(work: Work) -> NoReturn:
+        raise DatasetRefused("Received 1 class.")
+
+    hands = Hands(fail)
+    job_id = add_job(database)
+    start_loop(database, hands)
+    job = settled(database, job_id, JobState.FAILED)
+    assert job.error == {"code": "dataset-refused", "detail": "Received 1 class."} and job.attempt == 1
+    assert hands.told == [("failed", "run_1", "dataset-refused")]
+
+
+def test_an_unknown_exception_fails_the_job_as_a_bug_and_the_loop_lives_on(
+    database: Database, start_loop: StartLoop
+) -> None:
+    def fail(work: Work) -> None:
+        if work.subject_id == "run_1":
+            raise ZeroDivisionError("division by zero")
+
+    hands = Hands(fail)
+    job_id = add_job(database, "run_1")
+    with capture_logs() as logs:
+        start_loop(database, hands)
+        job = settled(database, job_id, JobState.FAILED)
+        assert job.error == {"code": "internal", "detail": "ZeroDivisionError: division by zero. This is a bug."}
+        settled(database, add_job(database, "run_2"), JobState.SUCCEEDED)
+    assert hands.told == [("failed", "run_1", "internal")]
+    assert [entry["log_level"] for entry in logs if entry["event"] == "job broke"] == ["error"]
+
+
+def test_a_loop_survives_a_job_whose_end_cannot_be_written(sqlite: Database, start_loop: StartLoop) -> None:
+    class Broken(Hands):
+        def failed(self, session: Session, subject_id: str, error: dict[str, object]) -> None:
+            raise KeyError("nothing of that name")
+
+    def fail(work: Work) -> None:
+        if work.subject_id == "run_1":
+            raise DatasetRefused("no")
+
+    first, second = add_job(sqlite, "run_1"), add_job(sqlite, "run_2")
+    with capture_logs() as logs:
+        start_loop(sqlite, Broken(fail))
+        settled(sqlite, second, JobState.SUCCEEDED)
+    assert look(sqlite, first).state is JobState.RUNNING  # the sweeper will find it
+    assert any(entry["event"] == "look failed" for entry in logs)
+
+
+# --- tidying up ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_for_afterwards_is_done_once_the_end_is_written(database: Database, start_loop: StartLoop) -> None:
+    found: list[int] = []
+
+    def make(work: Work) -> None:
+        work.afterwards(lambda: found.append(marks(database)))
+        assert found == []
+
+    job_id = add_job(database)
+    start_loop(database, Hands(make))
+    until(lambda: found)
+    assert found == [1] and look(database, job_id).state is JobState.SUCCEEDED
+
+
+def test_a_failed_tidying_up_changes_no_outcome(sqlite: Database, start_loop: StartLoop) -> None:
+    def make(work: Work) -> None:
+        def tidy() -> None:
+            raise OSError("the store is gone")
+
+        work.afterwards(tidy)
+
+    first = add_job(sqlite, "run_1")
+    with capture_logs() as logs:
+        start_loop(sqlite, Hands(make))
+        settled(sqlite, first, JobState.SUCCEEDED)
+        settled(sqlite, add_job(sqlite, "run_2"), JobState.SUCCEEDED)
+        until(lambda: [entry for entry in logs if entry["event"] == "tidying up failed"])
+
+
+def test_a_job_without_an_end_leaves_nothing_for_afterwards(sqlite: Database, start_loop: StartLoop) -> None:
+    tidied: list[str] = []
+
+    def fail(work: Work) -> NoReturn:
+        work.afterwards(lambda: tidied.append(work.subject_id))
+        raise Unavailable("away")
+
+    job_id = add_job(sqlite)
+    loop = start_loop(sqlite, Hands(fail))
+    until(lambda: look(sqlite, job_id).next_attempt_at)
+    loop.drain()
+    loop.join(10)
+    assert tidied == []
+
+
+# --- the database is away --------------------------------------------------------------------------------------------
+
+
+def test_an_outage_at_the_end_of_a_job_does_not_lose_its_result(
+    database: Database, impatient: Database, outage: Outage, start_loop: StartLoop
+) -> None:
+    away = threading.Event()
+
+    def make(work: Work) -> None:
+        outage.begin()
+        away.set()
+
+    job_id = add_job(database)
+    with capture_logs() as logs:
+        start_loop(impatient, Hands(make))
+        assert away.wait(20)
+        time.sleep(0.5)  # the first writes of the end meet the outage
+        outage.end()
+        job = settled(database, job_id, JobState.SUCCEEDED)
+    assert (job.attempt, marks(database)) == (1, 1)
+    assert not [entry for entry in logs if entry["log_level"] in ("error", "critical")]
+
+
+def test_work_waits_for_a_database_that_is_away(
+    database: Database, impatient: Database, outage: Outage, start_loop: StartLoop
+) -> None:
+    away = threading.Event()
+    written: list[str] = []
+
+    def make(work: Work) -> None:
+        outage.begin()
+        away.set()
+        work.write(leave_mark)
+        written.append(work.subject_id)
+
+    job_id = add_job(database)
+    start_loop(impatient, Hands(make))
+    assert away.wait(20)
+    time.sleep(0.5)
+    assert written == []
+    outage.end()
+    settled(database, job_id, JobState.SUCCEEDED)
+    assert written == ["run_1"] and marks(database) == 2
+
+
+def test_a_loop_that_could_not_look_finds_the_job_later(
+    database: Database, impatient: Database, outage: Outage, start_loop: StartLoop
+) -> None:
+    first = add_job(database, "run_1")
+    with capture_logs() as logs:
+        start_loop(impatient, Hands(lambda work: None))
+        settled(database, first, JobState.SUCCEEDED)
+        outage.begin()
+        until(lambda: [entry for entry in logs if entry["event"] == "database away"])
+        outage.end()
+        settled(database, add_job(database, "run_2"), JobState.SUCCEEDED)
+
+
+def test_a_holder_that_cannot_renew_lets_go_and_another_takes_the_job(
+    database: Database, impatient: Database, outage: Outage, start_loop: StartLoop
+) -> None:
+    reasons: list[Reason] = []
+
+    def be_cut_off(work: Work) -> NoReturn:
+        outage.begin()
+        reasons.append(reason_to_stop(work))
+        raise Stopped(reasons[0])
+
+    hands = Hands(be_cut_off)
+    job_id = add_job(database)
+    loop = start_loop(impatient, hands, timings=replace(QUICK, let_go_s=0.5))
+    until(lambda: reasons)
+    loop.drain()
+    outage.end()
+    loop.join(10)
+    assert reasons == [Reason.LOST] and hands.told == []
+    assert look(database, job_id).state is JobState.RUNNING
+    other = Hands(lambda work: None)
+    assert sweep_twice(database, other) == 1
+    start_loop(database, other, worker="there")
+    assert settled(database, job_id, JobState.SUCCEEDED).attempt == 2
+    assert marks(database) == 1
+
+
+@pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
+def test_a_holder_whose_renewal_hangs_lets_go(database: Database, start_loop: StartLoop) -> None:
+    reasons: list[Reason] = []
+    working = threading.Event()
+
+    def work(work: Work) -> NoReturn:
+        working.set()
+        reasons.append(reason_to_stop(work))
+        raise Stopped(reasons[0])
+
+    job_id = add_job(database)
+    start_loop(database, Hands(work), timings=replace(QUICK, let_go_s=0.5))
+    assert working.wait(20)
+    with database.writing() as session:
+        session.get_one(Job, job_id, with_for_update=True)  # its row answers to nobody
+        until(lambda: reasons)
+    assert reasons == [Reason.LOST]
+
+
+# --- holders that were taken over ------------------------------------------------------------------------------------
+
+
+def sweep_twice(database: Database, hands: Hands) -> int:
+    """Sweep until every lease that does not move has ended; return how many were taken over."""
+    clock = [100.0]
+    sweeper = Sweeper(database, [Queue.CPU], dict.fromkeys(JobKind, hands), "there", QUICK, now=lambda: clock[0])
+    assert sweeper.sweep() == 0
+    clock[0] += QUICK.lease_s
+    return sweeper.sweep()
+
+
+def test_a_frozen_holder_is_replaced_and_writes_nothing_when_it_wakes(
+    database: Database, start_loop: StartLoop
+) -> None:
+    frozen, woken = threading.Event(), threading.Event()
+
+    def freeze(work: Work) -> None:
+        frozen.set()
+        assert woken.wait(30)
+
+    sleeper = Hands(freeze)
+    job_id = add_job(database)
+    with capture_logs() as logs:
+        loop = start_loop(database, sleeper, timings=FROZEN)
+        assert frozen.wait(20)
+        other = Hands(lambda work: None)
+        assert sweep_twice(database, other) == 1
+        assert other.told == [("requeued", "run_1")]
+        start_loop(database, other, worker="there")
+        done = settled(database, job_id, JobState.SUCCEEDED)
+        woken.set()
+        until(lambda: [entry for entry in logs if entry["event"] == "lease lost"])
+    loop.drain()
+    loop.join(10)
+    assert marks(database) == 1 and sleeper.told == []
+    after = look(database, job_id)
+    assert (after.state, after.attempt, after.finished_at) == (JobState.SUCCEEDED, 2, done.finished_at)
+
+
+def test_a_frozen_holder_that_writes_on_its_way_is_stopped(database: Database, start_loop: StartLoop) -> None:
+    frozen, woken = threading.Event(), threading.Event()
+    reasons: list[Reason] = []
+
+    def freeze(work: Work) -> None:
+        frozen.set()
+        assert woken.wait(30)
+        try:
+            work.write(leave_mark)
+        except Stopped as stopped:
+            reasons.append(stopped.reason)
+            raise
+
+    hands = Hands(freeze)
+    job_id = add_job(database)
+    loop = start_loop(database, hands, timings=FROZEN)
+    assert frozen.wait(20)
+    assert sweep_twice(database, Hands(lambda work: None)) == 1
+    loop.drain()  # so that it does not claim the job again
+    woken.set()
+    loop.join(10)
+    assert marks(database) == 0 and hands.told == []
+    assert look(database, job_id).state is JobState.QUEUED
+
+
+def test_a_frozen_holder_that_failed_changes_nothing(database: Database, start_loop: StartLoop) -> None:
+    frozen, woken = threading.Event(), threading.Event()
+
+    def freeze(work: Work) -> NoReturn:
+        frozen.set()
+        assert woken.wait(30)
+        raise DatasetRefused("no")
+
+    hands = Hands(freeze)
+    job_id = add_job(database)
+    loop = start_loop(database, hands, timings=FROZEN)
+    assert frozen.wait(20)
+    assert sweep_twice(database, Hands(lambda work: None)) == 1
+    loop.drain()
+    woken.set()
+    loop.join(10)
+    job = look(database, job_id)
+    assert (job.state, job.error, hands.told) == (JobState.QUEUED, None, [])
+
+
+# --- the sweeper ---------------------------------------------------------------------------------------------------
+
+
+def test_a_job_whose_renewals_move_is_not_taken_over(database: Database, start_loop: StartLoop) -> None:
+    clock = [0.0]
+    job_id = add_job(database)
+    start_loop(database, Hands(work_on))
+    sweeper = Sweeper(database, [Queue.CPU], {}, "there", QUICK, now=lambda: clock[0])
+    for _ in range(3):
+        settled(database, job_id, JobState.RUNNING)
+        assert sweeper.sweep() == 0
+        before = look(database, job_id).renewals
+        until(lambda before=before: look(database, job_id).renewals > before)  # type: ignore[misc]
+        clock[0] += 10 * QUICK.lease_s
+        assert sweeper.sweep() == 0
+    assert look(database, job_id).attempt == 1
+
+
+def test_a_lease_ends_by_the_sweepers_own_clock(database: Database) -> None:
+    clock = [5.0]
+    hands = Hands(work_on)
+    job_id = add_job(database)
+    with database.writing() as session:
+        assert jobs.claim(session, [Queue.CPU], "gone") is not None
+    sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", QUICK, now=lambda: clock[0])
+    assert sweeper.sweep() == 0
+    clock[0] += QUICK.lease_s - 0.1
+    assert sweeper.sweep() == 0
+    assert look(database, job_id).state is JobState.RUNNING
+    clock[0] += 0.1
+    assert sweeper.sweep() == 1
+    job = look(database, job_id)
+    assert (job.state, job.lease_epoch, hands.told) == (JobState.QUEUED, 2, [("requeued", "run_1")])
+    assert sweeper.sweep() == 0
+    with database.reading() as session:
+        assert session.get_one(Worker, "there").queues == ["cpu"]
+
+
+def test_a_cancelled_job_without_a_holder_is_closed_as_cancelled(database: Database) -> None:
+    job_id = add_job(database)
+    with database.writing() as session:
+        assert jobs.claim(session, [Queue.CPU], "gone") is not None
+    request_cancel(database)
+    hands = Hands(work_on)
+    assert sweep_twice(database, hands) == 1
+    assert look(database, job_id).state is JobState.CANCELLED
+    assert hands.told == [("cancelled", "run_1")]
+
+
+def test_a_job_that_loses_every_worker_is_failed_as_stalled(database: Database) -> None:
+    job_id = add_job(database)
+    hands = Hands(work_on)
+    for _ in range(jobs.MAX_ATTEMPTS[JobKind.TRAIN]):
+        with database.writing() as session:
+            assert jobs.claim(session, [Queue.CPU], "gone") is not None
+        assert sweep_twice(database, hands) == 1
+    job = look(database, job_id)
+    assert job.state is JobState.FAILED and job.error is not None
+    assert (job.error["code"], job.error["detail"]) == ("stalled", "Its worker was lost at every attempt.")
+    assert hands.told == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "stalled")]
+
+
+def test_a_job_that_cannot_be_taken_over_is_in_no_others_way(database: Database) -> None:
+    class Picky(Hands):
+        def requeued(self, session: Session, subject_id: str) -> None:
+            if subject_id == "run_1":
+                raise RuntimeError("no such run")
+            super().requeued(session, subject_id)
+
+    first, second = add_job(database, "run_1"), add_job(database, "run_2")
+    with database.writing() as session:
+        for _ in (first, second):
+            assert jobs.claim(session, [Queue.CPU], "gone") is not None
+    hands = Picky(work_on)
+    with capture_logs() as logs:
+        assert sweep_twice(database, hands) == 1
+    assert look(database, first).state is JobState.RUNNING  # all or nothing
+    assert look(database, second).state is JobState.QUEUED and hands.told == [("requeued", "run_2")]
+    assert [entry["job"] for entry in logs if entry["event"] == "take-over failed"] == [first]
+
+
+def test_a_running_sweeper_takes_over_by_itself_and_stops(database: Database, start_loop: StartLoop) -> None:
+    job_id = add_job(database)
+    with database.writing() as session:
+        assert jobs.claim(session, [Queue.CPU], "gone") is not None
+    hands = Hands(lambda work: None)
+    sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", replace(QUICK, lease_s=0.3))
+    sweeper.start()
+    start_loop(database, hands)
+    assert settled(database, job_id, JobState.SUCCEEDED).attempt == 2
+    sweeper.stop()
+    with database.reading() as session:
+        looked_at = session.scalars(select(Worker.looked_at)).one()
+    time.sleep(3 * QUICK.look_every_s)
+    with database.reading() as session:
+        assert session.scalars(select(Worker.looked_at)).one() == looked_at
+
+
+def test_a_sweeper_survives_an_outage(database: Database, impatient: Database, outage: Outage) -> None:
+    job_id = add_job(database)
+    with database.writing() as session:
+        assert jobs.claim(session, [Queue.CPU], "gone") is not None
+    hands = Hands(lambda work: None)
+    timings = replace(QUICK, lease_s=0.5)
+    sweeper = Sweeper(impatient, [Queue.CPU], {JobKind.TRAIN: hands}, "there", timings)
+    with capture_logs() as logs:
+        outage.begin()
+        sweeper.start()
+        until(lambda: [entry for entry in logs if entry["event"] == "database away"])
+        outage.end()
+        settled(database, job_id, JobState.QUEUED)
+    sweeper.stop()

@@ -1,0 +1,173 @@
+"""Handlers, timings and looks into the database for tests of the worker."""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, Protocol
+
+import records
+from PIL import Image
+from sqlalchemy import create_engine, select, text, update
+from sqlalchemy.orm import Session
+from waiting import until
+
+from models import job as jobs
+from models.base import now
+from models.job import Job, JobKind, JobState, Lease, Queue
+from models.registry import RegistryRevision
+from models.session import Database
+from worker.loop import Complete, Handler, Holder, Loop, Reason, Stopped, Timings, Work
+
+QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=30.0)
+# A holder that gives no sign of life, as one whose process was stopped.
+FROZEN = replace(QUICK, renew_every_s=1000.0, cancel_every_s=1000.0)
+
+
+class Outage:
+    """Takes a database away and brings it back: SQLite is locked, PostgreSQL drops and refuses its connections."""
+
+    def __init__(self, database: Database) -> None:
+        self._url = database.engine.url
+        self._lock: sqlite3.Connection | None = None
+        self._is_sqlite = database.is_sqlite
+
+    def begin(self) -> None:
+        """Take it away."""
+        if self._is_sqlite:
+            self._lock = sqlite3.connect(
+                str(self._url.database), isolation_level=None, timeout=10, check_same_thread=False
+            )
+            self._lock.execute("BEGIN EXCLUSIVE")
+        else:
+            cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._url.database}'"
+            self._administer(f"ALTER DATABASE {self._url.database} ALLOW_CONNECTIONS false", cut)
+
+    def end(self) -> None:
+        """Bring it back; nothing happens if it is there."""
+        if not self._is_sqlite:
+            self._administer(f"ALTER DATABASE {self._url.database} ALLOW_CONNECTIONS true")
+        elif self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _administer(self, *statements: str) -> None:
+        engine = create_engine(self._url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            for statement in statements:
+                connection.execute(text(statement))
+        engine.dispose()
+
+
+class StartLoop(Protocol):
+    """Start a loop that is drained at the end of the test."""
+
+    def __call__(
+        self,
+        database: Database,
+        handler: Handler,
+        *,
+        kind: JobKind = JobKind.TRAIN,
+        queue: Queue = Queue.CPU,
+        timings: Timings = QUICK,
+        worker: str = "here",
+    ) -> Loop: ...
+
+
+@contextmanager
+def claimed_work(database: Database, draining: threading.Event | None = None) -> Iterator[Work]:
+    """Claim the next job and hold it while a block runs, without a loop."""
+    with database.writing() as session:
+        job = jobs.claim(session, list(Queue), "here")
+    assert job is not None
+    with Holder(database, Lease(job.id, job.lease_epoch), QUICK, draining or threading.Event()) as holder:
+        yield Work(database, job, holder)
+
+
+def slow_jpeg(scans: int, side: int = 4000) -> bytes:
+    """Return a small valid JPEG that takes long to decode: its last scan again and again, about 10 ms each."""
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    start = whole.rindex(b"\xff\xda")
+    return whole[:-2] + whole[start:-2] * scans + whole[-2:]
+
+
+class Hands:
+    """A handler that does what a function says, and keeps what it is told."""
+
+    def __init__(self, run: Callable[[Work], Complete | None]) -> None:
+        self._run = run
+        self.told: list[tuple[Any, ...]] = []
+
+    def run(self, work: Work) -> Complete:
+        return self._run(work) or leave_mark
+
+    def requeued(self, session: Session, subject_id: str) -> None:
+        self.told.append(("requeued", subject_id))
+
+    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
+        self.told.append(("failed", subject_id, error["code"]))
+
+    def cancelled(self, session: Session, subject_id: str) -> None:
+        self.told.append(("cancelled", subject_id))
+
+
+def work_on(work: Work) -> None:
+    """Move until there is a reason to stop."""
+    until(lambda: _go_on(work), within_s=60)
+
+
+def _go_on(work: Work) -> bool:
+    work.check()
+    work.moved()
+    return False
+
+
+def reason_to_stop(work: Work) -> Reason:
+    """Move until there is a reason to stop; return it."""
+    try:
+        work_on(work)
+    except Stopped as stopped:
+        return stopped.reason
+    raise AssertionError("unreachable")
+
+
+def leave_mark(session: Session) -> None:
+    """Change something in the database that `marks` counts."""
+    session.execute(update(RegistryRevision).values(revision=RegistryRevision.revision + 1))
+
+
+def marks(database: Database) -> int:
+    """Return how often `leave_mark` was committed."""
+    with database.reading() as session:
+        return session.scalars(select(RegistryRevision.revision)).one()
+
+
+def add_job(database: Database, subject: str = "run_1", kind: JobKind = JobKind.TRAIN, queue: Queue = Queue.CPU) -> str:
+    """Queue a job and return its id."""
+    with database.writing() as session:
+        return jobs.add_job(session, records.PRINCIPAL.project_id, kind, queue, subject).id
+
+
+def look(database: Database, job_id: str) -> Job:
+    """Return a job as it stands."""
+    with database.reading() as session:
+        return session.get_one(Job, job_id)
+
+
+def settled(database: Database, job_id: str, state: JobState, within_s: float = 20.0) -> Job:
+    """Return a job once it is in a state."""
+    until(lambda: look(database, job_id).state is state, within_s)
+    return look(database, job_id)
+
+
+def make_due(database: Database, job_id: str) -> None:
+    """Let the time pass that a job waits for its next attempt."""
+    with database.writing() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(next_attempt_at=now() - timedelta(seconds=1)))
