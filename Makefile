@@ -3,11 +3,15 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# The first Python that fits and has pip, as a full path (the environment's own comes first in PATH below and has no
-# pip); PYTHON=… chooses another.
-FITS := import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-FOUND := $(shell for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+# The first Python that fits and has a pip that can install elsewhere (22.3), as a full path and not out of our own
+# environment, which has none; PYTHON=… chooses another.
+FITS := import pip, sys; \
+	sys.exit(not ((3, 11) <= sys.version_info < (3, 14) and [int(n) for n in pip.__version__.split(".")[:2]] >= [22, 3]))
+FOUND := $(shell PATH="$${PATH//$(CURDIR)\/.venv\/bin:/}"; \
+	for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	command -v $$p >/dev/null && $$p -c '$(FITS)' 2>/dev/null && { command -v $$p; break; }; done)
+NO_PYTHON := Espalier needs Python 3.11, 3.12 or 3.13 (TensorFlow has builds for these) with pip 22.3 or later, and \
+	found none. On Debian: apt install python3 python3-pip. Or say where one is: make PYTHON=/path/to/python3.12
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -58,10 +62,11 @@ clean: ## remove the environment and caches, not the data
 
 # A virtual environment without pip of its own: Debian's Python cannot make one with it, and needs no root for this.
 $(VENV)/bin/python:
-	@test -n "$(FOUND)" || { echo "Espalier needs Python 3.11, 3.12 or 3.13 (TensorFlow has builds for these) with pip, and found none. On Debian: apt install python3 python3-pip. Or say where one is: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(FOUND)" || { echo "$(NO_PYTHON)"; exit 1; }
 	$(FOUND) -m venv --without-pip $(VENV)
 
 $(VENV)/embedded $(VENV)/dev: $(VENV)/%: requirements/%.txt | $(VENV)/bin/python
+	@test -n "$(FOUND)" || { echo "$(NO_PYTHON)"; exit 1; }
 	$(FOUND) -m pip --python $(BIN)/python install --disable-pip-version-check --require-hashes --requirement $<
 	@touch $@
 

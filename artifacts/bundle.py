@@ -29,11 +29,16 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Dense:
-    """One dense layer: `activation(x @ kernel + bias)`; kernel float32 [inputs, units], bias float32 [units]."""
+    """One dense layer: `activation((x - offset) @ kernel + bias)`.
+
+    kernel is float32 [inputs, units], bias float32 [units]. The offset, float32 [inputs] or None, is what keeps the
+    digits of features that vary little around a large mean: taken into the bias, it would drown them.
+    """
 
     kernel: Float32
     bias: Float32
     activation: Activation
+    offset: Float32 | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Bundle:
         for number, layer in enumerate(self.layers):
             tensors[f"layers.{number}.kernel"] = layer.kernel
             tensors[f"layers.{number}.bias"] = layer.bias
+            if layer.offset is not None:
+                tensors[f"layers.{number}.offset"] = layer.offset
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         return save_tensors(tensors, metadata={"espalier": json.dumps(manifest, sort_keys=True, ensure_ascii=False)})
 
@@ -115,7 +122,12 @@ def _manifest(data: bytes) -> dict[str, Any]:
 
 def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Bundle:
     layers = tuple(
-        Dense(tensors[f"layers.{number}.kernel"], tensors[f"layers.{number}.bias"], Activation(layer["activation"]))
+        Dense(
+            tensors[f"layers.{number}.kernel"],
+            tensors[f"layers.{number}.bias"],
+            Activation(layer["activation"]),
+            tensors.get(f"layers.{number}.offset"),
+        )
         for number, layer in enumerate(manifest["layers"])
     )
     bundle = Bundle(
@@ -148,6 +160,8 @@ def _check(bundle: Bundle) -> None:
         inputs = units[number - 1] if number else layer.kernel.shape[0]
         _expect(f"layers.{number}.kernel", layer.kernel, _F32, (inputs, units[number]))
         _expect(f"layers.{number}.bias", layer.bias, _F32, (units[number],))
+        if layer.offset is not None:
+            _expect(f"layers.{number}.offset", layer.offset, _F32, (inputs,))
     if bundle.layers[-1].activation is not Activation.LINEAR:
         raise BundleRefused(f"Expected a linear last layer. Received {bundle.layers[-1].activation}.")
     _expect("golden_input", bundle.golden_input, _U8, (images, bundle.size, bundle.size, 3))

@@ -152,7 +152,7 @@ class Folds(_Part):
     repeats: Annotated[int, Field(ge=1, le=20)] = 1
     """How often the whole k-fold evaluation is repeated with other splits."""
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.15
-    """Share of a fold's training images that early stopping watches."""
+    """Share of a fold's training images that early stopping watches; without early stopping none are set aside."""
 
 
 class Recipe(_Part):

@@ -28,9 +28,10 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Float32], Float32]] = {
 
 def logits(layers: Sequence[Dense], features: Features) -> Float32:
     """Return float32 [N, outputs] for features float32 [N, D]."""
-    x = features
+    x: Float32 = features
     for layer in layers:
-        x = _ACTIVATIONS[layer.activation](x @ layer.kernel + layer.bias)
+        centred: Float32 = x if layer.offset is None else x - layer.offset
+        x = _ACTIVATIONS[layer.activation](centred @ layer.kernel + layer.bias)
     return x
 
 

@@ -7,8 +7,11 @@ leaves the service running. With CI=1 it ends after the predictions.
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import io
 import os
+import re
 import shlex
 import sys
 import time
@@ -59,9 +62,9 @@ def main() -> int:
                 _demonstrate(api, wanted, settings)
             if os.environ.get("CI") in (None, "", "0", "false"):
                 console.print("\nThe service keeps running. [bold]Ctrl-C stops it.[/]")
-                up.wait(supervisor)
+                supervisor.wait()
     except (CannotStart, StepFailed, EspalierError) as error:
-        console.print(f"[bold red]{error}[/]")
+        console.print(str(error), style="bold red", markup=False)
         return 1
     except httpx2.HTTPError as error:
         console.print(f"[bold red]The service did not answer: {error!r}. See {settings.var / 'logs'}.[/]")
@@ -121,7 +124,7 @@ def digits() -> Files:
 
 def read_images(path: Path) -> Files:
     """Return the files of a folder or an archive. Raises CannotStart or ArchiveRefused."""
-    name = "".join(char if char.isalnum() else "-" for char in path.name.split(".")[0].lower()).strip("-") or "images"
+    name = re.sub(r"[^a-z0-9]+", "-", path.absolute().name.split(".")[0].lower()).strip("-") or "images"
     if path.is_dir():
         found = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
         contents = {place: file.read_bytes() for place, file in found.items() if not is_litter(place)}
@@ -160,13 +163,19 @@ def hold_out(files: Files, count: int) -> tuple[Files, list[tuple[str, str, byte
     gone = {sample.path for sample in taken}
     rest = {path: data for path, data in files.contents.items() if path not in gone}
     if csv_path is not None:
-        rest[csv_path] = _without(rest[csv_path], gone)
+        rest[csv_path] = _labels([sample for sample in found.samples if sample.path not in gone])
     return Files(files.name, rest), [(item.path, item.labels[0], files.contents[item.path]) for item in taken]
 
 
-def _without(labels: bytes, gone: set[str]) -> bytes:
-    lines = labels.decode("utf-8-sig").splitlines(keepends=True)
-    return "".join(line for line in lines if not any(line.startswith(f"{path},") for path in gone)).encode()
+def _labels(samples: Sequence[layout.Sample]) -> bytes:
+    """Return a labels.csv that names these files."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer)
+    writer.writerow(["path", "label" if samples[0].target is None else "target", "group", "split"])
+    for sample in samples:
+        what = ("|".join(sample.labels) or "|") if sample.target is None else sample.target
+        writer.writerow([sample.path, what, sample.group or "", sample.split.value])
+    return buffer.getvalue().encode()
 
 
 def _zipped(files: Files) -> bytes:
@@ -181,22 +190,24 @@ def _zipped(files: Files) -> bytes:
 
 
 def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
-    known = _known_dataset(api, files.name)
-    if known is not None:
-        console.print(f"Data set [bold]{files.name}[/] is here already: {known['images']:,} images.")
-        return known
     body = _zipped(files)
-    console.print(f"Uploading {len(files.contents):,} files, {len(body) / 1024**2:.1f} MiB …")
-    created = _checked(api.post("/api/v1/datasets", params={"name": files.name}, content=body, timeout=600)).json()
-    for dataset in _watch(api, f"/api/v1/datasets/{created['id']}", "taking in images", ("ready", "rejected")):
-        state = dataset
-    if state["state"] != "ready":
-        reasons = "\n".join(f"  {file['path']}: {file['reason']}" for file in state["refused"][:10])
-        raise StepFailed(f"The images were rejected: {state['error']['detail']}\n{reasons}")
-    classes = ", ".join(f"{item['name']} ({item['images']:,})" for item in state["classes"][:12])
-    console.print(f"Data set [bold]{files.name}[/]: {state['images']:,} images in {len(state['classes'])} classes")
-    console.print(f"  {classes}{' …' if len(state['classes']) > 12 else ''}", style="dim")
-    return state
+    # Named by what is in it: images that were changed since are another data set.
+    name = f"{files.name}-{hashlib.sha256(body).hexdigest()[:8]}"
+    dataset = _known_dataset(api, name)
+    if dataset is None:
+        console.print(f"Uploading {len(files.contents):,} files, {len(body) / 1024**2:.1f} MiB …")
+        dataset = _checked(api.post("/api/v1/datasets", params={"name": name}, content=body, timeout=600)).json()
+    else:
+        console.print(f"Data set [bold]{name}[/] is here already.")
+    for state in _watch(api, f"/api/v1/datasets/{dataset['id']}", "taking in images", ("ready", "rejected")):
+        dataset = state
+    if dataset["state"] != "ready":
+        reasons = "\n".join(f"  {file['path']}: {file['reason']}" for file in dataset["refused"][:10])
+        raise StepFailed(f"The images were rejected: {dataset['error']['detail']}\n{reasons}")
+    classes = ", ".join(f"{item['name']} ({item['images']:,})" for item in dataset["classes"][:12])
+    console.print(f"Data set [bold]{name}[/]: {dataset['images']:,} images in {len(dataset['classes'])} classes")
+    console.print(f"  {classes}{' …' if len(dataset['classes']) > 12 else ''}", style="dim", markup=False)
+    return dataset
 
 
 def _known_dataset(api: httpx2.Client, name: str) -> dict[str, Any] | None:
@@ -205,7 +216,7 @@ def _known_dataset(api: httpx2.Client, name: str) -> dict[str, Any] | None:
         query = {"limit": 200} | ({"cursor": cursor} if cursor else {})
         found = _checked(api.get("/api/v1/datasets", params=query)).json()
         for dataset in found["items"]:
-            if dataset["name"] == name and dataset["state"] == "ready":
+            if dataset["name"] == name:
                 return dict(dataset)
         cursor = found["next_cursor"]
         if cursor is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import ctypes
 import fcntl
 import os
 import shlex
@@ -18,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ from ops.migrate import upgrade
 from settings import Settings
 
 READY_WITHIN_S = 120.0
-# The worker gives its job back within 25 s.
-STOP_WITHIN_S = 40
+# One after the other. The worker gives its job back within 25 s.
+_STOP_S = {"worker": 30, "api": 10, "mlflow": 5, "broker": 5}
+STOP_WITHIN_S = 60
+
+# Where a service that listens everywhere is asked.
+_ASK_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
 
 _LOG_BYTES = "20MB"
 _LOGS_KEPT = 3
@@ -53,12 +58,16 @@ class Program:
     name: str
     command: Sequence[str]
     priority: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def client(settings: Settings, timeout_s: float = 30.0) -> httpx2.Client:
     """Return an HTTP client for the API, with its key."""
     headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
-    return httpx2.Client(base_url=f"http://127.0.0.1:{settings.api_port}", headers=headers, timeout=timeout_s)
+    host = _ASK_AT.get(settings.api_host, settings.api_host)
+    base = f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
+    # A proxy is for what is far away.
+    return httpx2.Client(base_url=base, headers=headers, timeout=timeout_s, trust_env=False)
 
 
 @contextlib.contextmanager
@@ -69,6 +78,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
     """
     folder = settings.var.absolute()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_signals_end_us())
         stack.enter_context(_locked(folder))
         _check_port(settings.api_host, settings.api_port, "ESPALIER_API_PORT")
         if settings.mlflow_url is None:
@@ -82,8 +92,8 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
             "ESPALIER_VAR": str(folder),
             "REDIS_URL": settings.redis_url or f"redis+socket://{sockets / 'valkey.sock'}",
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for its language-model features: eight more processes
             "NNCF_CI": "1",
+            "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"))),
         }
         config = folder / "supervisord.conf"
         _write_config(config, folder, programs(settings, folder, sockets))
@@ -91,6 +101,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
             [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--silent", "--configuration", str(config)],
             env=environment,
             start_new_session=True,  # so that Ctrl-C reaches us alone, and we end it in order
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         stack.callback(_stop, supervisor)
         _wait_until_ready(settings, supervisor, folder)
@@ -104,18 +115,35 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
         Program("api", [sys.executable, "-m", "api.app"], 30),
     ]
     if settings.mlflow_url is None:
-        mlflow = folder / "mlflow"
-        mlflow.mkdir(parents=True, exist_ok=True)
-        serve = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(settings.mlflow_port)]
-        serve += ["--workers", "1", "--backend-store-uri", f"sqlite:///{mlflow / 'mlflow.db'}"]
-        serve += ["--artifacts-destination", str(mlflow / "artifacts")]
-        found.append(Program("mlflow", serve, 20))
+        found.append(mlflow_server(settings.mlflow_port, folder / "mlflow"))
     if settings.redis_url is None:
         binary = shutil.which("valkey-server") or shutil.which("redis-server") or str(get_binary_path())
         serve = [binary, "--port", "0", "--unixsocket", str(sockets / "valkey.sock"), "--unixsocketperm", "700"]
         # Nothing in it needs to survive: the database is the truth.
         found.append(Program("broker", [*serve, "--save", "", "--appendonly", "no", "--dir", str(sockets)], 10))
     return found
+
+
+def mlflow_server(port: int, folder: Path) -> Program:
+    """Return MLflow's server as one process.
+
+    The command `mlflow server` starts another process below itself, which outlives it when it is killed, keeps its port
+    and is never found again. This is that other process, with the variables that the command hands it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = f"sqlite:///{folder / 'mlflow.db'}"
+    environment = {
+        "_MLFLOW_SERVER_FILE_STORE": rows,
+        "_MLFLOW_SERVER_REGISTRY_STORE": rows,
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        "_MLFLOW_SGI_NAME": "uvicorn",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for its language-model features: eight more processes
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    serve = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port)]
+    return Program("mlflow", [*serve, "mlflow.server.fastapi_app:app"], 20, environment)
 
 
 def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> None:
@@ -132,12 +160,13 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
     for program in supervised:
         config[f"program:{program.name}"] = {
             "command": _escaped(shlex.join(program.command)),
+            "environment": _escaped(",".join(f'{name}="{value}"' for name, value in program.environment.items())),
             "priority": str(program.priority),
             "autorestart": "true",
             "startsecs": "2",
             "startretries": "1000000",
             "stopsignal": "TERM",
-            "stopwaitsecs": str(STOP_WITHIN_S - 10),
+            "stopwaitsecs": str(_STOP_S[program.name]),
             "stopasgroup": "false",
             "killasgroup": "true",
             "redirect_stderr": "true",
@@ -190,7 +219,7 @@ def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], f
             if supervisor.poll() is not None:
                 raise CannotStart(f"The supervisor ended by itself.\n{_tails(folder)}")
             missing = _missing(api)
-            if not missing and settings.mlflow_url is None and not _answers(f"{settings.mlflow}/health"):
+            if not missing and settings.mlflow_url is None and not mlflow_answers(settings.mlflow):
                 missing = "MLflow"
             if not missing:
                 return
@@ -208,9 +237,11 @@ def _missing(api: httpx2.Client) -> str:
     return ", ".join(f"{name} ({check['detail']})" for name, check in checks.items() if not check["ok"])
 
 
-def _answers(url: str) -> bool:
+def mlflow_answers(url: str) -> bool:
+    """Say whether MLflow's server answers from its database, which its first request lays out."""
     try:
-        return httpx2.get(url, timeout=5.0).is_success
+        asked = f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0"
+        return httpx2.get(asked, timeout=5.0, trust_env=False).is_success
     except httpx2.HTTPError:
         return False
 
@@ -223,25 +254,51 @@ def _tails(folder: Path, lines: int = 15) -> str:
     return "\n".join(parts)
 
 
+@contextlib.contextmanager
+def _signals_end_us() -> Iterator[None]:
+    """Make what asks for an end a KeyboardInterrupt: from a terminal, its closing, a supervisor or a shell's `kill`."""
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    wanted = [number for number in _ENDING if not _is_ignored_on_purpose(number)]
+    before = {number: signal.signal(number, end) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _is_ignored_on_purpose(number: signal.Signals) -> bool:
+    """Say whether whoever started us wants a signal to be ignored: `nohup` does; a shell's `&` ignores SIGINT, too."""
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
+def _end_with_parent() -> None:
+    """Have Linux end the supervisor, and so everything, if this process is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
 def _stop(supervisor: subprocess.Popen[bytes]) -> None:
     """End everything, in order; a second Ctrl-C does not leave orphans."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
     try:
         if supervisor.poll() is None:
             with console.status("stopping …"):
                 supervisor.terminate()
                 supervisor.wait(STOP_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        console.print(f"The supervisor (process {supervisor.pid}) does not end: see its log, and kill it.")
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def wait(supervisor: subprocess.Popen[bytes]) -> None:
-    """Wait until somebody ends the service."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    try:
-        supervisor.wait()
-    except KeyboardInterrupt:
-        return
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def addresses(settings: Settings) -> str:
@@ -268,9 +325,9 @@ def main() -> int:
         settings = load_settings()
         with running(settings) as supervisor:
             console.print(f"[bold green]Espalier is ready.[/] Ctrl-C stops it.\n{addresses(settings)}")
-            wait(supervisor)
+            supervisor.wait()
     except CannotStart as error:
-        console.print(f"[bold red]{error}[/]")
+        console.print(str(error), style="bold red", markup=False)
         return 1
     except KeyboardInterrupt:
         return 130

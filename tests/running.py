@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,5 +76,45 @@ class Service:
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
-        """Return every process of the service."""
-        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        """Return every process of the service, whoever its parent is by now."""
+        return [process for process in psutil.process_iter() if self._owns(process)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("ESPALIER_VAR") == str(self.var)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            return False
+
+
+@contextmanager
+def started(var: Path) -> Iterator[Service]:
+    """Start the service as a user does and wait until it is ready; whatever is left at the end is killed."""
+    port, mlflow_port = free_port(), free_port()
+    environment = os.environ | {
+        "ESPALIER_VAR": str(var),
+        "ESPALIER_API_PORT": str(port),
+        "ESPALIER_MLFLOW_PORT": str(mlflow_port),
+        "ESPALIER_WEIGHTS_URL": "http://127.0.0.1:9/nobody-listens-here",
+        "ESPALIER_WEIGHTS_CACHE": str(var / "no-cache"),
+        "ESPALIER_FREE_DISK_BYTES": "1000000",
+        "ESPALIER_LOOK_EVERY_S": "1",
+        "ESPALIER_CANCEL_EVERY_S": "0.5",
+        "ESPALIER_RENEW_EVERY_S": "1",
+        "ESPALIER_LET_GO_S": "5",
+        "ESPALIER_LEASE_S": "8",
+    }
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", "ops.up"], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
+        ) as process,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
+    ):
+        service = Service(process, var, port, f"http://127.0.0.1:{mlflow_port}", http)
+        try:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            assert "Espalier is ready" in first, first + process.stdout.read()
+            yield service
+        finally:
+            for left in service.processes():
+                left.kill()

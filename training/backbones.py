@@ -6,14 +6,14 @@ the input size. Foreign files are read array by array: nothing in them is ever r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import keras
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -90,55 +90,99 @@ def import_weights(name: BackboneName, file: Path) -> bytes:
 
 
 def _load_hdf5(model: Any, file: Path) -> None:
-    with h5py.File(file, "r") as content:
-        if "model_config" in content.attrs or "model_weights" in content:
-            raise WeightsRefused(
-                "Expected weights alone. Received a whole model, which can hold code. Save with model.save_weights()."
-            )
-        arrays = _legacy_arrays(content) if "layer_names" in content.attrs else _keras3_arrays(model, content)
-    _set(model, arrays)
+    try:
+        with h5py.File(file, "r") as content:
+            if "model_config" in content.attrs or _has(content, "model_weights"):
+                raise WeightsRefused(
+                    "Expected weights alone. Received a whole model, which can hold code. Save with "
+                    "model.save_weights()."
+                )
+            is_legacy = "layer_names" in content.attrs
+            _set(model, _legacy_arrays(content) if is_legacy else _keras3_arrays(model, content))
+    except WeightsRefused:
+        raise
+    except Exception as error:  # HDF5 raises whatever it stumbles over: OSError, KeyError, RuntimeError, MemoryError
+        raise WeightsRefused(f"The file cannot be read as HDF5: {str(error) or type(error).__name__}.") from error
 
 
-def _legacy_arrays(content: Any) -> list[npt.NDArray[Any]]:
-    """Read the older HDF5 layout: layers by name in order, each with its weights by name in order."""
+def _legacy_arrays(content: Any) -> list[Any]:
+    """Find the arrays of the older HDF5 layout: layers by name in order, each with its weights by name in order."""
     arrays = []
     for layer in content.attrs["layer_names"]:
-        group = content[layer]
-        arrays += [np.asarray(group[weight]) for weight in group.attrs["weight_names"]]
+        group = _inside(content, layer)
+        arrays += [_array(group, weight) for weight in group.attrs["weight_names"]]
     return arrays
 
 
-def _keras3_arrays(model: Any, content: Any) -> list[npt.NDArray[Any]]:
-    """Read the layout of `.weights.h5`: `layers/<class>[_<n>]/vars/<i>`, numbered per class in the network's order."""
+def _keras3_arrays(model: Any, content: Any) -> list[Any]:
+    """Find the arrays of a `.weights.h5`: `layers/<class>[_<n>]/vars/<i>`, numbered by class in the network's order."""
     counts: dict[str, int] = {}
     arrays = []
-    root = content.get("layers", content)
+    root = _inside(content, "layers") if _has(content, "layers") else content
     for layer in model.layers:
-        kind = keras.src.utils.naming.to_snake_case(type(layer).__name__)
+        kind = _snake_case(type(layer).__name__)
         number = counts[kind] = counts.get(kind, -1) + 1
         key = kind if number == 0 else f"{kind}_{number}"
         for index in range(len(layer.weights)):
             place = f"{key}/vars/{index}"
-            if place not in root:
-                raise WeightsRefused(f"The file has no weights for layer {layer.name!r} ({place}): another network?")
-            arrays.append(np.asarray(root[place]))
-    found = sum(len(group["vars"]) for group in root.values() if "vars" in group)
+            try:
+                arrays.append(_array(root, place))
+            except KeyError as error:
+                raise WeightsRefused(
+                    f"The file has no weights for layer {layer.name!r} ({place}): another network?"
+                ) from error
+    groups = [_inside(root, name) for name in root]
+    found = sum(len(_inside(group, "vars")) for group in groups if _has(group, "vars"))
     if found != len(arrays):
         raise WeightsRefused(f"Expected {len(arrays)} arrays for this network. Received {found}: another network?")
     return arrays
 
 
-def _set(model: Any, arrays: list[npt.NDArray[Any]]) -> None:
+def _snake_case(name: str) -> str:
+    """Return a class name as Keras writes it in a file: `conv2d` for `Conv2D`, `batch_normalization`."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _has(group: Any, name: str) -> bool:
+    """Say whether a group has an entry; `in` would follow a link into another file to tell."""
+    return bool(group.id.links.exists(name.encode()))
+
+
+def _inside(group: Any, path: str | bytes) -> Any:
+    """Return what lies at a path below a group, following no link. Raises KeyError."""
+    for name in (path if isinstance(path, str) else path.decode()).split("/"):
+        if not _has(group, name):
+            raise KeyError(f"no {name} in {group.name}")
+        if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+            raise WeightsRefused(f"Expected the weights themselves. Received a link at {group.name}/{name}.")
+        group = group[name]
+    return group
+
+
+def _array(group: Any, path: str | bytes) -> Any:
+    """Return an array of an HDF5 file, not read yet."""
+    array = _inside(group, path)
+    if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
+        raise WeightsRefused(f"Expected the weights themselves. Received something else at {array.name!r}.")
+    return array
+
+
+def _set(model: Any, arrays: Sequence[Any]) -> None:
+    """Set the weights of a network from arrays of NumPy or HDF5; the latter are read once their shapes are right."""
     if len(arrays) != len(model.weights):
         raise WeightsRefused(
             f"Expected the {len(model.weights)} arrays of {model.name} without its top. Received {len(arrays)}."
         )
     for variable, array in zip(model.weights, arrays, strict=True):
-        if tuple(variable.shape) != array.shape:
-            raise WeightsRefused(f"Expected {variable.path} as {tuple(variable.shape)}. Received {array.shape}.")
-        if not np.isfinite(array).all():
+        if tuple(variable.shape) != array.shape or array.dtype.kind != "f":
+            expected = f"{variable.path} as {tuple(variable.shape)}"
+            raise WeightsRefused(f"Expected {expected}. Received {array.shape} of {array.dtype}.")
+    values = [np.asarray(array) for array in arrays]
+    for variable, value in zip(model.weights, values, strict=True):
+        if not np.isfinite(value).all():
             raise WeightsRefused(f"The weights of {variable.path} hold values that are no numbers.")
-    model.set_weights(arrays)
+    model.set_weights(values)
 
 
 def backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:

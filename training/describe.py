@@ -39,9 +39,13 @@ class Description:
 def verdict(metrics: dict[str, Any]) -> str:
     """Return the score in one sentence."""
     low, high = metrics["accuracy_ci95"]
+    interval = f"95 % interval {low:.1%} to {high:.1%} over images"
+    if "groups" in metrics:
+        low, high = metrics["accuracy_ci95_groups"]
+        interval += f", {low:.1%} to {high:.1%} over the {metrics['groups']:,} groups of images that belong together"
     return (
-        f"Accuracy {metrics['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), measured on images that the "
-        f"network had not seen; folds differ by {metrics['accuracy_sd']:.1%} (standard deviation)."
+        f"Accuracy {metrics['accuracy']:.1%} ({interval}), measured on images that the network had not seen; folds "
+        f"differ by {metrics['accuracy_sd']:.1%} (standard deviation)."
     )
 
 
@@ -116,8 +120,9 @@ def confusion(run: Description) -> bytes:
     axes.set_ylabel("truth")
     axes.set_title(f"accuracy {run.metrics['accuracy']:.1%}")
     if classes <= _CLASSES_WITH_NUMBERS:
-        axes.set_xticks(range(classes), run.labels, rotation=90)
-        axes.set_yticks(range(classes), run.labels)
+        # Not as formulas: a class may be called $5.
+        axes.set_xticks(range(classes), run.labels, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), run.labels, parse_math=False)
         for truth in range(classes):
             for answer in range(classes):
                 colour = "white" if shares[truth, answer] > 0.5 else "black"

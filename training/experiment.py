@@ -59,6 +59,10 @@ class Reporter(Protocol):
         """Replace the progress: stage, fraction, fold, folds, epoch, epochs, eta_s."""
         ...
 
+    def alive(self) -> None:
+        """Tell that the run moves; may be called for every batch, since a run that says nothing for long is stopped."""
+        ...
+
     def epoch(self, fold: int | None, number: int, metrics: Epoch) -> None:
         """Tell that an epoch ended; fold None is the final fit."""
         ...
@@ -135,6 +139,18 @@ def run(
     watched = _rows_in(split, Split.VALIDATION)
     held_out = _rows_in(split, Split.TEST)
 
+    k, repeats = recipe.folds.k or 0, recipe.folds.repeats
+    folds = make_folds(
+        trained_on,
+        truth,
+        groups,
+        watched,
+        k=k,
+        repeats=repeats,
+        validation_fraction=recipe.folds.validation_fraction if recipe.early_stopping else 0.0,
+        seed=recipe.seed,
+    )
+
     clock.enter("backbone")
     backbone, width = _backbone(recipe, weights, place, registry)
     engine = OpenVinoEngine(place.store.verified_path(backbone), recipe.precision, place.threads)
@@ -159,17 +175,6 @@ def run(
     features = cache.rows([row.sha256 for row in rows])
 
     clock.enter("folds")
-    k, repeats = recipe.folds.k or 0, recipe.folds.repeats
-    folds = make_folds(
-        trained_on,
-        truth,
-        groups,
-        watched,
-        k=k,
-        repeats=repeats,
-        validation_fraction=recipe.folds.validation_fraction,
-        seed=recipe.seed,
-    )
     out_of_fold = np.full((repeats, len(rows), _outputs(task, labels)), np.nan, dtype=np.float32)
     fold_of = np.full((repeats, len(rows)), -1, dtype=np.int16)
     results = []
@@ -186,6 +191,7 @@ def run(
         task,
         labels,
         truth[trained_on],
+        groups[trained_on],
         out_of_fold[:, trained_on],
         [result.metrics["accuracy"] for result in results],
     )

@@ -108,6 +108,7 @@ def fit(
         batches,
         validation_data=watched,
         validation_batch_size=1024,
+        shuffle=False,  # the batches shuffle themselves, by seed and epoch
         epochs=epochs,
         callbacks=callbacks,
         class_weight=class_weights(targets[train], recipe.class_weights),
@@ -151,8 +152,9 @@ class Scaler:
     def fold_into(self, layer: Dense) -> Dense:
         """Return the layer that does on raw features what `layer` does on standardised ones."""
         kernel = self.scale[:, None] * layer.kernel.astype(np.float64)
-        bias = layer.bias.astype(np.float64) - self.mean @ kernel
-        return Dense(kernel.astype(np.float32), bias.astype(np.float32), layer.activation)
+        offset = self.mean.astype(np.float32)
+        bias = layer.bias.astype(np.float64) - (self.mean - offset) @ kernel
+        return Dense(kernel.astype(np.float32), bias.astype(np.float32), layer.activation, offset)
 
 
 class Rows(keras.utils.PyDataset):  # type: ignore[misc]

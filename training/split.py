@@ -6,13 +6,11 @@ validation split taken from inside the fold's training images, so that the test 
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from errors import RecipeInvalid
 
@@ -50,7 +48,7 @@ def make_folds(
         validation: rows to watch in every fold; if empty, a part of each fold's training rows is set aside.
         k: number of folds of one repeat.
         repeats: how often to fold again with other splits.
-        validation_fraction: share of the training rows to set aside.
+        validation_fraction: share of the training rows to set aside; 0 where nothing watches them.
         seed: the same seed gives the same folds.
 
     Raises:
@@ -62,7 +60,7 @@ def make_folds(
         for number, test in enumerate(parts):
             rest = np.setdiff1d(rows, test)
             watched = validation
-            if not len(watched):
+            if not len(watched) and validation_fraction:
                 watched = _set_aside(rest, strata, groups, validation_fraction, _seed(seed, repeat, number))
             train = np.setdiff1d(rest, watched)
             folds.append(Fold(repeat * k + number, repeat, train, watched, test))
@@ -86,18 +84,42 @@ def _parts(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -
     )
 
 
-# The grouped splitter is greedy and may put every group of a rare class into one part; another order mends that.
+# Dealing is greedy and may put every group of a rare class into one part; another order mends that.
 _ATTEMPTS = 20
 
 
 def _cut(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -> list[Indices]:
-    mine = groups[rows]
-    is_grouped = len(np.unique(mine)) < len(mine)
-    splitter = (StratifiedGroupKFold if is_grouped else StratifiedKFold)(k, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # a rare class skips some parts
-        cuts = splitter.split(np.zeros(len(rows)), strata[rows], mine if is_grouped else None)
-        return [np.sort(rows[part]) for _, part in cuts]
+    """Deal whole groups, the largest first, each to the part that has the least of what is in it.
+
+    scikit-learn's grouped splitter takes minutes and gigabytes for a hundred thousand groups; this takes a second.
+    """
+    members = _members(rows, strata, groups)
+    totals = Counter(strata[rows].tolist())
+    shuffled = np.random.default_rng(seed).permutation(list(members)).tolist()
+    parts = [Counter[int]() for _ in range(k)]
+    sizes = [0] * k
+    part_of: dict[int, int] = {}
+    for group in sorted(shuffled, key=lambda group: -members[group].total()):
+        shares = [_share(members[group], part, totals) for part in parts]
+        chosen = min(range(k), key=list(zip(shares, sizes, strict=True)).__getitem__)
+        parts[chosen].update(members[group])
+        sizes[chosen] += members[group].total()
+        part_of[group] = chosen
+    dealt = np.array([part_of[group] for group in groups[rows].tolist()])
+    return [np.sort(rows[dealt == part]) for part in range(k)]
+
+
+def _share(group: Counter[int], part: Counter[int], totals: Counter[int]) -> float:
+    """Return how much a part has already of what a group would bring: its share of each stratum, weighed by images."""
+    return sum(count * part[stratum] / totals[stratum] for stratum, count in group.items())
+
+
+def _members(rows: Indices, strata: Indices, groups: Indices) -> dict[int, Counter[int]]:
+    """Return how many rows of each stratum every group has."""
+    members: dict[int, Counter[int]] = defaultdict(Counter)
+    for stratum, group in zip(strata[rows].tolist(), groups[rows].tolist(), strict=True):
+        members[group][stratum] += 1
+    return members
 
 
 def _can_be_trained_on(parts: list[Indices], strata: Indices) -> bool:
@@ -106,24 +128,42 @@ def _can_be_trained_on(parts: list[Indices], strata: Indices) -> bool:
     return all(len(part) for part in parts) and min(counts.values()) > 1
 
 
+# A group may bring this many times what is wanted of a stratum; one that brings more would leave too little to learn.
+_OVERSHOOT = 1.5
+
+
 def _set_aside(rows: Indices, strata: Indices, groups: Indices, fraction: float, seed: int) -> Indices:
     """Return about `fraction` of the rows of each stratum, whole groups only.
 
-    Every stratum keeps at least one group to train on, so that a stratum of one group gives none.
+    Every stratum keeps at least one group to train on, so that a stratum of one group gives none. Where every group is
+    too large, the smallest is taken.
     """
     random = np.random.default_rng(seed)
-    members: dict[int, Counter[int]] = {}
-    for stratum, group in zip(strata[rows].tolist(), groups[rows].tolist(), strict=True):
-        members.setdefault(group, Counter())[stratum] += 1
-    groups_left = Counter(stratum for strata_of_group in members.values() for stratum in strata_of_group)
+    members = _members(rows, strata, groups)
+    groups_of: dict[int, list[int]] = defaultdict(list)
+    for group, inside in members.items():
+        for stratum in inside:
+            groups_of[stratum].append(group)
+    groups_left = Counter({stratum: len(found) for stratum, found in groups_of.items()})
+    wanted = {stratum: max(1, round(fraction * size)) for stratum, size in Counter(strata[rows].tolist()).items()}
     taken: Counter[int] = Counter()
     aside: set[int] = set()
-    for stratum, size in sorted(Counter(strata[rows].tolist()).items()):
-        for group in random.permutation([group for group in members if stratum in members[group]]).tolist():
-            if taken[stratum] >= max(1, round(fraction * size)):
+
+    def take(group: int) -> None:
+        aside.add(group)
+        taken.update(members[group])
+        groups_left.subtract(dict.fromkeys(members[group], 1))
+
+    for stratum in sorted(wanted):
+        free = [group for group in random.permutation(groups_of[stratum]).tolist() if group not in aside]
+        for group in free:
+            if taken[stratum] >= wanted[stratum]:
                 break
-            if group not in aside and all(groups_left[other] > 1 for other in members[group]):
-                aside.add(group)
-                taken += members[group]
-                groups_left -= Counter(dict.fromkeys(members[group], 1))
+            inside = members[group]
+            fits = all(taken[other] + inside[other] <= _OVERSHOOT * wanted[other] for other in inside)
+            if fits and all(groups_left[other] > 1 for other in inside):
+                take(group)
+        spared = [group for group in free if all(groups_left[other] > 1 for other in members[group])]
+        if not taken[stratum] and spared:
+            take(min(spared, key=lambda group: members[group].total()))
     return rows[np.isin(groups[rows], sorted(aside))]

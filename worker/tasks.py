@@ -12,6 +12,6 @@ import bell
 def add_task(celery: Celery, wake: Callable[[], None]) -> None:
     """Answer `espalier.work(job_id)` by waking the worker's loops."""
 
-    @celery.task(name=bell.TASK)  # type: ignore[untyped-decorator]
+    @celery.task(name=bell.TASK, shared=False)  # type: ignore[untyped-decorator]
     def work(job_id: str) -> None:
         wake()

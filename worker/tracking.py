@@ -123,10 +123,12 @@ def _facts(session: Session, run_id: str) -> _Facts:
 @contextmanager
 def _mlflow(place: TrackingPlace) -> Iterator[Any]:
     """Yield a client whose every failure inside the block is Unavailable."""
-    # MLflow reads these at each call; its own defaults retry for minutes. Imported late: it costs seconds and memory.
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+    # MLflow reads these at each call. Its own defaults retry for minutes, and even one retry sends a POST twice whose
+    # answer was lost: two runs in place of one. Imported late: it costs seconds and memory.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(place.timeout_s)))
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     import mlflow
     import requests
 
@@ -144,7 +146,7 @@ class _Page:
         self._facts = facts
         self._place = place
         self.experiment_id = self._experiment()
-        self.run_id = self._run("summary", facts.run.started_at, {})
+        self.run_id = self._run("summary", {})
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -160,8 +162,8 @@ class _Page:
         fold = next((fold for fold in self._facts.folds if fold.number == number), None)
         if fold is None:  # the run was begun again meanwhile and will tell of this fold once more
             return
-        run_id = self._run(f"fold-{number + 1}", self._facts.run.started_at, {"mlflow.parentRunId": self.run_id})
-        at = _milliseconds(self._facts.run.started_at)
+        run_id = self._run(f"fold-{number + 1}", {"mlflow.parentRunId": self.run_id})
+        at = _milliseconds(self._facts.run.created_at)  # the same when a run that was begun again tells it once more
         metrics = [
             _metric(_curve(name), value, at, step)
             for step, epoch in enumerate(fold.history, start=1)
@@ -220,7 +222,7 @@ class _Page:
                 self._client.set_experiment_tag(experiment_id, key, value)
         return experiment_id
 
-    def _run(self, part: str, started_at: datetime | None, tags: dict[str, str]) -> str:
+    def _run(self, part: str, tags: dict[str, str]) -> str:
         """Return the MLflow run for a part of this run, making it if MLflow has none."""
         run = self._facts.run
         wanted = f"tags.`espalier.run` = '{run.id}' and tags.`espalier.fold` = '{part}'"
@@ -230,7 +232,10 @@ class _Page:
         mine = {"espalier.run": run.id, "espalier.fold": part, "mlflow.source.name": "espalier"}
         name = _name(run) if part == "summary" else f"{_name(run)}-{part}"
         created = self._client.create_run(
-            self.experiment_id, start_time=_milliseconds(started_at), tags={**mine, **tags}, run_name=name
+            self.experiment_id,
+            start_time=_milliseconds(run.started_at or run.created_at),
+            tags={**mine, **tags},
+            run_name=name,
         )
         return str(created.info.run_id)
 
@@ -284,6 +289,7 @@ class _Page:
                 run_id=self.run_id,
                 tags={"espalier.version": str(version.number), "espalier.run": version.run_id},
                 model_id=model_id,
+                await_creation_for=0,  # there is no file to wait for
             )
         for alias in self._facts.aliases:
             self._client.set_registered_model_alias(name, alias, registered.version)
@@ -328,7 +334,9 @@ class _Page:
             )
             self._client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
         self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        outputs = self._client.get_run(self.run_id).outputs
+        if outputs is None or not outputs.model_outputs:  # MLflow refuses the same one again
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         return str(model.model_id)
 
 
@@ -367,7 +375,7 @@ def _card(facts: _Facts, api_url: str) -> str:
 
 def _note(facts: _Facts) -> str:
     metrics = facts.run.metrics or {}
-    low, high = metrics["accuracy_ci95"]
+    low, high = metrics.get("accuracy_ci95_groups") or metrics["accuracy_ci95"]
     return (
         f"**Accuracy {metrics['accuracy']:.1%}** (95 % interval {low:.1%} to {high:.1%}), out of fold on "
         f"{facts.dataset.name} version {facts.version.number}. See `report.md` under Artifacts."
@@ -397,7 +405,9 @@ def _shared_view() -> dict[str, Any]:
 def _summary(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of the parent run: few, so that MLflow's page stays quick."""
     summary = {f"cv/{name}": value for name, value in metrics.items() if isinstance(value, float)}
-    summary["cv/accuracy_low"], summary["cv/accuracy_high"] = metrics["accuracy_ci95"]
+    # Over groups where there are some: the wider one, and the one that holds.
+    interval = metrics.get("accuracy_ci95_groups") or metrics["accuracy_ci95"]
+    summary["cv/accuracy_low"], summary["cv/accuracy_high"] = interval
     if "test" in metrics:
         summary |= {f"test/{name}": value for name, value in metrics["test"].items() if isinstance(value, float)}
     return summary

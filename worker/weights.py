@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import queue
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from artifacts.catalogue import CATALOGUE, BackboneName, WeightsFile
+from artifacts.catalogue import CATALOGUE, Backbone, BackboneName, WeightsFile
 from artifacts.recipe import IMAGENET, RANDOM
 from artifacts.store import Digest, Store
 from errors import WeightsUnavailable
@@ -47,7 +47,14 @@ class Obtained:
     source: dict[str, Any]
 
 
-def obtain(network: BackboneName, name: str, store: Store, source: Source, progress: Progress) -> Obtained:
+def obtain(
+    network: BackboneName,
+    name: str,
+    store: Store,
+    source: Source,
+    progress: Progress,
+    catalogue: Mapping[BackboneName, Backbone] = CATALOGUE,
+) -> Obtained:
     """Put weights into the store. Raises WeightsUnavailable, saying what to do."""
     if name == RANDOM:
         from training import backbones  # brings TensorFlow, which takes seconds: only where it is needed
@@ -58,7 +65,7 @@ def obtain(network: BackboneName, name: str, store: Store, source: Source, progr
             f"No weights named {name!r} have been imported for {network.value}. Import them with "
             f"'make weights BACKBONE={network.value} NAME={name} FILE=…', or use 'imagenet' or 'random'."
         )
-    published = CATALOGUE[network].imagenet
+    published = catalogue[network].imagenet
     with tempfile.TemporaryDirectory() as folder:
         file = Path(source.cache).expanduser() / Path(published.path).name
         origin = str(file)
@@ -80,9 +87,13 @@ def _download(network: BackboneName, published: WeightsFile, source: Source, fil
     digest = hashlib.md5(usedforsecurity=False)
     done = 0
     try:
-        _resolve(url, source.connect_s)
-        with httpx2.stream("GET", url, timeout=timeout, follow_redirects=True) as answer, file.open("wb") as target:
-            answer.raise_for_status()
+        with (
+            httpx2.Client(timeout=timeout, follow_redirects=True) as client,
+            closing(_open(client, url, source)) as answer,
+            file.open("wb") as target,
+        ):
+            if not answer.is_success:
+                raise OSError(f"the server answered {answer.status_code} {answer.reason_phrase}")
             total = int(answer.headers["content-length"]) if "content-length" in answer.headers else None
             for chunk in answer.iter_bytes(_CHUNK):
                 target.write(chunk)
@@ -90,8 +101,10 @@ def _download(network: BackboneName, published: WeightsFile, source: Source, fil
                 done += len(chunk)
                 speed = done / (time.monotonic() - started)
                 progress(done, total, (total - done) / speed if total else None)
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        raise _unavailable(network, published, f"{url} cannot be fetched: {error or type(error).__name__}") from error
+    # The last two: a proxy in the environment that cannot be understood, or that takes a package which is not there.
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, ImportError) as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise _unavailable(network, published, f"{url} cannot be fetched: {reason}") from error
     if digest.hexdigest() != published.md5:
         raise _unavailable(
             network,
@@ -100,25 +113,39 @@ def _download(network: BackboneName, published: WeightsFile, source: Source, fil
         )
 
 
-def _resolve(url: str, timeout_s: float) -> None:
-    """See that the host has an address: no HTTP client bounds this step, and a resolver may hang for a minute."""
-    host = httpx2.URL(url).host
-    answered: queue.Queue[OSError | None] = queue.Queue()
+def _open(client: httpx2.Client, url: str, source: Source) -> httpx2.Response:
+    """Send the request, from a thread of its own that can be left behind, and return the answer without its content.
 
-    def look_up() -> None:
+    No HTTP client bounds the look-up of a name, and each of a host's addresses has `connect_s` to itself: this waits
+    twice that for the connection, be it to the host or to a proxy. Raises what `client` does, or TimeoutError.
+    """
+    is_connected = threading.Event()
+    answered: queue.Queue[httpx2.Response | Exception] = queue.Queue()
+
+    def trace(event: str, _: Mapping[str, Any]) -> None:
+        if event.endswith("connect_tcp.complete"):
+            is_connected.set()
+
+    def send() -> None:
         try:
-            socket.getaddrinfo(host, None)
-            answered.put(None)
-        except OSError as error:
+            # Not compressed on the way: progress compares the bytes that came with the length that was announced.
+            headers = {"Accept-Encoding": "identity"}
+            request = client.build_request("GET", url, headers=headers, extensions={"trace": trace})
+            answered.put(client.send(request, stream=True))
+        except Exception as error:
             answered.put(error)
+        is_connected.set()
 
-    threading.Thread(target=look_up, daemon=True).start()
+    threading.Thread(target=send, name="download", daemon=True).start()
+    if not is_connected.wait(2 * source.connect_s):
+        raise TimeoutError(f"no connection within {2 * source.connect_s:g} s")
     try:
-        error = answered.get(timeout=timeout_s)
+        answer = answered.get(timeout=source.connect_s + source.stall_s)
     except queue.Empty:
-        raise TimeoutError(f"no address for {host} within {timeout_s:g} s") from None
-    if error is not None:
-        raise error
+        raise TimeoutError("no answer") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _unavailable(network: BackboneName, published: WeightsFile, what: str) -> WeightsUnavailable:

@@ -13,7 +13,7 @@ import httpx2
 import psutil
 import pytest
 import sample
-from running import ROOT, Service, free_port
+from running import ROOT, Service, free_port, started
 
 
 def up(var: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -89,3 +89,15 @@ def test_a_run_whose_worker_is_killed_ends_as_it_would_have(
     assert ended["model"] == {"name": "killed", "version": 1}
     _, alive = psutil.wait_procs(child, timeout=5)
     assert not alive, "the child must not outlive its worker"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_is_left_however_the_service_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+    with started(tmp_path / "var") as service:
+        running = service.processes()
+        assert len(running) >= 5
+        service.process.send_signal(number)
+        service.process.wait(60)
+        psutil.wait_procs(running, timeout=60)
+        assert service.processes() == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,87 @@ def test_weights_that_were_exported_here_are_imported(weights: bytes, tmp_path: 
     file = tmp_path / "vgg16.safetensors"
     file.write_bytes(weights)
     assert backbones.import_weights(BackboneName.VGG16, file) == weights
+
+
+def damaged(file: Path, kind: str) -> None:
+    """Harm a file of weights as `.weights.h5` in one way."""
+    place = "layers/conv2d/vars"
+    other = file.with_name("other.h5")
+    if kind == "truncated":
+        os.truncate(file, file.stat().st_size // 2)
+        return
+    with h5py.File(file, "a") as content:
+        kernel = np.asarray(content[place]["0"])
+        if kind == "a group in place of an array":
+            del content[place]["0"]
+            content[place].create_group("0")
+        elif kind == "an array in place of a group":
+            del content[place]
+            content[place] = kernel
+        elif kind == "text":
+            del content[place]["0"]
+            content[place]["0"] = np.full(kernel.shape, b"text")
+        elif kind == "layer names of nothing":
+            content.attrs["layer_names"] = [b"block1_conv1"]
+        elif kind == "layer names that are numbers":
+            content.attrs["layer_names"] = 5
+        elif kind == "huge":
+            del content[place]["0"]
+            content[place].create_dataset("0", (2**16, 2**16), "f4", chunks=(64, 64))
+        elif kind == "external link":
+            with h5py.File(other, "w") as elsewhere:
+                elsewhere["kernel"] = kernel
+            del content[place]["0"]
+            content[place]["0"] = h5py.ExternalLink(str(other), "/kernel")
+        elif kind == "external group":
+            with h5py.File(other, "w") as elsewhere:
+                content.copy("layers", elsewhere)
+            del content["layers"]
+            content["layers"] = h5py.ExternalLink(str(other), "/layers")
+        elif kind == "external storage":
+            other.write_bytes(kernel.tobytes())
+            del content[place]["0"]
+            content[place].create_dataset("0", kernel.shape, "f4", external=[(str(other), 0, h5py.h5f.UNLIMITED)])
+        elif kind == "virtual":
+            with h5py.File(other, "w") as elsewhere:
+                elsewhere["kernel"] = kernel
+            layout = h5py.VirtualLayout(kernel.shape, "f4")
+            layout[...] = h5py.VirtualSource(str(other), "kernel", kernel.shape)
+            del content[place]["0"]
+            content[place].create_virtual_dataset("0", layout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("truncated", "cannot be read as HDF5"),
+        ("a group in place of an array", "something else"),
+        ("an array in place of a group", "cannot be read as HDF5"),
+        ("text", "of |S4"),
+        ("layer names of nothing", "cannot be read as HDF5"),
+        ("layer names that are numbers", "cannot be read as HDF5"),
+        ("huge", "Received (65536, 65536)"),
+        ("external link", "Received a link"),
+        ("external group", "Received a link"),
+        ("external storage", "something else"),
+        ("virtual", "something else"),
+    ],
+)
+def test_a_file_that_is_damaged_or_reaches_into_others_is_refused(
+    vgg16: Any, tmp_path: Path, kind: str, reason: str
+) -> None:
+    file = tmp_path / "vgg16.weights.h5"
+    vgg16.save_weights(file)
+    damaged(file, kind)
+    with pytest.raises(WeightsRefused, match=re.escape(reason)):
+        backbones.import_weights(BackboneName.VGG16, file)
+
+
+@pytest.mark.parametrize("name", list(BackboneName))
+def test_every_layer_is_found_under_the_name_that_keras_gives_it(name: BackboneName, tmp_path: Path) -> None:
+    network = backbones.network(name, CATALOGUE[name].minimum_size)
+    network.save_weights(tmp_path / "whole.weights.h5")
+    assert backbones.import_weights(name, tmp_path / "whole.weights.h5") == backbones.dump_weights(network)
 
 
 def test_weights_of_another_network_are_refused(vgg16: Any, tmp_path: Path) -> None:

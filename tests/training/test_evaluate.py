@@ -63,8 +63,12 @@ def test_a_binary_score_has_an_area_under_the_curve() -> None:
 def test_pooling_repeats_adds_counts_but_does_not_narrow_the_interval() -> None:
     truth = np.array([0, 1, 2, 0])
     once = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]][None] * 5
-    single = evaluate.pooled(Task.MULTICLASS, LABELS, truth, once, [1.0, 0.5])
-    double = evaluate.pooled(Task.MULTICLASS, LABELS, truth, np.concatenate([once, once]), [1.0, 0.5, 1.0, 0.5])
+    alone = np.arange(4)
+    single = evaluate.pooled(Task.MULTICLASS, LABELS, truth, alone, once, [1.0, 0.5])
+    twice = np.concatenate([once, once])
+    double = evaluate.pooled(Task.MULTICLASS, LABELS, truth, alone, twice, [1.0, 0.5, 1.0, 0.5])
+    assert "groups" not in single
+    assert [row["images"] for row in double["per_class"]] == [2, 1, 1]
     assert single["accuracy"] == double["accuracy"] == 0.75
     assert single["accuracy_ci95"] == double["accuracy_ci95"] == list(evaluate.wilson(0.75, 4))
     assert np.array_equal(2 * np.array(single["confusion"]), double["confusion"])
@@ -74,3 +78,37 @@ def test_pooling_repeats_adds_counts_but_does_not_narrow_the_interval() -> None:
 @pytest.mark.parametrize(("epochs", "median"), [([3], 3), ([1, 9, 2], 2), ([1, 2, 3, 10], 3)])
 def test_the_median_epoch_is_the_later_of_the_middle_pair(epochs: list[int], median: int) -> None:
     assert evaluate.median_epoch(epochs) == median
+
+
+def test_images_that_stand_or_fall_together_widen_the_interval_as_if_each_group_were_one_image() -> None:
+    groups = np.repeat(np.arange(40), 10)
+    together = np.repeat(np.arange(40) % 4 > 0, 10).astype(float)
+    low, high = evaluate.wilson_over_groups(together, groups)
+    assert (low, high) == pytest.approx(evaluate.wilson(0.75, 40), abs=0.005)
+    assert evaluate.wilson_over_groups(np.ones(400), groups) == evaluate.wilson(1.0, 40)
+
+
+def test_groups_that_are_alike_do_not_narrow_the_interval_of_independent_images() -> None:
+    correct = np.tile([1.0, 0.0], 50)
+    assert evaluate.wilson_over_groups(correct, np.repeat(np.arange(50), 2)) == evaluate.wilson(0.5, 100)
+
+
+def test_the_interval_over_groups_holds_what_it_promises() -> None:
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        chances = random.beta(3, 1, size=30)  # of being right, for each of 30 persons; 0.75 on average
+        correct = (random.random((30, 8)) < chances[:, None]).astype(float).ravel()
+        low, high = evaluate.wilson_over_groups(correct, np.repeat(np.arange(30), 8))
+        held.append(low <= 0.75 <= high)
+    assert 0.92 <= np.mean(held) <= 0.98
+
+
+def test_pooling_tells_of_groups_where_there_are_some() -> None:
+    truth = np.array([0, 1, 2, 0])
+    logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]][None] * 5
+    metrics = evaluate.pooled(Task.MULTICLASS, LABELS, truth, np.array([0, 0, 1, 2]), logits, [1.0, 0.5])
+    assert metrics["groups"] == 3
+    assert metrics["accuracy_ci95_groups"] == list(
+        evaluate.wilson_over_groups(np.array([1.0, 1.0, 1.0, 0.0]), np.array([0, 0, 1, 2]))
+    )

@@ -12,16 +12,20 @@ import sample
 from safetensors.numpy import load as load_tensors
 
 from artifacts import bundle as bundles
-from artifacts import manifest
+from artifacts import images, manifest
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.recipe import ClassCount, Recipe, Task, fill
 from artifacts.store import Digest, Store
+from inference import heads
+from inference.engine import OpenVinoEngine
 from inference.shelf import Shelf
 from training import backbones, evaluate, experiment
 from training.experiment import BackboneKey, FoldResult, Outcome, Place
+from training.fit import fit
+from training.split import make_folds
 
 QUICK: dict[str, Any] = {
     "backbone": "vgg16",
@@ -181,6 +185,57 @@ def test_test_images_are_scored_once_and_neither_trained_on_nor_folded(bench: Be
     other, _ = bench.run(rest + turned)
     assert other.bundle == outcome.bundle
     assert other.metrics["test"] != outcome.metrics["test"]
+
+
+def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=20, seed=3))
+    outcome, heard = bench.run(rows, epochs=4, early_stopping={"patience": 1})
+    kept = load_tensors(outcome.files["out-of-fold.safetensors"][0])
+
+    # The same by hand, with nothing of a fold's test rows in reach.
+    ordered = sorted(rows, key=lambda row: row.path)
+    recipe = Recipe.model_validate(QUICK | {"epochs": 4, "early_stopping": {"patience": 1}})
+    engine = OpenVinoEngine(bench.store.path(outcome.backbone), recipe.precision, 2)
+    pixels = [images.decode(bench.store.read(row.sha256), 32, recipe.resize, ImageLimits()) for row in ordered]
+    features = engine.features(np.stack(pixels))
+    truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
+    nothing = np.array([], dtype=np.intp)
+    everything = np.arange(len(rows))
+    folds = make_folds(
+        everything, truth, everything, nothing, k=3, repeats=1, validation_fraction=0.15, seed=recipe.seed
+    )
+    for fold, result in zip(folds, heard.folds, strict=True):
+        hidden = features.copy()
+        hidden[fold.test] = np.nan
+        seed = int(np.random.SeedSequence((recipe.seed, fold.number)).generate_state(1)[0])
+        alone = fit(
+            recipe,
+            Task.MULTICLASS,
+            3,
+            hidden,
+            truth,
+            fold.train,
+            fold.validation,
+            epochs=4,
+            seed=seed,
+            on_epoch=lambda number, metrics: None,
+        )
+        assert [epoch["val_loss"] for epoch in alone.history] == pytest.approx(
+            [epoch["val_loss"] for epoch in result.history], rel=1e-4
+        )
+        assert (alone.best_epoch, alone.stopped) == (result.best_epoch, result.stopped)
+        assert heads.logits(alone.layers, features[fold.test]) == pytest.approx(
+            kept["logits"][0][fold.test], rel=1e-3, abs=1e-3
+        )
+
+
+def test_class_names_are_no_formulas(bench: Bench) -> None:
+    files = {}
+    for number in range(8):
+        files[f"$5 #1 $10/{number}.png"] = sample.png(number, sample.COLOURS["red"])
+        files[f"a$_$b/{number}.png"] = sample.png(100 + number, sample.COLOURS["blue"])
+    outcome, _ = bench.run(bench.rows(files), folds={"k": 2})
+    assert outcome.files["confusion.png"][0].startswith(b"\x89PNG")
 
 
 def test_repeats_fold_again_and_are_pooled(bench: Bench) -> None:

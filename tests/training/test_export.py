@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from running import ROOT
 
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.recipe import Precision
@@ -45,3 +48,17 @@ def test_a_network_cut_early_weighs_less() -> None:
     _, result, _ = exported("vgg16", "block1")
     assert result.parameters == 38_720 < whole / 100
     assert len(result.onnx) < 200_000
+
+
+@pytest.mark.slow
+def test_exporting_takes_no_more_memory_than_a_small_machine_has() -> None:
+    program = """
+import resource
+from training import backbones, export
+from artifacts.catalogue import BackboneName
+name = BackboneName.RESNET50
+export.export(backbones.backbone(name, "conv5", 32, backbones.random_weights(name)), 2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 4 * 1024**3

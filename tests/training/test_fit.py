@@ -111,11 +111,24 @@ def test_standardising_is_learned_from_the_training_rows_alone() -> None:
     features, truth = clouds()
     changed = features.copy()
     changed[::4] += 100.0  # the validation rows
+    recipe = quick(early_stopping=None, epochs=3)
+    one, other = fitted(recipe, features, truth), fitted(recipe, changed, truth)
+    assert np.array_equal(one.layers[0].kernel, other.layers[0].kernel)
+    assert np.array_equal(one.layers[0].offset, other.layers[0].offset)
     train = np.arange(len(truth))[np.arange(len(truth)) % 4 != 0]
-    assert np.array_equal(Scaler.of(features, train).mean, Scaler.of(changed, train).mean)
     scaled = Scaler.of(features, train)(features[train])
     assert scaled.mean(axis=0) == pytest.approx(np.zeros(8), abs=1e-6)
     assert scaled.std(axis=0) == pytest.approx(np.ones(8), abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-5])
+def test_features_that_hardly_vary_answer_as_keras_did(spread: float) -> None:
+    features, truth = clouds()
+    narrow = (1.0 + spread * features).astype(np.float32)
+    result = fitted(quick(head=HeadRecipe(hidden=(8,))), narrow, truth)
+    kept = result.history[result.best_epoch - 1]["val_accuracy"]
+    rows = np.arange(len(truth)) % 4 == 0
+    assert accuracy(result, narrow[rows], truth[rows]) == pytest.approx(kept)
 
 
 @pytest.mark.parametrize("name", list(OptimizerName))

@@ -73,6 +73,35 @@ def test_folds_of_groups_keep_the_share_of_each_class_nearly() -> None:
     assert [np.bincount(strata[one.test]).tolist() for one in folds] == [[30, 10]] * 5
 
 
+def test_one_large_group_is_not_watched_where_a_small_one_will_do() -> None:
+    groups = np.concatenate([np.full(1600, 0), *(np.full(50, 1 + number) for number in range(8))])
+    strata = np.arange(2000) % 2
+    for seed in range(20):
+        for one in fold(strata, groups, k=3, fraction=0.15, seed=seed):
+            assert len(one.validation) <= 1.5 * 0.15 * (len(one.train) + len(one.validation)) + 50
+
+
+def test_where_every_group_is_large_the_smallest_is_watched() -> None:
+    groups = np.repeat([0, 1, 2, 3], [500, 100, 400, 500])
+    for one in fold(np.arange(1500) % 2, groups, k=2, fraction=0.1):
+        rest = np.setdiff1d(np.arange(1500), one.test)
+        assert len(one.validation) == np.bincount(groups[rest])[np.unique(groups[rest])].min()
+
+
+def test_a_hundred_thousand_groups_of_a_thousand_classes_are_folded_evenly() -> None:
+    strata = np.arange(100_000) % 1000
+    groups = np.arange(100_000)
+    groups[:2000] = groups[:2000] // 2 * 2  # two classes each
+    for one in fold(strata, groups, k=5):
+        counts = np.bincount(strata[one.test], minlength=1000)
+        assert counts.min() >= 18 and counts.max() <= 22
+
+
+def test_nothing_is_set_aside_where_nothing_watches() -> None:
+    for one in fold(np.repeat([0, 1], 20), np.arange(40), fraction=0.0):
+        assert len(one.validation) == 0 and len(one.train) + len(one.test) == 40
+
+
 def test_the_same_seed_gives_the_same_folds_and_another_seed_others() -> None:
     strata, groups = np.repeat([0, 1, 2], 30), np.arange(90)
     one, same, other = (fold(strata, groups, seed=seed) for seed in (7, 7, 8))

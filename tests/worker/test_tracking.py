@@ -1,0 +1,261 @@
+"""What MLflow is told, against a real server that is away, loses answers, or is told twice."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx2
+import mlflow
+import pytest
+import records
+from running import free_port
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from waiting import until
+from working import StartLoop, add_job, claimed_work, look, make_due, settled
+
+from artifacts.store import Store
+from errors import Unavailable
+from models import job as jobs
+from models import registry
+from models import run as runs
+from models.job import Job, JobKind, JobState, Outbox, Queue, add_publish_jobs, owe
+from models.run import Fold, Run
+from models.session import Database
+from ops.up import mlflow_answers, mlflow_server
+from worker.tracking import Publish, TrackingPlace
+
+
+class Relay:
+    """Stands before MLflow; loses every answer from the one it is told to."""
+
+    def __init__(self, target: str) -> None:
+        self.loses_from: int | None = None
+        self.asked = 0
+        relay = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def _pass_on(self) -> None:
+                relay.asked += 1
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host",)}
+                answer = httpx2.request(
+                    self.command, target + self.path, content=body, headers=headers, timeout=30, trust_env=False
+                )
+                if relay.loses_from is not None and relay.asked >= relay.loses_from:
+                    self.close_connection = True  # MLflow did it, and nobody hears so
+                    return
+                self.send_response(answer.status_code)
+                self.send_header("content-type", answer.headers.get("content-type", "application/json"))
+                self.send_header("content-length", str(len(answer.content)))
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing: thousands of lines."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real MLflow server of this module."""
+    port = free_port()
+    program = mlflow_server(port, tmp_path_factory.mktemp("mlflow"))
+    server = subprocess.Popen(program.command, env={**os.environ, **program.environment})
+    url = f"http://127.0.0.1:{port}"
+    until(lambda: mlflow_answers(url), within_s=60)
+    yield url
+    server.terminate()
+    server.wait(20)
+
+
+@pytest.fixture
+def relay(mlflow_url: str) -> Iterator[Relay]:
+    relay = Relay(mlflow_url)
+    yield relay
+    relay.close()
+
+
+METRICS = {
+    "accuracy": 0.75,
+    "accuracy_ci95": [0.5, 0.9],
+    "loss": 0.6,
+    "per_class": [{"label": "daisy", "precision": 0.7, "recall": 0.8, "f1": 0.75, "images": 10}],
+}
+
+
+@dataclass
+class Case:
+    """A finished run of which MLflow knows nothing yet, and the job that tells it."""
+
+    database: Database
+    store: Store
+    run_id: str
+    name: str
+
+    def publish(self, url: str) -> None:
+        """Do the job once. Raises Unavailable."""
+        add_job(self.database, self.run_id, JobKind.PUBLISH, Queue.TRACKING)
+        with claimed_work(self.database) as work:
+            try:
+                Publish(self.store, _place(url)).run(work)
+            finally:
+                work.write(lambda session: jobs.finish(session, work.lease, JobState.SUCCEEDED))
+
+    def owed(self) -> int:
+        """Return how many things MLflow has not been told."""
+        with self.database.reading() as session:
+            return records.count(session, Outbox)
+
+
+def _place(url: str) -> TrackingPlace:
+    return TrackingPlace(url, 5.0, "http://127.0.0.1:1")
+
+
+def owe_all(session: Session, run_id: str) -> None:
+    """Owe MLflow everything about a run, whatever it was told before."""
+    owe(session, run_id, "started", {})
+    for number in range(2):
+        owe(session, run_id, "fold", {"fold": number})
+    owe(session, run_id, "finished", {})
+    owe(session, run_id, "alias", {"alias": "champion"})
+
+
+def add_folds(session: Session, run_id: str) -> None:
+    """Add what two folds measured."""
+    history = [{"loss": 1 / epoch, "val_loss": 2 / epoch} for epoch in range(1, 4)]
+    for number in range(2):
+        fold = Fold(number=number, epochs=3, best_epoch=3, stopped="epochs", metrics={"accuracy": 0.75})
+        fold.run_id, fold.history = run_id, history
+        runs.add_fold(session, fold)
+
+
+@pytest.fixture
+def case(sqlite: Database, store: Store) -> Case:
+    return new_case(sqlite, store)
+
+
+def new_case(database: Database, store: Store) -> Case:
+    """Add a finished run under a name of its own."""
+    name = f"flowers-{secrets.token_hex(4)}"
+    with database.writing() as session:
+        run = records.running_run(session, records.ready_version(session, name), name)
+        add_folds(session, run.id)
+        runs.succeed_run(session, run.id, METRICS, {})
+        runs.add_artifact(session, run.id, "report.md", store.put(b"# Report"), 8, "text/markdown")
+        registry.add_model_version(
+            session, records.PRINCIPAL, name, run.id, records.digest("bundle"), records.digest("backbone")
+        )
+        owe_all(session, run.id)
+        return Case(database, store, run.id, name)
+
+
+def seen(url: str, name: str) -> dict[str, Any]:
+    """Return all that MLflow shows of a model's runs, without what it numbers itself."""
+    client = mlflow.MlflowClient(url, registry_uri=url)
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    return {
+        "runs": sorted(
+            (
+                run.data.tags["espalier.fold"],
+                run.info.status,
+                "mlflow.parentRunId" in run.data.tags,
+                {
+                    metric: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
+                    for metric in sorted(run.data.metrics)
+                },
+                len(run.data.params),
+                len(run.inputs.dataset_inputs),
+                len(run.outputs.model_outputs) if run.outputs else 0,
+                sorted(file.path for file in client.list_artifacts(run.info.run_id)),
+            )
+            for run in found
+        ),
+        "models": len(client.search_logged_models([experiment.experiment_id])),
+        "versions": [
+            (int(version.version), version.tags["espalier.version"])
+            for version in client.search_model_versions(f"name = '{name}'")
+        ],
+        "aliases": {alias: int(at) for alias, at in client.get_registered_model(name).aliases.items()},
+    }
+
+
+def test_what_is_told_twice_is_shown_once(mlflow_url: str, case: Case) -> None:
+    case.publish(mlflow_url)
+    once = seen(mlflow_url, case.name)
+    assert [run[:3] for run in once["runs"]] == [
+        ("fold-1", "FINISHED", True),
+        ("fold-2", "FINISHED", True),
+        ("summary", "FINISHED", False),
+    ]
+    assert once["models"] == 1 and once["versions"] == [(1, "1")] and once["aliases"] == {"champion": 1}
+    assert [step for step, _ in once["runs"][0][3]["val/loss"]] == [1, 2, 3]
+    with case.database.writing() as session:
+        owe_all(session, case.run_id)
+    case.publish(mlflow_url)
+    assert case.owed() == 0
+    assert seen(mlflow_url, case.name) == once
+
+
+@pytest.mark.slow
+def test_whichever_answer_is_lost_nothing_is_shown_twice(mlflow_url: str, relay: Relay, case: Case) -> None:
+    case.publish(mlflow_url)
+    undisturbed = seen(mlflow_url, case.name)
+    for lost in range(1, 200):
+        again = new_case(case.database, case.store)
+        relay.asked, relay.loses_from = 0, lost
+        try:
+            again.publish(relay.url)
+        except Unavailable:
+            relay.loses_from = None
+            again.publish(relay.url)
+            assert again.owed() == 0
+            assert seen(mlflow_url, again.name) == undisturbed, f"the answer to request {lost} was lost"
+        else:
+            break  # fewer requests than that: every one of them was lost once
+    assert 20 < lost < 199
+
+
+def test_a_run_is_told_once_mlflow_is_back(mlflow_url: str, relay: Relay, case: Case, start_loop: StartLoop) -> None:
+    relay.loses_from = 1
+    with case.database.writing() as session:
+        assert add_publish_jobs(session) == 1
+    with case.database.reading() as session:
+        job_id = session.scalars(select(Job.id).where(Job.kind == JobKind.PUBLISH)).one()
+    start_loop(case.database, Publish(case.store, _place(relay.url)), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
+    until(lambda: look(case.database, job_id).attempt == 1 and look(case.database, job_id).state is JobState.QUEUED)
+    assert case.owed() == 5
+    relay.loses_from = None
+    make_due(case.database, job_id)
+    settled(case.database, job_id, JobState.SUCCEEDED)
+    assert case.owed() == 0
+    assert len(seen(mlflow_url, case.name)["runs"]) == 3
+    with case.database.reading() as session:
+        assert session.get_one(Run, case.run_id).mlflow_run_id
+
+
+def test_an_address_where_nothing_listens_is_unavailable_at_once(case: Case) -> None:
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="does not take what it is sent"):
+        case.publish(f"http://127.0.0.1:{free_port()}")
+    assert time.monotonic() - started < 15
+    assert case.owed() == 5
