@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -19,13 +19,21 @@ from artifacts.images import ImageLimits
 
 GIB = 1024**3
 MIB = 1024**2
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Settings(BaseSettings):
     """The settings of one process, from the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="ESPALIER_", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="ESPALIER_",
+        # `ESPALIER_API_KEY=$(cat missing)` is no key, and `REDIS_URL=` no broker.
+        env_ignore_empty=True,
+        frozen=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
 
     var: Path = Path("var")
     """Folder for everything that is kept: database, stored files, logs."""
@@ -92,7 +100,13 @@ class Settings(BaseSettings):
     """Pixels of one image at most: 40 megapixels take 120 MB decoded."""
     image_side: Annotated[int, Field(gt=0)] = 16_384
     """Pixels of an image's longer side at most."""
-    image_formats: Annotated[tuple[str, ...], NoDecode] = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+    image_formats: Annotated[tuple[ImageFormat, ...], NoDecode, Field(min_length=1)] = (
+        "JPEG",
+        "PNG",
+        "WEBP",
+        "BMP",
+        "GIF",
+    )
     """Formats that are decoded, separated by commas; TIFF may be added, others have had too many holes."""
     decode_cpu_s: Annotated[int, Field(gt=0)] = 10
     """Processor seconds that decoding one image may take while a data set is taken in."""
@@ -107,7 +121,7 @@ class Settings(BaseSettings):
     predict_waiting: Annotated[int, Field(gt=0)] = 64
     """Images that may wait for the engine before a prediction is turned away."""
     predict_deadline_s: Annotated[float, Field(gt=0, le=30)] = 5.0
-    """Seconds that a prediction may wait for the engine."""
+    """Seconds that a prediction may wait, once it has arrived: for its model to be loaded and for the engine."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
     """Memory for loaded networks; those not used for longest are dropped beyond it."""
 
@@ -115,6 +129,22 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("image_formats", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("api_key")
+    @classmethod
+    def _strip(cls, value: SecretStr | None) -> SecretStr | None:
+        """Drop what surrounds a key in a file: a header could not carry it."""
+        if value is None:
+            return None
+        key = value.get_secret_value().strip()
+        if not key:
+            raise ValueError("Expected ESPALIER_API_KEY to hold a key. Received only spaces; unset it for none.")
+        return SecretStr(key)
 
     @model_validator(mode="after")
     def _refuse_open_doors(self) -> Settings:

@@ -10,11 +10,11 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
 import logs
-from api import datasets, events, operations, predictions, problems, registry, runs
+from api import datasets, events, openapi, operations, predictions, problems, registry, runs
 from api.deps import Services
 from api.door import Door
 from api.metrics import Metrics
-from api.predictions import Admission
+from api.predictions import Desk
 from artifacts.store import Store
 from bell import Bell, CeleryBell, EagerBell
 from inference.shelf import Shelf
@@ -37,11 +37,14 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     database = Database(settings.database)
     store = Store(settings.store_folder)
     metrics = Metrics()
+    shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes)
+    desk = Desk(settings, shelf)
     own_bell = CeleryBell(settings.redis_url) if bell is None and settings.redis_url else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        desk.close()
         if own_bell is not None:
             own_bell.close()
         database.close()
@@ -61,15 +64,16 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         database=database,
         store=store,
         bell=bell or own_bell or EagerBell(lambda queue, job_id: None),
-        shelf=Shelf(store, settings.engine_threads, settings.shelf_bytes),
+        shelf=shelf,
         metrics=metrics,
     )
-    app.state.admission = Admission(settings.predict_waiting)
+    app.state.desk = desk
     for part in (datasets, runs, events, registry, predictions, operations):
         app.include_router(part.router)
     patch_fastapi(app)
     problems.install(app)
     key = settings.api_key.get_secret_value() if settings.api_key else None
+    openapi.install(app, has_key=key is not None)
     app.add_middleware(Door, hosts=settings.hosts, api_key=key, metrics=metrics)
     return app
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import HTTPException, Request, Response
+from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
+from api import problems
 from api.schemas import PredictRequest
 from artifacts.archive import sniff
 from artifacts.store import Digest, Store, Writer
-from errors import ArchiveRefused, DiskFull, RequestInvalid, TooLarge
+from errors import ArchiveRefused, DeadlineExceeded, DiskFull, ImageRefused, RequestInvalid, TooLarge
 
 MIB = 1024 * 1024
 JSON_BYTES = MIB
@@ -27,6 +32,12 @@ _SNIFFED_BYTES = 262
 _DISK_EVERY_BYTES = 64 * MIB
 # An upload needs its own room, and its images once more while both are there.
 _ROOM = 2.5
+
+
+def declared_bytes(request: Request) -> int | None:
+    """Return the length that the request says its body has; None if it says none."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if re.fullmatch(r"[0-9]{1,18}", declared) else None
 
 
 # --- archives ------------------------------------------------------------------------------------------------------
@@ -39,12 +50,11 @@ async def receive_archive(request: Request, store: Store, limit_bytes: int, free
         TooLarge: more than `limit_bytes` were announced or came.
         DiskFull: less than `free_disk_bytes` would stay free.
         ArchiveRefused: the first bytes are those of no archive.
-        RequestInvalid: the multipart body is malformed or has no field `archive`.
+        RequestInvalid: the multipart body is malformed or has not exactly one field `archive`.
     """
-    declared = request.headers.get("content-length", "")
-    declared_bytes = int(declared) if declared.isdigit() else 0
-    _check_size(declared_bytes, limit_bytes)
-    _check_disk(store, int(_ROOM * declared_bytes) + free_disk_bytes)
+    announced = declared_bytes(request) or 0
+    _check_size(announced, limit_bytes)
+    _check_disk(store, int(_ROOM * announced) + free_disk_bytes)
     sink = _ArchiveSink(store, limit_bytes, free_disk_bytes)
     with store.writer() as writer:
         async for piece in _archive_bytes(request):
@@ -111,11 +121,19 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
             yield piece
         return
     form = _Form(boundary)
+    archive: int | None = None
     async for piece in pieces:
-        for _, name, data in form.feed(piece):
-            if name == "archive":
-                yield data
-    if "archive" not in form.names:
+        for part, name, data in form.feed(piece):
+            if name != "archive":
+                continue
+            if archive not in (None, part):
+                raise RequestInvalid(
+                    "Expected one multipart field 'archive'. Received two. Send the second one as a version.",
+                    field="archive",
+                )
+            archive = part
+            yield data
+    if archive is None:
         raise RequestInvalid(
             f"Expected a multipart field 'archive'. Received {sorted(form.names) or 'none'}.", field="archive"
         )
@@ -136,25 +154,25 @@ async def _gathered(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 # --- images --------------------------------------------------------------------------------------------------------
 
 
-async def receive_images(request: Request, limit_images: int, limit_bytes: int) -> list[bytes]:
+async def receive_images(
+    request: Request, limit_images: int, limit_bytes: int, limit_file_bytes: int, stall_s: float
+) -> list[bytes]:
     """Return the images of a prediction: the raw body, the multipart fields `images`, or JSON with base64.
 
     Raises:
-        TooLarge: more bytes or images than allowed.
+        TooLarge: more bytes or images than allowed, or a file above its limit.
+        DeadlineExceeded: nothing of the body came for `stall_s`.
+        ImageRefused: a file is empty; `image` is its position.
         RequestInvalid: no image came, or the body is malformed.
     """
     boundary = _boundary(request)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise TooLarge(f"Expected at most {limit_bytes / MIB:,.0f} MiB of images in one request. Received more.")
+    body = await _whole_body(request, limit_bytes, stall_s)
     if boundary is not None:
-        images = _multipart_images(bytes(body), boundary)
-    elif _is_json(request, body):
-        images = _json_images(bytes(body))
+        images = _multipart_images(body, boundary)
+    elif body[:_SNIFFED_BYTES].lstrip().startswith(b"{"):  # no image begins with a brace
+        images = _json_images(body)
     else:
-        images = [bytes(body)] if body else []
+        images = [body] if body else []
     if not images:
         raise RequestInvalid(
             "Expected an image as the body, multipart fields 'images', or JSON {'images': [base64]}. Received nothing.",
@@ -162,7 +180,40 @@ async def receive_images(request: Request, limit_images: int, limit_bytes: int) 
         )
     if len(images) > limit_images:
         raise TooLarge(f"Expected at most {limit_images} images in one request. Received {len(images)}.")
+    for position, image in enumerate(images):
+        _check_file(position, image, limit_file_bytes)
     return images
+
+
+async def _whole_body(request: Request, limit_bytes: int, stall_s: float) -> bytes:
+    expected = f"Expected at most {limit_bytes / MIB:g} MiB of images in one request."
+    announced = declared_bytes(request) or 0
+    if announced > limit_bytes:
+        raise TooLarge(f"{expected} Received {announced} bytes.")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(stall_s) as patience:
+            async for chunk in request.stream():
+                patience.reschedule(asyncio.get_running_loop().time() + stall_s)
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise TooLarge(f"{expected} Received more than {limit_bytes} bytes.")
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"Expected the whole body. Received {len(body)} bytes, then nothing for {stall_s:g} s."
+        ) from error
+    return bytes(body)
+
+
+def _check_file(position: int, image: bytes, limit_bytes: int) -> None:
+    if not image:
+        raise ImageRefused(f"Image {position + 1}: Expected an image. Received an empty file.", image=position)
+    if len(image) > limit_bytes:
+        raise TooLarge(
+            f"Image {position + 1}: Expected a file of at most {limit_bytes / MIB:g} MiB. "
+            f"Received {len(image) / MIB:.1f} MiB.",
+            image=position,
+        )
 
 
 def _multipart_images(body: bytes, boundary: bytes) -> list[bytes]:
@@ -174,33 +225,52 @@ def _multipart_images(body: bytes, boundary: bytes) -> list[bytes]:
     return [bytes(image) for image in images.values()]
 
 
-def _is_json(request: Request, body: bytearray) -> bool:
-    """Say whether the body is JSON: by what it says of itself, or since no image begins with a brace."""
-    return request.headers.get("content-type", "").startswith("application/json") or body[:1] == b"{"
-
-
 def _json_images(body: bytes) -> list[bytes]:
     try:
         return list(PredictRequest.model_validate_json(body).images)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "body"
-        raise RequestInvalid(f"{field}: {first['msg']}.", field=field) from error
+        expected, received = problems.said(first)
+        raise RequestInvalid(f"{field}: {expected}. Received {received}.", field=field) from error
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 
 class JsonRoute(APIRoute):
-    """A route whose body may have a mebibyte. FastAPI's own limit answers in plain text, past every error handler."""
+    """A route whose body is JSON of at most a mebibyte, whatever it is called: curl calls any body a form.
+
+    FastAPI's own limit answers in plain text, past every error handler.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def limited(request: Request) -> Response:
-            return await handler(Request(request.scope, _limited(request.receive, JSON_BYTES)))
+            announced = declared_bytes(request) or 0
+            if announced > JSON_BYTES:
+                raise _json_too_large(f"{announced} bytes")
+            MutableHeaders(scope=request.scope)["content-type"] = "application/json"
+            try:
+                return await handler(Request(request.scope, _limited(request.receive, JSON_BYTES)))
+            except _BodyTooLarge as error:
+                raise _json_too_large(f"more than {JSON_BYTES} bytes") from error
+            except HTTPException as error:
+                if isinstance(error.__cause__, ClientDisconnect):
+                    raise error.__cause__ from None
+                if error.status_code != 400:
+                    raise
+                raise RequestInvalid(
+                    "body: Expected JSON in UTF-8, not too deeply nested. Received something that cannot be read.",
+                    field="body",
+                ) from error
 
         return limited
+
+
+class _BodyTooLarge(HTTPException):
+    """Of all errors, FastAPI lets only this class out of the reading of a body."""
 
 
 def _limited(receive: Receive, limit_bytes: int) -> Receive:
@@ -211,11 +281,14 @@ def _limited(receive: Receive, limit_bytes: int) -> Receive:
         message = await receive()
         left -= len(message.get("body", b""))
         if left < 0:
-            # Of all errors, FastAPI lets only this class out of the reading of a body.
-            raise HTTPException(413, f"Expected a body of at most {limit_bytes / MIB:g} MiB")
+            raise _BodyTooLarge(413)
         return message
 
     return counted
+
+
+def _json_too_large(received: str) -> TooLarge:
+    return TooLarge(f"Expected a body of at most {JSON_BYTES / MIB:g} MiB. Received {received}.")
 
 
 # --- multipart -----------------------------------------------------------------------------------------------------
@@ -257,7 +330,7 @@ class _Form:
         )
 
     def feed(self, chunk: bytes) -> list[tuple[int, str, bytes]]:
-        """Return the (number of the part, field name, bytes) that this chunk brought."""
+        """Return the (number of the part, field name, bytes) that this chunk brought; bytes may be empty."""
         self._out = []
         try:
             self._parser.write(chunk)
@@ -280,6 +353,7 @@ class _Form:
             _, options = parse_options_header(self._value)
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
             self.names.add(self._name)
+            self._out.append((self._part, self._name, b""))  # also a part without content is a part
         self._header = self._value = b""
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:

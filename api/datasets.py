@@ -21,6 +21,7 @@ from api.schemas import (
     ImageOut,
     IngestProgress,
     Name,
+    Number,
     Page,
     RefusedFile,
     TargetRange,
@@ -80,7 +81,10 @@ async def add_images(
 
     await run_in_threadpool(check)
     return await _take_in(
-        request, response, given, lambda session: datasets.get_dataset(session, principal, dataset_id)
+        request,
+        response,
+        given,
+        lambda session: datasets.get_dataset(session, principal, dataset_id, for_change=True),
     )
 
 
@@ -134,11 +138,11 @@ def list_images(
     principal: PrincipalDep,
     dataset_id: str,
     label: str | None = None,
-    version: Annotated[int | None, Query(ge=1)] = None,
+    version: Annotated[Number | None, Query()] = None,
     limit: LimitQuery = 50,
     cursor: CursorQuery = None,
 ) -> Page[ImageOut]:
-    """List the images of a version by path, if asked only those with a label."""
+    """List the images of a version by path, as its manifest does; with a label only those that have it."""
     with given.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
         query = (
@@ -146,13 +150,12 @@ def list_images(
             .join(Image, Image.id == Membership.image_id)
             .where(Membership.version_id == datasets.ready_version(session, dataset, version).id)
         )
-        if label is not None:
+        if label:
             among = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
             joined = literal("|") + Membership.label + literal("|")
             query = query.where(or_(Membership.label == label, among(joined, f"|{label}|") > 0))
-        rows, next_cursor = page(
-            session, query, Membership.path, lambda row: row.Membership.path, limit, cursor, ascending=True
-        )
+        order = datasets.path_order(session)
+        rows, next_cursor = page(session, query, order, lambda row: row.Membership.path, limit, cursor, ascending=True)
         items = [_image_out(dataset.id, row.Membership, row.Image) for row in rows]
         return Page(items=items, next_cursor=next_cursor)
 
@@ -179,7 +182,7 @@ def get_thumbnail(given: ServicesDep, principal: PrincipalDep, dataset_id: str, 
 def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str) -> None:
     """Delete a data set with its images. Runs and models that came of it stay."""
     with given.database.writing() as session:
-        dataset = datasets.get_dataset(session, principal, dataset_id)
+        dataset = datasets.get_dataset(session, principal, dataset_id, for_change=True)
         versions = [version.id for version in datasets.get_versions(session, dataset.id)]
         if runs.is_any_active(session, versions):
             raise InUse(f"A run on data set {dataset.name!r} is still active. Cancel it first, or wait for its end.")
@@ -204,7 +207,7 @@ def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:
         target=TargetRange(**shown.target) if shown.target else None,
         duplicates=shown.duplicates,
         ignored=shown.ignored,
-        refused=[RefusedFile(**file) for file in shown.refused],
+        refused=_refused_out(shown),
         refused_total=shown.refused_total,
         version=shown.number,
         versions=_versions_out(versions),
@@ -220,12 +223,19 @@ def _versions_out(versions: Sequence[DatasetVersion]) -> list[DatasetVersionOut]
             version=version.number,
             state=version.state,
             images=version.images,
+            ignored=version.ignored,
+            refused=_refused_out(version),
+            refused_total=version.refused_total,
             progress=_progress_out(version.progress),
             error=problems.stored_problem(version.error),
             created_at=version.created_at,
         )
         for version in versions
     ]
+
+
+def _refused_out(version: DatasetVersion) -> list[RefusedFile]:
+    return [RefusedFile(**file) for file in version.refused]
 
 
 def _progress_out(progress: dict[str, Any] | None) -> IngestProgress | None:

@@ -1,12 +1,17 @@
-"""What routes are given: the parts of the process, and who asks."""
+"""What routes are given: the parts of the process, and who asks.
+
+Both are coroutines, since FastAPI runs plain functions on threads, and these may all be taken.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from api import probe
 from api.metrics import Metrics
 from artifacts.store import Store
 from bell import Bell
@@ -26,15 +31,16 @@ class Services:
     bell: Bell
     shelf: Shelf
     metrics: Metrics
+    probe_engine: Callable[[], str] = probe.cpu
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     """Return the parts of this process."""
     found: Services = request.app.state.services
     return found
 
 
-def principal() -> Principal:
+async def principal() -> Principal:
     """Return who asks; there is one project today."""
     return Principal()
 

@@ -18,13 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import problems
 from api.metrics import Metrics
-from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Unauthorized
+from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, RequestInvalid, Unauthorized
 
 URL_BYTES = 8 * 1024
 HEADER_BYTES = 16 * 1024
 
 # Answered without a key: probes, and the documentation, which shows nothing that is not public.
-_OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/swagger/", "/favicon.ico")
+OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/swagger/", "/favicon.ico")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 log = structlog.get_logger()
@@ -77,6 +77,8 @@ class Door:
         header_bytes = sum(len(name) + len(value) for name, value in headers.raw)
         if header_bytes > HEADER_BYTES:
             return HeadersTooLarge(f"Expected headers of at most {HEADER_BYTES} bytes. Received {header_bytes}.")
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:  # no name or id has one, and databases refuse it
+            return RequestInvalid("Expected an address without NUL characters. Received one with %00.")
         host = headers.get("host", "")
         if "*" not in self._hosts and _without_port(host) not in self._hosts:
             return Forbidden(
@@ -85,7 +87,7 @@ class Door:
             )
         if scope["method"] not in _SAFE and _is_from_elsewhere(headers, host):
             return Forbidden("A page of another site may not send this request for you.")
-        if self._api_key is not None and not scope["path"].startswith(_OPEN):
+        if self._api_key is not None and not scope["path"].startswith(OPEN):
             return self._unauthorized(headers)
         return None
 

@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from api import problems
 from api.deps import PrincipalDep, Services, ServicesDep
-from errors import RequestInvalid
+from api.schemas import LARGEST_NUMBER
 from models import run as runs
 from models.run import EventKind, RunEvent
 
@@ -27,20 +27,11 @@ def existing_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> st
         return runs.get_run(session, principal, run_id).id
 
 
-def last_seen(last_event_id: Annotated[str | None, Header()] = None) -> int:
-    """Return the number of the last event that the client has, 0 for none."""
-    if last_event_id is None:
-        return 0
-    if not last_event_id.isdecimal():
-        raise RequestInvalid(f"Last-Event-ID: expected the id of an event. Received {last_event_id!r}.")
-    return int(last_event_id)
-
-
 @router.get("/{run_id}/events", response_class=EventSourceResponse)
 async def stream_events(
     given: ServicesDep,
     run_id: Annotated[str, Depends(existing_run)],
-    after: Annotated[int, Depends(last_seen)],
+    after: Annotated[int, Header(alias="Last-Event-ID", ge=0, le=LARGEST_NUMBER)] = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream `progress`, `epoch`, `fold` and `state` events until the run is over.
 
@@ -60,9 +51,9 @@ async def stream_events(
 def _look(given: Services, run_id: str, after: int) -> tuple[list[RunEvent], bool]:
     """Return the next events, and whether the run is over."""
     with given.database.reading() as session:
-        events = list(runs.get_events(session, run_id, after))
-        run = session.get_one(runs.Run, run_id)
-        return events, run.state.is_final
+        # The state first: on PostgreSQL a run may end between the two, and its last event must not be missed.
+        is_over = session.get_one(runs.Run, run_id).state.is_final
+        return list(runs.get_events(session, run_id, after)), is_over
 
 
 def _payload(event: RunEvent) -> dict[str, object]:

@@ -37,8 +37,11 @@ class Metrics:
         for stage, milliseconds in timings_ms.items():
             self._stages.labels(stage).observe(milliseconds / 1000)
 
-    def page(self, jobs: Mapping[tuple[Queue, JobState], int]) -> bytes:
-        """Return the metrics as Prometheus reads them."""
+    def page(self, jobs: Mapping[tuple[Queue, JobState], int] | None) -> bytes:
+        """Return the metrics as Prometheus reads them; without `jobs` those of jobs are left out."""
+        if jobs is None:
+            self._jobs.clear()
+            return generate_latest(self._registry)
         for queue in Queue:
             for state in (JobState.QUEUED, JobState.RUNNING):
                 self._jobs.labels(queue.value, state.value).set(jobs.get((queue, state), 0))

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Query
-from sqlalchemy import ColumnElement, Select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import ColumnElement, Select, SQLColumnExpression
+from sqlalchemy.orm import Session
 
+from api.problems import shortened
 from errors import RequestInvalid
 
 Row = TypeVar("Row")
@@ -22,7 +23,7 @@ CursorQuery = Annotated[str | None, Query(description="`next_cursor` of the answ
 def page(
     session: Session,
     query: Select[*tuple[Any, ...]],
-    key: InstrumentedAttribute[str],
+    key: SQLColumnExpression[str],
     of: Callable[[Any], str],
     limit: int,
     cursor: str | None,
@@ -37,13 +38,13 @@ def page(
         key: the column to page by, the newest first unless `ascending`.
         of: the key of a row.
         limit: rows of a page.
-        cursor: where the page before ended.
+        cursor: where the page before ended; none, or an empty one, asks for the first page.
         ascending: whether keys grow from page to page.
 
     Raises:
         RequestInvalid: the cursor is none of ours.
     """
-    if cursor is not None:
+    if cursor:
         after = _decode(cursor)
         beyond: ColumnElement[bool] = key > after if ascending else key < after
         query = query.where(beyond)
@@ -58,6 +59,13 @@ def _encode(key: str) -> str:
 
 def _decode(cursor: str) -> str:
     try:
-        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        key = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, UnicodeDecodeError, ValueError) as error:
-        raise RequestInvalid(f"cursor: expected a next_cursor. Received {cursor!r}.", field="cursor") from error
+        raise _not_ours(cursor) from error
+    if "\0" in key:
+        raise _not_ours(cursor)
+    return key
+
+
+def _not_ours(cursor: str) -> RequestInvalid:
+    return RequestInvalid(f"cursor: expected a next_cursor. Received {shortened(cursor)}.", field="cursor")

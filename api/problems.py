@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import errors
 from errors import EspalierError, RecipeInvalid, RequestInvalid
@@ -18,6 +21,8 @@ from errors import EspalierError, RecipeInvalid, RequestInvalid
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:espalier:problem:"
 RETRY_AFTER_S = 1
+# As nginx counts requests whose client did not wait for the answer; no standard has a number for it.
+CLIENT_LEFT = 499
 
 log = structlog.get_logger()
 
@@ -93,18 +98,18 @@ def request_id(request: Request) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the app a problem."""
+    """Make every error of the app a problem. The handlers are coroutines: plain functions would wait for a thread."""
 
     @app.exception_handler(EspalierError)
-    def known(request: Request, error: EspalierError) -> JSONResponse:
+    async def known(request: Request, error: EspalierError) -> JSONResponse:
         return response(error, request_id(request))
 
     @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return response(_invalid(error), request_id(request))
 
     @app.exception_handler(HTTPException)
-    def http(request: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
         content: Problem = {
             "type": TYPE_PREFIX + status.phrase.lower().replace(" ", "-"),
@@ -112,27 +117,52 @@ def install(app: FastAPI) -> None:
             "status": status.value,
             "detail": f"{error.detail}. Received {request.method} {request.url.path}.",
         }
-        if status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            content |= {"type": TYPE_PREFIX + errors.TooLarge.code, "title": TABLE[errors.TooLarge][1]}
         return _answer(content, request_id(request), error.headers)
 
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        log.info("client left", path=request.url.path)
+        return Response(status_code=CLIENT_LEFT)  # read by nobody but the metrics
+
     @app.exception_handler(Exception)
-    def unknown(request: Request, error: Exception) -> JSONResponse:
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
         log.exception("request broke", path=request.url.path, exc_info=error)
         broken = EspalierError("This is a bug. The log has more under the request id.")
         return response(broken, request_id(request))
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
+
+
+def shortened(value: object) -> str:
+    """Return what was received in a form that fits into a sentence."""
+    return _SHORT.repr(value)
+
+
+def said(error: ErrorDetails) -> tuple[str, str]:
+    """Return what one error of a validation expected and what it received."""
+    if error["type"] == "json_invalid":
+        return "Expected JSON", f"something else: {error['ctx']['error']}"
+    return error["msg"], "nothing" if error["type"] == "missing" else shortened(error["input"])
+
+
 def _invalid(error: RequestValidationError) -> EspalierError:
     """Return what a failed validation says, with each field by the path that the client wrote."""
-    found = [
-        {"field": ".".join(str(part) for part in item["loc"][1:]) or str(item["loc"][0]), "message": item["msg"]}
-        for item in error.errors()
-    ]
+    found = []
+    for item in error.errors():
+        message, received = said(item)
+        found.append({"field": _field(item), "message": message, "received": received})
     first = found[0]
-    detail = f"{first['field']}: {first['message']}."
+    detail = f"{first['field']}: {first['message']}. Received {first['received']}."
     if len(found) > 1:
         detail += f" And {len(found) - 1} more; 'errors' lists them."
     if first["field"].startswith("recipe"):
         return RecipeInvalid(first["field"], detail, errors=found)
     return RequestInvalid(detail, field=first["field"], errors=found)
+
+
+def _field(error: ErrorDetails) -> str:
+    """Return the field by the path that the client wrote, or `body` for a body as a whole."""
+    where, *path = error["loc"]
+    return str(where) if not path or error["type"] == "json_invalid" else ".".join(map(str, path))

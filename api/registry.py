@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from api.bodies import JsonRoute
 from api.deps import PrincipalDep, ServicesDep
 from api.paging import CursorQuery, LimitQuery, page
-from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Page
+from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Number, Page
 from artifacts.recipe import NAME_PATTERN
 from artifacts.store import Digest
 from models import registry
@@ -45,7 +45,7 @@ def get_model(given: ServicesDep, principal: PrincipalDep, name: str) -> ModelOu
 
 
 @router.get("/{name}/versions/{version}")
-def get_version(given: ServicesDep, principal: PrincipalDep, name: str, version: int) -> ModelVersionOut:
+def get_version(given: ServicesDep, principal: PrincipalDep, name: str, version: Number) -> ModelVersionOut:
     """Show one version of a model."""
     with given.database.reading() as session:
         model = registry.get_model(session, principal, name)

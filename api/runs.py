@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
+from fastapi.responses import FileResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -26,7 +28,7 @@ from api.schemas import (
     WeightsOut,
 )
 from artifacts.catalogue import CATALOGUE, Backbone
-from artifacts.recipe import IMAGENET, RANDOM, Recipe, fill
+from artifacts.recipe import IMAGENET, RANDOM, ClassCount, Recipe, Task, fill
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
 from models import dataset as datasets
@@ -46,11 +48,10 @@ router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
 def start_run(response: Response, given: ServicesDep, principal: PrincipalDep, wanted: RunRequest) -> RunOut:
     """Train a model on a data set."""
     with given.database.writing() as session:
-        dataset = datasets.get_dataset(session, principal, wanted.dataset)
+        dataset = datasets.get_dataset(session, principal, wanted.dataset, for_change=True)
         version = datasets.ready_version(session, dataset, wanted.version)
         assert version.task is not None
-        _check_weights(session, wanted.recipe)
-        recipe = fill(wanted.recipe, version.task, version.class_counts)
+        recipe = _filled(session, wanted.recipe, version.task, version.class_counts)
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
         job = jobs.add_job(session, principal.project_id, JobKind.TRAIN, Queue.CPU, run.id)
         shown = _run_out(session, given, run)
@@ -87,17 +88,18 @@ def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunO
         return _run_out(session, given, run)
 
 
-@router.get("/runs/{run_id}/files/{name}", response_class=Response)
+@router.get("/runs/{run_id}/files/{name}", response_class=FileResponse)
 def get_file(
     given: ServicesDep, principal: PrincipalDep, run_id: str, name: Annotated[str, Path(max_length=128)]
-) -> Response:
+) -> FileResponse:
     """Return a file that a run made: its report, pictures, folds with out-of-fold logits."""
     with given.database.reading() as session:
         runs.get_run(session, principal, run_id)
         file = next((file for file in runs.get_artifacts(session, run_id) if file.name == name), None)
     if file is None:
         raise NotFound(f"Run {run_id} has no file {name!r}.")
-    return Response(given.store.read(Digest(file.sha256)), media_type=file.media_type)
+    path = given.store.verified_path(Digest(file.sha256))
+    return FileResponse(path, media_type=file.media_type, headers={"ETag": f'"{file.sha256}"'})
 
 
 @router.get("/backbones")
@@ -114,6 +116,16 @@ def list_backbones(given: ServicesDep) -> Page[BackboneOut]:
         ]
         items.append(_backbone_out(backbone, weights))
     return Page(items=items, next_cursor=None)
+
+
+def _filled(session: Session, recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> Recipe:
+    """Return the recipe as it will be trained. Raises RecipeInvalid, naming the field by its path in the request."""
+    try:
+        _check_weights(session, recipe)
+        return fill(recipe, task, classes)
+    except RecipeInvalid as error:
+        field = error.field if error.field == "dataset" else f"recipe.{error.field}"
+        raise RecipeInvalid(field, f"{field}: {error.detail}") from error
 
 
 def _check_weights(session: Session, recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
 from artifacts.layout import Split
 from artifacts.recipe import NAME_PATTERN, Recipe, Task
@@ -14,10 +14,19 @@ from models.run import RunState
 
 Item = TypeVar("Item")
 
+LARGEST_NUMBER = 2**31 - 1
+"""What a database keeps as a number of a version or an event."""
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("expected text without NUL characters")
+    return text
+
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="Lower-case letters, digits, '.', '_' and '-'.")]
-Problem = Annotated[
-    dict[str, Any], Field(description="A problem object (RFC 9457): type, title, status, detail and more.")
-]
+Id = Annotated[str, AfterValidator(_without_nul)]
+Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 
 
 class Schema(BaseModel):
@@ -30,6 +39,19 @@ class Request(Schema):
     """The root of all requests: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Problem(Schema):
+    """What went wrong (RFC 9457), with more fields by its type; in an answer also `request_id`, as the log has it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    """Stable; `urn:espalier:problem:…`."""
+    title: str
+    status: int
+    detail: str
+    """What was expected and what was received."""
 
 
 class Page(Schema, Generic[Item]):
@@ -87,6 +109,11 @@ class DatasetVersionOut(Schema):
     version: int
     state: DatasetState
     images: int
+    ignored: int
+    """Files that operating systems leave behind."""
+    refused: list[RefusedFile]
+    """The first thousand."""
+    refused_total: int
     progress: IngestProgress | None
     error: Problem | None
     created_at: datetime
@@ -141,9 +168,9 @@ class ImageOut(Schema):
 class RunRequest(Request):
     """What to train."""
 
-    dataset: str
+    dataset: Id
     """Id of the data set."""
-    version: Annotated[int, Field(ge=1)] | None = None
+    version: Number | None = None
     """Version of the data set; by default the newest that is ready."""
     name: Name
     """Name of the model that the run makes a version of."""
@@ -280,7 +307,7 @@ class ModelOut(Schema):
 class AliasRequest(Request):
     """Where to point an alias."""
 
-    version: Annotated[int, Field(ge=1)]
+    version: Number
 
 
 class AliasOut(Schema):

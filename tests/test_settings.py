@@ -1,10 +1,77 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
 from ops.document import TARGET, settings_page
 from settings import Settings
+
+OPERATORS = {
+    "DATABASE_URL": "postgresql://operator@127.0.0.1:1/precious",
+    "REDIS_URL": "redis://127.0.0.1:1",
+    "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
+    "ESPALIER_VAR": "/precious",
+    "ESPALIER_API_KEY": "correct horse battery staple",
+}
 
 
 def test_every_setting_is_documented_as_it_is() -> None:
     """After a change: python -m ops.document."""
     assert TARGET.read_text() == settings_page()
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_nothing_of_an_operator_reaches_a_test() -> None:
+    assert not OPERATORS.keys() & os.environ.keys()
+    assert not [name for name in os.environ if name.startswith("ESPALIER_")]
+
+
+def test_nothing_that_an_operator_exported_reaches_a_test() -> None:
+    this = f"{__file__}::test_nothing_of_an_operator_reaches_a_test"
+    command = [sys.executable, "-m", "pytest", "-q", this]
+    inner = subprocess.run(command, env=os.environ | OPERATORS, cwd=Path(__file__).parent.parent, capture_output=True)
+    assert inner.returncode == 0, inner.stdout.decode()
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*OPERATORS, "ESPALIER_API_HOST", "ESPALIER_API_PORT", "ESPALIER_ALLOWED_HOSTS"):
+        monkeypatch.setenv(name, "")
+    found = Settings()
+    assert found == Settings(api_host="127.0.0.1")
+    assert (found.redis_url, found.api_key, found.api_port) == (None, None, 8000)
+    assert found.database.startswith("sqlite:///") and found.mlflow == "http://127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n"])
+def test_a_key_that_is_blank_opens_nothing(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("ESPALIER_API_HOST", "0.0.0.0")
+    monkeypatch.setenv("ESPALIER_API_KEY", key)
+    with pytest.raises(ValidationError, match="ESPALIER_API_KEY"):
+        Settings()
+
+
+def test_a_key_may_end_in_the_newline_of_its_file() -> None:
+    key = Settings(api_key="correct horse battery staple\n").api_key
+    assert key is not None and key.get_secret_value() == "correct horse battery staple"
+
+
+def test_what_is_wrong_is_told_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_API_KEY", OPERATORS["ESPALIER_API_KEY"])
+    for wrong in ({"api_port": 99_999}, {"let_go_s": 1}):
+        with pytest.raises(ValidationError) as told:
+            Settings(**wrong)
+        assert OPERATORS["ESPALIER_API_KEY"] not in str(told.value)
+
+
+def test_only_formats_that_are_decoded_safely_may_be_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_IMAGE_FORMATS", "jpeg, Tiff")
+    assert Settings().image_limits.formats == ("JPEG", "TIFF")
+    for formats in ("EPS", "JPEG,PDF", "SVG", "JPEG2000", ","):
+        monkeypatch.setenv("ESPALIER_IMAGE_FORMATS", formats)
+        with pytest.raises(ValidationError, match="image_formats"):
+            Settings()

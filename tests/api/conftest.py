@@ -1,4 +1,7 @@
-"""An API in this process, with an SQLite database and no worker: for what needs none."""
+"""An API in this process without a worker, for what needs none.
+
+Its database is SQLite; a module that asks PostgreSQL too has a `database_url` of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,19 @@ from settings import Settings
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    found = Settings(var=tmp_path / "var", free_disk_bytes=0, archive_bytes=1_000_000, predict_bytes=200_000)
-    database = Database(found.database)
+def database_url(tmp_path: Path) -> str:
+    """Address of a migrated database."""
+    url = f"sqlite:///{tmp_path / 'test.db'}"
+    database = Database(url)
     upgrade(database)
     database.close()
-    return found
+    return url
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    limits = {"free_disk_bytes": 0, "archive_bytes": 1_000_000, "predict_bytes": 200_000, "image_bytes": 50_000}
+    return Settings(var=tmp_path / "var", DATABASE_URL=database_url, **limits)
 
 
 @pytest.fixture

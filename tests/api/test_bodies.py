@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sample
+import structlog
+from asgi import ask
 from fastapi.testclient import TestClient
 
 from api.deps import Services
@@ -125,6 +128,34 @@ def test_a_malformed_multipart_body_is_told(
     assert answer.status_code == 422
     assert expected in answer.json()["detail"]
     assert stored(services) == []
+
+
+def test_a_second_archive_in_one_form_is_refused(client: TestClient, services: Services) -> None:
+    files = [("archive", ("a.zip", ARCHIVE)), ("archive", ("b.zip", ARCHIVE))]
+    answer = client.post("/api/v1/datasets?name=x", files=files)
+    assert (answer.status_code, answer.json()["field"]) == (422, "archive")
+    assert "Received two" in answer.json()["detail"]
+    assert stored(services) == []
+
+
+@pytest.mark.parametrize("path", ["/api/v1/datasets?name=x", "/api/v1/runs"])
+def test_an_upload_that_its_client_gives_up_is_no_fault_of_ours(
+    client: TestClient, services: Services, path: str
+) -> None:
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": ARCHIVE[:500], "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    with structlog.testing.capture_logs() as logs:
+        status, _ = ask(client, "POST", path, receive)
+    assert status == 499
+    assert [(entry["event"], entry["log_level"]) for entry in logs] == [("client left", "info")]
+    assert stored(services) == []
+    assert 'status="500"' not in client.get("/metrics").text
 
 
 def test_images_cannot_be_added_to_what_is_not_there_or_not_idle(client: TestClient) -> None:

@@ -115,6 +115,18 @@ def test_a_wrong_method_is_a_problem_that_says_what_is_allowed(client: TestClien
     assert "DELETE /api/v1/runs" in answer.json()["detail"]
 
 
+def test_the_documentation_asks_for_the_key_where_there_is_one(guarded: TestClient, client: TestClient) -> None:
+    document = guarded.get("/openapi.json").json()
+    (scheme,) = document["components"]["securitySchemes"].values()
+    assert scheme == {"type": "http", "scheme": "bearer"}
+    assert document["security"] == [{name: [] for name in document["components"]["securitySchemes"]}]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            is_open = guarded.request("GET", path).status_code != 401
+            assert (operation.get("security") == []) == is_open, path
+    assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
+
+
 def test_the_key_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings(var=tmp_path, api_key=KEY)
     with caplog.at_level(logging.DEBUG):

@@ -1,28 +1,40 @@
-"""Routes without a worker: lists, refusals, documentation."""
+"""Routes without a worker, on each database: lists, refusals, documentation."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 import sample
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import event
 
 from api.deps import Services
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.manifest import dump
 from artifacts.recipe import ClassCount, Task
+from errors import Refused
 from models import dataset as datasets
 from models import registry
+from models import run as runs
 from models.dataset import DatasetVersion
 from models.registry import Weights
+from models.session import Database
 from settings import Settings
 
 SNAPSHOT = Path(__file__).parent / "openapi.json"
 ARCHIVE = sample.zipped(sample.coloured(per_class=2))
+
+
+@pytest.fixture
+def database_url(database: Database) -> str:
+    return database.engine.url.render_as_string(hide_password=False)
 
 
 def ready(client: TestClient, services: Services, counts: list[ClassCount], name: str = "ready") -> str:
@@ -103,18 +115,18 @@ def test_a_run_is_queued_with_every_default_filled_in(
 @pytest.mark.parametrize(
     ("recipe", "field"),
     [
-        ({"folds": {"k": 5}}, "folds.k"),
+        ({"folds": {"k": 5}}, "recipe.folds.k"),
         ({"folds": {"k": 1}}, "recipe.folds.k"),
-        ({"backbone": "xception", "image_size": 32}, "image_size"),
-        ({"backbone": "vgg16", "features_from": "block6"}, "features_from"),
+        ({"backbone": "xception", "image_size": 32}, "recipe.image_size"),
+        ({"backbone": "vgg16", "features_from": "block6"}, "recipe.features_from"),
         ({"backbone": "resnet51"}, "recipe.backbone"),
-        ({"weights": "mine"}, "weights"),
+        ({"weights": "mine"}, "recipe.weights"),
         ({"weights": "../x"}, "recipe.weights"),
         ({"mode": "fine-tuning"}, "recipe.mode"),
         ({"mode": "from-scratch"}, "recipe.mode"),
         ({"precision": "int8"}, "recipe.precision"),
         ({"augmentation": {"flip": True}}, "recipe.augmentation"),
-        ({"task": "binary"}, "task"),
+        ({"task": "binary"}, "recipe.task"),
         ({"task": "regression"}, "recipe.task"),
         ({"unfreeze": "block5"}, "recipe.unfreeze"),
         ({"epochs": 0}, "recipe.epochs"),
@@ -134,6 +146,7 @@ def test_an_impossible_recipe_is_refused_at_once_naming_the_field(
     assert answer.status_code == 422
     assert answer.json()["type"].endswith(":recipe-invalid")
     assert answer.json()["field"] == field
+    assert answer.json()["detail"].startswith(f"{field}: ")
     assert client.get("/api/v1/runs").json()["items"] == []
 
 
@@ -169,16 +182,48 @@ def test_a_run_needs_a_version_that_exists(client: TestClient, dataset: str, ver
     assert answer.status_code == (404 if version else 422)
 
 
-def test_a_body_that_is_no_json_is_told(client: TestClient) -> None:
-    answer = client.post("/api/v1/runs", content=b"{not json")
+@pytest.mark.parametrize("body", [b"{not json", b"\xff\xfe", b"[" * 100_000, b'{"version": ' + b"9" * 5000 + b"}"])
+def test_a_body_that_is_no_json_is_told(client: TestClient, body: bytes) -> None:
+    answer = client.post("/api/v1/runs", content=body)
     assert answer.status_code == 422
     assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["field"] == "body"
+    assert answer.json()["detail"].startswith("body: Expected JSON")
 
 
-def test_a_json_body_above_a_mebibyte_is_refused(client: TestClient) -> None:
-    answer = client.post("/api/v1/runs", json={"dataset": "x" * 2**20, "name": "m"})
+@pytest.mark.parametrize("way", ["announced", "streamed"])
+def test_a_json_body_above_a_mebibyte_is_refused(client: TestClient, way: str) -> None:
+    body = json.dumps({"dataset": "x" * 2**20, "name": "m"}).encode()
+    answer = client.post("/api/v1/runs", content=body if way == "announced" else iter([body]))
     assert answer.status_code == 413
     assert answer.json()["type"].endswith(":too-large")
+    received = f"{len(body)} bytes" if way == "announced" else "more than 1048576 bytes"
+    assert answer.json()["detail"] == f"Expected a body of at most 1 MiB. Received {received}."
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "application/json"])
+def test_a_json_body_is_read_whatever_it_is_called(client: TestClient, dataset: str, content_type: str) -> None:
+    order = json.dumps({"dataset": dataset, "name": "m"})
+    answer = client.post("/api/v1/runs", content=order, headers={"Content-Type": content_type})
+    assert answer.status_code == 202, answer.text
+
+
+@pytest.mark.parametrize(
+    ("order", "detail"),
+    [
+        ({"dataset": "ds_x", "name": "Upper"}, "Received 'Upper'"),
+        ({"dataset": "ds_x"}, "name: Field required. Received nothing."),
+        ({"dataset": 5, "name": "m"}, "Received 5."),
+        ({"dataset": "ds_x", "name": "m", "recipe": {"epochs": 0}}, "recipe.epochs: Input should be greater"),
+        ({"dataset": "ds_x", "name": "m", "recipe": {"epochs": 0}}, "Received 0."),
+        ({"dataset": "ds_x", "name": "m", "extra": "x" * 1000}, "xxx...xxx"),
+        ([], "body: "),
+    ],
+)
+def test_a_problem_says_what_was_expected_and_what_was_received(client: TestClient, order: Any, detail: str) -> None:
+    answer = client.post("/api/v1/runs", json=order)
+    assert answer.status_code == 422
+    assert detail in answer.json()["detail"] and len(answer.json()["detail"]) < 300
 
 
 def test_a_queued_run_is_cancelled_at_once_and_asking_twice_changes_nothing(client: TestClient, dataset: str) -> None:
@@ -213,7 +258,45 @@ def test_lists_are_paged_newest_first_without_gaps(client: TestClient, dataset: 
     assert seen == made[::-1]
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=201", "limit=x", "cursor=%F0%9F", "cursor=!!!"])
+def test_an_empty_cursor_asks_for_the_first_page(client: TestClient, dataset: str) -> None:
+    for path in ("/api/v1/datasets", f"/api/v1/datasets/{dataset}/images", "/api/v1/runs", "/api/v1/models"):
+        assert client.get(f"{path}?cursor=").json() == client.get(path).json()
+    assert client.get("/api/v1/datasets?cursor=").json()["items"]
+
+
+# Names in which databases' collations differ: upper case, accents, punctuation, and beyond 16 bits.
+_PATHS = ["a/1.png", "B/2.png", "a/Z.png", "a-b/3.png", "é/4.png", "e/5.png", "_/6.png", "😀/7.png", "\uffee/8.png"]
+
+
+def test_images_are_listed_in_the_order_of_the_manifest(
+    client: TestClient, services: Services, database: Database
+) -> None:
+    with database.writing() as session:
+        found = records.ready_version(session, images=[records.accepted(path) for path in _PATHS]).dataset_id
+    statements: list[str] = []
+    event.listen(services.database.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    seen: list[str] = []
+    cursor = ""
+    while cursor is not None:
+        page = client.get(f"/api/v1/datasets/{found}/images", params={"limit": 2, "cursor": cursor}).json()
+        seen += [image["path"] for image in page["items"]]
+        cursor = page["next_cursor"]
+    assert seen == sorted(_PATHS)
+    if not database.is_sqlite:  # this server has no other collation to be wrong in
+        last = next(one for one in reversed(statements) if "ORDER BY" in one and "membership" in one)
+        assert last.count('membership.path COLLATE "C"') == 2, "to order by, and to begin after"
+
+
+def test_an_empty_label_chooses_nothing(client: TestClient, database: Database) -> None:
+    images = [records.accepted("1.png"), records.accepted("2.png", label="rose")]
+    with database.writing() as session:
+        found = records.ready_version(session, images=images).dataset_id
+    for label, paths in [("", ["1.png", "2.png"]), ("rose", ["2.png"]), ("tulip", [])]:
+        page = client.get(f"/api/v1/datasets/{found}/images", params={"label": label}).json()
+        assert [image["path"] for image in page["items"]] == paths
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=201", "limit=x", "cursor=%F0%9F", "cursor=!!!", "cursor=AGE"])
 def test_a_wrong_page_is_told(client: TestClient, query: str) -> None:
     answer = client.get(f"/api/v1/runs?{query}")
     assert answer.status_code == 422
@@ -231,6 +314,86 @@ def test_events_are_streamed_and_resumed(client: TestClient, dataset: str) -> No
     assert rest.count("event: ") == 1 and "cancelled" in rest
     assert client.get(f"/api/v1/runs/{run}/events", headers={"Last-Event-ID": "x"}).status_code == 422
     assert client.get("/api/v1/runs/run_none/events").status_code == 404
+
+
+@pytest.mark.parametrize("number", [2**31, 10**30, -1, "9" * 5000], ids=["2^31", "10^30", "-1", "5000 digits"])
+def test_a_number_that_no_database_keeps_is_told(client: TestClient, dataset: str, number: Any) -> None:
+    run = start(client, dataset).json()["id"]
+    client.post(f"/api/v1/runs/{run}/cancel")
+    for answer in (
+        client.get(f"/api/v1/runs/{run}/events", headers={"Last-Event-ID": str(number)}),
+        client.get(f"/api/v1/datasets/{dataset}/images", params={"version": number}),
+        client.get(f"/api/v1/models/m/versions/{number}"),
+        client.post("/api/v1/models/m/predict", params={"version": number}, content=b"x"),
+    ):
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["field"] in ("Last-Event-ID", "version")
+    if isinstance(number, int):
+        for answer in (
+            client.post("/api/v1/runs", json={"dataset": dataset, "name": "m", "version": number}),
+            client.put("/api/v1/models/m/aliases/prod", json={"version": number}),
+        ):
+            assert (answer.status_code, answer.json()["field"]) == (422, "version")
+
+
+def test_a_nul_in_a_name_or_an_id_is_told(client: TestClient, dataset: str) -> None:
+    for path in (
+        "/api/v1/datasets/ds%00",
+        f"/api/v1/datasets/{dataset}/images?label=%00",
+        f"/api/v1/datasets/{dataset}/images/%00/thumbnail",
+        "/api/v1/runs/%00",
+        "/api/v1/runs/%00/events",
+        "/api/v1/runs/run_none/files/%00",
+        "/api/v1/models/%00",
+        "/api/v1/models/m/versions/1?x=%00",
+    ):
+        answer = client.get(path)
+        assert answer.status_code == 422, path
+        assert answer.json()["type"].endswith(":request-invalid") and "%00" in answer.json()["detail"]
+    assert client.delete("/api/v1/datasets/ds%00").status_code == 422
+    answer = client.post("/api/v1/runs", json={"dataset": "ds\0", "name": "m"})
+    assert (answer.status_code, answer.json()["field"]) == (422, "dataset")
+
+
+def test_a_file_of_a_run_is_sent_as_it_was_made_or_not_at_all(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    run = start(client, dataset).json()["id"]
+    digest = services.store.put(b"0123456789")
+    with services.database.writing() as session:
+        runs.add_artifact(session, run, "report.md", digest, 10, "text/markdown")
+    (file,) = client.get(f"/api/v1/runs/{run}").json()["files"]
+    answer = client.get(file["url"])
+    assert (answer.status_code, answer.content) == (200, b"0123456789")
+    assert answer.headers["content-type"].startswith("text/markdown")
+    assert answer.headers["etag"] == f'"{digest}"'
+    part = client.get(file["url"], headers={"Range": "bytes=2-4"})
+    assert (part.status_code, part.content) == (206, b"234")
+    services.store.place(digest).write_bytes(b"0123456780")
+    assert client.get(file["url"]).json()["type"].endswith(":corrupt")
+
+
+def test_a_version_that_was_rejected_later_says_which_files_were_refused(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    refused = [Refused("a/1.png", "it is empty"), Refused("a/2.png", "it is a text")]
+    with services.database.writing() as session:
+        found = session.get_one(datasets.Dataset, dataset)
+        version = datasets.add_version(session, found, records.digest("more"))
+        error = {"code": "dataset-refused", "detail": "Too many."}
+        datasets.mark_rejected(session, version.id, error, refused, ignored=3)
+    shown = client.get(f"/api/v1/datasets/{dataset}").json()
+    assert (shown["version"], shown["state"], shown["refused"], shown["refused_total"]) == (1, "ready", [], 0)
+    second, first = shown["versions"]
+    assert second["refused"] == [vars(file) for file in refused]
+    assert (second["refused_total"], second["ignored"]) == (2, 3)
+    assert second["error"] == {
+        "type": "urn:espalier:problem:dataset-refused",
+        "title": "Data set refused",
+        "status": 422,
+        "detail": "Too many.",
+    }
+    assert (first["refused"], first["refused_total"], first["ignored"], first["error"]) == ([], 0, 0, None)
 
 
 def test_backbones_are_listed_with_their_cut_points_and_imported_weights(
@@ -283,7 +446,39 @@ def test_an_old_schema_is_not_ready(client: TestClient, services: Services) -> N
     downgrade(services.database)
     answer = client.get("/readyz")
     assert answer.status_code == 503
-    assert "run the migrations" in answer.json()["checks"]["schema"]["detail"]
+    checks = answer.json()["checks"]
+    assert "run the migrations" in checks["schema"]["detail"]
+    assert not checks["workers"]["ok"], "their table is away"
+
+
+def swap(client: TestClient, **parts: Any) -> None:
+    """Replace parts of the process."""
+    state = client.app.state  # type: ignore[attr-defined]
+    state.services = replace(state.services, **parts)
+
+
+def test_a_part_that_breaks_in_any_way_is_named_and_the_others_are_still_asked(
+    client: TestClient, services: Services
+) -> None:
+    def broken() -> str:
+        raise RuntimeError("secret: Illegal instruction")
+
+    swap(client, probe_engine=broken)
+    shutil.rmtree(services.store.root)
+    answer = client.get("/readyz")
+    checks = answer.json()["checks"]
+    assert (answer.status_code, answer.json()["ready"]) == (503, False)
+    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema"}
+    assert checks["engine"]["detail"].startswith("RuntimeError") and "secret" not in answer.text
+    assert checks["disk"]["detail"].startswith("FileNotFoundError")
+
+
+def test_the_engine_is_asked_and_one_that_is_not_there_is_seen() -> None:
+    from api.probe import probe
+
+    assert probe("CPU")
+    with pytest.raises(RuntimeError):
+        probe("NO_SUCH_DEVICE")
 
 
 def test_metrics_count_requests_and_jobs(client: TestClient, dataset: str) -> None:
@@ -293,6 +488,35 @@ def test_metrics_count_requests_and_jobs(client: TestClient, dataset: str) -> No
     assert jobs["cpu", "queued"] == 1.0
     requests = [s for s in families["espalier_http_requests"].samples if s.labels["route"] == "/api/v1/runs"]
     assert [(s.labels["method"], s.labels["status"], s.value) for s in requests] == [("POST", "202", 1.0)]
+
+
+def test_metrics_are_answered_while_the_database_is_away(client: TestClient, dataset: str) -> None:
+    assert "espalier_jobs{" in client.get("/metrics").text
+    away = Database("postgresql://nobody@127.0.0.1:1/nothing")
+    swap(client, database=away)
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert "espalier_jobs{" not in answer.text and "espalier_http_requests_total{" in answer.text
+    away.close()
+
+
+def test_metrics_are_answered_without_a_schema(client: TestClient, services: Services) -> None:
+    from ops.migrate import downgrade
+
+    downgrade(services.database)
+    assert client.get("/metrics").status_code == 200
+
+
+def test_every_route_documents_its_problems(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for status in ("422", "4XX", "5XX"):
+                assert operation["responses"][status]["content"] == problem, (method, path, status)
+    assert not {"HTTPValidationError", "ValidationError"} & document["components"]["schemas"].keys()
+    real = client.get("/api/v1/runs/run_none").json()
+    assert set(document["components"]["schemas"]["Problem"]["required"]) < real.keys()
 
 
 def test_the_documentation_needs_no_other_server(client: TestClient) -> None:

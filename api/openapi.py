@@ -1,0 +1,51 @@
+"""The OpenAPI document: FastAPI's own, told of problems and of the key. Describes no route by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from api import problems
+from api.door import OPEN
+from api.schemas import Problem
+
+_ERRORS = {"422": "The request cannot be used as it is.", "4XX": "The request is refused.", "5XX": "It failed here."}
+
+
+def install(app: FastAPI, *, has_key: bool) -> None:
+    """Document every error as a problem and, where calls need a key, how to send it."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = plain()
+            _add_problems(document)
+            if has_key:
+                _add_key(document)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation says
+
+
+def _add_problems(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which is never sent
+        schemas.pop(name, None)
+    schemas["Problem"] = Problem.model_json_schema()
+    content = {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            responses |= {status: {"description": text, "content": content} for status, text in _ERRORS.items()}
+
+
+def _add_key(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path, operations in document["paths"].items():
+        if path.startswith(OPEN):
+            for operation in operations.values():
+                operation["security"] = []

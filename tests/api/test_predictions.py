@@ -1,0 +1,250 @@
+"""Predictions of models on an engine that needs no network: what is sent, what waits, what is turned away."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import records
+import sample
+from asgi import ask
+from fastapi.testclient import TestClient
+
+from api.deps import Services
+from api.predictions import Admission, Desk
+from artifacts.bundle import Bundle, Dense
+from artifacts.images import IMAGE_RULE
+from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.store import Digest
+from errors import Overloaded
+from inference import heads
+from inference.engine import Engine, FlatEngine
+from inference.shelf import Shelf
+from models import registry
+from settings import Settings
+
+PNG = sample.png(1)
+WARM, COLD = "/api/v1/models/warm/predict", "/api/v1/models/cold/predict"
+
+
+class Loads:
+    """Loads flat engines; those of `held` wait until the gate opens."""
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+        self.gate = threading.Event()
+        self.seen: list[str] = []
+
+    def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
+        self.seen.append(path.name)
+        if path.name in self.held:
+            assert self.gate.wait(30)
+        return FlatEngine()
+
+
+def flat_bundle(backbone: Digest) -> Bundle:
+    layers = (Dense(np.ones((48, 2), np.float32), np.zeros(2, np.float32), Activation.LINEAR),)
+    golden = np.zeros((1, 8, 8, 3), np.uint8)
+    return Bundle(
+        task=Task.MULTICLASS,
+        labels=("dark", "light"),
+        backbone=backbone,
+        engine="flat",
+        precision=Precision.FLOAT32,
+        image_rule=IMAGE_RULE,
+        size=8,
+        resize=Resize.SQUASH,
+        layers=layers,
+        golden_input=golden,
+        golden_output=heads.logits(layers, FlatEngine().features(golden)),
+    )
+
+
+def serve(client: TestClient, settings: Settings, loads: Loads) -> None:
+    """Have predictions answered on engines of `loads`."""
+    services: Services = client.app.state.services  # type: ignore[attr-defined]
+    shelf = Shelf(services.store, 1, 10**9, loads)
+    client.app.state.services = Services(**{**vars(services), "settings": settings, "shelf": shelf})  # type: ignore[attr-defined]
+    client.app.state.desk = Desk(settings, shelf)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def loads(client: TestClient, services: Services, settings: Settings) -> Iterator[Loads]:
+    """Two models on two backbones; the one of `cold` is held."""
+    found = Loads()
+    for name in ("warm", "cold"):
+        backbone = services.store.put(name.encode())
+        bundle = services.store.put(flat_bundle(backbone).dump())
+        with services.database.writing() as session:
+            run = records.queued_run(session, records.ready_version(session, name), name)
+            registry.add_model_version(session, records.PRINCIPAL, name, run.id, bundle, backbone)
+        if name == "cold":
+            found.held.add(backbone)
+    serve(client, settings.model_copy(update={"predict_deadline_s": 0.5}), found)
+    yield found
+    found.gate.set()
+
+
+# --- what is sent --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/x-www-form-urlencoded", "application/json", "image/png", "text/plain", None]
+)
+@pytest.mark.parametrize("body", [PNG, b' \n{"images": ["' + base64.b64encode(PNG) + b'"]}'], ids=["image", "json"])
+def test_a_raw_body_is_what_it_shows_whatever_it_is_called(
+    client: TestClient, loads: Loads, body: bytes, content_type: str | None
+) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = client.post(WARM, content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["predictions"]) == 1
+    assert answer.json()["timings_ms"].keys() == {"queue", "decode", "backbone", "head"}
+
+
+def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, loads: Loads) -> None:
+    files = [("images", ("a", PNG)), ("images", ("b", b"")), ("images", ("c", PNG))]
+    answer = client.post(WARM, files=files)
+    assert (answer.status_code, answer.json()["image"]) == (422, 1)
+    assert answer.json()["type"].endswith(":image-refused") and "Received an empty file" in answer.json()["detail"]
+    empty = client.post(WARM, json={"images": [base64.b64encode(PNG).decode(), ""]})
+    assert (empty.status_code, empty.json()["image"]) == (422, 1)
+
+
+def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loads: Loads) -> None:
+    large = PNG + bytes(50_000)
+    for sent in (
+        {"content": large},
+        {"files": [("images", ("a", PNG)), ("images", ("b", large))]},
+        {"json": {"images": [base64.b64encode(large).decode()]}},
+    ):
+        answer = client.post(WARM, **sent)  # type: ignore[arg-type]
+        assert answer.status_code == 413, answer.text
+        assert answer.json()["type"].endswith(":too-large")
+    assert "Expected a file of at most 0.0476837 MiB. Received 0.1 MiB" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("way", ["announced", "streamed"])
+def test_a_body_above_its_limit_is_too_large_and_the_answer_says_how_large(
+    client: TestClient, loads: Loads, way: str
+) -> None:
+    large = bytes(200_001)
+    answer = client.post(WARM, content=large if way == "announced" else iter([large]))
+    assert answer.status_code == 413
+    said = "200001 bytes" if way == "announced" else "more than 200000 bytes"
+    assert f"Received {said}" in answer.json()["detail"]
+
+
+def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: Loads) -> None:
+    for body, field, received in [
+        (b'{"images": ["not base64!"]}', "images.0", "not base64!"),
+        (b'{"images": []}', "images", "[]"),
+        (b'{"image": "x"}', "images", "nothing"),
+        (b"{oops", "body", "something else"),
+    ]:
+        answer = client.post(WARM, content=body).json()
+        assert answer["field"] == field
+        assert answer["detail"].startswith(f"{field}: ") and received in answer["detail"].split("Received")[1]
+
+
+# --- what waits ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(client: TestClient, loads: Loads) -> None:
+    for _ in range(3):
+        started = time.monotonic()
+        answer = client.post(COLD, content=PNG)
+        assert (answer.status_code, answer.json()["type"].rsplit(":")[-1]) == (504, "deadline-exceeded")
+        assert 0.4 < time.monotonic() - started < 5
+    loads.gate.set()
+    assert client.post(COLD, content=PNG).status_code == 200
+    assert len(loads.seen) == 1
+
+
+def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, loads: Loads, settings: Settings) -> None:
+    serve(client, settings.model_copy(update={"predict_deadline_s": 20.0}), loads)
+    with ThreadPoolExecutor(60) as pool:
+        waiting = [pool.submit(client.post, COLD, content=PNG) for _ in range(60)]
+        while not loads.seen:
+            time.sleep(0.01)
+        started = time.monotonic()
+        assert client.post(WARM, content=PNG).status_code == 200
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/api/v1/models").status_code == 200
+        assert time.monotonic() - started < 10
+        assert not any(one.done() for one in waiting)
+        loads.gate.set()
+        assert {one.result().status_code for one in waiting} == {200}
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
+    client: TestClient, loads: Loads, services: Services
+) -> None:
+    backbone = services.store.place(next(iter(loads.held)))  # type: ignore[arg-type]
+    kept = backbone.read_bytes()
+    backbone.write_bytes(b"something else")
+    answer = client.post(COLD, content=PNG)
+    assert (answer.status_code, answer.json()["type"].rsplit(":")[-1]) == (500, "corrupt")
+    backbone.write_bytes(kept)
+    loads.gate.set()
+    assert client.post(COLD, content=PNG).status_code == 200
+
+
+def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Loads) -> None:
+    async def receive() -> dict[str, Any]:
+        if not sent:
+            sent.append(b"half")
+            return {"type": "http.request", "body": b"half", "more_body": True}
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    sent: list[bytes] = []
+    status, problem = ask(client, "POST", WARM, receive)
+    assert (status, problem["type"].rsplit(":")[-1]) == (504, "deadline-exceeded")
+    assert "Received 4 bytes, then nothing" in problem["detail"]
+
+
+# --- what is turned away -------------------------------------------------------------------------------------------
+
+
+def test_admission_counts_images_and_bytes_and_lets_an_idle_service_take_any() -> None:
+    admission = Admission(limit_images=4, limit_bytes=100)
+    with admission.admit(1000) as take:
+        take(30)
+        with pytest.raises(Overloaded, match="at most 4 images"), admission.admit(1):
+            pass
+    with admission.admit(50) as take:
+        with pytest.raises(Overloaded, match="at most 100 bytes"), admission.admit(51):
+            pass
+        with admission.admit(50):
+            take(2)
+            with pytest.raises(Overloaded, match="Received 1 while 4 are"):
+                take(1)
+        with admission.admit(50) as take_more, pytest.raises(Overloaded, match="Received 2 while 4 are"):
+            take_more(2)
+    with admission.admit(100), pytest.raises(RuntimeError), admission.admit(0):
+        raise RuntimeError("what fails gives its places back")
+    with admission.admit(0) as take:
+        take(3)
+
+
+def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, loads: Loads) -> None:
+    read = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read = True
+        return {"type": "http.request", "body": PNG, "more_body": False}
+
+    desk: Desk = client.app.state.desk  # type: ignore[attr-defined]
+    with desk.admission.admit(10**9):
+        status, problem = ask(client, "POST", WARM, receive)
+        assert (status, problem["type"].rsplit(":")[-1], read) == (503, "overloaded", False)
+    assert ask(client, "POST", WARM, receive)[0] == 200
