@@ -8,6 +8,7 @@ is an antialiased bilinear resize of RGB. Changing any of it means a new rule nu
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +32,17 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image may be at most, at both doors. `size_bytes` in bytes, `side` in pixels."""
+    """What one image may be at most, at both doors. `size_bytes` in bytes, `side` in pixels.
+
+    `scans` are the passes over the whole picture that a JPEG asks for: 25 ms each at 40 megapixels, for a few hundred
+    bytes. A progressive one has about ten.
+    """
 
     size_bytes: int = 20 * MIB
     pixels: int = 40_000_000
     side: int = 16_384
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+    scans: int = 100
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,8 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
                     f"Expected at most {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels a side. "
                     f"Received {width:,} × {height:,}."
                 )
+            if image.format in ("JPEG", "MPO") and _has_more_scans(data, limits.scans):
+                raise ImageRefused(f"Expected a JPEG of at most {limits.scans} scans. Received more.")
             yield image
     except UnidentifiedImageError as error:
         raise ImageRefused(f"Expected an image ({', '.join(limits.formats)}). Received something else.") from error
@@ -127,6 +135,23 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # decoders raise whatever they stumble over: TypeError, AssertionError, MemoryError
         raise ImageRefused(f"The image is damaged: {str(error) or type(error).__name__}.") from error
+
+
+_SCAN = b"\xff\xda"
+_END = b"\xd9"
+# Not those without content: restarts, stuffed zeros and what the decoder skips.
+_SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
+
+
+def _has_more_scans(data: bytes, most: int) -> bool:
+    """Say whether a JPEG has more scans than `most`, as its decoder counts: none in thumbnails or after its end."""
+    if data.count(_SCAN) <= most:
+        return False
+    scans, at = 0, 2
+    while scans <= most and (segment := _SEGMENT.search(data, at)) is not None and segment[1] != _END:
+        scans += segment[1] == _SCAN[1:]
+        at = segment.end() + max(2, int.from_bytes(data[segment.end() : segment.end() + 2]))
+    return scans > most
 
 
 _TURNS = {

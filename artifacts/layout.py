@@ -78,6 +78,11 @@ def from_folders(paths: Sequence[str]) -> Layout:
         raise LayoutUnknown(f"The archive is empty. {_EXPECTED}")
     splits = {parts[0].lower() for parts in inner if len(parts) > 1}
     has_splits = splits <= _SPLITS.keys() and any(len(parts) == 3 for parts in inner)
+    if splits and splits <= _SPLITS.keys() and not has_splits:
+        raise LayoutUnknown(
+            f"{_EXPECTED} Splits have class folders in them (train/daisy/1.jpg, test/daisy/2.jpg). Received images "
+            f"right in {' and '.join(sorted(splits))}, which says nothing of their classes."
+        )
     depth = 3 if has_splits else 2
     samples, refused = [], []
     for path, parts in zip(paths, inner, strict=True):
@@ -201,9 +206,11 @@ def _check_groups(samples: Iterable[Sample]) -> None:
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """See that no two class names look the same to a reader. Raises LayoutUnknown."""
+    """See that no two class names look the same to a reader, or one like several. Raises LayoutUnknown."""
     seen: dict[str, str] = {}
     for name in sorted(names):
+        if "|" in name:
+            raise LayoutUnknown(f"Expected class names without |, which separates labels. Received {name!r}.")
         folded = unicodedata.normalize("NFKC", name).casefold()
         if folded in seen:
             raise LayoutUnknown(

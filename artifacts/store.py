@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -54,6 +55,16 @@ class Store:
             for chunk in (chunks,) if isinstance(chunks, bytes) else chunks:
                 writer.write(chunk)
             return writer.commit()
+
+    def drop_unfinished(self, older_than_s: float = 86_400.0) -> int:
+        """Remove what writers that were killed left behind; return how many files."""
+        dropped = 0
+        for file in self._incoming.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # its writer ends just now, or another process drops it too
+                if file.stat().st_mtime < time.time() - older_than_s:
+                    file.unlink()
+                    dropped += 1
+        return dropped
 
     def has(self, digest: Digest) -> bool:
         """Say whether the file is here."""

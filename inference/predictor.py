@@ -68,15 +68,16 @@ class Predictor:
 
         Raises:
             ImageRefused: an image cannot be used; `image` is its position.
-            DeadlineExceeded: the engine was busy for longer than `deadline_s`.
+            DeadlineExceeded: decoding and waiting for the engine took longer than `deadline_s`.
         """
         bundle = self.bundle
         started = time.perf_counter()
-        pixels = np.stack([self._decode(position, file, limits) for position, file in enumerate(files)])
+        until = started + deadline_s
+        pixels = np.stack([self._decode(position, file, limits, until) for position, file in enumerate(files)])
         decoded = time.perf_counter()
-        if not self._turn.acquire(timeout=deadline_s):
+        if not self._turn.acquire(timeout=max(0.0, until - decoded)):
             raise DeadlineExceeded(
-                f"The engine was busy for {deadline_s:g} s. Try again, or send fewer images at once."
+                f"The engine was still busy after {deadline_s:g} s. Try again, or send fewer images at once."
             )
         try:
             waited = time.perf_counter()
@@ -103,7 +104,9 @@ class Predictor:
             head=1000 * (finished - computed),
         )
 
-    def _decode(self, position: int, file: bytes, limits: ImageLimits) -> Pixels:
+    def _decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
+        if time.perf_counter() > until:
+            raise DeadlineExceeded(f"Only {position} images were decoded in time. Send fewer or smaller ones at once.")
         try:
             return images.decode(file, self.bundle.size, self.bundle.resize, limits)
         except ImageRefused as error:

@@ -34,6 +34,19 @@ class _Place:
     size_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class _Model:
+    """A bundle that is loaded, and the bytes that it takes."""
+
+    predictor: Predictor
+    size_bytes: int
+
+    @property
+    def engine(self) -> tuple[Digest, Precision]:
+        """The key of its backbone."""
+        return self.predictor.bundle.backbone, self.predictor.bundle.precision
+
+
 class Shelf:
     """Predictors by bundle digest."""
 
@@ -44,22 +57,25 @@ class Shelf:
         self._load = load
         self._lock = threading.Lock()
         self._engines: OrderedDict[tuple[Digest, Precision], _Place] = OrderedDict()
-        self._predictors: dict[Digest, Predictor] = {}
+        self._models: OrderedDict[Digest, _Model] = OrderedDict()
 
     def predictor(self, digest: Digest) -> Predictor:
         """Return the predictor of a bundle, loading what is missing. Raises NotFound, Corrupt or BundleRefused."""
         with self._lock:
-            predictor = self._predictors.get(digest)
-            if predictor is not None:
-                self._engines.move_to_end((predictor.bundle.backbone, predictor.bundle.precision))
-                return predictor
-        bundle = bundles.load(self._store.read(digest))
+            model = self._models.get(digest)
+            if model is not None:
+                self._models.move_to_end(digest)
+                self._engines.move_to_end(model.engine)
+                return model.predictor
+        data = self._store.read(digest)
+        bundle = bundles.load(data)
         engine, turn = self._engine(bundle.backbone, bundle.precision)
         predictor = Predictor(bundle, engine, turn)
         predictor.check()
         with self._lock:
             if (bundle.backbone, bundle.precision) in self._engines:  # else it was dropped meanwhile; serve this once
-                self._predictors[digest] = predictor
+                self._models[digest] = _Model(predictor, len(data))
+                self._make_room()
         return predictor
 
     def _engine(self, backbone: Digest, precision: Precision) -> tuple[Engine, threading.Lock]:
@@ -77,19 +93,34 @@ class Shelf:
                         self._engines.pop((backbone, precision), None)
                     raise
             engine = place.engine
-        self._make_room()
+        with self._lock:
+            self._make_room()
         return engine, place.turn
 
     def _make_room(self) -> None:
-        """Drop the backbones that were not asked for longest, but never the last one."""
-        with self._lock:
-            while len(self._engines) > 1 and self._size_bytes() > self._budget_bytes:
-                (backbone, precision), _ = self._engines.popitem(last=False)
-                self._predictors = {
-                    digest: predictor
-                    for digest, predictor in self._predictors.items()
-                    if (predictor.bundle.backbone, predictor.bundle.precision) != (backbone, precision)
-                }
+        """Drop what was not asked for longest, but never the newest; the caller holds the lock.
 
-    def _size_bytes(self) -> int:
+        Backbones that are too large together go with every model on them. If it is the many models, those go one by
+        one, and a backbone after the last one on it.
+        """
+        while self._networks_bytes() + self._models_bytes() > self._budget_bytes:
+            used = {model.engine for model in self._models.values()}
+            oldest, *others = self._engines
+            idle = next((key for key in (oldest, *others[:-1]) if key not in used), None) if others else None
+            if idle is not None:
+                del self._engines[idle]
+            elif others and self._networks_bytes() > self._budget_bytes:
+                del self._engines[oldest]
+                self._models = OrderedDict(
+                    (key, model) for key, model in self._models.items() if model.engine != oldest
+                )
+            elif len(self._models) > 1:
+                self._models.popitem(last=False)
+            else:
+                return
+
+    def _networks_bytes(self) -> int:
         return sum(place.size_bytes for place in self._engines.values())
+
+    def _models_bytes(self) -> int:
+        return sum(model.size_bytes for model in self._models.values())

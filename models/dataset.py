@@ -13,18 +13,19 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    ColumnElement,
     ForeignKey,
     Index,
     Integer,
     String,
     UniqueConstraint,
     delete,
-    insert,
     select,
     text,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from artifacts.images import ImageFacts
@@ -146,12 +147,16 @@ class Accepted:
 # --- finding -------------------------------------------------------------------------------------------------------
 
 
-def get_dataset(session: Session, principal: Principal, dataset_id: str) -> Dataset:
-    """Return a data set that is not deleted. Raises NotFound."""
+def get_dataset(session: Session, principal: Principal, dataset_id: str, *, for_change: bool = False) -> Dataset:
+    """Return a data set that is not deleted. Raises NotFound.
+
+    With `for_change` its row is held until the transaction ends: adding a version, starting a run and deleting wait
+    for each other, and each sees what the one before did.
+    """
     query = select(Dataset).where(
         Dataset.id == dataset_id, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
     )
-    dataset = session.scalar(query)
+    dataset = session.scalar(query.with_for_update() if for_change else query)
     if dataset is None:
         raise NotFound(f"No data set has the id {dataset_id!r}.")
     return dataset
@@ -166,6 +171,15 @@ def get_versions(session: Session, dataset_id: str) -> Sequence[DatasetVersion]:
 def current_version(versions: Sequence[DatasetVersion]) -> DatasetVersion:
     """Return the version that a data set shows: the newest that is ready, else the newest of all."""
     return next((version for version in versions if version.state is DatasetState.READY), versions[0])
+
+
+def path_order(session: Session) -> ColumnElement[str]:
+    """Return what to sort memberships by for the order of a manifest, which is Python's.
+
+    SQLite compares bytes by itself; PostgreSQL compares by the rules of a language unless told otherwise.
+    """
+    is_postgresql = session.get_bind().dialect.name == "postgresql"
+    return Membership.path.collate("C") if is_postgresql else Membership.path.expression
 
 
 def ready_version(session: Session, dataset: Dataset, number: int | None) -> DatasetVersion:
@@ -204,8 +218,12 @@ def create_dataset(session: Session, principal: Principal, name: str) -> Dataset
     """Add a data set without versions. Raises NameTaken."""
     check_name(session, principal, name)
     dataset = Dataset(project_id=principal.project_id, name=name)
-    session.add(dataset)
-    session.flush()
+    try:
+        with session.begin_nested():
+            session.add(dataset)
+    except IntegrityError:  # somebody else took the name after the look above
+        check_name(session, principal, name)
+        raise
     return dataset
 
 
@@ -252,11 +270,9 @@ def wait_again(session: Session, version_id: str) -> None:
 
 
 def add_images(session: Session, project_id: str, version_id: str, accepted: Sequence[Accepted]) -> None:
-    """Add images and their membership in a version that is being ingested."""
+    """Add images and their membership in a version that is being ingested; those that are there stay as they are."""
     if not accepted:
         return
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    known = dialect.insert(Image).on_conflict_do_nothing(index_elements=["project_id", "sha256"])
     files = [
         {
             "project_id": project_id,
@@ -268,13 +284,14 @@ def add_images(session: Session, project_id: str, version_id: str, accepted: Seq
         }
         for image in {image.row.sha256: image for image in accepted}.values()
     ]
-    session.execute(known, files)
+    _add_missing(session, Image, files)
     query = select(Image.sha256, Image.id).where(
         Image.project_id == project_id, Image.sha256.in_([file["sha256"] for file in files])
     )
     ids = dict(session.execute(query).all())
-    session.execute(
-        insert(Membership),
+    _add_missing(
+        session,
+        Membership,
         [
             {
                 "version_id": version_id,
@@ -291,7 +308,10 @@ def add_images(session: Session, project_id: str, version_id: str, accepted: Seq
 
 
 def copy_memberships(session: Session, from_version: str, to_version: str, after_path: str, limit: int) -> str | None:
-    """Copy up to `limit` rows after `after_path` into another version; return the last path, None at the end."""
+    """Copy up to `limit` rows after `after_path` into another version; return the last path, None at the end.
+
+    Rows that are there already stay as they are.
+    """
     columns = [column for column in Membership.__table__.columns if column.name != "version_id"]
     query = (
         select(*columns)
@@ -302,8 +322,14 @@ def copy_memberships(session: Session, from_version: str, to_version: str, after
     rows = session.execute(query).all()
     if not rows:
         return None
-    session.execute(insert(Membership), [{**row._mapping, "version_id": to_version} for row in rows])
+    _add_missing(session, Membership, [{**row._mapping, "version_id": to_version} for row in rows])
     return str(rows[-1].path)
+
+
+def _add_missing(session: Session, record: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    """Add those rows whose keys are not there yet."""
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    session.execute(dialect.insert(record).on_conflict_do_nothing(), rows)
 
 
 def mark_ready(

@@ -57,6 +57,9 @@ class Queue(StrEnum):
     TRACKING = "tracking"
 
 
+# The longest wait between two attempts.
+BACK_OFF_S = 60.0
+
 _UNFINISHED = text("state IN ('queued', 'running')")
 
 
@@ -155,10 +158,12 @@ def add_job(session: Session, project_id: str, kind: JobKind, queue: Queue, subj
 
 def claim(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
     """Take the eligible job that waits longest, highest priority first; None if there is none."""
+    # Further ahead than any wait: the clock was set back since.
+    longest = now() + timedelta(seconds=BACK_OFF_S)
+    is_due = or_(Job.next_attempt_at.is_(None), Job.next_attempt_at <= now(), Job.next_attempt_at > longest)
     eligible = (
         select(Job.id)
-        .where(Job.state == JobState.QUEUED, Job.queue.in_(queues))
-        .where(or_(Job.next_attempt_at.is_(None), Job.next_attempt_at <= now()))
+        .where(Job.state == JobState.QUEUED, Job.queue.in_(queues), is_due)
         .order_by(Job.priority.desc(), Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -297,12 +302,15 @@ def attempts_are_used_up(job: Job) -> bool:
 
 def back_off_s(attempt: int) -> float:
     """Return the seconds to wait before the attempt after this one: doubled each time, at most a minute."""
-    return float(min(60, 2 ** min(attempt, 6)))
+    return min(BACK_OFF_S, 2.0 ** min(attempt, 6))
 
 
 def is_retried(job: Job, error: EspalierError) -> bool:
-    """Say whether a job that failed this way gets another attempt."""
-    return error.is_transient and not attempts_are_used_up(job)
+    """Say whether a job that failed this way gets another attempt.
+
+    A publication always does: what it owes would at once become a new job, which knows nothing of waiting.
+    """
+    return (error.is_transient or job.kind is JobKind.PUBLISH) and not attempts_are_used_up(job)
 
 
 # --- MLflow ----------------------------------------------------------------------------------------------------------

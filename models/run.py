@@ -129,6 +129,11 @@ def get_events(session: Session, run_id: str, after: int, limit: int = 500) -> S
     return session.scalars(query.order_by(RunEvent.seq).limit(limit)).all()
 
 
+def last_event(session: Session, run_id: str) -> int:
+    """Return the number of a run's last event; 0 before the first."""
+    return session.scalar(select(func.max(RunEvent.seq)).where(RunEvent.run_id == run_id)) or 0
+
+
 def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
     """Say whether a run on one of these data set versions is queued or running."""
     states = (RunState.QUEUED, RunState.RUNNING)
@@ -202,8 +207,8 @@ def _change(session: Session, run_id: str, state: RunState, values: Mapping[str,
 
 def add_event(session: Session, run_id: str, kind: EventKind, payload: dict[str, Any]) -> None:
     """Append an event; the caller holds the run's lease or its row, so that numbers do not clash."""
-    last = session.scalar(select(func.max(RunEvent.seq)).where(RunEvent.run_id == run_id)) or 0
-    session.add(RunEvent(run_id=run_id, seq=last + 1, kind=kind, payload=payload))
+    seq = last_event(session, run_id) + 1
+    session.add(RunEvent(run_id=run_id, seq=seq, kind=kind, payload=payload))
     session.flush()
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, select, text, update
 from sqlalchemy.orm import Session
 from waiting import until
 
+from errors import Unavailable
 from models import job as jobs
 from models.base import now
 from models.job import Job, JobKind, JobState, Lease, Queue
@@ -64,6 +65,21 @@ class Outage:
         engine.dispose()
 
 
+class Forgetful(Database):
+    """A database whose connection is cut after every other commit: it was written, and the writer never hears so."""
+
+    _is_cut = False
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """Open a transaction and commit it at the end. Raises Unavailable every other time, after the commit."""
+        with super().writing() as session:
+            yield session
+        self._is_cut = not self._is_cut
+        if self._is_cut:
+            raise Unavailable("The connection was cut during the commit.")
+
+
 class StartLoop(Protocol):
     """Start a loop that is drained at the end of the test."""
 
@@ -80,17 +96,19 @@ class StartLoop(Protocol):
 
 
 @contextmanager
-def claimed_work(database: Database, draining: threading.Event | None = None) -> Iterator[Work]:
-    """Claim the next job and hold it while a block runs, without a loop."""
+def claimed_work(
+    database: Database, draining: threading.Event | None = None, through: Database | None = None
+) -> Iterator[Work]:
+    """Claim the next job and hold it while a block runs, without a loop; the work itself may go `through` another."""
     with database.writing() as session:
         job = jobs.claim(session, list(Queue), "here")
     assert job is not None
     with Holder(database, Lease(job.id, job.lease_epoch), QUICK, draining or threading.Event()) as holder:
-        yield Work(database, job, holder)
+        yield Work(through or database, job, holder)
 
 
 def slow_jpeg(scans: int, side: int = 4000) -> bytes:
-    """Return a small valid JPEG that takes long to decode: its last scan again and again, about 10 ms each."""
+    """Return a small JPEG that takes long to decode: its last scan again and again, about 10 ms each at this side."""
     buffer = io.BytesIO()
     Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
     whole = buffer.getvalue()

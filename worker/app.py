@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 import structlog
@@ -43,12 +44,14 @@ class WorkerService:
             cancel_every_s=settings.cancel_every_s,
             stall_s=settings.stall_s,
         )
-        handlers = make_handlers(settings)
+        self._store = Store(settings.store_folder.absolute())
+        handlers = make_handlers(settings, self._store)
         self._loops = [Loop(self.database, queue, handlers, name, timings) for queue in self.queues]
         self._sweeper = Sweeper(self.database, self.queues, handlers, name, timings)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begin to work, after clearing away what killed processes left half written."""
+        self._store.drop_unfinished()
         for loop in self._loops:
             loop.start()
         self._sweeper.start()
@@ -67,16 +70,16 @@ class WorkerService:
     def stop(self) -> None:
         """Drain and wait for the end of it."""
         self.drain()
+        until = time.monotonic() + _DRAIN_S
         for loop in self._loops:
-            loop.join(_DRAIN_S)
+            loop.join(max(0.0, until - time.monotonic()))
         self._sweeper.stop()
         self.database.close()
         log.info("worker stopped")
 
 
-def make_handlers(settings: Settings) -> Mapping[JobKind, Handler]:
+def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]:
     """Return what does each kind of job."""
-    store = Store(settings.store_folder.absolute())
     limits = IngestLimits(
         archive=settings.archive_limits,
         image=settings.image_limits,

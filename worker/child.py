@@ -29,7 +29,7 @@ from errors import DatasetRefused, EspalierError, ImageRefused, OutOfMemory, Ref
 from worker import weights
 from worker.weights import Source
 
-_PROGRESS_EVERY_S = 1.0
+_SAY_EVERY_S = 1.0
 
 
 class Channel:
@@ -150,7 +150,7 @@ def _limit_cpu(seconds: int) -> None:
 
 
 def train(order: Mapping[str, Any], channel: Channel) -> None:
-    """Run an experiment, sending `progress`, `epoch` and `fold`, then `outcome`."""
+    """Run an experiment, sending `progress`, `epoch`, `fold` and `alive`, then `outcome`."""
     store = Store(Path(order["store"]))
     recipe = Recipe.model_validate(order["recipe"])
     source = _weights(order, recipe, store, channel)
@@ -183,18 +183,24 @@ def train(order: Mapping[str, Any], channel: Channel) -> None:
 
 
 class _Reporter:
-    """Sends what an experiment reports, its progress at most once a second."""
+    """Sends what an experiment reports, its progress and that it lives at most once a second."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._stage: str | None = None
-        self._sent_at = 0.0
+        self._told_at = self._alive_at = 0.0
 
     def progress(self, **state: Any) -> None:
         now = time.monotonic()
-        if state["stage"] != self._stage or now - self._sent_at >= _PROGRESS_EVERY_S:
-            self._stage, self._sent_at = state["stage"], now
+        if state["stage"] != self._stage or now - self._told_at >= _SAY_EVERY_S:
+            self._stage, self._told_at = state["stage"], now
             self._channel.send("progress", state=state)
+
+    def alive(self) -> None:
+        now = time.monotonic()
+        if now - self._alive_at >= _SAY_EVERY_S:
+            self._alive_at = now
+            self._channel.send("alive")
 
     def epoch(self, fold: int | None, number: int, metrics: dict[str, float]) -> None:
         self._channel.send("epoch", fold=fold, epoch=number, metrics=metrics)

@@ -20,7 +20,9 @@ from artifacts.recipe import ClassCount, Task
 from artifacts.store import Digest, Store
 from errors import DatasetRefused, EspalierError, Refused, Unavailable
 from models import dataset as datasets
-from models.dataset import Accepted, DatasetState, DatasetVersion
+from models import job as jobs
+from models.dataset import Accepted, Dataset, DatasetState, DatasetVersion
+from models.job import JobKind, Queue
 from models.reference import collect, lock_files
 from worker.loop import Complete, Reason, Stopped, Work
 from worker.process import Child, Died, Message
@@ -108,6 +110,10 @@ class Ingest:
     def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
         datasets.mark_rejected(session, subject_id, error)
         collect(session, self._store, datasets.forget_archive(session, subject_id))
+        version = session.get_one(DatasetVersion, subject_id)
+        project_id = session.get_one(Dataset, version.dataset_id).project_id
+        # For the images that its attempts wrote: too many for the one transaction that this is.
+        jobs.add_job(session, project_id, JobKind.PURGE, Queue.INGEST, subject_id)
 
     def cancelled(self, session: Session, subject_id: str) -> None:
         error = DatasetRefused("The data set was deleted while it was being taken in.")
@@ -213,11 +219,15 @@ class Ingest:
             raise Unavailable("A file was removed with another data set just when this one took it over; once more.")
 
     def _readiness(self, work: Work, intake: _Intake, task: Task, rows: Sequence[Row]) -> Complete:
-        digest = self._store.put(manifest.dump(rows))
+        lines = manifest.dump(rows)
+        digest = self._store.put(lines)
         targets = [row.target for row in rows if row.target is not None]
         target = {"min": min(targets), "max": max(targets), "mean": sum(targets) / len(targets)} if targets else None
 
         def complete(session: Session) -> None:
+            lock_files(session)
+            if not self._store.has(digest):  # a deleted data set was the same, and its purge took the file
+                self._store.put(lines)
             datasets.mark_ready(
                 session,
                 work.subject_id,
@@ -258,10 +268,11 @@ class Ingest:
         for start in range(0, len(files), _ROWS_PER_WRITE):
             with work.database.writing() as session:
                 collect(session, self._store, files[start : start + _ROWS_PER_WRITE])
+            work.moved()
 
 
 class Purge:
-    """The job that drops what a deleted data set held."""
+    """The job that drops what a deleted data set held, or a version that was given up."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -269,7 +280,8 @@ class Purge:
     def run(self, work: Work) -> Complete:
         """Drop the images, then the manifests, once no ingest of the data set is under way or about to be."""
         with work.database.reading() as session:
-            versions = datasets.get_versions(session, work.subject_id)
+            given_up = session.get(DatasetVersion, work.subject_id)
+            versions = datasets.get_versions(session, work.subject_id) if given_up is None else [given_up]
         if any(version.state not in (DatasetState.READY, DatasetState.REJECTED) for version in versions):
             raise Unavailable("An ingest of the deleted data set has not ended yet.")
         drop_images(work, self._store, [version.id for version in versions])
@@ -299,7 +311,7 @@ def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
         return dropped > 0
 
     while work.write(change):
-        work.moved()
+        pass
 
 
 def _add_images(session: Session, project_id: str, version_id: str, images: Sequence[Accepted]) -> None:

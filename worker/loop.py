@@ -97,14 +97,17 @@ class Work:
     def write(self, change: Callable[[Session], T]) -> T:
         """Run `change` in one transaction, fenced by the lease; waits out a database that is away.
 
-        Raises Stopped once the lease is lost.
+        A connection that is lost in the middle of a commit leaves open whether it was written: `change` runs again
+        then, and must bear that it was. Raises Stopped once the lease is lost.
         """
         while True:
             self.check()
             try:
                 with self.database.writing() as session:
                     jobs.hold(session, self.lease)
-                    return change(session)
+                    result = change(session)
+                self.moved()
+                return result
             except Unavailable:
                 log.warning("database away", job=self.lease.job_id)
                 time.sleep(_DATABASE_PAUSE_S)

@@ -13,6 +13,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,9 @@ STOP_GRACE_S = 5.0
 _POLL_S = 0.25
 _WAITING = 1000
 _STDERR = 2
+
+# A child decodes files of strangers: what it does not need, they cannot take.
+_SECRETS = ("DATABASE_URL", "ESPALIER_API_KEY", "MLFLOW_TRACKING_URI", "REDIS_URL")
 
 Message = dict[str, Any]
 
@@ -54,6 +58,9 @@ class Child:
     """A running child; use it in a `with` block."""
 
     def __init__(self, order: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        # Its own: whatever it leaves there when it is killed goes with it.
+        self._folder = tempfile.TemporaryDirectory(prefix="espalier-", ignore_cleanup_errors=True)
         incoming, outgoing = os.pipe()
         self._incoming = os.fdopen(incoming, encoding="utf-8", errors="replace")
         try:
@@ -63,7 +70,7 @@ class Child:
                 stdout=_STDERR,
                 pass_fds=(outgoing,),
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env={**inherited, "TMPDIR": self._folder.name, **(environment or {})},
                 text=True,
                 encoding="utf-8",
             )
@@ -134,6 +141,7 @@ class Child:
             unheard += self._drain()
         for stream in (self._process.stdin, self._incoming):
             _close(stream)
+        self._folder.cleanup()
         return unheard
 
     def _signal(self, number: int) -> None:

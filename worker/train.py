@@ -17,8 +17,9 @@ from models import run as runs
 from models.dataset import DatasetVersion
 from models.job import owe
 from models.project import Principal
+from models.reference import collect
 from models.registry import Backbone, Weights
-from models.run import EventKind, Fold, Run
+from models.run import EventKind, Fold, Run, RunState
 from worker.loop import Complete, Work
 from worker.process import Child, Died, Message
 from worker.weights import Source
@@ -52,12 +53,14 @@ class Train:
             with Child(order) as child:
                 while (message := child.receive(work)) is not None:
                     match message["type"]:
+                        case "alive":
+                            pass  # heard, and that is all
                         case "progress" | "epoch" | "fold":
                             notes.take(message)
                         case "outcome":
                             outcome = message
                         case _:
-                            child.send(work.write(partial(_answer, asked=message)))
+                            child.send(work.write(partial(self._answer, asked=message)))
         except Died as death:
             raise death.as_failure() from death
         notes.write()
@@ -78,8 +81,10 @@ class Train:
         owe(session, subject_id, "finished", {})
 
     def _start(self, session: Session, run_id: str) -> dict[str, Any]:
-        run = runs.start_run(session, run_id)
-        owe(session, run_id, "started", {})
+        run = session.get_one(Run, run_id)
+        if run.state is not RunState.RUNNING:  # else an earlier try was written, and nobody heard so
+            runs.start_run(session, run_id)
+            owe(session, run_id, "started", {})
         version = session.get_one(DatasetVersion, run.dataset_version_id)
         weights = registry.find_weights(session, BackboneName(run.recipe["backbone"]), run.recipe["weights"])
         return {
@@ -94,6 +99,39 @@ class Train:
             "labels": [count.name for count in version.class_counts],
             "weights": weights.sha256 if weights else None,
         }
+
+    def _answer(self, session: Session, asked: Message) -> dict[str, Any]:
+        """Answer what the child wants to know, or note what it found, in one transaction."""
+        match asked["type"]:
+            case "weights":
+                weights = Weights(
+                    network=BackboneName(asked["network"]),
+                    name=asked["name"],
+                    sha256=asked["sha256"],
+                    source=asked["source"],
+                )
+                registry.set_weights(session, weights)
+                return {}
+            case "find_backbone":
+                found = registry.find_backbone(session, **_key(asked))
+                return {"digest": found.sha256 if found else None}
+            case "add_backbone":
+                key = asked["key"]
+                backbone = Backbone(
+                    sha256=asked["digest"],
+                    network=BackboneName(key["network"]),
+                    weights_sha256=key["weights"],
+                    cut=key["cut"],
+                    size=key["size"],
+                    export_version=key["export_version"],
+                    manifest=asked["facts"],
+                )
+                digest = Digest(registry.add_backbone(session, backbone).sha256)
+                if digest != asked["digest"]:  # another run was quicker
+                    collect(session, self._store, [Digest(asked["digest"])])
+                return {"digest": digest}
+            case unknown:
+                raise RuntimeError(f"The child asked {unknown!r}, which nobody answers. This is a bug.")
 
 
 class _Notes:
@@ -120,7 +158,15 @@ class _Notes:
 
     def write(self) -> None:
         """Write what was noted."""
-        self._work.write(self._write)
+        found: list[int] = []
+
+        def change(session: Session) -> None:
+            """Write it once: only the lease's holder adds events, so that more of them mean an earlier try's."""
+            found.append(runs.last_event(session, self._work.subject_id))
+            if found[-1] == found[0]:
+                self._write(session)
+
+        self._work.write(change)
         self._events, self._folds, self._progress = [], [], None
         self._written_at = time.monotonic()
 
@@ -133,37 +179,6 @@ class _Notes:
             owe(session, run_id, "fold", {"fold": result["number"]})
         if self._progress is not None:
             runs.set_progress(session, run_id, self._progress)
-
-
-def _answer(session: Session, asked: Message) -> dict[str, Any]:
-    """Answer what the child wants to know, or note what it found, in one transaction."""
-    match asked["type"]:
-        case "weights":
-            weights = Weights(
-                network=BackboneName(asked["network"]),
-                name=asked["name"],
-                sha256=asked["sha256"],
-                source=asked["source"],
-            )
-            registry.set_weights(session, weights)
-            return {}
-        case "find_backbone":
-            found = registry.find_backbone(session, **_key(asked))
-            return {"digest": found.sha256 if found else None}
-        case "add_backbone":
-            key = asked["key"]
-            backbone = Backbone(
-                sha256=asked["digest"],
-                network=BackboneName(key["network"]),
-                weights_sha256=key["weights"],
-                cut=key["cut"],
-                size=key["size"],
-                export_version=key["export_version"],
-                manifest=asked["facts"],
-            )
-            return {"digest": registry.add_backbone(session, backbone).sha256}
-        case unknown:
-            raise RuntimeError(f"The child asked {unknown!r}, which nobody answers. This is a bug.")
 
 
 def _key(asked: Message) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from sample import jpeg, picture, png, zipped
+from working import slow_jpeg
 
 from artifacts.images import IMAGE_RULE, MIB, ImageFacts, ImageLimits, Pixels, decode, encode, inspect, thumbnail
 from artifacts.recipe import Resize
@@ -549,6 +551,43 @@ def test_an_image_of_too_many_pixels_is_refused(door: Door, format: str) -> None
     for limits in (ImageLimits(pixels=599), ImageLimits(side=29)):
         with pytest.raises(ImageRefused, match=r"Expected at most .* megapixels and .* Received 30 × 20"):
             door(data, limits)
+
+
+def scanned(scans: int, side: int = 64) -> bytes:
+    """Return a progressive JPEG of that many scans."""
+    usual = slow_jpeg(0, side).count(b"\xff\xda")
+    return slow_jpeg(scans - usual, side)
+
+
+@Doors
+def test_a_jpeg_of_too_many_scans_is_refused_at_once(door: Door) -> None:
+    door(scanned(100), LIMITS)
+    door(scanned(101), ImageLimits(scans=101))
+    for data in (scanned(101), scanned(10_000, side=4000)):
+        started = time.perf_counter()
+        with pytest.raises(ImageRefused, match=r"Expected a JPEG of at most 100 scans\."):
+            door(data, LIMITS)
+        assert time.perf_counter() - started < 1
+
+
+@Doors
+def test_what_only_looks_like_scans_does_not_count(door: Door) -> None:
+    whole = saved(landscape(64, 48), "JPEG", progressive=True)
+    many = b"\xff\xda" * 1000
+    remark = b"\xff\xfe" + struct.pack(">H", len(many) + 2) + many
+    for data in (whole + many, whole[:2] + remark + whole[2:], whole[:-2] + remark + whole[-2:]):
+        door(data, LIMITS)
+
+
+@Doors
+@pytest.mark.parametrize(
+    "filling", [b"\xff" * 9, b"\xff\x01", b"\xff\xd0", b"\xff\xfe\x00\x04\xff\xd9", b"\xff\x00\x7f"]
+)
+def test_scans_do_not_hide_behind_other_bytes(door: Door, filling: bytes) -> None:
+    data = scanned(200)
+    head, *scans = data.split(b"\xff\xda")
+    with pytest.raises(ImageRefused):
+        door(head + b"".join(filling + b"\xff\xda" + scan for scan in scans), LIMITS)
 
 
 def png_of(width: int, height: int, rows: bytes = b"", depth: int = 8, kind: int = 2) -> bytes:

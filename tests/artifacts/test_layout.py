@@ -76,10 +76,23 @@ def test_a_train_folder_alone_is_a_folder_around_everything() -> None:
     assert set(splits_of(layout).values()) == {Split.TRAIN}
 
 
-def test_classes_may_be_called_train_and_test() -> None:
-    layout = from_folders(["train/1.jpg", "test/2.jpg", "val/3.jpg"])
-    assert labels_of(layout) == {"train/1.jpg": ("train",), "test/2.jpg": ("test",), "val/3.jpg": ("val",)}
+@pytest.mark.parametrize("outer", ["", "flowers/"])
+@pytest.mark.parametrize("folders", [("train", "test"), ("Training", "TEST", "val"), ("train",)])
+def test_splits_without_classes_are_not_taken_for_classes(outer: str, folders: tuple[str, ...]) -> None:
+    paths = [f"{outer}{folder}/{number}.jpg" for folder in folders for number in range(3)]
+    with pytest.raises(LayoutUnknown, match=r"train/daisy/1\.jpg.*Received images right in .*train"):
+        from_folders([*paths, outer + "readme.txt"])
+
+
+def test_a_class_may_be_called_train_beside_others() -> None:
+    layout = from_folders(["train/1.jpg", "bus/2.jpg"])
+    assert labels_of(layout) == {"train/1.jpg": ("train",), "bus/2.jpg": ("bus",)}
     assert set(splits_of(layout).values()) == {Split.TRAIN}
+
+
+def test_a_folder_named_like_several_labels_is_refused() -> None:
+    with pytest.raises(LayoutUnknown, match=r"without \|, which separates labels\. Received 'sea\|sand'"):
+        from_folders(["sea|sand/1.jpg", "sea/2.jpg"])
 
 
 def test_test_images_without_a_class_are_refused_one_by_one() -> None:

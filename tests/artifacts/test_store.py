@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,6 +162,32 @@ def test_a_process_that_dies_while_writing_leaves_no_digest(store: Store) -> Non
     assert subprocess.run([sys.executable, "-c", code, str(store.root)], cwd=ROOT).returncode == 9
     assert list(Store(store.root).digests()) == []
     assert not store.has(digest_of(bytes(10**6)))
+
+
+def test_what_killed_writers_left_is_dropped_after_a_day(store: Store) -> None:
+    kept = store.put(DATA)
+    yesterday = time.time() - 90_000
+    for name in ("one", "two", "fresh"):
+        (store.root / "incoming" / name).write_bytes(b"half a file")
+        if name != "fresh":
+            os.utime(store.root / "incoming" / name, (yesterday, yesterday))
+    os.utime(store.path(kept), (yesterday, yesterday))
+    with store.writer() as writer:
+        writer.write(b"under way")
+        assert store.drop_unfinished() == 2
+        assert store.drop_unfinished() == 0
+        assert store.read(writer.commit()) == b"under way"
+    assert (store.root / "incoming" / "fresh").exists() and store.read(kept) == DATA
+
+
+def test_many_who_clear_away_at_once_do_not_disturb_each_other(store: Store) -> None:
+    for number in range(300):
+        file = store.root / "incoming" / str(number)
+        file.touch()
+        os.utime(file, (0, 0))
+    with ThreadPoolExecutor(8) as pool:
+        dropped = list(pool.map(lambda _: store.drop_unfinished(), range(8)))
+    assert sum(dropped) == 300 and leftovers(store) == []
 
 
 # --- full disks ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sample
+from working import slow_jpeg
 
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE, ImageLimits
@@ -86,13 +90,46 @@ def test_many_who_ask_at_once_wait_for_one_load(store: Store) -> None:
 
 def test_the_backbone_not_asked_for_longest_makes_room(store: Store) -> None:
     loads = Loads()
-    digests = [put(store, backbone=bytes([number]) * 1000) for number in range(3)]
-    shelf = Shelf(store, threads=1, budget_bytes=4500, load=loads)  # two of 2 x 1000 bytes fit
+    digests = [put(store, backbone=bytes([number]) * 10_000) for number in range(3)]
+    shelf = Shelf(store, threads=1, budget_bytes=50_000, load=loads)  # two of 2 x 10,000 bytes fit, with their models
     for digest in (*digests[:2], digests[0], digests[2], digests[0]):
         shelf.predictor(digest)
     assert len(loads.paths) == 3
     shelf.predictor(digests[1])
     assert len(loads.paths) == 4
+
+
+def test_the_model_not_asked_for_longest_makes_room_and_its_backbone_stays(store: Store) -> None:
+    loads = Loads()
+    digests = [put(store, seed=seed) for seed in range(3)]
+    two = 2 * len(b"a network") + sum(len(store.read(digest)) for digest in digests[:2])
+    shelf = Shelf(store, threads=1, budget_bytes=two + 100, load=loads)
+    first, second = (shelf.predictor(digest) for digest in digests[:2])
+    assert shelf.predictor(digests[0]) is first
+    shelf.predictor(digests[2])
+    assert shelf.predictor(digests[0]) is first
+    assert shelf.predictor(digests[1]) is not second
+    assert len(loads.paths) == 1
+
+
+def test_many_models_do_not_grow_past_the_budget(store: Store) -> None:
+    budget_bytes = 50_000
+    shelf = Shelf(store, threads=1, budget_bytes=budget_bytes, load=Loads())
+    one_bytes = len(store.read(put(store)))
+    kept = [weakref.ref(shelf.predictor(put(store, seed=seed))) for seed in range(200)]
+    gc.collect()
+    assert 10 < sum(predictor() is not None for predictor in kept) <= budget_bytes / one_bytes
+
+
+def test_a_model_larger_than_the_budget_is_served_all_the_same(store: Store) -> None:
+    loads = Loads()
+    shelf = Shelf(store, threads=1, budget_bytes=1, load=loads)
+    one, other = put(store, backbone=b"one"), put(store, backbone=b"other")
+    predictor = shelf.predictor(one)
+    assert shelf.predictor(one) is predictor
+    shelf.predictor(other)
+    assert len(loads.paths) == 2
+    assert shelf.predictor(one) is not predictor and len(loads.paths) == 3
 
 
 def test_a_bundle_whose_golden_output_does_not_come_out_is_refused(store: Store) -> None:
@@ -148,3 +185,12 @@ def test_an_engine_that_stays_busy_is_waited_for_until_the_deadline() -> None:
     with turn, pytest.raises(DeadlineExceeded):
         predictor.predict([sample.png(1)], LIMITS, deadline_s=0.05)
     assert predictor.predict([sample.png(1)], LIMITS, deadline_s=0.05)
+
+
+def test_the_deadline_holds_while_images_are_decoded(store: Store) -> None:
+    predictor = Shelf(store, threads=1, budget_bytes=10**6, load=Loads()).predictor(put(store))
+    slow = slow_jpeg(60)  # more than half a second
+    started = time.perf_counter()
+    with pytest.raises(DeadlineExceeded, match="Only 1 images were decoded"):
+        predictor.predict([slow] * 30, LIMITS, deadline_s=0.2)
+    assert time.perf_counter() - started < 5

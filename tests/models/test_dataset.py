@@ -217,6 +217,21 @@ def test_an_image_is_one_row_however_often_it_is_named(database: Database) -> No
     assert paths(database, two.id) == ["rose/8.png", "rose/9.png"]
 
 
+def test_images_that_are_written_twice_are_there_once(database: Database) -> None:
+    images = [accepted("1.png"), accepted("2.png", "same"), accepted("3.png", "same")]
+    with database.writing() as session:
+        old = records.ready_version(session, images=images)
+        new = datasets.add_version(session, records.dataset_of(session, old), digest("more"))
+    for _ in range(2):
+        with database.writing() as session:
+            datasets.add_images(session, PRINCIPAL.project_id, old.id, images)
+            assert datasets.copy_memberships(session, old.id, new.id, "", limit=2) == "2.png"
+    assert paths(database, old.id) == ["1.png", "2.png", "3.png"]
+    assert paths(database, new.id) == ["1.png", "2.png"]
+    with database.reading() as session:
+        assert records.count(session, Image) == 2
+
+
 def test_adding_no_images_changes_nothing(database: Database) -> None:
     with database.writing() as session:
         datasets.add_images(session, PRINCIPAL.project_id, records.waiting_version(session).id, [])

@@ -120,12 +120,18 @@ def test_a_higher_priority_goes_before_age(database: Database) -> None:
 
 def test_a_job_is_not_claimed_before_its_time(database: Database) -> None:
     early, late = add(database, "run_1", "run_2")
-    change(database, late, next_attempt_at=now() + timedelta(minutes=5))
+    change(database, late, next_attempt_at=now() + timedelta(seconds=50))
     assert claimed(database)[0].id == early
     assert claim(database) is None
     change(database, late, next_attempt_at=now() - timedelta(seconds=1))
     job, _ = claimed(database)
     assert job.id == late and job.next_attempt_at is None
+
+
+def test_a_job_does_not_wait_longer_because_the_clock_was_set_back(database: Database) -> None:
+    (job_id,) = add(database, "run_1")
+    change(database, job_id, next_attempt_at=now() + timedelta(hours=1))
+    assert claimed(database)[0].id == job_id
 
 
 def test_only_jobs_of_the_asked_queues_are_claimed(database: Database) -> None:
@@ -317,6 +323,8 @@ def test_only_transient_errors_with_attempts_left_are_retried() -> None:
     away, bad = Unavailable("away"), DatasetRefused("bad")
     assert is_retried(first, away) and is_retried(purge, away)
     assert not is_retried(last, away) and not is_retried(first, bad)
+    publication = Job(kind=JobKind.PUBLISH, attempt=500)
+    assert is_retried(publication, away) and is_retried(publication, bad)  # or a new job would be made at once
     assert attempts_are_used_up(last) and not attempts_are_used_up(purge)
     assert [back_off_s(attempt) for attempt in (1, 2, 3, 6, 500)] == [2, 4, 8, 60, 60]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from records import PRINCIPAL
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from waiting import until
-from working import QUICK, claimed_work, look, make_due, settled, slow_jpeg
+from working import QUICK, Forgetful, claimed_work, look, make_due, settled, slow_jpeg
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
@@ -36,7 +37,11 @@ from worker.ingest import Ingest, IngestLimits, Purge
 from worker.loop import Complete, Handler, Loop, Timings, Work
 
 LIMITS = IngestLimits(
-    archive=ArchiveLimits(), image=ImageLimits(), classes=1000, decode_cpu_s=60, memory_bytes=1536 * 1024**2
+    archive=ArchiveLimits(),
+    image=ImageLimits(scans=100_000),  # so that an image may take long
+    classes=1000,
+    decode_cpu_s=60,
+    memory_bytes=1536 * 1024**2,
 )
 
 
@@ -326,6 +331,16 @@ def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(
     assert intake.has_nothing_but(version)
 
 
+def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: Intake) -> None:
+    files = sample.coloured(per_class=2, classes=2) | {"blue/slow.jpg": slow_jpeg(20_000)}
+    started = time.monotonic()
+    version = replace(intake, limits=replace(LIMITS, image=ImageLimits())).take_in(files)
+    assert time.monotonic() - started < 20
+    assert (version.state, version.images) == (DatasetState.READY, 4)
+    assert refused(version) == {"blue/slow.jpg": "Expected a JPEG of at most 100 scans. Received more."}
+    assert intake.has_nothing_but(version)
+
+
 def test_an_image_that_takes_too_much_memory_is_refused_and_the_rest_goes_on(intake: Intake) -> None:
     wide = encode(Image.new("L", (6000, 6000)), "PNG")
     files = sample.coloured(per_class=2, classes=2) | {"blue/wide.png": wide}
@@ -485,8 +500,50 @@ def abandon(intake: Intake, version_id: str) -> None:
         handler.run(work)
     with intake.database.writing() as session:
         (sighting,) = jobs.sightings(session, [Queue.INGEST])
-        assert jobs.take_over(session, sighting) is not None
-        handler.requeued(session, version_id)
+        job = jobs.take_over(session, sighting)
+        assert job is not None
+        if job.state is JobState.FAILED:
+            handler.failed(session, version_id, Crashed("Its worker was lost at every attempt.").record())
+        else:
+            handler.requeued(session, version_id)
+
+
+def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhere: Intake) -> None:
+    shared = sample.coloured(per_class=2, classes=2)
+    kept = anywhere.take_in(shared, "kept")
+    files = shared | {"blue/mine.png": sample.png(77)}
+    version_id = anywhere.upload(sample.zipped(files))
+    job_id = anywhere.job(version_id).id
+    for _ in range(jobs.MAX_ATTEMPTS[JobKind.INGEST]):
+        abandon(anywhere, version_id)
+    assert look(anywhere.database, job_id).state is JobState.FAILED
+    assert anywhere.version(version_id).state is DatasetState.REJECTED
+    assert anywhere.counts() == (5, 9)
+    assert anywhere.loop().work()
+    assert anywhere.counts() == (4, 4) and len(anywhere.rows(kept)) == 4
+    assert is_stored(anywhere, files["blue/0.png"]) and not is_stored(anywhere, files["blue/mine.png"])
+    assert anywhere.loop().work() is False
+    again = anywhere.take_in(files)
+    assert (again.state, again.number) == (DatasetState.READY, 2)
+    assert anywhere.has_nothing_but(kept, again)
+
+
+def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: Intake) -> None:
+    files = sample.coloured(per_class=3, classes=2)
+    first = intake.take_in(files)
+    version_id = intake.upload(sample.zipped({"blue/9.png": sample.png(9), "blue/0.png": files["blue/0.png"]}))
+    forgetful = Forgetful(intake.database.engine.url)
+    with claimed_work(intake.database, through=forgetful) as work:
+        complete = Ingest(intake.store, LIMITS).run(work)
+        with intake.database.writing() as session:
+            complete(session)
+            jobs.finish(session, work.lease, JobState.SUCCEEDED)
+        for _ in range(4):  # each of the two removals is tried until it is heard of
+            work.tidy()
+    forgetful.close()
+    version = intake.version(version_id)
+    assert (version.state, version.images, len(intake.rows(version))) == (DatasetState.READY, 7, 7)
+    assert intake.has_nothing_but(first, version)
 
 
 def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Intake) -> None:
@@ -605,6 +662,24 @@ def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere:
     assert anywhere.loop().work()
     version = anywhere.version(version_id)
     assert (version.state, version.images) == (DatasetState.READY, 6)
+    assert anywhere.has_nothing_but(version)
+
+
+def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhere: Intake) -> None:
+    files = sample.coloured(per_class=2, classes=2)
+    anywhere.take_in(files, "gone")
+    version_id = anywhere.upload(sample.zipped(files), "staying")
+    with claimed_work(anywhere.database) as work:
+        complete = Ingest(anywhere.store, LIMITS).run(work)
+        purge = anywhere.delete("gone")
+        assert anywhere.loop().work()
+        assert look(anywhere.database, purge).state is JobState.SUCCEEDED
+        with anywhere.database.writing() as session:
+            complete(session)
+            jobs.finish(session, work.lease, JobState.SUCCEEDED)
+        work.tidy()
+    version = anywhere.version(version_id)
+    assert len(anywhere.manifest(version)) == 4
     assert anywhere.has_nothing_but(version)
 
 

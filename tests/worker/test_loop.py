@@ -28,7 +28,7 @@ from working import (
     work_on,
 )
 
-from errors import DatasetRefused, Unavailable
+from errors import DatasetRefused, NotFound, Unavailable
 from models import job as jobs
 from models.base import now
 from models.job import Job, JobKind, JobState, Lease, Queue, Worker
@@ -122,6 +122,32 @@ def test_what_mlflow_is_owed_becomes_work(database: Database, start_loop: StartL
         job = session.scalars(select(Job)).one()
     settled(database, job.id, JobState.SUCCEEDED)
     assert published == [run_id]
+
+
+@pytest.mark.parametrize("error", [NotFound("No stored file has the digest."), KeyError("per_class")])
+def test_what_mlflow_cannot_be_told_is_tried_again_by_the_same_job(
+    database: Database, start_loop: StartLoop, error: Exception
+) -> None:
+    with database.writing() as session:
+        run_id = records.queued_run(session, records.ready_version(session)).id
+        jobs.owe(session, run_id, "finished", {})
+    attempts: list[int] = []
+
+    def publish(work: Work) -> NoReturn:
+        attempts.append(work.attempt)
+        raise error
+
+    hands = Hands(publish)
+    start_loop(database, hands, kind=JobKind.PUBLISH, queue=Queue.TRACKING)
+    until(lambda: hands.told)
+    time.sleep(20 * QUICK.look_every_s)
+    with database.reading() as session:
+        job_id = session.scalars(select(Job.id)).one()
+    assert settled(database, job_id, JobState.QUEUED).next_attempt_at is not None and attempts == [1]
+    make_due(database, job_id)
+    until(lambda: attempts == [1, 2])
+    with database.reading() as session:
+        assert records.count(session, Job) == 1
 
 
 # --- waking --------------------------------------------------------------------------------------------------------
@@ -237,6 +263,17 @@ def test_a_slow_job_that_moves_is_not_stalled(sqlite: Database, start_loop: Star
     start_loop(sqlite, Hands(work_slowly), timings=replace(QUICK, stall_s=0.5))
     settled(sqlite, job_id, JobState.SUCCEEDED)
     assert look(sqlite, job_id).renewals > 3
+
+
+def test_a_job_that_only_writes_is_not_stalled(sqlite: Database, start_loop: StartLoop) -> None:
+    def write_slowly(work: Work) -> None:
+        for _ in range(5):
+            time.sleep(0.3)
+            work.write(leave_mark)
+
+    job_id = add_job(sqlite)
+    start_loop(sqlite, Hands(write_slowly), timings=replace(QUICK, stall_s=0.7))
+    settled(sqlite, job_id, JobState.SUCCEEDED)
 
 
 # --- failing -------------------------------------------------------------------------------------------------------

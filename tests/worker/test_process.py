@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -52,7 +53,7 @@ def order(store: Store) -> Order:
             "store": str(store.root),
             "archive": archive if isinstance(archive, str) else store.put(archive),
             "archive_limits": asdict(ArchiveLimits()),
-            "image_limits": asdict(ImageLimits()),
+            "image_limits": asdict(ImageLimits(scans=100_000)),  # so that an image may take long
             "decode_cpu_s": 100,
             "memory_bytes": 1536 * MIB,
             "done": [],
@@ -220,6 +221,58 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert time.monotonic() - started < 10
 
 
+# --- what a child is given -------------------------------------------------------------------------------------------
+
+
+def test_a_child_is_given_no_secrets(
+    endless: dict[str, Any], sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI", "ESPALIER_API_KEY")
+    for name in (*secret, "ESPALIER_TEST_OTHER"):
+        monkeypatch.setenv(name, "value")
+    environment = sidecar(
+        """
+import json, os
+with open(os.environ["SIDECAR"] + "/new", "w") as file:
+    json.dump(dict(os.environ), file)
+os.rename(os.environ["SIDECAR"] + "/new", os.environ["SIDECAR"] + "/environment")
+"""
+    )
+    with Child(endless, environment):
+        file = Path(environment["SIDECAR"]) / "environment"
+        until(file.exists)
+        found = json.loads(file.read_text())
+    assert found["ESPALIER_TEST_OTHER"] == "value" and found["PATH"] == os.environ["PATH"]
+    assert not found.keys() & set(secret)
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["ended", "killed"])
+def test_what_a_child_left_in_its_temporary_folder_goes_with_it(
+    work: Work, endless: dict[str, Any], order: Order, sidecar: Sidecar, is_killed: bool
+) -> None:
+    environment = sidecar(
+        """
+import os, tempfile
+folder = tempfile.mkdtemp()
+open(folder + "/weights.h5", "wb").write(bytes(1000))
+with open(os.environ["SIDECAR"] + "/new", "w") as file:
+    file.write(folder)
+os.rename(os.environ["SIDECAR"] + "/new", os.environ["SIDECAR"] + "/folder")
+"""
+    )
+    file = Path(environment["SIDECAR"]) / "folder"
+    with Child(endless if is_killed else order(sample.zipped(sample.coloured(1))), environment) as child:
+        until(file.exists)
+        folder = Path(file.read_text())
+        assert (folder / "weights.h5").exists()
+        if is_killed:
+            os.kill(child.pid, signal.SIGKILL)
+        else:
+            listen(child, work)
+    assert not folder.exists() and not folder.parent.exists()
+    assert folder.parent.parent == Path(tempfile.gettempdir())
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +304,7 @@ def test_a_child_that_does_not_want_to_end_is_killed(endless: dict[str, Any], si
     assert time.monotonic() - started < 10  # the time that a cancelled run may take
 
 
-def test_a_child_ends_when_its_worker_is_killed(endless: dict[str, Any], sidecar: Sidecar) -> None:
+def test_a_child_ends_when_its_worker_is_killed(endless: dict[str, Any], sidecar: Sidecar, tmp_path: Path) -> None:
     environment = sidecar(GRANDCHILD)
     helper = """
 import json, sys, time
@@ -261,7 +314,8 @@ print(child.pid, flush=True)
 time.sleep(600)
 """
     command = [sys.executable, "-c", helper, json.dumps(endless), json.dumps(environment)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
+    here = os.environ | {"TMPDIR": str(tmp_path)}  # nobody is left to remove the child's own folder
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=here) as worker:
         assert worker.stdout is not None
         child = int(worker.stdout.readline())
         grandchild = grandchild_of(environment)

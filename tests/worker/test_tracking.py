@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from waiting import until
 from working import StartLoop, add_job, claimed_work, look, make_due, settled
 
-from artifacts.store import Store
+from artifacts.store import Store, digest_of
 from errors import Unavailable
 from models import job as jobs
 from models import registry
@@ -251,6 +251,22 @@ def test_a_run_is_told_once_mlflow_is_back(mlflow_url: str, relay: Relay, case: 
     assert len(seen(mlflow_url, case.name)["runs"]) == 3
     with case.database.reading() as session:
         assert session.get_one(Run, case.run_id).mlflow_run_id
+
+
+def test_a_run_whose_report_is_gone_is_told_of_again_by_the_same_job(
+    mlflow_url: str, case: Case, start_loop: StartLoop
+) -> None:
+    case.store.delete(digest_of(b"# Report"))
+    start_loop(case.database, Publish(case.store, _place(mlflow_url)), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
+    until(lambda: case.owed() == 2, within_s=30)
+    time.sleep(1)
+    with case.database.reading() as session:
+        job_id = session.scalars(select(Job.id)).one()
+    assert settled(case.database, job_id, JobState.QUEUED).next_attempt_at is not None
+    case.store.put(b"# Report")
+    make_due(case.database, job_id)
+    settled(case.database, job_id, JobState.SUCCEEDED)
+    assert case.owed() == 0
 
 
 def test_an_address_where_nothing_listens_is_unavailable_at_once(case: Case) -> None:

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from models.session import Database
+from ops.migrate import upgrade
+from settings import Settings
+from worker.app import WorkerService
+
+
+def test_a_worker_that_starts_clears_away_what_killed_ones_left_half_written(tmp_path: Path) -> None:
+    settings = Settings(var=tmp_path)
+    database = Database(settings.database)
+    upgrade(database)
+    database.close()
+    service = WorkerService(settings)
+    left = settings.store_folder / "incoming" / "left"
+    left.write_bytes(b"half a file")
+    yesterday = time.time() - 90_000
+    os.utime(left, (yesterday, yesterday))
+    service.start()
+    service.stop()
+    assert not left.exists()
