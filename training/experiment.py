@@ -84,14 +84,13 @@ class Reporter(Protocol):
 class Place:
     """Where an experiment runs: folders, limits and threads.
 
-    `features` and `pixels` hold caches, the latter up to about `pixels_bytes`; `scratch` is for what ends with the run.
+    `features` and `pixels` hold caches, the latter up to about `pixels_bytes`.
     """
 
     store: Store
     features: Path
     pixels: Path
     pixels_bytes: int
-    scratch: Path
     image_limits: ImageLimits
     threads: int
 
@@ -305,7 +304,7 @@ def _material(
         return
     frozen = _backbone(recipe, boundary, weights, place, registry)
     engine = OpenVinoEngine(place.store.verified_path(frozen), recipe.precision, place.threads)
-    with computed_maps(engine, pixels, place.scratch, clock.images) as maps:
+    with computed_maps(engine, pixels, place.pixels, clock.images) as maps:
         yield Material(maps, are_maps=True)
 
 

@@ -234,16 +234,16 @@ def computed_maps(
         DiskFull: the file does not fit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        place = Path(own) / "maps.f32"
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with the process, however that ends
         shape: tuple[int, ...] = ()
-        with disk_errors(), place.open("xb") as file:
+        with disk_errors():
             for start in range(0, len(pixels), _MAPS_BATCH):
                 maps = engine.maps(pixels[start : start + _MAPS_BATCH])
                 shape = maps.shape[1:]
                 file.write(maps.tobytes())
                 report(min(start + _MAPS_BATCH, len(pixels)), len(pixels))
-        yield np.memmap(place, dtype=np.float32, mode="r", shape=(len(pixels), *shape))
+            file.flush()
+        yield np.memmap(file, dtype=np.float32, mode="r", shape=(len(pixels), *shape))
 
 
 def _has_gpu() -> bool:
