@@ -125,6 +125,9 @@ class Settings(BaseSettings):
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
     """Memory for loaded networks; those not used for longest are dropped beyond it."""
 
+    pixels_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
+    """Disk for decoded pixels, which fine-tuning reads; those not used for longest are dropped beyond it."""
+
     @field_validator("allowed_hosts", "queues", "image_formats", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -193,9 +196,9 @@ class Settings(BaseSettings):
         return self.var / "features"
 
     @cached_property
-    def work_folder(self) -> Path:
-        """Where jobs keep what they have not finished."""
-        return self.var / "work"
+    def pixels_folder(self) -> Path:
+        """Where decoded pixels lie for fine-tuning."""
+        return self.var / "pixels"
 
     @cached_property
     def engine_threads(self) -> int:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+# In place of a cut: the whole network learns.
+ALL = "all"
+
 
 class BackboneName(StrEnum):
     """A pretrained convolutional network."""
@@ -52,6 +55,12 @@ class Backbone:
     def last_cut(self) -> str:
         """The cut after which nothing is left but the top."""
         return list(self.cuts)[-1]
+
+    def cut_before(self, unfreeze: str) -> str | None:
+        """Return the last cut of the part that stays frozen when layers from `unfreeze` on learn; None if all learn."""
+        names = list(self.cuts)
+        position = 0 if unfreeze == ALL else names.index(unfreeze)
+        return names[position - 1] if position else None
 
 
 _VGG_CUTS = {"block1": 64, "block2": 128, "block3": 256, "block4": 512, "block5": 512}

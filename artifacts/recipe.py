@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.catalogue import ALL, CATALOGUE, BackboneName
 from errors import RecipeInvalid
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -25,6 +25,7 @@ class Mode(StrEnum):
     """How a network learns."""
 
     FEATURE_EXTRACTION = "feature-extraction"
+    FINE_TUNING = "fine-tuning"
 
 
 class Task(StrEnum):
@@ -155,6 +156,32 @@ class Folds(_Part):
     """Share of a fold's training images that early stopping watches; without early stopping none are set aside."""
 
 
+class Augmentation(_Part):
+    """How training images are varied, each time anew. Flipping is only done if asked for: it is wrong for digits."""
+
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation to either side."""
+    zoom: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Largest share by which an image is enlarged or made smaller."""
+    shift: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Largest share of its side by which an image is moved."""
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest change of brightness, as a share of white."""
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest share by which contrast is raised or lowered."""
+    flip: bool = False
+    """Whether left and right may be exchanged."""
+
+
+class FineTune(_Part):
+    """The second phase of fine-tuning, in which layers of the network learn as well as the head."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    epochs: Annotated[int, Field(ge=1, le=10_000)] = 20
+    warmup_epochs: Annotated[int, Field(ge=0, le=1000)] = 1
+    """Epochs over which the learning rate rises from zero; after them it falls along a cosine."""
+
+
 class Recipe(_Part):
     """Everything that a run is asked to do."""
 
@@ -175,8 +202,13 @@ class Recipe(_Part):
     early_stopping: EarlyStopping | None = EarlyStopping()
     """`null` trains every epoch and keeps the last weights."""
     folds: Folds = Folds()
-    augmentation: None = None
-    """Features of a frozen backbone are computed once per image, so there is nothing to augment."""
+    augmentation: Augmentation | None = None
+    """Fine-tuning only, and there by default a little rotation, zoom and brightness; `null` leaves images as they are.
+    Features of a frozen backbone are computed once per image, so there is nothing to augment."""
+    unfreeze: str | None = None
+    """Fine-tuning only: the first cut that learns, or `all`; by default the last block of the network."""
+    fine_tune: FineTune | None = None
+    """Fine-tuning only: the second phase."""
     class_weights: ClassWeights = ClassWeights.NONE
     precision: Precision = Precision.FLOAT32
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -213,10 +245,39 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> Recipe:
         update={
             "image_size": size,
             "features_from": cut,
+            **_filled_tuning(recipe, cut),
             "task": _filled_task(recipe.task, task, classes),
             "folds": recipe.folds.model_copy(update={"k": _filled_k(recipe.folds.k, classes)}),
         }
     )
+
+
+_LITTLE = Augmentation(rotate_degrees=10.0, zoom=0.1, brightness=0.1)
+
+
+def _filled_tuning(recipe: Recipe, cut: str) -> dict[str, object]:
+    """Return what concerns fine-tuning alone, filled in. Raises RecipeInvalid for it in another mode."""
+    given = {name: getattr(recipe, name) for name in ("augmentation", "unfreeze", "fine_tune")}
+    if recipe.mode is not Mode.FINE_TUNING:
+        for name, value in given.items():
+            if value is not None:
+                raise RecipeInvalid(name, f"Expected null: this is for mode {Mode.FINE_TUNING.value!r} alone.")
+        return given
+    backbone = CATALOGUE[recipe.backbone]
+    cuts = list(backbone.cuts)
+    allowed = [*cuts[: cuts.index(cut) + 1], ALL]
+    unfreeze = cut if recipe.unfreeze is None else recipe.unfreeze
+    if unfreeze not in allowed:
+        raise RecipeInvalid(
+            "unfreeze",
+            f"Expected a cut point of {backbone.title} up to {cut!r}, where features are taken from, or {ALL!r} "
+            f"({', '.join(allowed)}). Received {unfreeze!r}.",
+        )
+    return {
+        "augmentation": recipe.augmentation if "augmentation" in recipe.model_fields_set else _LITTLE,
+        "unfreeze": unfreeze,
+        "fine_tune": recipe.fine_tune or FineTune(),
+    }
 
 
 _DEFAULT_K = 5

@@ -19,7 +19,8 @@ from artifacts.images import IMAGE_RULE
 from artifacts.recipe import Precision, Resize
 from benchmarks.ground import LIMITS, ground, report, spread
 from inference.engine import OpenVinoEngine
-from training.extract import BATCH, extract
+from training.extract import extract
+from training.pixels import BATCH, Decoder
 
 
 def main() -> None:
@@ -51,17 +52,8 @@ def main() -> None:
             started = time.perf_counter()
             space = FeatureSpace(IMAGE_RULE, wanted.size, Resize.SQUASH, given.backbone, Precision.FLOAT32)
             cache = FeatureCache(folder, space, CATALOGUE[wanted.backbone].cuts[cut])
-            extract(
-                digests,
-                engine,
-                cache,
-                given.store,
-                size=wanted.size,
-                resize=Resize.SQUASH,
-                limits=LIMITS,
-                threads=given.threads,
-                report=lambda done, total: None,
-            )
+            decoder = Decoder(given.store, wanted.size, Resize.SQUASH, LIMITS, given.threads)
+            extract(digests, engine, cache, decoder, lambda done, total: None)
             cache.close()
             whole.append(time.perf_counter() - started)
         report(

@@ -52,6 +52,10 @@ class Silent:
 
     def fold(self, result: Any) -> None: ...
 
+    def file(self, name: str, data: bytes, media_type: str) -> None: ...
+
+    def alive(self) -> None: ...
+
 
 def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
     """Return the seconds of a whole run, and of its extraction alone."""
@@ -61,7 +65,14 @@ def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
         [ClassCount(label, 100, 100) for label in given.labels],
     )
     version = given.store.put(manifest.dump(given.rows))
-    place = Place(given.store, given.folder / "features", LIMITS, given.threads)
+    place = Place(
+        store=given.store,
+        features=given.folder / "features",
+        pixels=given.folder / "pixels",
+        pixels_bytes=2**40,
+        image_limits=LIMITS,
+        threads=given.threads,
+    )
     started = time.perf_counter()
     outcome = experiment.run(recipe, version, given.labels, given.weights, place, Known(given.backbone), Silent())
     return time.perf_counter() - started, outcome.extraction["seconds"]

@@ -46,16 +46,22 @@ class OpenVinoEngine:
             "INFERENCE_NUM_THREADS": threads,
         }
         self._network = core.compile_model(core.read_model(str(network)), "CPU", options)
-        self._output = self._network.output("features")
         self._local = threading.local()
 
     def features(self, images: Pixels) -> Features:
         """Return float32 [N, D] for uint8 images [N, H, W, 3]."""
+        return self._infer(images, "features")
+
+    def maps(self, images: Pixels) -> Features:
+        """Return what the features are the mean of, float32 [N, h, w, D], for uint8 images [N, H, W, 3]."""
+        return self._infer(images, "maps")
+
+    def _infer(self, images: Pixels, output: str) -> Features:
         if not hasattr(self._local, "request"):
             self._local.request = self._network.create_infer_request()
         request: Any = self._local.request
         request.infer([np.ascontiguousarray(images)])
-        return np.array(request.get_tensor(self._output).data, dtype=np.float32)
+        return np.array(request.get_tensor(self._network.output(output)).data, dtype=np.float32)
 
 
 class FlatEngine:

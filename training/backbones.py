@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +204,57 @@ def backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:
     trunk = keras.Model(full.input, cut_layer(full, name, cut).output, name=f"{name}_{cut}")
     trunk.trainable = False
     images = keras.Input((size, size, 3), dtype="uint8", name="images")
-    maps = trunk(_preprocessed(images, CATALOGUE[name].preprocessing), training=False)
+    maps = trunk(preprocessed(images, CATALOGUE[name].preprocessing), training=False)
     features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
     model = keras.Model(images, {"features": features, "maps": maps})
     model(np.zeros((1, size, size, 3), np.uint8))  # an ONNX export of a model that was never called fails
     return model
 
 
-def _preprocessed(images: Any, preprocessing: Preprocessing) -> Any:
+@dataclass(frozen=True)
+class Halves:
+    """A network cut in two for fine-tuning; both halves share the layers of `full`.
+
+    Attributes:
+        full: the whole network without its top; its weights change as the rest learns.
+        front: from preprocessed images [N, size, size, 3] to maps; None if everything learns. Frozen.
+        rest: from the front's maps (or preprocessed images) to features [N, D]. All of it learns but BatchNorm.
+    """
+
+    full: Any
+    front: Any
+    rest: Any
+
+
+def halves(name: BackboneName, frozen_until: str | None, cut: str, size: int, weights: bytes) -> Halves:
+    """Return a network as a part that stays as it is and a part that learns.
+
+    Args:
+        name: the network.
+        frozen_until: the last cut of the frozen part; None if everything learns.
+        cut: the cut point that features are taken from.
+        size: side of the images in pixels.
+        weights: the whole network's weights, from `dump_weights`.
+    """
+    full = network(name, size)
+    load_weights(full, weights)
+    for layer in full.layers:
+        # Only a frozen one keeps its statistics: what a model was called with is forgotten where it is part of another.
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+    maps = cut_layer(full, name, cut).output
+    features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
+    if frozen_until is None:
+        return Halves(full, None, keras.Model(full.input, features))
+    boundary = cut_layer(full, name, frozen_until).output
+    front = keras.Model(full.input, boundary)
+    rest = keras.Model(boundary, features)
+    front.trainable = False
+    return Halves(full, front, rest)
+
+
+def preprocessed(images: Any, preprocessing: Preprocessing) -> Any:
+    """Return images [N, H, W, 3] of values from 0 to 255 as a network expects them."""
     pixels = keras.ops.cast(images, "float32")
     if preprocessing is Preprocessing.CAFFE:
         return keras.ops.flip(pixels, axis=-1) - np.array(_CAFFE_MEANS, np.float32)

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from artifacts.catalogue import CATALOGUE
 from artifacts.manifest import Row
-from artifacts.recipe import Recipe, Task
+from artifacts.recipe import Mode, Recipe, Task
 from training.extract import Extraction
-from training.fit import Fit
+from training.fit import Epoch
+from training.learn import NETWORK, Plan
 
 if TYPE_CHECKING:
     from training.experiment import FoldResult
@@ -32,7 +33,7 @@ class Description:
     rows: Sequence[Row]
     metrics: dict[str, Any]
     folds: Sequence[FoldResult]
-    final: Fit
+    plan: Plan
     extraction: Extraction
 
 
@@ -63,8 +64,10 @@ def report(run: Description) -> str:
         f"- Features: {title} ({recipe.weights}) up to `{recipe.features_from}` at {recipe.image_size} px, "
         f"{recipe.precision.value}, resized by `{recipe.resize.value}`.",
         f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final head was "
-        f"trained on all images for {len(run.final.history)} epochs, the median of the folds' best.",
+        f"trained on all images for {run.plan.head} epochs, the median of the folds' best.",
         f"- Interval: {metrics['interval']}.",
+        *_tuning(run),
+        f"- {overfitting(run.folds)}",
     ]
     if "test" in metrics:
         test = metrics["test"]
@@ -95,6 +98,55 @@ def report(run: Description) -> str:
         lines += ["", "## Confused most often", "", "| truth | answer | images |", "|---|---|--:|"]
         lines += [f"| {truth} | {answer} | {count:,} |" for count, truth, answer in confused]
     return "\n".join(lines) + "\n"
+
+
+def _tuning(run: Description) -> list[str]:
+    """Return what fine-tuning did, as lines of the report."""
+    recipe = run.recipe
+    if recipe.mode is not Mode.FINE_TUNING or recipe.fine_tune is None:
+        return []
+    kept = sum(fold.metrics["kept"] == NETWORK for fold in run.folds)
+    lines = [
+        f"- Fine-tuning: layers from `{recipe.unfreeze}` on, learning rate {recipe.fine_tune.learning_rate:g}, after "
+        f"the head had learned alone; it validated better than the frozen network in {kept} of {len(run.folds)} folds."
+    ]
+    if run.plan.network:
+        difference = run.metrics["export"]["largest_relative_difference"]
+        lines.append(
+            f"- The network learned on all images for {run.plan.network} epochs; as it is served, its features differ "
+            f"from Keras' by at most {difference:.1g} of the largest, on images of this data set."
+        )
+    else:
+        lines.append("- The frozen network is what is served, since fine-tuning did not help most folds.")
+    return lines
+
+
+# Below this share of its least value, a rise of the validation loss is noise.
+_RISE = 0.02
+
+
+def overfitting(folds: Sequence[FoldResult]) -> str:
+    """Return in one sentence whether the folds went on to learn their training images by heart."""
+    watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
+    if not watched:
+        return "Nothing watched the folds while they learned, so overfitting could not be seen."
+    rising = [fold for fold in watched if _rises(fold.history)]
+    gaps = [fold.metrics["gap"] for fold in watched]
+    gap = f"at the best epochs validation loss was {np.median(gaps):.3f} above training loss (median)"
+    if not rising:
+        return f"No fold overfitted: validation loss did not rise while training loss fell; {gap}."
+    epochs = sorted(int(np.argmin([epoch["val_loss"] for epoch in fold.history])) + 1 for fold in rising)
+    when = f"epoch {epochs[0]}" if epochs[0] == epochs[-1] else f"epochs {epochs[0]} to {epochs[-1]}"
+    return (
+        f"Validation loss rose from {when} on while training loss fell, in {len(rising)} of {len(watched)} folds, and "
+        f"what was learned after that was dropped; {gap}."
+    )
+
+
+def _rises(history: Sequence[Epoch]) -> bool:
+    losses = [epoch["val_loss"] for epoch in history]
+    best = int(np.argmin(losses))
+    return losses[-1] > losses[best] * (1 + _RISE) and history[-1]["loss"] < history[best]["loss"]
 
 
 def _confused(run: Description, most: int = 10) -> list[tuple[int, str, str]]:
@@ -143,6 +195,8 @@ def curves(run: Description) -> bytes:
                 watched = [epoch[f"val_{name}"] for epoch in fold.history]
                 axes.plot(epochs, watched, color=colour, label=f"fold {fold.number + 1}")
                 axes.plot(fold.best_epoch, watched[fold.best_epoch - 1], "o", color=colour)
+            if "phases" in fold.metrics:  # where the network began to learn as well
+                axes.axvline(fold.metrics["phases"][0]["epochs"] + 0.5, color=colour, alpha=0.35, linestyle=":")
         axes.set_xlabel("epoch")
         axes.set_title(f"{name}: training (pale) and validation")
     if panels[0].get_legend_handles_labels()[0]:

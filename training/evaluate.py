@@ -61,13 +61,11 @@ def score(task: Task, labels: Sequence[str], truth: Indices, logits: Float32) ->
         accuracy, loss (mean negative log-likelihood), f1_macro, per_class and confusion (rows are the truth);
         roc_auc too for a binary task in which both classes occur.
     """
-    probabilities = heads.probabilities(task, logits)
-    answers = heads.answers(task, probabilities)
+    answers = heads.answers(task, heads.probabilities(task, logits))
     classes = np.arange(len(labels))
     precision, recall, f1, images = precision_recall_fscore_support(truth, answers, labels=classes, zero_division=0.0)
-    metrics = {
-        "accuracy": float((answers == truth).mean()),
-        "loss": float(log_loss(truth, probabilities, labels=classes)),
+    metrics: dict[str, Any] = {
+        **loss_and_accuracy(task, truth, logits),
         "f1_macro": float(f1.mean()),
         "per_class": [
             {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "images": int(n)}
@@ -78,6 +76,15 @@ def score(task: Task, labels: Sequence[str], truth: Indices, logits: Float32) ->
     if task is Task.BINARY and len(np.unique(truth)) == 2:
         metrics["roc_auc"] = float(roc_auc_score(truth, logits[:, 0]))
     return metrics
+
+
+def loss_and_accuracy(task: Task, truth: Indices, logits: Float32) -> dict[str, float]:
+    """Return the mean negative log-likelihood and the accuracy of logits float32 [N, outputs] alone."""
+    probabilities = heads.probabilities(task, logits)
+    return {
+        "accuracy": float((heads.answers(task, probabilities) == truth).mean()),
+        "loss": float(log_loss(truth, probabilities, labels=np.arange(probabilities.shape[1]))),
+    }
 
 
 def pooled(

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from artifacts import manifest
-from artifacts.bundle import Bundle, Float32
+from artifacts.bundle import Bundle, Dense, Float32
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.features import FeatureCache, Features, FeatureSpace
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.layout import Split
-from artifacts.recipe import Recipe, Task
+from artifacts.recipe import Mode, Recipe, Task
 from artifacts.store import Digest, Store
 from inference import heads
 from inference.engine import OpenVinoEngine
 from training import backbones, describe, evaluate
-from training.evaluate import median_epoch
+from training.augment import contact_sheet
 from training.export import EXPORT_VERSION, export
-from training.extract import extract
-from training.fit import Epoch, Fit, fit
+from training.extract import Extraction, extract
+from training.finetune import Material, computed_maps
+from training.fit import Epoch
+from training.learn import Frozen, Learned, Learner, Tuning, final_plan
+from training.pixels import Decoder, Loaded, Source, drop_pixels, load_pixels
 from training.split import Fold, Indices, make_folds
 
 
@@ -71,13 +75,22 @@ class Reporter(Protocol):
         """Tell that a fold ended."""
         ...
 
+    def file(self, name: str, data: bytes, media_type: str) -> None:
+        """Keep a file with the run, before its end."""
+        ...
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where an experiment runs: folders, limits and threads."""
+    """Where an experiment runs: folders, limits and threads.
+
+    `features` and `pixels` hold caches, the latter up to about `pixels_bytes`.
+    """
 
     store: Store
     features: Path
+    pixels: Path
+    pixels_bytes: int
     image_limits: ImageLimits
     threads: int
 
@@ -128,7 +141,7 @@ def run(
         registry: backbones known so far.
         report: told of progress, epochs and folds.
     """
-    clock = _Progress(report)
+    clock = _Progress(recipe.mode, report)
     rows = manifest.load(place.store.read(version_manifest))
     task = Task(recipe.task.value)
     truth = np.array([labels.index(row.labels[0]) for row in rows], dtype=np.intp)
@@ -151,73 +164,83 @@ def run(
         seed=recipe.seed,
     )
 
-    clock.enter("backbone")
-    backbone, width = _backbone(recipe, weights, place, registry)
-    engine = OpenVinoEngine(place.store.verified_path(backbone), recipe.precision, place.threads)
+    with contextlib.ExitStack() as stack:
+        digests = [row.sha256 for row in rows]
+        decoder = Decoder(place.store, _size(recipe), recipe.resize, place.image_limits, place.threads)
+        source: Source = decoder
+        if recipe.mode is Mode.FINE_TUNING:
+            clock.enter("pixels")
+            drop_pixels(place.pixels, place.pixels_bytes)
+            pixels = load_pixels(digests, decoder, place.pixels, clock.images)
+            source = Loaded(digests, pixels)
 
-    clock.enter("features")
-    space = FeatureSpace(IMAGE_RULE, _size(recipe), recipe.resize, backbone, recipe.precision)
-    cache = FeatureCache(place.features, space, width)
-    started = time.perf_counter()
-    extraction = extract(
-        [row.sha256 for row in rows],
-        engine,
-        cache,
-        place.store,
-        size=_size(recipe),
-        resize=recipe.resize,
-        limits=place.image_limits,
-        threads=place.threads,
-        report=clock.images,
-    )
-    extraction_s = time.perf_counter() - started
-    cache.close()
-    features = cache.rows([row.sha256 for row in rows])
+        clock.enter("backbone")
+        backbone = _backbone(recipe, recipe.features_from or "", weights, place, registry)
+        engine = OpenVinoEngine(place.store.verified_path(backbone), recipe.precision, place.threads)
 
-    clock.enter("folds")
-    out_of_fold = np.full((repeats, len(rows), _outputs(task, labels)), np.nan, dtype=np.float32)
-    fold_of = np.full((repeats, len(rows)), -1, dtype=np.int16)
-    results = []
-    for fold in folds:
-        fitted = _fit_fold(recipe, task, labels, features, truth, fold, len(folds), clock, report)
-        logits = heads.logits(fitted.layers, features[fold.test])
-        out_of_fold[fold.repeat, fold.test] = logits
-        fold_of[fold.repeat, fold.test] = fold.number
-        results.append(_fold_result(task, labels, fold, fitted, truth, logits))
-        report.fold(results[-1])
-        clock.fold_done(len(folds))
+        clock.enter("features")
+        started = time.perf_counter()
+        features, extraction = _features(recipe, digests, backbone, engine, place, source, clock)
+        extraction_s = time.perf_counter() - started
 
-    metrics = evaluate.pooled(
-        task,
-        labels,
-        truth[trained_on],
-        groups[trained_on],
-        out_of_fold[:, trained_on],
-        [result.metrics["accuracy"] for result in results],
-    )
+        frozen = Frozen(recipe, task, _outputs(task, labels), features, truth, report.alive)
+        learner: Learner = frozen
+        if recipe.mode is Mode.FINE_TUNING:
+            if recipe.augmentation is not None:
+                shown = contact_sheet(recipe.augmentation, pixels[_spread(len(rows), _SHOWN)], recipe.seed)
+                report.file("augmentations.png", shown, "image/png")
+            clock.enter("activations")
+            material = stack.enter_context(_material(recipe, pixels, weights, place, registry, clock))
+            learner = Tuning(recipe, task, frozen, place.store.read(weights), material, truth)
 
-    clock.enter("final")
-    final = fit(
-        recipe,
-        task,
-        _outputs(task, labels),
-        features,
-        truth,
-        np.union1d(trained_on, watched),
-        np.array([], dtype=np.intp),
-        epochs=median_epoch([result.best_epoch for result in results]),
-        seed=_seed(recipe, len(folds)),
-        on_epoch=lambda number, epoch: report.epoch(None, number, epoch),
-    )
-    if len(held_out):
-        metrics["test"] = evaluate.score(
-            task, labels, truth[held_out], heads.logits(final.layers, features[held_out])
-        ) | {"images": len(held_out)}
-        metrics["test"]["accuracy_ci95"] = list(evaluate.wilson(metrics["test"]["accuracy"], len(held_out)))
+        clock.enter("folds")
+        out_of_fold = np.full((repeats, len(rows), _outputs(task, labels)), np.nan, dtype=np.float32)
+        fold_of = np.full((repeats, len(rows)), -1, dtype=np.int16)
+        results, phases, kept = [], [], []
+        for fold in folds:
+            learned = _learn_fold(recipe, learner, fold, len(folds), clock, report)
+            logits = learned.logits(fold.test)
+            out_of_fold[fold.repeat, fold.test] = logits
+            fold_of[fold.repeat, fold.test] = fold.number
+            results.append(_fold_result(task, labels, fold, learned, truth, logits))
+            phases.append(learned.phases)
+            kept.append(learned.kept)
+            report.fold(results[-1])
+            clock.fold_done(len(folds))
+
+        metrics = evaluate.pooled(
+            task,
+            labels,
+            truth[trained_on],
+            groups[trained_on],
+            out_of_fold[:, trained_on],
+            [result.metrics["accuracy"] for result in results],
+        )
+
+        clock.enter("final")
+        plan = final_plan(phases, kept)
+        final = learner.learn(
+            np.union1d(trained_on, watched),
+            np.array([], dtype=np.intp),
+            plan,
+            _seed(recipe, len(folds)),
+            lambda number, epoch: clock.final_epoch(number, plan.epochs, epoch),
+        )
+        if len(held_out):
+            metrics["test"] = evaluate.score(task, labels, truth[held_out], final.logits(held_out)) | {
+                "images": len(held_out)
+            }
+            metrics["test"]["accuracy_ci95"] = list(evaluate.wilson(metrics["test"]["accuracy"], len(held_out)))
+        if final.network is not None:
+            clock.enter("export")
+            shown_to_both = pixels[_spread(len(rows), _CHECKED)]
+            backbone, facts = _export_tuned(recipe, final.network(), shown_to_both, place)
+            metrics["export"] = facts
+            engine = OpenVinoEngine(place.store.verified_path(backbone), recipe.precision, place.threads)
 
     clock.enter("bundle")
-    bundle = _bundle(recipe, task, labels, backbone, engine, final)
-    description = describe.Description(recipe, task, labels, rows, metrics, results, final, extraction)
+    bundle = _bundle(recipe, task, labels, backbone, engine, final.layers)
+    description = describe.Description(recipe, task, labels, rows, metrics, results, plan, extraction)
     return Outcome(
         bundle=place.store.put(bundle.dump()),
         backbone=backbone,
@@ -232,65 +255,104 @@ def run(
     )
 
 
-def _backbone(recipe: Recipe, weights: Digest, place: Place, registry: Registry) -> tuple[Digest, int]:
-    """Return the digest of the exported backbone and the width of its features, exporting it if nobody has."""
-    cut = recipe.features_from or ""
+# Images on the sheet of augmentations, and images that a fine-tuned network is checked on.
+_SHOWN = 8
+_CHECKED = 16
+
+
+def _spread(count: int, most: int) -> Indices:
+    """Return up to `most` row numbers, evenly over all."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
+
+
+def _backbone(recipe: Recipe, cut: str, weights: Digest, place: Place, registry: Registry) -> Digest:
+    """Return the digest of the network exported up to a cut, exporting it if nobody has."""
     key = BackboneKey(recipe.backbone, weights, cut, _size(recipe))
     digest = registry.find_backbone(key)
     if digest is None:
         model = backbones.backbone(recipe.backbone, cut, _size(recipe), place.store.read(weights))
         exported = export(model, place.threads)
-        facts = {name: value for name, value in asdict(exported).items() if name != "onnx"}
-        digest = registry.add_backbone(key, place.store.put(exported.onnx), facts)
-    return digest, CATALOGUE[recipe.backbone].cuts[cut]
+        digest = registry.add_backbone(key, place.store.put(exported.onnx), exported.facts())
+    return digest
 
 
-def _fit_fold(
+def _features(
     recipe: Recipe,
-    task: Task,
-    labels: Sequence[str],
-    features: Features,
-    truth: Indices,
-    fold: Fold,
-    folds: int,
+    digests: Sequence[Digest],
+    backbone: Digest,
+    engine: OpenVinoEngine,
+    place: Place,
+    source: Source,
     clock: _Progress,
-    report: Reporter,
-) -> Fit:
+) -> tuple[Features, Extraction]:
+    """Return the features of every image, float32 [N, D], computing those that no run has computed before."""
+    space = FeatureSpace(IMAGE_RULE, _size(recipe), recipe.resize, backbone, recipe.precision)
+    cache = FeatureCache(place.features, space, CATALOGUE[recipe.backbone].cuts[recipe.features_from or ""])
+    extraction = extract(digests, engine, cache, source, clock.images)
+    cache.close()
+    return cache.rows(digests), extraction
+
+
+@contextlib.contextmanager
+def _material(
+    recipe: Recipe, pixels: Pixels, weights: Digest, place: Place, registry: Registry, clock: _Progress
+) -> Iterator[Material]:
+    """Yield what the learning part reads: without augmentation, the frozen part is gone through only once."""
+    boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze or "")
+    if boundary is None or recipe.augmentation is not None:
+        yield Material(pixels, are_maps=False)
+        return
+    frozen = _backbone(recipe, boundary, weights, place, registry)
+    engine = OpenVinoEngine(place.store.verified_path(frozen), recipe.precision, place.threads)
+    with computed_maps(engine, pixels, place.pixels, clock.images) as maps:
+        yield Material(maps, are_maps=True)
+
+
+def _export_tuned(recipe: Recipe, weights: bytes, images: Pixels, place: Place) -> tuple[Digest, dict[str, Any]]:
+    """Export a network that has learned, checked against Keras on its own images; return its digest and the check."""
+    model = backbones.backbone(recipe.backbone, recipe.features_from or "", _size(recipe), weights)
+    exported = export(model, place.threads, images)
+    return place.store.put(exported.onnx), exported.facts()
+
+
+def _learn_fold(
+    recipe: Recipe, learner: Learner, fold: Fold, folds: int, clock: _Progress, report: Reporter
+) -> Learned:
     def on_epoch(number: int, metrics: Epoch) -> None:
         report.epoch(fold.number, number, metrics)
-        clock.epoch(fold.number, folds, number, recipe.epochs)
+        clock.epoch(fold.number, folds, number, learner.plan.epochs)
 
-    return fit(
-        recipe,
-        task,
-        _outputs(task, labels),
-        features,
-        truth,
-        fold.train,
-        fold.validation,
-        epochs=recipe.epochs,
-        seed=_seed(recipe, fold.number),
-        on_epoch=on_epoch,
-    )
+    return learner.learn(fold.train, fold.validation, learner.plan, _seed(recipe, fold.number), on_epoch)
 
 
 def _fold_result(
-    task: Task, labels: Sequence[str], fold: Fold, fitted: Fit, truth: Indices, logits: Float32
+    task: Task, labels: Sequence[str], fold: Fold, learned: Learned, truth: Indices, logits: Float32
 ) -> FoldResult:
-    metrics = evaluate.brief(evaluate.score(task, labels, truth[fold.test], logits))
-    images = {"train": len(fold.train), "validation": len(fold.validation), "test": len(fold.test)}
+    metrics: dict[str, Any] = evaluate.brief(evaluate.score(task, labels, truth[fold.test], logits))
+    metrics["images"] = {"train": len(fold.train), "validation": len(fold.validation), "test": len(fold.test)}
+    if len(learned.phases) > 1:
+        metrics["phases"] = [asdict(phase) for phase in learned.phases]
+        metrics["kept"] = learned.kept
+    best = learned.history[learned.best_epoch - 1]
+    if "val_loss" in best:
+        metrics["gap"] = best["val_loss"] - best["loss"]
     return FoldResult(
         number=fold.number,
-        epochs=len(fitted.history),
-        best_epoch=fitted.best_epoch,
-        stopped=fitted.stopped,
-        metrics={**metrics, "images": images},
-        history=fitted.history,
+        epochs=len(learned.history),
+        best_epoch=learned.best_epoch,
+        stopped=learned.stopped,
+        metrics=metrics,
+        history=learned.history,
     )
 
 
 def _bundle(
-    recipe: Recipe, task: Task, labels: Sequence[str], backbone: Digest, engine: OpenVinoEngine, final: Fit
+    recipe: Recipe,
+    task: Task,
+    labels: Sequence[str],
+    backbone: Digest,
+    engine: OpenVinoEngine,
+    layers: tuple[Dense, ...],
 ) -> Bundle:
     golden_input = _golden_images(_size(recipe))
     return Bundle(
@@ -302,9 +364,9 @@ def _bundle(
         image_rule=IMAGE_RULE,
         size=_size(recipe),
         resize=recipe.resize,
-        layers=final.layers,
+        layers=layers,
         golden_input=golden_input,
-        golden_output=heads.logits(final.layers, engine.features(golden_input)),
+        golden_output=heads.logits(layers, engine.features(golden_input)),
     )
 
 
@@ -338,51 +400,82 @@ def _seed(recipe: Recipe, number: int) -> int:
     return int(np.random.SeedSequence((recipe.seed, number)).generate_state(1)[0])
 
 
-class _Progress:
-    """How far the run is, as one fraction, and how long the rest should take by the speed measured so far."""
-
-    # Shares of the whole that were typical; only the bar's evenness depends on them, the ETA is measured.
-    _STARTS: ClassVar[dict[str, float]] = {
+# Shares of the whole that were typical; only the bar's evenness depends on them, the ETA is measured.
+_STAGES: Mapping[Mode, Mapping[str, float]] = {
+    Mode.FEATURE_EXTRACTION: {
         "backbone": 0.0,
         "features": 0.1,
         "folds": 0.6,
         "final": 0.95,
         "bundle": 0.98,
-    }
+        "end": 1.0,
+    },
+    Mode.FINE_TUNING: {
+        "pixels": 0.0,
+        "backbone": 0.02,
+        "features": 0.04,
+        "activations": 0.07,
+        "folds": 0.1,
+        "final": 0.8,
+        "export": 0.94,
+        "bundle": 0.98,
+        "end": 1.0,
+    },
+}
 
-    def __init__(self, report: Reporter, now: Callable[[], float] = time.monotonic) -> None:
+
+class _Progress:
+    """How far the run is, as one fraction, and how long the rest should take by the speed measured so far."""
+
+    def __init__(self, mode: Mode, report: Reporter, now: Callable[[], float] = time.monotonic) -> None:
+        self._starts = _STAGES[mode]
         self._report = report
         self._now = now
+        self._stage = ""
         self._entered = now()
         self._fold_s: list[float] = []
         self._fold_started = now()
 
     def enter(self, stage: str) -> None:
+        self._stage = stage
         self._entered = self._fold_started = self._now()
-        self._report.progress(stage=stage, fraction=self._STARTS[stage])
+        self._report.progress(stage=stage, fraction=self._starts[stage])
 
     def images(self, done: int, total: int) -> None:
         share = done / total if total else 1.0
-        elapsed = self._now() - self._entered
-        eta_s = elapsed * (1 - share) / share if share else None
-        self._report.progress(stage="features", fraction=0.1 + 0.5 * share, eta_s=eta_s)
+        self._report.progress(stage=self._stage, fraction=self._within(share), eta_s=self._eta(share))
 
     def epoch(self, fold: int, folds: int, epoch: int, epochs: int) -> None:
         in_fold = min(epoch / epochs, 0.95)
-        eta_s = None
-        if self._fold_s:
-            typical = sum(self._fold_s) / len(self._fold_s)
-            eta_s = max(0.0, typical * (folds + 1 - fold) - (self._now() - self._fold_started))
+        spent = self._now() - self._fold_started
+        # Until a fold has ended, as if none stopped early.
+        typical = sum(self._fold_s) / len(self._fold_s) if self._fold_s else spent * epochs / epoch
         self._report.progress(
             stage="folds",
-            fraction=0.6 + 0.35 * (fold + in_fold) / folds,
+            fraction=self._within((fold + in_fold) / folds),
             fold=fold + 1,
             folds=folds,
             epoch=epoch,
             epochs=epochs,
-            eta_s=eta_s,
+            eta_s=max(0.0, typical * (folds + 1 - fold) - spent),
         )
 
     def fold_done(self, folds: int) -> None:
         self._fold_s.append(self._now() - self._fold_started)
         self._fold_started = self._now()
+
+    def final_epoch(self, epoch: int, epochs: int, metrics: Epoch) -> None:
+        self._report.epoch(None, epoch, metrics)
+        share = epoch / epochs
+        self._report.progress(
+            stage="final", fraction=self._within(share), epoch=epoch, epochs=epochs, eta_s=self._eta(share)
+        )
+
+    def _within(self, share: float) -> float:
+        """Return the fraction of the whole for a share of the present stage."""
+        names = list(self._starts)
+        start, end = self._starts[self._stage], self._starts[names[names.index(self._stage) + 1]]
+        return start + (end - start) * share
+
+    def _eta(self, share: float) -> float | None:
+        return (self._now() - self._entered) * (1 - share) / share if share else None

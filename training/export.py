@@ -18,6 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from artifacts.images import Pixels
 from artifacts.recipe import Precision
 from errors import EspalierError
 from inference.engine import TOLERANCE, OpenVinoEngine
@@ -30,7 +31,7 @@ _CHECKED_IMAGES = 4
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX network and how far its engine is from Keras on random images, absolute and relative to the largest."""
+    """An ONNX network and how far its engine is from Keras on some images, absolute and relative to the largest."""
 
     onnx: bytes
     width: int
@@ -38,9 +39,18 @@ class Exported:
     largest_difference: float
     largest_relative_difference: float
 
+    def facts(self) -> dict[str, Any]:
+        """Return all but the network itself."""
+        return {name: value for name, value in vars(self).items() if name != "onnx"}
 
-def export(model: Any, threads: int) -> Exported:
+
+def export(model: Any, threads: int, images: Pixels | None = None) -> Exported:
     """Export a network from uint8 images [N, H, W, 3] to `features` and `maps`, and check it.
+
+    Args:
+        model: the Keras network.
+        threads: threads for the check.
+        images: uint8 [n, H, W, 3] to check it on; by default random ones.
 
     Raises:
         EspalierError: the engine's features differ from Keras' by more than the engine's tolerance.
@@ -52,8 +62,9 @@ def export(model: Any, threads: int) -> Exported:
             model.export(str(path), format="onnx", verbose=False)
         engine = OpenVinoEngine(path, Precision.FLOAT32, threads)
         onnx = path.read_bytes()
-    shape = (_CHECKED_IMAGES, *model.input_shape[1:])
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    if images is None:
+        shape = (_CHECKED_IMAGES, *model.input_shape[1:])
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     expected = keras.ops.convert_to_numpy(model(images)["features"])
     difference = float(np.abs(engine.features(images) - expected).max())
     relative = difference / max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))

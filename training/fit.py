@@ -44,12 +44,16 @@ class Fit:
 
     Attributes:
         layers: the head on raw features, standardisation folded in.
+        scaler: the standardisation alone.
+        weights: the weights of the Keras head on standardised features, in its order.
         history: loss, accuracy, val_loss and val_accuracy of each epoch; the loss includes the penalty on weights.
         best_epoch: the epoch whose weights were kept, counted from 1.
         stopped: why the fit ended: `patience`, `target`, or `epochs` when all of them were trained.
     """
 
     layers: tuple[Dense, ...]
+    scaler: Scaler
+    weights: list[npt.NDArray[np.float32]]
     history: list[Epoch]
     best_epoch: int
     stopped: str
@@ -67,6 +71,7 @@ def fit(
     epochs: int,
     seed: int,
     on_epoch: Callable[[int, Epoch], None],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Fit:
     """Fit the recipe's head.
 
@@ -81,6 +86,7 @@ def fit(
         epochs: epochs to train at most.
         seed: the same seed gives the same head on the same machine.
         on_epoch: called with the number of each finished epoch, from 1, and its metrics.
+        on_batch: called after each batch, or some of them.
 
     Raises:
         TrainingDiverged: the loss is not a number any more.
@@ -91,18 +97,18 @@ def fit(
     batches = Rows(features, targets, train, scaler, recipe.batch_size, seed)
     model.compile(
         optimizer=optimizer(recipe.optimizer),
-        loss=_loss(task),
-        metrics=[_accuracy(task)],
+        loss=loss(task),
+        metrics=[accuracy(task)],
         jit_compile=False,  # compiling takes longer than it saves on a network this small
         steps_per_execution=min(len(batches), _STEPS_PER_EXECUTION),
     )
     watched = None
-    stopping: _Stopping | None = None
-    callbacks: list[Any] = [_Watch(on_epoch)]
+    stopping: Stopping | None = None
+    callbacks: list[Any] = [Watch(on_epoch, on_batch)]
     if len(validation):
         watched = (scaler(features[validation]), targets[validation])
         if recipe.early_stopping is not None:
-            stopping = _Stopping(recipe.early_stopping)
+            stopping = Stopping(recipe.early_stopping)
             callbacks += stopping.callbacks
     history = model.fit(
         batches,
@@ -116,7 +122,9 @@ def fit(
     ).history
     trained = len(history["loss"])
     return Fit(
-        layers=_layers(model, recipe.head.activation, scaler),
+        layers=dense_layers(model, recipe.head.activation, scaler),
+        scaler=scaler,
+        weights=model.get_weights(),
         history=[{name: float(values[epoch]) for name, values in history.items()} for epoch in range(trained)],
         best_epoch=stopping.best_epoch if stopping else trained,
         stopped=stopping.reason if stopping else "epochs",
@@ -200,24 +208,27 @@ def head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:
     return keras.Sequential(layers)
 
 
-def optimizer(recipe: OptimizerRecipe) -> Any:
-    """Return the Keras optimizer that a recipe names, with Keras' defaults for what the recipe does not say."""
-    rate = recipe.learning_rate
+def optimizer(recipe: OptimizerRecipe, rate: Any = None, **options: Any) -> Any:
+    """Return the Keras optimizer that a recipe names, with Keras' defaults for what the recipe does not say.
+
+    `rate` replaces the recipe's learning rate: a number or a schedule.
+    """
+    rate = recipe.learning_rate if rate is None else rate
     match recipe.name:
         case OptimizerName.SGD:
-            return keras.optimizers.SGD(rate)
+            return keras.optimizers.SGD(rate, **options)
         case OptimizerName.MOMENTUM:
-            return keras.optimizers.SGD(rate, momentum=MOMENTUM)
+            return keras.optimizers.SGD(rate, momentum=MOMENTUM, **options)
         case OptimizerName.NESTEROV:
-            return keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True)
+            return keras.optimizers.SGD(rate, momentum=MOMENTUM, nesterov=True, **options)
         case OptimizerName.ADAGRAD:
-            return keras.optimizers.Adagrad(rate)
+            return keras.optimizers.Adagrad(rate, **options)
         case OptimizerName.RMSPROP:
-            return keras.optimizers.RMSprop(rate)
+            return keras.optimizers.RMSprop(rate, **options)
         case OptimizerName.ADAM:
-            return keras.optimizers.Adam(rate)
+            return keras.optimizers.Adam(rate, **options)
         case OptimizerName.ADAMW:
-            return keras.optimizers.AdamW(rate)
+            return keras.optimizers.AdamW(rate, **options)
 
 
 def class_weights(targets: Indices, choice: ClassWeights) -> Mapping[int, float] | None:
@@ -232,19 +243,22 @@ def class_weights(targets: Indices, choice: ClassWeights) -> Mapping[int, float]
     return dict(zip(classes.tolist(), weights.tolist(), strict=True))
 
 
-def _loss(task: Task) -> Any:
+def loss(task: Task) -> Any:
+    """Return the Keras loss of logits."""
     if task is Task.BINARY:
         return keras.losses.BinaryCrossentropy(from_logits=True)
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def _accuracy(task: Task) -> Any:
+def accuracy(task: Task) -> Any:
+    """Return the Keras metric named `accuracy` of logits."""
     if task is Task.BINARY:
         return keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)  # of a logit
     return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
 
 
-def _layers(model: Any, activation: Activation, scaler: Scaler) -> tuple[Dense, ...]:
+def dense_layers(model: Any, activation: Activation, scaler: Scaler) -> tuple[Dense, ...]:
+    """Return a Keras head on standardised features as layers on raw ones."""
     dense = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)]
     layers = [
         Dense(
@@ -257,12 +271,19 @@ def _layers(model: Any, activation: Activation, scaler: Scaler) -> tuple[Dense, 
     return (scaler.fold_into(layers[0]), *layers[1:])
 
 
-class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
+class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     """Tells each epoch, and ends a fit that has diverged."""
 
-    def __init__(self, on_epoch: Callable[[int, Epoch], None]) -> None:
+    def __init__(self, on_epoch: Callable[[int, Epoch], None], on_batch: Callable[[], None]) -> None:
         super().__init__()
         self._on_epoch = on_epoch
+        self._on_batch = on_batch
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._on_batch()
+
+    def on_test_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._on_batch()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items()}
@@ -273,7 +294,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self._on_epoch(epoch + 1, metrics)
 
 
-class _Stopping:
+class Stopping:
     """Early stopping by patience and by target, as two Keras callbacks and what became of them."""
 
     def __init__(self, recipe: EarlyStopping) -> None:

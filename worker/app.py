@@ -95,6 +95,8 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
     )
     place = TrainingPlace(
         features=str(settings.features_folder.absolute()),
+        pixels=str(settings.pixels_folder.absolute()),
+        pixels_bytes=settings.pixels_bytes,
         image_limits=settings.image_limits,
         threads=settings.engine_threads,
         source=source,

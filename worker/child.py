@@ -150,28 +150,34 @@ def _limit_cpu(seconds: int) -> None:
 
 
 def train(order: Mapping[str, Any], channel: Channel) -> None:
-    """Run an experiment, sending `progress`, `epoch`, `fold` and `alive`, then `outcome`."""
+    """Run an experiment, sending `progress`, `epoch`, `fold`, `file` and `alive`, then `outcome`."""
     store = Store(Path(order["store"]))
     recipe = Recipe.model_validate(order["recipe"])
     source = _weights(order, recipe, store, channel)
+    os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = str(order["threads"])
     # Imported here and now: TensorFlow takes seconds, and weights that cannot be had should be told before.
     from training import experiment
     from training.experiment import Place
 
     limits = ImageLimits(**{**order["image_limits"], "formats": tuple(order["image_limits"]["formats"])})
+    place = Place(
+        store=store,
+        features=Path(order["features"]),
+        pixels=Path(order["pixels"]),
+        pixels_bytes=order["pixels_bytes"],
+        image_limits=limits,
+        threads=order["threads"],
+    )
     outcome = experiment.run(
         recipe,
         Digest(order["manifest"]),
         order["labels"],
         source,
-        Place(store, Path(order["features"]), limits, order["threads"]),
+        place,
         _Registry(channel),
-        _Reporter(channel),
+        _Reporter(channel, store),
     )
-    files = {
-        name: {"sha256": store.put(data), "size_bytes": len(data), "media_type": media_type}
-        for name, (data, media_type) in outcome.files.items()
-    }
+    files = [_stored(store, name, data, media_type) for name, (data, media_type) in outcome.files.items()]
     channel.send(
         "outcome",
         bundle=outcome.bundle,
@@ -182,11 +188,16 @@ def train(order: Mapping[str, Any], channel: Channel) -> None:
     )
 
 
+def _stored(store: Store, name: str, data: bytes, media_type: str) -> dict[str, Any]:
+    return {"name": name, "sha256": store.put(data), "size_bytes": len(data), "media_type": media_type}
+
+
 class _Reporter:
     """Sends what an experiment reports, its progress and that it lives at most once a second."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, store: Store) -> None:
         self._channel = channel
+        self._store = store
         self._stage: str | None = None
         self._told_at = self._alive_at = 0.0
 
@@ -207,6 +218,9 @@ class _Reporter:
 
     def fold(self, result: Any) -> None:
         self._channel.send("fold", result=asdict(result))
+
+    def file(self, name: str, data: bytes, media_type: str) -> None:
+        self._channel.send("file", file=_stored(self._store, name, data, media_type))
 
 
 class _Registry:

@@ -32,6 +32,8 @@ class TrainingPlace:
     """Where training happens, as its child process is told."""
 
     features: str
+    pixels: str
+    pixels_bytes: int
     image_limits: ImageLimits
     threads: int
     source: Source
@@ -57,6 +59,8 @@ class Train:
                             pass  # heard, and that is all
                         case "progress" | "epoch" | "fold":
                             notes.take(message)
+                        case "file":
+                            work.write(partial(_add_file, run_id=work.subject_id, file=message["file"]))
                         case "outcome":
                             outcome = message
                         case _:
@@ -91,6 +95,8 @@ class Train:
             "kind": "train",
             "store": str(self._store.root),
             "features": self._place.features,
+            "pixels": self._place.pixels,
+            "pixels_bytes": self._place.pixels_bytes,
             "image_limits": asdict(self._place.image_limits),
             "threads": self._place.threads,
             "source": asdict(self._place.source),
@@ -189,8 +195,8 @@ def _key(asked: Message) -> dict[str, Any]:
 def _complete(session: Session, run_id: str, outcome: Message) -> None:
     """Close the run with its model version, in one transaction."""
     run: Run = runs.succeed_run(session, run_id, outcome["metrics"], outcome["extraction"])
-    for name, file in outcome["files"].items():
-        runs.add_artifact(session, run_id, name, Digest(file["sha256"]), file["size_bytes"], file["media_type"])
+    for file in outcome["files"]:
+        _add_file(session, run_id, file)
     registry.add_model_version(
         session,
         Principal(run.project_id),
@@ -200,3 +206,7 @@ def _complete(session: Session, run_id: str, outcome: Message) -> None:
         Digest(outcome["backbone"]),
     )
     owe(session, run_id, "finished", {})
+
+
+def _add_file(session: Session, run_id: str, file: dict[str, Any]) -> None:
+    runs.add_artifact(session, run_id, file["name"], Digest(file["sha256"]), file["size_bytes"], file["media_type"])

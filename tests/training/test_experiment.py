@@ -60,6 +60,8 @@ class Heard:
     fractions: list[float] = field(default_factory=list)
     epochs: list[tuple[int | None, int]] = field(default_factory=list)
     folds: list[FoldResult] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    beats: int = 0
 
     def progress(self, **state: Any) -> None:
         if not self.stages or self.stages[-1] != state["stage"]:
@@ -72,13 +74,26 @@ class Heard:
     def fold(self, result: FoldResult) -> None:
         self.folds.append(result)
 
+    def file(self, name: str, data: bytes, media_type: str) -> None:
+        self.files[name] = data
+
+    def alive(self) -> None:
+        self.beats += 1
+
 
 class Bench:
     """A store with weights and images, and runs on them."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "store")
-        self.place = Place(self.store, folder / "features", ImageLimits(), threads=2)
+        self.place = Place(
+            store=self.store,
+            features=folder / "features",
+            pixels=folder / "pixels",
+            pixels_bytes=10**9,
+            image_limits=ImageLimits(),
+            threads=2,
+        )
         self.known = Known()
         self.weights = {}
 
@@ -244,6 +259,65 @@ def test_repeats_fold_again_and_are_pooled(bench: Bench) -> None:
     assert [result.number for result in heard.folds] == [0, 1, 2, 3]
     assert load_tensors(outcome.files["out-of-fold.safetensors"][0])["folds"].shape == (2, 30)
     assert sum(map(sum, outcome.metrics["confusion"])) == 60
+
+
+TUNING: dict[str, Any] = {
+    "mode": "fine-tuning",
+    "features_from": "block3",
+    "epochs": 1,
+    "optimizer": {"learning_rate": 0.002},
+    "folds": {"k": 2},
+    "fine_tune": {"learning_rate": 1e-5, "epochs": 3},
+}
+
+
+def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Bench) -> None:
+    files = sample.coloured(per_class=10)
+    rows = bench.rows(files)
+    outcome, heard = bench.run(rows, **TUNING, augmentation=None)
+    assert heard.stages == ["pixels", "backbone", "features", "activations", "folds", "final", "export", "bundle"]
+    assert heard.fractions == sorted(heard.fractions)
+    assert outcome.backbone not in bench.known.exports.values()
+    assert outcome.metrics["export"]["largest_relative_difference"] < 1e-4
+    for result in heard.folds:
+        head, network = result.metrics["phases"]
+        assert (head["name"], network["name"]) == ("head", "network")
+        assert head["epochs"] + network["epochs"] == result.epochs == len(result.history)
+        assert network["validation"] < head["validation"] and result.metrics["kept"] == "network"
+    predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    predictions, _ = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
+    right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
+    assert np.mean(right) > 0.9
+    assert heard.beats > 0
+    assert "Fine-tuning: layers from `block3` on" in outcome.files["report.md"][0].decode()
+
+
+def test_fine_tuning_folds_as_feature_extraction_does(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=8))
+    frozen, _ = bench.run(rows, features_from="block3", folds={"k": 2})
+    tuned, _ = bench.run(rows, **TUNING, augmentation=None)
+    one, other = (load_tensors(run.files["out-of-fold.safetensors"][0]) for run in (frozen, tuned))
+    assert np.array_equal(one["folds"], other["folds"])
+    assert not np.array_equal(one["logits"], other["logits"])
+
+
+def test_a_network_that_learned_worse_is_not_kept(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=10))
+    wild = {"learning_rate": 1.0, "epochs": 1, "warmup_epochs": 0}
+    outcome, heard = bench.run(
+        rows, **TUNING | {"fine_tune": wild, "optimizer": {"name": "sgd", "learning_rate": 0.05}}, augmentation=None
+    )
+    assert [result.metrics["kept"] for result in heard.folds] == ["head", "head"]
+    assert outcome.backbone in bench.known.exports.values()
+    assert "export" not in outcome.metrics
+    assert "The frozen network is what is served" in outcome.files["report.md"][0].decode()
+
+
+def test_fine_tuning_varies_its_images_unless_told_otherwise_and_shows_how(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=6))
+    _, heard = bench.run(rows, **TUNING)
+    assert heard.files["augmentations.png"].startswith(b"\x89PNG")
+    assert "activations" in heard.stages
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from artifacts.recipe import Precision, Resize
 from artifacts.store import Digest, Store, digest_of
 from errors import Corrupt
 from inference.engine import FlatEngine
-from training.extract import BATCH, Extraction, extract
+from training.extract import Extraction, extract
+from training.pixels import BATCH, Decoder
 
 SIZE = 16
 LIMITS = ImageLimits()
@@ -27,12 +28,8 @@ def run(store: Store, folder: Path, engine: FlatEngine, digests: list[Digest]) -
         digests,
         engine,
         cache,
-        store,
-        size=SIZE,
-        resize=Resize.SQUASH,
-        limits=LIMITS,
-        threads=2,
-        report=lambda done, total: told.append((done, total)),
+        Decoder(store, SIZE, Resize.SQUASH, LIMITS, threads=2),
+        lambda done, total: told.append((done, total)),
     )
     cache.close()
     assert told == sorted(told) and told[-1] == (len(set(digests)), len(set(digests)))

@@ -35,7 +35,7 @@ OUTCOME = {
     "backbone": records.digest("backbone"),
     "metrics": {"accuracy": 0.5},
     "extraction": {},
-    "files": {},
+    "files": [],
 }
 
 
@@ -84,7 +84,14 @@ class Case:
 
 @pytest.fixture
 def case(sqlite: Database, store: Store, tmp_path: Path) -> Case:
-    place = TrainingPlace(str(tmp_path / "features"), ImageLimits(), 1, Source("http://127.0.0.1:1", "", 1.0, 1.0))
+    place = TrainingPlace(
+        str(tmp_path / "features"),
+        str(tmp_path / "pixels"),
+        10**9,
+        ImageLimits(),
+        1,
+        Source("http://127.0.0.1:1", "", 1.0, 1.0),
+    )
     with sqlite.writing() as session:
         run = records.queued_run(session, records.ready_version(session))
         job = jobs.add_job(session, run.project_id, JobKind.TRAIN, Queue.CPU, run.id)
@@ -132,9 +139,9 @@ def test_a_long_epoch_is_only_stopped_if_nothing_moves(case: Case, say: Say, sta
     assert (job.error or {}).get("code") == (None if says else "stalled")
 
 
-def test_a_child_says_at_most_once_a_second_that_it_lives() -> None:
+def test_a_child_says_at_most_once_a_second_that_it_lives(store: Store) -> None:
     said = io.StringIO()
-    report = _Reporter(Channel(io.StringIO(), said))
+    report = _Reporter(Channel(io.StringIO(), said), store)
     until = time.monotonic() + 1.5
     while time.monotonic() < until:
         report.alive()

@@ -1,0 +1,232 @@
+"""Fine-tuning real networks at their smallest sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import sample
+
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.images import Pixels
+from artifacts.recipe import ClassCount, Recipe, Task, fill
+from inference import heads
+from inference.engine import OpenVinoEngine
+from training import backbones, finetune
+from training.export import export
+from training.finetune import Material, Tuned, tune
+from training.fit import Epoch, Fit, fit
+from training.split import Indices
+
+NONE = np.array([], dtype=np.intp)
+COUNT = 24
+
+
+def recipe(name: str = "vgg16", **change: Any) -> Recipe:
+    given = {
+        "mode": "fine-tuning",
+        "backbone": name,
+        "weights": "random",
+        "image_size": CATALOGUE[BackboneName(name)].minimum_size,
+        "augmentation": None,
+        "batch_size": 8,
+        "optimizer": {"learning_rate": 0.01},
+        "fine_tune": {"learning_rate": 1e-4, "epochs": 3},
+        **change,
+    }
+    classes = [ClassCount(label, 99, 99) for label in ("blue", "green", "red")]
+    return fill(Recipe.model_validate(given), Task.MULTICLASS, classes)
+
+
+def pictures(size: int) -> tuple[Pixels, Indices]:
+    colours = list(sample.COLOURS.values())[:3]
+    squares = [np.asarray(sample.picture(number, colours[number % 3], size)) for number in range(COUNT)]
+    return np.stack(squares), np.arange(COUNT) % 3
+
+
+class Trial:
+    """A network, a head that has learned on its frozen features, and what is needed to go on from there."""
+
+    def __init__(self, wanted: Recipe, head_epochs: int = 5) -> None:
+        assert wanted.image_size and wanted.features_from
+        self.recipe = wanted
+        self.weights = backbones.random_weights(wanted.backbone)
+        self.pixels, self.truth = pictures(wanted.image_size)
+        network = backbones.backbone(wanted.backbone, wanted.features_from, wanted.image_size, self.weights)
+        self.features = np.asarray(network(self.pixels)["features"])
+        self.rows = np.arange(COUNT)
+        self.head: Fit = fit(
+            wanted,
+            Task.MULTICLASS,
+            3,
+            self.features,
+            self.truth,
+            self.rows,
+            NONE,
+            epochs=head_epochs,
+            seed=0,
+            on_epoch=lambda number, metrics: None,
+        )
+
+    def tune(self, material: Material | None = None, **change: Any) -> Tuned:
+        options: dict[str, Any] = {
+            "train": self.rows[self.rows % 4 != 0],
+            "validation": self.rows[self.rows % 4 == 0],
+            "epochs": 3,
+            "on_epoch": lambda number, metrics: None,
+            "seed": 0,
+            **change,
+        }
+        return tune(
+            self.recipe,
+            Task.MULTICLASS,
+            self.weights,
+            material or Material(self.pixels, are_maps=False),
+            self.head,
+            self.truth,
+            options["train"],
+            options["validation"],
+            epochs=options["epochs"],
+            seed=options["seed"],
+            on_epoch=options["on_epoch"],
+        )
+
+    def maps(self) -> Material:
+        """Return the maps at the cut, by Keras."""
+        boundary = CATALOGUE[self.recipe.backbone].cut_before(self.recipe.unfreeze or "")
+        assert boundary and self.recipe.image_size
+        network = backbones.backbone(self.recipe.backbone, boundary, self.recipe.image_size, self.weights)
+        return Material(np.asarray(network(self.pixels)["maps"]), are_maps=True)
+
+
+def changed(before: bytes, after: bytes, wanted: Recipe) -> dict[str, bool]:
+    """Return by layer whether its weights changed."""
+    assert wanted.image_size
+    found: dict[str, bool] = {}
+    networks = []
+    for weights in (before, after):
+        network = backbones.network(wanted.backbone, wanted.image_size)
+        backbones.load_weights(network, weights)
+        networks.append(network)
+    for one, other in zip(networks[0].layers, networks[1].layers, strict=True):
+        if one.weights:
+            pairs = zip(one.get_weights(), other.get_weights(), strict=True)
+            found[one.name] = not all(np.array_equal(a, b) for a, b in pairs)
+    return found
+
+
+def test_an_untrained_network_answers_as_the_head_on_frozen_features_did() -> None:
+    trial = Trial(recipe(unfreeze="block5", fine_tune={"learning_rate": 1e-12, "epochs": 1}))
+    before = heads.logits(trial.head.layers, trial.features)
+    for material in (None, trial.maps()):
+        tuned = trial.tune(material, epochs=1)
+        assert tuned.logits(trial.rows) == pytest.approx(before, rel=1e-3, abs=1e-3)
+
+
+def test_layers_from_the_cut_on_learn_and_those_before_it_do_not() -> None:
+    trial = Trial(recipe(unfreeze="block4"))
+    for material in (None, trial.maps()):
+        tuned = trial.tune(material)
+        found = changed(trial.weights, tuned.network(), trial.recipe)
+        assert all(has_changed == (name >= "block4") for name, has_changed in found.items())
+
+
+def test_everything_learns_if_asked() -> None:
+    trial = Trial(recipe(unfreeze="all"))
+    assert all(changed(trial.weights, trial.tune().network(), trial.recipe).values())
+
+
+@pytest.mark.parametrize("unfreeze", ["conv5", "all"])
+def test_batch_normalisation_stays_as_it_is(unfreeze: str) -> None:
+    trial = Trial(recipe("resnet50", unfreeze=unfreeze))
+    tuned = trial.tune(epochs=1)
+    one, other = (backbones.network(trial.recipe.backbone, 32) for _ in range(2))
+    backbones.load_weights(one, trial.weights)
+    backbones.load_weights(other, tuned.network())
+    pairs = zip(one.layers, other.layers, strict=True)
+    statistics = [(a, b) for a, b in pairs if isinstance(a, keras.layers.BatchNormalization)]
+    assert len(statistics) > 40
+    for a, b in statistics:
+        assert all(np.array_equal(x, y) for x, y in zip(a.get_weights(), b.get_weights(), strict=True))
+
+
+def test_the_loss_falls_and_every_epoch_is_told() -> None:
+    told: list[tuple[int, Epoch]] = []
+    # Random weights make tiny features, and standardising those makes small steps large.
+    trial = Trial(recipe(unfreeze="block4", fine_tune={"learning_rate": 1e-7, "epochs": 3}), head_epochs=1)
+    tuned = trial.tune(on_epoch=lambda number, metrics: told.append((number, metrics)))
+    assert [number for number, _ in told] == [1, 2, 3]
+    assert tuned.history[-1]["loss"] < tuned.history[0]["loss"]
+    assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= tuned.history[0].keys()
+
+
+def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
+    trial = Trial(
+        recipe(
+            unfreeze="block5",
+            early_stopping={"patience": 1},
+            fine_tune={"learning_rate": 0.5, "epochs": 12, "warmup_epochs": 0},
+            optimizer={"name": "sgd", "learning_rate": 0.01},
+        )
+    )
+    tuned = trial.tune(epochs=12)
+    watched = [epoch["val_loss"] for epoch in tuned.history]
+    assert tuned.best_epoch == int(np.argmin(watched)) + 1
+    assert tuned.stopped == "patience" and len(watched) == tuned.best_epoch + 1
+    rows = trial.rows[trial.rows % 4 == 0]
+    right = (tuned.logits(rows).argmax(axis=1) == trial.truth[rows]).mean()
+    assert right == pytest.approx(tuned.history[tuned.best_epoch - 1]["val_accuracy"])
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another() -> None:
+    trial = Trial(recipe(unfreeze="block5", augmentation={"rotate_degrees": 10, "brightness": 0.1}))
+    one, same, other = (trial.tune(seed=seed).logits(trial.rows) for seed in (1, 1, 2))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+def test_what_is_exported_answers_as_keras_did(tmp_path: Path) -> None:
+    trial = Trial(recipe(unfreeze="block4"))
+    tuned = trial.tune()
+    model = backbones.backbone(trial.recipe.backbone, "block5", 32, tuned.network())
+    exported = export(model, 2, trial.pixels)
+    assert exported.largest_relative_difference < 1e-4
+    place = tmp_path / "network.onnx"
+    place.write_bytes(exported.onnx)
+    engine = OpenVinoEngine(place, trial.recipe.precision, 2)
+    served = heads.logits(tuned.layers, engine.features(trial.pixels))
+    assert served == pytest.approx(tuned.logits(trial.rows), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(BackboneName))
+def test_every_backbone_is_fine_tuned_from_its_last_block(name: BackboneName) -> None:
+    trial = Trial(recipe(name.value))
+    tuned = trial.tune(trial.maps(), epochs=2)
+    found = changed(trial.weights, tuned.network(), trial.recipe)
+    assert any(found.values()) and not all(found.values())
+
+
+def test_maps_are_computed_once_into_a_file_that_goes(tmp_path: Path) -> None:
+    trial = Trial(recipe(unfreeze="block4"))
+    model = backbones.backbone(trial.recipe.backbone, "block3", 32, trial.weights)
+    place = tmp_path / "network.onnx"
+    place.write_bytes(export(model, 2).onnx)
+    engine = OpenVinoEngine(place, trial.recipe.precision, 2)
+    told: list[tuple[int, int]] = []
+    scratch = tmp_path / "scratch"
+    with finetune.computed_maps(engine, trial.pixels, scratch, lambda *done: told.append(done)) as maps:
+        assert maps == pytest.approx(trial.maps().rows, rel=1e-3, abs=1e-3)
+        assert list(scratch.iterdir()) == []  # it has no name
+    assert told[-1] == (COUNT, COUNT)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    wanted = recipe(fine_tune={"learning_rate": 1e-3, "epochs": 10, "warmup_epochs": 2}).fine_tune
+    assert wanted is not None
+    schedule = finetune._schedule(wanted, steps_per_epoch=5)
+    rates = [float(schedule(step)) for step in range(51)]
+    assert rates[0] == 0 and rates[10] == pytest.approx(1e-3) and rates[50] == pytest.approx(0, abs=1e-9)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)

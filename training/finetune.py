@@ -1,0 +1,262 @@
+"""Fine-tunes a network: layers from a cut on learn together with a head that has learned before them.
+
+First the head on frozen features, then the network at a small learning rate: starting with both at once destroys what
+the network knew (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The learning rate rises from zero
+and falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm stays as it is: it runs as in inference.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.bundle import Dense, Float32
+from artifacts.catalogue import CATALOGUE
+from artifacts.images import Pixels
+from artifacts.recipe import FineTune, Recipe, Task
+from artifacts.store import disk_errors
+from inference.engine import OpenVinoEngine
+from training import backbones, fit
+from training.augment import augmenter
+from training.fit import Epoch, Fit, Scaler, Stopping, Watch
+from training.split import Indices
+
+# Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
+CLIP_NORM = 1.0
+_PREDICT_BATCH = 256
+_MAPS_BATCH = 64
+
+Maps = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the learning part of the network reads.
+
+    Attributes:
+        rows: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] at the cut, computed once.
+        are_maps: whether the frozen part has been gone through already.
+    """
+
+    rows: Pixels | Maps
+    are_maps: bool
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned network with its head.
+
+    Attributes:
+        history, best_epoch, stopped: as of a fit.
+        layers: the head on raw features, standardisation folded in.
+        network: the weights of the whole network, as `backbones.dump_weights` returns them.
+        logits: float32 [n, outputs] for rows of the material, by Keras and without augmentation.
+    """
+
+    history: list[Epoch]
+    best_epoch: int
+    stopped: str
+    layers: tuple[Dense, ...]
+    network: Callable[[], bytes]
+    logits: Callable[[Indices], Float32]
+
+
+def tune(
+    recipe: Recipe,
+    task: Task,
+    weights: bytes,
+    material: Material,
+    head: Fit,
+    targets: Indices,
+    train: Indices,
+    validation: Indices,
+    *,
+    epochs: int,
+    seed: int,
+    on_epoch: Callable[[int, Epoch], None],
+    on_batch: Callable[[], None] = lambda: None,
+) -> Tuned:
+    """Let a network learn from the recipe's cut on.
+
+    Args:
+        recipe: filled, with mode fine-tuning.
+        task: binary has one output, multiclass one per class.
+        weights: the network's weights before, from `backbones.dump_weights`.
+        material: what the learning part reads, row by row.
+        head: the head that has learned on frozen features.
+        targets: class of each row, int [N].
+        train: rows to learn from.
+        validation: rows that early stopping watches; if empty, every epoch is trained.
+        epochs: epochs to train at most; the learning rate falls as if for all of the recipe's.
+        seed: the same seed gives the same network on the same machine.
+        on_epoch: called with the number of each finished epoch, from 1, and its metrics.
+        on_batch: called after each batch, or some of them.
+
+    Raises:
+        TrainingDiverged: the loss is not a number any more.
+    """
+    assert recipe.fine_tune is not None
+    keras.utils.set_random_seed(seed)
+    with _mixed_precision():
+        network, model, served = _build(recipe, weights, material, head, seed)
+    batches = Examples(material.rows, targets, train, recipe.batch_size, seed)
+    model.compile(
+        optimizer=fit.optimizer(recipe.optimizer, _schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM),
+        loss=fit.loss(task),
+        metrics=[fit.accuracy(task)],
+        jit_compile="auto" if _has_gpu() else False,  # compiling for a processor takes longer than it saves
+    )
+    callbacks: list[Any] = [Watch(on_epoch, on_batch)]
+    stopping = Stopping(recipe.early_stopping) if len(validation) and recipe.early_stopping else None
+    if stopping:
+        callbacks += stopping.callbacks
+    watched = Examples(material.rows, targets, validation, _PREDICT_BATCH, None) if len(validation) else None
+    history = model.fit(
+        batches,
+        validation_data=watched,
+        epochs=epochs,
+        shuffle=False,  # the batches shuffle themselves, by seed and epoch
+        callbacks=callbacks,
+        class_weight=fit.class_weights(targets[train], recipe.class_weights),
+        verbose=0,
+    ).history
+    trained = len(history["loss"])
+
+    def logits(rows: Indices) -> Float32:
+        found: Float32 = model.predict(Examples(material.rows, targets, rows, _PREDICT_BATCH, None), verbose=0)
+        return found.astype(np.float32)
+
+    return Tuned(
+        history=[{name: float(values[epoch]) for name, values in history.items()} for epoch in range(trained)],
+        best_epoch=stopping.best_epoch if stopping else trained,
+        stopped=stopping.reason if stopping else "epochs",
+        layers=fit.dense_layers(served, recipe.head.activation, head.scaler),
+        network=lambda: backbones.dump_weights(network),
+        logits=logits,
+    )
+
+
+def _build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: int) -> tuple[Any, Any, Any]:
+    """Return the whole network, the model that learns (from the material to logits) and its head."""
+    backbone = CATALOGUE[recipe.backbone]
+    assert recipe.image_size and recipe.features_from and recipe.unfreeze
+    boundary = backbone.cut_before(recipe.unfreeze)
+    parts = backbones.halves(recipe.backbone, boundary, recipe.features_from, recipe.image_size, weights)
+    if material.are_maps:
+        x = inputs = keras.Input(material.rows.shape[1:])
+    else:
+        inputs = keras.Input(material.rows.shape[1:], dtype="uint8")
+        x = keras.ops.cast(inputs, "float32")
+        if recipe.augmentation is not None:
+            x = augmenter(recipe.augmentation, recipe.image_size, seed)(x)
+        x = backbones.preprocessed(x, backbone.preprocessing)
+        if parts.front is not None:
+            x = parts.front(x)
+    x = parts.rest(x)
+    features = Standardise(head.scaler, dtype="float32")(x)
+    top = fit.head(recipe.head, features.shape[1], head.layers[-1].bias.shape[0])
+    top.set_weights(head.weights)
+    return parts.full, keras.Model(inputs, top(features)), top
+
+
+class Standardise(keras.layers.Layer):  # type: ignore[misc]
+    """Standardises features [N, D] by numbers that stay as they are."""
+
+    def __init__(self, scaler: Scaler, **options: Any) -> None:
+        super().__init__(**options)
+        self._mean = scaler.mean.astype(np.float32)
+        self._scale = scaler.scale.astype(np.float32)
+
+    def call(self, features: Any) -> Any:
+        return (keras.ops.cast(features, "float32") - self._mean) * self._scale
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+
+class Examples(keras.utils.PyDataset):  # type: ignore[misc]
+    """Batches of rows, in an order that is a function of (seed, epoch); in the given order without a seed."""
+
+    def __init__(
+        self, material: Pixels | Maps, targets: Indices, rows: Indices, batch_size: int, seed: int | None
+    ) -> None:
+        super().__init__()
+        self._material = material
+        self._targets = targets
+        self._rows = rows
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+        self._shuffle()
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Any, Indices]:
+        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self._material[rows], self._targets[rows]
+
+    def on_epoch_end(self) -> None:
+        self._epoch += 1
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        if self._seed is None:
+            self._order = self._rows
+        else:
+            self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
+
+
+def _schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
+    """Return the learning rate by step: a rise from zero, then a cosine to zero at the recipe's last epoch."""
+    warmup = min(recipe.warmup_epochs, recipe.epochs - 1) * steps_per_epoch
+    falling = recipe.epochs * steps_per_epoch - warmup
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(recipe.learning_rate, falling)
+    return keras.optimizers.schedules.CosineDecay(0.0, falling, warmup_target=recipe.learning_rate, warmup_steps=warmup)
+
+
+@contextmanager
+def computed_maps(
+    engine: OpenVinoEngine, pixels: Pixels, folder: Path, report: Callable[[int, int], None]
+) -> Iterator[Maps]:
+    """Yield the maps of every image at the engine's cut, float32 [N, h, w, C], in a file that goes with the block.
+
+    Raises:
+        DiskFull: the file does not fit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with the process, however that ends
+        shape: tuple[int, ...] = ()
+        with disk_errors():
+            for start in range(0, len(pixels), _MAPS_BATCH):
+                maps = engine.maps(pixels[start : start + _MAPS_BATCH])
+                shape = maps.shape[1:]
+                file.write(maps.tobytes())
+                report(min(start + _MAPS_BATCH, len(pixels)), len(pixels))
+            file.flush()
+        yield np.memmap(file, dtype=np.float32, mode="r", shape=(len(pixels), *shape))
+
+
+def _has_gpu() -> bool:
+    return bool(keras.distribution.list_devices("gpu"))
+
+
+@contextmanager
+def _mixed_precision() -> Iterator[None]:
+    """Compute in bfloat16 on a GPU, with weights and logits in float32."""
+    before = keras.config.dtype_policy()
+    if _has_gpu():
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)

@@ -1,0 +1,214 @@
+"""The two ways to learn: a head on features of a frozen network, or the network's later layers as well.
+
+A learner is asked once per fold and once for the final model; it sees row numbers, never which images are being tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from artifacts.bundle import Dense, Float32
+from artifacts.features import Features
+from artifacts.recipe import Monitor, Recipe, Task
+from inference import heads
+from training import evaluate
+from training.evaluate import median_epoch
+from training.finetune import Material, tune
+from training.fit import Epoch, Fit, fit
+from training.split import Indices
+
+HEAD, NETWORK = "head", "network"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Epochs to train at most: of the head alone, and of the network with it (0: it stays frozen)."""
+
+    head: int
+    network: int = 0
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of both together."""
+        return self.head + self.network
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of learning: `head` or `network`; `validation` is the plain value of what early stopping watches."""
+
+    name: str
+    epochs: int
+    best_epoch: int
+    stopped: str
+    validation: float | None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a learner brings back from one set of training rows.
+
+    Attributes:
+        phases: what was trained, in order; the last one is not always the one that was kept.
+        kept: name of the phase that was kept.
+        history: metrics of each epoch of all phases, one after the other.
+        best_epoch: the epoch that was kept, counted from 1 through all phases.
+        stopped: why the phase that was kept ended.
+        layers: the head on raw features.
+        network: the weights of the network that has learned; None if it stayed frozen.
+        logits: float32 [n, outputs] for rows of the data set.
+    """
+
+    phases: tuple[Phase, ...]
+    kept: str
+    history: list[Epoch]
+    best_epoch: int
+    stopped: str
+    layers: tuple[Dense, ...]
+    network: Callable[[], bytes] | None
+    logits: Callable[[Indices], Float32]
+
+
+OnEpoch = Callable[[int, Epoch], None]
+
+
+class Learner(Protocol):
+    """Something that learns from rows."""
+
+    @property
+    def plan(self) -> Plan:
+        """What a fold trains at most."""
+        ...
+
+    def learn(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Learned:
+        """Learn from `train`, stopping by `validation`; if that is empty, every planned epoch is trained."""
+        ...
+
+
+def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
+    """Return what the final model trains, without rows to stop by: the medians of the folds' best epochs.
+
+    Its network stays frozen if no more than half of the folds were better with one that learned.
+
+    Args:
+        phases: what each fold trained.
+        kept: name of the phase that each fold kept.
+    """
+    head = median_epoch([phase.best_epoch for fold in phases for phase in fold if phase.name == HEAD])
+    tuned = [fold[-1].best_epoch for fold, name in zip(phases, kept, strict=True) if name == NETWORK]
+    return Plan(head, median_epoch(tuned) if 2 * len(tuned) > len(kept) else 0)
+
+
+class Frozen:
+    """Learns a head on features that were computed once."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        outputs: int,
+        features: Features,
+        targets: Indices,
+        on_batch: Callable[[], None],
+    ) -> None:
+        self._recipe = recipe
+        self._task = task
+        self._outputs = outputs
+        self._features = features
+        self._targets = targets
+        self.on_batch = on_batch
+        self.plan = Plan(recipe.epochs)
+
+    def learn(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Learned:
+        """Learn a head."""
+        return self.of_head(self.fit_head(train, validation, plan, seed, on_epoch), validation)
+
+    def fit_head(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Fit:
+        """Fit the recipe's head on the rows' features."""
+        return fit(
+            self._recipe,
+            self._task,
+            self._outputs,
+            self._features,
+            self._targets,
+            train,
+            validation,
+            epochs=plan.head,
+            seed=seed,
+            on_epoch=on_epoch,
+            on_batch=self.on_batch,
+        )
+
+    def of_head(self, head: Fit, validation: Indices) -> Learned:
+        """Return a fitted head as what was learned."""
+
+        def logits(rows: Indices) -> Float32:
+            return heads.logits(head.layers, self._features[rows])
+
+        value = self.validation(logits, validation)
+        phase = Phase(HEAD, len(head.history), head.best_epoch, head.stopped, value)
+        return Learned((phase,), HEAD, head.history, head.best_epoch, head.stopped, head.layers, None, logits)
+
+    def validation(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
+        """Return what early stopping watches, without any penalty, for the rows; None if there are none."""
+        if not len(rows):
+            return None
+        score = evaluate.loss_and_accuracy(self._task, self._targets[rows], logits(rows))
+        return score["accuracy" if self.is_accuracy else "loss"]
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether early stopping watches the accuracy."""
+        return self._recipe.early_stopping is not None and self._recipe.early_stopping.monitor is Monitor.VAL_ACCURACY
+
+
+class Tuning:
+    """Learns a head on frozen features first, then the network with it, and keeps what validates better."""
+
+    def __init__(
+        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: Material, targets: Indices
+    ) -> None:
+        assert recipe.fine_tune is not None
+        self._recipe = recipe
+        self._task = task
+        self._frozen = frozen
+        self._weights = weights
+        self._material = material
+        self._targets = targets
+        self.plan = Plan(recipe.epochs, recipe.fine_tune.epochs)
+
+    def learn(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Learned:
+        """Learn a head, then the network."""
+        head = self._frozen.fit_head(train, validation, plan, seed, on_epoch)
+        before = self._frozen.of_head(head, validation)
+        if not plan.network:
+            return before
+        trained = len(head.history)
+        tuned = tune(
+            self._recipe,
+            self._task,
+            self._weights,
+            self._material,
+            head,
+            self._targets,
+            train,
+            validation,
+            epochs=plan.network,
+            seed=seed,
+            on_epoch=lambda number, epoch: on_epoch(trained + number, epoch),
+            on_batch=self._frozen.on_batch,
+        )
+        value = self._frozen.validation(tuned.logits, validation)
+        phases = (*before.phases, Phase(NETWORK, len(tuned.history), tuned.best_epoch, tuned.stopped, value))
+        history = [*head.history, *tuned.history]
+        if self._is_better(before.phases[0].validation, value):
+            return Learned(phases, HEAD, history, head.best_epoch, head.stopped, head.layers, None, before.logits)
+        best_epoch = trained + tuned.best_epoch
+        return Learned(phases, NETWORK, history, best_epoch, tuned.stopped, tuned.layers, tuned.network, tuned.logits)
+
+    def _is_better(self, one: float | None, other: float | None) -> bool:
+        if one is None or other is None:
+            return False
+        return one > other if self._frozen.is_accuracy else one < other
