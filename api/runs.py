@@ -102,6 +102,12 @@ def get_file(
     return FileResponse(path, media_type=file.media_type, headers={"ETag": f'"{file.sha256}"'})
 
 
+@router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
+def get_augmentations(given: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
+    """Return a picture of what fine-tuning sees: each row one image as it is, then varied, each time anew."""
+    return get_file(given, principal, run_id, "augmentations.png")
+
+
 @router.get("/backbones")
 def list_backbones(given: ServicesDep) -> Page[BackboneOut]:
     """List the backbones that a recipe may name, with their cut points and the weights that are here."""

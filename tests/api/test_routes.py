@@ -75,11 +75,8 @@ def test_the_documented_surface_is_the_reviewed_one(client: TestClient) -> None:
 
 def test_values_that_do_not_work_yet_are_not_offered(client: TestClient) -> None:
     parts = client.get("/openapi.json").json()["components"]["schemas"]
-    assert parts["Mode"]["enum" if "enum" in parts["Mode"] else "const"] in (
-        ["feature-extraction"],
-        "feature-extraction",
-    )
-    assert "unfreeze" not in parts["Recipe"]["properties"]
+    assert parts["Mode"]["enum"] == ["feature-extraction", "fine-tuning"]
+    assert "network" not in parts["Recipe"]["properties"]
 
 
 def test_a_run_is_queued_with_every_default_filled_in(
@@ -104,6 +101,8 @@ def test_a_run_is_queued_with_every_default_filled_in(
         "early_stopping": {"monitor": "val_loss", "patience": 5, "min_delta": 0.0, "target": None},
         "folds": {"k": 4, "repeats": 1, "validation_fraction": 0.15},
         "augmentation": None,
+        "unfreeze": None,
+        "fine_tune": None,
         "class_weights": "none",
         "precision": "float32",
         "seed": 0,
@@ -122,7 +121,8 @@ def test_a_run_is_queued_with_every_default_filled_in(
         ({"backbone": "resnet51"}, "recipe.backbone"),
         ({"weights": "mine"}, "recipe.weights"),
         ({"weights": "../x"}, "recipe.weights"),
-        ({"mode": "fine-tuning"}, "recipe.mode"),
+        ({"mode": "fine-tuning", "unfreeze": "block15"}, "recipe.unfreeze"),
+        ({"unfreeze": "block14"}, "recipe.unfreeze"),
         ({"mode": "from-scratch"}, "recipe.mode"),
         ({"precision": "int8"}, "recipe.precision"),
         ({"augmentation": {"flip": True}}, "recipe.augmentation"),

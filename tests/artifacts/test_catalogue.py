@@ -95,3 +95,10 @@ def test_the_stages_of_resnet_are_as_wide_as_in_keras() -> None:
     body = source(backbone).split("def ResNet50(")[1].split("def ResNet101(")[0]
     stages = re.findall(r'stack_residual_blocks_v1\(\s*x, (\d+), \d+,.*?name="(conv\d)"', body, re.DOTALL)
     assert {name: 4 * int(filters) for filters, name in stages} == dict(backbone.cuts)
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "frozen"), [("all", None), ("block1", None), ("block2", "block1"), ("block5", "block4")]
+)
+def test_the_part_before_the_cut_stays_frozen(unfreeze: str, frozen: str | None) -> None:
+    assert CATALOGUE[BackboneName.VGG16].cut_before(unfreeze) == frozen

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.recipe import ClassCount, Recipe, Task, TaskChoice, fill
+from artifacts.recipe import ClassCount, FineTune, Recipe, Task, TaskChoice, fill
 from errors import RecipeInvalid
 
 TWO = [ClassCount("daisy", 30, 30), ClassCount("rose", 20, 20)]
@@ -34,6 +34,8 @@ DEFAULTS = {
     "early_stopping": {"monitor": "val_loss", "patience": 5, "min_delta": 0.0, "target": None},
     "folds": {"k": None, "repeats": 1, "validation_fraction": 0.15},
     "augmentation": None,
+    "unfreeze": None,
+    "fine_tune": None,
     "class_weights": "none",
     "precision": "float32",
     "seed": 0,
@@ -177,17 +179,12 @@ def field_of(recipe: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("recipe", "field"),
     [
-        ({"mode": "fine-tuning"}, "mode"),
         ({"mode": "from-scratch"}, "mode"),
         ({"task": "multilabel"}, "task"),
         ({"task": "regression"}, "task"),
         ({"precision": "bfloat16"}, "precision"),
         ({"precision": "int8"}, "precision"),
         ({"precision": "auto"}, "precision"),
-        ({"augmentation": {"rotate_degrees": 10}}, "augmentation"),
-        ({"augmentation": {}}, "augmentation"),
-        ({"unfreeze": "block5"}, "unfreeze"),
-        ({"fine_tune": {"epochs": 2}}, "fine_tune"),
         ({"network": {"kind": "cnn"}}, "network"),
     ],
 )
@@ -290,9 +287,54 @@ def words(schema: Any) -> Iterator[str]:
 
 def test_what_is_not_built_is_not_in_the_schema() -> None:
     offered = set(words(Recipe.model_json_schema()))
-    assert {"feature-extraction", "float32", "multiclass", "xception", "adamw", "features_from", "min_delta"} <= offered
-    not_built = {"fine-tuning", "from-scratch", "multilabel", "regression", "bfloat16", "int8"}
-    assert not offered & {*not_built, "unfreeze", "fine_tune", "network", "rotate_degrees", "warmup_epochs"}
-    properties = Recipe.model_json_schema()["properties"]
-    assert set(properties) == set(DEFAULTS)
-    assert properties["augmentation"]["type"] == "null"
+    assert {"feature-extraction", "fine-tuning", "float32", "multiclass", "adamw", "features_from"} <= offered
+    assert not offered & {"from-scratch", "multilabel", "regression", "bfloat16", "int8", "network"}
+    assert set(Recipe.model_json_schema()["properties"]) == set(DEFAULTS)
+
+
+def tuned(**change: object) -> Recipe:
+    given = {"mode": "fine-tuning", "backbone": "vgg16", **change}
+    return fill(Recipe.model_validate(given), Task.MULTICLASS, [ClassCount(name, 9, 9) for name in "abc"])
+
+
+def test_fine_tuning_starts_at_the_last_block_slowly_and_varies_images_a_little() -> None:
+    recipe = tuned()
+    assert recipe.unfreeze == "block5"
+    assert recipe.fine_tune == FineTune(learning_rate=1e-5, epochs=20, warmup_epochs=1)
+    assert recipe.augmentation is not None and recipe.augmentation.rotate_degrees > 0
+    assert not recipe.augmentation.flip
+
+
+def test_null_leaves_images_as_they_are() -> None:
+    assert tuned(augmentation=None).augmentation is None
+
+
+def test_the_last_block_is_where_features_are_taken_from() -> None:
+    assert tuned(features_from="block3").unfreeze == "block3"
+
+
+@pytest.mark.parametrize("unfreeze", ["block1", "block5", "all"])
+def test_a_network_may_learn_from_any_cut_on(unfreeze: str) -> None:
+    assert tuned(unfreeze=unfreeze).unfreeze == unfreeze
+
+
+@pytest.mark.parametrize(("unfreeze", "features_from"), [("block9", None), ("block5", "block4")])
+def test_a_network_cannot_learn_after_its_end(unfreeze: str, features_from: str | None) -> None:
+    with pytest.raises(RecipeInvalid, match=f"or 'all'.*Received '{unfreeze}'") as refused:
+        tuned(unfreeze=unfreeze, features_from=features_from)
+    assert refused.value.field == "unfreeze"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("unfreeze", "block5"), ("fine_tune", {}), ("augmentation", {"zoom": 0.1})]
+)
+def test_a_frozen_network_is_not_tuned(field: str, value: object) -> None:
+    with pytest.raises(RecipeInvalid, match="fine-tuning") as refused:
+        tuned(mode="feature-extraction", **{field: value})
+    assert refused.value.field == field
+
+
+def test_a_filled_recipe_is_filled_as_it_is() -> None:
+    recipe = tuned(augmentation=None)
+    again = Recipe.model_validate(recipe.model_dump(mode="json"))
+    assert fill(again, Task.MULTICLASS, [ClassCount(name, 9, 9) for name in "abc"]) == recipe

@@ -158,6 +158,19 @@ def test_two_classes_are_binary_and_both_are_answered(service: Service) -> None:
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
+def test_a_network_is_fine_tuned_and_answers(service: Service, colours: dict[str, Any]) -> None:
+    tuning = {"mode": "fine-tuning", "features_from": "block2", "unfreeze": "block2", "epochs": 1}
+    run = service.train(colours["id"], "tuned", fine_tune={"learning_rate": 1e-5, "epochs": 2}, **tuning)
+    assert run["state"] == "succeeded", run["error"]
+    assert run["recipe"]["unfreeze"] == "block2" and run["recipe"]["augmentation"]["rotate_degrees"] > 0
+    assert [phase["name"] for phase in run["folds"][0]["metrics"]["phases"]] == ["head", "network"]
+    sheet = service.http.get(f"/api/v1/runs/{run['id']}/augmentations")
+    assert Image.open(io.BytesIO(sheet.content)).size == (8 * 32, 8 * 32)
+    answer = service.http.post("/api/v1/models/tuned/predict", content=RED)
+    assert answer.status_code == 200 and answer.json()["predictions"][0]["label"] in ("blue", "green", "red")
+
+
 def test_labels_with_groups_and_splits_are_kept_together(service: Service) -> None:
     files = sample.coloured(per_class=12, classes=2, seed=80_000)
     lines = ["path,label,group,split"]
