@@ -27,7 +27,7 @@ from api.schemas import (
     RunRequest,
     WeightsOut,
 )
-from artifacts.catalogue import CATALOGUE, Backbone
+from artifacts.catalogue import ALL, CATALOGUE, Backbone
 from artifacts.recipe import IMAGENET, RANDOM, ClassCount, Recipe, Task, fill
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
@@ -154,6 +154,7 @@ def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
         minimum_size=backbone.minimum_size,
         features=backbone.cuts[backbone.last_cut],
         cut_points=[CutOut(name=name, width=width) for name, width in backbone.cuts.items()],
+        unfreeze=[*backbone.cuts, ALL],
         weights=weights,
     )
 

@@ -272,6 +272,8 @@ class BackboneOut(Schema):
     features: int
     """Features after the last cut point."""
     cut_points: list[CutOut]
+    unfreeze: list[str]
+    """Where fine-tuning may begin: a cut point, or all of the network."""
     weights: list[WeightsOut]
 
 

@@ -5,6 +5,7 @@ A learner is asked once per fold and once for the final model; it sees row numbe
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -186,6 +187,7 @@ class Tuning:
         if not plan.network:
             return before
         trained = len(head.history)
+        gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
         tuned = tune(
             self._recipe,
             self._task,

@@ -408,6 +408,7 @@ def test_backbones_are_listed_with_their_cut_points_and_imported_weights(
     vgg16 = found["vgg16"]
     assert (vgg16["input_size"], vgg16["minimum_size"], vgg16["features"]) == (224, 32, 512)
     assert vgg16["cut_points"][2] == {"name": "block3", "width": 256}
+    assert vgg16["unfreeze"] == ["block1", "block2", "block3", "block4", "block5", "all"]
     assert [(item["name"], item["here"]) for item in vgg16["weights"]] == [
         ("imagenet", False),
         ("mine", True),
