@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,11 @@ class Service:
             time.sleep(0.2)
 
     def processes(self) -> list[psutil.Process]:
-        """Return every process of the service, whoever its parent is by now."""
-        return [process for process in psutil.process_iter() if self._owns(process)]
+        """Return every process of the service: those below it, and those that its death left to another parent."""
+        found = {process for process in psutil.process_iter() if self._owns(process)}
+        with suppress(psutil.NoSuchProcess):
+            found |= {*psutil.Process(self.process.pid).children(recursive=True)}  # Valkey overwrites its environment
+        return sorted(found, key=lambda process: process.pid)
 
     def _owns(self, process: psutil.Process) -> bool:
         try:

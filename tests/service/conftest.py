@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import sample
 from running import Service, started
@@ -15,9 +16,11 @@ from running import Service, started
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with started(tmp_path_factory.mktemp("service") / "var") as service:
         yield service
+        running = service.processes()
         service.process.send_signal(signal.SIGINT)
         service.process.wait(60)
-        assert service.processes() == [], "Ctrl-C left something"
+        _, alive = psutil.wait_procs(running, timeout=5)
+        assert not alive and service.processes() == [], "Ctrl-C left something"
 
 
 @pytest.fixture(scope="session")

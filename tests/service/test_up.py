@@ -99,5 +99,5 @@ def test_nothing_is_left_however_the_service_is_ended(tmp_path: Path, number: si
         assert len(running) >= 5
         service.process.send_signal(number)
         service.process.wait(60)
-        psutil.wait_procs(running, timeout=60)
-        assert service.processes() == []
+        _, alive = psutil.wait_procs(running, timeout=60)
+        assert not alive and service.processes() == []
