@@ -34,15 +34,14 @@ Message = dict[str, Any]
 _END = object()
 
 
-class Died(EspalierError):
+class Died(Exception):
     """The child ended without a result; `signal` is the number that killed it, or None."""
-
-    code = "died"
 
     def __init__(self, returncode: int) -> None:
         self.signal = -returncode if returncode < 0 else None
         name = signal.Signals(self.signal).name if self.signal else f"exit status {returncode}"
-        super().__init__(f"The process ended with {name}.")
+        self.detail = f"The process ended with {name}."
+        super().__init__(self.detail)
 
     def as_failure(self) -> EspalierError:
         """Return what this means for a whole job: nothing but the kernel sends SIGKILL to a child of ours."""

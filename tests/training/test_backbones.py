@@ -49,7 +49,7 @@ def test_every_cut_point_exists_and_is_as_wide_as_the_catalogue_says(name: Backb
 def test_pixels_are_prepared_as_keras_prepares_them(name: BackboneName) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     expected = PREPROCESS[name](images.astype(np.float32).copy())
-    found = backbones._preprocessed(keras.ops.convert_to_tensor(images), CATALOGUE[name].preprocessing)
+    found = backbones.preprocessed(keras.ops.convert_to_tensor(images), CATALOGUE[name].preprocessing)
     np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6, atol=1e-5)
 
 
