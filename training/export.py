@@ -79,6 +79,7 @@ def export(model: Any, threads: int, images: Pixels | None = None) -> Exported:
 @contextmanager
 def _collecting(every_s: float = 0.2) -> Iterator[None]:
     """Collect garbage all the time: the exporter leaves copies of the weights in cycles, and ResNet50 took 8 GB."""
+    gc.freeze()  # what is here already is not looked through each time, which would take longer than the export
     done = threading.Event()
 
     def collect() -> None:
@@ -92,6 +93,7 @@ def _collecting(every_s: float = 0.2) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+        gc.unfreeze()
         gc.collect()
         if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).malloc_trim(0)  # else the process keeps what it has freed
