@@ -47,14 +47,29 @@ def pictures(size: int) -> tuple[Pixels, Indices]:
     return np.stack(squares), np.arange(COUNT) % 3
 
 
+def calibrated(wanted: Recipe, pixels: Pixels) -> bytes:
+    """Return random weights whose BatchNorm layers know their inputs, as those of a trained network do.
+
+    Without, the features of a deep one are as small as 1e-10, and its gradients overflow.
+    """
+    assert wanted.image_size
+    network = backbones.network(wanted.backbone, wanted.image_size)
+    backbones.load_weights(network, backbones.random_weights(wanted.backbone))
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    network(backbones.preprocessed(pixels, CATALOGUE[wanted.backbone].preprocessing), training=True)
+    return backbones.dump_weights(network)
+
+
 class Trial:
     """A network, a head that has learned on its frozen features, and what is needed to go on from there."""
 
     def __init__(self, wanted: Recipe, head_epochs: int = 5) -> None:
         assert wanted.image_size and wanted.features_from
         self.recipe = wanted
-        self.weights = backbones.random_weights(wanted.backbone)
         self.pixels, self.truth = pictures(wanted.image_size)
+        self.weights = calibrated(wanted, self.pixels)
         network = backbones.backbone(wanted.backbone, wanted.features_from, wanted.image_size, self.weights)
         self.features = np.asarray(network(self.pixels)["features"])
         self.rows = np.arange(COUNT)
