@@ -141,6 +141,7 @@ def test_no_image_goes_through_the_backbone_twice(service: Service) -> None:
     service.settled(f"/api/v1/runs/{old.json()['id']}")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_metrics(service: Service, colours: dict[str, Any]) -> None:
     one, same = (service.train(colours["id"], "twins", seed=5) for _ in range(2))
     assert one["metrics"] == same["metrics"]

@@ -292,6 +292,7 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
     assert "Fine-tuning: layers from `block3` on" in outcome.files["report.md"][0].decode()
 
 
+@pytest.mark.slow
 def test_fine_tuning_folds_as_feature_extraction_does(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=8))
     frozen, _ = bench.run(rows, features_from="block3", folds={"k": 2})
@@ -313,6 +314,7 @@ def test_a_network_that_learned_worse_is_not_kept(bench: Bench) -> None:
     assert "The frozen network is what is served" in outcome.files["report.md"][0].decode()
 
 
+@pytest.mark.slow
 def test_fine_tuning_varies_its_images_unless_told_otherwise_and_shows_how(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=6))
     _, heard = bench.run(rows, **TUNING)

@@ -154,7 +154,7 @@ def test_everything_learns_if_asked() -> None:
     assert all(changed(trial.weights, trial.tune().network(), trial.recipe).values())
 
 
-@pytest.mark.parametrize("unfreeze", ["conv5", "all"])
+@pytest.mark.parametrize("unfreeze", ["conv5", pytest.param("all", marks=pytest.mark.slow)])
 def test_batch_normalisation_stays_as_it_is(unfreeze: str) -> None:
     trial = Trial(recipe("resnet50", unfreeze=unfreeze))
     tuned = trial.tune(epochs=1)
@@ -196,12 +196,14 @@ def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
     assert right == pytest.approx(tuned.history[tuned.best_epoch - 1]["val_accuracy"])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_network_and_another_seed_another() -> None:
     trial = Trial(recipe(unfreeze="block5", augmentation={"rotate_degrees": 10, "brightness": 0.1}))
     one, same, other = (trial.tune(seed=seed).logits(trial.rows) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_what_is_exported_answers_as_keras_did(tmp_path: Path) -> None:
     trial = Trial(recipe(unfreeze="block4"))
     tuned = trial.tune()
