@@ -61,7 +61,7 @@ class OpenVinoEngine:
             self._local.request = self._network.create_infer_request()
         request: Any = self._local.request
         request.infer([np.ascontiguousarray(images)])
-        return np.array(request.get_tensor(self._network.output(output)).data, dtype=np.float32)
+        return np.array(request.get_tensor(output).data, dtype=np.float32)
 
 
 class FlatEngine:

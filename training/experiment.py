@@ -130,7 +130,7 @@ def run(
     registry: Registry,
     report: Reporter,
 ) -> Outcome:
-    """Train and measure a classifier on features of a frozen backbone.
+    """Train and measure a classifier: a head on a frozen backbone, or the backbone with it.
 
     Args:
         recipe: what to do, every default filled in.

@@ -26,7 +26,7 @@ from artifacts.store import disk_errors
 from inference.engine import OpenVinoEngine
 from training import backbones, fit
 from training.augment import augmenter
-from training.fit import Epoch, Fit, Scaler, Stopping, Watch
+from training.fit import Epoch, Fit, Rows, Scaler, Stopping, Watch
 from training.split import Indices
 
 # Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
@@ -105,9 +105,8 @@ def tune(
     """
     assert recipe.fine_tune is not None
     keras.utils.set_random_seed(seed)
-    with _mixed_precision():
-        network, model, served = _build(recipe, weights, material, head, seed)
-    batches = Examples(material.rows, targets, train, recipe.batch_size, seed)
+    network, model, served = _build(recipe, weights, material, head, seed)
+    batches = Rows(material.rows, targets, train, None, recipe.batch_size, seed)
     model.compile(
         optimizer=fit.optimizer(recipe.optimizer, _schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM),
         loss=fit.loss(task),
@@ -118,7 +117,7 @@ def tune(
     stopping = Stopping(recipe.early_stopping) if len(validation) and recipe.early_stopping else None
     if stopping:
         callbacks += stopping.callbacks
-    watched = Examples(material.rows, targets, validation, _PREDICT_BATCH, None) if len(validation) else None
+    watched = Rows(material.rows, targets, validation, None, _PREDICT_BATCH, None) if len(validation) else None
     history = model.fit(
         batches,
         validation_data=watched,
@@ -131,7 +130,7 @@ def tune(
     trained = len(history["loss"])
 
     def logits(rows: Indices) -> Float32:
-        found: Float32 = model.predict(Examples(material.rows, targets, rows, _PREDICT_BATCH, None), verbose=0)
+        found: Float32 = model.predict(Rows(material.rows, targets, rows, None, _PREDICT_BATCH, None), verbose=0)
         return found.astype(np.float32)
 
     return Tuned(
@@ -149,7 +148,8 @@ def _build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: 
     backbone = CATALOGUE[recipe.backbone]
     assert recipe.image_size and recipe.features_from and recipe.unfreeze
     boundary = backbone.cut_before(recipe.unfreeze)
-    parts = backbones.halves(recipe.backbone, boundary, recipe.features_from, recipe.image_size, weights)
+    with _mixed_precision():
+        parts = backbones.halves(recipe.backbone, boundary, recipe.features_from, recipe.image_size, weights)
     if material.are_maps:
         x = inputs = keras.Input(material.rows.shape[1:])
     else:
@@ -161,7 +161,7 @@ def _build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: 
         if parts.front is not None:
             x = parts.front(x)
     x = parts.rest(x)
-    features = Standardise(head.scaler, dtype="float32")(x)
+    features = Standardise(head.scaler)(x)
     top = fit.head(recipe.head, features.shape[1], head.layers[-1].bias.shape[0])
     top.set_weights(head.weights)
     return parts.full, keras.Model(inputs, top(features)), top
@@ -180,39 +180,6 @@ class Standardise(keras.layers.Layer):  # type: ignore[misc]
 
     def compute_output_shape(self, shape: Any) -> Any:
         return shape
-
-
-class Examples(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of rows, in an order that is a function of (seed, epoch); in the given order without a seed."""
-
-    def __init__(
-        self, material: Pixels | Maps, targets: Indices, rows: Indices, batch_size: int, seed: int | None
-    ) -> None:
-        super().__init__()
-        self._material = material
-        self._targets = targets
-        self._rows = rows
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = 0
-        self._shuffle()
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
-
-    def __getitem__(self, index: int) -> tuple[Any, Indices]:
-        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        return self._material[rows], self._targets[rows]
-
-    def on_epoch_end(self) -> None:
-        self._epoch += 1
-        self._shuffle()
-
-    def _shuffle(self) -> None:
-        if self._seed is None:
-            self._order = self._rows
-        else:
-            self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
 
 
 def _schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
@@ -252,7 +219,7 @@ def _has_gpu() -> bool:
 
 @contextmanager
 def _mixed_precision() -> Iterator[None]:
-    """Compute in bfloat16 on a GPU, with weights and logits in float32."""
+    """Have the layers that are built in the block compute in bfloat16 on a GPU; their weights stay float32."""
     before = keras.config.dtype_policy()
     if _has_gpu():
         keras.config.set_dtype_policy("mixed_bfloat16")

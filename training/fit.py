@@ -1,7 +1,7 @@
 """Fits a head on features: standardised inside the fold, stopped early, its best weights restored.
 
 Standardising matters: features of a randomly initialised deep backbone are as small as 1e-10. It is folded into the
-first dense layer afterwards, so that what is served is a plain chain of dense layers on raw features.
+first dense layer afterwards, as an offset and larger weights, so that what is served takes raw features.
 """
 
 from __future__ import annotations
@@ -166,13 +166,16 @@ class Scaler:
 
 
 class Rows(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of standardised rows in an order that is a function of (seed, epoch)."""
+    """Batches of rows in an order that is a function of (seed, epoch), or as given without a seed; standardised or raw.
+
+    `inputs` is an array [N, ...], which may be mapped from a file.
+    """
 
     def __init__(
-        self, features: Features, targets: Indices, rows: Indices, scaler: Scaler, batch_size: int, seed: int
+        self, inputs: Any, targets: Indices, rows: Indices, scaler: Scaler | None, batch_size: int, seed: int | None
     ) -> None:
         super().__init__()
-        self._features = features
+        self._inputs = inputs
         self._targets = targets
         self._rows = rows
         self._scaler = scaler
@@ -184,16 +187,19 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
     def __len__(self) -> int:
         return -(-len(self._rows) // self._batch_size)
 
-    def __getitem__(self, index: int) -> tuple[Features, Indices]:
+    def __getitem__(self, index: int) -> tuple[Any, Indices]:
         rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        return self._scaler(self._features[rows]), self._targets[rows]
+        inputs = self._inputs[rows]
+        return (inputs if self._scaler is None else self._scaler(inputs)), self._targets[rows]
 
     def on_epoch_end(self) -> None:
         self._epoch += 1
         self._shuffle()
 
     def _shuffle(self) -> None:
-        self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
+        self._order = self._rows
+        if self._seed is not None:
+            self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
 
 
 def head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:

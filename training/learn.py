@@ -53,7 +53,6 @@ class Learned:
 
     Attributes:
         phases: what was trained, in order; the last one is not always the one that was kept.
-        kept: name of the phase that was kept.
         history: metrics of each epoch of all phases, one after the other.
         best_epoch: the epoch that was kept, counted from 1 through all phases.
         stopped: why the phase that was kept ended.
@@ -63,13 +62,17 @@ class Learned:
     """
 
     phases: tuple[Phase, ...]
-    kept: str
     history: list[Epoch]
     best_epoch: int
     stopped: str
     layers: tuple[Dense, ...]
     network: Callable[[], bytes] | None
     logits: Callable[[Indices], Float32]
+
+    @property
+    def kept(self) -> str:
+        """Name of the phase that was kept."""
+        return HEAD if self.network is None else NETWORK
 
 
 OnEpoch = Callable[[int, Epoch], None]
@@ -150,7 +153,7 @@ class Frozen:
 
         value = self.validation(logits, validation)
         phase = Phase(HEAD, len(head.history), head.best_epoch, head.stopped, value)
-        return Learned((phase,), HEAD, head.history, head.best_epoch, head.stopped, head.layers, None, logits)
+        return Learned((phase,), head.history, head.best_epoch, head.stopped, head.layers, None, logits)
 
     def validation(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
         """Return what early stopping watches, without any penalty, for the rows; None if there are none."""
@@ -206,9 +209,9 @@ class Tuning:
         phases = (*before.phases, Phase(NETWORK, len(tuned.history), tuned.best_epoch, tuned.stopped, value))
         history = [*head.history, *tuned.history]
         if self._is_better(before.phases[0].validation, value):
-            return Learned(phases, HEAD, history, head.best_epoch, head.stopped, head.layers, None, before.logits)
+            return Learned(phases, history, head.best_epoch, head.stopped, head.layers, None, before.logits)
         best_epoch = trained + tuned.best_epoch
-        return Learned(phases, NETWORK, history, best_epoch, tuned.stopped, tuned.layers, tuned.network, tuned.logits)
+        return Learned(phases, history, best_epoch, tuned.stopped, tuned.layers, tuned.network, tuned.logits)
 
     def _is_better(self, one: float | None, other: float | None) -> bool:
         if one is None or other is None:
