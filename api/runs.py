@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
@@ -28,7 +27,7 @@ from api.schemas import (
     WeightsOut,
 )
 from artifacts.catalogue import ALL, CATALOGUE, Backbone
-from artifacts.recipe import IMAGENET, RANDOM, ClassCount, Recipe, Task, fill
+from artifacts.recipe import IMAGENET, RANDOM, Recipe, fill
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
 from models import dataset as datasets
@@ -50,8 +49,7 @@ def start_run(response: Response, given: ServicesDep, principal: PrincipalDep, w
     with given.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, wanted.dataset, for_change=True)
         version = datasets.ready_version(session, dataset, wanted.version)
-        assert version.task is not None
-        recipe = _filled(session, wanted.recipe, version.task, version.class_counts)
+        recipe = _filled(session, wanted.recipe, version)
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
         job = jobs.add_job(session, principal.project_id, JobKind.TRAIN, Queue.CPU, run.id)
         shown = _run_out(session, given, run)
@@ -124,11 +122,12 @@ def list_backbones(given: ServicesDep) -> Page[BackboneOut]:
     return Page(items=items, next_cursor=None)
 
 
-def _filled(session: Session, recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> Recipe:
+def _filled(session: Session, recipe: Recipe, version: DatasetVersion) -> Recipe:
     """Return the recipe as it will be trained. Raises RecipeInvalid, naming the field by its path in the request."""
+    assert version.task is not None
     try:
         _check_weights(session, recipe)
-        return fill(recipe, task, classes)
+        return fill(recipe, version.task, version.class_counts, version.groups)
     except RecipeInvalid as error:
         field = error.field if error.field == "dataset" else f"recipe.{error.field}"
         raise RecipeInvalid(field, f"{field}: {error.detail}") from error
