@@ -53,7 +53,7 @@ bench: $(VENV)/dev ## measure extraction and training against their baselines
 
 lock: $(VENV)/dev ## compile requirements/*.txt anew from pyproject.toml, for all platforms, with hashes
 	@mkdir -p requirements
-	@for group in dev embedded worker api; do \
+	@for group in dev embedded worker worker-gpu api; do \
 		echo "requirements/$$group.txt"; \
 		uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 			--custom-compile-command "make lock" $$(test $$group = dev || echo --constraint requirements/dev.txt) \
