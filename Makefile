@@ -47,9 +47,10 @@ check: $(VENV)/dev ## check format, types, floors, compose file and images
 	check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	hadolint images/*.Dockerfile
 
-bench: $(VENV)/dev ## measure extraction and training against their baselines
+bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their baselines
 	python -m benchmarks.extraction
 	python -m benchmarks.folds
+	python -m benchmarks.tuning
 
 lock: $(VENV)/dev ## compile requirements/*.txt anew from pyproject.toml, for all platforms, with hashes
 	@mkdir -p requirements
