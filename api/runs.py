@@ -35,7 +35,7 @@ from models import job as jobs
 from models import registry
 from models import run as runs
 from models.dataset import DatasetVersion
-from models.job import JobKind, Queue
+from models.job import JobKind
 from models.project import scope
 from models.registry import Weights
 from models.run import Run
@@ -51,9 +51,10 @@ def start_run(response: Response, given: ServicesDep, principal: PrincipalDep, w
         version = datasets.ready_version(session, dataset, wanted.version)
         recipe = _filled(session, wanted.recipe, version)
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
-        job = jobs.add_job(session, principal.project_id, JobKind.TRAIN, Queue.CPU, run.id)
+        queue = jobs.training_queue(session, recipe.mode)
+        job = jobs.add_job(session, principal.project_id, JobKind.TRAIN, queue, run.id)
         shown = _run_out(session, given, run)
-    given.bell.ring(Queue.CPU, job.id)
+    given.bell.ring(queue, job.id)
     response.headers["Location"] = f"/api/v1/runs/{run.id}"
     return shown
 

@@ -19,6 +19,7 @@ from sqlalchemy import BigInteger, CursorResult, ForeignKey, Index, Integer, Str
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from artifacts.recipe import Mode
 from errors import EspalierError
 from models.base import Base, Json, new_id, now, text_enum
 from models.project import owner
@@ -59,6 +60,8 @@ class Queue(StrEnum):
 
 # The longest wait between two attempts.
 BACK_OFF_S = 60.0
+# A worker that has not looked for work for this long counts as gone. A wrong clock only moves work to another queue.
+UNSEEN_S = 300.0
 
 _UNFINISHED = text("state IN ('queued', 'running')")
 
@@ -154,6 +157,24 @@ def add_job(session: Session, project_id: str, kind: JobKind, queue: Queue, subj
     session.add(job)
     session.flush()
     return job
+
+
+def training_queue(session: Session, mode: Mode) -> Queue:
+    """Return where a run of a mode belongs: fine-tuning on a GPU if a worker with one has been seen lately."""
+    return Queue.GPU if mode is Mode.FINE_TUNING and _is_served(session, Queue.GPU) else Queue.CPU
+
+
+def hand_over_unserved(session: Session) -> int:
+    """Give what waits for a GPU to the processors once no worker with one is there; return how many jobs."""
+    if _is_served(session, Queue.GPU):
+        return 0
+    waiting = (Job.queue == Queue.GPU, Job.state == JobState.QUEUED)
+    return _execute(session, update(Job).where(*waiting).values(queue=Queue.CPU))
+
+
+def _is_served(session: Session, queue: Queue) -> bool:
+    seen = session.scalars(select(Worker).where(Worker.looked_at > now() - timedelta(seconds=UNSEEN_S)))
+    return any(queue in worker.queues for worker in seen)
 
 
 def claim(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:

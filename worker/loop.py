@@ -83,6 +83,7 @@ class Work:
         self.subject_id = job.subject_id
         self.project_id = job.project_id
         self.attempt = job.attempt
+        self.queue = job.queue
         self._holder = holder
         self._afterwards: list[Callable[[], None]] = []
 
@@ -388,6 +389,8 @@ class Sweeper:
         """Look once at every running job; return how many were taken over."""
         with self._database.writing() as session:
             jobs.see_worker(session, self._worker, self._queues)
+            if Queue.CPU in self._queues:
+                jobs.hand_over_unserved(session)
             seen = jobs.sightings(session, list(Queue))
         now = self._now()
         self._first_seen = {sighting: self._first_seen.get(sighting, now) for sighting in seen}

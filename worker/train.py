@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from artifacts.store import Digest, Store
 from models import registry
 from models import run as runs
 from models.dataset import DatasetVersion
-from models.job import owe
+from models.job import Queue, owe
 from models.project import Principal
 from models.reference import collect
 from models.registry import Backbone, Weights
@@ -52,7 +53,7 @@ class Train:
         outcome: Message | None = None
         notes = _Notes(work)
         try:
-            with Child(order) as child:
+            with Child(order, _devices(work.queue)) as child:
                 while (message := child.receive(work)) is not None:
                     match message["type"]:
                         case "alive":
@@ -185,6 +186,14 @@ class _Notes:
             owe(session, run_id, "fold", {"fold": result["number"]})
         if self._progress is not None:
             runs.set_progress(session, run_id, self._progress)
+
+
+def _devices(queue: Queue) -> dict[str, str]:
+    """Let a job of the queue `gpu` see one GPU, whose memory it takes as it needs it, and any other job none."""
+    if queue is not Queue.GPU:
+        return {"CUDA_VISIBLE_DEVICES": "-1"}
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return {"CUDA_VISIBLE_DEVICES": mine, "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 
 
 def _key(asked: Message) -> dict[str, Any]:

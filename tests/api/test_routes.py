@@ -21,9 +21,11 @@ from artifacts.manifest import dump
 from artifacts.recipe import ClassCount, Task
 from errors import Refused
 from models import dataset as datasets
+from models import job as jobs
 from models import registry
 from models import run as runs
 from models.dataset import DatasetVersion
+from models.job import Queue
 from models.registry import Weights
 from models.session import Database
 from settings import Settings
@@ -109,6 +111,17 @@ def test_a_run_is_queued_with_every_default_filled_in(
     }
     assert rung[-1][0] == "cpu"
     assert client.get(answer.headers["location"]).json() == run
+
+
+def test_fine_tuning_wakes_the_worker_with_a_gpu_if_there_is_one(
+    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+) -> None:
+    start(client, dataset, mode="fine-tuning")
+    with services.database.writing() as session:
+        jobs.see_worker(session, "there", [Queue.GPU])
+    start(client, dataset, mode="fine-tuning")
+    start(client, dataset)
+    assert [queue for queue, _ in rung[-3:]] == ["cpu", "gpu", "cpu"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from artifacts.recipe import Mode
 from errors import DatasetRefused, Unavailable
 from models import job as jobs
 from models.base import now
@@ -524,3 +525,39 @@ def test_unfinished_jobs_are_counted_by_queue_and_state(database: Database) -> N
             (Queue.CPU, JobState.RUNNING): 1,
             (Queue.INGEST, JobState.QUEUED): 1,
         }
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def see(database: Database, *queues: Queue, ago_s: float = 0.0) -> None:
+    with database.writing() as session:
+        jobs.see_worker(session, "there", queues)
+        session.execute(update(Worker).values(looked_at=now() - timedelta(seconds=ago_s)))
+
+
+def wanted_queue(database: Database, mode: Mode) -> Queue:
+    with database.reading() as session:
+        return jobs.training_queue(session, mode)
+
+
+def test_fine_tuning_goes_to_a_gpu_where_one_is_served(database: Database) -> None:
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+    see(database, Queue.GPU)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.GPU
+    assert wanted_queue(database, Mode.FEATURE_EXTRACTION) is Queue.CPU
+    see(database, Queue.GPU, ago_s=jobs.UNSEEN_S + 1)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+
+
+def test_what_waits_for_a_gpu_that_is_gone_goes_to_the_processors(database: Database) -> None:
+    waiting, running = add(database, "run_1", "run_2", queue=Queue.GPU)
+    with database.writing() as session:
+        session.execute(update(Job).where(Job.id == running).values(state=JobState.RUNNING))
+    see(database, Queue.GPU)
+    with database.writing() as session:
+        assert jobs.hand_over_unserved(session) == 0
+    see(database, Queue.GPU, ago_s=jobs.UNSEEN_S + 1)
+    with database.writing() as session:
+        assert jobs.hand_over_unserved(session) == 1
+    assert look(database, waiting).queue is Queue.CPU and look(database, running).queue is Queue.GPU

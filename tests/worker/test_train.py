@@ -19,7 +19,7 @@ from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store
 from models import job as jobs
 from models import run as runs
-from models.job import JobKind, JobState, Outbox, Queue
+from models.job import Job, JobKind, JobState, Outbox, Queue
 from models.run import EventKind, RunState
 from models.session import Database
 from worker.child import Channel, _Reporter
@@ -50,6 +50,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
 import os, sys, time
 if "worker.child" in sys.orig_argv:
     channel = int(sys.orig_argv[-1])
+    open({str(tmp_path / "devices")!r}, "w").write(os.environ["CUDA_VISIBLE_DEVICES"])
     for line in open({str(tmp_path / "messages")!r}):
         os.write(channel, line.strip().encode() + b"\\n")
         if "add_backbone" in line:
@@ -159,3 +160,21 @@ def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) ->
     with claimed_work(case.database) as work:
         case.train.run(work)
     assert list(case.store.digests()) == [quicker]
+
+
+@pytest.mark.parametrize(
+    ("queue", "mine", "seen"),
+    [(Queue.CPU, "0", "-1"), (Queue.GPU, "", "0"), (Queue.GPU, "3", "3"), (Queue.GPU, "2,5", "2")],
+)
+def test_a_job_sees_one_gpu_if_it_waited_for_one(
+    case: Case, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: Queue, mine: str, seen: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mine)
+    if not mine:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with case.database.writing() as session:
+        session.get_one(Job, case.job_id).queue = queue
+    say(OUTCOME)
+    with claimed_work(case.database) as work:
+        case.train.run(work)
+    assert (tmp_path / "devices").read_text() == seen
