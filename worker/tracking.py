@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from artifacts.recipe import flat
 from artifacts.store import Digest, Store
 from errors import Unavailable
 from models import registry
@@ -153,7 +154,7 @@ class _Page:
     def start(self) -> None:
         """Show what the run is about to do."""
         facts = self._facts
-        params = _flat(facts.run.recipe)
+        params = flat(facts.run.recipe)
         self._client.log_batch(self.run_id, params=[_param(name, value) for name, value in params.items()])
         self._log_dataset()
 
@@ -320,7 +321,7 @@ class _Page:
                 name=f"{name}-v{version.number}",
                 source_run_id=self.run_id,
                 tags={"espalier.run": version.run_id, "espalier.bundle": version.bundle_sha256},
-                params={key: str(value) for key, value in _flat(self._facts.run.recipe).items()},
+                params={key: str(value) for key, value in flat(self._facts.run.recipe).items()},
                 model_type="classifier",
             )
         )
@@ -415,16 +416,6 @@ def _summary(metrics: dict[str, Any]) -> dict[str, float]:
 
 def _curve(name: str) -> str:
     return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
-
-
-def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in recipe.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _param(name: str, value: Any) -> Any:
