@@ -18,7 +18,7 @@ from fastapi import APIRouter, Query, Request
 
 from api import bodies
 from api.deps import PrincipalDep, Services, ServicesDep
-from api.schemas import Number, PredictionOut, PredictionsOut, PredictRequest, TimingsOut
+from api.schemas import Number, PredictionsOut, PredictRequest, TimingsOut
 from artifacts.recipe import NAME_PATTERN
 from artifacts.store import Digest
 from errors import DeadlineExceeded, Overloaded, RequestInvalid
@@ -216,6 +216,6 @@ def _answer(
     return PredictionsOut(
         model=name,
         version=version,
-        predictions=[PredictionOut(**asdict(prediction)) for prediction in predictions],
+        predictions=[asdict(prediction) for prediction in predictions],
         timings_ms=TimingsOut(**{stage: round(spent, 3) for stage, spent in asdict(timings).items()}),
     )

@@ -135,7 +135,7 @@ def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str)
     assert version.task is not None
     try:
         _check_weights(session, recipe)
-        return fill(recipe, version.task, version.class_counts)
+        return fill(recipe, version.task, version.class_counts, version.groups)
     except RecipeInvalid as error:
         field = error.field if error.field == "dataset" else f"{path}.{error.field}"
         raise RecipeInvalid(field, f"{field}: {error.detail}") from error

@@ -409,12 +409,25 @@ class PredictRequest(Request):
     images: Annotated[list[Base64Bytes], Field(min_length=1)]
 
 
-class PredictionOut(Schema):
-    """The answer for one image."""
+class ClassPredictionOut(Schema):
+    """The class of one image."""
 
     label: str
     probability: float
     probabilities: dict[str, float]
+
+
+class LabelsPredictionOut(Schema):
+    """The labels of one image, none or several; the probability of each is by itself."""
+
+    labels: list[str]
+    probabilities: dict[str, float]
+
+
+class ValuePredictionOut(Schema):
+    """The number of one image."""
+
+    value: float
 
 
 class TimingsOut(Schema):
@@ -431,7 +444,8 @@ class PredictionsOut(Schema):
 
     model: str
     version: int
-    predictions: list[PredictionOut]
+    predictions: list[ClassPredictionOut] | list[LabelsPredictionOut] | list[ValuePredictionOut]
+    """By the model's task: a class, labels, or a number for each image."""
     timings_ms: TimingsOut
 
 

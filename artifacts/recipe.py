@@ -44,6 +44,8 @@ class TaskChoice(StrEnum):
     AUTO = "auto"
     MULTICLASS = "multiclass"
     BINARY = "binary"
+    MULTILABEL = "multilabel"
+    REGRESSION = "regression"
 
 
 class Resize(StrEnum):
@@ -231,8 +233,18 @@ class ClassCount:
     groups: int
 
 
-def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> Recipe:
-    """Return the recipe with every default filled in for a data set. Raises RecipeInvalid, naming the field."""
+def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int = 0) -> Recipe:
+    """Return the recipe with every default filled in for a data set.
+
+    Args:
+        recipe: what was asked for.
+        task: what the data set is for.
+        classes: its classes or labels; none for a regression.
+        groups: how many groups of images can be folded; only asked for where there are no classes.
+
+    Raises:
+        RecipeInvalid: the recipe does not fit itself or the data set; it names the field.
+    """
     backbone = CATALOGUE[recipe.backbone]
     size = recipe.image_size or backbone.size
     if size < backbone.minimum_size:
@@ -246,13 +258,15 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> Recipe:
             "features_from",
             f"Expected a cut point of {backbone.title} ({', '.join(backbone.cuts)}). Received {cut!r}.",
         )
+    chosen = _filled_task(recipe.task, task, classes)
+    _check_task_fits(recipe, chosen)
     return recipe.model_copy(
         update={
             "image_size": size,
             "features_from": cut,
             **_filled_tuning(recipe, cut),
-            "task": _filled_task(recipe.task, task, classes),
-            "folds": recipe.folds.model_copy(update={"k": _filled_k(recipe.folds.k, classes)}),
+            "task": TaskChoice(chosen.value),
+            "folds": recipe.folds.model_copy(update={"k": _filled_k(recipe.folds.k, classes, groups)}),
         }
     )
 
@@ -314,28 +328,57 @@ def _shown(value: Any) -> str:
 _DEFAULT_K = 5
 
 
-def _filled_task(wanted: TaskChoice, task: Task, classes: Sequence[ClassCount]) -> TaskChoice:
-    if task not in (Task.BINARY, Task.MULTICLASS):
+def _filled_task(wanted: TaskChoice, task: Task, classes: Sequence[ClassCount]) -> Task:
+    allowed = {
+        Task.BINARY: [Task.BINARY, Task.MULTICLASS, Task.MULTILABEL],
+        Task.MULTICLASS: [Task.MULTICLASS, Task.MULTILABEL],
+    }.get(task, [task])
+    chosen = task if wanted is TaskChoice.AUTO else Task(wanted.value)
+    if chosen not in allowed:
         raise RecipeInvalid(
-            "task", f"Expected a data set with one label per image. Received one for {task.value}, not supported yet."
+            "task",
+            f"Expected {' or '.join(repr(choice.value) for choice in allowed)} for a data set of task {task.value!r} "
+            f"with {len(classes)} classes. Received {wanted.value!r}.",
         )
-    if wanted is TaskChoice.BINARY and len(classes) != 2:
-        raise RecipeInvalid("task", f"Expected 2 classes for a binary task. The data set has {len(classes)}.")
-    return TaskChoice(task.value) if wanted is TaskChoice.AUTO else wanted
+    return chosen
 
 
-def _filled_k(k: int | None, classes: Sequence[ClassCount]) -> int:
+def _check_task_fits(recipe: Recipe, task: Task) -> None:
+    """See that nothing is asked for that the task has not. Raises RecipeInvalid."""
+    if recipe.class_weights is not ClassWeights.NONE and task not in (Task.BINARY, Task.MULTICLASS):
+        raise RecipeInvalid(
+            "class_weights",
+            f"Expected 'none' for task {task.value!r}, whose images have no one class. Received "
+            f"{recipe.class_weights.value!r}.",
+        )
+    stopping = recipe.early_stopping
+    if task is not Task.REGRESSION or stopping is None:
+        return
+    if stopping.monitor is Monitor.VAL_ACCURACY:
+        raise RecipeInvalid("early_stopping.monitor", "Expected 'val_loss': a regression has no accuracy.")
+    if stopping.target and stopping.target.metric in (TargetMetric.ACCURACY, TargetMetric.VAL_ACCURACY):
+        raise RecipeInvalid("early_stopping.target.metric", "Expected a loss: a regression has no accuracy.")
+
+
+def _filled_k(k: int | None, classes: Sequence[ClassCount], groups: int) -> int:
+    if not classes:
+        return _checked_k(k, groups, "the data set", f"The data set has {groups}. Add images.")
     smallest = min(classes, key=lambda count: count.groups)
-    if smallest.groups < 2:
+    name = f"class {smallest.name!r}"
+    has = f"Class {smallest.name!r} has {smallest.groups} (of {smallest.images} images). Add images of it."
+    return _checked_k(k, smallest.groups, name, has)
+
+
+def _checked_k(k: int | None, groups: int, name: str, has: str) -> int:
+    if groups < 2:
         raise RecipeInvalid(
             "dataset",
-            f"Expected at least 2 images of each class that do not belong together, to train on one and test on the "
-            f"other. Class {smallest.name!r} has {smallest.groups} (of {smallest.images} images). Add images of it.",
+            f"Expected at least 2 images of {name} that do not belong together, to train on one and test on the other. "
+            f"{has}",
         )
-    if k is not None and k > smallest.groups:
+    if k is not None and k > groups:
         raise RecipeInvalid(
             "folds.k",
-            f"Expected at most {smallest.groups} folds: class {smallest.name!r} has no more images that do not belong "
-            f"together. Received {k}.",
+            f"Expected at most {groups} folds: {name} has no more images that do not belong together. Received {k}.",
         )
-    return k or min(_DEFAULT_K, smallest.groups)
+    return k or min(_DEFAULT_K, groups)

@@ -87,7 +87,17 @@ def tutorial(given: Ground, wanted: argparse.Namespace) -> float:
     )
     truth = np.array([given.labels.index(row.labels[0]) for row in given.rows])
     everything = np.arange(len(truth))
-    folds = make_folds(everything, truth, everything, everything[:0], k=K, repeats=1, validation_fraction=0.15, seed=0)
+    folds = make_folds(
+        everything,
+        truth,
+        np.eye(len(given.labels), dtype=bool)[truth],
+        everything,
+        everything[:0],
+        k=K,
+        repeats=1,
+        validation_fraction=0.15,
+        seed=0,
+    )
     total = 0.0
     for fold in folds:
         train = np.setdiff1d(everything, fold.test)

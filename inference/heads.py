@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +12,13 @@ from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
 from artifacts.recipe import Activation, Task
 
+Floating = TypeVar("Floating", np.float32, np.float64)
 
-def _sigmoid(x: Float32) -> Float32:
+
+def _sigmoid(x: npt.NDArray[Floating]) -> npt.NDArray[Floating]:
     # exp of a negative number only, so that large logits do not overflow
     small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(x.dtype)
 
 
 _ACTIVATIONS: Mapping[Activation, Callable[[Float32], Float32]] = {
@@ -39,14 +42,18 @@ def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: flo
     """Return the probability of each label.
 
     Args:
-        task: `multiclass` is a softmax over the outputs, `binary` a sigmoid of the one output.
+        task: `multiclass` is a softmax over the outputs, `binary` a sigmoid of the one output, `multilabel` a sigmoid
+            of each. A regression has none: its outputs are the numbers themselves.
         logits: [N, outputs]; [N, 1] for a binary task.
         temperature: divides the logits (Guo et al. 2017, "On Calibration of Modern Neural Networks").
 
     Returns:
-        float64 [N, labels]; two labels for a binary task, the second one being the sigmoid. Rows sum to one.
+        float64 [N, labels]; two labels for a binary task, the second one being the sigmoid. Rows sum to one, but those
+        of a multi-label task, whose labels are independent.
     """
     scaled = np.asarray(logits, dtype=np.float64) / temperature
+    if task is Task.MULTILABEL:
+        return _sigmoid(scaled)
     if task is Task.BINARY:
         scaled = np.concatenate([np.zeros_like(scaled), scaled], axis=1)
     exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
@@ -54,8 +61,10 @@ def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: flo
     return result
 
 
-def answers(task: Task, probabilities: npt.NDArray[np.float64], threshold: float = 0.5) -> npt.NDArray[np.intp]:
-    """Return the index of the label that is answered for each row, int [N]."""
+def answers(task: Task, probabilities: npt.NDArray[np.float64], threshold: float = 0.5) -> npt.NDArray[Any]:
+    """Return the index of the label that is answered for each row, int [N]; for a multi-label task bool [N, labels]."""
+    if task is Task.MULTILABEL:
+        return probabilities >= threshold
     if task is Task.BINARY:
         return (probabilities[:, 1] >= threshold).astype(np.intp)
     return np.asarray(probabilities.argmax(axis=1), dtype=np.intp)

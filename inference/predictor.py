@@ -12,18 +12,37 @@ import numpy as np
 from artifacts import images
 from artifacts.bundle import Bundle, Float32
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
+from artifacts.recipe import Task
 from errors import BundleRefused, DeadlineExceeded, ImageRefused
 from inference import heads
 from inference.engine import TOLERANCE, Engine
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The answer for one image; `probabilities` by label, in the bundle's order."""
+class ClassPrediction:
+    """The class of one image; `probabilities` by label, in the bundle's order."""
 
     label: str
     probability: float
     probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LabelsPrediction:
+    """The labels of one image, none or several; `probabilities` of each label by itself."""
+
+    labels: list[str]
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ValuePrediction:
+    """The number of one image."""
+
+    value: float
+
+
+Prediction = ClassPrediction | LabelsPrediction | ValuePrediction
 
 
 @dataclass(frozen=True)
@@ -89,17 +108,7 @@ class Predictor:
             computed = time.perf_counter()
         finally:
             self._turn.release()
-        logits = heads.logits(bundle.layers, features)
-        probabilities = heads.probabilities(bundle.task, logits, bundle.temperature)
-        chosen = heads.answers(bundle.task, probabilities, bundle.threshold)
-        predictions = [
-            Prediction(
-                label=bundle.labels[index],
-                probability=float(row[index]),
-                probabilities=dict(zip(bundle.labels, map(float, row), strict=True)),
-            )
-            for index, row in zip(chosen, probabilities, strict=True)
-        ]
+        predictions = _predictions(bundle, heads.logits(bundle.layers, features))
         finished = time.perf_counter()
         return predictions, Timings(
             queue=1000 * (waited - decoded),
@@ -115,3 +124,21 @@ class Predictor:
             return images.decode(file, self.bundle.size, self.bundle.resize, limits)
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
+
+
+def _predictions(bundle: Bundle, logits: Float32) -> list[Prediction]:
+    """Return what logits [N, outputs] say in the words of the bundle's task."""
+    if bundle.task is Task.REGRESSION:
+        return [ValuePrediction(float(value)) for value in logits[:, 0]]
+    probabilities = heads.probabilities(bundle.task, logits, bundle.temperature)
+    chosen = heads.answers(bundle.task, probabilities, bundle.threshold)
+    named = [dict(zip(bundle.labels, map(float, row), strict=True)) for row in probabilities]
+    if bundle.task is Task.MULTILABEL:
+        return [
+            LabelsPrediction([label for label, is_there in zip(bundle.labels, row, strict=True) if is_there], of_image)
+            for row, of_image in zip(chosen, named, strict=True)
+        ]
+    return [
+        ClassPrediction(bundle.labels[index], float(row[index]), of_image)
+        for index, row, of_image in zip(chosen, probabilities, named, strict=True)
+    ]

@@ -104,6 +104,11 @@ class DatasetVersion(Base):
         """The classes in the order of their outputs."""
         return [ClassCount(**count) for count in self.classes]
 
+    @property
+    def groups(self) -> int:
+        """How many groups of images can be folded; of a regression alone, since other tasks count them by class."""
+        return int((self.target or {}).get("groups", self.images))
+
 
 class Image(Base):
     """One file, by its content; the same file in two versions is one image. Sizes in bytes and upright pixels."""

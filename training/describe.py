@@ -10,44 +10,51 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from artifacts.bundle import Float32
 from artifacts.catalogue import CATALOGUE
-from artifacts.manifest import Row
+from artifacts.headline import HEADLINES
 from artifacts.recipe import Mode, Recipe, Task
 from training.extract import Extraction
 from training.fit import Epoch
 from training.learn import NETWORK, Plan
+from training.targets import Truth
 
 if TYPE_CHECKING:
     from training.experiment import FoldResult
 
 _CLASSES_WITH_NUMBERS = 25
+_LABELS_SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Description:
-    """A finished run, as its report needs it."""
+    """A finished run, as its report needs it; `truth` and `logits` (out of fold) are of the images that were folded."""
 
     recipe: Recipe
     task: Task
     labels: Sequence[str]
-    rows: Sequence[Row]
+    images: int
+    truth: Truth
+    logits: Float32
     metrics: dict[str, Any]
     folds: Sequence[FoldResult]
     plan: Plan
     extraction: Extraction
 
 
-def verdict(metrics: dict[str, Any]) -> str:
-    """Return the score in one sentence."""
-    low, high = metrics["accuracy_ci95"]
-    interval = f"95 % interval {low:.1%} to {high:.1%} over images"
-    if "groups" in metrics:
-        low, high = metrics["accuracy_ci95_groups"]
-        interval += f", {low:.1%} to {high:.1%} over the {metrics['groups']:,} groups of images that belong together"
-    return (
-        f"Accuracy {metrics['accuracy']:.1%} ({interval}), measured on images that the network had not seen; folds "
-        f"differ by {metrics['accuracy_sd']:.1%} (standard deviation)."
+def verdict(task: Task, metrics: dict[str, Any]) -> str:
+    """Return the score in one sentence, and for labels and numbers what else is usual in another."""
+    headline = HEADLINES[task]
+    spread = headline.said(metrics[f"{headline.metric}_sd"])
+    sentence = (
+        f"{headline.sentence(metrics)}, measured on images that the network had not seen; folds differ by {spread} "
+        "(standard deviation)."
     )
+    if task is Task.MULTILABEL:
+        sentence += f" Micro F1 {metrics['f1_micro']:.3f}; all labels are right in {metrics['accuracy']:.1%} of images."
+    if task is Task.REGRESSION:
+        sentence += f" Mean absolute error {metrics['mae']:.4g}; R² {metrics['r2']:.3f}."
+    return sentence
 
 
 def report(run: Description) -> str:
@@ -57,10 +64,10 @@ def report(run: Description) -> str:
     lines = [
         f"# {title}, {recipe.mode.value}",
         "",
-        verdict(metrics),
+        verdict(run.task, metrics),
         "",
-        f"- Images: {len(run.rows):,} in {len(run.labels)} classes; {run.extraction.computed:,} went through the "
-        f"backbone, {run.extraction.cached:,} were cached.",
+        f"- Images: {run.images:,}{_learned(run)}; {run.extraction.computed:,} went through the backbone, "
+        f"{run.extraction.cached:,} were cached.",
         f"- Features: {title} ({recipe.weights}) up to `{recipe.features_from}` at {recipe.image_size} px, "
         f"{recipe.precision.value}, resized by `{recipe.resize.value}`.",
         f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final head was "
@@ -69,35 +76,45 @@ def report(run: Description) -> str:
         *_tuning(run),
         f"- {overfitting(run.folds)}",
     ]
+    headline = HEADLINES[run.task]
     if "test" in metrics:
         test = metrics["test"]
-        low, high = test["accuracy_ci95"]
+        interval = test.get(f"{headline.metric}_ci95")
+        bounds = " ({} to {})".format(*map(headline.said, interval)) if interval else ""
         lines.append(
-            f"- Test split: accuracy {test['accuracy']:.1%} ({low:.1%} to {high:.1%}) on {test['images']:,} images "
-            "that no fold and no fit has seen."
+            f"- Test split: {headline.title} {headline.said(test[headline.metric])}{bounds} on {test['images']:,} "
+            "images that no fold and no fit has seen."
         )
     lines += [
         "",
         "## Folds",
         "",
-        "| fold | accuracy | loss | epochs | best epoch | ended by |",
+        f"| fold | {headline.title} | loss | epochs | best epoch | ended by |",
         "|--:|--:|--:|--:|--:|---|",
     ]
     lines += [
-        f"| {fold.number + 1} | {fold.metrics['accuracy']:.3f} | {fold.metrics['loss']:.3f} | {fold.epochs} "
-        f"| {fold.best_epoch} | {fold.stopped} |"
+        f"| {fold.number + 1} | {headline.said(fold.metrics[headline.metric])} | {fold.metrics['loss']:.4g} "
+        f"| {fold.epochs} | {fold.best_epoch} | {fold.stopped} |"
         for fold in run.folds
     ]
-    lines += ["", "## Classes", "", "| class | images | precision | recall | F1 |", "|---|--:|--:|--:|--:|"]
+    if run.labels:
+        lines += ["", "## Classes", "", "| class | images | precision | recall | F1 |", "|---|--:|--:|--:|--:|"]
     lines += [
         f"| {row['label']} | {row['images']:,} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |"
-        for row in sorted(metrics["per_class"], key=lambda row: row["f1"])
+        for row in sorted(metrics.get("per_class", []), key=lambda row: row["f1"])
     ]
-    confused = _confused(run)
+    confused = _confused(run) if "confusion" in metrics else []
     if confused:
         lines += ["", "## Confused most often", "", "| truth | answer | images |", "|---|---|--:|"]
         lines += [f"| {truth} | {answer} | {count:,} |" for count, truth, answer in confused]
     return "\n".join(lines) + "\n"
+
+
+def _learned(run: Description) -> str:
+    """Return what the images are labelled with."""
+    if run.task is Task.REGRESSION:
+        return f" with numbers from {run.truth.min():.4g} to {run.truth.max():.4g}"
+    return f" in {len(run.labels)} classes" if run.task is not Task.MULTILABEL else f" with {len(run.labels)} labels"
 
 
 def _tuning(run: Description) -> list[str]:
@@ -159,8 +176,50 @@ def _confused(run: Description, most: int = 10) -> list[tuple[int, str, str]]:
     return sorted(counts, key=lambda item: (-item[0], item[1], item[2]))[:most]
 
 
-def confusion(run: Description) -> bytes:
-    """Return the confusion matrix as a PNG; colours are shares of each true class."""
+def pictures(run: Description) -> dict[str, bytes]:
+    """Return PNGs by file name: the curves, and what a person looks at first for the run's task."""
+    match run.task:
+        case Task.REGRESSION:
+            first = {"values.png": _values(run)}
+        case Task.MULTILABEL:
+            first = {"labels.png": _labels(run)}
+        case _:
+            first = {"confusion.png": _confusion(run)}
+    return first | {"curves.png": _curves(run)}
+
+
+def _values(run: Description) -> bytes:
+    """Return the predicted numbers over the true ones."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    truth, guesses = run.truth[:, 0], run.logits[:, 0]
+    axes.plot(truth, guesses, ".", alpha=min(1.0, max(0.05, 300 / len(truth))))
+    ends = [min(truth.min(), guesses.min()), max(truth.max(), guesses.max())]
+    axes.plot(ends, ends, color="black", linewidth=1)
+    axes.set_xlabel("truth")
+    axes.set_ylabel("prediction, out of fold")
+    axes.set_title(f"root mean squared error {run.metrics['rmse']:.4g}, R² {run.metrics['r2']:.3f}")
+    return _png(figure)
+
+
+def _labels(run: Description) -> bytes:
+    """Return a bar of F1 for each label, the worst at the bottom, with its precision and recall."""
+    rows = sorted(run.metrics["per_class"], key=lambda row: row["f1"])[:_LABELS_SHOWN]
+    figure = Figure(figsize=(7, min(20.0, 1.5 + 0.3 * len(rows))), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh(places, [row["f1"] for row in rows], color="lightsteelblue", label="F1")
+    axes.plot([row["precision"] for row in rows], places, ">", label="precision")
+    axes.plot([row["recall"] for row in rows], places, "o", fillstyle="none", label="recall")
+    axes.set_yticks(places, [f"{row['label']} ({row['images']:,})" for row in rows], parse_math=False)
+    axes.set_xlim(0, 1.02)
+    axes.set_title(f"macro F1 {run.metrics['f1_macro']:.3f}")
+    axes.legend(fontsize=8, loc="lower right")
+    return _png(figure)
+
+
+def _confusion(run: Description) -> bytes:
+    """Return the confusion matrix; colours are shares of each true class."""
     counts = np.array(run.metrics["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(run.labels)
@@ -182,11 +241,12 @@ def confusion(run: Description) -> bytes:
     return _png(figure)
 
 
-def curves(run: Description) -> bytes:
-    """Return loss and accuracy over the epochs of every fold as a PNG, best epochs marked."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, name in zip(panels, ("loss", "accuracy"), strict=True):
+def _curves(run: Description) -> bytes:
+    """Return loss and, if there is one, accuracy over the epochs of every fold, best epochs marked."""
+    names = [name for name in ("loss", "accuracy") if name in run.folds[0].history[0]]
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
         for number, fold in enumerate(run.folds):
             epochs = range(1, len(fold.history) + 1)
             colour = f"C{number % 10}"

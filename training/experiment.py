@@ -31,6 +31,7 @@ from training.fit import Epoch
 from training.learn import Frozen, Learned, Learner, Tuning, final_plan
 from training.pixels import Decoder, Loaded, Source, drop_pixels, load_pixels
 from training.split import Fold, Indices, make_folds
+from training.targets import Truth, targets_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def run(
     clock = _Progress(recipe.mode, report)
     rows = manifest.load(place.store.read(version_manifest))
     task = Task(recipe.task.value)
-    truth = np.array([labels.index(row.labels[0]) for row in rows], dtype=np.intp)
+    targets = targets_of(task, labels, rows)
+    truth = targets.truth
     belongs = manifest.group_rows(rows)
     groups = np.array(belongs, dtype=np.intp)
     split = manifest.splits_of(rows, belongs)
@@ -155,7 +157,8 @@ def run(
     k, repeats = recipe.folds.k or 0, recipe.folds.repeats
     folds = make_folds(
         trained_on,
-        truth,
+        targets.strata,
+        targets.needed,
         groups,
         watched,
         k=k,
@@ -214,7 +217,7 @@ def run(
             truth[trained_on],
             groups[trained_on],
             out_of_fold[:, trained_on],
-            [result.metrics["accuracy"] for result in results],
+            [result.metrics for result in results],
         )
 
         clock.enter("final")
@@ -227,10 +230,7 @@ def run(
             lambda number, epoch: clock.final_epoch(number, plan.epochs, epoch),
         )
         if len(held_out):
-            metrics["test"] = evaluate.score(task, labels, truth[held_out], final.logits(held_out)) | {
-                "images": len(held_out)
-            }
-            metrics["test"]["accuracy_ci95"] = list(evaluate.wilson(metrics["test"]["accuracy"], len(held_out)))
+            metrics["test"] = evaluate.held_out(task, labels, truth[held_out], final.logits(held_out))
         if final.network is not None:
             clock.enter("export")
             shown_to_both = pixels[_spread(len(rows), _CHECKED)]
@@ -240,7 +240,10 @@ def run(
 
     clock.enter("bundle")
     bundle = _bundle(recipe, task, labels, backbone, engine, final.layers)
-    description = describe.Description(recipe, task, labels, rows, metrics, results, plan, extraction)
+    guesses = np.nanmean(out_of_fold[:, trained_on], axis=0)
+    description = describe.Description(
+        recipe, task, labels, len(rows), truth[trained_on], guesses, metrics, results, plan, extraction
+    )
     return Outcome(
         bundle=place.store.put(bundle.dump()),
         backbone=backbone,
@@ -249,8 +252,7 @@ def run(
         files={
             "out-of-fold.safetensors": (_out_of_fold(fold_of, out_of_fold), "application/octet-stream"),
             "report.md": (describe.report(description).encode(), "text/markdown"),
-            "confusion.png": (describe.confusion(description), "image/png"),
-            "curves.png": (describe.curves(description), "image/png"),
+            **{name: (picture, "image/png") for name, picture in describe.pictures(description).items()},
         },
     )
 
@@ -326,7 +328,7 @@ def _learn_fold(
 
 
 def _fold_result(
-    task: Task, labels: Sequence[str], fold: Fold, learned: Learned, truth: Indices, logits: Float32
+    task: Task, labels: Sequence[str], fold: Fold, learned: Learned, truth: Truth, logits: Float32
 ) -> FoldResult:
     metrics: dict[str, Any] = evaluate.brief(evaluate.score(task, labels, truth[fold.test], logits))
     metrics["images"] = {"train": len(fold.train), "validation": len(fold.validation), "test": len(fold.test)}
@@ -389,7 +391,7 @@ def _rows_in(splits: Sequence[Split], wanted: Split) -> Indices:
 
 
 def _outputs(task: Task, labels: Sequence[str]) -> int:
-    return 1 if task is Task.BINARY else len(labels)
+    return 1 if task in (Task.BINARY, Task.REGRESSION) else len(labels)
 
 
 def _size(recipe: Recipe) -> int:

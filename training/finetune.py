@@ -28,6 +28,7 @@ from training import backbones, fit
 from training.augment import augmenter
 from training.fit import Epoch, Fit, Rows, Scaler, Stopping, Watch
 from training.split import Indices
+from training.targets import Truth
 
 # Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
 CLIP_NORM = 1.0
@@ -75,7 +76,7 @@ def tune(
     weights: bytes,
     material: Material,
     head: Fit,
-    targets: Indices,
+    targets: Truth,
     train: Indices,
     validation: Indices,
     *,
@@ -88,11 +89,11 @@ def tune(
 
     Args:
         recipe: filled, with mode fine-tuning.
-        task: binary has one output, multiclass one per class.
+        task: what is predicted.
         weights: the network's weights before, from `backbones.dump_weights`.
         material: what the learning part reads, row by row.
         head: the head that has learned on frozen features.
-        targets: class of each row, int [N].
+        targets: what is to be learned of each row, as `training.targets` has it.
         train: rows to learn from.
         validation: rows that early stopping watches; if empty, every epoch is trained.
         epochs: epochs to train at most; the learning rate falls as if for all of the recipe's.
@@ -106,18 +107,19 @@ def tune(
     assert recipe.fine_tune is not None
     keras.utils.set_random_seed(seed)
     network, model, served = _build(recipe, weights, material, head, seed)
-    batches = Rows(material.rows, targets, train, None, recipe.batch_size, seed)
+    learned = head.unit(targets) if head.unit else targets
+    batches = Rows(material.rows, learned, train, None, recipe.batch_size, seed)
     model.compile(
         optimizer=fit.optimizer(recipe.optimizer, _schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM),
         loss=fit.loss(task),
-        metrics=[fit.accuracy(task)],
+        metrics=fit.accuracy(task),
         jit_compile="auto" if _has_gpu() else False,  # compiling for a processor takes longer than it saves
     )
     callbacks: list[Any] = [Watch(on_epoch, on_batch)]
     stopping = Stopping(recipe.early_stopping) if len(validation) and recipe.early_stopping else None
     if stopping:
         callbacks += stopping.callbacks
-    watched = Rows(material.rows, targets, validation, None, _PREDICT_BATCH, None) if len(validation) else None
+    watched = Rows(material.rows, learned, validation, None, _PREDICT_BATCH, None) if len(validation) else None
     history = model.fit(
         batches,
         validation_data=watched,
@@ -130,14 +132,14 @@ def tune(
     trained = len(history["loss"])
 
     def logits(rows: Indices) -> Float32:
-        found: Float32 = model.predict(Rows(material.rows, targets, rows, None, _PREDICT_BATCH, None), verbose=0)
-        return found.astype(np.float32)
+        found: Float32 = model.predict(Rows(material.rows, learned, rows, None, _PREDICT_BATCH, None), verbose=0)
+        return head.unit.undone(found) if head.unit else found.astype(np.float32)
 
     return Tuned(
         history=[{name: float(values[epoch]) for name, values in history.items()} for epoch in range(trained)],
         best_epoch=stopping.best_epoch if stopping else trained,
         stopped=stopping.reason if stopping else "epochs",
-        layers=fit.dense_layers(served, recipe.head.activation, head.scaler),
+        layers=fit.dense_layers(served, recipe.head.activation, head.scaler, head.unit),
         network=lambda: backbones.dump_weights(network),
         logits=logits,
     )

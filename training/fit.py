@@ -7,7 +7,7 @@ first dense layer afterwards, as an offset and larger weights, so that what is s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -29,6 +29,7 @@ from artifacts.recipe import (
 )
 from errors import TrainingDiverged
 from training.split import Indices
+from training.targets import Truth
 
 MOMENTUM = 0.9
 
@@ -45,14 +46,17 @@ class Fit:
     Attributes:
         layers: the head on raw features, standardisation folded in.
         scaler: the standardisation alone.
+        unit: the standardisation of the numbers that a regression learns; None for other tasks.
         weights: the weights of the Keras head on standardised features, in its order.
-        history: loss, accuracy, val_loss and val_accuracy of each epoch; the loss includes the penalty on weights.
+        history: loss, accuracy, val_loss and val_accuracy of each epoch; the loss includes the penalty on weights. A
+            regression has no accuracy, and its losses are of standardised numbers: 1 is to answer the mean always.
         best_epoch: the epoch whose weights were kept, counted from 1.
         stopped: why the fit ended: `patience`, `target`, or `epochs` when all of them were trained.
     """
 
     layers: tuple[Dense, ...]
     scaler: Scaler
+    unit: Scaler | None
     weights: list[npt.NDArray[np.float32]]
     history: list[Epoch]
     best_epoch: int
@@ -64,7 +68,7 @@ def fit(
     task: Task,
     outputs: int,
     features: Features,
-    targets: Indices,
+    targets: Truth,
     train: Indices,
     validation: Indices,
     *,
@@ -77,10 +81,10 @@ def fit(
 
     Args:
         recipe: head, optimizer, batch size, class weights and early stopping.
-        task: binary has one output, multiclass one per class.
-        outputs: number of logits.
+        task: what is predicted.
+        outputs: number of logits: one for binary and regression, else one per class or label.
         features: float32 [N, D], raw.
-        targets: class of each row, int [N].
+        targets: what is to be learned of each row, as `training.targets` has it.
         train: rows to learn from.
         validation: rows that early stopping watches; if empty, every epoch is trained.
         epochs: epochs to train at most.
@@ -93,12 +97,14 @@ def fit(
     """
     keras.utils.set_random_seed(seed)
     scaler = Scaler.of(features, train)
+    unit = Scaler.of(targets, train) if task is Task.REGRESSION else None
+    learned = unit(targets) if unit else targets
     model = head(recipe.head, features.shape[1], outputs)
-    batches = Rows(features, targets, train, scaler, recipe.batch_size, seed)
+    batches = Rows(features, learned, train, scaler, recipe.batch_size, seed)
     model.compile(
         optimizer=optimizer(recipe.optimizer),
         loss=loss(task),
-        metrics=[accuracy(task)],
+        metrics=accuracy(task),
         jit_compile=False,  # compiling takes longer than it saves on a network this small
         steps_per_execution=min(len(batches), _STEPS_PER_EXECUTION),
     )
@@ -106,7 +112,7 @@ def fit(
     stopping: Stopping | None = None
     callbacks: list[Any] = [Watch(on_epoch, on_batch)]
     if len(validation):
-        watched = (scaler(features[validation]), targets[validation])
+        watched = (scaler(features[validation]), learned[validation])
         if recipe.early_stopping is not None:
             stopping = Stopping(recipe.early_stopping)
             callbacks += stopping.callbacks
@@ -122,8 +128,9 @@ def fit(
     ).history
     trained = len(history["loss"])
     return Fit(
-        layers=dense_layers(model, recipe.head.activation, scaler),
+        layers=dense_layers(model, recipe.head.activation, scaler, unit),
         scaler=scaler,
+        unit=unit,
         weights=model.get_weights(),
         history=[{name: float(values[epoch]) for name, values in history.items()} for epoch in range(trained)],
         best_epoch=stopping.best_epoch if stopping else trained,
@@ -133,13 +140,13 @@ def fit(
 
 @dataclass(frozen=True)
 class Scaler:
-    """Standardises features: `(x - mean) * scale`, float64 [D] each; a feature that never changes becomes zero."""
+    """Standardises columns: `(x - mean) * scale`, float64 [D] each; a column that never changes becomes zero."""
 
     mean: npt.NDArray[np.float64]
     scale: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, features: Features, rows: Indices) -> Scaler:
+    def of(cls, features: npt.NDArray[Any], rows: Indices) -> Scaler:
         """Return the scaler that gives the rows mean zero and variance one."""
         mean = np.zeros(features.shape[1])
         square = np.zeros(features.shape[1])
@@ -153,9 +160,18 @@ class Scaler:
         varies = deviation > 1e-6 * np.abs(mean)
         return cls(mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies))
 
-    def __call__(self, features: Features) -> Features:
+    def __call__(self, features: npt.NDArray[Any]) -> Features:
         """Return float32 [n, D]."""
         return ((features - self.mean) * self.scale).astype(np.float32)
+
+    @property
+    def deviation(self) -> npt.NDArray[np.float64]:
+        """What a step of one is in the columns' own unit; zero for a column that never changes."""
+        return np.divide(1.0, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
+
+    def undone(self, standardised: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return float32 [n, D] in the columns' own unit."""
+        return (standardised * self.deviation + self.mean).astype(np.float32)
 
     def fold_into(self, layer: Dense) -> Dense:
         """Return the layer that does on raw features what `layer` does on standardised ones."""
@@ -163,6 +179,12 @@ class Scaler:
         offset = self.mean.astype(np.float32)
         bias = layer.bias.astype(np.float64) - (self.mean - offset) @ kernel
         return Dense(kernel.astype(np.float32), bias.astype(np.float32), layer.activation, offset)
+
+    def undo_after(self, layer: Dense) -> Dense:
+        """Return the layer that gives in the columns' own unit what a linear `layer` gives standardised."""
+        kernel = layer.kernel * self.deviation
+        bias = layer.bias * self.deviation + self.mean
+        return replace(layer, kernel=kernel.astype(np.float32), bias=bias.astype(np.float32))
 
 
 class Rows(keras.utils.PyDataset):  # type: ignore[misc]
@@ -172,7 +194,7 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
     """
 
     def __init__(
-        self, inputs: Any, targets: Indices, rows: Indices, scaler: Scaler | None, batch_size: int, seed: int | None
+        self, inputs: Any, targets: Truth, rows: Indices, scaler: Scaler | None, batch_size: int, seed: int | None
     ) -> None:
         super().__init__()
         self._inputs = inputs
@@ -187,7 +209,7 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
     def __len__(self) -> int:
         return -(-len(self._rows) // self._batch_size)
 
-    def __getitem__(self, index: int) -> tuple[Any, Indices]:
+    def __getitem__(self, index: int) -> tuple[Any, Truth]:
         rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
         inputs = self._inputs[rows]
         return (inputs if self._scaler is None else self._scaler(inputs)), self._targets[rows]
@@ -237,7 +259,7 @@ def optimizer(recipe: OptimizerRecipe, rate: Any = None, **options: Any) -> Any:
             return keras.optimizers.AdamW(rate, **options)
 
 
-def class_weights(targets: Indices, choice: ClassWeights) -> Mapping[int, float] | None:
+def class_weights(targets: Truth, choice: ClassWeights) -> Mapping[int, float] | None:
     """Return the weight of each class, N / (classes * images of the class), or None for equal weights.
 
     The formula is that of scikit-learn's `class_weight="balanced"` (King & Zeng 2001).
@@ -251,20 +273,35 @@ def class_weights(targets: Indices, choice: ClassWeights) -> Mapping[int, float]
 
 def loss(task: Task) -> Any:
     """Return the Keras loss of logits."""
-    if task is Task.BINARY:
-        return keras.losses.BinaryCrossentropy(from_logits=True)
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    match task:
+        case Task.BINARY | Task.MULTILABEL:
+            return keras.losses.BinaryCrossentropy(from_logits=True)  # the mean over labels
+        case Task.MULTICLASS:
+            return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        case Task.REGRESSION:
+            return keras.losses.MeanSquaredError()
 
 
-def accuracy(task: Task) -> Any:
-    """Return the Keras metric named `accuracy` of logits."""
-    if task is Task.BINARY:
-        return keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)  # of a logit
-    return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+def accuracy(task: Task) -> list[Any]:
+    """Return the Keras metric named `accuracy` of logits, if the task has one."""
+    match task:
+        case Task.BINARY:
+            return [keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)]  # of a logit
+        case Task.MULTICLASS:
+            return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        case Task.MULTILABEL:
+            return [keras.metrics.MeanMetricWrapper(_all_labels_right, name="accuracy")]
+        case Task.REGRESSION:
+            return []
 
 
-def dense_layers(model: Any, activation: Activation, scaler: Scaler) -> tuple[Dense, ...]:
-    """Return a Keras head on standardised features as layers on raw ones."""
+def _all_labels_right(truth: Any, logits: Any) -> Any:
+    right = keras.ops.equal(logits > 0, truth > 0.5)
+    return keras.ops.cast(keras.ops.all(right, axis=-1), "float32")
+
+
+def dense_layers(model: Any, activation: Activation, scaler: Scaler, unit: Scaler | None) -> tuple[Dense, ...]:
+    """Return a Keras head on standardised features as layers on raw ones, with outputs in the targets' own unit."""
     dense = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)]
     layers = [
         Dense(
@@ -274,7 +311,10 @@ def dense_layers(model: Any, activation: Activation, scaler: Scaler) -> tuple[De
         )
         for layer in dense
     ]
-    return (scaler.fold_into(layers[0]), *layers[1:])
+    layers[0] = scaler.fold_into(layers[0])
+    if unit is not None:
+        layers[-1] = unit.undo_after(layers[-1])
+    return tuple(layers)
 
 
 class Watch(keras.callbacks.Callback):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from training.evaluate import median_epoch
 from training.finetune import Material, tune
 from training.fit import Epoch, Fit, fit
 from training.split import Indices
+from training.targets import Truth
 
 HEAD, NETWORK = "head", "network"
 
@@ -114,7 +115,7 @@ class Frozen:
         task: Task,
         outputs: int,
         features: Features,
-        targets: Indices,
+        targets: Truth,
         on_batch: Callable[[], None],
     ) -> None:
         self._recipe = recipe
@@ -159,7 +160,7 @@ class Frozen:
         """Return what early stopping watches, without any penalty, for the rows; None if there are none."""
         if not len(rows):
             return None
-        score = evaluate.loss_and_accuracy(self._task, self._targets[rows], logits(rows))
+        score = evaluate.brief_scores(self._task, self._targets[rows], logits(rows))
         return score["accuracy" if self.is_accuracy else "loss"]
 
     @property
@@ -172,7 +173,7 @@ class Tuning:
     """Learns a head on frozen features first, then the network with it, and keeps what validates better."""
 
     def __init__(
-        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: Material, targets: Indices
+        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: Material, targets: Truth
     ) -> None:
         assert recipe.fine_tune is not None
         self._recipe = recipe

@@ -31,6 +31,7 @@ class Fold:
 def make_folds(
     rows: Indices,
     strata: Indices,
+    needed: npt.NDArray[np.bool_],
     groups: Indices,
     validation: Indices,
     *,
@@ -44,6 +45,7 @@ def make_folds(
     Args:
         rows: the row numbers that may be folded.
         strata: class of every row of the data set, int [N]; folds have the same share of each.
+        needed: labels of every row, bool [N, labels]; each must be among the training rows of every fold.
         groups: group of every row of the data set, int [N].
         validation: rows to watch in every fold; if empty, a part of each fold's training rows is set aside.
         k: number of folds of one repeat.
@@ -52,16 +54,16 @@ def make_folds(
         seed: the same seed gives the same folds.
 
     Raises:
-        RecipeInvalid: the groups cannot be cut so that every fold has all classes to train on.
+        RecipeInvalid: the groups cannot be cut so that every fold has all labels to train on.
     """
     folds = []
     for repeat in range(repeats):
-        parts = _parts(rows, strata, groups, k, _seed(seed, repeat))
+        parts = _parts(rows, strata, needed, groups, k, _seed(seed, repeat))
         for number, test in enumerate(parts):
             rest = np.setdiff1d(rows, test)
             watched = validation
             if not len(watched) and validation_fraction:
-                watched = _set_aside(rest, strata, groups, validation_fraction, _seed(seed, repeat, number))
+                watched = _set_aside(rest, strata, needed, groups, validation_fraction, _seed(seed, repeat, number))
             train = np.setdiff1d(rest, watched)
             folds.append(Fold(repeat * k + number, repeat, train, watched, test))
     return folds
@@ -71,11 +73,13 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _parts(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -> list[Indices]:
+def _parts(
+    rows: Indices, strata: Indices, needed: npt.NDArray[np.bool_], groups: Indices, k: int, seed: int
+) -> list[Indices]:
     """Cut rows into `k` parts with the same share of each stratum, no group in two of them."""
     for attempt in range(_ATTEMPTS):
         parts = _cut(rows, strata, groups, k, _seed(seed, attempt))
-        if _can_be_trained_on(parts, strata):
+        if _can_be_trained_on(parts, needed):
             return parts
     raise RecipeInvalid(
         "folds.k",
@@ -122,21 +126,23 @@ def _members(rows: Indices, strata: Indices, groups: Indices) -> dict[int, Count
     return members
 
 
-def _can_be_trained_on(parts: list[Indices], strata: Indices) -> bool:
-    """Say whether no part is empty and every stratum is in at least two of them."""
-    counts = Counter(stratum for part in parts for stratum in np.unique(strata[part]).tolist())
-    return all(len(part) for part in parts) and min(counts.values()) > 1
+def _can_be_trained_on(parts: list[Indices], needed: npt.NDArray[np.bool_]) -> bool:
+    """Say whether no part is empty and every label is in at least two of them."""
+    found = np.sum([needed[part].any(axis=0) for part in parts], axis=0)
+    return all(len(part) for part in parts) and bool((found > 1).all())
 
 
 # A group may bring this many times what is wanted of a stratum; one that brings more would leave too little to learn.
 _OVERSHOOT = 1.5
 
 
-def _set_aside(rows: Indices, strata: Indices, groups: Indices, fraction: float, seed: int) -> Indices:
+def _set_aside(
+    rows: Indices, strata: Indices, needed: npt.NDArray[np.bool_], groups: Indices, fraction: float, seed: int
+) -> Indices:
     """Return about `fraction` of the rows of each stratum, whole groups only.
 
-    Every stratum keeps at least one group to train on, so that a stratum of one group gives none. Where every group is
-    too large, the smallest is taken.
+    Every label keeps at least one group to train on, so that a label of one group gives none. Where every group is too
+    large, the smallest is taken.
     """
     random = np.random.default_rng(seed)
     members = _members(rows, strata, groups)
@@ -144,7 +150,10 @@ def _set_aside(rows: Indices, strata: Indices, groups: Indices, fraction: float,
     for group, inside in members.items():
         for stratum in inside:
             groups_of[stratum].append(group)
-    groups_left = Counter({stratum: len(found) for stratum, found in groups_of.items()})
+    labels_of: dict[int, set[int]] = {group: set() for group in members}
+    for row, label in zip(*np.nonzero(needed[rows]), strict=True):
+        labels_of[int(groups[rows[row]])].add(int(label))
+    groups_left = Counter(label for labels in labels_of.values() for label in labels)
     wanted = {stratum: max(1, round(fraction * size)) for stratum, size in Counter(strata[rows].tolist()).items()}
     taken: Counter[int] = Counter()
     aside: set[int] = set()
@@ -152,7 +161,10 @@ def _set_aside(rows: Indices, strata: Indices, groups: Indices, fraction: float,
     def take(group: int) -> None:
         aside.add(group)
         taken.update(members[group])
-        groups_left.subtract(dict.fromkeys(members[group], 1))
+        groups_left.subtract(labels_of[group])
+
+    def can_be_spared(group: int) -> bool:
+        return len(aside) + 1 < len(members) and all(groups_left[label] > 1 for label in labels_of[group])
 
     for stratum in sorted(wanted):
         free = [group for group in random.permutation(groups_of[stratum]).tolist() if group not in aside]
@@ -161,9 +173,9 @@ def _set_aside(rows: Indices, strata: Indices, groups: Indices, fraction: float,
                 break
             inside = members[group]
             fits = all(taken[other] + inside[other] <= _OVERSHOOT * wanted[other] for other in inside)
-            if fits and all(groups_left[other] > 1 for other in inside):
+            if fits and can_be_spared(group):
                 take(group)
-        spared = [group for group in free if all(groups_left[other] > 1 for other in members[group])]
+        spared = [group for group in free if can_be_spared(group)]
         if not taken[stratum] and spared:
             take(min(spared, key=lambda group: members[group].total()))
     return rows[np.isin(groups[rows], sorted(aside))]

@@ -221,8 +221,6 @@ class Ingest:
     def _readiness(self, work: Work, intake: _Intake, task: Task, rows: Sequence[Row]) -> Complete:
         lines = manifest.dump(rows)
         digest = self._store.put(lines)
-        targets = [row.target for row in rows if row.target is not None]
-        target = {"min": min(targets), "max": max(targets), "mean": sum(targets) / len(targets)} if targets else None
 
         def complete(session: Session) -> None:
             lock_files(session)
@@ -237,7 +235,7 @@ class Ingest:
                 duplicates=len(rows) - len({row.sha256 for row in rows}),
                 ignored=intake.ignored,
                 classes=_class_counts(rows),
-                target=target,
+                target=_target(rows) if task is Task.REGRESSION else None,
                 refused=sorted(intake.refused, key=lambda file: file.path),
             )
 
@@ -385,6 +383,16 @@ def _task(intake: _Intake, parent: _Parent | None, rows: Sequence[Row]) -> Task:
     if Task.MULTILABEL in tasks:
         return Task.MULTILABEL
     return Task.BINARY if len({label for row in rows for label in row.labels}) == 2 else Task.MULTICLASS
+
+
+def _target(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what is known of a regression's numbers, and how many groups of images can be folded."""
+    targets = [row.target for row in rows if row.target is not None]
+    groups = group_rows(rows)
+    split = splits_of(rows, groups)
+    foldable = {group for group, part in zip(groups, split, strict=True) if part is Split.TRAIN}
+    mean = sum(targets) / len(targets)
+    return {"min": min(targets), "max": max(targets), "mean": mean, "groups": len(foldable)}
 
 
 def _class_counts(rows: Sequence[Row]) -> list[ClassCount]:

@@ -21,7 +21,8 @@ from typing import Any
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
-from artifacts.recipe import flat
+from artifacts.headline import HEADLINES, Headline
+from artifacts.recipe import Task, flat
 from artifacts.store import Digest, Store
 from errors import Unavailable
 from models import registry
@@ -146,6 +147,7 @@ class _Page:
         self._client = client
         self._facts = facts
         self._place = place
+        self._headline = _headline(facts.run)
         self.experiment_id = self._experiment()
         self.run_id = self._run("summary", {})
 
@@ -185,7 +187,8 @@ class _Page:
             self._client.set_tag(self.run_id, _NOTE, f"**Failed:** {run.error['detail']}")
         if run.metrics is not None:
             at = _milliseconds(run.finished_at)
-            metrics = [_metric(name, value, at, 0) for name, value in _summary(run.metrics).items()]
+            summary = _summary(self._headline, run.metrics)
+            metrics = [_metric(name, value, at, 0) for name, value in summary.items()]
             self._client.log_batch(self.run_id, metrics=metrics)
             self._client.set_tag(self.run_id, _NOTE, _note(facts))
             self._log_files(store)
@@ -213,9 +216,9 @@ class _Page:
         tags = {
             _NOTE: _card(self._facts, self._place.api_url),
             "mlflow.experimentKind": "custom_model_development",
-            "mlflow.experiment.primaryMetric.name": "cv/accuracy",
-            "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
-            f"mlflow.sharedViewState.{_VIEW}": json.dumps(_shared_view()),
+            "mlflow.experiment.primaryMetric.name": f"cv/{self._headline.metric}",
+            "mlflow.experiment.primaryMetric.greaterIsBetter": str(self._headline.is_greater_better),
+            f"mlflow.sharedViewState.{_VIEW}": json.dumps(_shared_view(self._headline)),
         }
         known = experiment.tags if experiment is not None else {}
         for key, value in tags.items():
@@ -259,14 +262,15 @@ class _Page:
                 path = Path(folder) / file.name
                 path.write_bytes(store.read(Digest(file.sha256)))
                 self._client.log_artifact(self.run_id, str(path))
-        metrics = self._facts.run.metrics or {}
-        # As `log_table` writes it; that one appends when it is called again.
-        columns = ["label", "precision", "recall", "f1", "images"]
-        rows = [[row[column] for column in columns] for row in metrics["per_class"]]
-        self._client.log_dict(self.run_id, {"columns": columns, "data": rows}, "per_class.json")
-        logged = json.dumps([{"path": "per_class.json", "type": "table"}])
-        self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", logged)
         self._client.log_dict(self.run_id, self._facts.run.recipe, "recipe.json")
+        per_class = (self._facts.run.metrics or {}).get("per_class")
+        if per_class:
+            # As `log_table` writes it; that one appends when it is called again.
+            columns = ["label", "precision", "recall", "f1", "images"]
+            rows = [[row[column] for column in columns] for row in per_class]
+            self._client.log_dict(self.run_id, {"columns": columns, "data": rows}, "per_class.json")
+            logged = json.dumps([{"path": "per_class.json", "type": "table"}])
+            self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", logged)
 
     def _register(self) -> None:
         """Mirror the model version, with its aliases, into MLflow's registry."""
@@ -322,7 +326,7 @@ class _Page:
                 source_run_id=self.run_id,
                 tags={"espalier.run": version.run_id, "espalier.bundle": version.bundle_sha256},
                 params={key: str(value) for key, value in flat(self._facts.run.recipe).items()},
-                model_type="classifier",
+                model_type="regressor" if self._facts.run.recipe["task"] == Task.REGRESSION else "classifier",
             )
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -367,35 +371,42 @@ def _card(facts: _Facts, api_url: str) -> str:
         f"[Data set]({api_url}/api/v1/datasets/{facts.dataset.id}) · [API]({api_url}/docs) · "
         f"[runs with their scores](?viewStateShareKey={_VIEW})",
         "",
-        "| class | images |",
-        "|---|--:|",
-        *(f"| {count.name} | {count.images:,} |" for count in version.class_counts),
+        *_contents(version),
     ]
     return "\n".join(lines)[:_NOTE_CHARACTERS]
 
 
+def _contents(version: DatasetVersion) -> list[str]:
+    """Return what a data set version has images of, as lines of Markdown."""
+    if version.target is not None:
+        return ["Numbers from {min:g} to {max:g}, {mean:g} in the mean.".format(**version.target)]
+    counts = (f"| {count.name} | {count.images:,} |" for count in version.class_counts)
+    return ["| class | images |", "|---|--:|", *counts]
+
+
+def _headline(run: Run) -> Headline:
+    return HEADLINES[Task(run.recipe["task"])]
+
+
 def _note(facts: _Facts) -> str:
-    metrics = facts.run.metrics or {}
-    low, high = metrics.get("accuracy_ci95_groups") or metrics["accuracy_ci95"]
     return (
-        f"**Accuracy {metrics['accuracy']:.1%}** (95 % interval {low:.1%} to {high:.1%}), out of fold on "
-        f"{facts.dataset.name} version {facts.version.number}. See `report.md` under Artifacts."
+        f"**{_headline(facts.run).sentence(facts.run.metrics or {})}**, out of fold on {facts.dataset.name} version "
+        f"{facts.version.number}. See `report.md` under Artifacts."
     )
 
 
-def _shared_view() -> dict[str, Any]:
+def _shared_view(headline: Headline) -> dict[str, Any]:
     """Return the table of runs as it should open: best score first, only summaries."""
     return {
         "searchFilter": "tags.`espalier.fold` = 'summary'",
-        "orderByKey": "metrics.`cv/accuracy`",
-        "orderByAsc": False,
+        "orderByKey": f"metrics.`cv/{headline.metric}`",
+        "orderByAsc": not headline.is_greater_better,
         "groupBy": None,
         "selectedColumns": [
             "attributes.`Source`",
-            "metrics.`cv/accuracy`",
-            "metrics.`cv/accuracy_low`",
-            "metrics.`cv/accuracy_high`",
-            "metrics.`cv/f1_macro`",
+            f"metrics.`cv/{headline.metric}`",
+            f"metrics.`cv/{headline.metric}_low`",
+            f"metrics.`cv/{headline.metric}_high`",
             "params.`backbone`",
             "params.`features_from`",
             "params.`weights`",
@@ -403,12 +414,11 @@ def _shared_view() -> dict[str, Any]:
     }
 
 
-def _summary(metrics: dict[str, Any]) -> dict[str, float]:
+def _summary(headline: Headline, metrics: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of the parent run: few, so that MLflow's page stays quick."""
     summary = {f"cv/{name}": value for name, value in metrics.items() if isinstance(value, float)}
-    # Over groups where there are some: the wider one, and the one that holds.
-    interval = metrics.get("accuracy_ci95_groups") or metrics["accuracy_ci95"]
-    summary["cv/accuracy_low"], summary["cv/accuracy_high"] = interval
+    bounds = headline.interval(metrics)
+    summary[f"cv/{headline.metric}_low"], summary[f"cv/{headline.metric}_high"] = bounds
     if "test" in metrics:
         summary |= {f"test/{name}": value for name, value in metrics["test"].items() if isinstance(value, float)}
     return summary

@@ -139,15 +139,52 @@ def test_a_cut_that_the_backbone_does_not_have_is_refused(cut: str) -> None:
     assert "block1, block2, block3, block4, block5" in error.detail and repr(cut) in error.detail
 
 
-@pytest.mark.parametrize("task", [Task.MULTILABEL, Task.REGRESSION])
-def test_a_data_set_for_a_task_that_is_not_built_is_refused(task: Task) -> None:
-    error = refused({}, task, [])
-    assert error.field == "task" and task.value in error.detail
+@pytest.mark.parametrize(
+    ("wanted", "task", "classes"),
+    [
+        ("binary", Task.MULTICLASS, THREE),
+        ("regression", Task.MULTICLASS, THREE),
+        ("regression", Task.BINARY, TWO),
+        ("multiclass", Task.MULTILABEL, THREE),
+        ("multiclass", Task.REGRESSION, []),
+        ("multilabel", Task.REGRESSION, []),
+    ],
+)
+def test_a_task_that_the_data_set_is_not_for_is_refused(wanted: str, task: Task, classes: Sequence[ClassCount]) -> None:
+    error = refused({"task": wanted}, task, classes)
+    assert error.field == "task" and f"task {task.value!r}" in error.detail and repr(wanted) in error.detail
 
 
-def test_a_binary_task_needs_two_classes() -> None:
-    error = refused({"task": "binary"}, Task.MULTICLASS, THREE)
-    assert error.field == "task" and "has 3" in error.detail
+def test_classes_may_be_learned_as_labels_that_do_not_exclude_each_other() -> None:
+    assert fill(Recipe(task=TaskChoice.MULTILABEL), Task.MULTICLASS, THREE).task is TaskChoice.MULTILABEL
+
+
+def test_a_regression_is_folded_by_all_of_its_groups() -> None:
+    assert fill(Recipe(), Task.REGRESSION, [], groups=4).folds.k == 4
+    with pytest.raises(RecipeInvalid, match="at most 4 folds: the data set has") as caught:
+        fill(Recipe.model_validate({"folds": {"k": 5}}), Task.REGRESSION, [], groups=4)
+    assert caught.value.field == "folds.k"
+    with pytest.raises(RecipeInvalid, match="at least 2 images of the data set") as caught:
+        fill(Recipe(), Task.REGRESSION, [], groups=1)
+    assert caught.value.field == "dataset"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        ({"early_stopping": {"monitor": "val_accuracy"}}, "early_stopping.monitor"),
+        ({"early_stopping": {"target": {"metric": "accuracy", "value": 0.9}}}, "early_stopping.target.metric"),
+        ({"class_weights": "auto"}, "class_weights"),
+    ],
+)
+def test_what_a_regression_does_not_have_is_refused(recipe: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeInvalid) as caught:
+        fill(Recipe.model_validate(recipe), Task.REGRESSION, [], groups=9)
+    assert caught.value.field == field
+
+
+def test_labels_have_no_class_weights() -> None:
+    assert refused({"class_weights": "auto"}, Task.MULTILABEL, THREE).field == "class_weights"
 
 
 def test_more_folds_than_the_smallest_class_has_groups_are_refused() -> None:
@@ -180,8 +217,6 @@ def field_of(recipe: dict[str, Any]) -> str:
     ("recipe", "field"),
     [
         ({"mode": "from-scratch"}, "mode"),
-        ({"task": "multilabel"}, "task"),
-        ({"task": "regression"}, "task"),
         ({"precision": "bfloat16"}, "precision"),
         ({"precision": "int8"}, "precision"),
         ({"precision": "auto"}, "precision"),
@@ -288,7 +323,7 @@ def words(schema: Any) -> Iterator[str]:
 def test_what_is_not_built_is_not_in_the_schema() -> None:
     offered = set(words(Recipe.model_json_schema()))
     assert {"feature-extraction", "fine-tuning", "float32", "multiclass", "adamw", "features_from"} <= offered
-    assert not offered & {"from-scratch", "multilabel", "regression", "bfloat16", "int8", "network"}
+    assert not offered & {"from-scratch", "bfloat16", "int8", "network"}
     assert set(Recipe.model_json_schema()["properties"]) == set(DEFAULTS)
 
 

@@ -6,13 +6,17 @@ import gc
 from collections.abc import Iterator
 
 import keras
+import psutil
 import pytest
+
+_MUCH_BYTES = 3 * 1024**3
 
 
 @pytest.fixture(autouse=True)
 def _networks_go() -> Iterator[None]:
-    """Drop a test's networks: they hold each other, and gigabytes of them wait for a collection otherwise."""
-    gc.freeze()  # what was there before stays; looking through it after each test takes most of a second
+    """Drop the networks of tests: they hold each other, and gigabytes of them wait for a collection otherwise."""
     yield
     keras.utils.clear_session()
-    gc.collect()
+    if psutil.Process().memory_info().rss > _MUCH_BYTES:
+        gc.collect()
+        gc.freeze()  # what is left stays; looking through it again takes seconds

@@ -9,6 +9,7 @@ from artifacts.recipe import Task
 from training import evaluate
 
 LABELS = ["a", "b", "c"]
+FOLDS = [{"accuracy": 1.0}, {"accuracy": 0.5}]
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -64,9 +65,9 @@ def test_pooling_repeats_adds_counts_but_does_not_narrow_the_interval() -> None:
     truth = np.array([0, 1, 2, 0])
     once = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]][None] * 5
     alone = np.arange(4)
-    single = evaluate.pooled(Task.MULTICLASS, LABELS, truth, alone, once, [1.0, 0.5])
+    single = evaluate.pooled(Task.MULTICLASS, LABELS, truth, alone, once, FOLDS)
     twice = np.concatenate([once, once])
-    double = evaluate.pooled(Task.MULTICLASS, LABELS, truth, alone, twice, [1.0, 0.5, 1.0, 0.5])
+    double = evaluate.pooled(Task.MULTICLASS, LABELS, truth, alone, twice, FOLDS * 2)
     assert "groups" not in single
     assert [row["images"] for row in double["per_class"]] == [2, 1, 1]
     assert single["accuracy"] == double["accuracy"] == 0.75
@@ -107,8 +108,80 @@ def test_the_interval_over_groups_holds_what_it_promises() -> None:
 def test_pooling_tells_of_groups_where_there_are_some() -> None:
     truth = np.array([0, 1, 2, 0])
     logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]][None] * 5
-    metrics = evaluate.pooled(Task.MULTICLASS, LABELS, truth, np.array([0, 0, 1, 2]), logits, [1.0, 0.5])
+    metrics = evaluate.pooled(Task.MULTICLASS, LABELS, truth, np.array([0, 0, 1, 2]), logits, FOLDS)
     assert metrics["groups"] == 3
     assert metrics["accuracy_ci95_groups"] == list(
         evaluate.wilson_over_groups(np.array([1.0, 1.0, 1.0, 0.0]), np.array([0, 0, 1, 2]))
     )
+
+
+def test_a_multilabel_score_counts_by_hand() -> None:
+    truth = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]], np.float32)
+    probabilities = np.array([[0.9, 0.2, 0.1], [0.7, 0.4, 0.1], [0.1, 0.1, 0.1], [0.6, 0.8, 0.3]])
+    logits = np.log(probabilities / (1 - probabilities)).astype(np.float32)
+    metrics = evaluate.score(Task.MULTILABEL, LABELS, truth, logits)
+    assert metrics["accuracy"] == 0.5  # the first and the third, which has none and is answered none
+    assert [row["f1"] for row in metrics["per_class"]] == [pytest.approx(0.8), pytest.approx(2 / 3), 0.0]
+    assert metrics["per_class"][1] == {
+        "label": "b",
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3),
+        "images": 2,
+    }
+    assert metrics["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 3)
+    assert metrics["f1_micro"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    right = np.where(truth > 0.5, probabilities, 1 - probabilities)
+    assert metrics["loss"] == pytest.approx(-np.log(right).mean(), rel=1e-6)
+    assert "confusion" not in metrics
+
+
+def test_a_regression_score_counts_by_hand() -> None:
+    truth = np.array([[1000.0], [1001.0], [1003.0], [1004.0]])
+    guesses = np.array([[1001.0], [1001.0], [1002.0], [1006.0]], np.float32)
+    metrics = evaluate.score(Task.REGRESSION, [], truth, guesses)
+    assert metrics == {
+        "rmse": pytest.approx(np.sqrt(6 / 4)),
+        "mae": pytest.approx(1.0),
+        "r2": pytest.approx(1 - 6 / 10),
+        "loss": pytest.approx(1.5),
+    }
+
+
+def test_numbers_that_are_all_equal_explain_nothing() -> None:
+    metrics = evaluate.score(Task.REGRESSION, [], np.full((3, 1), 7.0), np.array([[7], [8], [7]], np.float32))
+    assert metrics["r2"] == 0.0 and metrics["mae"] == pytest.approx(1 / 3)
+
+
+def test_numbers_are_pooled_with_an_interval_of_each_score_over_images_and_over_groups() -> None:
+    random = np.random.default_rng(3)
+    of_group = np.repeat(random.normal(size=40), 5)
+    truth = random.normal(size=(200, 1))
+    guesses = (truth + of_group[:, None]).astype(np.float32)[None]
+    groups = np.repeat(np.arange(40), 5)
+    folds = [{"rmse": 1.0, "mae": 2.0, "r2": 0.1}, {"rmse": 3.0, "mae": 2.0, "r2": 0.3}]
+    metrics = evaluate.pooled(Task.REGRESSION, [], truth, groups, guesses, folds)
+    for name in ("rmse", "mae", "r2"):
+        low, high = metrics[f"{name}_ci95"]
+        wider_low, wider_high = metrics[f"{name}_ci95_groups"]
+        assert wider_low < low < metrics[name] < high < wider_high
+    assert metrics["rmse_sd"] == pytest.approx(np.sqrt(2)) and metrics["mae_sd"] == 0.0
+    assert metrics["interval"] == "bootstrap, over images; not over retraining"
+
+
+def test_labels_are_pooled_with_intervals_of_both_means_and_of_images_that_are_all_right() -> None:
+    random = np.random.default_rng(0)
+    truth = (random.random((60, 3)) < 0.4).astype(np.float32)
+    logits = (truth * 4 - 2 + random.normal(size=truth.shape, scale=2)).astype(np.float32)[None]
+    folds = [{"f1_macro": 0.8, "f1_micro": 0.7, "accuracy": 0.5}] * 2
+    metrics = evaluate.pooled(Task.MULTILABEL, LABELS, truth, np.arange(60), logits, folds)
+    for name in ("f1_macro", "f1_micro", "accuracy"):
+        low, high = metrics[f"{name}_ci95"]
+        assert 0 <= low < metrics[name] < high <= 1
+        assert metrics[f"{name}_sd"] == 0.0
+    assert metrics["accuracy_ci95"] == list(evaluate.wilson(metrics["accuracy"], 60))
+
+
+def test_one_held_out_image_has_a_score_and_no_interval() -> None:
+    metrics = evaluate.held_out(Task.REGRESSION, [], np.array([[1.0]]), np.array([[3.0]], np.float32))
+    assert metrics["rmse"] == 2.0 and metrics["images"] == 1 and "rmse_ci95" not in metrics

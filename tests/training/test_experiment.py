@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from artifacts.recipe import ClassCount, Recipe, Task, fill
 from artifacts.store import Digest, Store
 from inference import heads
 from inference.engine import OpenVinoEngine
+from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
 from training import backbones, evaluate, experiment
 from training.experiment import BackboneKey, FoldResult, Outcome, Place
@@ -81,6 +82,14 @@ class Heard:
         self.beats += 1
 
 
+def task_of(rows: list[Row], labels: list[str]) -> Task:
+    if rows[0].target is not None:
+        return Task.REGRESSION
+    if any(len(row.labels) != 1 for row in rows):
+        return Task.MULTILABEL
+    return Task.BINARY if len(labels) == 2 else Task.MULTICLASS
+
+
 class Bench:
     """A store with weights and images, and runs on them."""
 
@@ -103,10 +112,9 @@ class Bench:
         ]
 
     def run(self, rows: list[Row], **change: Any) -> tuple[Outcome, Heard]:
-        labels = sorted({row.labels[0] for row in rows})
+        labels = sorted({label for row in rows for label in row.labels})
         counts = [ClassCount(label, 99, 99) for label in labels]
-        task = Task.BINARY if len(labels) == 2 else Task.MULTICLASS
-        recipe = fill(Recipe.model_validate(QUICK | change), task, counts)
+        recipe = fill(Recipe.model_validate(QUICK | change), task_of(rows, labels), counts, groups=99)
         weights = self.weights.setdefault(recipe.backbone, self.store.put(backbones.random_weights(recipe.backbone)))
         heard = Heard()
         digest = self.store.put(manifest.dump(rows))
@@ -217,7 +225,15 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
     nothing = np.array([], dtype=np.intp)
     everything = np.arange(len(rows))
     folds = make_folds(
-        everything, truth, everything, nothing, k=3, repeats=1, validation_fraction=0.15, seed=recipe.seed
+        everything,
+        truth,
+        np.eye(3, dtype=bool)[truth],
+        everything,
+        nothing,
+        k=3,
+        repeats=1,
+        validation_fraction=0.15,
+        seed=recipe.seed,
     )
     for fold, result in zip(folds, heard.folds, strict=True):
         hidden = features.copy()
@@ -334,3 +350,68 @@ def test_every_backbone_trains_at_its_smallest_size_from_its_last_cut(bench: Ben
         bundles.load(bench.store.read(outcome.bundle)).layers[0].kernel.shape[0]
         == CATALOGUE[name].cuts[CATALOGUE[name].last_cut]
     )
+
+
+TUNED_EARLY = {
+    **TUNING,
+    "augmentation": None,
+    "features_from": "block1",
+    "epochs": 6,
+    "optimizer": {"learning_rate": 0.05},
+}
+EITHER_MODE = pytest.mark.parametrize("mode", [{}, pytest.param(TUNED_EARLY, marks=pytest.mark.slow)])
+
+
+@EITHER_MODE
+def test_a_number_is_learned_measured_and_answered_in_its_own_unit(bench: Bench, mode: dict[str, Any]) -> None:
+    levels = [40 + 2 * number for number in range(72)]
+    files = {f"{level}.png": sample.png(level, (level, level, level)) for level in levels}
+    rows = [
+        Row(path, bench.store.put(data), (), 1900.0 + level, None, Split.TRAIN)
+        for (path, data), level in zip(files.items(), levels, strict=True)
+    ]
+    rows[3] = replace(rows[3], split=Split.TEST)
+    slowly = {"epochs": 40, "batch_size": 4, "optimizer": {"learning_rate": 0.01}}
+    outcome, heard = bench.run(rows, **mode | slowly)
+    assert outcome.metrics["r2"] > 0.8
+    low, high = outcome.metrics["rmse_ci95"]
+    assert low < outcome.metrics["rmse"] < high < 30
+    assert outcome.metrics["test"]["images"] == 1 and "rmse_ci95" not in outcome.metrics["test"]
+    assert "accuracy" not in outcome.metrics and "accuracy" not in heard.folds[0].history[0]
+
+    assert bundles.load(bench.store.read(outcome.bundle)).labels == ()
+    predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    predictions, _ = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
+    answered = [prediction.value for prediction in predictions if isinstance(prediction, ValuePrediction)]
+    assert np.abs(np.array(answered) - 1900 - levels).mean() < 15
+    assert outcome.files["values.png"][0].startswith(b"\x89PNG") and "confusion.png" not in outcome.files
+    report = outcome.files["report.md"][0].decode()
+    assert "Root mean squared error" in report and "with numbers from 1940 to 2082" in report
+
+
+@EITHER_MODE
+def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench, mode: dict[str, Any]) -> None:
+    files, wanted = {}, {}
+    for number in range(48):
+        is_red, is_green = number % 2 == 0, number % 3 == 0
+        path = f"{number}.png"
+        files[path] = sample.png(number, (200 if is_red else 60, 200 if is_green else 60, 60))
+        wanted[path] = ["green"] * is_green + ["red"] * is_red
+    rows = [
+        Row(path, bench.store.put(data), tuple(wanted[path]), None, None, Split.TRAIN) for path, data in files.items()
+    ]
+    outcome, _ = bench.run(rows, **mode)
+    metrics = outcome.metrics
+    assert min(metrics["f1_macro"], metrics["f1_micro"], metrics["accuracy"]) > 0.85
+    assert metrics["f1_macro_ci95"][0] <= metrics["f1_macro"] <= metrics["f1_macro_ci95"][1]
+    assert [row["label"] for row in metrics["per_class"]] == ["green", "red"]
+
+    predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    predictions, _ = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
+    right = [
+        isinstance(prediction, LabelsPrediction) and prediction.labels == wanted[path]
+        for path, prediction in zip(files, predictions, strict=True)
+    ]
+    assert np.mean(right) > 0.85
+    assert outcome.files["labels.png"][0].startswith(b"\x89PNG")
+    assert "all labels are right in" in outcome.files["report.md"][0].decode()

@@ -234,3 +234,46 @@ def test_class_weights_make_a_rare_class_answered_more_often() -> None:
         for choice in ("none", "auto")
     )
     assert weighted > plain
+
+
+def fitted_to(task: Task, features: Features, targets: Any, recipe: Recipe | None = None) -> Fit:
+    rows = np.arange(len(targets))
+    return fit(
+        recipe or quick(),
+        task,
+        targets.shape[1],
+        features,
+        targets,
+        rows[rows % 4 != 0],
+        rows[rows % 4 == 0],
+        epochs=EPOCHS,
+        seed=0,
+        on_epoch=lambda number, metrics: None,
+    )
+
+
+def test_numbers_are_learned_whatever_their_unit() -> None:
+    features = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
+    numbers = 20_000.0 + 500 * features[:, :1] - 200 * features[:, 1:2]
+    result = fitted_to(Task.REGRESSION, features, numbers.astype(np.float64))
+    error = heads.logits(result.layers, features) - numbers
+    assert np.sqrt(np.square(error).mean()) < 0.1 * numbers.std()
+    assert set(result.history[0]) == {"loss", "val_loss"}
+    assert 0 < result.history[-1]["val_loss"] < result.history[0]["val_loss"] < 2  # of standardised numbers
+
+
+def test_a_number_that_never_changes_is_answered() -> None:
+    features = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    result = fitted_to(Task.REGRESSION, features, np.full((40, 1), 7.25), quick(head=HeadRecipe(hidden=(3,))))
+    assert heads.logits(result.layers, features) == pytest.approx(np.full((40, 1), 7.25))
+
+
+def test_labels_are_learned_each_by_itself_and_an_image_is_right_if_all_its_labels_are() -> None:
+    features = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    targets = np.stack([features[:, 0] > 0, features[:, 1] + features[:, 2] > 0.5], axis=1).astype(np.float32)
+    result = fitted_to(Task.MULTILABEL, features, targets)
+    right = (heads.logits(result.layers, features) > 0) == (targets > 0.5)
+    assert right.mean() > 0.95
+    watched = np.arange(200) % 4 == 0
+    best = result.history[result.best_epoch - 1]
+    assert best["val_accuracy"] == pytest.approx(right[watched].all(axis=1).mean())

@@ -22,7 +22,10 @@ def fold(
     validation: Indices = NONE,
 ) -> list[Fold]:
     rows = np.setdiff1d(np.arange(len(strata)), validation)
-    return make_folds(rows, strata, groups, validation, k=k, repeats=repeats, validation_fraction=fraction, seed=seed)
+    needed = strata[:, None] == np.unique(strata)
+    return make_folds(
+        rows, strata, needed, groups, validation, k=k, repeats=repeats, validation_fraction=fraction, seed=seed
+    )
 
 
 @st.composite
@@ -136,3 +139,25 @@ def test_groups_that_cannot_be_cut_are_refused_with_the_field() -> None:
     with pytest.raises(RecipeInvalid, match="cannot be cut into 2 folds") as refused:
         fold(strata, groups, k=2)
     assert refused.value.field == "folds.k"
+
+
+def test_every_label_stays_among_the_training_rows_of_every_fold() -> None:
+    random = np.random.default_rng(5)
+    needed = random.random((60, 4)) < [0.6, 0.3, 0.12, 0.1]
+    strata = np.where(needed.any(axis=1), 3 - needed[:, ::-1].argmax(axis=1), 4)
+    folds = make_folds(
+        np.arange(60), strata, needed, np.arange(60), NONE, k=4, repeats=2, validation_fraction=0.2, seed=1
+    )
+    for one in folds:
+        assert needed[one.train].any(axis=0).all()
+        assert len(one.validation) >= 5
+
+
+def test_numbers_need_no_class_to_be_trained_on() -> None:
+    nothing = np.zeros((6, 0), dtype=bool)
+    everything = np.arange(6)
+    folds = make_folds(
+        everything, everything, nothing, everything, NONE, k=2, repeats=1, validation_fraction=0.2, seed=0
+    )
+    assert [len(one.test) for one in folds] == [3, 3]
+    assert all(len(one.train) and len(one.validation) for one in folds)
