@@ -91,10 +91,11 @@ def get_runs(session: Session, comparison_id: str) -> Sequence[Run]:
     ).all()
 
 
-def find_comparison(session: Session, run_id: str) -> Comparison | None:
-    """Return the comparison that a run belongs to, or None."""
-    query = select(Comparison).join(ComparisonRun, ComparisonRun.comparison_id == Comparison.id)
-    return session.scalar(query.where(ComparisonRun.run_id == run_id))
+def find_comparison(session: Session, run_id: str) -> tuple[Comparison, int] | None:
+    """Return the comparison that a run belongs to and its position there, or None."""
+    query = select(Comparison, ComparisonRun.position).join(ComparisonRun, ComparisonRun.comparison_id == Comparison.id)
+    found = session.execute(query.where(ComparisonRun.run_id == run_id)).one_or_none()
+    return found and (found.Comparison, found.position)
 
 
 def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:

@@ -70,7 +70,7 @@ def test_a_comparison_begins_with_a_queued_run_and_a_job_for_each_recipe(databas
         ]
         assert [(job.kind, job.subject_id) for job in due] == [(JobKind.TRAIN, run.id) for run in made]
         owner = comparisons.find_comparison(session, made[1].id)
-        assert owner is not None and owner.id == comparison.id
+        assert owner is not None and (owner[0].id, owner[1]) == (comparison.id, 1)
         assert comparisons.find_comparison(session, "run_none") is None
 
 
