@@ -30,8 +30,9 @@ from rich.table import Table
 
 from artifacts import layout
 from artifacts.archive import ArchiveLimits, is_litter, open_archive
+from artifacts.headline import HEADLINES
 from artifacts.images import encode
-from artifacts.recipe import IMAGENET, RANDOM
+from artifacts.recipe import IMAGENET, RANDOM, Task
 from errors import EspalierError, Refused
 from ops import up
 from ops.up import CannotStart, console
@@ -53,6 +54,21 @@ class Files:
 
     name: str
     contents: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """An image that is not uploaded, and what is known of it."""
+
+    path: str
+    labels: tuple[str, ...]
+    target: float | None
+    data: bytes
+
+    @property
+    def truth(self) -> str:
+        """What a prediction should be, as text."""
+        return _text(self.labels, self.target)
 
 
 def main() -> int:
@@ -142,11 +158,11 @@ def read_images(path: Path) -> Files:
     return Files(name[:40], contents)
 
 
-def hold_out(files: Files, count: int) -> tuple[Files, list[tuple[str, str, bytes]]]:
+def hold_out(files: Files, count: int) -> tuple[Files, list[HeldOut]]:
     """Take `count` images out, as evenly over the classes as possible and never more than a fifth of one.
 
-    Returns the rest, and (path, label, bytes) of the images taken. With groups in a labels.csv, none are taken whose
-    group stays behind: predicting them would show too much.
+    Returns the rest and the images taken. With groups in a labels.csv, none are taken whose group stays behind:
+    predicting them would show too much.
     """
     paths = list(files.contents)
     csv_path = layout.labels_file(paths)
@@ -154,10 +170,10 @@ def hold_out(files: Files, count: int) -> tuple[Files, list[tuple[str, str, byte
         found = layout.from_folders(paths)
     else:
         found = layout.from_labels(files.contents[csv_path], csv_path, paths)
-    by_class: dict[str, list[layout.Sample]] = defaultdict(list)
+    by_class: dict[tuple[str, ...], list[layout.Sample]] = defaultdict(list)
     for sample in found.samples:
-        if sample.labels and sample.group is None:
-            by_class[sample.labels[0]].append(sample)
+        if sample.group is None:
+            by_class[sample.labels].append(sample)
     taken: list[layout.Sample] = []
     for turn in range(count):
         for samples in by_class.values():
@@ -167,7 +183,8 @@ def hold_out(files: Files, count: int) -> tuple[Files, list[tuple[str, str, byte
     rest = {path: data for path, data in files.contents.items() if path not in gone}
     if csv_path is not None:
         rest[csv_path] = _labels([sample for sample in found.samples if sample.path not in gone])
-    return Files(files.name, rest), [(item.path, item.labels[0], files.contents[item.path]) for item in taken]
+    held = [HeldOut(item.path, item.labels, item.target, files.contents[item.path]) for item in taken]
+    return Files(files.name, rest), held
 
 
 def _labels(samples: Sequence[layout.Sample]) -> bytes:
@@ -207,10 +224,17 @@ def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
     if dataset["state"] != "ready":
         reasons = "\n".join(f"  {file['path']}: {file['reason']}" for file in dataset["refused"][:10])
         raise StepFailed(f"The images were rejected: {dataset['error']['detail']}\n{reasons}")
-    classes = ", ".join(f"{item['name']} ({item['images']:,})" for item in dataset["classes"][:12])
-    console.print(f"Data set [bold]{name}[/]: {dataset['images']:,} images in {len(dataset['classes'])} classes")
-    console.print(f"  {classes}{' …' if len(dataset['classes']) > 12 else ''}", style="dim", markup=False)
+    console.print(f"Data set [bold]{name}[/]: {dataset['images']:,} images, {dataset['task']}")
+    console.print(f"  {_contents(dataset)}", style="dim", markup=False)
     return dataset
+
+
+def _contents(dataset: dict[str, Any]) -> str:
+    """Return what there are images of."""
+    if dataset["target"] is not None:
+        return "numbers from {min:g} to {max:g}, {mean:g} in the mean".format(**dataset["target"])
+    classes = ", ".join(f"{item['name']} ({item['images']:,})" for item in dataset["classes"][:12])
+    return f"{classes}{' …' if len(dataset['classes']) > 12 else ''}"
 
 
 def _known_dataset(api: httpx2.Client, name: str) -> dict[str, Any] | None:
@@ -286,16 +310,18 @@ def _described(title: str, progress: dict[str, Any]) -> str:
 
 def _show(run: dict[str, Any]) -> None:
     metrics = run["metrics"]
-    low, high = metrics["accuracy_ci95"]
     extraction = run["extraction"]
-    console.print(
-        f"\n[bold green]Accuracy {metrics['accuracy']:.1%}[/], 95 % interval {low:.1%} to {high:.1%} "
-        f"(folds differ by {metrics['accuracy_sd']:.1%}); measured on images that no fold had trained on"
-    )
+    headline = HEADLINES[Task(run["recipe"]["task"])]
+    spread = headline.said(metrics[f"{headline.metric}_sd"])
+    console.print(f"\n[bold green]{headline.sentence(metrics)}[/]")
+    console.print(f"  folds differ by {spread}; measured on images that no fold had trained on", style="dim")
     console.print(
         f"  {extraction['computed']:,} images went through the backbone, {extraction['cached']:,} came from the cache",
         style="dim",
     )
+    if "confusion" not in metrics:
+        console.print("  The report has a picture of what was found for which images.", style="dim")
+        return
     labels = [row["label"] for row in metrics["per_class"]]
     if len(labels) > 15:
         console.print(f"  The confusion matrix of {len(labels)} classes is in the report.", style="dim")
@@ -312,11 +338,11 @@ def _show(run: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _predict(api: httpx2.Client, run: dict[str, Any], held_out: Sequence[tuple[str, str, bytes]]) -> None:
+def _predict(api: httpx2.Client, run: dict[str, Any], held_out: Sequence[HeldOut]) -> None:
     if not held_out:
         console.print("No image was held out: the classes are too small, or grouped.", style="dim")
         return
-    images = [("images", (Path(path).name, data)) for path, _, data in held_out]
+    images = [("images", (Path(image.path).name, image.data)) for image in held_out]
     model = run["model"]
     url = f"/api/v1/models/{model['name']}/predict"
     until = time.monotonic() + _LOADED_WITHIN_S
@@ -324,18 +350,35 @@ def _predict(api: httpx2.Client, run: dict[str, Any], held_out: Sequence[tuple[s
         if time.monotonic() > until:
             break
     answer = _checked(found).json()
-    answers = [prediction["label"] for prediction in answer["predictions"]]
-    right = sum(label == answered for (_, label, _), answered in zip(held_out, answers, strict=True))
     spent = sum(answer["timings_ms"].values())
-    console.print(
-        f"Predicted {len(held_out)} images that were never uploaded: [bold]{right} right[/], in {spent:.0f} ms"
-    )
-    for (path, label, _), prediction in list(zip(held_out, answer["predictions"], strict=True))[:5]:
-        mark = "[green]✓[/]" if prediction["label"] == label else "[red]✗[/]"
-        console.print(f"  {mark} {path}: {prediction['label']} ({prediction['probability']:.0%})")
+    pairs = list(zip(held_out, answer["predictions"], strict=True))
+    result = _result(pairs)
+    console.print(f"Predicted {len(pairs)} images that were never uploaded: [bold]{result}[/], in {spent:.0f} ms")
+    for image, prediction in pairs[:5]:
+        sure = f" ({prediction['probability']:.0%})" if "probability" in prediction else ""
+        console.print(f"  {image.path}: {_answered(prediction)}{sure}; it is {image.truth}", markup=False)
 
 
-def _tell_addresses(run: dict[str, Any], held_out: Sequence[tuple[str, str, bytes]], settings: Any) -> None:
+def _result(pairs: Sequence[tuple[HeldOut, dict[str, Any]]]) -> str:
+    """Return how good predictions are, in words."""
+    errors = [abs(prediction["value"] - image.target) for image, prediction in pairs if image.target is not None]
+    if errors:
+        return f"{sum(errors) / len(errors):.3g} off in the mean"
+    return f"{sum(_answered(prediction) == image.truth for image, prediction in pairs)} right"
+
+
+def _answered(prediction: dict[str, Any]) -> str:
+    """Return the answer of a prediction of any task as text."""
+    if "label" in prediction:
+        return str(prediction["label"])
+    return _text(prediction.get("labels", []), prediction.get("value"))
+
+
+def _text(labels: Sequence[str], value: float | None) -> str:
+    return " + ".join(labels) or "none of the labels" if value is None else f"{value:.4g}"
+
+
+def _tell_addresses(run: dict[str, Any], held_out: Sequence[HeldOut], settings: Any) -> None:
     console.print()
     console.print(up.addresses(settings))
     with up.client(settings) as api:
@@ -346,9 +389,8 @@ def _tell_addresses(run: dict[str, Any], held_out: Sequence[tuple[str, str, byte
             shown = _checked(api.get(f"/api/v1/runs/{run['id']}")).json()
     console.print(f"Run     {shown['mlflow_url'] or 'MLflow will have it in a moment'}")
     if held_out:
-        path, _, data = held_out[0]
-        example = settings.var.absolute() / f"example{Path(path).suffix}"
-        example.write_bytes(data)
+        example = settings.var.absolute() / f"example{Path(held_out[0].path).suffix}"
+        example.write_bytes(held_out[0].data)
         key = " -H 'Authorization: Bearer …'" if settings.api_key else ""
         command = f"curl{key} --data-binary @{shlex.quote(str(example))} "
         command += f"http://127.0.0.1:{settings.api_port}/api/v1/models/{run['model']['name']}/predict"

@@ -20,6 +20,7 @@ from fastapi.testclient import TestClient
 
 from api.deps import Services
 from api.predictions import Admission, Desk
+from artifacts import images
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
 from artifacts.recipe import Activation, Precision, Resize, Task
@@ -50,12 +51,14 @@ class Loads:
         return FlatEngine()
 
 
-def flat_bundle(backbone: Digest) -> Bundle:
-    layers = (Dense(np.ones((48, 2), np.float32), np.zeros(2, np.float32), Activation.LINEAR),)
+def flat_bundle(
+    backbone: Digest, task: Task = Task.MULTICLASS, labels: tuple[str, ...] = ("dark", "light"), outputs: int = 2
+) -> Bundle:
+    layers = (Dense(np.ones((48, outputs), np.float32), np.zeros(outputs, np.float32), Activation.LINEAR),)
     golden = np.zeros((1, 8, 8, 3), np.uint8)
     return Bundle(
-        task=Task.MULTICLASS,
-        labels=("dark", "light"),
+        task=task,
+        labels=labels,
         backbone=backbone,
         engine="flat",
         precision=Precision.FLOAT32,
@@ -82,15 +85,56 @@ def loads(client: TestClient, services: Services, settings: Settings) -> Iterato
     found = Loads()
     for name in ("warm", "cold"):
         backbone = services.store.put(name.encode())
-        bundle = services.store.put(flat_bundle(backbone).dump())
-        with services.database.writing() as session:
-            run = records.queued_run(session, records.ready_version(session, name), name)
-            registry.add_model_version(session, records.PRINCIPAL, name, run.id, bundle, backbone)
+        add_model(services, name, flat_bundle(backbone))
         if name == "cold":
             found.held.add(backbone)
     serve(client, settings.model_copy(update={"predict_deadline_s": 0.5}), found)
     yield found
     found.gate.set()
+
+
+def add_model(services: Services, name: str, bundle: Bundle) -> None:
+    digest = services.store.put(bundle.dump())
+    with services.database.writing() as session:
+        run = records.queued_run(session, records.ready_version(session, name), name)
+        registry.add_model_version(session, records.PRINCIPAL, name, run.id, digest, bundle.backbone)
+
+
+# --- what is answered ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "outputs", "fields"),
+    [
+        (Task.BINARY, ("dark", "light"), 1, {"label", "probability", "probabilities"}),
+        (Task.MULTICLASS, ("dark", "light"), 2, {"label", "probability", "probabilities"}),
+        (Task.MULTILABEL, ("dark", "light", "wet"), 3, {"labels", "probabilities"}),
+        (Task.REGRESSION, (), 1, {"value"}),
+    ],
+)
+def test_an_answer_has_the_form_of_its_task(
+    client: TestClient,
+    services: Services,
+    settings: Settings,
+    task: Task,
+    labels: tuple[str, ...],
+    outputs: int,
+    fields: set[str],
+) -> None:
+    bundle = flat_bundle(services.store.put(b"flat"), task, labels, outputs)
+    add_model(services, "one", bundle)
+    serve(client, settings, Loads())
+    answer = client.post("/api/v1/models/one/predict", content=PNG).json()["predictions"][0]
+    assert answer.keys() == fields
+    if "probabilities" in fields:
+        assert list(answer["probabilities"]) == list(labels)
+    pixels = images.decode(PNG, 8, Resize.SQUASH, settings.image_limits)
+    logit = float(heads.logits(bundle.layers, FlatEngine().features(pixels[None]))[0, 0])
+    assert logit > 0
+    if task is Task.REGRESSION:
+        assert answer["value"] == pytest.approx(logit)
+    if task is Task.MULTILABEL:
+        assert answer["labels"] == list(labels)
 
 
 # --- what is sent --------------------------------------------------------------------------------------------------

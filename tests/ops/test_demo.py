@@ -47,15 +47,15 @@ def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_images_are_held_out_evenly_and_not_uploaded() -> None:
     files = digits()
     rest, held = hold_out(files, HELD_OUT)
-    assert [label for _, label, _ in held].count("3") == 2 and len(held) == HELD_OUT
-    assert rest.contents.keys() | {path for path, _, _ in held} == files.contents.keys()
-    assert not rest.contents.keys() & {path for path, _, _ in held}
+    assert [image.truth for image in held].count("3") == 2 and len(held) == HELD_OUT
+    assert rest.contents.keys() | {image.path for image in held} == files.contents.keys()
+    assert not rest.contents.keys() & {image.path for image in held}
 
 
 def test_a_small_class_gives_at_most_a_fifth() -> None:
     files = read_files(sample.coloured(per_class=4, classes=2) | {f"red/{i}.png": sample.png(i) for i in range(10)})
     _, held = hold_out(files, HELD_OUT)
-    assert [label for _, label, _ in held] == ["red", "red"]
+    assert [image.truth for image in held] == ["red", "red"]
 
 
 def test_grouped_images_are_not_held_out_and_labels_lose_the_lines_of_those_that_are() -> None:
@@ -63,19 +63,45 @@ def test_grouped_images_are_not_held_out_and_labels_lose_the_lines_of_those_that
     lines = ["path,label,group", *(f"{i}.png,{'ab'[i % 2]},{'g' if i < 10 else ''}" for i in range(20))]
     files = read_files({"labels.csv": "\n".join(lines).encode(), **contents})
     rest, held = hold_out(files, 2)
-    assert len(held) == 2 and all(int(path.split(".")[0]) >= 10 for path, _, _ in held)
+    assert len(held) == 2 and all(int(image.path.split(".")[0]) >= 10 for image in held)
     kept = rest.contents["labels.csv"].decode()
-    assert all(f"{path}," not in kept for path, _, _ in held) and len(kept.splitlines()) == 19
+    assert all(f"{image.path}," not in kept for image in held) and len(kept.splitlines()) == 19
 
 
 def read_files(contents: dict[str, bytes]) -> Files:
     return Files("x", contents)
 
 
+def labelled(header: str, labels: list[str]) -> dict[str, bytes]:
+    """Return pictures with a labels.csv: the greyer, the further on."""
+    lines = [f"path,{header}", *(f"{number}.png,{label}" for number, label in enumerate(labels))]
+    contents = {f"{n}.png": sample.png(n, (40 + 6 * n, 90, 220 - 6 * n)) for n in range(len(labels))}
+    return {"labels.csv": "\n".join(lines).encode(), **contents}
+
+
+def test_numbers_and_several_labels_are_held_out_too() -> None:
+    numbers = read_files(labelled("target", [str(n / 2) for n in range(20)]))
+    rest, held = hold_out(numbers, 3)
+    assert [image.truth for image in held] == ["9.5", "9", "8.5"]
+    assert len(rest.contents["labels.csv"].splitlines()) == 18
+    labels = read_files(labelled("label", ["a|b"] * 10 + ["|"] * 10))
+    _, held = hold_out(labels, 4)
+    assert [image.truth for image in held] == ["a + b", "none of the labels"] * 2
+
+
+DEMOS = {
+    "classes": (sample.coloured(per_class=12), ["Accuracy", "Confusion matrix", "6 right"]),
+    "numbers": (labelled("target", [str(n) for n in range(30)]), ["Root mean squared error", "off in the mean"]),
+    "labels": (labelled("label", ["cold"] * 10 + ["cold|warm"] * 10 + ["warm"] * 10), ["Macro F1", "right"]),
+}
+
+
 @pytest.mark.slow
-def test_the_demo_runs_from_end_to_end_on_a_users_archive(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", DEMOS)
+def test_the_demo_runs_from_end_to_end_on_a_users_archive(tmp_path: Path, kind: str) -> None:
+    files, wanted = DEMOS[kind]
     archive = tmp_path / "colours.zip"
-    archive.write_bytes(sample.zipped(sample.coloured(per_class=12)))
+    archive.write_bytes(sample.zipped(files))
     environment = os.environ | {
         "CI": "1",
         "ESPALIER_VAR": str(tmp_path / "var"),
@@ -95,5 +121,5 @@ def test_the_demo_runs_from_end_to_end_on_a_users_archive(tmp_path: Path) -> Non
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("ImageNet weights cannot be had", "Accuracy", "Confusion matrix", "6 right", "/docs", "curl"):
+    for shown in ("ImageNet weights cannot be had", *wanted, "/docs", "curl"):
         assert shown in done.stdout

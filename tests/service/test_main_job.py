@@ -58,7 +58,7 @@ def test_a_run_shows_all_that_it_did(service: Service, colours: dict[str, Any], 
 def test_a_runs_files_can_be_read(service: Service, trained: dict[str, Any]) -> None:
     found = {file["name"]: service.http.get(file["url"]) for file in trained["files"]}
     assert found.keys() == {"report.md", "confusion.png", "curves.png", "out-of-fold.safetensors"}
-    assert "| fold | accuracy |" in found["report.md"].text
+    assert "| fold | Accuracy |" in found["report.md"].text
     assert Image.open(io.BytesIO(found["confusion.png"].content)).format == "PNG"
     assert load_tensors(found["out-of-fold.safetensors"].content)["logits"].shape == (1, 60, 3)
 
