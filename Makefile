@@ -13,6 +13,9 @@ FOUND := $(shell PATH="$${PATH//$(CURDIR)\/.venv\/bin:/}"; \
 NO_PYTHON := Espalier needs Python 3.11, 3.12 or 3.13 (TensorFlow has builds for these) with pip 22.3 or later, and \
 	found none. On Debian: apt install python3 python3-pip. Or say where one is: make PYTHON=/path/to/python3.12
 
+# Tests run side by side, whole stretches of a file together so that what they share is set up once. Some gigabytes each.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -31,10 +34,10 @@ weights: $(VENV)/embedded ## import pretrained weights (BACKBONE= NAME= FILE=)
 	@python -m ops.weights "$(BACKBONE)" "$(NAME)" "$(FILE)"
 
 test: $(VENV)/dev ## run the tests, but for the slow ones
-	python -m pytest -m "not slow"
+	python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(VENV)/dev ## run all tests
-	python -m pytest
+	python -m pytest $(PARALLEL)
 
 check: $(VENV)/dev ## check format, types, floors, compose file and images
 	ruff format --check .
