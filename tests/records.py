@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from artifacts.images import ImageFacts
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Recipe, Task
+from artifacts.recipe import ClassCount, Recipe, Task, TaskChoice
 from artifacts.store import Digest, digest_of
 from models import comparison as comparisons
 from models import dataset as datasets
@@ -23,6 +23,7 @@ from models.project import Principal
 from models.run import Run
 
 PRINCIPAL = Principal()
+RECIPE = Recipe(task=TaskChoice.BINARY)
 
 
 def digest(name: str) -> Digest:
@@ -74,7 +75,7 @@ def dataset_of(session: Session, version: DatasetVersion) -> Dataset:
 
 def queued_run(session: Session, version: DatasetVersion, name: str = "flowers") -> Run:
     """Add a run that waits."""
-    return runs.create_run(session, PRINCIPAL, version.id, name, Recipe())
+    return runs.create_run(session, PRINCIPAL, version.id, name, RECIPE)
 
 
 def running_run(session: Session, version: DatasetVersion, name: str = "flowers") -> Run:
@@ -84,7 +85,7 @@ def running_run(session: Session, version: DatasetVersion, name: str = "flowers"
 
 def queued_comparison(session: Session, version: DatasetVersion, recipes: int = 2) -> Comparison:
     """Add a comparison whose runs wait; they differ in their epochs."""
-    chosen = [Recipe(epochs=number + 1) for number in range(recipes)]
+    chosen = [RECIPE.model_copy(update={"epochs": number + 1}) for number in range(recipes)]
     return comparisons.create_comparison(session, PRINCIPAL, version.id, "flowers", chosen)[0]
 
 

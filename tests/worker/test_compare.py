@@ -22,7 +22,7 @@ from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Activation, Precision, Recipe, Resize, Task
+from artifacts.recipe import Activation, Precision, Resize, Task
 from artifacts.store import Store
 from models import comparison as comparisons
 from models import job as jobs
@@ -183,12 +183,11 @@ def case(sqlite: Database, store: Store) -> Case:
             for number, label in enumerate(TRUTH)
         ]
         version.manifest_sha256 = store.put(manifest.dump(rows))
-        recipes = [Recipe(epochs=epochs, task=Task.BINARY.value) for epochs in (1, 2, 3)]  # type: ignore[arg-type]
-        comparison, added = comparisons.create_comparison(session, PRINCIPAL, version.id, "flowers", recipes)
+        comparison = records.queued_comparison(session, version, 3)
         run_ids = [run.id for run in comparisons.get_runs(session, comparison.id)]
         case = Case(sqlite, store, comparison.id, run_ids, "")
-        for job in added:
-            job.state = JobState.SUCCEEDED
+        for run_id in run_ids:
+            records.job_of(session, run_id).state = JobState.SUCCEEDED
         runs.fail_run(session, run_ids[1], ERROR)
         assert comparisons.note_end(session, run_ids[1]) is None
         add_run(case, session, run_ids[0], wrong=12)
