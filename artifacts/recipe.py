@@ -314,7 +314,9 @@ def difference_titles(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return for each recipe in JSON the values in which it differs from others, such as `head.l2=0.01`."""
     every = [flat(recipe) for recipe in recipes]
     names = list(dict.fromkeys(name for values in every for name in values))
-    differing = [name for name in names if any(values.get(name) != every[0].get(name) for values in every)]
+    differing = [
+        name for name in names if len({_shown(values[name]) if name in values else None for values in every}) > 1
+    ]
     return [
         ", ".join(f"{name}={_shown(values[name])}" for name in differing if name in values) or "same"
         for values in every

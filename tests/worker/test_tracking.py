@@ -28,8 +28,7 @@ from models import comparison as comparisons
 from models import job as jobs
 from models import registry
 from models import run as runs
-from models.comparison import ComparisonRun
-from models.dataset import DatasetVersion
+from models.comparison import Comparison, ComparisonRun
 from models.job import Job, JobKind, JobState, Outbox, Queue, add_publish_jobs, owe
 from models.run import Fold, Run
 from models.session import Database
@@ -224,7 +223,9 @@ def test_a_table_that_is_told_twice_is_shown_once(mlflow_url: str, case: Case, i
     difference = None if is_best else {"difference": -0.125, "ci95": [-0.2, -0.05], "p_value": 0.0123}
     with case.database.writing() as session:
         run = session.get_one(Run, case.run_id)
-        comparison = records.queued_comparison(session, session.get_one(DatasetVersion, run.dataset_version_id))
+        comparison = Comparison(project_id=run.project_id, dataset_version_id=run.dataset_version_id, name=run.name)
+        session.add(comparison)
+        session.flush()
         session.add(ComparisonRun(comparison_id=comparison.id, position=7, run_id=run.id))
         table = {"verdict": "The first.", "rows": [{"position": 0}, {"position": 7, "difference": difference}]}
         text = case.store.put(b"| a table |")
