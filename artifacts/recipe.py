@@ -317,10 +317,7 @@ def difference_titles(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     differing = [
         name for name in names if len({_shown(values[name]) if name in values else None for values in every}) > 1
     ]
-    return [
-        ", ".join(f"{name}={_shown(values[name])}" for name in differing if name in values) or "same"
-        for values in every
-    ]
+    return [", ".join(f"{name}={_shown(values[name])}" for name in differing if name in values) for values in every]
 
 
 def _shown(value: Any) -> str:

@@ -125,6 +125,7 @@ def paired(of_one: Float64, of_best: Float64, groups: Indices, score: Score, swa
     one, best = block_sums(of_one, groups), block_sums(of_best, groups)
     all_one, all_best = one.sum(axis=0), best.sum(axis=0)
     observed = float(score(all_one) - score(all_best))
+    rounding = 1e-12 * float(np.abs(score(all_one)) + np.abs(score(all_best)))
     drawn = np.concatenate([score(counts @ one) - score(counts @ best) for counts in draws(len(one))])
 
     random = np.random.default_rng(0)
@@ -133,8 +134,7 @@ def paired(of_one: Float64, of_best: Float64, groups: Indices, score: Score, swa
     for start in range(0, swaps, _AT_ONCE):
         exchanged = random.integers(0, 2, (min(_AT_ONCE, swaps - start), len(one))).astype(np.float64) @ apart
         differences = score(all_one - exchanged) - score(all_best + exchanged)
-        # equal but for rounding counts as equal
-        as_large += int((np.abs(differences) >= abs(observed) - 1e-9 * max(1e-3, abs(observed))).sum())
+        as_large += int((np.abs(differences) >= abs(observed) - rounding).sum())
     return Difference(observed, interval(drawn, len(one)), (1 + as_large) / (1 + swaps))
 
 
