@@ -47,13 +47,14 @@ check: $(VENV)/dev ## check format, types, floors, compose file and images
 	check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	hadolint images/*.Dockerfile
 
-bench: $(VENV)/dev ## measure extraction and training against their baselines
+bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their baselines
 	python -m benchmarks.extraction
 	python -m benchmarks.folds
+	python -m benchmarks.tuning
 
 lock: $(VENV)/dev ## compile requirements/*.txt anew from pyproject.toml, for all platforms, with hashes
 	@mkdir -p requirements
-	@for group in dev embedded worker api; do \
+	@for group in dev embedded worker worker-gpu api; do \
 		echo "requirements/$$group.txt"; \
 		uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 			--custom-compile-command "make lock" $$(test $$group = dev || echo --constraint requirements/dev.txt) \

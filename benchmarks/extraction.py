@@ -10,14 +10,12 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-
-from artifacts import images
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.features import FeatureCache, FeatureSpace
 from artifacts.images import IMAGE_RULE
 from artifacts.recipe import Precision, Resize
-from benchmarks.ground import LIMITS, ground, report, spread
+from benchmarks.figures import report, spread
+from benchmarks.ground import LIMITS, ground
 from inference.engine import OpenVinoEngine
 from training.extract import extract
 from training.pixels import BATCH, Decoder
@@ -36,9 +34,7 @@ def main() -> None:
     with ground(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
         engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
         digests = [row.sha256 for row in given.rows]
-        pixels = np.stack(
-            [images.decode(given.store.read(digest), wanted.size, Resize.SQUASH, LIMITS) for digest in digests]
-        )
+        pixels = given.pixels
         engine.features(pixels[:BATCH])
         bare, whole = [], []
         for _ in range(wanted.pairs):

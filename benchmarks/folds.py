@@ -17,11 +17,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from artifacts import images, manifest
+from artifacts import manifest
 from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.recipe import ClassCount, Recipe, Resize, Task, fill
+from artifacts.recipe import ClassCount, Recipe, Task, fill
 from artifacts.store import Digest
-from benchmarks.ground import LIMITS, Ground, ground, report
+from benchmarks.figures import report
+from benchmarks.ground import LIMITS, Ground, ground
 from training import backbones, experiment
 from training.experiment import BackboneKey, Place
 from training.split import make_folds
@@ -82,10 +83,7 @@ def tutorial(given: Ground, wanted: argparse.Namespace) -> float:
     """Return the seconds that the tutorial's loop would take for all epochs of all folds."""
     cut = CATALOGUE[wanted.backbone].last_cut
     frozen = backbones.backbone(wanted.backbone, cut, wanted.size, given.store.read(given.weights))
-    pixels = np.stack(
-        [images.decode(given.store.read(row.sha256), wanted.size, Resize.SQUASH, LIMITS) for row in given.rows]
-    )
-    truth = np.array([given.labels.index(row.labels[0]) for row in given.rows])
+    pixels, truth = given.pixels, given.truth
     everything = np.arange(len(truth))
     folds = make_folds(
         everything,

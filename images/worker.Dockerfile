@@ -1,10 +1,11 @@
 # The worker, which trains, and MLflow, which its requirements hold. Built from the repository's root: see
-# docker-compose.yml. TensorFlow is the build for CPUs.
+# docker-compose.yml. TensorFlow is the build for CPUs, or with REQUIREMENTS=worker-gpu the one with CUDA's libraries.
 FROM python:3.12.14-slim-trixie AS build
 # A mirror of the Python package index, for networks that cannot reach the public one.
 ARG PIP_INDEX_URL
+ARG REQUIREMENTS=worker
 WORKDIR /opt
-COPY requirements/worker.txt requirements.txt
+COPY requirements/${REQUIREMENTS}.txt requirements.txt
 # Wheels only: building a package would fetch its build tools without a hash.
 RUN python -m venv --without-pip venv \
     && pip --python venv/bin/python install --disable-pip-version-check --no-cache-dir --only-binary=:all: \

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -23,12 +23,14 @@ from artifacts.catalogue import CATALOGUE
 from artifacts.images import Pixels
 from artifacts.recipe import FineTune, Recipe, Task
 from artifacts.store import disk_errors
-from inference.engine import OpenVinoEngine
 from training import backbones, fit
 from training.augment import augmenter
 from training.fit import Epoch, Fit, Rows, Scaler, Stopping, Watch
 from training.split import Indices
 from training.targets import Truth
+
+if TYPE_CHECKING:
+    from inference.engine import OpenVinoEngine  # a GPU may have no OpenVINO beside it
 
 # Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
 CLIP_NORM = 1.0
@@ -106,11 +108,11 @@ def tune(
     """
     assert recipe.fine_tune is not None
     keras.utils.set_random_seed(seed)
-    network, model, served = _build(recipe, weights, material, head, seed)
+    network, model, served = build(recipe, weights, material, head, seed)
     learned = head.unit(targets) if head.unit else targets
     batches = Rows(material.rows, learned, train, None, recipe.batch_size, seed)
     model.compile(
-        optimizer=fit.optimizer(recipe.optimizer, _schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM),
+        optimizer=fit.optimizer(recipe.optimizer, schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM),
         loss=fit.loss(task),
         metrics=fit.accuracy(task),
         jit_compile="auto" if _has_gpu() else False,  # compiling for a processor takes longer than it saves
@@ -145,7 +147,7 @@ def tune(
     )
 
 
-def _build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: int) -> tuple[Any, Any, Any]:
+def build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: int) -> tuple[Any, Any, Any]:
     """Return the whole network, the model that learns (from the material to logits) and its head."""
     backbone = CATALOGUE[recipe.backbone]
     assert recipe.image_size and recipe.features_from and recipe.unfreeze
@@ -184,7 +186,7 @@ class Standardise(keras.layers.Layer):  # type: ignore[misc]
         return shape
 
 
-def _schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
+def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
     """Return the learning rate by step: a rise from zero, then a cosine to zero at the recipe's last epoch."""
     warmup = min(recipe.warmup_epochs, recipe.epochs - 1) * steps_per_epoch
     falling = recipe.epochs * steps_per_epoch - warmup
@@ -216,7 +218,8 @@ def computed_maps(
 
 
 def _has_gpu() -> bool:
-    return bool(keras.distribution.list_devices("gpu"))
+    # The best kind there is: asking for "gpu" alone raises on JAX where there is none.
+    return not all(device.lower().startswith("cpu") for device in keras.distribution.list_devices())
 
 
 @contextmanager

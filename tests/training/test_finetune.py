@@ -13,6 +13,7 @@ import sample
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import Pixels
 from artifacts.recipe import ClassCount, Recipe, Task, fill
+from benchmarks.networks import calibrated
 from inference import heads
 from inference.engine import OpenVinoEngine
 from training import backbones, finetune
@@ -47,21 +48,6 @@ def pictures(size: int) -> tuple[Pixels, Indices]:
     return np.stack(squares), np.arange(COUNT) % 3
 
 
-def calibrated(wanted: Recipe, pixels: Pixels) -> bytes:
-    """Return random weights whose BatchNorm layers know their inputs, as those of a trained network do.
-
-    Without, the features of a deep one are as small as 1e-10, and its gradients overflow.
-    """
-    assert wanted.image_size
-    network = backbones.network(wanted.backbone, wanted.image_size)
-    backbones.load_weights(network, backbones.random_weights(wanted.backbone))
-    for layer in network.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0
-    network(backbones.preprocessed(pixels, CATALOGUE[wanted.backbone].preprocessing), training=True)
-    return backbones.dump_weights(network)
-
-
 class Trial:
     """A network, a head that has learned on its frozen features, and what is needed to go on from there."""
 
@@ -69,7 +55,7 @@ class Trial:
         assert wanted.image_size and wanted.features_from
         self.recipe = wanted
         self.pixels, self.truth = pictures(wanted.image_size)
-        self.weights = calibrated(wanted, self.pixels)
+        self.weights = calibrated(wanted.backbone, self.pixels)
         network = backbones.backbone(wanted.backbone, wanted.features_from, wanted.image_size, self.weights)
         self.features = np.asarray(network(self.pixels)["features"])
         self.rows = np.arange(COUNT)
@@ -243,7 +229,7 @@ def test_maps_are_computed_once_into_a_file_that_goes(tmp_path: Path) -> None:
 def test_the_learning_rate_rises_and_falls() -> None:
     wanted = recipe(fine_tune={"learning_rate": 1e-3, "epochs": 10, "warmup_epochs": 2}).fine_tune
     assert wanted is not None
-    schedule = finetune._schedule(wanted, steps_per_epoch=5)
+    schedule = finetune.schedule(wanted, steps_per_epoch=5)
     rates = [float(schedule(step)) for step in range(51)]
     assert rates[0] == 0 and rates[10] == pytest.approx(1e-3) and rates[50] == pytest.approx(0, abs=1e-9)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)

@@ -1,0 +1,139 @@
+"""The fine-tuning step of each backbone on a GPU, by Keras on JAX: images a second, and the share of the chip's rate.
+
+The whole network learns, at its own size, compiled, in bfloat16 where there is a GPU. Images come from an array in
+memory, so that nothing is decoded. The batch is doubled until memory or speed stops growing; the first epoch, in which
+JAX compiles, does not count. A training step takes 3 · 2 floating-point operations for each multiply-add of the
+forward pass: the backward pass needs the gradients of inputs and of weights.
+
+Run as `KERAS_BACKEND=jax python -m benchmarks.gpu_step [--backbone vgg16] [--batch 64] [--steps 20] [--peak 989e12]
+[--size 96]`. It needs no TensorFlow and no OpenVINO.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+try:
+    import jax
+    import keras
+
+    from artifacts.catalogue import ALL, CATALOGUE, BackboneName
+    from artifacts.recipe import Task
+    from benchmarks.figures import report, spread, table
+    from benchmarks.networks import NONE, calibrated, fine_tuning, first_head, multiply_adds
+    from training import backbones
+    from training.finetune import Material, tune
+except ImportError as error:
+    sys.exit(
+        f"{error}. Install jax (for the GPU: jax[cuda13]), keras, h5py, pillow, pydantic and safetensors, and run this "
+        "with KERAS_BACKEND=jax."
+    )
+
+CLASSES = 10
+IMAGES = 256
+LARGEST_BATCH = 4096
+# A larger batch that gains less than this is not worth its memory.
+LEAST_GAIN = 1.03
+FLOP_PER_MULTIPLY_ADD = 2 * 3
+
+
+def measure(name: BackboneName, size: int, wanted: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one backbone at its best batch."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
+    weights = calibrated(name, pixels[:16])
+    forward = multiply_adds(backbones.network(name, size))
+    best: dict[str, Any] = {}
+    batch = wanted.batch
+    while batch <= LARGEST_BATCH:
+        try:
+            rates = images_per_s(name, weights, pixels, batch, wanted.steps, wanted.epochs)
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            break
+        rate = float(np.median(rates))
+        print(f"{name.value} at {size} px, batch {batch}: {rate:.1f} images/s", file=sys.stderr, flush=True)
+        gain = rate / best["images_per_s"]["median"] if best else np.inf
+        if gain > 1:
+            best = {
+                "size": size,
+                "batch": batch,
+                "images_per_s": spread(rates),
+                "giga_multiply_adds_forward": round(forward / 1e9, 3),
+                "share_of_peak": rate * forward * FLOP_PER_MULTIPLY_ADD / wanted.peak,
+            }
+        if gain < LEAST_GAIN:
+            break
+        batch *= 2
+    return best
+
+
+def images_per_s(
+    name: BackboneName, weights: bytes, pixels: np.ndarray, batch: int, steps: int, epochs: int
+) -> list[float]:
+    """Return the images a second of each epoch but the first, by the service's own fine-tuning."""
+    keras.utils.clear_session()
+    gc.collect()
+    recipe = fine_tuning(name, ALL, pixels.shape[1], batch, 1 + epochs)
+    targets = np.arange(len(pixels)) % CLASSES
+    width = CATALOGUE[name].cuts[CATALOGUE[name].last_cut]
+    features = np.random.default_rng(0).normal(size=(len(pixels), width)).astype(np.float32)
+    ends: list[float] = []
+    tune(
+        recipe,
+        Task.MULTICLASS,
+        weights,
+        Material(pixels, are_maps=False),
+        first_head(recipe, features, targets),
+        targets,
+        np.resize(np.arange(len(pixels)), batch * steps),
+        NONE,
+        epochs=1 + epochs,
+        seed=0,
+        on_epoch=lambda number, metrics: ends.append(time.perf_counter()),
+    )
+    return (batch * steps / np.diff(ends)).tolist()
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", type=BackboneName, choices=list(BackboneName), help="by default all")
+    parser.add_argument("--size", type=int, help="by default each backbone's own")
+    parser.add_argument("--batch", type=int, default=64, help="the first that is tried")
+    parser.add_argument("--steps", type=int, default=20, help="steps of an epoch")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs that are timed, after the first")
+    parser.add_argument("--peak", type=float, default=989e12, help="dense bfloat16 FLOP/s; by default an H200's")
+    wanted = parser.parse_args()
+    if keras.backend.backend() != "jax":
+        sys.exit(f"Expected Keras on JAX. Received {keras.backend.backend()}: run this with KERAS_BACKEND=jax.")
+    chip = jax.devices()[0].device_kind
+    figures: dict[str, Any] = {"chip": chip, "peak_flop_per_s": wanted.peak}
+    rows = []
+    for name in [wanted.backbone] if wanted.backbone else BackboneName:
+        size = wanted.size or CATALOGUE[name].size
+        found = measure(name, size, wanted)
+        if not found:
+            sys.exit(f"Expected memory for batches of {wanted.batch}. Received less: give a smaller --batch.")
+        figures[name.value] = found
+        rows.append(
+            (
+                f"a fine-tuning step of all of {CATALOGUE[name].title} at {size} px, batch {found['batch']}, Keras on "
+                "JAX",
+                f"{found['images_per_s']['median']:.0f} images/s, {found['share_of_peak']:.2f} of the chip's rate",
+                "–",
+            )
+        )
+        report("gpu_step", figures)
+    table(rows, chip)
+
+
+if __name__ == "__main__":
+    main()

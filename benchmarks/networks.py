@@ -1,0 +1,81 @@
+"""Networks without pretrained weights that can be fine-tuned, and what they cost. Keras alone, on any backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.features import Features
+from artifacts.images import Pixels
+from artifacts.recipe import ClassCount, FineTune, Mode, Recipe, Task, fill
+from training import backbones, fit
+from training.fit import Fit
+from training.split import Indices
+
+NONE = np.array([], dtype=np.intp)
+# So small that what random weights have learned follows from the data, not from rounding.
+_LEARNING_RATE = 1e-6
+_HEAD_EPOCHS = 3
+
+
+def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
+    """Return random weights whose BatchNorm layers know their inputs, as those of a trained network do.
+
+    Without, the features of a deep one are as small as 1e-10, and its gradients overflow.
+    """
+    network = backbones.network(name, pixels.shape[1])
+    backbones.load_weights(network, backbones.random_weights(name))
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    network(backbones.preprocessed(pixels, CATALOGUE[name].preprocessing), training=True)
+    return backbones.dump_weights(network)
+
+
+def fine_tuning(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> Recipe:
+    """Return a recipe that fine-tunes without augmentation and without an early end."""
+    recipe = Recipe(
+        mode=Mode.FINE_TUNING,
+        backbone=name,
+        image_size=size,
+        unfreeze=unfreeze,
+        batch_size=batch_size,
+        augmentation=None,
+        early_stopping=None,
+        fine_tune=FineTune(learning_rate=_LEARNING_RATE, epochs=epochs),
+    )
+    return fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
+
+
+def first_head(recipe: Recipe, features: Features, targets: Indices) -> Fit:
+    """Return a head that has learned a little, to go on from."""
+    return fit.fit(
+        recipe,
+        Task.MULTICLASS,
+        int(targets.max()) + 1,
+        features,
+        targets,
+        np.arange(len(targets)),
+        NONE,
+        epochs=_HEAD_EPOCHS,
+        seed=0,
+        on_epoch=lambda number, metrics: None,
+    )
+
+
+def multiply_adds(model: Any) -> int:
+    """Return the multiply-adds of one image forward through a model's dense and convolution layers.
+
+    Every value of a kernel is used once at each place of the layer's output; the rest of a network is next to nothing.
+    """
+    return sum(
+        int(np.prod(layer.output.shape[1:-1])) * sum(int(np.prod(kernel.shape)) for kernel in _kernels(layer))
+        for layer in model.layers
+    )
+
+
+def _kernels(layer: Any) -> list[Any]:
+    return [variable for variable in layer.weights if len(variable.shape) > 1]
