@@ -25,6 +25,7 @@ EspalierError
 ├── WeightsUnavailable     pretrained weights cannot be had
 ├── WeightsRefused         a weights file that does not fit, or holds code
 ├── TrainingDiverged       the loss is no longer a number
+├── NothingToCompare       no run of a comparison succeeded
 ├── OutOfMemory            the machine killed the work for its memory
 ├── Stalled                the work stopped moving
 ├── Crashed                the work died without a word
@@ -212,6 +213,12 @@ class TrainingDiverged(EspalierError):
     """The loss is no longer a number."""
 
     code = "training-diverged"
+
+
+class NothingToCompare(EspalierError):
+    """No run of the comparison succeeded."""
+
+    code = "nothing-to-compare"
 
 
 class OutOfMemory(EspalierError):

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
 import logs
-from api import datasets, events, openapi, operations, predictions, problems, registry, runs
+from api import comparisons, datasets, events, openapi, operations, predictions, problems, registry, runs
 from api.deps import Services
 from api.door import Door
 from api.metrics import Metrics
@@ -68,7 +68,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         metrics=metrics,
     )
     app.state.desk = desk
-    for part in (datasets, runs, events, registry, predictions, operations):
+    for part in (datasets, runs, events, comparisons, registry, predictions, operations):
         app.include_router(part.router)
     patch_fastapi(app)
     problems.install(app)

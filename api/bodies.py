@@ -230,7 +230,7 @@ def _json_images(body: bytes) -> list[bytes]:
         return list(PredictRequest.model_validate_json(body).images)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "body"
+        field = problems.field_path(first["loc"]) or "body"
         expected, received = problems.said(first)
         raise RequestInvalid(f"{field}: {expected}. Received {received}.", field=field) from error
 

@@ -29,6 +29,7 @@ from api.schemas import (
 from artifacts import images
 from artifacts.store import Digest
 from errors import InUse, NotFound
+from models import comparison as comparisons
 from models import dataset as datasets
 from models import job as jobs
 from models import run as runs
@@ -186,6 +187,10 @@ def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str)
         versions = [version.id for version in datasets.get_versions(session, dataset.id)]
         if runs.is_any_active(session, versions):
             raise InUse(f"A run on data set {dataset.name!r} is still active. Cancel it first, or wait for its end.")
+        if comparisons.is_any_active(session, versions):
+            raise InUse(
+                f"A comparison on data set {dataset.name!r} has not ended. Cancel it first, or wait for its end."
+            )
         for version_id in versions:
             if jobs.request_cancel(session, JobKind.INGEST, version_id):
                 datasets.withdraw(session, version_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -53,6 +53,7 @@ TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
     errors.WeightsUnavailable: (503, "Weights unavailable"),
     errors.WeightsRefused: (422, "Weights refused"),
     errors.TrainingDiverged: (422, "Training diverged"),
+    errors.NothingToCompare: (422, "Nothing to compare"),
     errors.OutOfMemory: (500, "Out of memory"),
     errors.Stalled: (500, "Stalled"),
     errors.Crashed: (500, "Crashed"),
@@ -165,4 +166,11 @@ def _invalid(error: RequestValidationError) -> EspalierError:
 def _field(error: ErrorDetails) -> str:
     """Return the field by the path that the client wrote, or `body` for a body as a whole."""
     where, *path = error["loc"]
-    return str(where) if not path or error["type"] == "json_invalid" else ".".join(map(str, path))
+    if not path or error["type"] == "json_invalid":
+        return str(where)
+    return field_path(path)
+
+
+def field_path(path: Iterable[int | str]) -> str:
+    """Return a path into a body as `recipes[1].folds.k`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")

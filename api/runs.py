@@ -30,6 +30,7 @@ from artifacts.catalogue import ALL, CATALOGUE, Backbone
 from artifacts.recipe import IMAGENET, RANDOM, Recipe, fill
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
+from models import comparison as comparisons
 from models import dataset as datasets
 from models import job as jobs
 from models import registry
@@ -49,7 +50,7 @@ def start_run(response: Response, given: ServicesDep, principal: PrincipalDep, w
     with given.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, wanted.dataset, for_change=True)
         version = datasets.ready_version(session, dataset, wanted.version)
-        recipe = _filled(session, wanted.recipe, version)
+        recipe = filled(session, wanted.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
         queue = jobs.training_queue(session, recipe.mode)
         job = jobs.add_job(session, principal.project_id, JobKind.TRAIN, queue, run.id)
@@ -82,9 +83,14 @@ def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunO
     """End a run; asking twice, or too late, changes nothing."""
     with given.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
+        due = None
         if jobs.request_cancel(session, JobKind.TRAIN, run_id):
             runs.cancel_run(session, run_id)
-        return _run_out(session, given, run)
+            due = comparisons.note_end(session, run_id)
+        shown = _run_out(session, given, run)
+    if due is not None:
+        given.bell.ring(due.queue, due.id)
+    return shown
 
 
 @router.get("/runs/{run_id}/files/{name}", response_class=FileResponse)
@@ -97,8 +103,7 @@ def get_file(
         file = next((file for file in runs.get_artifacts(session, run_id) if file.name == name), None)
     if file is None:
         raise NotFound(f"Run {run_id} has no file {name!r}.")
-    path = given.store.verified_path(Digest(file.sha256))
-    return FileResponse(path, media_type=file.media_type, headers={"ETag": f'"{file.sha256}"'})
+    return stored_file(given, file.sha256, file.media_type)
 
 
 @router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
@@ -123,14 +128,17 @@ def list_backbones(given: ServicesDep) -> Page[BackboneOut]:
     return Page(items=items, next_cursor=None)
 
 
-def _filled(session: Session, recipe: Recipe, version: DatasetVersion) -> Recipe:
-    """Return the recipe as it will be trained. Raises RecipeInvalid, naming the field by its path in the request."""
+def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> Recipe:
+    """Return the recipe as it will be trained on a version that is ready.
+
+    Raises RecipeInvalid, naming the field by its path in the request; `path` is that of the recipe.
+    """
     assert version.task is not None
     try:
         _check_weights(session, recipe)
         return fill(recipe, version.task, version.class_counts, version.groups)
     except RecipeInvalid as error:
-        field = error.field if error.field == "dataset" else f"recipe.{error.field}"
+        field = error.field if error.field == "dataset" else f"{path}.{error.field}"
         raise RecipeInvalid(field, f"{field}: {error.detail}") from error
 
 
@@ -159,9 +167,20 @@ def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
     )
 
 
+def stored_file(given: Services, sha256: str, media_type: str) -> FileResponse:
+    """Return a stored file as an answer. Raises NotFound or Corrupt."""
+    path = given.store.verified_path(Digest(sha256))
+    return FileResponse(path, media_type=media_type, headers={"ETag": f'"{sha256}"'})
+
+
+def model_of(session: Session, run: Run) -> ModelRef | None:
+    """Return the model version that a run made, or None."""
+    made = registry.find_run_version(session, run.id)
+    return ModelRef(name=run.name, version=made.number) if made else None
+
+
 def _run_out(session: Session, given: Services, run: Run) -> RunOut:
     version = session.get_one(DatasetVersion, run.dataset_version_id)
-    made = registry.find_run_version(session, run.id)
     return RunOut(
         id=run.id,
         dataset=version.dataset_id,
@@ -182,7 +201,7 @@ def _run_out(session: Session, given: Services, run: Run) -> RunOut:
             for fold in runs.get_folds(session, run.id)
         ],
         extraction=Extraction(**run.extraction) if run.extraction else None,
-        model=ModelRef(name=run.name, version=made.number) if made else None,
+        model=model_of(session, run),
         files=[
             FileOut(
                 name=file.name,

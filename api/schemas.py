@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
 from artifacts.layout import Split
 from artifacts.recipe import NAME_PATTERN, Recipe, Task
+from models.comparison import ComparisonState
 from models.dataset import DatasetState
 from models.run import RunState
 
@@ -275,6 +276,87 @@ class BackboneOut(Schema):
     unfreeze: list[str]
     """Where fine-tuning may begin: a cut point, or all of the network."""
     weights: list[WeightsOut]
+
+
+# --- comparisons ---------------------------------------------------------------------------------------------------
+
+
+class ComparisonRequest(Request):
+    """What to compare."""
+
+    dataset: Id
+    """Id of the data set."""
+    version: Number | None = None
+    """Version of the data set; by default the newest that is ready."""
+    name: Name
+    """Name of the model that every run makes a version of."""
+    recipes: Annotated[list[Recipe], Field(min_length=2, max_length=20)]
+    """They share `seed`, `folds.k`, `folds.repeats` and `task`, so that each is tested on the same images."""
+
+
+class ComparisonProgress(Schema):
+    """How far a comparison is; `fraction` is the mean of its runs', `ended` of `runs` are over."""
+
+    stage: str
+    fraction: float
+    ended: int
+    runs: int
+    eta_s: float | None
+
+
+class DifferenceOut(Schema):
+    """A score less the best one; `p_value` is adjusted for the number of recipes (Holm)."""
+
+    difference: float
+    ci95: list[float]
+    p_value: float
+
+
+class ComparisonRow(Schema):
+    """A recipe of a comparison, by its run; what is not known, or not yet, is null."""
+
+    position: int
+    run: str
+    title: str
+    """The fields in which the recipes differ."""
+    state: RunState
+    score: float | None
+    ci95: list[float] | None
+    difference: DifferenceOut | None
+    """Null for the best."""
+    training_s: float | None
+    """From start to end, with the features that no run had computed before."""
+    extraction_s: float | None
+    """The part of it that features took."""
+    predict_ms: float | None
+    """For one decoded image on the machine that compared: the backbone and the head."""
+    backbone_bytes: int | None
+    bundle_bytes: int | None
+    model: ModelRef | None
+    error: Problem | None
+
+
+class ComparisonOut(Schema):
+    """A comparison; `best` is the position of the row with the best score."""
+
+    id: str
+    dataset: str
+    version: int
+    name: str
+    state: ComparisonState
+    progress: ComparisonProgress
+    metric: str | None
+    greater_is_better: bool | None
+    best: int | None
+    verdict: str | None
+    interval: str | None
+    """How intervals were made."""
+    test: str | None
+    """How `p_value` was made."""
+    rows: list[ComparisonRow]
+    error: Problem | None
+    created_at: datetime
+    finished_at: datetime | None
 
 
 # --- models and predictions ----------------------------------------------------------------------------------------

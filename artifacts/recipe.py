@@ -7,10 +7,11 @@ does not offer them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -215,6 +216,10 @@ class Recipe(_Part):
     precision: Precision = Precision.FLOAT32
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    def flat(self) -> dict[str, Any]:
+        """Return every value by its path, such as `head.l2`."""
+        return flat(self.model_dump(mode="json"))
+
 
 @dataclass(frozen=True)
 class ClassCount:
@@ -292,6 +297,31 @@ def _filled_tuning(recipe: Recipe, cut: str) -> dict[str, object]:
         "unfreeze": unfreeze,
         "fine_tune": recipe.fine_tune or FineTune(),
     }
+
+
+def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return every value of a recipe in JSON by its path, such as `head.l2`."""
+    values: dict[str, Any] = {}
+    for name, value in recipe.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
+
+
+def difference_titles(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each recipe in JSON the values in which it differs from others, such as `head.l2=0.01`."""
+    every = [flat(recipe) for recipe in recipes]
+    names = list(dict.fromkeys(name for values in every for name in values))
+    differing = [
+        name for name in names if len({_shown(values[name]) if name in values else None for values in every}) > 1
+    ]
+    return [", ".join(f"{name}={_shown(values[name])}" for name in differing if name in values) for values in every]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 _DEFAULT_K = 5

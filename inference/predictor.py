@@ -71,7 +71,7 @@ class Predictor:
                 f"The model was trained with image rule {bundle.image_rule}, this version decodes by rule "
                 f"{IMAGE_RULE}. Train it again, or serve it with the version that trained it."
             )
-        found = heads.logits(bundle.layers, self._engine.features(bundle.golden_input))
+        found = self.golden_logits()
         scale = max(1.0, float(np.abs(bundle.golden_output).max()))
         difference = float(np.abs(found - bundle.golden_output).max()) / scale
         if not difference <= TOLERANCE[bundle.precision]:
@@ -79,6 +79,10 @@ class Predictor:
                 f"This machine's {self._engine.name} engine answers differently from the one that trained the model: "
                 f"expected at most {TOLERANCE[bundle.precision]:g} relative difference. Received {difference:g}."
             )
+
+    def golden_logits(self) -> Float32:
+        """Return what this machine answers for the golden input, float32 [N, outputs]."""
+        return heads.logits(self.bundle.layers, self._engine.features(self.bundle.golden_input))
 
     def predict(
         self, files: Sequence[bytes], limits: ImageLimits, deadline_s: float

@@ -33,10 +33,17 @@ class JobKind(StrEnum):
     TRAIN = "train"
     PURGE = "purge"
     PUBLISH = "publish"
+    COMPARE = "compare"
 
 
 # How often a job is begun before it counts as failed. What MLflow is owed stays owed, and a purge can always go on.
-MAX_ATTEMPTS = {JobKind.INGEST: 3, JobKind.TRAIN: 3, JobKind.PURGE: 1_000_000, JobKind.PUBLISH: 1_000_000}
+MAX_ATTEMPTS = {
+    JobKind.INGEST: 3,
+    JobKind.TRAIN: 3,
+    JobKind.COMPARE: 3,
+    JobKind.PURGE: 1_000_000,
+    JobKind.PUBLISH: 1_000_000,
+}
 
 
 class JobState(StrEnum):

@@ -8,6 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from artifacts.store import Digest, Store
+from models.comparison import Comparison
 from models.dataset import DatasetVersion, Image
 from models.registry import Backbone, ModelVersion, Weights
 from models.run import RunArtifact
@@ -17,6 +18,8 @@ _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], 
     DatasetVersion.archive_sha256,
     DatasetVersion.manifest_sha256,
     RunArtifact.sha256,
+    Comparison.picture_sha256,
+    Comparison.report_sha256,
     ModelVersion.bundle_sha256,
     ModelVersion.backbone_sha256,
     Backbone.sha256,

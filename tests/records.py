@@ -10,16 +10,20 @@ from sqlalchemy.orm import Session
 from artifacts.images import ImageFacts
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Recipe, Task
+from artifacts.recipe import ClassCount, Recipe, Task, TaskChoice
 from artifacts.store import Digest, digest_of
+from models import comparison as comparisons
 from models import dataset as datasets
 from models import run as runs
 from models.base import Base
+from models.comparison import Comparison
 from models.dataset import Accepted, Dataset, DatasetVersion
+from models.job import Job
 from models.project import Principal
 from models.run import Run
 
 PRINCIPAL = Principal()
+RECIPE = Recipe(task=TaskChoice.BINARY)
 
 
 def digest(name: str) -> Digest:
@@ -71,12 +75,23 @@ def dataset_of(session: Session, version: DatasetVersion) -> Dataset:
 
 def queued_run(session: Session, version: DatasetVersion, name: str = "flowers") -> Run:
     """Add a run that waits."""
-    return runs.create_run(session, PRINCIPAL, version.id, name, Recipe())
+    return runs.create_run(session, PRINCIPAL, version.id, name, RECIPE)
 
 
 def running_run(session: Session, version: DatasetVersion, name: str = "flowers") -> Run:
     """Add a run that is under way."""
     return runs.start_run(session, queued_run(session, version, name).id)
+
+
+def queued_comparison(session: Session, version: DatasetVersion, recipes: int = 2) -> Comparison:
+    """Add a comparison whose runs wait; they differ in their epochs."""
+    chosen = [RECIPE.model_copy(update={"epochs": number + 1}) for number in range(recipes)]
+    return comparisons.create_comparison(session, PRINCIPAL, version.id, "flowers", chosen)[0]
+
+
+def job_of(session: Session, subject_id: str) -> Job:
+    """Return the one job about a subject."""
+    return session.scalars(select(Job).where(Job.subject_id == subject_id)).one()
 
 
 def count(session: Session, record: type[Base]) -> int:

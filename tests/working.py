@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import records
@@ -17,6 +18,7 @@ from sqlalchemy import create_engine, select, text, update
 from sqlalchemy.orm import Session
 from waiting import until
 
+from artifacts.images import ImageLimits
 from errors import Unavailable
 from models import job as jobs
 from models.base import now
@@ -24,6 +26,8 @@ from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
 from worker.loop import Complete, Handler, Holder, Loop, Reason, Stopped, Timings, Work
+from worker.train import TrainingPlace
+from worker.weights import Source
 
 QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=30.0)
 # A holder that gives no sign of life, as one whose process was stopped.
@@ -80,6 +84,10 @@ class Forgetful(Database):
             raise Unavailable("The connection was cut during the commit.")
 
 
+Say = Callable[..., None]
+"""Have the next child say these messages, `apart_s` apart."""
+
+
 class StartLoop(Protocol):
     """Start a loop that is drained at the end of the test."""
 
@@ -105,6 +113,12 @@ def claimed_work(
     assert job is not None
     with Holder(database, Lease(job.id, job.lease_epoch), QUICK, draining or threading.Event()) as holder:
         yield Work(through or database, job, holder)
+
+
+def training_place(folder: Path) -> TrainingPlace:
+    """Return where training would happen, with nowhere to get weights from."""
+    source = Source("http://127.0.0.1:1", "", 1.0, 1.0)
+    return TrainingPlace(str(folder / "features"), str(folder / "pixels"), 10**9, ImageLimits(), 1, source)
 
 
 def slow_jpeg(scans: int, side: int = 4000) -> bytes:

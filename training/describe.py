@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from artifacts.recipe import Mode, Recipe, Task
 from training.extract import Extraction
 from training.fit import Epoch
 from training.learn import NETWORK, Plan
+from training.picture import png
 from training.targets import Truth
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _values(run: Description) -> bytes:
     axes.set_xlabel("truth")
     axes.set_ylabel("prediction, out of fold")
     axes.set_title(f"root mean squared error {run.metrics['rmse']:.4g}, R² {run.metrics['r2']:.3f}")
-    return _png(figure)
+    return png(figure)
 
 
 def _labels(run: Description) -> bytes:
@@ -215,7 +215,7 @@ def _labels(run: Description) -> bytes:
     axes.set_xlim(0, 1.02)
     axes.set_title(f"macro F1 {run.metrics['f1_macro']:.3f}")
     axes.legend(fontsize=8, loc="lower right")
-    return _png(figure)
+    return png(figure)
 
 
 def _confusion(run: Description) -> bytes:
@@ -238,7 +238,7 @@ def _confusion(run: Description) -> bytes:
             for answer in range(classes):
                 colour = "white" if shares[truth, answer] > 0.5 else "black"
                 axes.text(answer, truth, str(counts[truth, answer]), ha="center", va="center", color=colour, size=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _curves(run: Description) -> bytes:
@@ -261,10 +261,4 @@ def _curves(run: Description) -> bytes:
         axes.set_title(f"{name}: training (pale) and validation")
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(fontsize=8)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return png(figure)

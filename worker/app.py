@@ -16,6 +16,7 @@ from artifacts.store import Store
 from models.job import JobKind, Queue
 from models.session import Database
 from settings import Settings
+from worker.compare import Compare
 from worker.ingest import Ingest, IngestLimits, Purge
 from worker.loop import Handler, Loop, Sweeper, Timings
 from worker.tasks import add_task
@@ -106,6 +107,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         JobKind.INGEST: Ingest(store, limits),
         JobKind.PURGE: Purge(store),
         JobKind.TRAIN: Train(store, place),
+        JobKind.COMPARE: Compare(store, settings.engine_threads),
         JobKind.PUBLISH: Publish(store, tracking),
     }
 

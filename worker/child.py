@@ -14,16 +14,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from artifacts import images, layout
+from artifacts import images, layout, manifest
 from artifacts.archive import Archive, ArchiveLimits, open_archive
+from artifacts.headline import HEADLINES, Headline
 from artifacts.images import ImageLimits
 from artifacts.layout import Layout
-from artifacts.recipe import Recipe
+from artifacts.recipe import Recipe, Task
 from artifacts.store import Digest, Store, digest_of
 from errors import DatasetRefused, EspalierError, ImageRefused, OutOfMemory, Refused
 from worker import weights
@@ -251,7 +252,90 @@ def _weights(order: Mapping[str, Any], recipe: Recipe, store: Store, channel: Ch
     return found.sha256
 
 
-_ORDERS: Mapping[str, Callable[[Mapping[str, Any], Channel], None]] = {"ingest": ingest, "train": train}
+# --- compare -------------------------------------------------------------------------------------------------------
+
+
+# Enough for a median that a short disturbance does not move.
+_ROUNDS = 30
+
+
+def compare(order: Mapping[str, Any], channel: Channel) -> None:
+    """Compare the runs of a comparison, sending `alive`, then `outcome` with the table, its picture and its report."""
+    from safetensors.numpy import load as load_tensors
+
+    from training import compare as comparing
+    from training import tabulate
+
+    store = Store(Path(order["store"]))
+    candidates: list[dict[str, Any]] = order["candidates"]
+    task = Task(candidates[0]["task"])
+    headline = HEADLINES[task]
+    entries = [
+        comparing.Entry(
+            title=candidate["title"],
+            score=candidate["metrics"][headline.metric],
+            **load_tensors(store.read(Digest(candidate["out_of_fold"]))),
+        )
+        for candidate in candidates
+    ]
+    rows = manifest.load(store.read(Digest(order["manifest"])))
+    found = comparing.compare(task, order["labels"], rows, entries, lambda: channel.send("alive"))
+    channel.send("alive")
+    times = _prediction_times([Digest(candidate["bundle"]) for candidate in candidates], store, order["threads"])
+    lines = [
+        tabulate.Line(
+            title=candidate["title"],
+            version=candidate["version"],
+            score=entry.score,
+            ci95=headline.interval(candidate["metrics"]),
+            difference=difference,
+            training_s=candidate["training_s"],
+            predict_ms=predict_ms,
+            backbone_bytes=store.path(Digest(candidate["backbone"])).stat().st_size,
+            bundle_bytes=store.path(Digest(candidate["bundle"])).stat().st_size,
+        )
+        for candidate, entry, difference, predict_ms in zip(candidates, entries, found.differences, times, strict=True)
+    ]
+    interval = candidates[0]["metrics"]["interval"]
+    ranked = sorted(lines, key=lambda line: (line.difference is not None, _loss(headline, line.score)))
+    report = tabulate.report(order["name"], headline, ranked, found.verdict, interval)
+    channel.send(
+        "outcome",
+        picture=store.put(tabulate.forest(headline, ranked)),
+        report=store.put(report.encode()),
+        table={
+            "metric": headline.metric,
+            "greater_is_better": headline.is_greater_better,
+            "best": candidates[found.best]["position"],
+            "verdict": found.verdict,
+            "interval": interval,
+            "test": comparing.TEST,
+            "rows": [
+                {"position": candidate["position"], **asdict(line)}
+                for candidate, line in zip(candidates, lines, strict=True)
+            ],
+        },
+    )
+
+
+def _loss(headline: Headline, score: float) -> float:
+    return -score if headline.is_greater_better else score
+
+
+def _prediction_times(bundles: Sequence[Digest], store: Store, threads: int) -> list[float]:
+    """Return the median milliseconds that each bundle takes for its golden input, one decoded image."""
+    from inference.shelf import Shelf
+    from inference.stopwatch import medians_ms
+
+    shelf = Shelf(store, threads, budget_bytes=sys.maxsize)  # all of them at once, to take turns
+    return medians_ms([shelf.predictor(bundle).golden_logits for bundle in bundles], _ROUNDS)
+
+
+_ORDERS: Mapping[str, Callable[[Mapping[str, Any], Channel], None]] = {
+    "ingest": ingest,
+    "train": train,
+    "compare": compare,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,11 +22,13 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from artifacts.headline import HEADLINES, Headline
-from artifacts.recipe import Task
+from artifacts.recipe import Task, flat
 from artifacts.store import Digest, Store
 from errors import Unavailable
+from models import comparison as comparisons
 from models import registry
 from models import run as runs
+from models.comparison import Comparison
 from models.dataset import Dataset, DatasetVersion
 from models.job import Outbox, owed
 from models.registry import ModelVersion
@@ -59,6 +61,8 @@ class _Facts:
     files: Sequence[RunArtifact]
     model_version: ModelVersion | None
     aliases: Sequence[str]
+    comparison: Comparison | None
+    position: int | None
 
 
 class Publish:
@@ -84,6 +88,8 @@ class Publish:
                         page.add_fold(row.payload["fold"])
                     case "finished":
                         page.finish(self._store)
+                    case "comparison":
+                        page.compare(self._store)
                     case "alias":
                         page.move_alias(row.payload["alias"])
                 work.write(partial(_settle, row=row, page=page))
@@ -111,6 +117,7 @@ def _facts(session: Session, run_id: str) -> _Facts:
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     model_version = registry.find_run_version(session, run_id)
     aliases = registry.get_aliases(session, model_version.model_id) if model_version else {}
+    comparison, position = comparisons.find_comparison(session, run_id) or (None, None)
     return _Facts(
         run=run,
         dataset=session.get_one(Dataset, version.dataset_id),
@@ -119,6 +126,8 @@ def _facts(session: Session, run_id: str) -> _Facts:
         files=runs.get_artifacts(session, run_id),
         model_version=model_version,
         aliases=aliases.get(model_version.id, []) if model_version else [],
+        comparison=comparison,
+        position=position,
     )
 
 
@@ -156,8 +165,10 @@ class _Page:
     def start(self) -> None:
         """Show what the run is about to do."""
         facts = self._facts
-        params = _flat(facts.run.recipe)
+        params = flat(facts.run.recipe)
         self._client.log_batch(self.run_id, params=[_param(name, value) for name, value in params.items()])
+        if facts.comparison is not None:
+            self._client.set_tag(self.run_id, "espalier.comparison", facts.comparison.id)
         self._log_dataset()
 
     def add_fold(self, number: int) -> None:
@@ -194,6 +205,23 @@ class _Page:
             self._log_files(store)
             self._register()
         self._client.set_terminated(self.run_id, _STATUS[run.state], end_time=_milliseconds(run.finished_at))
+
+    def compare(self, store: Store) -> None:
+        """Show the table that the run stands in, and how far it is from the best."""
+        comparison = self._facts.comparison
+        if comparison is None or comparison.table is None or comparison.report_sha256 is None:
+            raise RuntimeError("A run owes a comparison that has no table. This is a bug.")
+        text = store.read(Digest(comparison.report_sha256)).decode()
+        self._client.log_text(self.run_id, text, "comparison.md")
+        row = next(row for row in comparison.table["rows"] if row["position"] == self._facts.position)
+        tags = {"espalier.verdict": comparison.table["verdict"]}
+        if row["difference"] is None:
+            tags["espalier.best_of"] = comparison.id
+        else:
+            tags["espalier.difference_to_best"] = f"{row['difference']['difference']:.6g}"
+            tags["espalier.p_value"] = f"{row['difference']['p_value']:.3g}"
+        for name, value in tags.items():
+            self._client.set_tag(self.run_id, name, value)
 
     def move_alias(self, alias: str) -> None:
         """Mirror an alias, if it still points at this run's version; our database decides."""
@@ -325,7 +353,7 @@ class _Page:
                 name=f"{name}-v{version.number}",
                 source_run_id=self.run_id,
                 tags={"espalier.run": version.run_id, "espalier.bundle": version.bundle_sha256},
-                params={key: str(value) for key, value in _flat(self._facts.run.recipe).items()},
+                params={key: str(value) for key, value in flat(self._facts.run.recipe).items()},
                 model_type="regressor" if self._facts.run.recipe["task"] == Task.REGRESSION else "classifier",
             )
         )
@@ -426,16 +454,6 @@ def _summary(headline: Headline, metrics: dict[str, Any]) -> dict[str, float]:
 
 def _curve(name: str) -> str:
     return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
-
-
-def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in recipe.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _param(name: str, value: Any) -> Any:

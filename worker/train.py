@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from artifacts.catalogue import BackboneName
 from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store
+from models import comparison as comparisons
 from models import registry
 from models import run as runs
 from models.dataset import DatasetVersion
@@ -79,16 +80,17 @@ class Train:
 
     def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
         runs.fail_run(session, subject_id, error)
-        owe(session, subject_id, "finished", {})
+        _end(session, subject_id)
 
     def cancelled(self, session: Session, subject_id: str) -> None:
         runs.cancel_run(session, subject_id)
-        owe(session, subject_id, "finished", {})
+        _end(session, subject_id)
 
     def _start(self, session: Session, run_id: str) -> dict[str, Any]:
         run = session.get_one(Run, run_id)
         if run.state is not RunState.RUNNING:  # else an earlier try was written, and nobody heard so
             runs.start_run(session, run_id)
+            comparisons.note_start(session, run_id)
             owe(session, run_id, "started", {})
         version = session.get_one(DatasetVersion, run.dataset_version_id)
         weights = registry.find_weights(session, BackboneName(run.recipe["backbone"]), run.recipe["weights"])
@@ -214,7 +216,13 @@ def _complete(session: Session, run_id: str, outcome: Message) -> None:
         Digest(outcome["bundle"]),
         Digest(outcome["backbone"]),
     )
+    _end(session, run_id)
+
+
+def _end(session: Session, run_id: str) -> None:
+    """Owe what the end of a run makes due."""
     owe(session, run_id, "finished", {})
+    comparisons.note_end(session, run_id)
 
 
 def _add_file(session: Session, run_id: str, file: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ def test_a_body_above_its_limit_is_too_large_and_the_answer_says_how_large(
 
 def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: Loads) -> None:
     for body, field, received in [
-        (b'{"images": ["not base64!"]}', "images.0", "not base64!"),
+        (b'{"images": ["not base64!"]}', "images[0]", "not base64!"),
         (b'{"images": []}', "images", "[]"),
         (b'{"image": "x"}', "images", "nothing"),
         (b"{oops", "body", "something else"),

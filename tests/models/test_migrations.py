@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import pytest
+import records
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, select
+from sqlalchemy import inspect, select, text
+from sqlalchemy.exc import IntegrityError
 
 import models.job
 import models.reference  # noqa: F401
+from models import comparison as comparisons
+from models import job as jobs
 from models.base import Base
+from models.job import Job, JobKind, Outbox, Queue
 from models.project import DEFAULT_PROJECT, Project
 from models.registry import RegistryRevision
 from models.session import Database
@@ -21,6 +27,36 @@ def test_up_down_up_ends_where_the_records_are(empty_database: Database) -> None
     with empty_database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"render_as_batch": True})
         assert compare_metadata(context, Base.metadata) == []
+
+
+def test_an_older_schema_knows_no_comparisons_and_keeps_all_else(database: Database) -> None:
+    with database.writing() as session:
+        version = records.ready_version(session)
+        comparison = records.queued_comparison(session, version)
+        run_id = comparisons.get_runs(session, comparison.id)[0].id
+        jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.COMPARE, Queue.CPU, comparison.id)
+        jobs.owe(session, run_id, "comparison", {})
+        jobs.owe(session, run_id, "finished", {})
+    downgrade(database, "0001")
+    assert not {"comparison", "comparison_run"} & set(inspect(database.engine).get_table_names())
+    with database.reading() as session:
+        assert session.scalars(select(Job.kind)).all() == [JobKind.TRAIN, JobKind.TRAIN]
+        assert session.scalars(select(Outbox.kind)).all() == ["finished"]
+    with pytest.raises(IntegrityError, match="ck_job_jobkind"), database.writing() as session:
+        jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.COMPARE, Queue.CPU, "cmp_1")
+    upgrade(database)
+    with database.writing() as session:
+        jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.COMPARE, Queue.CPU, "cmp_1")
+
+
+@pytest.mark.parametrize(("column", "value"), [("kind", "dance"), ("queue", "dance"), ("state", "dance")])
+def test_a_job_table_that_was_written_anew_still_checks_its_values(database: Database, column: str, value: str) -> None:
+    with database.writing() as session:
+        job_id = jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.TRAIN, Queue.CPU, "run_1").id
+    with pytest.raises(IntegrityError), database.writing() as session:
+        session.execute(text(f"UPDATE job SET {column} = '{value}' WHERE id = '{job_id}'"))
+    with pytest.raises(IntegrityError), database.writing() as session:
+        jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.TRAIN, Queue.CPU, "run_1")
 
 
 def test_a_new_database_has_its_default_project_and_a_revision(database: Database) -> None:

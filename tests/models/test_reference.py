@@ -11,10 +11,12 @@ from sqlalchemy.orm import Session
 
 from artifacts.catalogue import BackboneName
 from artifacts.store import Digest, Store
+from models import comparison as comparisons
 from models import dataset as datasets
 from models import registry
 from models import run as runs
 from models.base import Base
+from models.comparison import Comparison
 from models.dataset import DatasetVersion, Membership
 from models.reference import collect, lock_files
 from models.registry import Backbone, ModelVersion, Weights
@@ -42,6 +44,9 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
     runs.add_artifact(session, run.id, "report.json", stored("run_artifact.sha256"), 1, "application/json")
     bundle, own_backbone = stored("model_version.bundle_sha256"), stored("model_version.backbone_sha256")
     registry.add_model_version(session, PRINCIPAL, "flowers", run.id, bundle, own_backbone)
+    comparison = records.queued_comparison(session, version)
+    picture, report = stored("comparison.picture_sha256"), stored("comparison.report_sha256")
+    comparisons.succeed_comparison(session, comparison.id, {}, picture, report)
     backbone = Backbone(
         sha256=stored("backbone.sha256"),
         network=BackboneName.VGG16,
@@ -71,6 +76,7 @@ def test_files_are_kept_while_any_row_names_them_and_removed_after(database: Dat
         for record in (Weights, Backbone, registry.Alias, ModelVersion, runs.RunArtifact, Membership):
             session.execute(delete(record))
         session.execute(delete(datasets.Image))
+        session.execute(update(Comparison).values(picture_sha256=None, report_sha256=None))
         session.execute(update(DatasetVersion).values(manifest_sha256=None, archive_sha256=None))
         collect(session, store, asked)
     assert [column for column, file in files.items() if store.has(file)] == []

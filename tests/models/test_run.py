@@ -33,7 +33,7 @@ def test_a_run_begins_queued_with_its_whole_recipe(database: Database) -> None:
     with database.reading() as session:
         run = runs.get_run(session, PRINCIPAL, run_id)
         assert run.state is RunState.QUEUED and not run.state.is_final
-        assert Recipe.model_validate(run.recipe) == Recipe()
+        assert Recipe.model_validate(run.recipe) == records.RECIPE
         assert run.progress == runs.progress(stage="queued")
         assert (run.started_at, run.finished_at, run.metrics, run.error) == (None, None, None, None)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from working import QUICK, Outage, StartLoop
+from working import QUICK, Outage, Say, StartLoop
 
 from models.job import JobKind, Queue
 from models.session import Database
@@ -63,3 +65,28 @@ def start_loop() -> Iterator[StartLoop]:
         loop.drain()
     for loop in loops:
         loop.join(20)
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Have the next child say these messages, a while apart; after one that asks it waits for the answer."""
+
+    def make(*messages: dict[str, Any], apart_s: float = 0.0) -> None:
+        (tmp_path / "messages").write_text("\n".join(map(json.dumps, messages)))
+        (tmp_path / "sitecustomize.py").write_text(
+            f"""
+import os, sys, time
+if "worker.child" in sys.orig_argv:
+    channel = int(sys.orig_argv[-1])
+    open({str(tmp_path / "devices")!r}, "w").write(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    for line in open({str(tmp_path / "messages")!r}):
+        os.write(channel, line.strip().encode() + b"\\n")
+        if "add_backbone" in line:
+            os.read(0, 1_000_000)
+        time.sleep({apart_s})
+    os._exit(0)
+"""
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return make

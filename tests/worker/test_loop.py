@@ -268,11 +268,11 @@ def test_a_slow_job_that_moves_is_not_stalled(sqlite: Database, start_loop: Star
 def test_a_job_that_only_writes_is_not_stalled(sqlite: Database, start_loop: StartLoop) -> None:
     def write_slowly(work: Work) -> None:
         for _ in range(5):
-            time.sleep(0.3)
+            time.sleep(0.8)
             work.write(leave_mark)
 
     job_id = add_job(sqlite)
-    start_loop(sqlite, Hands(write_slowly), timings=replace(QUICK, stall_s=0.7))
+    start_loop(sqlite, Hands(write_slowly), timings=replace(QUICK, stall_s=3.0))
     settled(sqlite, job_id, JobState.SUCCEEDED)
 
 

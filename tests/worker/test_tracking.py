@@ -24,9 +24,11 @@ from working import StartLoop, add_job, claimed_work, look, make_due, settled
 
 from artifacts.store import Store, digest_of
 from errors import Unavailable
+from models import comparison as comparisons
 from models import job as jobs
 from models import registry
 from models import run as runs
+from models.comparison import Comparison, ComparisonRun
 from models.job import Job, JobKind, JobState, Outbox, Queue, add_publish_jobs, owe
 from models.run import Fold, Run
 from models.session import Database
@@ -214,6 +216,36 @@ def test_what_is_told_twice_is_shown_once(mlflow_url: str, case: Case) -> None:
     case.publish(mlflow_url)
     assert case.owed() == 0
     assert seen(mlflow_url, case.name) == once
+
+
+@pytest.mark.parametrize("is_best", [True, False])
+def test_a_table_that_is_told_twice_is_shown_once(mlflow_url: str, case: Case, is_best: bool) -> None:
+    difference = None if is_best else {"difference": -0.125, "ci95": [-0.2, -0.05], "p_value": 0.0123}
+    with case.database.writing() as session:
+        run = session.get_one(Run, case.run_id)
+        comparison = Comparison(project_id=run.project_id, dataset_version_id=run.dataset_version_id, name=run.name)
+        session.add(comparison)
+        session.flush()
+        session.add(ComparisonRun(comparison_id=comparison.id, position=7, run_id=run.id))
+        table = {"verdict": "The first.", "rows": [{"position": 0}, {"position": 7, "difference": difference}]}
+        text = case.store.put(b"| a table |")
+        comparisons.succeed_comparison(session, comparison.id, table, records.digest("picture"), text)
+    client = mlflow.MlflowClient(mlflow_url, registry_uri=mlflow_url)
+    for _ in range(2):
+        with case.database.writing() as session:
+            owe(session, case.run_id, "started", {})
+            owe(session, case.run_id, "comparison", {})
+        case.publish(mlflow_url)
+        with case.database.reading() as session:
+            page = client.get_run(str(session.get_one(Run, case.run_id).mlflow_run_id))
+        told = {name: value for name, value in page.data.tags.items() if name.startswith("espalier.")}
+        assert (told["espalier.comparison"], told["espalier.verdict"]) == (comparison.id, "The first.")
+        assert told.get("espalier.best_of") == (comparison.id if is_best else None)
+        assert told.get("espalier.difference_to_best") == (None if is_best else "-0.125")
+        assert told.get("espalier.p_value") == (None if is_best else "0.0123")
+        files = [file.path for file in client.list_artifacts(page.info.run_id)]
+        assert files.count("comparison.md") == 1
+    assert len(seen(mlflow_url, case.name)["runs"]) == 3 and case.owed() == 0
 
 
 @pytest.mark.slow

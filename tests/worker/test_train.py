@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,8 @@ from typing import Any
 import pytest
 import records
 from sqlalchemy import select
-from working import QUICK, Forgetful, StartLoop, claimed_work, settled
+from working import QUICK, Forgetful, Say, StartLoop, claimed_work, settled, training_place
 
-from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store
 from models import job as jobs
 from models import run as runs
@@ -23,10 +20,7 @@ from models.job import Job, JobKind, JobState, Outbox, Queue
 from models.run import EventKind, RunState
 from models.session import Database
 from worker.child import Channel, _Reporter
-from worker.train import Train, TrainingPlace
-from worker.weights import Source
-
-Say = Callable[..., None]
+from worker.train import Train
 
 FOLD = {"epochs": 3, "best_epoch": 2, "stopped": "epochs", "metrics": {"accuracy": 0.5}, "history": []}
 OUTCOME = {
@@ -37,31 +31,6 @@ OUTCOME = {
     "extraction": {},
     "files": [],
 }
-
-
-@pytest.fixture
-def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Have the next child say these messages, a while apart; after one that asks it waits for the answer."""
-
-    def make(*messages: dict[str, Any], apart_s: float = 0.0) -> None:
-        (tmp_path / "messages").write_text("\n".join(map(json.dumps, messages)))
-        (tmp_path / "sitecustomize.py").write_text(
-            f"""
-import os, sys, time
-if "worker.child" in sys.orig_argv:
-    channel = int(sys.orig_argv[-1])
-    open({str(tmp_path / "devices")!r}, "w").write(os.environ["CUDA_VISIBLE_DEVICES"])
-    for line in open({str(tmp_path / "messages")!r}):
-        os.write(channel, line.strip().encode() + b"\\n")
-        if "add_backbone" in line:
-            os.read(0, 1_000_000)
-        time.sleep({apart_s})
-    os._exit(0)
-"""
-        )
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    return make
 
 
 @dataclass
@@ -85,18 +54,10 @@ class Case:
 
 @pytest.fixture
 def case(sqlite: Database, store: Store, tmp_path: Path) -> Case:
-    place = TrainingPlace(
-        str(tmp_path / "features"),
-        str(tmp_path / "pixels"),
-        10**9,
-        ImageLimits(),
-        1,
-        Source("http://127.0.0.1:1", "", 1.0, 1.0),
-    )
     with sqlite.writing() as session:
         run = records.queued_run(session, records.ready_version(session))
         job = jobs.add_job(session, run.project_id, JobKind.TRAIN, Queue.CPU, run.id)
-        return Case(sqlite, store, Train(store, place), run.id, job.id)
+        return Case(sqlite, store, Train(store, training_place(tmp_path)), run.id, job.id)
 
 
 def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, say: Say) -> None:

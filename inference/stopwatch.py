@@ -1,0 +1,24 @@
+"""How long calls take on this machine, measured side by side. Knows nothing of what is called."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+
+def medians_ms(
+    calls: Sequence[Callable[[], object]], rounds: int, now: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Return the median milliseconds of each call.
+
+    Every round makes every call once, so that a machine that is busy for a while slows all of them; the first round
+    warms up and does not count.
+    """
+    taken: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds + 1):
+        for call, times in zip(calls, taken, strict=True):
+            started = now()
+            call()
+            times.append(1000 * (now() - started))
+    return [statistics.median(times[1:]) for times in taken]

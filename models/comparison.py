@@ -1,0 +1,207 @@
+"""Comparisons: several recipes on the same folds, one run each, and the table that they end in. Measures nothing.
+
+queued → running → succeeded | failed | cancelled
+
+Whichever of its runs ends last owes the job that makes the table, in the transaction that ends the run. A comparison's
+row is always locked last, after a job's and a run's: whoever ends runs at the same moment waits here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import ForeignKey, Index, String, func, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from artifacts.recipe import Recipe
+from artifacts.store import Digest
+from errors import NotFound, NothingToCompare
+from models import job as jobs
+from models import run as runs
+from models.base import Base, new_id, now, text_enum
+from models.job import Job, JobKind, Queue
+from models.project import Principal, owner, scope
+from models.run import Run, RunState
+
+
+class ComparisonState(StrEnum):
+    """Where a comparison stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Say whether nothing will happen any more."""
+        return self not in (ComparisonState.QUEUED, ComparisonState.RUNNING)
+
+
+class Comparison(Base):
+    """Several recipes, trained on one data set version. Table, picture and report are there once it has succeeded."""
+
+    __tablename__ = "comparison"
+    __table_args__ = (Index(None, "project_id", "id"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True, default=lambda: new_id("cmp"))
+    project_id: Mapped[str] = owner()
+    dataset_version_id: Mapped[str] = mapped_column(ForeignKey("dataset_version.id"), index=True)
+    name: Mapped[str] = mapped_column(String(63))
+    state: Mapped[ComparisonState] = mapped_column(text_enum(ComparisonState), default=ComparisonState.QUEUED)
+    table: Mapped[dict[str, Any] | None]
+    picture_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+    report_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    finished_at: Mapped[datetime | None]
+
+
+class ComparisonRun(Base):
+    """A run as a row of a comparison; `position` counts from 0 in the order of the recipes."""
+
+    __tablename__ = "comparison_run"
+
+    comparison_id: Mapped[str] = mapped_column(ForeignKey("comparison.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id"), unique=True)
+
+
+# --- finding -------------------------------------------------------------------------------------------------------
+
+
+def get_comparison(session: Session, principal: Principal, comparison_id: str) -> Comparison:
+    """Return a comparison. Raises NotFound."""
+    query = select(Comparison).where(Comparison.id == comparison_id, scope(Comparison.project_id, principal))
+    comparison = session.scalar(query)
+    if comparison is None:
+        raise NotFound(f"No comparison has the id {comparison_id!r}.")
+    return comparison
+
+
+def get_runs(session: Session, comparison_id: str) -> Sequence[Run]:
+    """Return the runs of a comparison in the order of its recipes."""
+    query = select(Run).join(ComparisonRun, ComparisonRun.run_id == Run.id)
+    return session.scalars(
+        query.where(ComparisonRun.comparison_id == comparison_id).order_by(ComparisonRun.position)
+    ).all()
+
+
+def find_comparison(session: Session, run_id: str) -> tuple[Comparison, int] | None:
+    """Return the comparison that a run belongs to and its position there, or None."""
+    query = select(Comparison, ComparisonRun.position).join(ComparisonRun, ComparisonRun.comparison_id == Comparison.id)
+    found = session.execute(query.where(ComparisonRun.run_id == run_id)).one_or_none()
+    return found and (found.Comparison, found.position)
+
+
+def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
+    """Say whether a comparison on one of these data set versions has not ended."""
+    states = (ComparisonState.QUEUED, ComparisonState.RUNNING)
+    query = select(func.count()).where(Comparison.dataset_version_id.in_(version_ids), Comparison.state.in_(states))
+    return bool(session.scalar(query))
+
+
+# --- changing ------------------------------------------------------------------------------------------------------
+
+
+def create_comparison(
+    session: Session, principal: Principal, version_id: str, name: str, recipes: Sequence[Recipe]
+) -> tuple[Comparison, list[Job]]:
+    """Add a comparison with a queued run for each recipe, as it will be trained; return it and the jobs of its runs."""
+    comparison = Comparison(project_id=principal.project_id, dataset_version_id=version_id, name=name)
+    session.add(comparison)
+    session.flush()
+    added = []
+    for position, recipe in enumerate(recipes):
+        run = runs.create_run(session, principal, version_id, name, recipe)
+        session.add(ComparisonRun(comparison_id=comparison.id, position=position, run_id=run.id))
+        queue = jobs.training_queue(session, recipe.mode)
+        added.append(jobs.add_job(session, principal.project_id, JobKind.TRAIN, queue, run.id))
+    session.flush()
+    return comparison, added
+
+
+def note_start(session: Session, run_id: str) -> None:
+    """Mark the comparison of a run that just started as running, if the run has one."""
+    comparison = _locked_of(session, run_id)
+    if comparison is not None and comparison.state is ComparisonState.QUEUED:
+        comparison.state = ComparisonState.RUNNING
+
+
+def note_end(session: Session, run_id: str) -> Job | None:
+    """See what the end of a run, in this transaction, means for its comparison, if the run has one.
+
+    The last run to end makes the table due: return that job, None otherwise. Where no run has succeeded there is
+    nothing to compare, and the comparison ends here.
+    """
+    comparison = _locked_of(session, run_id)
+    if comparison is None or comparison.state.is_final:
+        return None
+    states = [run.state for run in get_runs(session, comparison.id)]
+    if not all(state.is_final for state in states):
+        return None
+    if RunState.SUCCEEDED in states:
+        comparison.state = ComparisonState.RUNNING
+        return jobs.add_job(session, comparison.project_id, JobKind.COMPARE, Queue.CPU, comparison.id)
+    if RunState.FAILED in states:
+        error = NothingToCompare("No run of the comparison succeeded; each of them says why.")
+        _end(comparison, ComparisonState.FAILED, error.record())
+    else:
+        _end(comparison, ComparisonState.CANCELLED)
+    return None
+
+
+def succeed_comparison(
+    session: Session, comparison_id: str, table: dict[str, Any], picture: Digest, report: Digest
+) -> bool:
+    """Close a comparison with its table; return False if somebody closed it before."""
+    comparison = _locked(session, comparison_id)
+    if comparison.state.is_final:
+        return False
+    comparison.table = table
+    comparison.picture_sha256, comparison.report_sha256 = picture, report
+    _end(comparison, ComparisonState.SUCCEEDED)
+    return True
+
+
+def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any]) -> None:
+    """Close a comparison with what went wrong; one that is closed stays as it is."""
+    _close(session, comparison_id, ComparisonState.FAILED, error)
+
+
+def cancel_comparison(session: Session, comparison_id: str) -> None:
+    """Close a comparison because somebody asked for it; one that is closed stays as it is."""
+    _close(session, comparison_id, ComparisonState.CANCELLED)
+
+
+def request_cancel(session: Session, comparison_id: str) -> None:
+    """Ask every unfinished run of a comparison to end and close it; asked too late, nothing changes."""
+    for run in get_runs(session, comparison_id):
+        if jobs.request_cancel(session, JobKind.TRAIN, run.id):
+            runs.cancel_run(session, run.id)
+    jobs.request_cancel(session, JobKind.COMPARE, comparison_id)
+    cancel_comparison(session, comparison_id)
+
+
+def _close(session: Session, comparison_id: str, state: ComparisonState, error: dict[str, Any] | None = None) -> None:
+    comparison = _locked(session, comparison_id)
+    if not comparison.state.is_final:
+        _end(comparison, state, error)
+
+
+def _end(comparison: Comparison, state: ComparisonState, error: dict[str, Any] | None = None) -> None:
+    comparison.state, comparison.error, comparison.finished_at = state, error, now()
+
+
+def _locked(session: Session, comparison_id: str) -> Comparison:
+    """Return a comparison whose row is held until the transaction ends, as it stands then."""
+    return session.get_one(Comparison, comparison_id, with_for_update=True, populate_existing=True)
+
+
+def _locked_of(session: Session, run_id: str) -> Comparison | None:
+    found = session.scalar(select(ComparisonRun.comparison_id).where(ComparisonRun.run_id == run_id))
+    return None if found is None else _locked(session, found)

@@ -1,0 +1,212 @@
+"""Routes of comparisons without a worker, on each database."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import records
+from fastapi.testclient import TestClient
+
+from api.deps import Services
+from artifacts.recipe import Task
+from models import comparison as comparisons
+from models import run as runs
+from models.comparison import Comparison
+from models.dataset import DatasetVersion
+from models.job import JobState
+from models.run import Run
+from models.session import Database
+
+TWO = [{"epochs": 1}, {"epochs": 2}]
+
+
+@pytest.fixture
+def database_url(database: Database) -> str:
+    return database.engine.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def dataset(client: TestClient, services: Services) -> str:
+    """A data set of two classes with 10 images each."""
+    with services.database.writing() as session:
+        return records.ready_version(session).dataset_id
+
+
+def start(client: TestClient, dataset: str, recipes: list[dict[str, Any]], **more: Any) -> Any:
+    return client.post("/api/v1/comparisons", json={"dataset": dataset, "name": "m", "recipes": recipes, **more})
+
+
+def test_a_comparison_is_a_queued_run_for_each_recipe(
+    client: TestClient, dataset: str, rung: list[tuple[str, str]]
+) -> None:
+    answer = start(client, dataset, [{"backbone": "vgg16"}, {"backbone": "vgg16", "features_from": "block3"}])
+    assert answer.status_code == 202, answer.text
+    found = answer.json()
+    assert (found["state"], found["dataset"], found["version"], found["name"]) == ("queued", dataset, 1, "m")
+    assert [(row["position"], row["state"], row["title"]) for row in found["rows"]] == [
+        (0, "queued", "features_from=block5"),
+        (1, "queued", "features_from=block3"),
+    ]
+    assert found["progress"] == {"stage": "queued", "fraction": 0.0, "ended": 0, "runs": 2, "eta_s": None}
+    assert (found["best"], found["verdict"], found["rows"][0]["difference"]) == (None, None, None)
+    made = [client.get(f"/api/v1/runs/{row['run']}").json() for row in found["rows"]]
+    assert [(run["name"], run["recipe"]["features_from"]) for run in made] == [("m", "block5"), ("m", "block3")]
+    assert [queue for queue, _ in rung] == ["cpu", "cpu"]
+    assert client.get(answer.headers["location"]).json() == found
+    assert client.get("/api/v1/comparisons").json()["items"] == [found]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "field"),
+    [
+        ([{}], "recipes"),
+        ([{"epochs": number} for number in range(1, 22)], "recipes"),
+        ([{"epochs": 1}, {"epochs": 2, "folds": {"k": 3}}], "recipes[1].folds.k"),
+        ([{"epochs": 1}, {"epochs": 2}, {"epochs": 3, "folds": {"repeats": 2}}], "recipes[2].folds.repeats"),
+        ([{"epochs": 1}, {"epochs": 2, "seed": 1}], "recipes[1].seed"),
+        ([{"epochs": 1}, {"epochs": 2, "task": "multiclass"}], "recipes[1].task"),
+        ([{}, {"epochs": 2}, {"epochs": 100}], "recipes[2]"),
+        ([{}, {"folds": {"k": 11}}], "recipes[1].folds.k"),
+        ([{}, {"backbone": "vgg16", "features_from": "block6"}], "recipes[1].features_from"),
+        ([{"epochs": 1}, {"epochs": 0}], "recipes[1].epochs"),
+        ([{"epochs": 1}, {"head": {"dropout": 1.0}}], "recipes[1].head.dropout"),
+        ([{"weights": "mine"}, {}], "recipes[0].weights"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_naming_the_field_and_nothing_is_made(
+    client: TestClient, services: Services, dataset: str, recipes: list[dict[str, Any]], field: str
+) -> None:
+    answer = start(client, dataset, recipes)
+    assert answer.status_code == 422
+    assert answer.json()["type"].endswith(":recipe-invalid")
+    assert answer.json()["field"] == field
+    assert answer.json()["detail"].startswith(f"{field}: ")
+    with services.database.reading() as session:
+        assert (records.count(session, Comparison), records.count(session, Run)) == (0, 0)
+
+
+def test_recipes_are_compared_with_their_defaults_filled_in(client: TestClient, dataset: str) -> None:
+    same = start(client, dataset, [{"task": "auto", "folds": {"k": 5}}, {"task": "binary", "image_size": 299}])
+    assert same.json()["field"] == "recipes[1]" and "recipes[0]" in same.json()["detail"]
+
+
+def test_a_comparison_needs_a_data_set_that_can_be_trained_on(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    assert start(client, "ds_none", TWO).status_code == 404
+    assert start(client, dataset, TWO, version=2).status_code == 404
+    with services.database.writing() as session:
+        waiting = records.waiting_version(session, "waiting").dataset_id
+    assert start(client, waiting, TWO).status_code == 409
+    assert start(client, dataset, TWO, name="Upper").json()["field"] == "name"
+
+
+def test_cancelling_ends_every_run_and_asking_twice_changes_nothing(client: TestClient, dataset: str) -> None:
+    url = f"/api/v1/comparisons/{start(client, dataset, TWO).json()['id']}"
+    for _ in range(2):
+        answer = client.post(f"{url}/cancel")
+        assert (answer.status_code, answer.json()["state"]) == (202, "cancelled")
+        assert [row["state"] for row in answer.json()["rows"]] == ["cancelled", "cancelled"]
+    assert client.get(url).json()["progress"]["stage"] == "done"
+
+
+def test_cancelling_the_last_queued_run_makes_the_table_due_and_rings(
+    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+) -> None:
+    found = start(client, dataset, TWO).json()
+    first, second = (row["run"] for row in found["rows"])
+    with services.database.writing() as session:
+        runs.start_run(session, first)
+        runs.succeed_run(session, first, {}, {})
+        records.job_of(session, first).state = JobState.SUCCEEDED
+        assert comparisons.note_end(session, first) is None
+    client.post(f"/api/v1/runs/{second}/cancel")
+    assert len(rung) == 3
+    progress = client.get(f"/api/v1/comparisons/{found['id']}").json()["progress"]
+    assert (progress["stage"], progress["fraction"], progress["ended"]) == ("comparing", 1.0, 2)
+    refused = client.delete(f"/api/v1/datasets/{dataset}")
+    assert (refused.status_code, refused.json()["type"].rsplit(":")[-1]) == (409, "in-use")
+    client.post(f"/api/v1/comparisons/{found['id']}/cancel")
+    assert client.delete(f"/api/v1/datasets/{dataset}").status_code == 204
+    assert client.get(f"/api/v1/comparisons/{found['id']}").json()["dataset"] == dataset, "it outlives its data set"
+
+
+def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    found = start(client, dataset, [*TWO, {"epochs": 3}, {"epochs": 4}]).json()
+    url = f"/api/v1/comparisons/{found['id']}"
+    first, second, *_ = (row["run"] for row in found["rows"])
+    with services.database.writing() as session:
+        runs.start_run(session, first)
+        comparisons.note_start(session, first)
+        runs.set_progress(session, first, runs.progress("folds", 0.5, eta_s=3.0))
+    shown = client.get(url).json()
+    assert (shown["state"], shown["progress"]["eta_s"]) == ("running", None), "nobody knows how long the others take"
+    with services.database.writing() as session:
+        run = runs.succeed_run(session, first, {}, {"seconds": 1.5})
+        runs.start_run(session, second)
+        runs.set_progress(session, second, runs.progress("folds", 0.5, eta_s=3.0))
+    progress = client.get(url).json()["progress"]
+    assert run.finished_at and run.started_at
+    took = (run.finished_at - run.started_at).total_seconds()
+    assert progress["fraction"] == pytest.approx(1.5 / 4)
+    assert progress["eta_s"] == pytest.approx(3 + 2 * took)
+    row = client.get(url).json()["rows"][0]
+    assert (row["training_s"], row["extraction_s"]) == (pytest.approx(took), 1.5)
+
+
+def test_a_finished_comparison_shows_its_table_its_picture_and_its_report(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    url = f"/api/v1/comparisons/{start(client, dataset, TWO).json()['id']}"
+    for name in ("picture", "report"):
+        assert client.get(f"{url}/{name}").json()["type"].endswith(":not-ready")
+    picture, report = services.store.put(b"picture"), services.store.put(b"report")
+    difference = {"difference": -0.1, "ci95": [-0.2, -0.05], "p_value": 0.01}
+    size = {"predict_ms": 1.5, "backbone_bytes": 10, "bundle_bytes": 5}
+    table = {
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "best": 1,
+        "verdict": "The second.",
+        "interval": "i",
+        "test": "t",
+        "rows": [
+            {"position": 1, "score": 0.9, "ci95": [0.8, 0.95], "difference": None, **size},
+            {"position": 0, "score": 0.8, "ci95": [0.7, 0.85], "difference": difference, **size},
+        ],
+    }
+    with services.database.writing() as session:
+        comparisons.succeed_comparison(session, url.rsplit("/", 1)[-1], table, picture, report)
+    found = client.get(url).json()
+    assert (found["state"], found["best"], found["verdict"]) == ("succeeded", 1, "The second.")
+    assert [(row["score"], row["difference"]) for row in found["rows"]] == [(0.8, difference), (0.9, None)]
+    assert client.get(f"{url}/picture").content == b"picture"
+    answer = client.get(f"{url}/report")
+    assert answer.content == b"report" and answer.headers["content-type"].startswith("text/markdown")
+
+
+def test_comparisons_are_paged_newest_first(client: TestClient, dataset: str) -> None:
+    made = [start(client, dataset, TWO).json()["id"] for _ in range(3)]
+    first = client.get("/api/v1/comparisons?limit=2").json()
+    second = client.get("/api/v1/comparisons", params={"limit": 2, "cursor": first["next_cursor"]}).json()
+    assert [one["id"] for one in first["items"] + second["items"]] == made[::-1]
+    assert second["next_cursor"] is None
+
+
+def test_a_comparison_that_is_not_there_is_named(client: TestClient) -> None:
+    for path in ("", "/picture", "/report"):
+        answer = client.get(f"/api/v1/comparisons/cmp_none{path}")
+        assert (answer.status_code, answer.json()["type"].rsplit(":")[-1]) == (404, "not-found")
+    assert client.post("/api/v1/comparisons/cmp_none/cancel").status_code == 404
+
+
+def test_a_version_for_another_task_is_refused_naming_its_recipe(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    with services.database.writing() as session:
+        version = session.query(DatasetVersion).one()
+        version.task = Task.MULTICLASS
+    assert start(client, dataset, [{"epochs": 1}, {"task": "regression"}]).json()["field"] == "recipes[1].task"

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import records
+from records import PRINCIPAL, digest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from artifacts.recipe import Recipe
+from errors import NotFound
+from models import comparison as comparisons
+from models import job as jobs
+from models import run as runs
+from models.comparison import Comparison, ComparisonState
+from models.job import Job, JobKind, JobState, Queue
+from models.project import Principal
+from models.run import RunState
+from models.session import Database
+
+ENDS: dict[str, Callable[[Session, str], object]] = {
+    "succeeded": lambda session, run_id: runs.succeed_run(session, run_id, {}, {}),
+    "failed": lambda session, run_id: runs.fail_run(session, run_id, {"code": "crashed", "detail": "It died."}),
+    "cancelled": runs.cancel_run,
+}
+
+
+def new_comparison(database: Database, recipes: int = 2) -> tuple[str, list[str]]:
+    """Add a comparison; return its id and those of its runs."""
+    with database.writing() as session:
+        comparison = records.queued_comparison(session, records.ready_version(session), recipes)
+        return comparison.id, [run.id for run in comparisons.get_runs(session, comparison.id)]
+
+
+def end(database: Database, run_id: str, how: str) -> Job | None:
+    """Start a run and end it; return the job that this makes due."""
+    with database.writing() as session:
+        runs.start_run(session, run_id)
+        comparisons.note_start(session, run_id)
+    with database.writing() as session:
+        ENDS[how](session, run_id)
+        records.job_of(session, run_id).state = JobState(how)
+        return comparisons.note_end(session, run_id)
+
+
+def look(database: Database, comparison_id: str) -> Comparison:
+    with database.reading() as session:
+        return comparisons.get_comparison(session, PRINCIPAL, comparison_id)
+
+
+def compare_jobs(database: Database) -> list[JobState]:
+    with database.reading() as session:
+        return list(session.scalars(select(Job.state).where(Job.kind == JobKind.COMPARE)))
+
+
+def test_a_comparison_begins_with_a_queued_run_and_a_job_for_each_recipe(database: Database) -> None:
+    with database.writing() as session:
+        version = records.ready_version(session)
+        recipes = [Recipe(epochs=epochs) for epochs in (3, 1, 2)]
+        comparison, due = comparisons.create_comparison(session, PRINCIPAL, version.id, "flowers", recipes)
+    with database.reading() as session:
+        found = comparisons.get_comparison(session, PRINCIPAL, comparison.id)
+        made = comparisons.get_runs(session, comparison.id)
+        assert comparison.id.startswith("cmp_") and found.state is ComparisonState.QUEUED
+        assert [(run.recipe["epochs"], run.name, run.state) for run in made] == [
+            (epochs, "flowers", RunState.QUEUED) for epochs in (3, 1, 2)
+        ]
+        assert [(job.kind, job.subject_id) for job in due] == [(JobKind.TRAIN, run.id) for run in made]
+        owner = comparisons.find_comparison(session, made[1].id)
+        assert owner is not None and (owner[0].id, owner[1]) == (comparison.id, 1)
+        assert comparisons.find_comparison(session, "run_none") is None
+
+
+def test_nobody_finds_a_comparison_of_another_project(database: Database) -> None:
+    comparison_id, _ = new_comparison(database)
+    with database.reading() as session:
+        for principal, wanted in ((Principal("prj_other"), comparison_id), (PRINCIPAL, "cmp_none")):
+            with pytest.raises(NotFound, match=wanted):
+                comparisons.get_comparison(session, principal, wanted)
+
+
+@pytest.mark.parametrize("last", [*ENDS])
+def test_the_run_that_ends_last_makes_the_table_due(database: Database, last: str) -> None:
+    comparison_id, (first, second, third) = new_comparison(database, 3)
+    assert end(database, third, "succeeded") is None
+    assert look(database, comparison_id).state is ComparisonState.RUNNING
+    assert end(database, first, "failed") is None
+    job = end(database, second, last)
+    assert job is not None and (job.kind, job.subject_id) == (JobKind.COMPARE, comparison_id)
+    assert compare_jobs(database) == [JobState.QUEUED]
+    assert look(database, comparison_id).state is ComparisonState.RUNNING
+
+
+def test_a_run_of_no_comparison_owes_no_table(database: Database) -> None:
+    with database.writing() as session:
+        run = records.queued_run(session, records.ready_version(session))
+        run_id = jobs.add_job(session, run.project_id, JobKind.TRAIN, Queue.CPU, run.id).subject_id
+    assert end(database, run_id, "succeeded") is None
+    assert compare_jobs(database) == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "state", "code"),
+    [
+        (("failed", "failed"), "failed", "nothing-to-compare"),
+        (("cancelled", "failed"), "failed", "nothing-to-compare"),
+        (("cancelled", "cancelled"), "cancelled", None),
+    ],
+)
+def test_where_no_run_succeeded_there_is_nothing_to_compare(
+    database: Database, ends: tuple[str, str], state: str, code: str | None
+) -> None:
+    comparison_id, made = new_comparison(database)
+    for run_id, how in zip(made, ends, strict=True):
+        assert end(database, run_id, how) is None
+    found = look(database, comparison_id)
+    assert (found.state, (found.error or {}).get("code")) == (state, code)
+    assert found.finished_at is not None and compare_jobs(database) == []
+
+
+def test_runs_that_end_at_the_same_moment_owe_one_table(database: Database) -> None:
+    for _ in range(5):
+        comparison_id, made = new_comparison_of_its_own(database)
+        for run_id in made:
+            with database.writing() as session:
+                runs.start_run(session, run_id)
+        together = threading.Barrier(len(made))
+
+        def close(run_id: str, together: threading.Barrier = together) -> str | None:
+            together.wait()
+            with database.writing() as session:
+                runs.succeed_run(session, run_id, {}, {})
+                job = comparisons.note_end(session, run_id)
+                return job.subject_id if job else None
+
+        with ThreadPoolExecutor(len(made)) as pool:
+            due = list(pool.map(close, made))
+        assert sorted(due, key=str) == [None, None, None, comparison_id]
+        with database.reading() as session:
+            owed = session.scalars(select(Job.id).where(Job.subject_id == comparison_id)).all()
+            assert len(owed) == 1
+
+
+def new_comparison_of_its_own(database: Database) -> tuple[str, list[str]]:
+    with database.writing() as session:
+        version = records.ready_version(session, f"flowers {records.count(session, Comparison)}")
+        comparison = records.queued_comparison(session, version, 4)
+        return comparison.id, [run.id for run in comparisons.get_runs(session, comparison.id)]
+
+
+def test_a_table_closes_a_comparison_once(database: Database) -> None:
+    comparison_id, made = new_comparison(database)
+    for run_id in made:
+        end(database, run_id, "succeeded")
+    with database.writing() as session:
+        table = {"best": 1}
+        assert comparisons.succeed_comparison(session, comparison_id, table, digest("picture"), digest("report"))
+    with database.writing() as session:
+        assert not comparisons.succeed_comparison(session, comparison_id, {}, digest("other"), digest("other"))
+        comparisons.fail_comparison(session, comparison_id, {})
+        comparisons.cancel_comparison(session, comparison_id)
+        comparisons.request_cancel(session, comparison_id)
+    found = look(database, comparison_id)
+    assert (found.state, found.table, found.error) == (ComparisonState.SUCCEEDED, {"best": 1}, None)
+    assert (found.picture_sha256, found.report_sha256) == (digest("picture"), digest("report"))
+
+
+def test_cancelling_ends_what_waits_and_asks_what_runs_to_end(database: Database) -> None:
+    comparison_id, (done, running, _) = new_comparison(database, 3)
+    end(database, done, "succeeded")
+    with database.writing() as session:
+        job = records.job_of(session, running)
+        job.state = JobState.RUNNING
+        runs.start_run(session, running)
+    with database.writing() as session:
+        comparisons.request_cancel(session, comparison_id)
+    assert look(database, comparison_id).state is ComparisonState.CANCELLED
+    with database.writing() as session:
+        states = [run.state for run in comparisons.get_runs(session, comparison_id)]
+        assert states == [RunState.SUCCEEDED, RunState.RUNNING, RunState.CANCELLED]
+        assert jobs.is_cancel_requested(session, job.id)
+        runs.cancel_run(session, running)
+        assert comparisons.note_end(session, running) is None, "a cancelled comparison needs no table"
+    assert compare_jobs(database) == []
+
+
+def test_a_comparison_is_active_until_it_has_its_table(database: Database) -> None:
+    comparison_id, made = new_comparison(database)
+    version = look(database, comparison_id).dataset_version_id
+    for run_id in made:
+        end(database, run_id, "succeeded")
+    with database.writing() as session:
+        assert not runs.is_any_active(session, [version]) and comparisons.is_any_active(session, [version])
+        assert not comparisons.is_any_active(session, ["dsv_other"])
+        comparisons.succeed_comparison(session, comparison_id, {}, digest("picture"), digest("report"))
+        assert not comparisons.is_any_active(session, [version])

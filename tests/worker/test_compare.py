@@ -1,0 +1,274 @@
+"""The worker's side of comparisons: which end of a run makes the table due, and what the child makes of it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import records
+from onnx import TensorProto, helper
+from records import PRINCIPAL
+from safetensors.numpy import save as save_tensors
+from sqlalchemy import select
+from working import Say, StartLoop, claimed_work, look, settled, training_place
+
+from artifacts import manifest
+from artifacts.bundle import Bundle, Dense
+from artifacts.images import IMAGE_RULE
+from artifacts.layout import Split
+from artifacts.manifest import Row
+from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.store import Store
+from models import comparison as comparisons
+from models import job as jobs
+from models import registry
+from models import run as runs
+from models.comparison import Comparison, ComparisonState
+from models.job import Job, JobKind, JobState, Outbox
+from models.run import RunState
+from models.session import Database
+from worker.compare import OUT_OF_FOLD, Compare
+from worker.train import Train, _complete
+
+ERROR = {"code": "crashed", "detail": "It died."}
+OUTCOME: dict[str, Any] = {
+    "bundle": records.digest("bundle"),
+    "backbone": records.digest("backbone"),
+    "metrics": {"accuracy": 0.5},
+    "extraction": {},
+    "files": [],
+}
+
+
+def end(database: Database, train: Train, run_id: str, how: str) -> None:
+    """End a run as the worker does."""
+    with database.writing() as session:
+        train._start(session, run_id)
+    with database.writing() as session:
+        match how:
+            case "succeeded":
+                _complete(session, run_id, OUTCOME)
+            case "failed":
+                train.failed(session, run_id, ERROR)
+            case "cancelled":
+                train.cancelled(session, run_id)
+        records.job_of(session, run_id).state = JobState(how)
+
+
+def due(database: Database) -> list[str]:
+    with database.reading() as session:
+        return list(session.scalars(select(Job.subject_id).where(Job.kind == JobKind.COMPARE)))
+
+
+@pytest.fixture
+def train(store: Store, tmp_path: Path) -> Train:
+    return Train(store, training_place(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["succeeded", "failed", "cancelled"])
+def test_however_the_last_run_ends_it_makes_the_table_due(database: Database, train: Train, how: str) -> None:
+    with database.writing() as session:
+        comparison = records.queued_comparison(session, records.ready_version(session))
+        first, second = (run.id for run in comparisons.get_runs(session, comparison.id))
+    end(database, train, first, "succeeded")
+    assert due(database) == []
+    with database.reading() as session:
+        assert comparisons.get_comparison(session, PRINCIPAL, comparison.id).state is ComparisonState.RUNNING
+    end(database, train, second, how)
+    assert due(database) == [comparison.id]
+
+
+def test_runs_that_end_at_once_make_one_table_due(database: Database, train: Train) -> None:
+    with database.writing() as session:
+        comparison = records.queued_comparison(session, records.ready_version(session), 4)
+        made = [run.id for run in comparisons.get_runs(session, comparison.id)]
+    together = threading.Barrier(4)
+
+    def close(run_id: str, how: str) -> None:
+        together.wait()
+        end(database, train, run_id, how)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(close, made, ["succeeded", "failed", "succeeded", "cancelled"]))
+    assert due(database) == [comparison.id]
+
+
+# --- with a child --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A comparison of three runs, the second of which failed, and the job that makes its table."""
+
+    database: Database
+    store: Store
+    comparison_id: str
+    run_ids: list[str]
+    job_id: str
+
+    def comparison(self) -> Comparison:
+        with self.database.reading() as session:
+            return comparisons.get_comparison(session, PRINCIPAL, self.comparison_id)
+
+    def owed(self) -> list[tuple[str, str]]:
+        """Return which runs owe MLflow a table."""
+        with self.database.reading() as session:
+            query = select(Outbox.run_id, Outbox.kind).where(Outbox.kind == "comparison").order_by(Outbox.run_id)
+            return [tuple(row) for row in session.execute(query)]  # type: ignore[misc]
+
+
+IMAGES = 40
+TRUTH = np.arange(IMAGES) % 2
+
+
+def network() -> bytes:
+    """Return the smallest network there is: the mean colour of an image."""
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 8, 8, 3])
+    outputs = [
+        helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 8, 8, 3]),
+        helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 3]),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["maps"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["maps"], ["features"], axes=[1, 2], keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "colour", [images], outputs)
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
+    return bytes(model.SerializeToString())
+
+
+def add_run(case: Case, session: Any, run_id: str, wrong: int) -> None:
+    """End a run that answered so many images wrongly, with what it leaves."""
+    logits = np.where(TRUTH == 1, 2.0, -2.0).astype(np.float32)[None, :, None]
+    logits[:, :wrong] *= -1
+    tensors = {"folds": (np.arange(IMAGES, dtype=np.int16) % 4 // 2)[None], "logits": logits}
+    file = case.store.put(save_tensors(tensors))
+    share = 1 - wrong / IMAGES
+    metrics = {"accuracy": share, "accuracy_ci95": [share - 0.1, share], "interval": "Wilson"}
+    backbone = case.store.put(network())
+    layers = (Dense(np.full((3, 1), wrong / 1000, np.float32), np.zeros(1, np.float32), Activation.LINEAR),)
+    golden = np.zeros((1, 8, 8, 3), np.uint8)
+    bundle = Bundle(
+        task=Task.BINARY,
+        labels=("daisy", "rose"),
+        backbone=backbone,
+        engine="openvino",
+        precision=Precision.FLOAT32,
+        image_rule=IMAGE_RULE,
+        size=8,
+        resize=Resize.SQUASH,
+        layers=layers,
+        golden_input=golden,
+        golden_output=np.zeros((1, 1), np.float32),
+    )
+    runs.start_run(session, run_id)
+    runs.succeed_run(session, run_id, metrics, {})
+    runs.add_artifact(session, run_id, OUT_OF_FOLD, file, 1, "application/octet-stream")
+    digest = case.store.put(bundle.dump())
+    registry.add_model_version(session, PRINCIPAL, "flowers", run_id, digest, backbone)
+    comparisons.note_end(session, run_id)
+
+
+@pytest.fixture
+def case(sqlite: Database, store: Store) -> Case:
+    with sqlite.writing() as session:
+        version = records.ready_version(session)
+        rows = [
+            Row(f"{number:02}.png", records.digest(str(number)), (("daisy", "rose")[label],), None, None, Split.TRAIN)
+            for number, label in enumerate(TRUTH)
+        ]
+        version.manifest_sha256 = store.put(manifest.dump(rows))
+        comparison = records.queued_comparison(session, version, 3)
+        run_ids = [run.id for run in comparisons.get_runs(session, comparison.id)]
+        case = Case(sqlite, store, comparison.id, run_ids, "")
+        for run_id in run_ids:
+            records.job_of(session, run_id).state = JobState.SUCCEEDED
+        runs.fail_run(session, run_ids[1], ERROR)
+        assert comparisons.note_end(session, run_ids[1]) is None
+        add_run(case, session, run_ids[0], wrong=12)
+        add_run(case, session, run_ids[2], wrong=1)
+        case.job_id = records.job_of(session, comparison.id).id
+        return case
+
+
+def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop) -> None:
+    start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
+    settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=60)
+    found = case.comparison()
+    assert found.state is ComparisonState.SUCCEEDED and found.table is not None
+    assert (found.table["metric"], found.table["best"]) == ("accuracy", 2)
+    first, last = found.table["rows"]
+    assert (first["position"], last["position"]) == (0, 2), "a run that failed has no row"
+    assert first["difference"]["difference"] == pytest.approx(-11 / 40) and last["difference"] is None
+    assert first["difference"]["p_value"] == pytest.approx(2 * 0.5**11, abs=0.001), "eleven of eleven to one side"
+    assert all(row["predict_ms"] > 0 and row["backbone_bytes"] == len(network()) for row in (first, last))
+    assert found.table["verdict"].startswith("epochs=3 has the best accuracy, 97.5%")
+    assert case.store.has(found.picture_sha256) and case.store.has(found.report_sha256)  # type: ignore[arg-type]
+    assert case.owed() == sorted((case.run_ids[number], "comparison") for number in (0, 2))
+
+
+def outcome(case: Case) -> dict[str, Any]:
+    picture, report = case.store.put(b"picture"), case.store.put(b"report")
+    return {"type": "outcome", "table": {"rows": []}, "picture": picture, "report": report}
+
+
+def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, say: Say) -> None:
+    message = outcome(case)
+    say(message)
+    with claimed_work(case.database) as work:
+        complete = Compare(case.store, 1).run(work)
+        with case.database.writing() as session:
+            comparisons.cancel_comparison(session, case.comparison_id)
+        with case.database.writing() as session:
+            complete(session)
+    found = case.comparison()
+    assert (found.state, found.table) == (ComparisonState.CANCELLED, None)
+    assert not case.store.has(message["picture"]) and not case.store.has(message["report"])
+    assert case.owed() == []
+
+
+def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, say: Say) -> None:
+    say({"type": "error", "error": ERROR})
+    with case.database.writing() as session:
+        comparisons.cancel_comparison(session, case.comparison_id)
+    with claimed_work(case.database) as work:
+        Compare(case.store, 1).run(work)
+
+
+def test_a_comparison_fails_with_what_its_child_said(case: Case, say: Say, start_loop: StartLoop) -> None:
+    error = {"code": "corrupt", "detail": "The stored file is not what its digest says."}
+    say({"type": "error", "error": error})
+    start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
+    settled(case.database, case.job_id, JobState.FAILED)
+    found = case.comparison()
+    assert (found.state, found.error) == (ComparisonState.FAILED, error)
+
+
+def test_cancelling_stops_the_child(case: Case, say: Say, start_loop: StartLoop) -> None:
+    say({"type": "alive"}, outcome(case), apart_s=20.0)
+    start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
+    settled(case.database, case.job_id, JobState.RUNNING)
+    with case.database.writing() as session:
+        comparisons.request_cancel(session, case.comparison_id)
+    settled(case.database, case.job_id, JobState.CANCELLED, within_s=15)
+    assert case.comparison().state is ComparisonState.CANCELLED
+
+
+def test_a_comparison_whose_worker_was_lost_waits_again(case: Case, say: Say) -> None:
+    draining = threading.Event()
+    say({"type": "alive"}, outcome(case))
+    with claimed_work(case.database, draining) as work:
+        Compare(case.store, 1).run(work)
+        with case.database.writing() as session:
+            jobs.give_back(session, work.lease)
+            Compare(case.store, 1).requeued(session, case.comparison_id)
+    assert look(case.database, case.job_id).state is JobState.QUEUED
+    assert case.comparison().state is ComparisonState.RUNNING
+    with case.database.reading() as session:
+        states = [run.state for run in comparisons.get_runs(session, case.comparison_id)]
+    assert states == [RunState.SUCCEEDED, RunState.FAILED, RunState.SUCCEEDED]

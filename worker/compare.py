@@ -1,0 +1,105 @@
+"""Makes the table of a comparison: the worker's side. The child reads what the runs left; nothing is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from artifacts.recipe import difference_titles
+from artifacts.store import Digest, Store
+from models import comparison as comparisons
+from models import registry
+from models import run as runs
+from models.comparison import Comparison
+from models.dataset import DatasetVersion
+from models.job import owe
+from models.reference import collect
+from models.run import Run, RunState
+from worker.loop import Complete, Work
+from worker.process import Child, Died, Message
+
+OUT_OF_FOLD = "out-of-fold.safetensors"
+
+
+class Compare:
+    """The job that compares what the runs of a comparison measured."""
+
+    def __init__(self, store: Store, threads: int) -> None:
+        self._store = store
+        self._threads = threads
+
+    def run(self, work: Work) -> Complete:
+        """Compare in a child process; return what closes the comparison."""
+        with work.database.reading() as session:
+            if session.get_one(Comparison, work.subject_id).state.is_final:  # cancelled before this began
+                return lambda session: None
+            order = self._order(session, work.subject_id)
+        outcome: Message | None = None
+        try:
+            with Child(order) as child:
+                while (message := child.receive(work)) is not None:
+                    if message["type"] == "outcome":
+                        outcome = message
+        except Died as death:
+            raise death.as_failure() from death
+        if outcome is None:
+            raise RuntimeError("The child ended without an outcome. This is a bug.")
+        done = outcome
+        return lambda session: self._complete(session, work.subject_id, done)
+
+    def requeued(self, session: Session, subject_id: str) -> None:
+        """Nothing to change: the comparison still waits for its table."""
+
+    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
+        comparisons.fail_comparison(session, subject_id, error)
+
+    def cancelled(self, session: Session, subject_id: str) -> None:
+        comparisons.cancel_comparison(session, subject_id)
+
+    def _order(self, session: Session, comparison_id: str) -> dict[str, Any]:
+        comparison = session.get_one(Comparison, comparison_id)
+        version = session.get_one(DatasetVersion, comparison.dataset_version_id)
+        made = comparisons.get_runs(session, comparison_id)
+        titles = difference_titles([run.recipe for run in made])
+        return {
+            "kind": "compare",
+            "store": str(self._store.root),
+            "threads": self._threads,
+            "manifest": version.manifest_sha256,
+            "labels": [count.name for count in version.class_counts],
+            "name": comparison.name,
+            "candidates": [
+                _candidate(session, position, title, run)
+                for position, (title, run) in enumerate(zip(titles, made, strict=True))
+                if run.state is RunState.SUCCEEDED
+            ],
+        }
+
+    def _complete(self, session: Session, comparison_id: str, outcome: Message) -> None:
+        """Close the comparison with its table, unless it was cancelled while this was measured."""
+        picture, report = Digest(outcome["picture"]), Digest(outcome["report"])
+        if not comparisons.succeed_comparison(session, comparison_id, outcome["table"], picture, report):
+            collect(session, self._store, [picture, report])
+            return
+        for run in comparisons.get_runs(session, comparison_id):
+            if run.state is RunState.SUCCEEDED:
+                owe(session, run.id, "comparison", {})
+
+
+def _candidate(session: Session, position: int, title: str, run: Run) -> dict[str, Any]:
+    """Return what the child is told of a run that succeeded."""
+    version = registry.find_run_version(session, run.id)
+    files = {file.name: file.sha256 for file in runs.get_artifacts(session, run.id)}
+    assert version is not None and run.metrics is not None and run.started_at and run.finished_at
+    return {
+        "position": position,
+        "title": title,
+        "task": run.recipe["task"],
+        "metrics": run.metrics,
+        "training_s": (run.finished_at - run.started_at).total_seconds(),
+        "version": version.number,
+        "bundle": version.bundle_sha256,
+        "backbone": version.backbone_sha256,
+        "out_of_fold": files[OUT_OF_FOLD],
+    }
