@@ -22,7 +22,7 @@ from models.session import Database
 from settings import Settings
 
 _DESCRIPTION = """
-Upload labelled images, train a classifier by transfer learning, read an honest score, ask for predictions.
+Upload labelled images, train a model by transfer learning, read an honest score, ask for predictions.
 Every error is `application/problem+json` with a stable `type`.
 """
 

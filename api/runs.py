@@ -86,6 +86,7 @@ def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunO
         due = None
         if jobs.request_cancel(session, JobKind.TRAIN, run_id):
             runs.cancel_run(session, run_id)
+            jobs.owe_end(session, run_id)
             due = comparisons.note_end(session, run_id)
         shown = _run_out(session, given, run)
     if due is not None:

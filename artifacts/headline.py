@@ -32,9 +32,14 @@ class Headline:
         return f"{self.title} {self.said(metrics[self.metric])} ({interval})"
 
     def interval(self, metrics: Mapping[str, Any]) -> tuple[float, float]:
-        """Return the bounds that hold: over groups where there are some, which is the wider interval."""
+        """Return the bounds that hold: over groups where there are some."""
         low, high = metrics.get(f"{self.metric}_ci95_groups") or metrics[f"{self.metric}_ci95"]
         return low, high
+
+    def interval_kind(self, metrics: Mapping[str, Any]) -> str:
+        """Return in words how the bounds of `interval` were made."""
+        kind = str(metrics["interval"])
+        return kind.replace("over images", "over groups of images") if "groups" in metrics else kind
 
 
 _ACCURACY = Headline("accuracy", "Accuracy", ".1%", True)

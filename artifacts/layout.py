@@ -135,6 +135,8 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
 
 _EXPECTED = "Expected one folder per class (daisy/1.jpg, rose/2.jpg), or a labels.csv at the top."
 _TEXT_BYTES = 1024
+# What a network can answer in single precision, and whose squares are numbers, too.
+_LEAST, _GREATEST = 1e-15, 1e15
 _KNOWN_COLUMNS = ("path", "label", "target", "group", "split")
 
 
@@ -183,8 +185,11 @@ def _number(line: int, text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise LayoutUnknown(f"Line {line} of labels.csv: expected a number as target. Received {text!r}.")
+    if not (number == 0 or _LEAST <= abs(number) <= _GREATEST):
+        raise LayoutUnknown(
+            f"Line {line} of labels.csv: expected a number as target, at most {_GREATEST:g} and, but for 0, at least "
+            f"{_LEAST:g} in size. Received {text!r}."
+        )
     return number
 
 

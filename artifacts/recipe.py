@@ -131,7 +131,10 @@ class OptimizerRecipe(_Part):
 
 
 class Target(_Part):
-    """A value at which training may end: losses from above, accuracies from below."""
+    """A value at which training may end: losses from above, accuracies from below.
+
+    A regression's losses are of standardised numbers: 1 is what answering the mean always would give.
+    """
 
     metric: TargetMetric
     value: float
@@ -152,7 +155,7 @@ class Folds(_Part):
     """How the score is measured."""
 
     k: Annotated[int, Field(ge=2, le=20)] | None = None
-    """Number of folds; by default 5, or fewer if a class is smaller."""
+    """Number of folds; by default 5, or fewer if the smallest class or label has fewer groups of images."""
     repeats: Annotated[int, Field(ge=1, le=20)] = 1
     """How often the whole k-fold evaluation is repeated with other splits."""
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.15

@@ -8,17 +8,26 @@ from collections.abc import Callable, Sequence
 
 
 def medians_ms(
-    calls: Sequence[Callable[[], object]], rounds: int, now: Callable[[], float] = time.perf_counter
+    calls: Sequence[Callable[[], object]],
+    rounds: int,
+    within_s: float,
+    alive: Callable[[], None] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Return the median milliseconds of each call.
 
     Every round makes every call once, so that a machine that is busy for a while slows all of them; the first round
-    warms up and does not count.
+    warms up and does not count. After `within_s` seconds no round begins but the first that counts. `alive` is called
+    after each call.
     """
     taken: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds + 1):
+    began = now()
+    for done in range(rounds + 1):
+        if done > 1 and now() - began > within_s:
+            break
         for call, times in zip(calls, taken, strict=True):
             started = now()
             call()
             times.append(1000 * (now() - started))
+            alive()
     return [statistics.median(times[1:]) for times in taken]

@@ -66,5 +66,8 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> datetime:
-    """Return the present moment in UTC; for display only, no decision compares two clocks."""
+    """Return the present moment in UTC: for display, and for guesses which workers are there.
+
+    Who holds a job never hangs on it.
+    """
     return datetime.now(UTC)

@@ -183,6 +183,7 @@ def request_cancel(session: Session, comparison_id: str) -> None:
     for run in get_runs(session, comparison_id):
         if jobs.request_cancel(session, JobKind.TRAIN, run.id):
             runs.cancel_run(session, run.id)
+            jobs.owe_end(session, run.id)
     jobs.request_cancel(session, JobKind.COMPARE, comparison_id)
     cancel_comparison(session, comparison_id)
 

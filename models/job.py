@@ -4,7 +4,7 @@
 
 A lease is (job, epoch). Its holder counts `renewals` up; others watch that number on a clock of their own and take the
 job over when it stands still. Taking over counts the epoch up, and every write of a holder is fenced by its epoch, so
-a holder that was only asleep changes nothing any more. No clock is compared with another.
+a holder that was only asleep changes nothing any more. No clock decides who holds a job.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Queue(StrEnum):
 
 # The longest wait between two attempts.
 BACK_OFF_S = 60.0
-# A worker that has not looked for work for this long counts as gone. A wrong clock only moves work to another queue.
+# A worker that has not looked for work for this long counts as gone, as does one whose clock is that far ahead. Only
+# where work waits hangs on this, never whose it is.
 UNSEEN_S = 300.0
 
 _UNFINISHED = text("state IN ('queued', 'running')")
@@ -180,7 +181,8 @@ def hand_over_unserved(session: Session) -> int:
 
 
 def _is_served(session: Session, queue: Queue) -> bool:
-    seen = session.scalars(select(Worker).where(Worker.looked_at > now() - timedelta(seconds=UNSEEN_S)))
+    near = timedelta(seconds=UNSEEN_S)
+    seen = session.scalars(select(Worker).where(Worker.looked_at > now() - near, Worker.looked_at < now() + near))
     return any(queue in worker.queues for worker in seen)
 
 
@@ -349,6 +351,12 @@ def owe(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> No
     session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
 
 
+def owe_end(session: Session, run_id: str) -> None:
+    """Owe MLflow the end of a run that nobody works on, if MLflow knows of it or is to be told."""
+    if session.get_one(Run, run_id).mlflow_run_id is not None or owed(session, run_id):
+        owe(session, run_id, "finished", {})
+
+
 def owed(session: Session, run_id: str) -> Sequence[Outbox]:
     """Return what MLflow is owed about a run, in its order."""
     return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
@@ -379,6 +387,7 @@ def see_worker(session: Session, name: str, queues: Sequence[Queue]) -> None:
         session.add(Worker(name=name, queues=list(queues)))
     else:
         worker.looked_at = now()
+        worker.queues = list(queues)  # a new process may have an old one's name
 
 
 def count_jobs(session: Session) -> dict[tuple[Queue, JobState], int]:

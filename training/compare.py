@@ -37,16 +37,23 @@ Score = Callable[[Float64], Float64]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A recipe that was trained: what tells it from the others, its headline metric, and what it answered.
+class OutOfFold:
+    """What a recipe answered.
 
     folds is int16 [repeats, N], -1 for an image in none; logits is float32 [repeats, N, outputs].
     """
 
-    title: str
     folds: npt.NDArray[np.int16]
     logits: Float32
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe that was trained: what tells it from the others, its headline metric, and how to get its answers."""
+
+    title: str
     score: float
+    load: Callable[[], OutOfFold]
 
 
 @dataclass(frozen=True)
@@ -80,24 +87,26 @@ def compare(
         alive: called now and then.
     """
     headline = HEADLINES[task]
-    tested = _tested(entries)
+    best = best_of([entry.score for entry in entries], headline)
+    answered = entries[best].load()
+    folds, tested = answered.folds, np.flatnonzero(answered.folds[0] >= 0)
     truth = targets_of(task, labels, rows).truth[tested]
     groups = np.array(manifest.group_rows(rows), dtype=np.intp)[tested]
 
     def score(sums: Float64) -> Float64:
         return evaluate.scores(task, sums)[headline.metric]
 
-    def of_images(entry: Entry) -> Float64:
+    def of_images(answered: OutOfFold) -> Float64:
         """Return float64 [N, S], the mean over repeats: more of those add no images."""
-        of_repeats = [evaluate.statistics(task, truth, once[tested]) for once in entry.logits]
-        return np.asarray(np.mean(of_repeats, axis=0), dtype=np.float64)
+        if not np.array_equal(answered.folds, folds):
+            raise EspalierError("The runs of a comparison were not tested on the same folds. This is a bug.")
+        return evaluate.mean_statistics(task, truth, answered.logits[:, tested])
 
-    best = best_of([entry.score for entry in entries], headline)
-    of_best = of_images(entries[best])
+    of_best = of_images(answered)
     found: list[Difference | None] = []
     for number, entry in enumerate(entries):
         alive()
-        found.append(None if number == best else paired(of_images(entry), of_best, groups, score))
+        found.append(None if number == best else paired(of_images(entry.load()), of_best, groups, score))
     adjusted = _adjusted(found)
     return Comparison(best, adjusted, verdict(headline, entries, best, adjusted))
 
@@ -165,14 +174,6 @@ def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences
         )
     names = " and ".join(filter(None, [", ".join(entry.title for entry in near[:-1]), near[-1].title]))
     return f"{winner}, but cannot be told apart from {names} on these images."
-
-
-def _tested(entries: Sequence[Entry]) -> Indices:
-    """Return the row numbers of the images that every entry was tested on."""
-    first = entries[0].folds
-    if any(not np.array_equal(entry.folds, first) for entry in entries):
-        raise EspalierError("The runs of a comparison were not tested on the same folds. This is a bug.")
-    return np.flatnonzero(first[0] >= 0)
 
 
 def _adjusted(found: Sequence[Difference | None]) -> list[Difference | None]:

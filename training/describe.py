@@ -79,12 +79,9 @@ def report(run: Description) -> str:
     headline = HEADLINES[run.task]
     if "test" in metrics:
         test = metrics["test"]
-        interval = test.get(f"{headline.metric}_ci95")
-        bounds = " ({} to {})".format(*map(headline.said, interval)) if interval else ""
-        lines.append(
-            f"- Test split: {headline.title} {headline.said(test[headline.metric])}{bounds} on {test['images']:,} "
-            "images that no fold and no fit has seen."
-        )
+        has_interval = f"{headline.metric}_ci95" in test
+        said = headline.sentence(test) if has_interval else f"{headline.title} {headline.said(test[headline.metric])}"
+        lines.append(f"- Test split: {said} on {test['images']:,} images that no fold and no fit has seen.")
     lines += [
         "",
         "## Folds",

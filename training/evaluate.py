@@ -19,7 +19,10 @@ from training.split import Indices
 from training.targets import Truth
 
 INTERVAL = "Wilson, over images; not over retraining"
-INTERVAL_OF_DRAWS = "bootstrap, over images; not over retraining"
+_INTERVALS = {
+    Task.REGRESSION: "bootstrap, over images; not over retraining",
+    Task.MULTILABEL: "bootstrap (Wilson for accuracy), over images; not over retraining",
+}
 
 _IS_SHARE = ("accuracy",)
 """Scores that are shares of images, for which there is a formula."""
@@ -78,7 +81,16 @@ def statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
     return np.concatenate(
         [np.stack([np.ones(len(truth)), right, surprise], axis=1), answers & has, answers & ~has, ~answers & has],
         axis=1,
-    ).astype(np.float64)
+        dtype=np.float64,
+    )
+
+
+def mean_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
+    """Return `statistics` float64 [N, S] as the mean over the repeats of logits float32 [repeats, N, outputs]."""
+    total = statistics(task, truth, logits[0])
+    for once in logits[1:]:
+        total += statistics(task, truth, once)
+    return total / len(logits)
 
 
 def _surprise(probabilities: Float64) -> Float64:
@@ -90,9 +102,9 @@ def scores(task: Task, sums: Float64) -> dict[str, Float64]:
     """Return scores by name, each [...], of sums [..., S] of `statistics` over images.
 
     Classes: accuracy, and loss as the mean negative log-likelihood. Labels: the same, an image being right if all its
-    labels are and its loss the mean over labels; f1_macro is the mean of the labels' F1, f1_micro the F1 of all answers
-    together. Numbers: rmse, mae, r2 = 1 - squared errors / squared deviations from the mean (0 where all numbers are
-    equal), and loss as the mean squared error.
+    labels are and its loss the mean over labels; f1_macro is the mean F1 of the labels that occur in truth or answers,
+    f1_micro the F1 of all answers together. Numbers: rmse, mae, r2 = 1 - squared errors / squared deviations from the
+    mean (0 where all numbers are equal), and loss as the mean squared error.
     """
     count = sums[..., 0]
     if task is Task.REGRESSION:
@@ -104,7 +116,9 @@ def scores(task: Task, sums: Float64) -> dict[str, Float64]:
     found = {"accuracy": sums[..., 1] / count, "loss": sums[..., 2] / count}
     if task is Task.MULTILABEL:
         hits, false_alarms, misses = np.split(sums[..., 3:], 3, axis=-1)
-        found["f1_macro"] = _f1(hits, false_alarms, misses).mean(axis=-1)
+        # Labels that some images have or were answered: a draw or a fold without a rare one says nothing about it.
+        seen = (hits + false_alarms + misses > 0).sum(axis=-1)
+        found["f1_macro"] = _f1(hits, false_alarms, misses).sum(axis=-1) / np.maximum(seen, 1)
         found["f1_micro"] = _f1(hits.sum(axis=-1), false_alarms.sum(axis=-1), misses.sum(axis=-1))
     return found
 
@@ -182,27 +196,33 @@ def pooled(
     metrics = score(task, labels, np.concatenate([truth] * repeats), logits.reshape(repeats * count, -1))
     for row in metrics.get("per_class", []):
         row["images"] //= repeats
-    of_images = np.mean([statistics(task, truth, once) for once in logits], axis=0)
-    metrics |= _intervals(task, metrics, of_images, np.arange(count), "ci95")
-    found = len(np.unique(groups))
-    if 1 < found < count:
-        metrics["groups"] = found
-        metrics |= _intervals(task, metrics, of_images, groups, "ci95_groups")
+    of_images = mean_statistics(task, truth, logits)
+    metrics |= _both_intervals(task, metrics, of_images, groups)
     for name in _with_interval(task):
         metrics[f"{name}_sd"] = float(np.std([fold[name] for fold in folds], ddof=1))
-    metrics["interval"] = INTERVAL if set(_with_interval(task)) <= set(_IS_SHARE) else INTERVAL_OF_DRAWS
+    metrics["interval"] = _INTERVALS.get(task, INTERVAL)
     return metrics
 
 
-def held_out(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> dict[str, Any]:
+def held_out(task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
     """Measure logits float32 [N, outputs] of images that no fit has seen.
 
-    Returns what `score` returns with the number of images; from two images on with the intervals over images, too.
+    Returns what `score` returns with the number of images; from two images on with the intervals of `pooled`, too.
     """
     metrics = score(task, labels, truth, logits) | {"images": len(truth)}
     if len(truth) > 1:
-        metrics |= _intervals(task, metrics, statistics(task, truth, logits), np.arange(len(truth)), "ci95")
+        metrics |= _both_intervals(task, metrics, statistics(task, truth, logits), groups)
     return metrics
+
+
+def _both_intervals(task: Task, metrics: dict[str, Any], of_images: Float64, groups: Indices) -> dict[str, Any]:
+    """Return the intervals of scores over images and, where images belong together, over groups with their number."""
+    count = len(groups)
+    both: dict[str, Any] = {**_intervals(task, metrics, of_images, np.arange(count), "ci95")}
+    found = len(np.unique(groups))
+    if 1 < found < count:
+        both |= {"groups": found, **_intervals(task, metrics, of_images, groups, "ci95_groups")}
+    return both
 
 
 def _with_interval(task: Task) -> list[str]:

@@ -20,6 +20,7 @@ from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.layout import Split
 from artifacts.recipe import Mode, Recipe, Task
 from artifacts.store import Digest, Store
+from errors import TrainingDiverged
 from inference import heads
 from inference.engine import OpenVinoEngine
 from training import backbones, describe, evaluate
@@ -202,7 +203,7 @@ def run(
         results, phases, kept = [], [], []
         for fold in folds:
             learned = _learn_fold(recipe, learner, fold, len(folds), clock, report)
-            logits = learned.logits(fold.test)
+            logits = _finite(learned.logits(fold.test))
             out_of_fold[fold.repeat, fold.test] = logits
             fold_of[fold.repeat, fold.test] = fold.number
             results.append(_fold_result(task, labels, fold, learned, truth, logits))
@@ -230,7 +231,7 @@ def run(
             lambda number, epoch: clock.final_epoch(number, plan.epochs, epoch),
         )
         if len(held_out):
-            metrics["test"] = evaluate.held_out(task, labels, truth[held_out], final.logits(held_out))
+            metrics["test"] = evaluate.held_out(task, labels, truth[held_out], groups[held_out], final.logits(held_out))
         if final.network is not None:
             clock.enter("export")
             shown_to_both = pixels[_spread(len(rows), _CHECKED)]
@@ -325,6 +326,13 @@ def _learn_fold(
         clock.epoch(fold.number, folds, number, learner.plan.epochs)
 
     return learner.learn(fold.train, fold.validation, learner.plan, _seed(recipe, fold.number), on_epoch)
+
+
+def _finite(logits: Float32) -> Float32:
+    """Return logits that are numbers all. Raises TrainingDiverged."""
+    if not np.isfinite(logits).all():
+        raise TrainingDiverged("What was learned answers with infinite numbers. Lower optimizer.learning_rate.")
+    return logits
 
 
 def _fold_result(

@@ -147,7 +147,7 @@ class Scaler:
 
     @classmethod
     def of(cls, features: npt.NDArray[Any], rows: Indices) -> Scaler:
-        """Return the scaler that gives the rows mean zero and variance one."""
+        """Return the scaler that gives the rows, float32 or float64 [N, D], mean zero and variance one."""
         mean = np.zeros(features.shape[1])
         square = np.zeros(features.shape[1])
         chunks = np.array_split(rows, -(-len(rows) // 4096))
@@ -156,8 +156,8 @@ class Scaler:
         for chunk in chunks:
             square += np.square(features[chunk] - mean).sum(axis=0) / len(rows)
         deviation = np.sqrt(square)
-        # float32 carries 24 bits: a spread below the last bits of the mean is rounding, not a feature
-        varies = deviation > 1e-6 * np.abs(mean)
+        # a spread below the last bits of the mean is rounding, not a feature
+        varies = deviation > 8 * np.finfo(features.dtype).eps * np.abs(mean)
         return cls(mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies))
 
     def __call__(self, features: npt.NDArray[Any]) -> Features:

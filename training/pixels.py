@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -100,28 +101,43 @@ def load_pixels(
     shape = (len(digests), decoder.size, decoder.size, 3)
     what = repr((IMAGE_RULE, decoder.size, decoder.resize.value, list(digests)))
     place = folder / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.u8"
-    if not place.exists() or place.stat().st_size != int(np.prod(shape)):
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
-        try:
-            with disk_errors(), unfinished.open("xb") as file:
-                done = 0
-                for names, pixels in decoder.batches(digests):
-                    file.write(pixels.tobytes())
-                    done += len(names)
-                    report(done, len(digests))
+    kept = _mapped(place, shape)
+    if kept is not None:
+        return kept
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
+    try:
+        with disk_errors(), unfinished.open("x+b") as file:
+            done = 0
+            for names, pixels in decoder.batches(digests):
+                file.write(pixels.tobytes())
+                done += len(names)
+                report(done, len(digests))
+            file.flush()
             unfinished.replace(place)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    os.utime(place)  # the least recently used files go first
-    return np.memmap(place, dtype=np.uint8, mode="r", shape=shape)
+            return np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _mapped(place: Path, shape: tuple[int, ...]) -> Pixels | None:
+    """Return the pixels of a whole file, which then counts as used now; None if there is none."""
+    with contextlib.suppress(FileNotFoundError):  # never made, or dropped at this moment by another process
+        os.utime(place)
+        with place.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == int(np.prod(shape)):
+                return np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
+    return None
 
 
 def drop_pixels(folder: Path, budget_bytes: int) -> None:
     """Remove the files that were not used for longest until the rest fits the budget."""
-    files = sorted(folder.glob("*.u8"), key=lambda file: file.stat().st_mtime, reverse=True)
+    found = []
+    for file in folder.glob("*.u8"):
+        with contextlib.suppress(FileNotFoundError):  # another process drops files, too
+            found.append((file.stat().st_mtime, file.stat().st_size, file))
     used = 0
-    for file in files:
-        used += file.stat().st_size
+    for _, size_bytes, file in sorted(found, reverse=True):
+        used += size_bytes
         if used > budget_bytes:
             file.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from errors import RecipeInvalid
 
@@ -31,7 +32,7 @@ class Fold:
 def make_folds(
     rows: Indices,
     strata: Indices,
-    needed: npt.NDArray[np.bool_],
+    needed: csr_array,
     groups: Indices,
     validation: Indices,
     *,
@@ -45,7 +46,8 @@ def make_folds(
     Args:
         rows: the row numbers that may be folded.
         strata: class of every row of the data set, int [N]; folds have the same share of each.
-        needed: labels of every row, bool [N, labels]; each must be among the training rows of every fold.
+        needed: 1 for each label of every row, sparse or dense [N, labels]; each label must be among the training rows
+            of every fold.
         groups: group of every row of the data set, int [N].
         validation: rows to watch in every fold; if empty, a part of each fold's training rows is set aside.
         k: number of folds of one repeat.
@@ -57,6 +59,7 @@ def make_folds(
         RecipeInvalid: the groups cannot be cut so that every fold has all labels to train on.
     """
     folds = []
+    needed = csr_array(needed)
     for repeat in range(repeats):
         parts = _parts(rows, strata, needed, groups, k, _seed(seed, repeat))
         for number, test in enumerate(parts):
@@ -73,12 +76,10 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-def _parts(
-    rows: Indices, strata: Indices, needed: npt.NDArray[np.bool_], groups: Indices, k: int, seed: int
-) -> list[Indices]:
+def _parts(rows: Indices, strata: Indices, needed: csr_array, groups: Indices, k: int, seed: int) -> list[Indices]:
     """Cut rows into `k` parts with the same share of each stratum, no group in two of them."""
     for attempt in range(_ATTEMPTS):
-        parts = _cut(rows, strata, groups, k, _seed(seed, attempt))
+        parts = _spread(_cut(rows, strata, groups, k, _seed(seed, attempt)), needed, groups)
         if _can_be_trained_on(parts, needed):
             return parts
     raise RecipeInvalid(
@@ -113,6 +114,39 @@ def _cut(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -> 
     return [np.sort(rows[dealt == part]) for part in range(k)]
 
 
+# Moving a group for one label may leave another alone; this many rounds mend what can be mended.
+_ROUNDS = 50
+
+
+def _spread(parts: list[Indices], needed: csr_array, groups: Indices) -> list[Indices]:
+    """Return parts in which labels that stood in one part alone stand in two, as far as moving groups can do that.
+
+    With many rare labels to an image, no order of dealing is right for all of them.
+    """
+    for _ in range(_ROUNDS):
+        counts = np.array([needed[part].sum(axis=0) for part in parts])
+        is_alone = (counts > 0).sum(axis=0) == 1
+        moves = []
+        for label in np.flatnonzero(is_alone).tolist():
+            home = int(counts[:, label].argmax())
+            rows = parts[home]
+            having = rows[needed[rows][:, [label]].nonzero()[0]]
+            for group in np.unique(groups[having]).tolist():
+                goes = rows[groups[rows] == group]
+                brings = needed[goes].sum(axis=0)
+                stays = (counts[home] > brings) & (brings > 0)
+                target = min((part for part in range(len(parts)) if part != home), key=lambda part: len(parts[part]))
+                lost = (brings > 0) & ~stays & (np.delete(counts, [home, target], axis=0) == 0).all(axis=0)
+                moves.append((int((stays & is_alone).sum()) - int(lost.sum()), -len(goes), home, target, group))
+        if not moves or max(moves)[0] <= 0:
+            break
+        _, _, home, target, group = max(moves)
+        goes = groups[parts[home]] == group
+        parts[target] = np.sort(np.concatenate([parts[target], parts[home][goes]]))
+        parts[home] = parts[home][~goes]
+    return parts
+
+
 def _share(group: Counter[int], part: Counter[int], totals: Counter[int]) -> float:
     """Return how much a part has already of what a group would bring: its share of each stratum, weighed by images."""
     return sum(count * part[stratum] / totals[stratum] for stratum, count in group.items())
@@ -126,9 +160,9 @@ def _members(rows: Indices, strata: Indices, groups: Indices) -> dict[int, Count
     return members
 
 
-def _can_be_trained_on(parts: list[Indices], needed: npt.NDArray[np.bool_]) -> bool:
+def _can_be_trained_on(parts: list[Indices], needed: csr_array) -> bool:
     """Say whether no part is empty and every label is in at least two of them."""
-    found = np.sum([needed[part].any(axis=0) for part in parts], axis=0)
+    found = np.sum([needed[part].sum(axis=0) > 0 for part in parts], axis=0)
     return all(len(part) for part in parts) and bool((found > 1).all())
 
 
@@ -137,7 +171,7 @@ _OVERSHOOT = 1.5
 
 
 def _set_aside(
-    rows: Indices, strata: Indices, needed: npt.NDArray[np.bool_], groups: Indices, fraction: float, seed: int
+    rows: Indices, strata: Indices, needed: csr_array, groups: Indices, fraction: float, seed: int
 ) -> Indices:
     """Return about `fraction` of the rows of each stratum, whole groups only.
 
@@ -151,7 +185,7 @@ def _set_aside(
         for stratum in inside:
             groups_of[stratum].append(group)
     labels_of: dict[int, set[int]] = {group: set() for group in members}
-    for row, label in zip(*np.nonzero(needed[rows]), strict=True):
+    for row, label in zip(*needed[rows].nonzero(), strict=True):
         labels_of[int(groups[rows[row]])].add(int(label))
     groups_left = Counter(label for labels in labels_of.values() for label in labels)
     wanted = {stratum: max(1, round(fraction * size)) for stratum, size in Counter(strata[rows].tolist()).items()}

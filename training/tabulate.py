@@ -25,7 +25,7 @@ class Line:
     ci95: tuple[float, float]
     difference: Difference | None
     training_s: float
-    predict_ms: float
+    predict_ms: float | None
     backbone_bytes: int
     bundle_bytes: int
 
@@ -49,7 +49,7 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
             apart = (said(line.difference.difference), f"{said(low)} to {said(high)}", f"{line.difference.p_value:.2g}")
         text.append(
             f"| {line.title} | {line.version} | {said(line.score)} | {said(line.ci95[0])} to {said(line.ci95[1])} "
-            f"| {' | '.join(apart)} | {line.training_s:,.1f} s | {line.predict_ms:.2f} ms "
+            f"| {' | '.join(apart)} | {line.training_s:,.1f} s | {_milliseconds(line.predict_ms)} "
             f"| {line.backbone_bytes / 1e6:,.1f} MB | {line.bundle_bytes / 1e6:,.2f} MB |"
         )
     text += [
@@ -60,6 +60,10 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
         "- A prediction is one decoded image through backbone and head, the median on the machine that compared.",
     ]
     return "\n".join(text) + "\n"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "not served here" if value is None else f"{value:.2f} ms"
 
 
 def forest(headline: Headline, lines: Sequence[Line]) -> bytes:

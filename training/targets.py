@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from artifacts.manifest import Row
 from artifacts.recipe import Task
@@ -25,27 +26,28 @@ class Targets:
     Attributes:
         truth: see `Truth`.
         strata: int [N]; folds have the same share of each: the class, the rarest label, or the tenth of the numbers.
-        needed: bool [N, labels]; every fold must have some of each label to train on. No labels for numbers.
+        needed: sparse int8 [N, labels], 1 for each label of a row; every fold must have some of each to train on. No
+            labels for numbers.
     """
 
     truth: Truth
     strata: Indices
-    needed: npt.NDArray[np.bool_]
+    needed: csr_array
 
 
 def targets_of(task: Task, labels: Sequence[str], rows: Sequence[Row]) -> Targets:
     """Return the targets of rows, whose labels are all among `labels`."""
     if task is Task.REGRESSION:
         numbers = np.array([row.target for row in rows], dtype=np.float64)
-        return Targets(numbers[:, None], _tenths(numbers), np.zeros((len(rows), 0), dtype=bool))
+        return Targets(numbers[:, None], _tenths(numbers), csr_array((len(rows), 0), dtype=np.int8))
     number = {label: place for place, label in enumerate(labels)}
-    has = np.zeros((len(rows), len(labels)), dtype=bool)
-    for row, of_row in zip(rows, has, strict=True):
-        of_row[[number[label] for label in row.labels]] = True
+    places = np.array([number[label] for row in rows for label in row.labels], dtype=np.intp)
+    ends = np.cumsum([0, *(len(row.labels) for row in rows)])
+    has = csr_array((np.ones(len(places), dtype=np.int8), places, ends), shape=(len(rows), len(labels)))
     if task is Task.MULTILABEL:
-        return Targets(has.astype(np.float32), _rarest(has), has)
-    classes = has.argmax(axis=1).astype(np.intp)
-    return Targets(classes, classes, has)
+        dense = has.toarray()
+        return Targets(dense.astype(np.float32), _rarest(dense > 0), has)
+    return Targets(places, places, has)
 
 
 def _rarest(has: npt.NDArray[np.bool_]) -> Indices:

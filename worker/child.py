@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -255,8 +256,11 @@ def _weights(order: Mapping[str, Any], recipe: Recipe, store: Store, channel: Ch
 # --- compare -------------------------------------------------------------------------------------------------------
 
 
-# Enough for a median that a short disturbance does not move.
+# Enough for a median that a short disturbance does not move; large networks get fewer.
 _ROUNDS = 30
+_ROUNDS_WITHIN_S = 60.0
+# Networks that are in memory at once, to take turns.
+_TURNS_BYTES = 4 * 1024**3
 
 
 def compare(order: Mapping[str, Any], channel: Channel) -> None:
@@ -270,18 +274,22 @@ def compare(order: Mapping[str, Any], channel: Channel) -> None:
     candidates: list[dict[str, Any]] = order["candidates"]
     task = Task(candidates[0]["task"])
     headline = HEADLINES[task]
+
+    def out_of_fold(digest: str) -> comparing.OutOfFold:
+        return comparing.OutOfFold(**load_tensors(store.read(Digest(digest))))
+
     entries = [
         comparing.Entry(
             title=candidate["title"],
             score=candidate["metrics"][headline.metric],
-            **load_tensors(store.read(Digest(candidate["out_of_fold"]))),
+            load=partial(out_of_fold, candidate["out_of_fold"]),
         )
         for candidate in candidates
     ]
     rows = manifest.load(store.read(Digest(order["manifest"])))
     found = comparing.compare(task, order["labels"], rows, entries, lambda: channel.send("alive"))
     channel.send("alive")
-    times = _prediction_times([Digest(candidate["bundle"]) for candidate in candidates], store, order["threads"])
+    times = _prediction_times(candidates, store, order["threads"], lambda: channel.send("alive"))
     lines = [
         tabulate.Line(
             title=candidate["title"],
@@ -296,7 +304,7 @@ def compare(order: Mapping[str, Any], channel: Channel) -> None:
         )
         for candidate, entry, difference, predict_ms in zip(candidates, entries, found.differences, times, strict=True)
     ]
-    interval = candidates[0]["metrics"]["interval"]
+    interval = headline.interval_kind(candidates[0]["metrics"])
     ranked = sorted(lines, key=lambda line: (line.difference is not None, _loss(headline, line.score)))
     report = tabulate.report(order["name"], headline, ranked, found.verdict, interval)
     channel.send(
@@ -322,13 +330,44 @@ def _loss(headline: Headline, score: float) -> float:
     return -score if headline.is_greater_better else score
 
 
-def _prediction_times(bundles: Sequence[Digest], store: Store, threads: int) -> list[float]:
-    """Return the median milliseconds that each bundle takes for its golden input, one decoded image."""
+def _prediction_times(
+    candidates: Sequence[Mapping[str, Any]], store: Store, threads: int, alive: Callable[[], None]
+) -> list[float | None]:
+    """Return the median milliseconds that each bundle takes for its golden input, one decoded image.
+
+    None for a bundle that this machine cannot serve: what was measured in training counts all the same.
+    """
+    from inference.predictor import Predictor
     from inference.shelf import Shelf
     from inference.stopwatch import medians_ms
 
-    shelf = Shelf(store, threads, budget_bytes=sys.maxsize)  # all of them at once, to take turns
-    return medians_ms([shelf.predictor(bundle).golden_logits for bundle in bundles], _ROUNDS)
+    found: list[float | None] = [None] * len(candidates)
+    for turns in _turns([store.path(Digest(candidate["backbone"])) for candidate in candidates]):
+        shelf = Shelf(store, threads, budget_bytes=sys.maxsize)  # all of these at once
+        loaded: list[tuple[int, Predictor]] = []
+        for number in turns:
+            try:
+                loaded.append((number, shelf.predictor(Digest(candidates[number]["bundle"]))))
+            except EspalierError as error:
+                sys.stderr.write(f"Not timed: {error.detail}\n")
+            alive()
+        measured = medians_ms([predictor.golden_logits for _, predictor in loaded], _ROUNDS, _ROUNDS_WITHIN_S, alive)
+        for (number, _), value in zip(loaded, measured, strict=True):
+            found[number] = value
+    return found
+
+
+def _turns(networks: Sequence[Path]) -> list[list[int]]:
+    """Return the numbers of networks in groups that fit into memory together; equal ones count once."""
+    groups: list[list[int]] = [[]]
+    held: set[Path] = set()
+    for number, network in enumerate(networks):
+        if held and sum(path.stat().st_size for path in held | {network}) > _TURNS_BYTES:
+            groups.append([])
+            held = set()
+        groups[-1].append(number)
+        held.add(network)
+    return groups
 
 
 _ORDERS: Mapping[str, Callable[[Mapping[str, Any], Channel], None]] = {

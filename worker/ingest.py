@@ -373,7 +373,7 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[Accepted]:
 
 
 def _said_of(row: Row) -> str:
-    return "|".join(row.labels) if row.target is None else f"{row.target:g}"
+    return "|".join(row.labels) if row.target is None else repr(row.target)
 
 
 def _task(intake: _Intake, parent: _Parent | None, rows: Sequence[Row]) -> Task:

@@ -387,7 +387,9 @@ def test_targets_make_a_regression() -> None:
     assert [(sample.target, sample.labels) for sample in layout.samples] == [(1.5, ()), (-2000.0, ()), (7.0, ())]
 
 
-@pytest.mark.parametrize("text", ["", "daisy", "nan", "inf", "-Infinity", "1e999", "1,5", "0x10", "1.2.3"])
+@pytest.mark.parametrize(
+    "text", ["", "daisy", "nan", "inf", "-Infinity", "1e999", "1e39", "-1e16", "1e-20", "1,5", "0x10", "1.2.3"]
+)
 def test_a_target_that_is_no_number_is_told(text: str) -> None:
     with pytest.raises(LayoutUnknown, match=r"Line 2 of labels\.csv: expected a number as target"):
         read(f'path,target\n1.png,"{text}"\n')

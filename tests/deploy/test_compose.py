@@ -169,6 +169,16 @@ def test_every_queue_is_served_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SERVICES["worker-gpu"]["profiles"] == ["gpu"]
 
 
+def test_the_worker_with_a_gpu_has_cudas_libraries_locked() -> None:
+    given = dict(argument.split("=", 1) for argument in SERVICES["worker-gpu"]["build"]["args"] if "=" in argument)
+    locked = (ROOT / "requirements" / f"{given['REQUIREMENTS']}.txt").read_text()
+    names = [line.split("==")[0] for line in locked.splitlines() if "==" in line]
+    assert {"tensorflow", "nvidia-cudnn-cu12", "openvino", "mlflow"} <= set(names) and "tensorflow-cpu" not in names
+    assert locked.count("--hash=sha256:") >= len(names)
+    others = [service["build"].get("args", ()) for service in SERVICES.values() if "build" in service]
+    assert sum("REQUIREMENTS" in str(arguments) for arguments in others) == 1
+
+
 def test_a_password_is_never_part_of_an_address() -> None:
     odd = "a/b@c:d?e#f g"  # would need escaping there, which nobody thinks of
     services = composed(POSTGRES_PASSWORD=odd, MLFLOW_POSTGRES_PASSWORD=odd)["services"]

@@ -52,11 +52,12 @@ def test_no_enum_column_takes_another_word(database: Database) -> None:
         for column in owner.columns
         if isinstance(column.type, Enum)
     ]
-    assert len(columns) == 10
+    assert len(columns) == 11
     with database.writing() as session:
         version = records.ready_version(session, images=[records.accepted("daisy/1.png")])
         run = records.queued_run(session, version)
         jobs.add_job(session, run.project_id, JobKind.TRAIN, Queue.CPU, run.id)
+        records.queued_comparison(session, version)
         registry.set_weights(
             session, Weights(network=BackboneName.VGG16, name="mine", sha256=records.digest("weights"), source={})
         )

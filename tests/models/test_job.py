@@ -550,6 +550,14 @@ def test_fine_tuning_goes_to_a_gpu_where_one_is_served(database: Database) -> No
     assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
 
 
+def test_a_worker_serves_what_it_said_last_and_one_whose_clock_is_ahead_is_not_waited_for(database: Database) -> None:
+    see(database, Queue.GPU, ago_s=-6 * 3600)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+    see(database, Queue.GPU)
+    see(database, Queue.CPU, Queue.INGEST)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+
+
 def test_what_waits_for_a_gpu_that_is_gone_goes_to_the_processors(database: Database) -> None:
     waiting, running = add(database, "run_1", "run_2", queue=Queue.GPU)
     with database.writing() as session:
@@ -561,3 +569,16 @@ def test_what_waits_for_a_gpu_that_is_gone_goes_to_the_processors(database: Data
     with database.writing() as session:
         assert jobs.hand_over_unserved(session) == 1
     assert look(database, waiting).queue is Queue.CPU and look(database, running).queue is Queue.GPU
+
+
+def test_the_end_of_a_run_is_owed_if_its_start_was_or_mlflow_has_it(database: Database) -> None:
+    with database.writing() as session:
+        unknown, started, known = (
+            records.queued_run(session, records.ready_version(session, name)) for name in ("a", "b", "c")
+        )
+        jobs.owe(session, started.id, "started", {})
+        known.mlflow_run_id = "1234"
+        for run in (unknown, started, known):
+            jobs.owe_end(session, run.id)
+        kinds = [[row.kind for row in jobs.owed(session, run.id)] for run in (unknown, started, known)]
+    assert kinds == [[], ["started", "finished"], ["finished"]]

@@ -16,7 +16,7 @@ from artifacts.recipe import Task
 from artifacts.store import digest_of
 from errors import EspalierError
 from training import evaluate
-from training.compare import TEST, Comparison, Difference, Entry, best_of, compare, holm, paired
+from training.compare import TEST, Comparison, Difference, Entry, OutOfFold, best_of, compare, holm, paired
 from training.resample import Float64
 from training.split import Indices
 from training.tabulate import Line, forest, report
@@ -125,6 +125,11 @@ def test_p_values_are_adjusted_as_holm_did() -> None:
     assert holm([0.04]) == [0.04] and holm([]) == []
 
 
+def entry(number: int, score: float, folds: np.ndarray, logits: np.ndarray) -> Entry:
+    answered = OutOfFold(folds, logits)
+    return Entry(f"recipe {number}", score, lambda: answered)
+
+
 def entries(truth: np.ndarray, *flipped: int, repeats: int = 1) -> list[Entry]:
     """Return binary recipes, each of which answers so many images wrongly, the last ones first."""
     folds = np.tile(np.arange(len(truth), dtype=np.int16) % 2, (repeats, 1))
@@ -133,7 +138,7 @@ def entries(truth: np.ndarray, *flipped: int, repeats: int = 1) -> list[Entry]:
         logits = np.where(truth == 1, 2.0, -2.0).astype(np.float32)
         logits[len(truth) - count :] *= -1
         logits_of = np.tile(logits[:, None], (repeats, 1, 1))
-        found.append(Entry(f"recipe {number}", folds.copy(), logits_of, 1 - count / len(truth)))
+        found.append(entry(number, 1 - count / len(truth), folds.copy(), logits_of))
     return found
 
 
@@ -178,16 +183,16 @@ def test_repeats_add_no_images() -> None:
 
 def test_images_in_no_fold_do_not_count() -> None:
     found = entries(TRUTH, 2, 9)
-    for entry in found:
-        entry.folds[:, 110:] = -1
-        entry.logits[:, 110:] = np.nan
+    for one in found:
+        one.load().folds[:, 110:] = -1
+        one.load().logits[:, 110:] = np.nan
     difference = compared(TRUTH, found).differences[1]
     assert difference is not None and difference.difference == 0.0, "they only differed there"
 
 
 def test_recipes_on_other_folds_are_not_compared() -> None:
     found = entries(TRUTH, 2, 9)
-    found[1].folds[0, 0] = 1
+    found[1].load().folds[0, 0] = 1
     with pytest.raises(EspalierError, match="same folds"):
         compared(TRUTH, found)
 
@@ -203,10 +208,10 @@ def test_a_smaller_error_of_numbers_is_better() -> None:
         scores = evaluate.scores(
             Task.REGRESSION, evaluate.statistics(Task.REGRESSION, truth[:, None], logits[0]).sum(axis=0)
         )
-        found.append(Entry(f"recipe {number}", folds, logits, float(scores["rmse"])))
+        found.append(entry(number, float(scores["rmse"]), folds, logits))
     rows = [row(number, target=float(value)) for number, value in enumerate(truth)]
     table = compare(Task.REGRESSION, [], rows, found, lambda: None)
-    assert table.best == best_of([entry.score for entry in found], HEADLINES[Task.REGRESSION]) == 1
+    assert table.best == best_of([one.score for one in found], HEADLINES[Task.REGRESSION]) == 1
     worst = table.differences[0]
     assert worst is not None and worst.difference == pytest.approx(found[0].score - found[1].score, rel=1e-6)
     assert worst.ci95[0] > 0 and worst.p_value < 0.01

@@ -129,7 +129,7 @@ def test_a_multilabel_score_counts_by_hand() -> None:
         "f1": pytest.approx(2 / 3),
         "images": 2,
     }
-    assert metrics["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 3)
+    assert metrics["f1_macro"] == pytest.approx((0.8 + 2 / 3) / 2)  # of the labels that there are
     assert metrics["f1_micro"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
     right = np.where(truth > 0.5, probabilities, 1 - probabilities)
     assert metrics["loss"] == pytest.approx(-np.log(right).mean(), rel=1e-6)
@@ -183,5 +183,29 @@ def test_labels_are_pooled_with_intervals_of_both_means_and_of_images_that_are_a
 
 
 def test_one_held_out_image_has_a_score_and_no_interval() -> None:
-    metrics = evaluate.held_out(Task.REGRESSION, [], np.array([[1.0]]), np.array([[3.0]], np.float32))
+    metrics = evaluate.held_out(Task.REGRESSION, [], np.array([[1.0]]), np.array([0]), np.array([[3.0]], np.float32))
     assert metrics["rmse"] == 2.0 and metrics["images"] == 1 and "rmse_ci95" not in metrics
+
+
+def test_held_out_images_that_belong_together_have_an_interval_over_groups() -> None:
+    truth = np.tile([0, 1], 20)
+    logits = np.eye(2, dtype=np.float32)[np.repeat([[0, 1], [1, 0]], 10, axis=0).ravel()] * 5
+    metrics = evaluate.held_out(Task.MULTICLASS, ["a", "b"], truth, np.repeat(np.arange(8), 5), logits)
+    low, high = metrics["accuracy_ci95_groups"]
+    assert metrics["groups"] == 8 and low < metrics["accuracy_ci95"][0] and metrics["accuracy_ci95"][1] < high
+
+
+def test_a_label_that_a_draw_or_a_fold_has_not_does_not_count_against_it() -> None:
+    # A hundred labels of two images each, one in ten of them missed: draws miss an eighth of the labels.
+    truth = np.zeros((1000, 100), np.float32)
+    truth[np.arange(200), np.arange(200) % 100] = 1
+    logits = np.where(truth == 1, 3.0, -3.0).astype(np.float32)
+    logits[:20] = -3.0
+    folds = [{"f1_macro": 1.0, "f1_micro": 1.0, "accuracy": 1.0}] * 2
+    labels = [str(number) for number in range(100)]
+    metrics = evaluate.pooled(Task.MULTILABEL, labels, truth, np.arange(1000), logits[None], folds)
+    low, high = metrics["f1_macro_ci95"]
+    assert metrics["f1_macro"] == pytest.approx((80 + 20 * 2 / 3) / 100)
+    assert low < metrics["f1_macro"] < high
+    first = evaluate.score(Task.MULTILABEL, labels, truth[100:200], logits[100:200])
+    assert first["f1_macro"] == 1.0

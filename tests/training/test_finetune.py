@@ -21,6 +21,7 @@ from training.export import export
 from training.finetune import Material, Tuned, tune
 from training.fit import Epoch, Fit, fit
 from training.split import Indices
+from training.targets import Truth
 
 NONE = np.array([], dtype=np.intp)
 COUNT = 24
@@ -51,18 +52,21 @@ def pictures(size: int) -> tuple[Pixels, Indices]:
 class Trial:
     """A network, a head that has learned on its frozen features, and what is needed to go on from there."""
 
-    def __init__(self, wanted: Recipe, head_epochs: int = 5) -> None:
+    def __init__(
+        self, wanted: Recipe, head_epochs: int = 5, task: Task = Task.MULTICLASS, targets: Truth | None = None
+    ) -> None:
         assert wanted.image_size and wanted.features_from
-        self.recipe = wanted
-        self.pixels, self.truth = pictures(wanted.image_size)
+        self.recipe, self.task = wanted, task
+        self.pixels, classes = pictures(wanted.image_size)
+        self.truth = classes if targets is None else targets
         self.weights = calibrated(wanted.backbone, self.pixels)
         network = backbones.backbone(wanted.backbone, wanted.features_from, wanted.image_size, self.weights)
         self.features = np.asarray(network(self.pixels)["features"])
         self.rows = np.arange(COUNT)
         self.head: Fit = fit(
             wanted,
-            Task.MULTICLASS,
-            3,
+            task,
+            3 if targets is None else targets.shape[1],
             self.features,
             self.truth,
             self.rows,
@@ -83,7 +87,7 @@ class Trial:
         }
         return tune(
             self.recipe,
-            Task.MULTICLASS,
+            self.task,
             self.weights,
             material or Material(self.pixels, are_maps=False),
             self.head,
@@ -125,6 +129,27 @@ def test_an_untrained_network_answers_as_the_head_on_frozen_features_did() -> No
     for material in (None, trial.maps()):
         tuned = trial.tune(material, epochs=1)
         assert tuned.logits(trial.rows) == pytest.approx(before, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        (Task.REGRESSION, 1900.0 + 10 * (np.arange(COUNT) % 3)[:, None]),
+        (Task.MULTILABEL, np.stack([np.arange(COUNT) % 3 > 0, np.arange(COUNT) % 3 < 2], axis=1).astype(np.float32)),
+    ],
+)
+def test_numbers_and_labels_are_tuned_too_and_answered_as_keras_does(task: Task, targets: Truth) -> None:
+    trial = Trial(recipe(unfreeze="block5", fine_tune={"learning_rate": 1e-6, "epochs": 2}), task=task, targets=targets)
+    assert trial.recipe.features_from and trial.recipe.image_size
+    tuned = trial.tune(epochs=2)
+    network = backbones.backbone(
+        trial.recipe.backbone, trial.recipe.features_from, trial.recipe.image_size, tuned.network()
+    )
+    again = heads.logits(tuned.layers, np.asarray(network(trial.pixels)["features"]))
+    scale = targets.std() if task is Task.REGRESSION else 1.0
+    assert tuned.logits(trial.rows) / scale == pytest.approx(again / scale, abs=5e-3)
+    if task is Task.REGRESSION:
+        assert np.abs(again - targets).mean() < targets.std(), "in the unit of the targets"
 
 
 def test_layers_from_the_cut_on_learn_and_those_before_it_do_not() -> None:

@@ -277,3 +277,10 @@ def test_labels_are_learned_each_by_itself_and_an_image_is_right_if_all_its_labe
     watched = np.arange(200) % 4 == 0
     best = result.history[result.best_epoch - 1]
     assert best["val_accuracy"] == pytest.approx(right[watched].all(axis=1).mean())
+
+
+def test_numbers_that_are_close_together_far_from_zero_are_learned() -> None:
+    features = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
+    numbers = 1_000_000.0 + features[:, :1].astype(np.float64)
+    result = fitted_to(Task.REGRESSION, features, numbers)
+    assert np.abs(heads.logits(result.layers, features) - numbers).mean() < 0.5

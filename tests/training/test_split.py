@@ -161,3 +161,18 @@ def test_numbers_need_no_class_to_be_trained_on() -> None:
     )
     assert [len(one.test) for one in folds] == [3, 3]
     assert all(len(one.train) and len(one.validation) for one in folds)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_rare_labels_are_cut_where_they_can_be(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shares = 1 / np.arange(1, 400)
+    needed = random.random((500, 399)) < 4 * shares / shares.sum()
+    needed = needed[:, needed.sum(axis=0) >= 2]
+    by_rarity = np.argsort(needed.sum(axis=0), kind="stable")
+    strata = np.where(needed.any(axis=1), by_rarity[needed[:, by_rarity].argmax(axis=1)], needed.shape[1])
+    folds = make_folds(
+        np.arange(500), strata, needed, np.arange(500), NONE, k=2, repeats=1, validation_fraction=0.1, seed=seed
+    )
+    assert all(needed[one.train].any(axis=0).all() for one in folds)
+    assert all(200 < len(one.test) < 300 for one in folds)

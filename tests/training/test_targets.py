@@ -16,7 +16,7 @@ def row(*labels: str, target: float | None = None) -> Row:
 def test_classes_are_numbers_in_the_order_of_the_labels() -> None:
     found = targets_of(Task.MULTICLASS, ["cat", "dog"], [row("dog"), row("cat"), row("dog")])
     assert found.truth.tolist() == found.strata.tolist() == [1, 0, 1]
-    assert found.needed.tolist() == [[False, True], [True, False], [False, True]]
+    assert found.needed.toarray().tolist() == [[0, 1], [1, 0], [0, 1]]
 
 
 def test_an_image_with_several_labels_counts_with_its_rarest() -> None:

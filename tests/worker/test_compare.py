@@ -23,7 +23,7 @@ from artifacts.images import IMAGE_RULE
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.recipe import Activation, Precision, Resize, Task
-from artifacts.store import Store
+from artifacts.store import Digest, Store
 from models import comparison as comparisons
 from models import job as jobs
 from models import registry
@@ -149,7 +149,8 @@ def add_run(case: Case, session: Any, run_id: str, wrong: int) -> None:
     tensors = {"folds": (np.arange(IMAGES, dtype=np.int16) % 4 // 2)[None], "logits": logits}
     file = case.store.put(save_tensors(tensors))
     share = 1 - wrong / IMAGES
-    metrics = {"accuracy": share, "accuracy_ci95": [share - 0.1, share], "interval": "Wilson"}
+    metrics = {"accuracy": share, "accuracy_ci95": [share - 0.1, share], "interval": "Wilson, over images"}
+    metrics |= {"groups": 20, "accuracy_ci95_groups": [share - 0.2, share]}
     backbone = case.store.put(network())
     layers = (Dense(np.full((3, 1), wrong / 1000, np.float32), np.zeros(1, np.float32), Activation.LINEAR),)
     golden = np.zeros((1, 8, 8, 3), np.uint8)
@@ -207,9 +208,25 @@ def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop
     assert first["difference"]["difference"] == pytest.approx(-11 / 40) and last["difference"] is None
     assert first["difference"]["p_value"] == pytest.approx(2 * 0.5**11, abs=0.001), "eleven of eleven to one side"
     assert all(row["predict_ms"] > 0 and row["backbone_bytes"] == len(network()) for row in (first, last))
+    assert last["ci95"] == pytest.approx([0.775, 0.975]) and found.table["interval"] == "Wilson, over groups of images"
     assert found.table["verdict"].startswith("epochs=3 has the best accuracy, 97.5%")
     assert case.store.has(found.picture_sha256) and case.store.has(found.report_sha256)  # type: ignore[arg-type]
     assert case.owed() == sorted((case.run_ids[number], "comparison") for number in (0, 2))
+
+
+def test_a_bundle_that_this_machine_does_not_serve_is_compared_but_not_timed(case: Case, start_loop: StartLoop) -> None:
+    with case.database.reading() as session:
+        version = registry.find_run_version(session, case.run_ids[0])
+        assert version is not None
+        bundle = case.store.path(Digest(version.bundle_sha256))
+    bundle.chmod(0o600)
+    bundle.write_bytes(bundle.read_bytes()[:-1] + b"x")
+    start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
+    settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=60)
+    table = case.comparison().table
+    assert table is not None
+    assert [row["predict_ms"] is None for row in table["rows"]] == [True, False]
+    assert table["rows"][0]["difference"]["difference"] == pytest.approx(-11 / 40)
 
 
 def outcome(case: Case) -> dict[str, Any]:

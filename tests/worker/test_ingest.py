@@ -230,7 +230,7 @@ def test_targets_make_a_regression(intake: Intake) -> None:
     files = {f"{number}.png": sample.png(number) for number in range(3)}
     version = intake.take_in(files | {"labels.csv": csv})
     assert (version.state, version.task, version.classes) == (DatasetState.READY, Task.REGRESSION, [])
-    assert version.target == {"min": -2.0, "max": 3.5, "mean": 1.0}
+    assert version.target == {"min": -2.0, "max": 3.5, "mean": 1.0, "groups": 3} and version.groups == 3
     assert [row[2:4] for row in intake.rows(version)] == [(None, 1.5), (None, -2.0), (None, 3.5)]
 
 
@@ -278,6 +278,19 @@ def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
     assert refused(version) == {"blue/0.png": reason, "green/liar.png": reason}
     assert not is_stored(intake, files["blue/0.png"])  # no row names it
     assert intake.has_nothing_but(version)
+
+
+def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intake: Intake) -> None:
+    files = {f"{number}.png": sample.png(number) for number in range(4)} | {"again.png": sample.png(0)}
+    lines = [
+        "path,target",
+        *(f"{number}.png,{number}" for number in range(1, 4)),
+        "0.png,2018.123",
+        "again.png,2018.119",
+    ]
+    version = intake.take_in({"labels.csv": "\n".join(lines).encode(), **files})
+    assert set(refused(version)) == {"0.png", "again.png"}
+    assert "2018.119 and 2018.123" in refused(version)["0.png"]
 
 
 def test_up_to_fifty_bad_files_are_borne(intake: Intake) -> None:
