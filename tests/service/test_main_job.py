@@ -117,6 +117,7 @@ def test_a_later_run_makes_a_version_and_an_alias_chooses_between_them(
     service.http.put("/api/v1/models/colours/aliases/champion", json={"version": 1})
 
 
+@pytest.mark.slow
 def test_no_image_goes_through_the_backbone_twice(service: Service) -> None:
     files = sample.coloured(per_class=12, seed=50_000)
     dataset = service.upload("counted", sample.tarred(files))

@@ -4,10 +4,12 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import sample
 from running import ROOT, Service
 
 
+@pytest.mark.slow
 def test_the_walk_through_of_the_readme_works_as_it_stands(service: Service, tmp_path: Path) -> None:
     [script] = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for path, data in sample.coloured(per_class=8, seed=700_000).items():

@@ -173,6 +173,7 @@ def test_another_head_computes_no_features_and_added_images_only_their_own(bench
     assert (third.extraction["computed"], third.extraction["cached"]) == (10, 30)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_metrics_and_the_same_bundle(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     one, _ = bench.run(rows, head={"hidden": [8], "dropout": 0.2})
@@ -287,6 +288,7 @@ TUNING: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Bench) -> None:
     files = sample.coloured(per_class=10)
     rows = bench.rows(files)
@@ -318,6 +320,7 @@ def test_fine_tuning_folds_as_feature_extraction_does(bench: Bench) -> None:
     assert not np.array_equal(one["logits"], other["logits"])
 
 
+@pytest.mark.slow
 def test_a_network_that_learned_worse_is_not_kept(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     wild = {"learning_rate": 1.0, "epochs": 1, "warmup_epochs": 0}

@@ -160,12 +160,14 @@ def test_layers_from_the_cut_on_learn_and_those_before_it_do_not() -> None:
         assert all(has_changed == (name >= "block4") for name, has_changed in found.items())
 
 
+@pytest.mark.slow
 def test_everything_learns_if_asked() -> None:
     trial = Trial(recipe(unfreeze="all"))
     assert all(changed(trial.weights, trial.tune().network(), trial.recipe).values())
 
 
-@pytest.mark.parametrize("unfreeze", ["conv5", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unfreeze", ["conv5", "all"])
 def test_batch_normalisation_stays_as_it_is(unfreeze: str) -> None:
     trial = Trial(recipe("resnet50", unfreeze=unfreeze))
     tuned = trial.tune(epochs=1)
