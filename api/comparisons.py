@@ -17,13 +17,16 @@ from api.deps import PrincipalDep, Services, ServicesDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.runs import filled, model_of, stored_file
 from api.schemas import ComparisonOut, ComparisonProgress, ComparisonRequest, ComparisonRow, DifferenceOut, Page
-from artifacts.recipe import Recipe, difference_titles
+from artifacts.recipe import Recipe
+from artifacts.titles import difference_titles
 from errors import NotReady, RecipeInvalid
 from models import comparison as comparisons
 from models import dataset as datasets
+from models import registry
 from models.comparison import Comparison
 from models.dataset import DatasetVersion
 from models.project import scope
+from models.registry import ModelVersion
 from models.run import Run, RunState
 
 router = APIRouter(prefix="/api/v1/comparisons", tags=["comparisons"], route_class=JsonRoute)
@@ -127,6 +130,7 @@ def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
     made = comparisons.get_runs(session, comparison.id)
     table = comparison.table or {}
     titles = difference_titles([run.recipe for run in made])
+    versions = registry.get_run_versions(session, [run.id for run in made])
     measured = {row["position"]: row for row in table.get("rows", ())}
     return ComparisonOut(
         id=comparison.id,
@@ -142,7 +146,7 @@ def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
         interval=table.get("interval"),
         test=table.get("test"),
         rows=[
-            _row_out(session, position, title, run, measured.get(position, {}))
+            _row_out(position, title, run, versions.get(run.id), measured.get(position, {}))
             for position, (title, run) in enumerate(zip(titles, made, strict=True))
         ],
         error=problems.stored_problem(comparison.error),
@@ -151,7 +155,9 @@ def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
     )
 
 
-def _row_out(session: Session, position: int, title: str, run: Run, measured: dict[str, Any]) -> ComparisonRow:
+def _row_out(
+    position: int, title: str, run: Run, version: ModelVersion | None, measured: dict[str, Any]
+) -> ComparisonRow:
     training_s = (run.finished_at - run.started_at).total_seconds() if run.finished_at and run.started_at else None
     has_succeeded = run.state is RunState.SUCCEEDED
     difference = measured.get("difference")
@@ -168,7 +174,7 @@ def _row_out(session: Session, position: int, title: str, run: Run, measured: di
         predict_ms=measured.get("predict_ms"),
         backbone_bytes=measured.get("backbone_bytes"),
         bundle_bytes=measured.get("bundle_bytes"),
-        model=model_of(session, run),
+        model=model_of(run, version),
         error=problems.stored_problem(run.error),
     )
 

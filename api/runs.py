@@ -38,7 +38,7 @@ from models import run as runs
 from models.dataset import DatasetVersion
 from models.job import JobKind
 from models.project import scope
-from models.registry import Weights
+from models.registry import ModelVersion, Weights
 from models.run import Run
 
 router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
@@ -174,9 +174,8 @@ def stored_file(given: Services, sha256: str, media_type: str) -> FileResponse:
     return FileResponse(path, media_type=media_type, headers={"ETag": f'"{sha256}"'})
 
 
-def model_of(session: Session, run: Run) -> ModelRef | None:
-    """Return the model version that a run made, or None."""
-    made = registry.find_run_version(session, run.id)
+def model_of(run: Run, made: ModelVersion | None) -> ModelRef | None:
+    """Return the model version that a run made as it is shown, or None."""
     return ModelRef(name=run.name, version=made.number) if made else None
 
 
@@ -202,7 +201,7 @@ def _run_out(session: Session, given: Services, run: Run) -> RunOut:
             for fold in runs.get_folds(session, run.id)
         ],
         extraction=Extraction(**run.extraction) if run.extraction else None,
-        model=model_of(session, run),
+        model=model_of(run, registry.find_run_version(session, run.id)),
         files=[
             FileOut(
                 name=file.name,

@@ -7,7 +7,6 @@ does not offer them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -311,20 +310,6 @@ def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[f"{prefix}{name}"] = value
     return values
-
-
-def difference_titles(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return for each recipe in JSON the values in which it differs from others, such as `head.l2=0.01`."""
-    every = [flat(recipe) for recipe in recipes]
-    names = list(dict.fromkeys(name for values in every for name in values))
-    differing = [
-        name for name in names if len({_shown(values[name]) if name in values else None for values in every}) > 1
-    ]
-    return [", ".join(f"{name}={_shown(values[name])}" for name in differing if name in values) for values in every]
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 _DEFAULT_K = 5

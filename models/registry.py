@@ -141,6 +141,12 @@ def find_run_version(session: Session, run_id: str) -> ModelVersion | None:
     return session.scalar(select(ModelVersion).where(ModelVersion.run_id == run_id))
 
 
+def get_run_versions(session: Session, run_ids: Sequence[str]) -> dict[str, ModelVersion]:
+    """Return the model versions that runs made, by run."""
+    query = select(ModelVersion).where(ModelVersion.run_id.in_(run_ids))
+    return {version.run_id: version for version in session.scalars(query)}
+
+
 def get_aliases(session: Session, model_id: str) -> dict[str, list[str]]:
     """Return the aliases of a model by the id of the version they point at."""
     aliases: dict[str, list[str]] = {}

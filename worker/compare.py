@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from artifacts.recipe import difference_titles
 from artifacts.store import Digest, Store
+from artifacts.titles import difference_titles
 from models import comparison as comparisons
 from models import registry
 from models import run as runs

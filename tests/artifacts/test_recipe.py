@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.recipe import ClassCount, FineTune, HeadRecipe, Recipe, Task, TaskChoice, difference_titles, fill
+from artifacts.recipe import ClassCount, FineTune, Recipe, Task, TaskChoice, fill
 from errors import RecipeInvalid
 
 TWO = [ClassCount("daisy", 30, 30), ClassCount("rose", 20, 20)]
@@ -373,18 +373,6 @@ def test_a_filled_recipe_is_filled_as_it_is() -> None:
     recipe = tuned(augmentation=None)
     again = Recipe.model_validate(recipe.model_dump(mode="json"))
     assert fill(again, Task.MULTICLASS, [ClassCount(name, 9, 9) for name in "abc"]) == recipe
-
-
-def test_a_title_names_what_differs_and_nothing_else() -> None:
-    recipes = [
-        Recipe(epochs=3, head=HeadRecipe(hidden=(8,), l2=0.006)),
-        Recipe(epochs=3, features_from="block3", early_stopping=None),
-        Recipe(epochs=3, features_from="block3", head=HeadRecipe(l2=0.006)),
-    ]
-    titles = difference_titles([recipe.model_dump(mode="json") for recipe in recipes])
-    assert titles[0].startswith("features_from=null, head.hidden=[8], head.l2=0.006, early_stopping.monitor=val_loss, ")
-    assert titles[1] == "features_from=block3, head.hidden=[], head.l2=0.0001, early_stopping=null"
-    assert "epochs" not in "".join(titles) and "backbone" not in "".join(titles)
 
 
 def test_a_recipe_is_flat_by_the_paths_of_its_values() -> None:

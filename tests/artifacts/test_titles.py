@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from typing import Any
+
+from artifacts.recipe import ClassCount, Recipe, Task, fill
+from artifacts.titles import difference_titles
+
+CLASSES = [ClassCount(name, 9, 9) for name in "abc"]
+
+
+def titles(*recipes: dict[str, Any]) -> list[str]:
+    filled = [fill(Recipe.model_validate(recipe), Task.MULTICLASS, CLASSES) for recipe in recipes]
+    return difference_titles([recipe.model_dump(mode="json") for recipe in filled])
+
+
+def test_a_title_names_what_differs_and_nothing_else() -> None:
+    one = {"backbone": "vgg16", "epochs": 3, "features_from": "block3"}
+    assert titles(one, one | {"features_from": "block4"}) == ["features_from=block3", "features_from=block4"]
+    found = titles(one | {"head": {"l2": 0.006}}, one | {"head": {"hidden": [8]}})
+    assert found == ["head.hidden=[], head.l2=0.006", "head.hidden=[8], head.l2=0.0001"]
+
+
+def test_what_a_mode_brings_along_is_told_only_where_it_differs() -> None:
+    tuned = {"backbone": "vgg16", "mode": "fine-tuning", "unfreeze": "block3"}
+    found = titles({"backbone": "vgg16"}, tuned, tuned | {"unfreeze": "all", "augmentation": None})
+    assert found == [
+        "feature-extraction",
+        "fine-tuning, unfreeze=block3, augmentation",
+        "fine-tuning, unfreeze=all, no augmentation",
+    ]
+
+
+def test_a_part_that_one_recipe_has_not_is_told() -> None:
+    assert titles({}, {"early_stopping": None}) == ["early_stopping", "no early_stopping"]
+
+
+def test_titles_that_would_be_the_same_tell_everything() -> None:
+    odd = [{"mode": "a", "weights": None}, {"mode": "a", "weights": "b"}, {"mode": "a", "weights": "b", "seed": 1}]
+    assert difference_titles(odd) == ["weights=null", "weights=b", "weights=b, seed=1"]
