@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,16 @@ def test_a_run_whose_worker_is_killed_ends_as_it_would_have(
     assert not alive, "the child must not outlive its worker"
 
 
+@pytest.fixture
+def _hangups_count() -> Iterator[None]:
+    """Let what a test starts heed SIGHUP, even where whoever runs the tests ignores it, as nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_hangups_count")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_is_left_however_the_service_is_ended(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path / "var") as service:
