@@ -129,13 +129,14 @@ def _spread(parts: list[Indices], needed: csr_array, groups: Indices) -> list[In
         moves = []
         for label in np.flatnonzero(is_alone).tolist():
             home = int(counts[:, label].argmax())
+            others = [part for part in range(len(parts)) if part != home]
+            target = min(others, key=lambda part: len(parts[part]))
             rows = parts[home]
             having = rows[needed[rows][:, [label]].nonzero()[0]]
             for group in np.unique(groups[having]).tolist():
                 goes = rows[groups[rows] == group]
                 brings = needed[goes].sum(axis=0)
                 stays = (counts[home] > brings) & (brings > 0)
-                target = min((part for part in range(len(parts)) if part != home), key=lambda part: len(parts[part]))
                 lost = (brings > 0) & ~stays & (np.delete(counts, [home, target], axis=0) == 0).all(axis=0)
                 moves.append((int((stays & is_alone).sum()) - int(lost.sum()), -len(goes), home, target, group))
         if not moves or max(moves)[0] <= 0:

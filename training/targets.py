@@ -12,9 +12,9 @@ from scipy.sparse import csr_array
 
 from artifacts.manifest import Row
 from artifacts.recipe import Task
+from training.resample import Float64
 from training.split import Indices
 
-Float64 = npt.NDArray[np.float64]
 Truth = npt.NDArray[Any]
 """Of each image: its class, int [N]; or 1 for each label that it has, float32 [N, labels]; or its number [N, 1]."""
 
