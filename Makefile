@@ -33,6 +33,9 @@ up: $(VENV)/embedded ## start the service alone: API, worker, MLflow, until Ctrl
 weights: $(VENV)/embedded ## import pretrained weights (BACKBONE= NAME= FILE=)
 	@python -m ops.weights "$(BACKBONE)" "$(NAME)" "$(FILE)"
 
+collect: $(VENV)/embedded ## remove stored files that nothing names, as workers do every hour (DRY_RUN=1 only says what)
+	@python -m ops.collect $(if $(DRY_RUN),--dry-run)
+
 test: $(VENV)/dev ## run the tests, but for the slow ones
 	python -m pytest $(PARALLEL) -m "not slow"
 
@@ -51,6 +54,10 @@ bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their
 	python -m benchmarks.extraction
 	python -m benchmarks.folds
 	python -m benchmarks.tuning
+
+MINUTES ?= 10
+soak: $(VENV)/dev ## train under fire and account for every run (MINUTES=10)
+	@python -m ops.soak --minutes "$(MINUTES)"
 
 lock: $(VENV)/dev ## compile requirements/*.txt anew from pyproject.toml, for all platforms, with hashes
 	@mkdir -p requirements
@@ -74,4 +81,4 @@ $(VENV)/embedded $(VENV)/dev: $(VENV)/%: requirements/%.txt | $(VENV)/bin/python
 	$(FOUND) -m pip --python $(BIN)/python install --disable-pip-version-check --require-hashes --requirement $<
 	@touch $@
 
-.PHONY: help demo up weights test test-all check bench lock clean
+.PHONY: help demo up weights collect test test-all check bench soak lock clean

@@ -5,9 +5,11 @@ EspalierError
 ├── Conflict
 │   ├── NameTaken          the name is in use
 │   ├── NotReady           the thing exists but is not ready yet, or never will be
-│   └── InUse              something running still needs it
+│   ├── InUse              something running still needs it
+│   └── InFlight           the same request is being answered at this moment
 ├── Invalid
 │   ├── RequestInvalid     a request that does not fit its schema
+│   ├── KeyReused          an Idempotency-Key that came with another request before
 │   ├── RecipeInvalid      a recipe that cannot be trained, naming its field
 │   ├── ArchiveRefused     an archive that breaks a limit or hides something
 │   ├── LayoutUnknown      an archive whose folders say no labels
@@ -20,6 +22,8 @@ EspalierError
 ├── DeadlineExceeded       an answer that came too late
 ├── Overloaded             more work than can be admitted
 ├── Unavailable            a part that the answer needs is away
+│   └── StoreUnavailable   the bucket of stored files is away
+│       └── StoreRefused   the bucket is not there, or does not let us in
 ├── Unauthorized           no key, or a wrong one
 ├── Forbidden              a host or an origin that may not ask
 ├── WeightsUnavailable     pretrained weights cannot be had
@@ -54,7 +58,9 @@ class EspalierError(Exception):
     """Something failed inside Espalier; this is a bug if no narrower error says otherwise."""
 
     code: ClassVar[str] = "internal"
+    # Whether the same work may succeed a little later, and whether it only waits for somebody to make room.
     is_transient: ClassVar[bool] = False
+    is_parked: ClassVar[bool] = False
 
     def __init__(self, detail: str, **extra: Any) -> None:
         super().__init__(detail)
@@ -96,6 +102,12 @@ class InUse(Conflict):
     code = "in-use"
 
 
+class InFlight(Conflict):
+    """The same request is being answered at this moment."""
+
+    code = "in-flight"
+
+
 class Invalid(EspalierError):
     """What was sent cannot be used as it is."""
 
@@ -106,6 +118,12 @@ class RequestInvalid(Invalid):
     """The request does not fit its schema."""
 
     code = "request-invalid"
+
+
+class KeyReused(Invalid):
+    """The Idempotency-Key came with another request before."""
+
+    code = "key-reused"
 
 
 class RecipeInvalid(Invalid):
@@ -164,6 +182,7 @@ class DiskFull(EspalierError):
     """There is no room for what was sent."""
 
     code = "disk-full"
+    is_parked = True
 
 
 class DeadlineExceeded(EspalierError):
@@ -183,6 +202,19 @@ class Unavailable(EspalierError):
 
     code = "unavailable"
     is_transient = True
+
+
+class StoreUnavailable(Unavailable):
+    """The bucket of stored files is away; whatever needs it waits."""
+
+    code = "store-unavailable"
+    is_parked = True
+
+
+class StoreRefused(StoreUnavailable):
+    """The bucket of stored files is not there, or does not let this service in: somebody must change that."""
+
+    code = "store-refused"
 
 
 class Unauthorized(EspalierError):

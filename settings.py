@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from artifacts.archive import ArchiveLimits
 from artifacts.images import ImageLimits
+from artifacts.shared import parse_url
+from artifacts.store import StoreAddress
 
 GIB = 1024**3
 MIB = 1024**2
@@ -60,8 +62,10 @@ class Settings(BaseSettings):
 
     queues: Annotated[tuple[str, ...], NoDecode] = ("ingest", "cpu", "tracking")
     """Queues that a worker serves, separated by commas, one job of each at a time."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Workers that `make up` starts; several train the folds of a fine-tuning run side by side."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Processor threads for one network; 0 takes the processors that this process may use."""
+    """Threads for one network, 0: as many as processors are at hand. They decide the last digits of a score."""
     look_every_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between two looks for work without a bell: the most that a lost message costs."""
     renew_every_s: Annotated[float, Field(gt=0)] = 10.0
@@ -74,8 +78,23 @@ class Settings(BaseSettings):
     """Seconds between two looks whether a job was cancelled."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds without progress after which a child process counts as hung."""
+    checkpoint_share: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Share of the training time that checkpoints may take; 1 writes one at the end of every epoch."""
     mlflow_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds that one call to MLflow may take; training never waits for it."""
+
+    store_url: str | None = None
+    """Bucket for stored files, `s3://bucket/prefix`; keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY; none: a folder."""
+    store_endpoint: str | None = None
+    """Address of an S3-compatible server, such as `https://s3.example.org`; by default that of AWS in the region."""
+    store_region: str = "us-east-1"
+    """Region of the bucket; servers of one's own mostly take any."""
+    store_cache_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
+    """Disk for copies of the bucket's files on this machine; those not used for longest are dropped beyond it."""
+    collect_every_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds between two collections of files that nothing names any more; one worker at a time collects."""
+    collect_after_s: Annotated[float, Field(gt=0)] = 86_400.0
+    """Seconds that a file without a name is kept: longer than anything takes from storing a file to naming it."""
 
     weights_url: str = "https://storage.googleapis.com/tensorflow/keras-applications"
     """Base address of Keras' published weights; set it to a mirror where that cannot be reached."""
@@ -133,6 +152,13 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("store_url")
+    @classmethod
+    def _check_store_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_url(value)
+        return value
+
     @field_validator("image_formats", mode="before")
     @classmethod
     def _upper(cls, value: object) -> object:
@@ -186,9 +212,15 @@ class Settings(BaseSettings):
         return self.allowed_hosts or (("*",) if self.api_key else ("127.0.0.1", "localhost", "[::1]"))
 
     @cached_property
-    def store_folder(self) -> Path:
-        """Where stored files lie."""
-        return self.var / "store"
+    def store(self) -> StoreAddress:
+        """Where stored files are. Copies of a bucket's lie apart from files that are nowhere else."""
+        return StoreAddress(
+            folder=str((self.var / ("store" if self.store_url is None else "cache")).absolute()),
+            url=self.store_url,
+            endpoint=self.store_endpoint,
+            region=self.store_region,
+            cache_bytes=self.store_cache_bytes,
+        )
 
     @cached_property
     def features_folder(self) -> Path:

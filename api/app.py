@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,8 +16,9 @@ from api.deps import Services
 from api.door import Door
 from api.metrics import Metrics
 from api.predictions import Desk
-from artifacts.store import Store
+from artifacts.shared import open_store
 from bell import Bell, CeleryBell, EagerBell
+from errors import StoreRefused
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
@@ -33,9 +35,11 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     Args:
         settings: the process' settings.
         bell: rings workers; by default through the broker, if there is one.
+
+    Raises StoreRefused if the bucket of stored files does not let this process in.
     """
     database = Database(settings.database)
-    store = Store(settings.store_folder)
+    store = open_store(settings.store)
     metrics = Metrics()
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes)
     desk = Desk(settings, shelf)
@@ -82,8 +86,12 @@ def main() -> None:
     """Serve until told to stop."""
     logs.configure()
     settings = Settings()
+    try:
+        app = create_app(settings)
+    except StoreRefused as error:
+        sys.exit(error.detail)
     uvicorn.run(
-        create_app(settings),
+        app,
         host=settings.api_host,
         port=settings.api_port,
         log_level="warning",

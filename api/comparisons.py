@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from api import problems
 from api.bodies import JsonRoute
 from api.deps import PrincipalDep, Services, ServicesDep
+from api.once import OnceDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.runs import filled, model_of, stored_file
 from api.schemas import ComparisonOut, ComparisonProgress, ComparisonRequest, ComparisonRow, DifferenceOut, Page
@@ -37,9 +38,12 @@ _SHARED = ("seed", "folds.k", "folds.repeats", "task")
 
 @router.post("", status_code=202)
 def start_comparison(
-    response: Response, given: ServicesDep, principal: PrincipalDep, wanted: ComparisonRequest
+    response: Response, given: ServicesDep, principal: PrincipalDep, wanted: ComparisonRequest, once: OnceDep
 ) -> ComparisonOut:
     """Train a run with each recipe on the same folds; the last one's end makes the table."""
+    earlier = once.earlier(ComparisonOut, wanted, response)
+    if earlier is not None:
+        return earlier
     with given.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, wanted.dataset, for_change=True)
         version = datasets.ready_version(session, dataset, wanted.version)
@@ -49,9 +53,10 @@ def start_comparison(
         _check_comparable(recipes)
         comparison, due = comparisons.create_comparison(session, principal, version.id, wanted.name, recipes)
         shown = _comparison_out(session, comparison)
+        location = response.headers["Location"] = f"/api/v1/comparisons/{shown.id}"
+        once.keep(session, shown, location)
     for job in due:
         given.bell.ring(job.queue, job.id)
-    response.headers["Location"] = f"/api/v1/comparisons/{shown.id}"
     return shown
 
 
@@ -158,8 +163,6 @@ def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
 def _row_out(
     position: int, title: str, run: Run, version: ModelVersion | None, measured: dict[str, Any]
 ) -> ComparisonRow:
-    training_s = (run.finished_at - run.started_at).total_seconds() if run.finished_at and run.started_at else None
-    has_succeeded = run.state is RunState.SUCCEEDED
     difference = measured.get("difference")
     return ComparisonRow(
         position=position,
@@ -169,7 +172,7 @@ def _row_out(
         score=measured.get("score"),
         ci95=measured.get("ci95"),
         difference=DifferenceOut(**difference) if difference else None,
-        training_s=training_s if has_succeeded else None,
+        training_s=run.training_s,
         extraction_s=(run.extraction or {}).get("seconds"),
         predict_ms=measured.get("predict_ms"),
         backbone_bytes=measured.get("backbone_bytes"),

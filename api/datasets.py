@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from api import bodies, problems
 from api.deps import PrincipalDep, Services, ServicesDep
+from api.once import Once, OnceDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.schemas import (
     ClassImages,
@@ -28,7 +29,7 @@ from api.schemas import (
 )
 from artifacts import images
 from artifacts.store import Digest
-from errors import InUse, NotFound
+from errors import InUse, NotFound, Unavailable
 from models import comparison as comparisons
 from models import dataset as datasets
 from models import job as jobs
@@ -36,7 +37,7 @@ from models import run as runs
 from models.dataset import Dataset, DatasetVersion, Image, Membership
 from models.job import JobKind, Queue
 from models.project import scope
-from models.reference import collect
+from models.reference import collect, lock_files
 
 THUMBNAIL_SIDE = 160
 
@@ -58,61 +59,92 @@ _ARCHIVE_BODY = {
 
 @router.post("", status_code=202, openapi_extra=_ARCHIVE_BODY)
 async def upload(
-    request: Request, response: Response, given: ServicesDep, principal: PrincipalDep, name: Annotated[Name, Query()]
+    request: Request,
+    response: Response,
+    given: ServicesDep,
+    principal: PrincipalDep,
+    name: Annotated[Name, Query()],
+    once: OnceDep,
 ) -> DatasetCreated:
     """Upload a zip, tar or tar.gz of images: one folder per class, or a labels.csv at its top."""
-
-    def check() -> None:  # before gigabytes are sent for nothing
-        with given.database.reading() as session:
-            datasets.check_name(session, principal, name)
-
-    await run_in_threadpool(check)
-    return await _take_in(request, response, given, lambda session: datasets.create_dataset(session, principal, name))
-
-
-@router.post("/{dataset_id}/versions", status_code=202, openapi_extra=_ARCHIVE_BODY)
-async def add_images(
-    request: Request, response: Response, given: ServicesDep, principal: PrincipalDep, dataset_id: str
-) -> DatasetCreated:
-    """Upload an archive of images to add. They and the present ones become a new version."""
-
-    def check() -> None:
-        with given.database.reading() as session:
-            datasets.check_idle(session, datasets.get_dataset(session, principal, dataset_id))
-
-    await run_in_threadpool(check)
     return await _take_in(
         request,
         response,
         given,
-        lambda session: datasets.get_dataset(session, principal, dataset_id, for_change=True),
+        once,
+        check=lambda session: datasets.check_name(session, principal, name),
+        find=lambda session: datasets.create_dataset(session, principal, name),
+    )
+
+
+@router.post("/{dataset_id}/versions", status_code=202, openapi_extra=_ARCHIVE_BODY)
+async def add_images(
+    request: Request,
+    response: Response,
+    given: ServicesDep,
+    principal: PrincipalDep,
+    dataset_id: str,
+    once: OnceDep,
+) -> DatasetCreated:
+    """Upload an archive of images to add. They and the present ones become a new version."""
+    return await _take_in(
+        request,
+        response,
+        given,
+        once,
+        check=lambda session: datasets.check_idle(session, datasets.get_dataset(session, principal, dataset_id)),
+        find=lambda session: datasets.get_dataset(session, principal, dataset_id, for_change=True),
     )
 
 
 async def _take_in(
-    request: Request, response: Response, given: Services, find: Callable[[Session], Dataset]
+    request: Request,
+    response: Response,
+    given: Services,
+    once: Once,
+    *,
+    check: Callable[[Session], None],
+    find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
     """Receive an archive and owe its ingest as a version of the data set that `find` returns."""
+
+    def check_first() -> None:  # before gigabytes are sent for nothing
+        with given.database.reading() as session:
+            if not once.is_known(session):  # else it may be here already, as only its last byte will tell
+                check(session)
+
+    await run_in_threadpool(check_first)
     settings = given.settings
     archive = await bodies.receive_archive(request, given.store, settings.archive_bytes, settings.free_disk_bytes)
-    created, job_id = await run_in_threadpool(_record, given, archive, find)
-    given.bell.ring(Queue.INGEST, job_id)
-    response.headers["Location"] = f"/api/v1/datasets/{created.id}"
-    return created
+    return await run_in_threadpool(_record, response, given, once, archive, find)
 
 
-def _record(given: Services, archive: Digest, find: Callable[[Session], Dataset]) -> tuple[DatasetCreated, str]:
+def _record(
+    response: Response, given: Services, once: Once, archive: Digest, find: Callable[[Session], Dataset]
+) -> DatasetCreated:
+    """Write what an archive was sent for. If that fails, or was written before, the archive goes unless it is named."""
+    is_of_use = False
     try:
+        earlier = once.earlier(DatasetCreated, archive, response)
+        if earlier is not None:
+            return earlier
         with given.database.writing() as session:
+            lock_files(session)  # first: who finds the name taken removes the archive, which may be the very same one
             dataset = find(session)
+            if not given.store.has(archive):
+                raise Unavailable("The archive was removed just when it had arrived. Send it again.")
             version = datasets.add_version(session, dataset, archive)
             job = jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
             created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
-            return created, job.id
-    except Exception:
-        with given.database.writing() as session:
-            collect(session, given.store, [archive])
-        raise
+            location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
+            once.keep(session, created, location)
+        is_of_use = True
+    finally:
+        if not is_of_use:
+            with given.database.writing() as session:
+                collect(session, given.store, [archive])
+    given.bell.ring(Queue.INGEST, job.id)
+    return created
 
 
 @router.get("")
@@ -192,7 +224,7 @@ def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str)
                 f"A comparison on data set {dataset.name!r} has not ended. Cancel it first, or wait for its end."
             )
         for version_id in versions:
-            if jobs.request_cancel(session, JobKind.INGEST, version_id):
+            if jobs.request_cancel(session, version_id, JobKind.INGEST):
                 datasets.withdraw(session, version_id)
         datasets.delete_dataset(dataset)
         job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)

@@ -6,39 +6,55 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import APIRouter, Depends, Header, HTTPException
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from api import problems
 from api.deps import PrincipalDep, Services, ServicesDep
 from api.schemas import LARGEST_NUMBER
+from errors import Unavailable
 from models import run as runs
 from models.run import EventKind, RunEvent
 
 _LOOK_EVERY_S = 0.5
+_AWAY_S = 2.0
 
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
 
 
-def existing_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> str:
-    """Return the id of a run that exists; a stream that has begun could not say any more that it does not."""
+After = Annotated[int, Header(alias="Last-Event-ID", ge=0, le=LARGEST_NUMBER)]
+
+
+def run_with_events(given: ServicesDep, principal: PrincipalDep, run_id: str, after: After = 0) -> str:
+    """Return the id of a run that has events or will have them; a stream that has begun could not tell any more.
+
+    Raises NotFound, or HTTPException with 204 once a client has heard the last event: a browser asks again after
+    every end of a stream, unless it is told so.
+    """
     with given.database.reading() as session:
-        return runs.get_run(session, principal, run_id).id
+        run = runs.get_run(session, principal, run_id)
+        if run.state.is_final and after and not runs.get_events(session, run.id, after, limit=1):
+            raise HTTPException(204)
+        return run.id
 
 
 @router.get("/{run_id}/events", response_class=EventSourceResponse)
 async def stream_events(
     given: ServicesDep,
-    run_id: Annotated[str, Depends(existing_run)],
-    after: Annotated[int, Header(alias="Last-Event-ID", ge=0, le=LARGEST_NUMBER)] = 0,
+    run_id: Annotated[str, Depends(run_with_events)],
+    after: After = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream `progress`, `epoch`, `fold` and `state` events until the run is over.
 
-    Starts from the first event, or after `Last-Event-ID`.
+    Starts from the first event, or after `Last-Event-ID`; answers 204 if that was the last one.
     """
     while True:
-        events, is_over = await run_in_threadpool(_look, given, run_id, after)
+        try:
+            events, is_over = await run_in_threadpool(_look, given, run_id, after)
+        except Unavailable:  # a browser that is turned away once does not come back
+            await asyncio.sleep(_AWAY_S)
+            continue
         for event in events:
             after = event.seq
             yield ServerSentEvent(event=event.kind.value, id=str(event.seq), data=_payload(event))

@@ -18,11 +18,11 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import Services, ServicesDep
-from api.schemas import Check, Readiness
-from errors import Unavailable
+from api.schemas import Check, Page, Readiness, WorkerOut
+from errors import EspalierError, Unavailable
 from models import job as jobs
 from models.base import now
-from models.job import Worker
+from models.worker import Worker
 
 log = structlog.get_logger()
 
@@ -30,6 +30,7 @@ router = APIRouter(tags=["operations"])
 
 # A worker looks every few seconds; one that has not for this long is gone or hung.
 _WORKER_SEEN_S = 60
+_WORKERS_SHOWN = 200
 _DECISIVE = ("database", "schema", "disk", "engine")
 
 
@@ -46,6 +47,7 @@ def readyz(given: ServicesDep, response: Response) -> Readiness:
         "database": _checked(_database, given),
         "schema": _checked(_schema, given),
         "disk": _checked(_disk, given),
+        "store": _checked(_store, given),
         "engine": _checked(_engine, given),
         "broker": _checked(_broker, given),
         "workers": _checked(_workers, given),
@@ -67,10 +69,29 @@ def metrics(given: ServicesDep) -> Response:
     return Response(given.metrics.page(counts), media_type=CONTENT_TYPE_LATEST)
 
 
+@router.get("/api/v1/workers")
+def list_workers(given: ServicesDep) -> Page[WorkerOut]:
+    """List the workers of the last days, those that looked for work last first: which queues each of them serves."""
+    with given.database.reading() as session:
+        found = session.scalars(select(Worker).order_by(Worker.looked_at.desc()).limit(_WORKERS_SHOWN)).all()
+        alive_since = now() - timedelta(seconds=_WORKER_SEEN_S)
+        items = [
+            WorkerOut(
+                name=worker.name,
+                queues=worker.queues,
+                is_alive=worker.looked_at > alive_since,
+                started_at=worker.started_at,
+                looked_at=worker.looked_at,
+            )
+            for worker in found
+        ]
+    return Page(items=items, next_cursor=None)
+
+
 def _checked(check: Callable[[Services], Check], given: Services) -> Check:
     try:
         return check(given)
-    except Unavailable as error:
+    except EspalierError as error:
         return Check(ok=False, detail=error.detail)
     except Exception as error:  # whatever it is, this part does not work; anyone may read the answer, so no more of it
         log.warning("check failed", check=check.__name__.strip("_"), exc_info=error)
@@ -96,6 +117,11 @@ def _schema(given: Services) -> Check:
 def _disk(given: Services) -> Check:
     free = shutil.disk_usage(given.store.root).free
     return Check(ok=free > given.settings.free_disk_bytes, detail=f"{free / 1024**3:.1f} GiB free")
+
+
+def _store(given: Services) -> Check:
+    given.store.check()
+    return Check(ok=True, detail=given.store.address.url or "a folder of this machine")
 
 
 def _engine(given: Services) -> Check:

@@ -34,8 +34,10 @@ TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
     errors.NameTaken: (409, "Name taken"),
     errors.NotReady: (409, "Not ready"),
     errors.InUse: (409, "In use"),
+    errors.InFlight: (409, "In flight"),
     errors.Invalid: (422, "Invalid"),
     errors.RequestInvalid: (422, "Request invalid"),
+    errors.KeyReused: (422, "Key reused"),
     errors.RecipeInvalid: (422, "Recipe invalid"),
     errors.ArchiveRefused: (422, "Archive refused"),
     errors.LayoutUnknown: (422, "Layout unknown"),
@@ -48,6 +50,8 @@ TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
     errors.DeadlineExceeded: (504, "Deadline exceeded"),
     errors.Overloaded: (503, "Overloaded"),
     errors.Unavailable: (503, "Unavailable"),
+    errors.StoreUnavailable: (503, "Store unavailable"),
+    errors.StoreRefused: (503, "Store refused"),
     errors.Unauthorized: (401, "Unauthorized"),
     errors.Forbidden: (403, "Forbidden"),
     errors.WeightsUnavailable: (503, "Weights unavailable"),
@@ -110,8 +114,10 @@ def install(app: FastAPI) -> None:
         return response(_invalid(error), request_id(request))
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
+        if status < 300:  # there is nothing to say
+            return Response(status_code=status)
         content: Problem = {
             "type": TYPE_PREFIX + status.phrase.lower().replace(" ", "-"),
             "title": status.phrase,

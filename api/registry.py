@@ -16,7 +16,7 @@ from artifacts.recipe import NAME_PATTERN
 from artifacts.store import Digest
 from models import registry
 from models.dataset import DatasetVersion
-from models.job import owe
+from models.outbox import owe
 from models.project import scope
 from models.registry import Model, ModelVersion
 from models.run import Run

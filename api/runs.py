@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from api import problems
 from api.bodies import JsonRoute
 from api.deps import PrincipalDep, Services, ServicesDep
+from api.once import OnceDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.schemas import (
     BackboneOut,
@@ -32,11 +33,9 @@ from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
 from models import comparison as comparisons
 from models import dataset as datasets
-from models import job as jobs
-from models import registry
+from models import parts, registry
 from models import run as runs
 from models.dataset import DatasetVersion
-from models.job import JobKind
 from models.project import scope
 from models.registry import ModelVersion, Weights
 from models.run import Run
@@ -45,18 +44,23 @@ router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
 
 
 @router.post("/runs", status_code=202)
-def start_run(response: Response, given: ServicesDep, principal: PrincipalDep, wanted: RunRequest) -> RunOut:
+def start_run(
+    response: Response, given: ServicesDep, principal: PrincipalDep, wanted: RunRequest, once: OnceDep
+) -> RunOut:
     """Train a model on a data set."""
+    earlier = once.earlier(RunOut, wanted, response)
+    if earlier is not None:
+        return earlier
     with given.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, wanted.dataset, for_change=True)
         version = datasets.ready_version(session, dataset, wanted.version)
         recipe = filled(session, wanted.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
-        queue = jobs.training_queue(session, recipe.mode)
-        job = jobs.add_job(session, principal.project_id, JobKind.TRAIN, queue, run.id)
+        job = parts.submit(session, run)
         shown = _run_out(session, given, run)
-    given.bell.ring(queue, job.id)
-    response.headers["Location"] = f"/api/v1/runs/{run.id}"
+        location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
+        once.keep(session, shown, location)
+    given.bell.ring(job.queue, job.id)
     return shown
 
 
@@ -84,13 +88,26 @@ def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunO
     with given.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         due = None
-        if jobs.request_cancel(session, JobKind.TRAIN, run_id):
-            runs.cancel_run(session, run_id)
-            jobs.owe_end(session, run_id)
+        if parts.request_cancel(session, run_id):
             due = comparisons.note_end(session, run_id)
         shown = _run_out(session, given, run)
     if due is not None:
         given.bell.ring(due.queue, due.id)
+    return shown
+
+
+@router.post("/runs/{run_id}/retry", status_code=202)
+def retry_run(response: Response, given: ServicesDep, principal: PrincipalDep, run_id: str, once: OnceDep) -> RunOut:
+    """Train a failed run once more; for a week it goes on from the folds and epochs it has, then it begins anew."""
+    earlier = once.earlier(RunOut, None, response)
+    if earlier is not None:
+        return earlier
+    with given.database.writing() as session:
+        run = runs.get_run(session, principal, run_id)
+        job = parts.retry(session, run)
+        shown = _run_out(session, given, run)
+        once.keep(session, shown, None)
+    given.bell.ring(job.queue, job.id)
     return shown
 
 
@@ -187,6 +204,7 @@ def _run_out(session: Session, given: Services, run: Run) -> RunOut:
         version=version.number,
         name=run.name,
         recipe=run.recipe,
+        batch_size=run.batch_size,
         state=run.state,
         progress=RunProgress(**run.progress),
         metrics=run.metrics,
@@ -196,6 +214,7 @@ def _run_out(session: Session, given: Services, run: Run) -> RunOut:
                 epochs=fold.epochs,
                 best_epoch=fold.best_epoch,
                 stopped=fold.stopped,
+                seconds=fold.seconds,
                 metrics=fold.metrics,
             )
             for fold in runs.get_folds(session, run.id)
@@ -213,6 +232,7 @@ def _run_out(session: Session, given: Services, run: Run) -> RunOut:
         ],
         error=problems.stored_problem(run.error),
         mlflow_url=_mlflow_url(given, run),
+        training_s=run.training_s,
         created_at=run.created_at,
         started_at=run.started_at,
         finished_at=run.finished_at,

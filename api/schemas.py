@@ -11,6 +11,7 @@ from artifacts.layout import Split
 from artifacts.recipe import NAME_PATTERN, Recipe, Task
 from models.comparison import ComparisonState
 from models.dataset import DatasetState
+from models.job import Queue
 from models.run import RunState
 
 Item = TypeVar("Item")
@@ -197,6 +198,7 @@ class FoldOut(Schema):
     epochs: int
     best_epoch: int
     stopped: str
+    seconds: float | None
     metrics: dict[str, Any]
 
 
@@ -234,6 +236,8 @@ class RunOut(Schema):
     name: str
     recipe: dict[str, Any]
     """With every default filled in."""
+    batch_size: int | None
+    """Images in a step since memory ran out at the recipe's; null if it never did."""
     state: RunState
     progress: RunProgress
     metrics: dict[str, Any] | None
@@ -243,6 +247,8 @@ class RunOut(Schema):
     files: list[FileOut]
     error: Problem | None
     mlflow_url: str | None
+    training_s: float | None
+    """Seconds of all parts together, whoever did them; waiting does not count."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -450,6 +456,16 @@ class PredictionsOut(Schema):
 
 
 # --- operations ----------------------------------------------------------------------------------------------------
+
+
+class WorkerOut(Schema):
+    """A worker process: which queues it serves, and when it last looked for work."""
+
+    name: str
+    queues: list[Queue]
+    is_alive: bool
+    started_at: datetime
+    looked_at: datetime
 
 
 class Check(Schema):

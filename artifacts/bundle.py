@@ -6,20 +6,18 @@ The backbone is only named, by digest: a thousand bundles on one backbone share 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from artifacts.images import Pixels
 from artifacts.recipe import Activation, Precision, Resize, Task
 from artifacts.store import Digest, parse_digest
+from artifacts.tensors import UNREADABLE, dump, load_values
+from artifacts.tensors import load as load_tensors
 from errors import BundleRefused
 
 FORMAT = 1
@@ -96,28 +94,18 @@ class Bundle:
             tensors[f"layers.{number}.bias"] = layer.bias
             if layer.offset is not None:
                 tensors[f"layers.{number}.offset"] = layer.offset
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        return save_tensors(tensors, metadata={"espalier": json.dumps(manifest, sort_keys=True, ensure_ascii=False)})
+        return dump(manifest, tensors)
 
 
 def load(data: bytes) -> Bundle:
     """Return the bundle in `data`. Raises BundleRefused."""
     try:
-        manifest = _manifest(data)
+        manifest = load_values(data)
         if manifest.get("format") != FORMAT:
             raise BundleRefused(f"Expected a bundle of format {FORMAT}. Received format {manifest.get('format')}.")
-        tensors = load_tensors(data)
-        return _bundle(manifest, tensors)
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return _bundle(*load_tensors(data))
+    except UNREADABLE as error:
         raise BundleRefused(f"The bundle cannot be read: {error}.") from error
-
-
-def _manifest(data: bytes) -> dict[str, Any]:
-    """Read the metadata of a safetensors file: 8 bytes of length, then JSON (the format's own specification)."""
-    length = int.from_bytes(data[:8], "little")
-    header: Mapping[str, Any] = json.loads(data[8 : 8 + length])
-    manifest: dict[str, Any] = json.loads(header["__metadata__"]["espalier"])
-    return manifest
 
 
 def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> Bundle:

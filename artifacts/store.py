@@ -1,6 +1,7 @@
-"""Files named by the SHA-256 of what is in them. Knows nothing of what the bytes mean.
+"""Files named by the SHA-256 of what is in them, in a folder. Knows nothing of what the bytes mean, nor of buckets.
 
 A file is written under a temporary name, synced, then renamed: a digest either names the whole file or nothing.
+`artifacts.shared` keeps them in a bucket behind the same methods.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -27,14 +30,49 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 def parse_digest(text: str) -> Digest:
     """Return `text` as a digest: 64 lower-case hexadecimal digits. Raises ValueError otherwise."""
-    if not _DIGEST.fullmatch(text):
+    if not is_digest(text):
         raise ValueError(f"Expected 64 hexadecimal digits. Received: {text!r}")
     return Digest(text)
+
+
+def is_digest(text: str) -> bool:
+    """Say whether `text` could be a digest."""
+    return _DIGEST.fullmatch(text) is not None
 
 
 def digest_of(data: bytes) -> Digest:
     """Return the SHA-256 of `data`."""
     return Digest(hashlib.sha256(data).hexdigest())
+
+
+def digest_at(path: Path) -> Digest:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return Digest(hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where stored files are, as processes and children are told it: plain values, no keys.
+
+    Without a `url` (`s3://bucket/prefix`) that is the folder; with one the folder is a cache of the bucket, of at most
+    `cache_bytes`. `endpoint` is an S3-compatible server's; None means that of AWS in the region.
+    """
+
+    folder: str
+    url: str | None = None
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    cache_bytes: int = 50 * 1024**3
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored file, and when it was written: seconds since 1970 by the clock of what keeps it."""
+
+    digest: Digest
+    size_bytes: int
+    written_at: float
 
 
 class Store:
@@ -43,7 +81,18 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._incoming = root / "incoming"
-        self._incoming.mkdir(parents=True, exist_ok=True)
+        with disk_errors():
+            self._incoming.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def address(self) -> StoreAddress:
+        """What another process must be told to open this store."""
+        return StoreAddress(str(self.root))
+
+    def check(self) -> None:
+        """See that the store can be used. Raises NotFound."""
+        if not self._incoming.is_dir():
+            raise NotFound(f"The folder {self.root} is gone. Restore it from a backup, then start the service again.")
 
     def writer(self) -> Writer:
         """Return a writer for a new file; use it in a `with` block."""
@@ -57,18 +106,41 @@ class Store:
             return writer.commit()
 
     def drop_unfinished(self, older_than_s: float = 86_400.0) -> int:
-        """Remove what writers that were killed left behind; return how many files."""
+        """Remove what writers and borrowers that were killed left behind; return how many files and folders."""
         dropped = 0
-        for file in self._incoming.iterdir():
+        for left in self.unfinished(older_than_s):
             with contextlib.suppress(FileNotFoundError):  # its writer ends just now, or another process drops it too
-                if file.stat().st_mtime < time.time() - older_than_s:
-                    file.unlink()
-                    dropped += 1
+                _remove(left)
+                dropped += 1
         return dropped
+
+    def unfinished(self, older_than_s: float) -> Iterator[Path]:
+        """Yield what has been on its way for so long that its writer or borrower must have been killed."""
+        for left in self._incoming.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if _touched_at(left) < time.time() - older_than_s:
+                    yield left
+
+    @contextlib.contextmanager
+    def lend(self, digest: Digest) -> Iterator[Store]:
+        """Yield a store for a process that is told a folder and nothing else; the file is in it.
+
+        What that process puts there is this store's once it is taken over, by `adopt`.
+        """
+        self.path(digest)
+        yield self
+
+    def adopt(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
+        """Take over files that were put into a store that was lent, and yield each as soon as it is kept."""
+        yield from digests
 
     def has(self, digest: Digest) -> bool:
         """Say whether the file is here."""
         return self.place(digest).exists()
+
+    def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:
+        """Yield those of the files that are not here."""
+        return (digest for digest in digests if not self.has(digest))
 
     def path(self, digest: Digest) -> Path:
         """Return where the file lies on this machine. Raises NotFound."""
@@ -76,6 +148,9 @@ class Store:
         if not place.exists():
             raise NotFound(f"No stored file has the digest {digest}.")
         return place
+
+    def bring(self, digests: Iterable[Digest]) -> None:
+        """Have files lie on this machine, so that whoever reads them next waits for none. Raises NotFound."""
 
     def open(self, digest: Digest) -> BufferedReader:
         """Open the file for reading. Raises NotFound."""
@@ -96,15 +171,48 @@ class Store:
                 raise _corrupt(digest)
         return self.place(digest)
 
-    def delete(self, digest: Digest) -> None:
-        """Remove the file if it is here."""
-        self.place(digest).unlink(missing_ok=True)
+    def delete(self, *digests: Digest) -> None:
+        """Remove those of the files that are here."""
+        for digest in digests:
+            self.place(digest).unlink(missing_ok=True)
 
     def digests(self) -> Iterator[Digest]:
-        """Yield the digest of every stored file."""
-        for folder in sorted(self.root.glob("??")):
-            for file in sorted(folder.iterdir()):
-                yield parse_digest(file.name)
+        """Yield the digest of every stored file, in their order."""
+        return (file.digest for file in self.files())
+
+    def files(self) -> Iterator[Stored]:
+        """Yield every stored file, in the order of their digests."""
+        return files_in(self.root)
+
+    def find(self, digest: Digest) -> Stored | None:
+        """Return what is known of a stored file; None if it is not here."""
+        try:
+            status = self.place(digest).stat()
+        except FileNotFoundError:
+            return None
+        return Stored(digest, status.st_size, status.st_mtime)
+
+    def now(self) -> float:
+        """Return the time by the clock that stamps the files: on a network's file system that is not this machine's."""
+        os.utime(self._incoming)
+        return self._incoming.stat().st_mtime
+
+    def cached(self) -> Iterator[Stored]:
+        """Yield the files that lie on this machine as copies of what is kept elsewhere."""
+        return iter(())
+
+    def drop_cached(self, digests: Sequence[Digest]) -> None:
+        """Remove copies from this machine."""
+
+    def keep(self, temporary: Path, digest: Digest) -> None:
+        """Name a file that is written and synced by its digest. Raises DiskFull."""
+        place = self.place(digest)
+        with disk_errors():
+            if not place.parent.exists():
+                place.parent.mkdir(exist_ok=True)
+                _sync_folder(self.root)
+            os.replace(temporary, place)
+            _sync_folder(place.parent)
 
     def place(self, digest: Digest) -> Path:
         """Return where a file of this digest belongs, whether it is here or not."""
@@ -128,6 +236,11 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.discard()
 
+    @property
+    def digest(self) -> Digest:
+        """The digest of what was written so far."""
+        return Digest(self._hash.hexdigest())
+
     def write(self, chunk: bytes) -> None:
         """Append `chunk`. Raises DiskFull."""
         with disk_errors():
@@ -137,15 +250,12 @@ class Writer:
 
     def commit(self) -> Digest:
         """Sync the file, name it by its digest and return that. Raises DiskFull."""
-        digest = Digest(self._hash.hexdigest())
-        place = self._store.place(digest)
+        digest = self.digest
         with disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            place.parent.mkdir(exist_ok=True)
-            os.replace(self._temporary, place)
-            _sync_folder(place.parent)
+        self._store.keep(self._temporary, digest)
         return digest
 
     def discard(self) -> None:
@@ -164,6 +274,29 @@ def disk_errors() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull("The disk is full. Free some space, then send it again; nothing was kept.") from error
         raise
+
+
+def files_in(root: Path) -> Iterator[Stored]:
+    """Yield the files of a folder that are named by their digests, in the order of these."""
+    for folder in sorted(root.glob("??")):
+        for file in sorted(folder.iterdir()):
+            if is_digest(file.name):
+                with contextlib.suppress(FileNotFoundError):  # removed just now
+                    status = file.stat()
+                    yield Stored(Digest(file.name), status.st_size, status.st_mtime)
+
+
+def _touched_at(left: Path) -> float:
+    """Return when something was last written to a file, or into a folder of files."""
+    inside = [entry.stat().st_mtime for entry in os.scandir(left)] if left.is_dir() else []
+    return max([left.stat().st_mtime, *inside])
+
+
+def _remove(left: Path) -> None:
+    if left.is_dir():
+        shutil.rmtree(left)
+    else:
+        left.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

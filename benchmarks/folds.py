@@ -24,7 +24,11 @@ from artifacts.store import Digest
 from benchmarks.figures import report
 from benchmarks.ground import LIMITS, Ground, ground
 from training import backbones, experiment
-from training.experiment import BackboneKey, Place
+from training.checkpoint import NoKeeper
+from training.epochs import Epoch
+from training.experiment import BackboneKey, Order, Place
+from training.extract import Extraction
+from training.outcome import FoldOutcome
 from training.split import make_folds
 
 K = 5
@@ -47,15 +51,29 @@ class Known:
 class Silent:
     """Nobody listens."""
 
-    def progress(self, **state: Any) -> None: ...
+    extraction_s = 0.0
 
-    def epoch(self, fold: int | None, number: int, metrics: dict[str, float]) -> None: ...
+    def stage(self, name: str) -> None: ...
 
-    def fold(self, result: Any) -> None: ...
+    def images(self, done: int, total: int) -> None: ...
+
+    def extracted(self, extraction: Extraction) -> None:
+        self.extraction_s = extraction.seconds
+
+    def part(self, number: int | None, epochs: int) -> SilentPart:
+        return SilentPart()
+
+    def fold(self, outcome: FoldOutcome) -> None: ...
 
     def file(self, name: str, data: bytes, media_type: str) -> None: ...
 
-    def alive(self) -> None: ...
+
+class SilentPart(NoKeeper):
+    """Nobody listens to a part, either."""
+
+    def epoch(self, number: int, metrics: Epoch) -> None: ...
+
+    def batch(self, epochs: float) -> None: ...
 
 
 def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
@@ -75,8 +93,9 @@ def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
         threads=given.threads,
     )
     started = time.perf_counter()
-    outcome = experiment.run(recipe, version, given.labels, given.weights, place, Known(given.backbone), Silent())
-    return time.perf_counter() - started, outcome.extraction["seconds"]
+    silent = Silent()
+    experiment.run(Order(recipe, version, given.labels, given.weights), place, Known(given.backbone), silent)
+    return time.perf_counter() - started, silent.extraction_s
 
 
 def tutorial(given: Ground, wanted: argparse.Namespace) -> float:

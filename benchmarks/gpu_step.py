@@ -28,6 +28,7 @@ try:
     from benchmarks.figures import report, spread, table
     from benchmarks.networks import NONE, calibrated, fine_tuning, first_head, multiply_adds
     from training import backbones
+    from training.epochs import Passage
     from training.finetune import Material, tune
 except ImportError as error:
     sys.exit(
@@ -97,9 +98,9 @@ def images_per_s(
         NONE,
         epochs=1 + epochs,
         seed=0,
-        on_epoch=lambda number, metrics: ends.append(time.perf_counter()),
+        passage=Passage(lambda number, metrics: ends.append(time.perf_counter())),
     )
-    return (batch * steps / np.diff(ends)).tolist()
+    return [batch * steps / float(seconds) for seconds in np.diff(ends)]
 
 
 def main() -> None:

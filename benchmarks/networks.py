@@ -12,6 +12,7 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from artifacts.recipe import ClassCount, FineTune, Mode, Recipe, Task, fill
 from training import backbones, fit
+from training.epochs import Passage
 from training.fit import Fit
 from training.split import Indices
 
@@ -62,7 +63,7 @@ def first_head(recipe: Recipe, features: Features, targets: Indices) -> Fit:
         NONE,
         epochs=_HEAD_EPOCHS,
         seed=0,
-        on_epoch=lambda number, metrics: None,
+        passage=Passage(lambda number, metrics: None),
     )
 
 

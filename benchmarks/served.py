@@ -28,6 +28,7 @@ from inference.engine import OpenVinoEngine
 from inference.predictor import ClassPrediction
 from inference.shelf import Shelf
 from training import backbones, finetune
+from training.epochs import Passage
 from training.export import export
 from training.finetune import Material
 
@@ -64,7 +65,7 @@ def main() -> None:
             NONE,
             epochs=wanted.epochs,
             seed=0,
-            on_epoch=lambda number, metrics: None,
+            passage=Passage(lambda number, metrics: None),
         )
         by_keras = heads.probabilities(Task.MULTICLASS, tuned.logits(everything))
         before = heads.probabilities(Task.MULTICLASS, heads.logits(head.layers, frozen.features(given.pixels)))

@@ -24,8 +24,10 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,18 @@ import keras
 import numpy as np
 
 from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.recipe import Precision, Recipe, Task
+from artifacts.features import FeatureSpace
+from artifacts.images import IMAGE_RULE
+from artifacts.recipe import Precision, Recipe, Resize, Task
 from benchmarks.figures import processor, report, spread, table
 from benchmarks.ground import Ground, ground
 from benchmarks.networks import NONE, fine_tuning, first_head, multiply_adds
 from inference.engine import OpenVinoEngine
 from training import backbones, finetune
+from training.arrays import Maps, load_maps
+from training.epochs import Epoch, Passage, Rows
 from training.finetune import Material
-from training.fit import Epoch, Fit, Rows
+from training.fit import Fit
 from training.split import Fold, Indices, make_folds
 
 BATCH = 32
@@ -86,9 +92,15 @@ class Trial:
         features = whole.predict(given.pixels, batch_size=BATCH, verbose=0)["features"]
         self.head: Fit = first_head(self.recipe, features, given.truth)
 
-    def maps(self) -> Any:
-        """Return the maps at the cut, as a context."""
-        return finetune.computed_maps(self.engine, self.given.pixels, self.given.folder, lambda done, total: None)
+    @contextmanager
+    def maps(self) -> Iterator[Maps]:
+        """Yield the maps at the cut, computed now."""
+        given = self.given
+        size = given.pixels.shape[1]
+        space = FeatureSpace(IMAGE_RULE, size, Resize.SQUASH, given.backbone, Precision.FLOAT32)
+        digests = [row.sha256 for row in given.rows]
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            yield load_maps(digests, given.pixels, self.engine, space, Path(folder), lambda done, total: None)
 
     def ours(self, material: Material, train: Indices, validation: Indices) -> Timed:
         """Fine-tune as the service does."""
@@ -105,9 +117,9 @@ class Trial:
             validation,
             epochs=self._epochs,
             seed=SEED,
-            on_epoch=lambda number, metrics: ends.append(time.perf_counter()),
+            passage=Passage(lambda number, metrics: ends.append(time.perf_counter())),
         )
-        return Timed(np.diff(ends).tolist(), tuned.history)
+        return Timed(np.diff(ends).tolist(), tuned.trained.history)
 
     def bare(self, material: Material, steps: int, **data: Any) -> Timed:
         """Fine-tune the same layers by `fit` alone; `data` is what it learns from."""
@@ -166,7 +178,7 @@ def cut(trial: Trial, folds: Sequence[Fold]) -> dict[str, Any]:
         pixels = Material(given.pixels, are_maps=False)
         for fold in folds:
             cached.append(trial.ours(Material(maps, are_maps=True), fold.train, fold.test))
-            rows = Rows(given.pixels, given.truth, fold.train, None, BATCH, SEED)
+            rows = Rows(given.pixels, given.truth, fold.train, BATCH, SEED)
             watched = (given.pixels[fold.test], given.truth[fold.test])
             plain.append(trial.bare(pixels, len(rows), x=rows, validation_data=watched, shuffle=False))
     ratios = [

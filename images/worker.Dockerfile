@@ -26,12 +26,12 @@ COPY artifacts artifacts/
 COPY inference inference/
 COPY migrations migrations/
 COPY models models/
-COPY ops/__init__.py ops/migrate.py ops/weights.py ops/
+COPY ops/__init__.py ops/collect.py ops/migrate.py ops/weights.py ops/
 COPY training training/
 COPY worker worker/
 # A checkout made under a strict umask would leave files that only root can read.
 RUN chmod -R a+rX . && python -m compileall -q .
 USER 10001:10001
 # A missing room or library shows here and not at the first start.
-RUN python -c "import worker.app, worker.child, ops.weights, training.experiment, mlflow"
+RUN python -c "import worker.app, worker.child, ops.collect, ops.weights, training.experiment, mlflow"
 CMD ["python", "-m", "worker.app"]

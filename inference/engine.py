@@ -31,6 +31,10 @@ class Engine(Protocol):
         """Return float32 [N, D] for uint8 images [N, H, W, 3]. May be called from several threads."""
         ...
 
+    def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
+        """Return the features and, if asked, the maps that they are the mean of, float32 [N, h, w, D]."""
+        ...
+
 
 class OpenVinoEngine:
     """An ONNX network run by OpenVINO on the processor."""
@@ -50,18 +54,23 @@ class OpenVinoEngine:
 
     def features(self, images: Pixels) -> Features:
         """Return float32 [N, D] for uint8 images [N, H, W, 3]."""
-        return self._infer(images, "features")
+        return self.run(images, wants_maps=False)[0]
 
     def maps(self, images: Pixels) -> Features:
         """Return what the features are the mean of, float32 [N, h, w, D], for uint8 images [N, H, W, 3]."""
-        return self._infer(images, "maps")
+        maps = self.run(images, wants_maps=True)[1]
+        assert maps is not None
+        return maps
 
-    def _infer(self, images: Pixels, output: str) -> Features:
+    def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
+        """Return the features and, if asked, the maps that they are the mean of, float32 [N, h, w, D]."""
         if not hasattr(self._local, "request"):
             self._local.request = self._network.create_infer_request()
         request: Any = self._local.request
         request.infer([np.ascontiguousarray(images)])
-        return np.array(request.get_tensor(output).data, dtype=np.float32)
+        outputs = ("features", "maps") if wants_maps else ("features",)
+        features, *maps = (np.array(request.get_tensor(output).data, dtype=np.float32) for output in outputs)
+        return features, maps[0] if maps else None
 
 
 class FlatEngine:
@@ -75,8 +84,12 @@ class FlatEngine:
 
     def features(self, images: Pixels) -> Features:
         """Return float32 [N, cells * cells * 3] for uint8 images [N, H, W, 3] with H and W divisible by `cells`."""
+        return self.run(images, wants_maps=False)[0]
+
+    def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
+        """Return the features and, if asked, maps [N, 1, 1, cells * cells * 3]: a feature is the mean of one place."""
         self.images_seen += len(images)
         count, height, width, _ = images.shape
         grid = images.reshape(count, self._cells, height // self._cells, self._cells, width // self._cells, 3)
         means: Features = grid.mean(axis=(2, 4), dtype=np.float32).reshape(count, -1)
-        return means
+        return means, means[:, None, None, :] if wants_maps else None

@@ -8,8 +8,7 @@ from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import JSON, Connection
 
-import models.job
-import models.reference  # noqa: F401  (these two import every record, so that all are compared)
+import models.every  # noqa: F401
 from models.base import Base, Utc
 from models.session import Database
 from settings import Settings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -10,6 +12,9 @@ import uuid_utils
 from sqlalchemy import JSON, DateTime, Dialect, Enum, MetaData, TypeDecorator
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase
+
+wall_clock: ContextVar[Callable[[], datetime]] = ContextVar("wall_clock", default=lambda: datetime.now(UTC))
+"""What `now` reads: a simulation gives each of its machines a clock of its own."""
 
 Json = JSON().with_variant(JSONB(), "postgresql")
 
@@ -70,4 +75,4 @@ def now() -> datetime:
 
     Who holds a job never hangs on it.
     """
-    return datetime.now(UTC)
+    return wall_clock.get()()

@@ -20,6 +20,7 @@ from artifacts.recipe import Recipe
 from artifacts.store import Digest
 from errors import NotFound, NothingToCompare
 from models import job as jobs
+from models import parts
 from models import run as runs
 from models.base import Base, new_id, now, text_enum
 from models.job import Job, JobKind, Queue
@@ -119,8 +120,7 @@ def create_comparison(
     for position, recipe in enumerate(recipes):
         run = runs.create_run(session, principal, version_id, name, recipe)
         session.add(ComparisonRun(comparison_id=comparison.id, position=position, run_id=run.id))
-        queue = jobs.training_queue(session, recipe.mode)
-        added.append(jobs.add_job(session, principal.project_id, JobKind.TRAIN, queue, run.id))
+        added.append(parts.submit(session, run))
     session.flush()
     return comparison, added
 
@@ -146,6 +146,8 @@ def note_end(session: Session, run_id: str) -> Job | None:
         return None
     if RunState.SUCCEEDED in states:
         comparison.state = ComparisonState.RUNNING
+        if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # the run was tried again while the table was made
+            return None
         return jobs.add_job(session, comparison.project_id, JobKind.COMPARE, Queue.CPU, comparison.id)
     if RunState.FAILED in states:
         error = NothingToCompare("No run of the comparison succeeded; each of them says why.")
@@ -181,10 +183,8 @@ def cancel_comparison(session: Session, comparison_id: str) -> None:
 def request_cancel(session: Session, comparison_id: str) -> None:
     """Ask every unfinished run of a comparison to end and close it; asked too late, nothing changes."""
     for run in get_runs(session, comparison_id):
-        if jobs.request_cancel(session, JobKind.TRAIN, run.id):
-            runs.cancel_run(session, run.id)
-            jobs.owe_end(session, run.id)
-    jobs.request_cancel(session, JobKind.COMPARE, comparison_id)
+        parts.request_cancel(session, run.id)
+    jobs.request_cancel(session, comparison_id, JobKind.COMPARE)
     cancel_comparison(session, comparison_id)
 
 

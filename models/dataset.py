@@ -393,6 +393,15 @@ def set_progress(session: Session, version_id: str, progress: dict[str, Any]) ->
     session.get_one(DatasetVersion, version_id).progress = progress
 
 
+def closed_with_archive(session: Session) -> Sequence[str]:
+    """Return the versions whose ingest has ended and whose archive is still named, since its worker ended with it."""
+    closed = (DatasetState.READY, DatasetState.REJECTED)
+    query = select(DatasetVersion.id).where(
+        DatasetVersion.archive_sha256.is_not(None), DatasetVersion.state.in_(closed)
+    )
+    return session.scalars(query.order_by(DatasetVersion.id)).all()
+
+
 def forget_archive(session: Session, version_id: str) -> list[Digest]:
     """Drop the archive of a closed version; return that file, if there is one."""
     version = session.get_one(DatasetVersion, version_id)

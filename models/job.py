@@ -15,15 +15,12 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, CursorResult, ForeignKey, Index, Integer, String, func, or_, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import BigInteger, CursorResult, ForeignKey, Index, String, func, or_, select, text, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from artifacts.recipe import Mode
 from errors import EspalierError
-from models.base import Base, Json, new_id, now, text_enum
+from models.base import Base, new_id, now, text_enum
 from models.project import owner
-from models.run import Run
 
 
 class JobKind(StrEnum):
@@ -31,19 +28,17 @@ class JobKind(StrEnum):
 
     INGEST = "ingest"
     TRAIN = "train"
+    FOLD = "fold"
+    FINAL = "final"
     PURGE = "purge"
     PUBLISH = "publish"
     COMPARE = "compare"
 
 
-# How often a job is begun before it counts as failed. What MLflow is owed stays owed, and a purge can always go on.
-MAX_ATTEMPTS = {
-    JobKind.INGEST: 3,
-    JobKind.TRAIN: 3,
-    JobKind.COMPARE: 3,
-    JobKind.PURGE: 1_000_000,
-    JobKind.PUBLISH: 1_000_000,
-}
+MAX_ATTEMPTS = 3
+"""How often a job is begun before it counts as failed."""
+ENDLESS = (JobKind.PURGE, JobKind.PUBLISH)
+"""Jobs that are begun as often as it takes: what MLflow is owed stays owed, and a purge can always go on."""
 
 
 class JobState(StrEnum):
@@ -54,6 +49,9 @@ class JobState(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+UNFINISHED = (JobState.QUEUED, JobState.RUNNING)
 
 
 class Queue(StrEnum):
@@ -67,15 +65,15 @@ class Queue(StrEnum):
 
 # The longest wait between two attempts.
 BACK_OFF_S = 60.0
-# A worker that has not looked for work for this long counts as gone, as does one whose clock is that far ahead. Only
-# where work waits hangs on this, never whose it is.
-UNSEEN_S = 300.0
 
 _UNFINISHED = text("state IN ('queued', 'running')")
 
 
 class Job(Base):
-    """One piece of work about one subject: a data set version to ingest, a run to train or to publish, and so on."""
+    """One piece of work about one subject: a data set version to ingest, a run to train or to publish, and so on.
+
+    `index` tells apart the jobs of one kind about one subject, such as the folds of a run.
+    """
 
     __tablename__ = "job"
     __table_args__ = (
@@ -97,7 +95,7 @@ class Job(Base):
     queue: Mapped[Queue] = mapped_column(text_enum(Queue))
     subject_id: Mapped[str] = mapped_column(String(40))
     priority: Mapped[int] = mapped_column(default=0)
-    parent_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"))
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"), index=True)
     index: Mapped[int] = mapped_column(default=0)
     state: Mapped[JobState] = mapped_column(text_enum(JobState), default=JobState.QUEUED)
     attempt: Mapped[int] = mapped_column(default=0)
@@ -105,34 +103,12 @@ class Job(Base):
     lease_epoch: Mapped[int] = mapped_column(default=0)
     renewals: Mapped[int] = mapped_column(BigInteger, default=0)
     next_attempt_at: Mapped[datetime | None]
+    progress: Mapped[dict[str, Any] | None]
     cancel_requested_at: Mapped[datetime | None]
     error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
-
-
-class Outbox(Base):
-    """Something that MLflow is still owed about a run; the row goes when MLflow has it."""
-
-    __tablename__ = "outbox"
-
-    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
-    run_id: Mapped[str] = mapped_column(ForeignKey("run.id"), index=True)
-    kind: Mapped[str] = mapped_column(String(32))
-    payload: Mapped[dict[str, Any]] = mapped_column(Json)
-    created_at: Mapped[datetime] = mapped_column(default=now)
-
-
-class Worker(Base):
-    """A worker process, for display: which queues it serves and when it last looked for work."""
-
-    __tablename__ = "worker"
-
-    name: Mapped[str] = mapped_column(String(127), primary_key=True)
-    queues: Mapped[list[Any]] = mapped_column(Json)
-    started_at: Mapped[datetime] = mapped_column(default=now)
-    looked_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class LeaseLost(Exception):
@@ -159,31 +135,30 @@ class Sighting:
 # --- queued --------------------------------------------------------------------------------------------------------
 
 
-def add_job(session: Session, project_id: str, kind: JobKind, queue: Queue, subject_id: str) -> Job:
+def add_job(
+    session: Session,
+    project_id: str,
+    kind: JobKind,
+    queue: Queue,
+    subject_id: str,
+    *,
+    index: int = 0,
+    parent_id: str | None = None,
+    priority: int = 0,
+) -> Job:
     """Owe a piece of work, in the transaction that makes it due."""
-    job = Job(project_id=project_id, kind=kind, queue=queue, subject_id=subject_id)
+    job = Job(
+        project_id=project_id,
+        kind=kind,
+        queue=queue,
+        subject_id=subject_id,
+        index=index,
+        parent_id=parent_id,
+        priority=priority,
+    )
     session.add(job)
     session.flush()
     return job
-
-
-def training_queue(session: Session, mode: Mode) -> Queue:
-    """Return where a run of a mode belongs: fine-tuning on a GPU if a worker with one has been seen lately."""
-    return Queue.GPU if mode is Mode.FINE_TUNING and _is_served(session, Queue.GPU) else Queue.CPU
-
-
-def hand_over_unserved(session: Session) -> int:
-    """Give what waits for a GPU to the processors once no worker with one is there; return how many jobs."""
-    if _is_served(session, Queue.GPU):
-        return 0
-    waiting = (Job.queue == Queue.GPU, Job.state == JobState.QUEUED)
-    return _execute(session, update(Job).where(*waiting).values(queue=Queue.CPU))
-
-
-def _is_served(session: Session, queue: Queue) -> bool:
-    near = timedelta(seconds=UNSEEN_S)
-    seen = session.scalars(select(Worker).where(Worker.looked_at > now() - near, Worker.looked_at < now() + near))
-    return any(queue in worker.queues for worker in seen)
 
 
 def claim(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
@@ -212,6 +187,7 @@ def claim(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
             renewals=0,
             attempt=Job.attempt + 1,
             next_attempt_at=None,
+            progress=None,
             started_at=now(),
         ),
     )
@@ -270,31 +246,63 @@ def _held(lease: Lease) -> Any:
 # --- by anybody ------------------------------------------------------------------------------------------------------
 
 
+def is_owed(session: Session, kind: JobKind, subject_id: str) -> bool:
+    """Say whether a job of a kind about a subject is queued or worked on."""
+    query = select(Job.id).where(Job.kind == kind, Job.subject_id == subject_id, Job.state.in_(UNFINISHED))
+    return session.scalar(query.limit(1)) is not None
+
+
 def is_cancel_requested(session: Session, job_id: str) -> bool:
     """Say whether somebody asked to cancel the job."""
     return session.scalar(select(Job.cancel_requested_at).where(Job.id == job_id)) is not None
 
 
-def request_cancel(session: Session, kind: JobKind, subject_id: str) -> bool:
-    """Ask for a job to end; return whether it was still queued and therefore ended here and now."""
-    mine = (Job.kind == kind, Job.subject_id == subject_id)
+def request_cancel(session: Session, subject_id: str, *kinds: JobKind) -> int:
+    """Ask for the jobs of these kinds about a subject to end; return how many were still queued and ended at once."""
+    mine = (Job.kind.in_(kinds), Job.subject_id == subject_id)
     # First whatever its state: this waits for whoever is just giving the job back, and then holds its row.
     _execute(
         session,
         update(Job)
-        .where(*mine, Job.state.in_((JobState.QUEUED, JobState.RUNNING)), Job.cancel_requested_at.is_(None))
+        .where(*mine, Job.state.in_(UNFINISHED), Job.cancel_requested_at.is_(None))
         .values(cancel_requested_at=now()),
     )
-    ended = _execute(
+    return _execute(
         session,
         update(Job).where(*mine, Job.state == JobState.QUEUED).values(state=JobState.CANCELLED, finished_at=now()),
     )
-    return bool(ended)
 
 
-def sightings(session: Session, queues: Sequence[Queue]) -> list[Sighting]:
+def end_others(session: Session, job: Job) -> int:
+    """End the unfinished jobs that belong together with a job, its parent and that one's other parts; return how many.
+
+    Who works on one of them has lost its lease, so that the same work can be owed anew at once.
+    """
+    first = job.parent_id or job.id
+    others = (or_(Job.id == first, Job.parent_id == first), Job.id != job.id)
+    return _execute(
+        session,
+        update(Job)
+        .where(*others, Job.state.in_(UNFINISHED))
+        .values(
+            state=JobState.CANCELLED,
+            lease_epoch=Job.lease_epoch + 1,
+            lease_owner=None,
+            cancel_requested_at=func.coalesce(Job.cancel_requested_at, now()),
+            finished_at=now(),
+        ),
+    )
+
+
+def worked_on(session: Session, job_id: str) -> Sequence[Job]:
+    """Return those of a job and the jobs that it owed that somebody works on."""
+    query = select(Job).where(or_(Job.id == job_id, Job.parent_id == job_id), Job.state == JobState.RUNNING)
+    return session.scalars(query, execution_options={"populate_existing": True}).all()
+
+
+def sightings(session: Session) -> list[Sighting]:
     """Return what can be seen of every running job."""
-    query = select(Job.id, Job.lease_epoch, Job.renewals).where(Job.state == JobState.RUNNING, Job.queue.in_(queues))
+    query = select(Job.id, Job.lease_epoch, Job.renewals).where(Job.state == JobState.RUNNING)
     return [Sighting(*row) for row in session.execute(query)]
 
 
@@ -327,7 +335,7 @@ def take_over(session: Session, sighting: Sighting) -> Job | None:
 
 def attempts_are_used_up(job: Job) -> bool:
     """Say whether a failure of this attempt is final."""
-    return job.attempt >= MAX_ATTEMPTS[job.kind]
+    return job.attempt >= MAX_ATTEMPTS and job.kind not in ENDLESS
 
 
 def back_off_s(attempt: int) -> float:
@@ -343,60 +351,12 @@ def is_retried(job: Job, error: EspalierError) -> bool:
     return (error.is_transient or job.kind is JobKind.PUBLISH) and not attempts_are_used_up(job)
 
 
-# --- MLflow ----------------------------------------------------------------------------------------------------------
-
-
-def owe(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
-    """Owe MLflow something about a run, in the transaction that makes it true."""
-    session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
-
-
-def owe_end(session: Session, run_id: str) -> None:
-    """Owe MLflow the end of a run that nobody works on, if MLflow knows of it or is to be told."""
-    if session.get_one(Run, run_id).mlflow_run_id is not None or owed(session, run_id):
-        owe(session, run_id, "finished", {})
-
-
-def owed(session: Session, run_id: str) -> Sequence[Outbox]:
-    """Return what MLflow is owed about a run, in its order."""
-    return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
-
-
-def add_publish_jobs(session: Session) -> int:
-    """Queue a job for every run that MLflow is owed something about and that has none; return how many."""
-    busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
-    query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
-    added = 0
-    for run_id, project_id in session.execute(query).all():
-        try:
-            with session.begin_nested():
-                add_job(session, project_id, JobKind.PUBLISH, Queue.TRACKING, run_id)
-        except IntegrityError:
-            continue  # another worker looked at the same moment and queued it
-        added += 1
-    return added
-
-
 # --- display ---------------------------------------------------------------------------------------------------------
-
-
-def see_worker(session: Session, name: str, queues: Sequence[Queue]) -> None:
-    """Note that a worker looked for work."""
-    worker = session.get(Worker, name)
-    if worker is None:
-        session.add(Worker(name=name, queues=list(queues)))
-    else:
-        worker.looked_at = now()
-        worker.queues = list(queues)  # a new process may have an old one's name
 
 
 def count_jobs(session: Session) -> dict[tuple[Queue, JobState], int]:
     """Return how many unfinished jobs there are by queue and state."""
-    query = (
-        select(Job.queue, Job.state, func.count())
-        .where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
-        .group_by(Job.queue, Job.state)
-    )
+    query = select(Job.queue, Job.state, func.count()).where(Job.state.in_(UNFINISHED)).group_by(Job.queue, Job.state)
     return {(queue, state): count for queue, state, count in session.execute(query)}
 
 

@@ -30,9 +30,9 @@ class Principal:
     project_id: str = DEFAULT_PROJECT
 
 
-def owner() -> Mapped[str]:
+def owner(*, primary_key: bool = False) -> Mapped[str]:
     """Return the column that names a record's project."""
-    return mapped_column(ForeignKey("project.id"), index=True)
+    return mapped_column(ForeignKey("project.id"), index=not primary_key, primary_key=primary_key)
 
 
 def scope(project_id: InstrumentedAttribute[str], principal: Principal) -> ColumnElement[bool]:

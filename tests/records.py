@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -14,13 +15,14 @@ from artifacts.recipe import ClassCount, Recipe, Task, TaskChoice
 from artifacts.store import Digest, digest_of
 from models import comparison as comparisons
 from models import dataset as datasets
+from models import job as jobs
 from models import run as runs
 from models.base import Base
 from models.comparison import Comparison
 from models.dataset import Accepted, Dataset, DatasetVersion
-from models.job import Job
+from models.job import Job, JobKind, Queue
 from models.project import Principal
-from models.run import Run
+from models.run import Fold, Run
 
 PRINCIPAL = Principal()
 RECIPE = Recipe(task=TaskChoice.BINARY)
@@ -41,6 +43,15 @@ def waiting_version(session: Session, name: str = "flowers") -> DatasetVersion:
     """Add a data set whose first version waits for its ingest."""
     dataset = datasets.create_dataset(session, PRINCIPAL, name)
     return datasets.add_version(session, dataset, digest(f"archive of {name}"))
+
+
+def owe_ingest(session: Session, archive: Digest, name: str = "flowers") -> str:
+    """Owe the ingest of an archive into a data set, as its first or its next version; return the version's id."""
+    query = select(Dataset).where(Dataset.name == name, Dataset.deleted_at.is_(None))
+    dataset = session.scalar(query) or datasets.create_dataset(session, PRINCIPAL, name)
+    version = datasets.add_version(session, dataset, archive)
+    jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
+    return version.id
 
 
 def make_ready(session: Session, version: DatasetVersion, images: Sequence[Accepted] = ()) -> DatasetVersion:
@@ -81,6 +92,12 @@ def queued_run(session: Session, version: DatasetVersion, name: str = "flowers")
 def running_run(session: Session, version: DatasetVersion, name: str = "flowers") -> Run:
     """Add a run that is under way."""
     return runs.start_run(session, queued_run(session, version, name).id)
+
+
+def fold(run_id: str, number: int = 0, **values: Any) -> Fold:
+    """Return what a fold of a run measured."""
+    measured = {"epochs": 9, "best_epoch": 4, "stopped": "", "metrics": {"loss": 1.0}, "history": []}
+    return Fold(run_id=run_id, number=number, **measured | values)
 
 
 def queued_comparison(session: Session, version: DatasetVersion, recipes: int = 2) -> Comparison:

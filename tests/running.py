@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -44,6 +45,7 @@ class Service:
     port: int
     mlflow_url: str
     http: httpx2.Client
+    environment: dict[str, str]
 
     def upload(self, name: str, archive: bytes, wait: bool = True) -> dict[str, Any]:
         """Upload an archive and return the data set, by default once it is ready or rejected."""
@@ -75,6 +77,30 @@ class Service:
             assert time.monotonic() < deadline, f"still not so after {within_s} s: {found}"
             time.sleep(0.2)
 
+    def events(self, run: str) -> list[tuple[str, dict[str, Any]]]:
+        """Return what a run that is over tells: (kind, payload) in its order."""
+        text = self.http.get(f"/api/v1/runs/{run}/events").text
+        blocks = [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.strip().split("\n\n")]
+        return [(block["event"], json.loads(block["data"])) for block in blocks if "event" in block]
+
+    def find(self, name: str) -> psutil.Process:
+        """Return the process of the service whose command holds `name`."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):  # a zombie, too
+                if name in " ".join(process.cmdline()):
+                    return process
+        raise AssertionError(f"no process of {name}")
+
+    @contextmanager
+    def another_worker(self) -> Iterator[subprocess.Popen[bytes]]:
+        """Have a second worker on the same data for as long as a block runs."""
+        command = [sys.executable, "-m", "worker.app"]
+        with subprocess.Popen(command, cwd=ROOT, env=self.environment) as process:
+            try:
+                yield process
+            finally:
+                process.terminate()
+
     def processes(self) -> list[psutil.Process]:
         """Return every process of the service: those below it, and those that its death left to another parent."""
         found = {process for process in psutil.process_iter() if self._owns(process)}
@@ -90,7 +116,7 @@ class Service:
 
 
 @contextmanager
-def started(var: Path) -> Iterator[Service]:
+def started(var: Path, **settings: str) -> Iterator[Service]:
     """Start the service as a user does and wait until it is ready; whatever is left at the end is killed."""
     port, mlflow_port = free_port(), free_port()
     environment = os.environ | {
@@ -105,6 +131,7 @@ def started(var: Path) -> Iterator[Service]:
         "ESPALIER_RENEW_EVERY_S": "1",
         "ESPALIER_LET_GO_S": "5",
         "ESPALIER_LEASE_S": "8",
+        **settings,
     }
     with (
         subprocess.Popen(
@@ -112,7 +139,7 @@ def started(var: Path) -> Iterator[Service]:
         ) as process,
         httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
     ):
-        service = Service(process, var, port, f"http://127.0.0.1:{mlflow_port}", http)
+        service = Service(process, var, port, f"http://127.0.0.1:{mlflow_port}", http, environment)
         try:
             assert process.stdout is not None
             first = process.stdout.readline()

@@ -19,6 +19,8 @@ from errors import (
     Invalid,
     RecipeInvalid,
     Refused,
+    StoreRefused,
+    StoreUnavailable,
     Unavailable,
     every_error,
     from_record,
@@ -67,7 +69,12 @@ def test_each_error_says_in_its_docstring_what_happened(kind: type[EspalierError
 
 
 def test_only_what_may_pass_by_itself_is_transient() -> None:
-    assert {kind for kind in every_error().values() if kind.is_transient} == {Unavailable, Crashed}
+    assert {kind for kind in every_error().values() if kind.is_transient} == {
+        Unavailable,
+        StoreUnavailable,
+        StoreRefused,
+        Crashed,
+    }
 
 
 @ALL

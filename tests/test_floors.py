@@ -14,6 +14,7 @@ ROOMS = {
     "api",
     "worker",
     "ops",
+    "simulator",
     "training",
     "inference",
     "models",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from artifacts.store import StoreAddress
 from ops.document import TARGET, settings_page
 from settings import Settings
 
@@ -17,6 +18,8 @@ OPERATORS = {
     "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
     "ESPALIER_VAR": "/precious",
     "ESPALIER_API_KEY": "correct horse battery staple",
+    "AWS_ACCESS_KEY_ID": "a-key-of-the-operator",
+    "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-operator",
 }
 
 
@@ -28,7 +31,7 @@ def test_every_setting_is_documented_as_it_is() -> None:
 
 def test_nothing_of_an_operator_reaches_a_test() -> None:
     assert not OPERATORS.keys() & os.environ.keys()
-    assert not [name for name in os.environ if name.startswith("ESPALIER_")]
+    assert not [name for name in os.environ if name.startswith(("ESPALIER_", "AWS_"))]
 
 
 def test_nothing_that_an_operator_exported_reaches_a_test() -> None:
@@ -66,6 +69,29 @@ def test_what_is_wrong_is_told_without_the_key(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ValidationError) as told:
             Settings(**wrong)
         assert OPERATORS["ESPALIER_API_KEY"] not in str(told.value)
+
+
+def test_stored_files_stay_in_the_data_folder_unless_there_is_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(var="/data").store == StoreAddress("/data/store", None, None, "us-east-1", 50 * 1024**3)
+    monkeypatch.setenv("ESPALIER_STORE_URL", "s3://bucket/prefix")
+    monkeypatch.setenv("ESPALIER_STORE_ENDPOINT", "https://s3.example.org")
+    monkeypatch.setenv("ESPALIER_STORE_REGION", "eu-central-1")
+    monkeypatch.setenv("ESPALIER_STORE_CACHE_BYTES", "1000")
+    found = Settings(var="/data").store
+    assert found == StoreAddress("/data/cache", "s3://bucket/prefix", "https://s3.example.org", "eu-central-1", 1000)
+
+
+def test_the_keys_of_a_bucket_are_no_settings_and_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OPERATORS.items():
+        monkeypatch.setenv(name, value)
+    shown = repr(Settings()) + str(Settings().model_dump()) + repr(Settings(store_url="s3://bucket").store)
+    assert OPERATORS["AWS_ACCESS_KEY_ID"] not in shown and OPERATORS["AWS_SECRET_ACCESS_KEY"] not in shown
+
+
+@pytest.mark.parametrize("url", ["bucket", "https://bucket.example.org", "s3://", "s3://Upper"])
+def test_what_is_no_address_of_a_bucket_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="Expected a bucket as s3://name"):
+        Settings(store_url=url)
 
 
 def test_only_formats_that_are_decoded_safely_may_be_enabled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,19 +19,25 @@ from sqlalchemy.orm import Session
 from waiting import until
 
 from artifacts.images import ImageLimits
-from errors import Unavailable
+from errors import DiskFull, EspalierError, Unavailable
 from models import job as jobs
 from models.base import now
 from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
-from worker.loop import Complete, Handler, Holder, Loop, Reason, Stopped, Timings, Work
+from worker.loop import Loop
+from worker.sweeper import Sweeper
 from worker.train import TrainingPlace
 from worker.weights import Source
+from worker.work import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 
 QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=30.0)
 # A holder that gives no sign of life, as one whose process was stopped.
 FROZEN = replace(QUICK, renew_every_s=1000.0, cancel_every_s=1000.0)
+
+
+# A sweeper whose every look counts up to a whole lease.
+WATCHING = replace(QUICK, look_every_s=QUICK.lease_s / 2)
 
 
 class Outage:
@@ -84,6 +90,20 @@ class Forgetful(Database):
             raise Unavailable("The connection was cut during the commit.")
 
 
+class Roomless(Database):
+    """A database whose disk is full for a while: what is written meanwhile is rolled back."""
+
+    is_full = False
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """Open a transaction and commit it at the end. Raises DiskFull instead while there is no room."""
+        with super().writing() as session:
+            yield session
+            if self.is_full:
+                raise DiskFull("The disk of the database is full.")
+
+
 Say = Callable[..., None]
 """Have the next child say these messages, `apart_s` apart."""
 
@@ -111,14 +131,25 @@ def claimed_work(
     with database.writing() as session:
         job = jobs.claim(session, list(Queue), "here")
     assert job is not None
-    with Holder(database, Lease(job.id, job.lease_epoch), QUICK, draining or threading.Event()) as holder:
-        yield Work(through or database, job, holder)
+    is_draining = (draining or threading.Event()).is_set
+    bench = Bench()
+    with Holder(database, Lease(job.id, job.lease_epoch), QUICK, is_draining) as holder:
+        yield Work(through or database, job, holder, bench)
+    bench.clear()
 
 
 def training_place(folder: Path) -> TrainingPlace:
     """Return where training would happen, with nowhere to get weights from."""
     source = Source("http://127.0.0.1:1", "", 1.0, 1.0)
-    return TrainingPlace(str(folder / "features"), str(folder / "pixels"), 10**9, ImageLimits(), 1, source)
+    return TrainingPlace(
+        features=str(folder / "features"),
+        pixels=str(folder / "pixels"),
+        pixels_bytes=10**9,
+        image_limits=ImageLimits(),
+        threads=1,
+        source=source,
+        checkpoint_share=1.0,
+    )
 
 
 def slow_jpeg(scans: int, side: int = 4000) -> bytes:
@@ -130,7 +161,7 @@ def slow_jpeg(scans: int, side: int = 4000) -> bytes:
     return whole[:-2] + whole[start:-2] * scans + whole[-2:]
 
 
-class Hands:
+class Hands(Handler):
     """A handler that does what a function says, and keeps what it is told."""
 
     def __init__(self, run: Callable[[Work], Complete | None]) -> None:
@@ -140,14 +171,14 @@ class Hands:
     def run(self, work: Work) -> Complete:
         return self._run(work) or leave_mark
 
-    def requeued(self, session: Session, subject_id: str) -> None:
-        self.told.append(("requeued", subject_id))
+    def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
+        self.told.append(("requeued", job.subject_id))
 
-    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
-        self.told.append(("failed", subject_id, error["code"]))
+    def failed(self, session: Session, job: Job, error: EspalierError) -> None:
+        self.told.append(("failed", job.subject_id, error.code))
 
-    def cancelled(self, session: Session, subject_id: str) -> None:
-        self.told.append(("cancelled", subject_id))
+    def cancelled(self, session: Session, job: Job) -> None:
+        self.told.append(("cancelled", job.subject_id))
 
 
 def work_on(work: Work) -> None:
@@ -203,3 +234,19 @@ def make_due(database: Database, job_id: str) -> None:
     """Let the time pass that a job waits for its next attempt."""
     with database.writing() as session:
         session.execute(update(Job).where(Job.id == job_id).values(next_attempt_at=now() - timedelta(seconds=1)))
+
+
+def request_cancel(database: Database, subject: str = "run_1") -> None:
+    """Ask for the training of a run to end."""
+    with database.writing() as session:
+        jobs.request_cancel(session, subject, JobKind.TRAIN)
+
+
+def sweep_twice(database: Database, handler: Handler) -> int:
+    """Sweep until every lease that does not move has ended; return how many were taken over."""
+    clock = [100.0]
+    handlers = dict.fromkeys(JobKind, handler)
+    sweeper = Sweeper(database, [Queue.CPU], handlers, "there", WATCHING, Clock(lambda: clock[0]))
+    assert sweeper.sweep() == 0
+    clock[0] += WATCHING.lease_s
+    return sweeper.sweep()

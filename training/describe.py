@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,14 +13,12 @@ from artifacts.bundle import Float32
 from artifacts.catalogue import CATALOGUE
 from artifacts.headline import HEADLINES
 from artifacts.recipe import Mode, Recipe, Task
+from training.epochs import Epoch
 from training.extract import Extraction
-from training.fit import Epoch
 from training.learn import NETWORK, Plan
+from training.outcome import FoldResult
 from training.picture import png
 from training.targets import Truth
-
-if TYPE_CHECKING:
-    from training.experiment import FoldResult
 
 _CLASSES_WITH_NUMBERS = 25
 _LABELS_SHOWN = 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ class Extraction:
     images: int
     computed: int
     cached: int
+    seconds: float
 
 
 def extract(
@@ -43,6 +45,7 @@ def extract(
     Raises:
         Corrupt: an image of the store cannot be decoded any more.
     """
+    started = time.perf_counter()
     missing = cache.missing(digests)
     total = len(set(digests))
     done = cached = total - len(missing)
@@ -55,4 +58,4 @@ def extract(
             cache.add([name for names, _ in kept for name in names], np.concatenate([rows for _, rows in kept]))
             kept.clear()
         report(done, total)
-    return Extraction(total, len(missing), cached)
+    return Extraction(total, len(missing), cached, round(time.perf_counter() - started, 3))

@@ -7,37 +7,30 @@ and falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm stays as 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 
 from artifacts.bundle import Dense, Float32
 from artifacts.catalogue import CATALOGUE
 from artifacts.images import Pixels
 from artifacts.recipe import FineTune, Recipe, Task
-from artifacts.store import disk_errors
 from training import backbones, fit
+from training.arrays import Maps
 from training.augment import augmenter
-from training.fit import Epoch, Fit, Rows, Scaler, Stopping, Watch
+from training.epochs import Passage, Rows, Trained
+from training.epochs import train as epoch_by_epoch
+from training.fit import Fit, Scaler
 from training.split import Indices
 from training.targets import Truth
-
-if TYPE_CHECKING:
-    from inference.engine import OpenVinoEngine  # a GPU may have no OpenVINO beside it
 
 # Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
 CLIP_NORM = 1.0
 _PREDICT_BATCH = 256
-_MAPS_BATCH = 64
-
-Maps = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -58,15 +51,13 @@ class Tuned:
     """A fine-tuned network with its head.
 
     Attributes:
-        history, best_epoch, stopped: as of a fit.
+        trained: how it went.
         layers: the head on raw features, standardisation folded in.
         network: the weights of the whole network, as `backbones.dump_weights` returns them.
         logits: float32 [n, outputs] for rows of the material, by Keras and without augmentation.
     """
 
-    history: list[Epoch]
-    best_epoch: int
-    stopped: str
+    trained: Trained
     layers: tuple[Dense, ...]
     network: Callable[[], bytes]
     logits: Callable[[Indices], Float32]
@@ -84,8 +75,7 @@ def tune(
     *,
     epochs: int,
     seed: int,
-    on_epoch: Callable[[int, Epoch], None],
-    on_batch: Callable[[], None] = lambda: None,
+    passage: Passage,
 ) -> Tuned:
     """Let a network learn from the recipe's cut on.
 
@@ -100,8 +90,7 @@ def tune(
         validation: rows that early stopping watches; if empty, every epoch is trained.
         epochs: epochs to train at most; the learning rate falls as if for all of the recipe's.
         seed: the same seed gives the same network on the same machine.
-        on_epoch: called with the number of each finished epoch, from 1, and its metrics.
-        on_batch: called after each batch, or some of them.
+        passage: what to go on from, and who hears how it goes.
 
     Raises:
         TrainingDiverged: the loss is not a number any more.
@@ -110,38 +99,31 @@ def tune(
     keras.utils.set_random_seed(seed)
     network, model, served = build(recipe, weights, material, head, seed)
     learned = head.unit(targets) if head.unit else targets
-    batches = Rows(material.rows, learned, train, None, recipe.batch_size, seed)
+    batches = Rows(material.rows, learned, train, recipe.batch_size, seed)
     model.compile(
         optimizer=fit.optimizer(recipe.optimizer, schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM),
         loss=fit.loss(task),
         metrics=fit.accuracy(task),
         jit_compile="auto" if _has_gpu() else False,  # compiling for a processor takes longer than it saves
     )
-    callbacks: list[Any] = [Watch(on_epoch, on_batch)]
-    stopping = Stopping(recipe.early_stopping) if len(validation) and recipe.early_stopping else None
-    if stopping:
-        callbacks += stopping.callbacks
-    watched = Rows(material.rows, learned, validation, None, _PREDICT_BATCH, None) if len(validation) else None
-    history = model.fit(
+    trained = epoch_by_epoch(
+        model,
         batches,
-        validation_data=watched,
+        Rows(material.rows, learned, validation, _PREDICT_BATCH, None) if len(validation) else None,
         epochs=epochs,
-        shuffle=False,  # the batches shuffle themselves, by seed and epoch
-        callbacks=callbacks,
+        early_stopping=recipe.early_stopping,
         class_weight=fit.class_weights(targets[train], recipe.class_weights),
-        verbose=0,
-    ).history
-    trained = len(history["loss"])
+        passage=passage,
+    )
 
     def logits(rows: Indices) -> Float32:
-        found: Float32 = model.predict(Rows(material.rows, learned, rows, None, _PREDICT_BATCH, None), verbose=0)
+        asked = Rows(material.rows, learned, rows, _PREDICT_BATCH, None)
+        found: Float32 = model.predict(asked, callbacks=[_Beat(passage, len(trained.history))], verbose=0)
         return head.unit.undone(found) if head.unit else found.astype(np.float32)
 
     return Tuned(
-        history=[{name: float(values[epoch]) for name, values in history.items()} for epoch in range(trained)],
-        best_epoch=stopping.best_epoch if stopping else trained,
-        stopped=stopping.reason if stopping else "epochs",
-        layers=fit.dense_layers(served, recipe.head.activation, head.scaler, head.unit),
+        trained=trained,
+        layers=fit.dense_layers(served.get_weights(), recipe.head.activation, head.scaler, head.unit),
         network=lambda: backbones.dump_weights(network),
         logits=logits,
     )
@@ -186,6 +168,18 @@ class Standardise(keras.layers.Layer):  # type: ignore[misc]
         return shape
 
 
+class _Beat(keras.callbacks.Callback):  # type: ignore[misc]
+    """Tells after each predicted batch that the work moves: many images take minutes."""
+
+    def __init__(self, passage: Passage, epochs: int) -> None:
+        super().__init__()
+        self._passage = passage
+        self._epochs = epochs
+
+    def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._passage.on_batch(float(self._epochs))
+
+
 def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
     """Return the learning rate by step: a rise from zero, then a cosine to zero at the recipe's last epoch."""
     warmup = min(recipe.warmup_epochs, recipe.epochs - 1) * steps_per_epoch
@@ -193,28 +187,6 @@ def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
     if not warmup:
         return keras.optimizers.schedules.CosineDecay(recipe.learning_rate, falling)
     return keras.optimizers.schedules.CosineDecay(0.0, falling, warmup_target=recipe.learning_rate, warmup_steps=warmup)
-
-
-@contextmanager
-def computed_maps(
-    engine: OpenVinoEngine, pixels: Pixels, folder: Path, report: Callable[[int, int], None]
-) -> Iterator[Maps]:
-    """Yield the maps of every image at the engine's cut, float32 [N, h, w, C], in a file that goes with the block.
-
-    Raises:
-        DiskFull: the file does not fit.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:  # without a name: it goes with the process, however that ends
-        shape: tuple[int, ...] = ()
-        with disk_errors():
-            for start in range(0, len(pixels), _MAPS_BATCH):
-                maps = engine.maps(pixels[start : start + _MAPS_BATCH])
-                shape = maps.shape[1:]
-                file.write(maps.tobytes())
-                report(min(start + _MAPS_BATCH, len(pixels)), len(pixels))
-            file.flush()
-        yield np.memmap(file, dtype=np.float32, mode="r", shape=(len(pixels), *shape))
 
 
 def _has_gpu() -> bool:

@@ -6,7 +6,7 @@ first dense layer afterwards, as an offset and larger weights, so that what is s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +19,14 @@ from artifacts.features import Features
 from artifacts.recipe import (
     Activation,
     ClassWeights,
-    EarlyStopping,
     HeadRecipe,
     OptimizerName,
     OptimizerRecipe,
     Recipe,
-    Target,
     Task,
 )
-from errors import TrainingDiverged
+from training.epochs import Passage, Rows, Trained
+from training.epochs import train as epoch_by_epoch
 from training.split import Indices
 from training.targets import Truth
 
@@ -35,8 +34,6 @@ MOMENTUM = 0.9
 
 # A step of a head takes a fraction of what it costs to leave the compiled graph after each.
 _STEPS_PER_EXECUTION = 64
-
-Epoch = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -48,19 +45,15 @@ class Fit:
         scaler: the standardisation alone.
         unit: the standardisation of the numbers that a regression learns; None for other tasks.
         weights: the weights of the Keras head on standardised features, in its order.
-        history: loss, accuracy, val_loss and val_accuracy of each epoch; the loss includes the penalty on weights. A
-            regression has no accuracy, and its losses are of standardised numbers: 1 is to answer the mean always.
-        best_epoch: the epoch whose weights were kept, counted from 1.
-        stopped: why the fit ended: `patience`, `target`, or `epochs` when all of them were trained.
+        trained: how it went. A regression has no accuracy, and its losses are of standardised numbers: 1 is to answer
+            the mean always.
     """
 
     layers: tuple[Dense, ...]
     scaler: Scaler
     unit: Scaler | None
     weights: list[npt.NDArray[np.float32]]
-    history: list[Epoch]
-    best_epoch: int
-    stopped: str
+    trained: Trained
 
 
 def fit(
@@ -74,8 +67,7 @@ def fit(
     *,
     epochs: int,
     seed: int,
-    on_epoch: Callable[[int, Epoch], None],
-    on_batch: Callable[[], None] = lambda: None,
+    passage: Passage,
 ) -> Fit:
     """Fit the recipe's head.
 
@@ -89,8 +81,7 @@ def fit(
         validation: rows that early stopping watches; if empty, every epoch is trained.
         epochs: epochs to train at most.
         seed: the same seed gives the same head on the same machine.
-        on_epoch: called with the number of each finished epoch, from 1, and its metrics.
-        on_batch: called after each batch, or some of them.
+        passage: what to go on from, and who hears how it goes.
 
     Raises:
         TrainingDiverged: the loss is not a number any more.
@@ -100,7 +91,7 @@ def fit(
     unit = Scaler.of(targets, train) if task is Task.REGRESSION else None
     learned = unit(targets) if unit else targets
     model = head(recipe.head, features.shape[1], outputs)
-    batches = Rows(features, learned, train, scaler, recipe.batch_size, seed)
+    batches = Rows(features, learned, train, recipe.batch_size, seed, scaler)
     model.compile(
         optimizer=optimizer(recipe.optimizer),
         loss=loss(task),
@@ -108,34 +99,18 @@ def fit(
         jit_compile=False,  # compiling takes longer than it saves on a network this small
         steps_per_execution=min(len(batches), _STEPS_PER_EXECUTION),
     )
-    watched = None
-    stopping: Stopping | None = None
-    callbacks: list[Any] = [Watch(on_epoch, on_batch)]
-    if len(validation):
-        watched = (scaler(features[validation]), learned[validation])
-        if recipe.early_stopping is not None:
-            stopping = Stopping(recipe.early_stopping)
-            callbacks += stopping.callbacks
-    history = model.fit(
+    trained = epoch_by_epoch(
+        model,
         batches,
-        validation_data=watched,
-        validation_batch_size=1024,
-        shuffle=False,  # the batches shuffle themselves, by seed and epoch
+        (scaler(features[validation]), learned[validation]) if len(validation) else None,
         epochs=epochs,
-        callbacks=callbacks,
+        early_stopping=recipe.early_stopping,
         class_weight=class_weights(targets[train], recipe.class_weights),
-        verbose=0,
-    ).history
-    trained = len(history["loss"])
-    return Fit(
-        layers=dense_layers(model, recipe.head.activation, scaler, unit),
-        scaler=scaler,
-        unit=unit,
-        weights=model.get_weights(),
-        history=[{name: float(values[epoch]) for name, values in history.items()} for epoch in range(trained)],
-        best_epoch=stopping.best_epoch if stopping else trained,
-        stopped=stopping.reason if stopping else "epochs",
+        passage=passage,
+        validation_batch_size=1024,
     )
+    weights = model.get_weights()
+    return Fit(dense_layers(weights, recipe.head.activation, scaler, unit), scaler, unit, weights, trained)
 
 
 @dataclass(frozen=True)
@@ -185,43 +160,6 @@ class Scaler:
         kernel = layer.kernel * self.deviation
         bias = layer.bias * self.deviation + self.mean
         return replace(layer, kernel=kernel.astype(np.float32), bias=bias.astype(np.float32))
-
-
-class Rows(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of rows in an order that is a function of (seed, epoch), or as given without a seed; standardised or raw.
-
-    `inputs` is an array [N, ...], which may be mapped from a file.
-    """
-
-    def __init__(
-        self, inputs: Any, targets: Truth, rows: Indices, scaler: Scaler | None, batch_size: int, seed: int | None
-    ) -> None:
-        super().__init__()
-        self._inputs = inputs
-        self._targets = targets
-        self._rows = rows
-        self._scaler = scaler
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = 0
-        self._shuffle()
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
-
-    def __getitem__(self, index: int) -> tuple[Any, Truth]:
-        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        inputs = self._inputs[rows]
-        return (inputs if self._scaler is None else self._scaler(inputs)), self._targets[rows]
-
-    def on_epoch_end(self) -> None:
-        self._epoch += 1
-        self._shuffle()
-
-    def _shuffle(self) -> None:
-        self._order = self._rows
-        if self._seed is not None:
-            self._order = np.random.default_rng((self._seed, self._epoch)).permutation(self._rows)
 
 
 def head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:
@@ -300,83 +238,21 @@ def _all_labels_right(truth: Any, logits: Any) -> Any:
     return keras.ops.cast(keras.ops.all(right, axis=-1), "float32")
 
 
-def dense_layers(model: Any, activation: Activation, scaler: Scaler, unit: Scaler | None) -> tuple[Dense, ...]:
-    """Return a Keras head on standardised features as layers on raw ones, with outputs in the targets' own unit."""
-    dense = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)]
-    layers = [
-        Dense(
-            keras.ops.convert_to_numpy(layer.kernel),
-            keras.ops.convert_to_numpy(layer.bias),
-            Activation.LINEAR if layer is dense[-1] else activation,
-        )
-        for layer in dense
-    ]
+def dense_layers(
+    weights: Sequence[npt.NDArray[np.float32]], activation: Activation, scaler: Scaler, unit: Scaler | None
+) -> tuple[Dense, ...]:
+    """Return a Keras head on standardised features as layers on raw ones, with outputs in the targets' own unit.
+
+    Args:
+        weights: kernel and bias of each layer, as the head's `get_weights` returns them.
+        activation: of all layers but the last.
+        scaler: how the features were standardised.
+        unit: how the targets were, if they were.
+    """
+    pairs = list(zip(weights[::2], weights[1::2], strict=True))
+    activations = [activation] * (len(pairs) - 1) + [Activation.LINEAR]
+    layers = [Dense(kernel, bias, after) for (kernel, bias), after in zip(pairs, activations, strict=True)]
     layers[0] = scaler.fold_into(layers[0])
     if unit is not None:
         layers[-1] = unit.undo_after(layers[-1])
     return tuple(layers)
-
-
-class Watch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Tells each epoch, and ends a fit that has diverged."""
-
-    def __init__(self, on_epoch: Callable[[int, Epoch], None], on_batch: Callable[[], None]) -> None:
-        super().__init__()
-        self._on_epoch = on_epoch
-        self._on_batch = on_batch
-
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._on_batch()
-
-    def on_test_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._on_batch()
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        metrics = {name: float(value) for name, value in (logs or {}).items()}
-        if not all(map(np.isfinite, metrics.values())):
-            raise TrainingDiverged(
-                f"The loss is no longer a number after epoch {epoch + 1}. Lower optimizer.learning_rate."
-            )
-        self._on_epoch(epoch + 1, metrics)
-
-
-class Stopping:
-    """Early stopping by patience and by target, as two Keras callbacks and what became of them."""
-
-    def __init__(self, recipe: EarlyStopping) -> None:
-        self._patience = keras.callbacks.EarlyStopping(
-            monitor=recipe.monitor.value,
-            patience=recipe.patience,
-            min_delta=recipe.min_delta,
-            mode="max" if recipe.monitor.value.endswith("accuracy") else "min",
-            restore_best_weights=True,
-        )
-        self._target = _TargetReached(recipe.target) if recipe.target else None
-
-    @property
-    def callbacks(self) -> list[Any]:
-        return [self._patience] + ([self._target] if self._target else [])
-
-    @property
-    def best_epoch(self) -> int:
-        return int(self._patience.best_epoch) + 1
-
-    @property
-    def reason(self) -> str:
-        if self._target and self._target.was_reached:
-            return "target"
-        return "patience" if self._patience.stopped_epoch else "epochs"
-
-
-class _TargetReached(keras.callbacks.Callback):  # type: ignore[misc]
-    def __init__(self, target: Target) -> None:
-        super().__init__()
-        self._target = target
-        self.was_reached = False
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        value = (logs or {})[self._target.metric.value]
-        is_accuracy = self._target.metric.value.endswith("accuracy")
-        if value >= self._target.value if is_accuracy else value <= self._target.value:
-            self.was_reached = True
-            self.model.stop_training = True

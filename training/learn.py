@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from artifacts.bundle import Dense, Float32
@@ -15,9 +15,11 @@ from artifacts.features import Features
 from artifacts.recipe import Monitor, Recipe, Task
 from inference import heads
 from training import evaluate
+from training.checkpoint import Checkpoint, Keeper
+from training.epochs import Epoch, Passage, Snapshot
 from training.evaluate import median_epoch
 from training.finetune import Material, tune
-from training.fit import Epoch, Fit, fit
+from training.fit import Fit, fit
 from training.split import Indices
 from training.targets import Truth
 
@@ -76,7 +78,33 @@ class Learned:
         return HEAD if self.network is None else NETWORK
 
 
-OnEpoch = Callable[[int, Epoch], None]
+@dataclass(frozen=True)
+class Lesson:
+    """What is to be learned.
+
+    Attributes:
+        train: rows to learn from.
+        validation: rows that early stopping watches; if there are none, every planned epoch is trained.
+        plan: epochs at most.
+        seed: the same seed teaches the same on the same machine.
+    """
+
+    train: Indices
+    validation: Indices
+    plan: Plan
+    seed: int
+
+
+class Listener(Protocol):
+    """Who hears how the learning of a fold goes."""
+
+    def epoch(self, number: int, metrics: Epoch) -> None:
+        """Hear of a finished epoch, counted from 1 through all phases."""
+        ...
+
+    def batch(self, epochs: float) -> None:
+        """Hear how many epochs are done, the present one in part."""
+        ...
 
 
 class Learner(Protocol):
@@ -87,8 +115,8 @@ class Learner(Protocol):
         """What a fold trains at most."""
         ...
 
-    def learn(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Learned:
-        """Learn from `train`, stopping by `validation`; if that is empty, every planned epoch is trained."""
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+        """Learn a lesson; one that was interrupted goes on from what the keeper found, and ends as if it never was."""
         ...
 
 
@@ -109,41 +137,36 @@ def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
 class Frozen:
     """Learns a head on features that were computed once."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        task: Task,
-        outputs: int,
-        features: Features,
-        targets: Truth,
-        on_batch: Callable[[], None],
-    ) -> None:
+    def __init__(self, recipe: Recipe, task: Task, outputs: int, features: Features, targets: Truth) -> None:
         self._recipe = recipe
         self._task = task
         self._outputs = outputs
         self._features = features
         self._targets = targets
-        self.on_batch = on_batch
         self.plan = Plan(recipe.epochs)
 
-    def learn(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Learned:
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
         """Learn a head."""
-        return self.of_head(self.fit_head(train, validation, plan, seed, on_epoch), validation)
+        return self.of_head(self.fit_head(lesson, listener, keeper), lesson.validation)
 
-    def fit_head(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Fit:
+    def fit_head(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Fit:
         """Fit the recipe's head on the rows' features."""
+
+        def offer(take: Callable[[], Snapshot]) -> None:
+            keeper.offer(lambda: Checkpoint(None, take()))
+
+        since = keeper.found.snapshot if keeper.found else None
         return fit(
             self._recipe,
             self._task,
             self._outputs,
             self._features,
             self._targets,
-            train,
-            validation,
-            epochs=plan.head,
-            seed=seed,
-            on_epoch=on_epoch,
-            on_batch=self.on_batch,
+            lesson.train,
+            lesson.validation,
+            epochs=lesson.plan.head,
+            seed=lesson.seed,
+            passage=Passage(listener.epoch, listener.batch, offer, since),
         )
 
     def of_head(self, head: Fit, validation: Indices) -> Learned:
@@ -153,8 +176,9 @@ class Frozen:
             return heads.logits(head.layers, self._features[rows])
 
         value = self.validation(logits, validation)
-        phase = Phase(HEAD, len(head.history), head.best_epoch, head.stopped, value)
-        return Learned((phase,), head.history, head.best_epoch, head.stopped, head.layers, None, logits)
+        trained = head.trained
+        phase = Phase(HEAD, len(trained.history), trained.best_epoch, trained.stopped, value)
+        return Learned((phase,), trained.history, trained.best_epoch, trained.stopped, head.layers, None, logits)
 
     def validation(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
         """Return what early stopping watches, without any penalty, for the rows; None if there are none."""
@@ -184,13 +208,23 @@ class Tuning:
         self._targets = targets
         self.plan = Plan(recipe.epochs, recipe.fine_tune.epochs)
 
-    def learn(self, train: Indices, validation: Indices, plan: Plan, seed: int, on_epoch: OnEpoch) -> Learned:
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
         """Learn a head, then the network."""
-        head = self._frozen.fit_head(train, validation, plan, seed, on_epoch)
-        before = self._frozen.of_head(head, validation)
-        if not plan.network:
+        found = keeper.found
+        head = found.head if found else None
+        since = found.snapshot if found and head else None
+        if head is None:
+            head = self._frozen.fit_head(lesson, listener, keeper)
+        before = self._frozen.of_head(head, lesson.validation)
+        if not lesson.plan.network:
             return before
-        trained = len(head.history)
+        fitted, trained = head, len(head.trained.history)
+        if since is None:
+            keeper.offer(lambda: Checkpoint(fitted, None))
+
+        def offer(take: Callable[[], Snapshot]) -> None:
+            keeper.offer(lambda: Checkpoint(fitted, take()))
+
         gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
         tuned = tune(
             self._recipe,
@@ -199,20 +233,25 @@ class Tuning:
             self._material,
             head,
             self._targets,
-            train,
-            validation,
-            epochs=plan.network,
-            seed=seed,
-            on_epoch=lambda number, epoch: on_epoch(trained + number, epoch),
-            on_batch=self._frozen.on_batch,
+            lesson.train,
+            lesson.validation,
+            epochs=lesson.plan.network,
+            seed=lesson.seed,
+            passage=Passage(
+                lambda number, epoch: listener.epoch(trained + number, epoch),
+                lambda epochs: listener.batch(trained + epochs),
+                offer,
+                since,
+            ),
         )
-        value = self._frozen.validation(tuned.logits, validation)
-        phases = (*before.phases, Phase(NETWORK, len(tuned.history), tuned.best_epoch, tuned.stopped, value))
-        history = [*head.history, *tuned.history]
+        value = self._frozen.validation(tuned.logits, lesson.validation)
+        went = tuned.trained
+        phases = (*before.phases, Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value))
+        history = [*head.trained.history, *went.history]
         if self._is_better(before.phases[0].validation, value):
-            return Learned(phases, history, head.best_epoch, head.stopped, head.layers, None, before.logits)
-        best_epoch = trained + tuned.best_epoch
-        return Learned(phases, history, best_epoch, tuned.stopped, tuned.layers, tuned.network, tuned.logits)
+            return replace(before, phases=phases, history=history)
+        best_epoch = trained + went.best_epoch
+        return Learned(phases, history, best_epoch, went.stopped, tuned.layers, tuned.network, tuned.logits)
 
     def _is_better(self, one: float | None, other: float | None) -> bool:
         if one is None or other is None:

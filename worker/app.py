@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 
@@ -12,17 +13,23 @@ from celery import signals
 
 import bell
 import logs
+from artifacts.shared import open_store
 from artifacts.store import Store
+from errors import StoreRefused
 from models.job import JobKind, Queue
 from models.session import Database
 from settings import Settings
+from worker.collector import Collector
 from worker.compare import Compare
 from worker.ingest import Ingest, IngestLimits, Purge
-from worker.loop import Handler, Loop, Sweeper, Timings
+from worker.loop import Loop
+from worker.process import clear_left_folders
+from worker.sweeper import Sweeper
 from worker.tasks import add_task
 from worker.tracking import Publish, TrackingPlace
 from worker.train import Train, TrainingPlace
 from worker.weights import Source
+from worker.work import Handler, Timings
 
 log = structlog.get_logger()
 
@@ -45,17 +52,19 @@ class WorkerService:
             cancel_every_s=settings.cancel_every_s,
             stall_s=settings.stall_s,
         )
-        self._store = Store(settings.store_folder.absolute())
+        self._store = open_store(settings.store)
         handlers = make_handlers(settings, self._store)
         self._loops = [Loop(self.database, queue, handlers, name, timings) for queue in self.queues]
         self._sweeper = Sweeper(self.database, self.queues, handlers, name, timings)
+        self._collector = Collector(self.database, self._store, settings.collect_every_s, settings.collect_after_s)
 
     def start(self) -> None:
-        """Begin to work, after clearing away what killed processes left half written."""
-        self._store.drop_unfinished()
+        """Begin to work."""
+        clear_left_folders()
         for loop in self._loops:
             loop.start()
         self._sweeper.start()
+        self._collector.start()
         log.info("worker started", queues=[queue.value for queue in self.queues])
 
     def wake(self) -> None:
@@ -75,6 +84,7 @@ class WorkerService:
         for loop in self._loops:
             loop.join(max(0.0, until - time.monotonic()))
         self._sweeper.stop()
+        self._collector.stop()
         self.database.close()
         log.info("worker stopped")
 
@@ -101,12 +111,16 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         image_limits=settings.image_limits,
         threads=settings.engine_threads,
         source=source,
+        checkpoint_share=settings.checkpoint_share,
     )
+    train = Train(store, place)
     tracking = TrackingPlace(settings.mlflow, settings.mlflow_timeout_s, settings.api_public)
     return {
         JobKind.INGEST: Ingest(store, limits),
         JobKind.PURGE: Purge(store),
-        JobKind.TRAIN: Train(store, place),
+        JobKind.TRAIN: train,
+        JobKind.FOLD: train,
+        JobKind.FINAL: train,
         JobKind.COMPARE: Compare(store, settings.engine_threads),
         JobKind.PUBLISH: Publish(store, tracking),
     }
@@ -116,7 +130,10 @@ def main() -> None:
     """Run until told to stop."""
     logs.configure()
     settings = Settings()
-    service = WorkerService(settings)
+    try:
+        service = WorkerService(settings)
+    except StoreRefused as error:
+        sys.exit(error.detail)
     celery = bell.celery_app(settings.redis_url or "redis://127.0.0.1:6379/0")
     celery.conf.worker_redirect_stdouts = False
     add_task(celery, service.wake)

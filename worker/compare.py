@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from artifacts.store import Digest, Store
 from artifacts.titles import difference_titles
+from errors import EspalierError
 from models import comparison as comparisons
 from models import registry
 from models import run as runs
 from models.comparison import Comparison
 from models.dataset import DatasetVersion
-from models.job import owe
+from models.job import Job
+from models.outbox import owe
 from models.reference import collect
 from models.run import Run, RunState
-from worker.loop import Complete, Work
-from worker.process import Child, Died, Message
+from worker.process import Child, Died, Message, Talking, store_keys
+from worker.work import Complete, Handler, Work
 
 OUT_OF_FOLD = "out-of-fold.safetensors"
 
+Start = Callable[[Mapping[str, Any], Mapping[str, str]], AbstractContextManager[Talking]]
 
-class Compare:
+
+class Compare(Handler):
     """The job that compares what the runs of a comparison measured."""
 
-    def __init__(self, store: Store, threads: int) -> None:
+    def __init__(self, store: Store, threads: int, start: Start = Child) -> None:
         self._store = store
         self._threads = threads
+        self._start = start
 
     def run(self, work: Work) -> Complete:
         """Compare in a child process; return what closes the comparison."""
@@ -37,7 +45,7 @@ class Compare:
             order = self._order(session, work.subject_id)
         outcome: Message | None = None
         try:
-            with Child(order) as child:
+            with self._start(order, store_keys(self._store)) as child:
                 while (message := child.receive(work)) is not None:
                     if message["type"] == "outcome":
                         outcome = message
@@ -48,14 +56,11 @@ class Compare:
         done = outcome
         return lambda session: self._complete(session, work.subject_id, done)
 
-    def requeued(self, session: Session, subject_id: str) -> None:
-        """Nothing to change: the comparison still waits for its table."""
+    def failed(self, session: Session, job: Job, error: EspalierError) -> None:
+        comparisons.fail_comparison(session, job.subject_id, error.record())
 
-    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
-        comparisons.fail_comparison(session, subject_id, error)
-
-    def cancelled(self, session: Session, subject_id: str) -> None:
-        comparisons.cancel_comparison(session, subject_id)
+    def cancelled(self, session: Session, job: Job) -> None:
+        comparisons.cancel_comparison(session, job.subject_id)
 
     def _order(self, session: Session, comparison_id: str) -> dict[str, Any]:
         comparison = session.get_one(Comparison, comparison_id)
@@ -64,7 +69,7 @@ class Compare:
         titles = difference_titles([run.recipe for run in made])
         return {
             "kind": "compare",
-            "store": str(self._store.root),
+            "store": asdict(self._store.address),
             "threads": self._threads,
             "manifest": version.manifest_sha256,
             "labels": [count.name for count in version.class_counts],
@@ -91,13 +96,13 @@ def _candidate(session: Session, position: int, title: str, run: Run) -> dict[st
     """Return what the child is told of a run that succeeded."""
     version = registry.find_run_version(session, run.id)
     files = {file.name: file.sha256 for file in runs.get_artifacts(session, run.id)}
-    assert version is not None and run.metrics is not None and run.started_at and run.finished_at
+    assert version is not None and run.metrics is not None and run.training_s is not None
     return {
         "position": position,
         "title": title,
         "task": run.recipe["task"],
         "metrics": run.metrics,
-        "training_s": (run.finished_at - run.started_at).total_seconds(),
+        "training_s": run.training_s,
         "version": version.number,
         "bundle": version.bundle_sha256,
         "backbone": version.backbone_sha256,

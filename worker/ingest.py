@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -21,11 +21,13 @@ from artifacts.store import Digest, Store
 from errors import DatasetRefused, EspalierError, Refused, Unavailable
 from models import dataset as datasets
 from models import job as jobs
-from models.dataset import Accepted, Dataset, DatasetState, DatasetVersion
-from models.job import JobKind, Queue
-from models.reference import collect, lock_files
-from worker.loop import Complete, Reason, Stopped, Work
+from models.dataset import Accepted, DatasetState, DatasetVersion
+from models.job import Job, JobKind, Queue
+from models.reference import collect, collect_later, lock_files
 from worker.process import Child, Died, Message
+from worker.work import Complete, Handler, Reason, Stopped, Work
+
+T = TypeVar("T")
 
 BAD_FILES = 50
 BAD_SHARE = 0.05
@@ -72,7 +74,7 @@ class _Parent:
     rows: list[Row]
 
 
-class Ingest:
+class Ingest(Handler):
     """The job that makes an uploaded version ready, or rejects it."""
 
     def __init__(self, store: Store, limits: IngestLimits) -> None:
@@ -87,14 +89,15 @@ class Ingest:
         drop_images(work, self._store, [version.id])  # which an interrupted attempt left
         intake = _Intake()
         try:
-            self._read(work, archive, intake)
-            parent = self._parent(work, version.parent_id)
-            new = _merge(intake, parent)
-            rows = (parent.rows if parent else []) + [image.row for image in new]
-            self._check(intake, rows)
-            self._write(work, parent, new)
+            with self._store.lend(archive) as lent:
+                self._read(work, lent, archive, intake)
+                parent = self._parent(work, version.parent_id)
+                new = _merge(intake, parent)
+                rows = (parent.rows if parent else []) + [image.row for image in new]
+                self._check(intake, rows)
+                self._write(work, lent, parent, new)
         except EspalierError as error:
-            if not error.is_transient:
+            if not (error.is_transient or error.is_parked):
                 return self._rejection(work, intake, error)
             self._forget(work, intake)
             raise
@@ -104,29 +107,28 @@ class Ingest:
             raise
         return self._readiness(work, intake, _task(intake, parent, rows), rows)
 
-    def requeued(self, session: Session, subject_id: str) -> None:
-        datasets.wait_again(session, subject_id)
+    def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
+        datasets.wait_again(session, job.subject_id)
 
-    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
-        datasets.mark_rejected(session, subject_id, error)
-        collect(session, self._store, datasets.forget_archive(session, subject_id))
-        version = session.get_one(DatasetVersion, subject_id)
-        project_id = session.get_one(Dataset, version.dataset_id).project_id
+    def failed(self, session: Session, job: Job, error: EspalierError) -> None:
+        datasets.mark_rejected(session, job.subject_id, error.record())
+        collect_later(session, self._store, datasets.forget_archive(session, job.subject_id))
         # For the images that its attempts wrote: too many for the one transaction that this is.
-        jobs.add_job(session, project_id, JobKind.PURGE, Queue.INGEST, subject_id)
+        jobs.add_job(session, job.project_id, JobKind.PURGE, Queue.INGEST, job.subject_id)
 
-    def cancelled(self, session: Session, subject_id: str) -> None:
+    def cancelled(self, session: Session, job: Job) -> None:
         error = DatasetRefused("The data set was deleted while it was being taken in.")
-        datasets.mark_rejected(session, subject_id, error.record())  # the purge that waits for this drops its archive
+        # The purge that waits for this drops its archive.
+        datasets.mark_rejected(session, job.subject_id, error.record())
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def _read(self, work: Work, archive: Digest, intake: _Intake) -> None:
-        """Read the whole archive, in as many child processes as images kill."""
+    def _read(self, work: Work, lent: Store, archive: Digest, intake: _Intake) -> None:
+        """Read the whole archive, in as many child processes as images kill; they know the store that is lent."""
         deaths = 0
         while True:
             try:
-                with Child(self._order(archive, intake)) as child:
+                with Child(self._order(lent, archive, intake)) as child:
                     try:
                         self._listen(work, child, intake)
                     except Stopped:
@@ -141,10 +143,10 @@ class Ingest:
                 intake.refused.append(Refused(intake.reading, f"it breaks the decoder: {death.detail}"))
                 intake.reading = None
 
-    def _order(self, archive: Digest, intake: _Intake) -> dict[str, Any]:
+    def _order(self, lent: Store, archive: Digest, intake: _Intake) -> dict[str, Any]:
         return {
             "kind": "ingest",
-            "store": str(self._store.root),
+            "store": str(lent.root),
             "archive": archive,
             "archive_limits": asdict(self._limits.archive),
             "image_limits": asdict(self._limits.image),
@@ -154,21 +156,10 @@ class Ingest:
         }
 
     def _listen(self, work: Work, child: Child, intake: _Intake) -> None:
-        started = told = time.monotonic()
-        before = len(intake.done)
+        told = _Told(work, "reading", len(intake.done))
         while (message := child.receive(work)) is not None:
             _take_in(intake, message)
-            now = time.monotonic()
-            if now - told >= _PROGRESS_EVERY_S and intake.samples:
-                told = now
-                done = len(intake.done)
-                speed = (done - before) / (now - started)
-                self._tell(work, done, intake.samples, speed)
-
-    def _tell(self, work: Work, done: int, total: int, images_per_s: float) -> None:
-        eta_s = (total - done) / images_per_s if images_per_s else None
-        progress = {"stage": "reading", "fraction": done / total, "eta_s": eta_s}
-        work.write(partial(datasets.set_progress, version_id=work.subject_id, progress=progress))
+            told.tell(len(intake.done), intake.samples)
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
@@ -205,18 +196,25 @@ class Ingest:
         rows = manifest.load(self._store.read(Digest(version.manifest_sha256)))
         return _Parent(parent_id, version.task, rows)
 
-    def _write(self, work: Work, parent: _Parent | None, new: Sequence[Accepted]) -> None:
-        """Write the version's rows in pieces, so that nobody waits long for the database."""
+    def _write(self, work: Work, lent: Store, parent: _Parent | None, new: Sequence[Accepted]) -> None:
+        """Keep the files and write the version's rows in pieces, so that nobody waits long for the database."""
         version_id = work.subject_id
         after: str | None = "" if parent is not None else None
         while parent is not None and after is not None:
             copy = partial(datasets.copy_memberships, to_version=version_id, after_path=after, limit=_ROWS_PER_WRITE)
             after = work.write(partial(copy, from_version=parent.version_id))
-        for start in range(0, len(new), _ROWS_PER_WRITE):
-            piece = new[start : start + _ROWS_PER_WRITE]
-            work.write(partial(_add_images, project_id=work.project_id, version_id=version_id, images=piece))
-        if not all(self._store.has(image.row.sha256) for image in new):
-            raise Unavailable("A file was removed with another data set just when this one took it over; once more.")
+        told = _Told(work, "storing")
+        for start, piece in _pieces(new):
+            for done, _ in enumerate(self._store.adopt(lent, [image.row.sha256 for image in piece]), start):
+                work.moved()
+                told.tell(done, len(new))
+            work.write(partial(_add_images, project_id=work.job.project_id, version_id=version_id, images=piece))
+        for _, piece in _pieces(new):
+            if any(self._store.missing(image.row.sha256 for image in piece)):
+                raise Unavailable(
+                    "A file was removed with another data set just when this one took it over; once more."
+                )
+            work.moved()
 
     def _readiness(self, work: Work, intake: _Intake, task: Task, rows: Sequence[Row]) -> Complete:
         lines = manifest.dump(rows)
@@ -262,14 +260,15 @@ class Ingest:
 
     def _forget(self, work: Work, intake: _Intake, kept: Collection[Digest] = ()) -> None:
         """Remove what the intake stored and nothing names; needs no lease, as it only removes that."""
-        files = sorted(intake.stored.difference(kept))
-        for start in range(0, len(files), _ROWS_PER_WRITE):
+        for _, files in _pieces(sorted(intake.stored.difference(kept))):
             with work.database.writing() as session:
-                collect(session, self._store, files[start : start + _ROWS_PER_WRITE])
+                is_removed = collect(session, self._store, files)
             work.moved()
+            if not is_removed:
+                return
 
 
-class Purge:
+class Purge(Handler):
     """The job that drops what a deleted data set held, or a version that was given up."""
 
     def __init__(self, store: Store) -> None:
@@ -289,15 +288,6 @@ class Purge:
 
         return complete
 
-    def requeued(self, session: Session, subject_id: str) -> None:
-        """Nothing to change: the data set is out of sight already."""
-
-    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
-        """Nothing to change."""
-
-    def cancelled(self, session: Session, subject_id: str) -> None:
-        """Nothing to change."""
-
 
 def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
     """Remove the images of versions from the database and, where no other row names them, from the store."""
@@ -310,6 +300,34 @@ def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
 
     while work.write(change):
         pass
+
+
+class _Told:
+    """Tells how far the intake of a version is, once a second; `done` files were so before it began."""
+
+    def __init__(self, work: Work, stage: str, done: int = 0) -> None:
+        self._work = work
+        self._stage = stage
+        self._before = done
+        self._started = self._at = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        """Say that so many files of all are done, if it is time. Raises Stopped if the work must end."""
+        self._work.check()
+        now = time.monotonic()
+        if now - self._at < _PROGRESS_EVERY_S or not total:
+            return
+        self._at = now
+        files_per_s = (done - self._before) / (now - self._started)
+        eta_s = (total - done) / files_per_s if files_per_s else None
+        progress = {"stage": self._stage, "fraction": done / total, "eta_s": eta_s}
+        self._work.write(partial(datasets.set_progress, version_id=self._work.subject_id, progress=progress))
+
+
+def _pieces(things: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
+    """Yield the things that may be written together, with the place of the first among all."""
+    for start in range(0, len(things), _ROWS_PER_WRITE):
+        yield start, things[start : start + _ROWS_PER_WRITE]
 
 
 def _add_images(session: Session, project_id: str, version_id: str, images: Sequence[Accepted]) -> None:

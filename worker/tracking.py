@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
@@ -30,10 +30,10 @@ from models import registry
 from models import run as runs
 from models.comparison import Comparison
 from models.dataset import Dataset, DatasetVersion
-from models.job import Outbox, owed
+from models.outbox import Outbox, owed
 from models.registry import ModelVersion
 from models.run import Fold, Run, RunArtifact, RunState
-from worker.loop import Complete, Work
+from worker.work import Complete, Handler, Work
 
 _NOTE = "mlflow.note.content"
 _NOTE_CHARACTERS = 20_000
@@ -51,7 +51,7 @@ class TrackingPlace:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """All that MLflow is told about a run."""
 
     run: Run
@@ -65,28 +65,56 @@ class _Facts:
     position: int | None
 
 
-class Publish:
+class Page(Protocol):
+    """One run as MLflow has it; every step may be taken again."""
+
+    experiment_id: str
+    run_id: str
+
+    def start(self) -> None: ...
+
+    def add_fold(self, number: int) -> None: ...
+
+    def finish(self, store: Store) -> None: ...
+
+    def compare(self, store: Store) -> None: ...
+
+    def move_alias(self, alias: str) -> None: ...
+
+
+OpenPages = Callable[[TrackingPlace], AbstractContextManager[Callable[[Facts], Page]]]
+"""Reach MLflow, or what a simulation has in its place, and find the page of a run there."""
+
+
+@contextmanager
+def _pages(place: TrackingPlace) -> Iterator[Callable[[Facts], Page]]:
+    with _mlflow(place) as client:
+        yield lambda facts: _Page(client, facts, place)
+
+
+class Publish(Handler):
     """The job that sends what MLflow is owed about one run."""
 
-    def __init__(self, store: Store, place: TrackingPlace) -> None:
+    def __init__(self, store: Store, place: TrackingPlace, pages: OpenPages = _pages) -> None:
         self._store = store
         self._place = place
+        self._pages = pages
 
     def run(self, work: Work) -> Complete:
         """Send everything that is owed, in order."""
         with work.database.reading() as session:
             rows = owed(session, work.subject_id)
-        with _mlflow(self._place) as client:
+        with self._pages(self._place) as page_of:
             for row in rows:
                 with work.database.reading() as session:
                     facts = _facts(session, work.subject_id)
-                page = _Page(client, facts, self._place)
+                page = page_of(facts)
                 match row.kind:
                     case "started":
                         page.start()
                     case "fold":
                         page.add_fold(row.payload["fold"])
-                    case "finished":
+                    case "finished" if facts.run.state.is_final:  # else it was begun again, and owes another end
                         page.finish(self._store)
                     case "comparison":
                         page.compare(self._store)
@@ -96,29 +124,20 @@ class Publish:
                 work.moved()
         return lambda session: None
 
-    def requeued(self, session: Session, subject_id: str) -> None:
-        """Nothing to change: what is owed stays owed."""
 
-    def failed(self, session: Session, subject_id: str, error: dict[str, Any]) -> None:
-        """Nothing to change: what is owed stays owed, and a new job will be made for it."""
-
-    def cancelled(self, session: Session, subject_id: str) -> None:
-        """Nothing to change."""
-
-
-def _settle(session: Session, row: Outbox, page: _Page) -> None:
-    session.execute(delete(Outbox).where(Outbox.id == row.id))
+def _settle(session: Session, row: Outbox, page: Page) -> None:
+    session.execute(delete(Outbox).where(Outbox.id == row.id, Outbox.run_id == row.run_id))
     run = session.get_one(Run, row.run_id)
     run.mlflow_experiment_id, run.mlflow_run_id = page.experiment_id, page.run_id
 
 
-def _facts(session: Session, run_id: str) -> _Facts:
+def _facts(session: Session, run_id: str) -> Facts:
     run = session.get_one(Run, run_id)
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     model_version = registry.find_run_version(session, run_id)
     aliases = registry.get_aliases(session, model_version.model_id) if model_version else {}
     comparison, position = comparisons.find_comparison(session, run_id) or (None, None)
-    return _Facts(
+    return Facts(
         run=run,
         dataset=session.get_one(Dataset, version.dataset_id),
         version=version,
@@ -152,7 +171,7 @@ def _mlflow(place: TrackingPlace) -> Iterator[Any]:
 class _Page:
     """One run in MLflow: a parent run, its folds, its model."""
 
-    def __init__(self, client: Any, facts: _Facts, place: TrackingPlace) -> None:
+    def __init__(self, client: Any, facts: Facts, place: TrackingPlace) -> None:
         self._client = client
         self._facts = facts
         self._place = place
@@ -163,8 +182,13 @@ class _Page:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Show what the run is about to do."""
+        """Show what the run is about to do, or that a failed one is tried again."""
         facts = self._facts
+        shown = self._client.get_run(self.run_id)
+        if shown.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+            if _NOTE in shown.data.tags:
+                self._client.delete_tag(self.run_id, _NOTE)
         params = flat(facts.run.recipe)
         self._client.log_batch(self.run_id, params=[_param(name, value) for name, value in params.items()])
         if facts.comparison is not None:
@@ -387,7 +411,7 @@ def _name(run: Run) -> str:
     return f"{recipe['backbone']}-{recipe['features_from']}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
 
 
-def _card(facts: _Facts, api_url: str) -> str:
+def _card(facts: Facts, api_url: str) -> str:
     """Return the card of the data set, as Markdown."""
     version = facts.version
     lines = [
@@ -416,7 +440,7 @@ def _headline(run: Run) -> Headline:
     return HEADLINES[Task(run.recipe["task"])]
 
 
-def _note(facts: _Facts) -> str:
+def _note(facts: Facts) -> str:
     return (
         f"**{_headline(facts.run).sentence(facts.run.metrics or {})}**, out of fold on {facts.dataset.name} version "
         f"{facts.version.number}. See `report.md` under Artifacts."

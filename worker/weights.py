@@ -21,7 +21,7 @@ import httpx2
 
 from artifacts.catalogue import CATALOGUE, Backbone, BackboneName, WeightsFile
 from artifacts.recipe import IMAGENET, RANDOM
-from artifacts.store import Digest, Store
+from artifacts.store import Digest, Store, disk_errors
 from errors import WeightsUnavailable
 
 Progress = Callable[[int, int | None, float | None], None]
@@ -96,7 +96,8 @@ def _download(network: BackboneName, published: WeightsFile, source: Source, fil
                 raise OSError(f"the server answered {answer.status_code} {answer.reason_phrase}")
             total = int(answer.headers["content-length"]) if "content-length" in answer.headers else None
             for chunk in answer.iter_bytes(_CHUNK):
-                target.write(chunk)
+                with disk_errors():
+                    target.write(chunk)
                 digest.update(chunk)
                 done += len(chunk)
                 speed = done / (time.monotonic() - started)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import sample
 import structlog
 from asgi import ask
 from fastapi.testclient import TestClient
+from sqlalchemy import Connection, event
 
 from api.deps import Services
 from artifacts.store import digest_of
@@ -85,6 +87,41 @@ def test_a_full_disk_is_told_before_anything_is_sent(client: TestClient, service
     answer = client.post("/api/v1/datasets?name=x", content=ARCHIVE)
     assert answer.status_code == 507
     assert stored(services) == []
+
+
+def test_a_disk_that_fills_up_while_an_archive_comes_leaves_nothing(
+    client: TestClient, services: Services, fill_disk: Callable[[Path], None]
+) -> None:
+    pieces = [ARCHIVE, bytes(2**20), bytes(2**20)]
+
+    async def receive() -> Any:
+        if len(pieces) == 2:
+            fill_disk(services.store.root / "incoming")
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    roomy = services.settings.model_copy(update={"archive_bytes": 10**9})
+    client.app.state.services = Services(**{**vars(services), "settings": roomy})  # type: ignore[attr-defined]
+    status, problem = ask(client, "POST", "/api/v1/datasets?name=x", receive)
+    assert (status, problem["type"]) == (507, "urn:espalier:problem:disk-full"), problem
+    assert stored(services) == [] and client.get("/api/v1/datasets").json()["items"] == []
+    assert client.post("/api/v1/datasets?name=x", content=ARCHIVE).status_code == 202, "there is room again"
+
+
+def test_a_database_that_has_no_room_for_an_upload_leaves_nothing(client: TestClient, services: Services) -> None:
+    @event.listens_for(services.database.engine, "begin")
+    def fill_up(connection: Connection) -> None:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {'1' if is_full else '1000000'}")
+
+    def upload(number: int) -> int:
+        return client.post(f"/api/v1/datasets?name=x{number}", content=ARCHIVE + bytes(number)).status_code
+
+    is_full = True
+    taken = list(takewhile(lambda number: upload(number) == 202, range(10_000)))
+    refused = client.post("/api/v1/datasets?name=y", content=ARCHIVE + b"y" * 9000)
+    assert (refused.status_code, refused.json()["type"]) == (507, "urn:espalier:problem:disk-full"), refused.text
+    assert len(stored(services)) == len(taken) == len(client.get("/api/v1/datasets?limit=200").json()["items"])
+    is_full = False
+    assert upload(len(taken)) == 202
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "with space", "-dash", "x" * 64, "../x"])

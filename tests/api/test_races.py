@@ -14,13 +14,15 @@ import records
 import sample
 from fastapi.testclient import TestClient
 from records import PRINCIPAL
-from sqlalchemy import event
+from sqlalchemy import event, select
+from waiting import until
 
 from api import events
 from api.deps import Services
 from artifacts.store import digest_of
 from models import dataset as datasets
 from models import run as runs
+from models.reference import collect, lock_files
 from models.run import Run
 from models.session import Database
 
@@ -60,6 +62,36 @@ def test_of_parallel_uploads_under_one_name_one_is_taken(
         (kept,) = client.get("/api/v1/datasets").json()["items"]
         (version,) = datasets.get_versions(session, kept["id"])
     assert [digest for digest in map(digest_of, ARCHIVES) if services.store.has(digest)] == [version.archive_sha256]
+
+
+def test_an_archive_that_is_removed_before_it_is_named_is_asked_for_again(
+    client: TestClient, services: Services, database: Database
+) -> None:
+    """As one that sent the same archive removes it because the name was taken."""
+    archive = digest_of(ARCHIVES[0])
+    with ThreadPoolExecutor(1) as pool:
+        with database.writing() as session:
+            session.execute(select(1))  # from here on it writes alone on SQLite
+            lock_files(session)
+            upload = pool.submit(client.post, "/api/v1/datasets?name=x", content=ARCHIVES[0])
+            until(lambda: services.store.has(archive))
+            time.sleep(0.3)
+            collect(session, services.store, [archive])
+        answer = upload.result()
+    assert (answer.status_code, answer.json()["detail"][-14:]) == (503, "Send it again."), answer.text
+    assert client.get("/api/v1/datasets").json()["items"] == []
+    assert client.post("/api/v1/datasets?name=x", content=ARCHIVES[0]).status_code == 202
+
+
+def test_of_parallel_uploads_of_one_archive_the_one_that_is_taken_keeps_it(
+    client: TestClient, services: Services, database: Database
+) -> None:
+    """The others remove what they have stored, which is the same file."""
+    for name in ("x", "y", "z"):
+        url = f"/api/v1/datasets?name={name}"
+        archive = ARCHIVES[0] + name.encode()
+        assert at_once([lambda: client.post(url, content=archive)] * 6) == {202: 1, 409: 5}  # noqa: B023
+        assert services.store.has(digest_of(archive))
 
 
 def test_an_upload_waits_for_one_of_its_name_that_is_just_being_written(client: TestClient, database: Database) -> None:

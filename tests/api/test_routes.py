@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from artifacts.manifest import dump
 from artifacts.recipe import ClassCount, Task
 from errors import Refused
 from models import dataset as datasets
-from models import job as jobs
-from models import registry
+from models import parts, registry
 from models import run as runs
+from models import worker as workers
+from models.base import now
 from models.dataset import DatasetVersion
-from models.job import Queue
+from models.job import JobState, Queue
 from models.registry import Weights
 from models.session import Database
+from models.worker import Worker
 from settings import Settings
 
 SNAPSHOT = Path(__file__).parent / "openapi.json"
@@ -118,7 +121,7 @@ def test_fine_tuning_wakes_the_worker_with_a_gpu_if_there_is_one(
 ) -> None:
     start(client, dataset, mode="fine-tuning")
     with services.database.writing() as session:
-        jobs.see_worker(session, "there", [Queue.GPU])
+        workers.see_worker(session, "there", [Queue.GPU])
     start(client, dataset, mode="fine-tuning")
     start(client, dataset)
     assert [queue for queue, _ in rung[-3:]] == ["cpu", "gpu", "cpu"]
@@ -325,6 +328,8 @@ def test_events_are_streamed_and_resumed(client: TestClient, dataset: str) -> No
     assert [json.loads(lines[1].removeprefix("data: "))["state"] for lines in events] == ["queued", "cancelled"]
     rest = client.get(f"/api/v1/runs/{run}/events", headers={"Last-Event-ID": "1"}).text
     assert rest.count("event: ") == 1 and "cancelled" in rest
+    over = client.get(f"/api/v1/runs/{run}/events", headers={"Last-Event-ID": "2"})
+    assert (over.status_code, over.content) == (204, b""), "else a browser would ask for ever"
     assert client.get(f"/api/v1/runs/{run}/events", headers={"Last-Event-ID": "x"}).status_code == 422
     assert client.get("/api/v1/runs/run_none/events").status_code == 404
 
@@ -450,8 +455,8 @@ def test_readiness_names_each_part(client: TestClient) -> None:
     answer = client.get("/readyz")
     checks = answer.json()["checks"]
     assert answer.status_code == 200
-    assert checks.keys() == {"database", "schema", "disk", "engine", "broker", "workers"}
-    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "disk", "engine"}
+    assert checks.keys() == {"database", "schema", "disk", "store", "engine", "broker", "workers"}
+    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "disk", "store", "engine"}
 
 
 def test_an_old_schema_is_not_ready(client: TestClient, services: Services) -> None:
@@ -553,3 +558,52 @@ def test_a_version_record_is_never_shown_half(client: TestClient, services: Serv
         datasets.set_progress(session, version.id, {"stage": "reading", "fraction": 0.5, "eta_s": 3.0})
     shown = client.get(f"/api/v1/datasets/{created['id']}").json()
     assert (shown["state"], shown["progress"]["fraction"], shown["images"]) == ("ingesting", 0.5, 0)
+
+
+# --- once more -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_run_is_queued_once_more_with_what_it_has(
+    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+) -> None:
+    run = start(client, dataset).json()["id"]
+    url = f"/api/v1/runs/{run}"
+    refused = client.post(f"{url}/retry")
+    assert refused.status_code == 409 and "Received one that is queued" in refused.json()["detail"]
+    with services.database.writing() as session:
+        job = records.job_of(session, run)
+        runs.start_run(session, run)
+        runs.add_fold(session, records.fold(run, outcome_sha256=records.digest("outcome")))
+        assert parts.fail(session, job, {"code": "crashed", "detail": "It died."})
+        job.state = JobState.FAILED
+    assert client.get(url).json()["error"]["type"].endswith(":crashed")
+    again = client.post(f"{url}/retry")
+    assert again.status_code == 202, again.text
+    shown = again.json()
+    assert (shown["state"], shown["error"], shown["finished_at"]) == ("queued", None, None)
+    assert [fold["fold"] for fold in shown["folds"]] == [0]
+    assert len(rung) == 3 and rung[-1][0] == "cpu"
+    assert client.post(f"{url}/retry").status_code == 409, "it waits already"
+    assert client.post("/api/v1/runs/run_unknown/retry").status_code == 404
+
+
+def test_a_run_whose_data_set_is_gone_cannot_be_trained_again(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    run = start(client, dataset).json()["id"]
+    with services.database.writing() as session:
+        assert parts.fail(session, records.job_of(session, run), {"code": "crashed", "detail": "It died."})
+    assert client.delete(f"/api/v1/datasets/{dataset}").status_code == 204
+    refused = client.post(f"/api/v1/runs/{run}/retry")
+    assert refused.status_code == 409 and "was deleted" in refused.json()["detail"]
+
+
+def test_workers_say_which_queues_they_serve(client: TestClient, services: Services) -> None:
+    assert client.get("/api/v1/workers").json() == {"items": [], "next_cursor": None}
+    with services.database.writing() as session:
+        workers.see_worker(session, "gone", [Queue.CPU])
+        session.get_one(Worker, "gone").looked_at = now() - timedelta(hours=1)
+        workers.see_worker(session, "here", [Queue.GPU, Queue.INGEST])
+    here, gone = client.get("/api/v1/workers").json()["items"]
+    assert (here["name"], here["queues"], here["is_alive"]) == ("here", ["gpu", "ingest"], True)
+    assert (gone["name"], gone["queues"], gone["is_alive"]) == ("gone", ["cpu"], False)

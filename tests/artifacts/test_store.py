@@ -1,10 +1,14 @@
-"""The store: a digest names the whole file or nothing, whatever happens on the way."""
+"""Stores: a digest names the whole file or nothing, whatever happens on the way.
+
+What takes `store` holds for each kind, what takes `folder` for the one that is only a folder.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,15 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from buckets import EACH_STORE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from artifacts.store import Digest, Store, digest_of, disk_errors, parse_digest
+from artifacts.shared import open_store
+from artifacts.store import Store, digest_of, disk_errors, parse_digest
 from errors import Corrupt, DiskFull, NotFound
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = b"some bytes"
 NOWHERE = digest_of(b"never stored")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
 
 
 def leftovers(store: Store) -> list[Path]:
@@ -49,6 +60,7 @@ def test_what_is_no_digest_is_refused(text: str) -> None:
 # --- putting and getting ---------------------------------------------------------------------------------------------
 
 
+@EACH_STORE
 def test_a_stored_file_is_found_by_its_digest(store: Store) -> None:
     digest = store.put(DATA)
     assert digest == hashlib.sha256(DATA).hexdigest()
@@ -61,6 +73,7 @@ def test_a_stored_file_is_found_by_its_digest(store: Store) -> None:
     assert list(store.digests()) == [digest]
 
 
+@EACH_STORE
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chunks=st.lists(st.binary(max_size=5000), max_size=5))
 def test_it_does_not_matter_in_which_pieces_a_file_comes(store: Store, chunks: list[bytes]) -> None:
@@ -69,11 +82,13 @@ def test_it_does_not_matter_in_which_pieces_a_file_comes(store: Store, chunks: l
     assert store.read(digest_of(whole)) == whole
 
 
+@EACH_STORE
 def test_a_file_stored_twice_is_kept_once(store: Store) -> None:
     assert store.put(DATA) == store.put(DATA)
     assert leftovers(store) == [store.path(digest_of(DATA))]
 
 
+@EACH_STORE
 def test_many_who_store_one_file_at_once_do_not_disturb_each_other(store: Store) -> None:
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(lambda _: store.put([DATA] * 1000), range(32)))
@@ -81,6 +96,7 @@ def test_many_who_store_one_file_at_once_do_not_disturb_each_other(store: Store)
     assert leftovers(store) == [store.verified_path(digests[0])]
 
 
+@EACH_STORE
 def test_a_store_finds_what_an_earlier_one_stored(store: Store) -> None:
     digests = sorted(store.put(bytes([number])) for number in range(20))
     again = Store(store.root)
@@ -88,6 +104,7 @@ def test_a_store_finds_what_an_earlier_one_stored(store: Store) -> None:
     assert again.read(digests[7]) == store.read(digests[7])
 
 
+@EACH_STORE
 def test_a_deleted_file_is_gone_and_may_be_deleted_again(store: Store) -> None:
     digest, other = store.put(DATA), store.put(b"other")
     store.delete(digest)
@@ -97,28 +114,107 @@ def test_a_deleted_file_is_gone_and_may_be_deleted_again(store: Store) -> None:
     assert store.put(DATA) == digest and store.read(digest) == DATA
 
 
-@pytest.mark.parametrize("ask", [Store.path, Store.open, Store.read, Store.verified_path])
-def test_a_file_that_is_not_here_is_not_found(store: Store, ask: Callable[[Store, Digest], object]) -> None:
-    assert not store.has(NOWHERE)
+@EACH_STORE
+@pytest.mark.parametrize("ask", ["path", "open", "read", "verified_path"])
+def test_a_file_that_is_not_here_is_not_found(store: Store, ask: str) -> None:
+    assert not store.has(NOWHERE) and store.find(NOWHERE) is None
     with pytest.raises(NotFound, match=NOWHERE):
-        ask(store, NOWHERE)
+        getattr(store, ask)(NOWHERE)
+    assert leftovers(store) == []
+
+
+@EACH_STORE
+def test_several_files_are_asked_for_and_removed_at_once(store: Store) -> None:
+    here = [store.put(bytes([number])) for number in range(20)]
+    assert list(store.missing([NOWHERE, *here[:3], digest_of(b"nor this")])) == [NOWHERE, digest_of(b"nor this")]
+    store.delete()
+    assert sorted(store.digests()) == sorted(here)
+    store.delete(*here[1:], NOWHERE)
+    assert list(store.digests()) == here[:1]
+
+
+@EACH_STORE
+def test_files_tell_their_size_and_when_they_were_written_by_the_clock_of_the_store(store: Store) -> None:
+    started = store.now()
+    digest = store.put(DATA)
+    (file,) = store.files()
+    assert (file.digest, file.size_bytes) == (digest, len(DATA)) and store.find(digest) == file
+    assert started - 1 <= file.written_at <= store.now() + 1
+    assert abs(store.now() - time.time()) < 60
+
+
+@EACH_STORE
+def test_a_file_that_is_stored_again_counts_as_new(store: Store) -> None:
+    digest = store.put(DATA)
+    before = store.files().__next__().written_at
+    time.sleep(1.1)  # a bucket counts in seconds
+    assert store.put(DATA) == digest
+    assert store.files().__next__().written_at > before
+
+
+@EACH_STORE
+def test_what_is_no_file_of_the_store_is_passed_over(store: Store) -> None:
+    digest = store.put(DATA)
+    store.place(digest).with_name(".DS_Store").touch()
+    (store.root / "zz").mkdir()
+    (store.root / "zz" / "readme.txt").touch()
+    assert list(store.digests()) == [digest]
+
+
+@EACH_STORE
+def test_a_store_that_can_be_used_says_so(store: Store) -> None:
+    store.check()
+    store.check()
+    assert open_store(store.address).put(DATA) == digest_of(DATA)
+    assert store.read(digest_of(DATA)) == DATA
+
+
+def test_a_folder_that_is_gone_is_told(folder: Store) -> None:
+    (folder.root / "incoming").rmdir()
+    with pytest.raises(NotFound, match=re.escape(str(folder.root))):
+        folder.check()
+
+
+# --- lending ---------------------------------------------------------------------------------------------------------
+
+
+@EACH_STORE
+def test_what_a_borrower_stores_is_kept_once_it_is_taken_over(store: Store) -> None:
+    archive = store.put(b"archive")
+    with store.lend(archive) as lent:
+        borrower = Store(Path(str(lent.root)))  # another process, which is told a folder
+        assert borrower.verified_path(archive).read_bytes() == b"archive"
+        files = [borrower.put(bytes([number])) for number in range(20)]
+        adopted = list(store.adopt(lent, [files[0], *files[:10]])) + list(store.adopt(lent, [files[0], *files[10:19]]))
+        assert set(adopted) == set(files[:19])
+    assert not list(store.missing(files[:19]))
+    assert [store.read(file) for file in files[:19]] == [bytes([number]) for number in range(19)]
+    assert not list((store.root / "incoming").iterdir())
+
+
+@EACH_STORE
+def test_what_is_not_here_cannot_be_lent(store: Store) -> None:
+    with pytest.raises(NotFound, match=NOWHERE), store.lend(NOWHERE):
+        pass
+    assert leftovers(store) == []
 
 
 @pytest.mark.parametrize("harm", [lambda data: b"S" + data[1:], lambda data: data[:-1], lambda data: data + b"\0"])
-def test_a_corrupt_file_is_told_from_a_whole_one(store: Store, harm: Callable[[bytes], bytes]) -> None:
-    digest = store.put(DATA)
-    store.place(digest).write_bytes(harm(DATA))
+def test_a_corrupt_file_is_told_from_a_whole_one(folder: Store, harm: Callable[[bytes], bytes]) -> None:
+    digest = folder.put(DATA)
+    folder.place(digest).write_bytes(harm(DATA))
     with pytest.raises(Corrupt, match=digest):
-        store.read(digest)
+        folder.read(digest)
     with pytest.raises(Corrupt, match=digest):
-        store.verified_path(digest)
-    assert store.put(DATA) == digest
-    assert store.read(digest) == DATA, "storing the file again repairs it"
+        folder.verified_path(digest)
+    assert folder.put(DATA) == digest
+    assert folder.read(digest) == DATA, "storing the file again repairs it"
 
 
 # --- writers ---------------------------------------------------------------------------------------------------------
 
 
+@EACH_STORE
 def test_a_file_exists_from_its_commit_on(store: Store) -> None:
     with store.writer() as writer:
         writer.write(DATA[:3])
@@ -130,12 +226,14 @@ def test_a_file_exists_from_its_commit_on(store: Store) -> None:
     assert leftovers(store) == [store.path(digest)], "leaving the block after the commit keeps the file"
 
 
+@EACH_STORE
 def test_a_writer_that_is_not_committed_leaves_nothing(store: Store) -> None:
     with store.writer() as writer:
         writer.write(DATA)
     assert leftovers(store) == []
 
 
+@EACH_STORE
 def test_an_interrupted_write_leaves_nothing(store: Store) -> None:
     def chunks() -> Iterator[bytes]:
         yield DATA * 100_000
@@ -146,6 +244,7 @@ def test_an_interrupted_write_leaves_nothing(store: Store) -> None:
     assert leftovers(store) == []
 
 
+@EACH_STORE
 def test_writers_side_by_side_keep_their_bytes_apart(store: Store) -> None:
     with store.writer() as one, store.writer() as other:
         one.write(b"a")
@@ -154,16 +253,17 @@ def test_writers_side_by_side_keep_their_bytes_apart(store: Store) -> None:
         assert (one.commit(), other.commit()) == (digest_of(b"ac"), digest_of(b"b"))
 
 
-def test_a_process_that_dies_while_writing_leaves_no_digest(store: Store) -> None:
+def test_a_process_that_dies_while_writing_leaves_no_digest(folder: Store) -> None:
     code = (
         "import os, sys; from pathlib import Path; from artifacts.store import Store;"
         "writer = Store(Path(sys.argv[1])).writer(); writer.write(bytes(10**6)); os._exit(9)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(store.root)], cwd=ROOT).returncode == 9
-    assert list(Store(store.root).digests()) == []
-    assert not store.has(digest_of(bytes(10**6)))
+    assert subprocess.run([sys.executable, "-c", code, str(folder.root)], cwd=ROOT).returncode == 9
+    assert list(Store(folder.root).digests()) == []
+    assert not folder.has(digest_of(bytes(10**6)))
 
 
+@EACH_STORE
 def test_what_killed_writers_left_is_dropped_after_a_day(store: Store) -> None:
     kept = store.put(DATA)
     yesterday = time.time() - 90_000
@@ -180,6 +280,7 @@ def test_what_killed_writers_left_is_dropped_after_a_day(store: Store) -> None:
     assert (store.root / "incoming" / "fresh").exists() and store.read(kept) == DATA
 
 
+@EACH_STORE
 def test_many_who_clear_away_at_once_do_not_disturb_each_other(store: Store) -> None:
     for number in range(300):
         file = store.root / "incoming" / str(number)
@@ -193,6 +294,7 @@ def test_many_who_clear_away_at_once_do_not_disturb_each_other(store: Store) -> 
 # --- full disks ------------------------------------------------------------------------------------------------------
 
 
+@EACH_STORE
 @pytest.mark.parametrize("size_bytes", [1, 10**6], ids=["at the commit", "while writing"])
 def test_a_full_disk_is_told_and_leaves_nothing(
     store: Store, fill_disk: Callable[[Path], None], size_bytes: int
@@ -210,7 +312,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert store.read(store.put(DATA)) == DATA
 
 
-def test_a_file_above_the_limit_of_the_process_leaves_nothing(store: Store) -> None:
+def test_a_file_above_the_limit_of_the_process_leaves_nothing(folder: Store) -> None:
     code = (
         "import resource, sys; from pathlib import Path; from artifacts.store import Store;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); store = Store(Path(sys.argv[1]))\n"
@@ -218,10 +320,10 @@ def test_a_file_above_the_limit_of_the_process_leaves_nothing(store: Store) -> N
         "except OSError:\n print('stopped', store.put(b'small'))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(store.root)], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code, str(folder.root)], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stdout.split() == ["stopped", digest_of(b"small")]
-    assert leftovers(store) == [store.path(digest_of(b"small"))]
+    assert leftovers(folder) == [folder.path(digest_of(b"small"))]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -194,7 +194,11 @@ def test_the_api_starts_from_its_files_without_tensorflow(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_worker_loads_from_its_files_with_all_that_learns(tmp_path: Path) -> None:
-    run(copied("worker", tmp_path), "-c", "import worker.app, worker.child, ops.weights, training.experiment, mlflow")
+    run(
+        copied("worker", tmp_path),
+        "-c",
+        "import worker.app, worker.child, ops.collect, ops.weights, training.experiment, mlflow",
+    )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from models.run import RunState
 from models.session import Database
 
 ENDS: dict[str, Callable[[Session, str], object]] = {
-    "succeeded": lambda session, run_id: runs.succeed_run(session, run_id, {}, {}),
+    "succeeded": lambda session, run_id: runs.succeed_run(session, run_id, {}, 1.0),
     "failed": lambda session, run_id: runs.fail_run(session, run_id, {"code": "crashed", "detail": "It died."}),
     "cancelled": runs.cancel_run,
 }
@@ -94,6 +94,20 @@ def test_the_run_that_ends_last_makes_the_table_due(database: Database, last: st
     assert look(database, comparison_id).state is ComparisonState.RUNNING
 
 
+@pytest.mark.parametrize("how", [*ENDS])
+def test_a_run_that_is_tried_again_while_the_table_is_made_owes_no_second_one(database: Database, how: str) -> None:
+    comparison_id, (first, second) = new_comparison(database)
+    end(database, first, "succeeded")
+    assert end(database, second, "failed") is not None
+    with database.writing() as session:
+        runs.reopen_run(session, second)
+        runs.start_run(session, second)
+        ENDS[how](session, second)
+        assert comparisons.note_end(session, second) is None
+    assert compare_jobs(database) == [JobState.QUEUED]
+    assert look(database, comparison_id).state is ComparisonState.RUNNING
+
+
 def test_a_run_of_no_comparison_owes_no_table(database: Database) -> None:
     with database.writing() as session:
         run = records.queued_run(session, records.ready_version(session))
@@ -132,7 +146,7 @@ def test_runs_that_end_at_the_same_moment_owe_one_table(database: Database) -> N
         def close(run_id: str, together: threading.Barrier = together) -> str | None:
             together.wait()
             with database.writing() as session:
-                runs.succeed_run(session, run_id, {}, {})
+                runs.succeed_run(session, run_id, {}, 1.0)
                 job = comparisons.note_end(session, run_id)
                 return job.subject_id if job else None
 

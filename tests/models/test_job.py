@@ -7,11 +7,10 @@ from datetime import timedelta
 
 import pytest
 import records
-from sqlalchemy import func, select, update
+from sqlalchemy import update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from artifacts.recipe import Mode
 from errors import DatasetRefused, Unavailable
 from models import job as jobs
 from models.base import now
@@ -22,10 +21,8 @@ from models.job import (
     JobState,
     Lease,
     LeaseLost,
-    Outbox,
     Queue,
     Sighting,
-    Worker,
     attempts_are_used_up,
     back_off_s,
     is_retried,
@@ -60,7 +57,7 @@ def look(database: Database, job_id: str) -> Job:
 
 def sight(database: Database) -> Sighting:
     with database.reading() as session:
-        (sighting,) = jobs.sightings(session, list(Queue))
+        (sighting,) = jobs.sightings(session)
         return sighting
 
 
@@ -226,7 +223,7 @@ def test_a_job_that_should_be_cancelled_is_not_queued_again(database: Database) 
     add(database, "run_1")
     job, lease = claimed(database)
     with database.writing() as session:
-        jobs.request_cancel(session, JobKind.TRAIN, "run_1")
+        jobs.request_cancel(session, "run_1", JobKind.TRAIN)
         assert jobs.give_back(session, lease, delay_s=30) is JobState.CANCELLED
     ended = look(database, job.id)
     assert ended.state is JobState.CANCELLED and ended.finished_at is not None and ended.lease_owner is None
@@ -235,7 +232,7 @@ def test_a_job_that_should_be_cancelled_is_not_queued_again(database: Database) 
 
 def test_an_attempt_that_does_not_count_is_given_back_uncounted(database: Database) -> None:
     (job_id,) = add(database, "run_1")
-    for _ in range(MAX_ATTEMPTS[JobKind.TRAIN] + 2):
+    for _ in range(MAX_ATTEMPTS + 2):
         job, lease = claimed(database)
         assert job.attempt == 1
         with database.writing() as session:
@@ -291,7 +288,7 @@ def test_a_job_that_should_be_cancelled_is_cancelled_at_its_take_over(database: 
     add(database, "run_1")
     claimed(database)
     with database.writing() as session:
-        assert jobs.request_cancel(session, JobKind.TRAIN, "run_1") is False
+        assert jobs.request_cancel(session, "run_1", JobKind.TRAIN) == 0
     job = take_over(database, sight(database))
     assert job is not None and job.state is JobState.CANCELLED and job.finished_at is not None
     assert claim(database) is None
@@ -300,7 +297,7 @@ def test_a_job_that_should_be_cancelled_is_cancelled_at_its_take_over(database: 
 def test_a_job_whose_attempts_are_used_up_is_failed_at_its_take_over(database: Database) -> None:
     add(database, "run_1")
     states = []
-    for _ in range(MAX_ATTEMPTS[JobKind.TRAIN]):
+    for _ in range(MAX_ATTEMPTS):
         claimed(database)
         job = take_over(database, sight(database))
         assert job is not None
@@ -313,8 +310,7 @@ def test_only_running_jobs_are_sighted(database: Database) -> None:
     add(database, "run_1", "run_2")
     assert claim(database) is not None
     with database.reading() as session:
-        assert len(jobs.sightings(session, list(Queue))) == 1
-        assert jobs.sightings(session, [Queue.INGEST, Queue.GPU, Queue.TRACKING]) == []
+        assert len(jobs.sightings(session)) == 1
 
 
 def test_only_transient_errors_with_attempts_left_are_retried() -> None:
@@ -333,14 +329,14 @@ def test_only_transient_errors_with_attempts_left_are_retried() -> None:
 # --- cancelling ----------------------------------------------------------------------------------------------------
 
 
-def request_cancel(database: Database, subject: str = "run_1") -> bool:
+def request_cancel(database: Database, subject: str = "run_1") -> int:
     with database.writing() as session:
-        return jobs.request_cancel(session, JobKind.TRAIN, subject)
+        return jobs.request_cancel(session, subject, JobKind.TRAIN)
 
 
 def test_a_queued_job_is_cancelled_here_and_now(database: Database) -> None:
     job_id, other = add(database, "run_1", "run_2")
-    assert request_cancel(database) is True
+    assert request_cancel(database) == 1
     job = look(database, job_id)
     assert job.state is JobState.CANCELLED and job.finished_at is not None and job.cancel_requested_at is not None
     assert claimed(database)[0].id == other
@@ -350,10 +346,10 @@ def test_a_queued_job_is_cancelled_here_and_now(database: Database) -> None:
 def test_a_running_job_is_told_to_end_at_its_next_renewal(database: Database) -> None:
     add(database, "run_1")
     job, lease = claimed(database)
-    assert request_cancel(database) is False
+    assert request_cancel(database) == 0
     asked_at = look(database, job.id).cancel_requested_at
     assert look(database, job.id).state is JobState.RUNNING and asked_at is not None
-    assert request_cancel(database) is False  # asking twice changes nothing
+    assert request_cancel(database) == 0  # asking twice changes nothing
     assert look(database, job.id).cancel_requested_at == asked_at
     with database.writing() as session:
         assert jobs.is_cancel_requested(session, job.id) is True
@@ -365,8 +361,8 @@ def test_a_finished_job_is_not_cancelled(database: Database) -> None:
     job, lease = claimed(database)
     with database.writing() as session:
         jobs.finish(session, lease, JobState.SUCCEEDED)
-    assert request_cancel(database) is False
-    assert request_cancel(database, "run_unknown") is False
+    assert request_cancel(database) == 0
+    assert request_cancel(database, "run_unknown") == 0
     done = look(database, job.id)
     assert done.state is JobState.SUCCEEDED and done.cancel_requested_at is None
 
@@ -377,7 +373,7 @@ def test_a_job_that_is_given_back_in_this_moment_is_cancelled_nevertheless(datab
     job, lease = claimed(database)
     asking = threading.Event()
 
-    def ask() -> bool:
+    def ask() -> int:
         asking.set()
         return request_cancel(database)
 
@@ -388,7 +384,7 @@ def test_a_job_that_is_given_back_in_this_moment_is_cancelled_nevertheless(datab
         with pytest.raises(TimeoutError):
             ended.result(timeout=0.3)
         session.commit()
-        assert ended.result(timeout=10) is True
+        assert ended.result(timeout=10) == 1
     assert look(database, job.id).state is JobState.CANCELLED
 
 
@@ -397,8 +393,32 @@ def test_cancelling_touches_no_job_of_another_kind_or_subject(database: Database
         *add(database, "run_1", kind=JobKind.PUBLISH, queue=Queue.TRACKING),
         *add(database, "run_2"),
     ]
-    assert request_cancel(database, "run_1") is False
+    assert request_cancel(database, "run_1") == 0
     assert look(database, publish).state is look(database, other).state is JobState.QUEUED
+
+
+def test_the_other_parts_of_what_failed_end_and_lose_their_leases(database: Database) -> None:
+    with database.writing() as session:
+        first = jobs.add_job(session, PROJECT, JobKind.TRAIN, Queue.CPU, "run_1")
+        for index in range(3):
+            jobs.add_job(session, PROJECT, JobKind.FOLD, Queue.CPU, "run_1", index=index, parent_id=first.id)
+        jobs.add_job(session, PROJECT, JobKind.TRAIN, Queue.CPU, "run_2")
+    _, done = claimed(database)
+    with database.writing() as session:
+        jobs.finish(session, done, JobState.SUCCEEDED)
+    failed, mine = claimed(database)
+    working, other = claimed(database)
+    with database.writing() as session:
+        assert jobs.end_others(session, jobs.hold(session, mine)) == 2
+    assert_nothing_can_be_written(database, other)
+    after = look(database, working.id)
+    assert (after.state, after.lease_epoch, after.lease_owner) == (JobState.CANCELLED, other.epoch + 1, None)
+    assert after.finished_at is not None and after.cancel_requested_at is not None
+    assert look(database, failed.id).state is JobState.RUNNING
+    assert look(database, done.job_id).state is JobState.SUCCEEDED
+    again = claim(database)
+    assert again is not None and again.subject_id == "run_2", "what was queued of the failed one is not begun"
+    add(database, "run_1")  # and the same work can be owed anew
 
 
 # --- one unfinished job per subject ----------------------------------------------------------------------------------
@@ -417,101 +437,7 @@ def test_a_subject_has_one_unfinished_job_of_a_kind(database: Database) -> None:
     add(database, "run_1")  # a finished one is in nobody's way
 
 
-# --- MLflow --------------------------------------------------------------------------------------------------------
-
-
-def owing_run(session: Session, name: str) -> str:
-    run_id = records.queued_run(session, records.ready_version(session, name)).id
-    jobs.owe(session, run_id, "started", {})
-    return run_id
-
-
-def publish_jobs(database: Database) -> dict[str, int]:
-    with database.reading() as session:
-        counted = select(Job.subject_id, func.count()).where(Job.kind == JobKind.PUBLISH).group_by(Job.subject_id)
-        return {row.subject_id: row[1] for row in session.execute(counted)}
-
-
-def test_a_run_that_is_owed_something_gets_one_publish_job(database: Database) -> None:
-    with database.writing() as session:
-        first, second = owing_run(session, "first"), owing_run(session, "second")
-        records.queued_run(session, records.ready_version(session, "third"))
-        jobs.owe(session, first, "fold", {"fold": 0})
-    with database.writing() as session:
-        assert jobs.add_publish_jobs(session) == 2
-        assert jobs.add_publish_jobs(session) == 0
-    assert publish_jobs(database) == {first: 1, second: 1}
-    job = claim(database, [Queue.TRACKING])
-    assert job is not None
-    with database.writing() as session:
-        assert jobs.add_publish_jobs(session) == 0  # running counts too
-        jobs.finish(session, Lease(job.id, job.lease_epoch), JobState.SUCCEEDED)
-        assert jobs.add_publish_jobs(session) == 1  # still owed, though nobody works on it
-    assert publish_jobs(database) == {first: 2, second: 1}
-
-
-def test_two_workers_that_look_at_once_make_one_publish_job(database: Database) -> None:
-    with database.writing() as session:
-        runs = [owing_run(session, f"set-{number}") for number in range(4)]
-    together = threading.Barrier(4)
-
-    def look_for_work(_: int) -> int:
-        together.wait()
-        with database.writing() as session:
-            return jobs.add_publish_jobs(session)
-
-    with ThreadPoolExecutor(4) as pool:
-        added = list(pool.map(look_for_work, range(4)))
-    assert publish_jobs(database) == dict.fromkeys(runs, 1)
-    assert sum(added) == 4
-
-
-@pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
-def test_a_publish_job_that_another_worker_is_just_adding_is_not_counted(database: Database) -> None:
-    with database.writing() as session:
-        owing_run(session, "flowers")
-    with ThreadPoolExecutor(1) as pool, database.writing() as session:
-        assert jobs.add_publish_jobs(session) == 1  # not committed yet: the other one does not see it
-
-        def look_for_work() -> int:
-            with database.writing() as other:
-                return jobs.add_publish_jobs(other)
-
-        added = pool.submit(look_for_work)
-        with pytest.raises(TimeoutError):
-            added.result(timeout=0.3)
-        session.commit()
-        assert added.result(timeout=10) == 0
-
-
-def test_what_mlflow_is_owed_stands_in_the_order_it_became_true(database: Database) -> None:
-    kinds = ["started", "fold", "fold", "finished", "alias"]
-    with database.writing() as session:
-        run_id, other = owing_run(session, "mine"), owing_run(session, "other")
-        for number, kind in enumerate(kinds[1:]):
-            jobs.owe(session, run_id, kind, {"number": number})
-            jobs.owe(session, other, "fold", {"number": number})
-    with database.reading() as session:
-        rows = jobs.owed(session, run_id)
-        assert [row.kind for row in rows] == kinds
-        assert [row.payload for row in rows] == [{}, *({"number": number} for number in range(4))]
-        assert records.count(session, Outbox) == 10
-
-
 # --- display -------------------------------------------------------------------------------------------------------
-
-
-def test_a_worker_is_seen_each_time_it_looks(database: Database) -> None:
-    with database.writing() as session:
-        jobs.see_worker(session, "here-1", [Queue.CPU, Queue.INGEST])
-    with database.reading() as session:
-        first = session.get_one(Worker, "here-1")
-        assert first.queues == ["cpu", "ingest"]
-    with database.writing() as session:
-        jobs.see_worker(session, "here-1", [Queue.CPU, Queue.INGEST])
-    with database.reading() as session:
-        again = session.get_one(Worker, "here-1")
-        assert again.looked_at > first.looked_at and again.started_at == first.started_at
 
 
 def test_unfinished_jobs_are_counted_by_queue_and_state(database: Database) -> None:
@@ -525,60 +451,3 @@ def test_unfinished_jobs_are_counted_by_queue_and_state(database: Database) -> N
             (Queue.CPU, JobState.RUNNING): 1,
             (Queue.INGEST, JobState.QUEUED): 1,
         }
-
-
-# --- GPUs ------------------------------------------------------------------------------------------------------------
-
-
-def see(database: Database, *queues: Queue, ago_s: float = 0.0) -> None:
-    with database.writing() as session:
-        jobs.see_worker(session, "there", queues)
-        session.execute(update(Worker).values(looked_at=now() - timedelta(seconds=ago_s)))
-
-
-def wanted_queue(database: Database, mode: Mode) -> Queue:
-    with database.reading() as session:
-        return jobs.training_queue(session, mode)
-
-
-def test_fine_tuning_goes_to_a_gpu_where_one_is_served(database: Database) -> None:
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
-    see(database, Queue.GPU)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.GPU
-    assert wanted_queue(database, Mode.FEATURE_EXTRACTION) is Queue.CPU
-    see(database, Queue.GPU, ago_s=jobs.UNSEEN_S + 1)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
-
-
-def test_a_worker_serves_what_it_said_last_and_one_whose_clock_is_ahead_is_not_waited_for(database: Database) -> None:
-    see(database, Queue.GPU, ago_s=-6 * 3600)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
-    see(database, Queue.GPU)
-    see(database, Queue.CPU, Queue.INGEST)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
-
-
-def test_what_waits_for_a_gpu_that_is_gone_goes_to_the_processors(database: Database) -> None:
-    waiting, running = add(database, "run_1", "run_2", queue=Queue.GPU)
-    with database.writing() as session:
-        session.execute(update(Job).where(Job.id == running).values(state=JobState.RUNNING))
-    see(database, Queue.GPU)
-    with database.writing() as session:
-        assert jobs.hand_over_unserved(session) == 0
-    see(database, Queue.GPU, ago_s=jobs.UNSEEN_S + 1)
-    with database.writing() as session:
-        assert jobs.hand_over_unserved(session) == 1
-    assert look(database, waiting).queue is Queue.CPU and look(database, running).queue is Queue.GPU
-
-
-def test_the_end_of_a_run_is_owed_if_its_start_was_or_mlflow_has_it(database: Database) -> None:
-    with database.writing() as session:
-        unknown, started, known = (
-            records.queued_run(session, records.ready_version(session, name)) for name in ("a", "b", "c")
-        )
-        jobs.owe(session, started.id, "started", {})
-        known.mlflow_run_id = "1234"
-        for run in (unknown, started, known):
-            jobs.owe_end(session, run.id)
-        kinds = [[row.kind for row in jobs.owed(session, run.id)] for run in (unknown, started, known)]
-    assert kinds == [[], ["started", "finished"], ["finished"]]

@@ -7,12 +7,12 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-import models.job
-import models.reference  # noqa: F401
+import models.every  # noqa: F401
 from models import comparison as comparisons
 from models import job as jobs
 from models.base import Base
-from models.job import Job, JobKind, Outbox, Queue
+from models.job import Job, JobKind, Queue
+from models.outbox import Outbox, owe
 from models.project import DEFAULT_PROJECT, Project
 from models.registry import RegistryRevision
 from models.session import Database
@@ -35,8 +35,8 @@ def test_an_older_schema_knows_no_comparisons_and_keeps_all_else(database: Datab
         comparison = records.queued_comparison(session, version)
         run_id = comparisons.get_runs(session, comparison.id)[0].id
         jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.COMPARE, Queue.CPU, comparison.id)
-        jobs.owe(session, run_id, "comparison", {})
-        jobs.owe(session, run_id, "finished", {})
+        owe(session, run_id, "comparison", {})
+        owe(session, run_id, "finished", {})
     downgrade(database, "0001")
     assert not {"comparison", "comparison_run"} & set(inspect(database.engine).get_table_names())
     with database.reading() as session:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import records
+from buckets import EACH_STORE
 from records import PRINCIPAL
 from sqlalchemy import String, delete, select, update
 from sqlalchemy.orm import Session
@@ -18,8 +19,9 @@ from models import run as runs
 from models.base import Base
 from models.comparison import Comparison
 from models.dataset import DatasetVersion, Membership
-from models.reference import collect, lock_files
+from models.reference import collect, collect_later, lock_files, named
 from models.registry import Backbone, ModelVersion, Weights
+from models.run import Checkpoint, Fold
 from models.session import Database
 
 
@@ -40,8 +42,11 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
     )
     assert waiting.number == 2
     run = records.running_run(session, version)
-    runs.succeed_run(session, run.id, {}, {})
+    run.weights_sha256 = stored("run.weights_sha256")
+    runs.succeed_run(session, run.id, {}, 1.0)
     runs.add_artifact(session, run.id, "report.json", stored("run_artifact.sha256"), 1, "application/json")
+    runs.add_fold(session, records.fold(run.id, outcome_sha256=stored("fold.outcome_sha256")))
+    runs.add_checkpoint(session, run.id, 0, 1, stored("checkpoint.sha256"), 1)
     bundle, own_backbone = stored("model_version.bundle_sha256"), stored("model_version.backbone_sha256")
     registry.add_model_version(session, PRINCIPAL, "flowers", run.id, bundle, own_backbone)
     comparison = records.queued_comparison(session, version)
@@ -62,6 +67,7 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
     return files
 
 
+@EACH_STORE
 def test_files_are_kept_while_any_row_names_them_and_removed_after(database: Database, store: Store) -> None:
     with database.writing() as session:
         files = name_all(session, store)
@@ -70,12 +76,14 @@ def test_files_are_kept_while_any_row_names_them_and_removed_after(database: Dat
     asked = [*files.values(), unnamed, records.digest("never stored")]
     with database.writing() as session:
         collect(session, store, asked)
+        assert named(session) == {*files.values(), records.digest("archive of flowers")}
     assert [column for column, file in files.items() if not store.has(file)] == []
     assert not store.has(unnamed) and store.has(untouched)
     with database.writing() as session:
-        for record in (Weights, Backbone, registry.Alias, ModelVersion, runs.RunArtifact, Membership):
+        for record in (Weights, Backbone, registry.Alias, ModelVersion, runs.RunArtifact, Fold, Checkpoint, Membership):
             session.execute(delete(record))
         session.execute(delete(datasets.Image))
+        session.execute(update(runs.Run).values(weights_sha256=None))
         session.execute(update(Comparison).values(picture_sha256=None, report_sha256=None))
         session.execute(update(DatasetVersion).values(manifest_sha256=None, archive_sha256=None))
         collect(session, store, asked)
@@ -100,6 +108,25 @@ def test_a_row_of_the_same_transaction_counts(database: Database, store: Store) 
         session.add(Weights(network=BackboneName.VGG16, name="mine", sha256=file, source={}))
         collect(session, store, [file])
     assert store.has(file)
+
+
+def test_a_file_is_not_removed_before_its_name_is_gone_for_good(database: Database, store: Store) -> None:
+    file = store.put(b"weights")
+    with database.writing() as session:
+        session.add(Weights(network=BackboneName.VGG16, name="mine", sha256=file, source={}))
+
+    def forget(error: Exception | None) -> None:
+        with database.writing() as session:
+            session.execute(delete(Weights))
+            collect_later(session, store, [file])
+            if error is not None:
+                raise error
+
+    with pytest.raises(RuntimeError, match="half way"):
+        forget(RuntimeError("half way"))
+    assert store.has(file)
+    forget(None)
+    assert not store.has(file)
 
 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)

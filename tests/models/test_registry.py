@@ -29,7 +29,7 @@ def add_version(session: Session, run_id: str, name: str = "flowers") -> ModelVe
 def finished_version(session: Session, name: str = "flowers") -> ModelVersion:
     """Add a finished run with its model version."""
     run = records.running_run(session, records.ready_version(session, f"set of {records.count(session, runs.Run)}"))
-    runs.succeed_run(session, run.id, {}, {})
+    runs.succeed_run(session, run.id, {}, 1.0)
     return add_version(session, run.id, name)
 
 
@@ -139,7 +139,7 @@ def test_runs_that_finish_at_once_get_numbers_of_their_own(database: Database) -
     def finish(run_id: str) -> int:
         together.wait()
         with database.writing() as session:
-            runs.succeed_run(session, run_id, {}, {})
+            runs.succeed_run(session, run_id, {}, 1.0)
             return add_version(session, run_id).number
 
     with ThreadPoolExecutor(len(run_ids)) as pool:

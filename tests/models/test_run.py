@@ -12,15 +12,16 @@ from artifacts.recipe import Recipe
 from errors import Crashed, NotFound
 from models import run as runs
 from models.project import Principal
-from models.run import EventKind, Fold, Run, RunState
+from models.run import FINAL_PART, EventKind, Run, RunState
 from models.session import Database
 
 CHANGES: dict[str, Callable[[Session, str], object]] = {
     "running": runs.start_run,
-    "succeeded": lambda session, run_id: runs.succeed_run(session, run_id, {}, {}),
+    "succeeded": lambda session, run_id: runs.succeed_run(session, run_id, {}, 1.0),
     "failed": lambda session, run_id: runs.fail_run(session, run_id, {}),
     "cancelled": runs.cancel_run,
 }
+AGAIN = {"queued": runs.reopen_run}
 
 
 def new_run(session: Session) -> Run:
@@ -53,6 +54,7 @@ WAYS: list[tuple[list[str], list[str]]] = [
     (["running", "succeeded"], [*CHANGES]),
     (["running", "failed"], [*CHANGES]),
     (["failed"], [*CHANGES]),
+    (["running", "failed", "queued"], ["succeeded"]),
     (["cancelled"], [*CHANGES]),
     (["running", "cancelled"], [*CHANGES]),
 ]
@@ -64,7 +66,7 @@ def test_a_run_goes_only_where_it_may(database: Database) -> None:
 
     def change(run_id: str, step: str) -> None:
         with database.writing() as session:
-            CHANGES[step](session, run_id)
+            (CHANGES | AGAIN)[step](session, run_id)
 
     for way, refused in WAYS:
         with database.writing() as session:
@@ -82,20 +84,20 @@ def test_a_run_goes_only_where_it_may(database: Database) -> None:
             assert [event.payload["state"] for event in runs.get_events(session, run_id, after=0)] == ["queued", *way]
 
 
-def test_a_lost_run_waits_again_and_begins_anew(database: Database) -> None:
+def test_a_lost_run_waits_again_and_goes_on_with_the_folds_it_has(database: Database) -> None:
     with database.writing() as session:
         run_id = records.running_run(session, records.ready_version(session)).id
-        runs.add_fold(
-            session, Fold(run_id=run_id, number=0, epochs=3, best_epoch=2, stopped="", metrics={}, history=[])
-        )
+        began_at = runs.get_run(session, PRINCIPAL, run_id).started_at
+        runs.add_fold(session, records.fold(run_id))
         runs.set_progress(session, run_id, runs.progress(stage="fit", fraction=0.5))
     with database.writing() as session:
         runs.requeue_run(session, run_id)
     with database.writing() as session:
         run = runs.get_run(session, PRINCIPAL, run_id)
-        assert (run.state, run.started_at, run.progress) == (RunState.QUEUED, None, runs.progress(stage="queued"))
+        assert (run.state, run.started_at, run.progress) == (RunState.QUEUED, began_at, runs.progress(stage="queued"))
         runs.start_run(session, run_id)
-        assert runs.get_folds(session, run_id) == []
+        assert [fold.number for fold in runs.get_folds(session, run_id)] == [0]
+        assert run.started_at == began_at
         states = [event.payload["state"] for event in runs.get_events(session, run_id, 0) if event.kind == "state"]
         assert states == ["queued", "running", "queued", "running"]
 
@@ -122,11 +124,11 @@ def test_a_closed_run_says_what_came_out(database: Database) -> None:
     with database.writing() as session:
         version = records.ready_version(session)
         good, bad = records.running_run(session, version), records.running_run(session, version)
-        runs.succeed_run(session, good.id, {"accuracy": 0.9}, {"images_per_s": 20.0})
+        runs.succeed_run(session, good.id, {"accuracy": 0.9}, 1.0)
         runs.fail_run(session, bad.id, error)
     with database.reading() as session:
         run = runs.get_run(session, PRINCIPAL, good.id)
-        assert (run.metrics, run.extraction) == ({"accuracy": 0.9}, {"images_per_s": 20.0})
+        assert (run.metrics, run.training_s) == ({"accuracy": 0.9}, 1.0)
         assert run.progress == runs.progress(stage="done", fraction=1.0)
         assert runs.get_run(session, PRINCIPAL, bad.id).error == error
         last = runs.get_events(session, bad.id, after=0)[-1]
@@ -149,9 +151,8 @@ def test_events_are_numbered_without_a_gap(database: Database) -> None:
         fail_half_way()
     with database.writing() as session:
         runs.set_progress(session, run_id, runs.progress(stage="fit", epoch=2))
-        fold = Fold(run_id=run_id, number=0, epochs=9, best_epoch=4, stopped="", metrics={"loss": 1.0}, history=[])
-        runs.add_fold(session, fold)
-        runs.succeed_run(session, run_id, {}, {})
+        runs.add_fold(session, records.fold(run_id))
+        runs.succeed_run(session, run_id, {}, 1.0)
     with database.reading() as session:
         events = runs.get_events(session, run_id, after=0)
         assert [event.seq for event in events] == [1, 2, 3, 4, 5, 6]
@@ -192,6 +193,44 @@ def test_a_run_is_active_until_it_is_closed(database: Database) -> None:
         assert runs.is_any_active(session, [other.id, version.id])
         runs.cancel_run(session, run.id)
         assert not runs.is_any_active(session, [version.id, other.id])
+
+
+def test_a_failed_run_that_is_opened_again_keeps_the_folds_that_its_end_can_use(database: Database) -> None:
+    with database.writing() as session:
+        run_id = records.running_run(session, records.ready_version(session)).id
+        runs.add_fold(session, records.fold(run_id, 0, outcome_sha256=digest("outcome")))
+        runs.add_fold(session, records.fold(run_id, 1))  # as an older version wrote them
+        runs.fail_run(session, run_id, Crashed("It died.").record())
+    with database.writing() as session:
+        run = runs.reopen_run(session, run_id)
+        assert (run.state, run.error, run.finished_at) == (RunState.QUEUED, None, None)
+        assert [fold.number for fold in runs.get_folds(session, run_id)] == [0]
+
+
+def test_the_last_two_checkpoints_of_each_part_are_kept(database: Database) -> None:
+    def add(session: Session, part: int, epochs: int) -> list[str]:
+        name = digest(f"part {part} epoch {epochs}")
+        return [*runs.add_checkpoint(session, run_id, part, epochs, name, 10)]
+
+    with database.writing() as session:
+        run_id = new_run(session).id
+        assert [add(session, 0, epochs) for epochs in (1, 2, 2, 3)] == [[], [], [], [digest("part 0 epoch 1")]]
+        assert add(session, FINAL_PART, 1) == []
+    with database.writing() as session:
+        kept = [digest("part 0 epoch 3"), digest("part 0 epoch 2")]
+        assert runs.get_checkpoints(session, run_id) == {0: kept, FINAL_PART: [digest("part -1 epoch 1")]}
+        assert sorted(runs.drop_checkpoints(session, run_id, 0)) == sorted(kept)
+        assert runs.get_checkpoints(session, run_id) == {FINAL_PART: [digest("part -1 epoch 1")]}
+
+
+def test_what_only_the_end_of_a_run_needs_of_its_folds_can_be_forgotten(database: Database) -> None:
+    with database.writing() as session:
+        run_id = new_run(session).id
+        for number in (0, 1):
+            runs.add_fold(session, records.fold(run_id, number, outcome_sha256=digest(f"outcome {number}")))
+        assert runs.drop_outcomes(session, run_id) == [digest("outcome 0"), digest("outcome 1")]
+        assert runs.drop_outcomes(session, run_id) == []
+        assert len(runs.get_folds(session, run_id)) == 2
 
 
 def test_a_file_of_a_run_replaces_the_one_of_its_name(database: Database) -> None:

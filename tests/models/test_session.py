@@ -1,22 +1,31 @@
 from __future__ import annotations
 
+import secrets
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import records
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+from waiting import until
 
-from errors import Unavailable
+from errors import DiskFull, Unavailable
 from models import dataset as datasets
 from models.dataset import Dataset, DatasetVersion
 from models.registry import RegistryRevision
-from models.session import Database, wal_is_safe
+from models.session import Database, after_commit, wal_is_safe
 from ops.migrate import upgrade
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -56,6 +65,67 @@ def test_a_failed_transaction_leaves_nothing(database: Database) -> None:
         assert records.count(session, Dataset) == 0
 
 
+def test_what_cannot_be_rolled_back_waits_for_the_commit(database: Database) -> None:
+    seen: list[int] = []
+
+    def look(own: Session) -> None:
+        seen.extend(own.scalars(select(RegistryRevision.revision)))
+
+    def fail_half_way() -> None:
+        with database.writing() as session:
+            after_commit(session, look)
+            session.execute(update(RegistryRevision).values(revision=4))
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert seen == []
+    with database.writing() as session:
+        after_commit(session, look)
+        session.execute(update(RegistryRevision).values(revision=5))
+        assert seen == []
+    assert seen == [5]
+
+
+def test_a_commit_is_not_taken_back_by_what_follows_it(database: Database) -> None:
+    def fail(own: Session) -> None:
+        raise Unavailable("The database is away again.")
+
+    with database.writing() as session:
+        after_commit(session, fail)
+        session.execute(update(RegistryRevision).values(revision=5))
+    assert revision(database) == 5
+
+
+class Deaf(Database):
+    """Hears the answer to no commit but those that follow the first."""
+
+    is_deaf = True
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        with super()._transaction() as session:
+            yield session
+        if self.is_deaf:
+            self.is_deaf = False
+            raise Unavailable("The connection was cut during COMMIT.")
+
+
+def test_what_follows_a_commit_also_follows_one_whose_answer_is_lost(database: Database) -> None:
+    seen: list[int] = []
+    deaf = Deaf(database.engine.url)
+
+    def write() -> None:
+        with deaf.writing() as session:
+            after_commit(session, lambda own: seen.append(own.scalars(select(RegistryRevision.revision)).one()))
+            session.execute(update(RegistryRevision).values(revision=5))
+
+    with pytest.raises(Unavailable, match="during COMMIT"):
+        write()
+    deaf.close()
+    assert seen == [5]
+
+
 def test_a_reader_sees_no_uncommitted_row(database: Database) -> None:
     with database.writing() as writer:
         records.waiting_version(writer)
@@ -76,6 +146,31 @@ def test_reading_keeps_no_change(database: Database) -> None:
 def test_foreign_keys_hold(database: Database) -> None:
     with pytest.raises(IntegrityError), database.writing() as session:
         session.add(DatasetVersion(dataset_id="ds_nobody", number=1))
+
+
+# --- full disks ----------------------------------------------------------------------------------------------------
+
+
+def until_it_is_full(database: Database, session: Session) -> None:
+    """Write until the disk of the database is full; on PostgreSQL, say so as it does."""
+    session.execute(update(RegistryRevision).values(revision=5))
+    if not database.is_sqlite:
+        session.execute(text("DO $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$"))
+    session.execute(text("PRAGMA max_page_count = 1"))  # as many as there are now
+    for _ in range(10_000):
+        records.waiting_version(session, secrets.token_hex(8))  # whose insert has a savepoint of its own
+
+
+def test_a_database_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(database: Database) -> None:
+    with pytest.raises(DiskFull, match="nothing was written"), database.writing() as session:
+        until_it_is_full(database, session)
+    assert revision(database) == 0
+    with database.writing() as session:
+        if database.is_sqlite:
+            session.execute(text("PRAGMA max_page_count = 1000000"))
+        session.execute(update(RegistryRevision).values(revision=7))
+        records.waiting_version(session)
+    assert revision(database) == 7
 
 
 # --- SQLite --------------------------------------------------------------------------------------------------------
@@ -213,3 +308,35 @@ def test_connections_that_were_cut_while_idle_are_replaced_unnoticed(empty_datab
         survivor.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": victim})
     with empty_database.reading() as one, empty_database.reading() as other:
         assert one.scalar(select(1)) == other.scalar(select(1)) == 1
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_held_by_one_at_a_time(database: Database) -> None:
+    with database.exclusive("one") as is_held, database.exclusive("one") as again, database.exclusive("two") as other:
+        assert (is_held, again, other) == (True, False, True)
+    with database.exclusive("one") as is_held:
+        assert is_held
+
+
+def test_a_name_is_held_among_processes_and_goes_with_the_process(database: Database) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    program = (
+        "import sys, time; from models.session import Database; database = Database(sys.argv[1])\n"
+        "with database.exclusive('one') as is_held:\n"
+        "    print(is_held, flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "True\n"
+        with database.exclusive("one") as is_held:
+            assert not is_held
+        process.kill()
+        process.wait()
+
+    def is_free() -> bool:
+        with database.exclusive("one") as is_held:
+            return is_held
+
+    until(is_free)

@@ -14,13 +14,14 @@ import httpx2
 import psutil
 import pytest
 import sample
+from buckets import Bucket
 from running import ROOT, Service, free_port, started
 
 
-def up(var: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+def up(var: Path, start: str = "ops.up", **settings: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"ESPALIER_VAR": str(var), "ESPALIER_API_PORT": str(free_port())} | settings
     return subprocess.run(
-        [sys.executable, "-m", "ops.up"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", start], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
 
 
@@ -48,6 +49,17 @@ def test_a_second_service_on_the_same_data_is_told(service: Service) -> None:
 def test_a_setting_that_cannot_be_is_told(tmp_path: Path, setting: str, value: str, says: str) -> None:
     done = up(tmp_path, **{setting: value})
     assert done.returncode == 1 and says in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("start", ["ops.up", "api.app", "worker.app"])
+def test_a_bucket_that_does_not_let_us_in_is_told_at_once(tmp_path: Path, bucket: Bucket, start: str) -> None:
+    shared = {"ESPALIER_STORE_URL": "s3://nobody-made-this", "ESPALIER_STORE_ENDPOINT": bucket.endpoint}
+    done = up(tmp_path, start, **shared)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in said
+    assert "no bucket s3://nobody-made-this" in said.replace("\n", " ")
+    without = up(tmp_path, start, **shared, AWS_ACCESS_KEY_ID="")
+    assert without.returncode == 1 and "nothing in AWS_ACCESS_KEY_ID" in (without.stdout + without.stderr)
 
 
 @pytest.mark.parametrize("name", ["api.app", "worker.app", "valkey-server", "mlflow"])

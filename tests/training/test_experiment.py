@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,13 @@ from inference.engine import OpenVinoEngine
 from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
 from training import backbones, evaluate, experiment
-from training.experiment import BackboneKey, FoldResult, Outcome, Place
+from training import checkpoint as checkpoints
+from training.checkpoint import Checkpoint
+from training.epochs import Epoch, Passage
+from training.experiment import BackboneKey, Order, Outcome, Place
+from training.extract import Extraction
 from training.fit import fit
+from training.outcome import FoldOutcome, FoldResult
 from training.split import make_folds
 
 QUICK: dict[str, Any] = {
@@ -53,33 +59,76 @@ class Known:
         return self.exports.setdefault(key, digest)
 
 
+IsCut = Callable[[int | None, Checkpoint], bool]
+
+
+class Interrupted(Exception):
+    """The experiment was cut off in a part, with this as its last checkpoint."""
+
+    def __init__(self, part: int | None, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.part = part
+        self.checkpoint = checkpoint
+
+
+class Kept:
+    """A part of an experiment: what it told, and where it is cut off."""
+
+    def __init__(self, number: int | None, found: Checkpoint | None, is_cut: IsCut) -> None:
+        self.number = number
+        self.found = found
+        self.epochs: list[int] = []
+        self.done: list[float] = []
+        self._is_cut = is_cut
+
+    def epoch(self, number: int, metrics: Epoch) -> None:
+        self.epochs.append(number)
+
+    def batch(self, epochs: float) -> None:
+        self.done.append(epochs)
+
+    def offer(self, take: Callable[[], Checkpoint]) -> None:
+        checkpoint = take()
+        if self._is_cut(self.number, checkpoint):
+            raise Interrupted(self.number, checkpoint)
+
+
 @dataclass
 class Heard:
     """What an experiment reported."""
 
     stages: list[str] = field(default_factory=list)
-    fractions: list[float] = field(default_factory=list)
-    epochs: list[tuple[int | None, int]] = field(default_factory=list)
-    folds: list[FoldResult] = field(default_factory=list)
+    parts: dict[int | None, Kept] = field(default_factory=dict)
+    outcomes: list[FoldOutcome] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
-    beats: int = 0
+    extraction: Extraction | None = None
+    since: dict[int | None, Checkpoint] = field(default_factory=dict)
+    is_cut: IsCut = lambda part, checkpoint: False
 
-    def progress(self, **state: Any) -> None:
-        if not self.stages or self.stages[-1] != state["stage"]:
-            self.stages.append(state["stage"])
-        self.fractions.append(state["fraction"])
+    def stage(self, name: str) -> None:
+        if not self.stages or self.stages[-1] != name:
+            self.stages.append(name)
 
-    def epoch(self, fold: int | None, number: int, metrics: dict[str, float]) -> None:
-        self.epochs.append((fold, number))
+    def images(self, done: int, total: int) -> None:
+        assert done <= total
 
-    def fold(self, result: FoldResult) -> None:
-        self.folds.append(result)
+    def extracted(self, extraction: Extraction) -> None:
+        self.extraction = extraction
+
+    def part(self, number: int | None, epochs: int) -> Kept:
+        self.parts[number] = Kept(number, self.since.get(number), self.is_cut)
+        return self.parts[number]
+
+    def fold(self, outcome: FoldOutcome) -> None:
+        self.outcomes.append(outcome)
 
     def file(self, name: str, data: bytes, media_type: str) -> None:
         self.files[name] = data
 
-    def alive(self) -> None:
-        self.beats += 1
+    @property
+    def folds(self) -> list[FoldResult]:
+        """What the folds measured."""
+        return [outcome.result for outcome in self.outcomes]
 
 
 def task_of(rows: list[Row], labels: list[str]) -> Task:
@@ -111,14 +160,42 @@ class Bench:
             Row(path, self.store.put(data), (path.split("/")[0],), None, None, split) for path, data in files.items()
         ]
 
-    def run(self, rows: list[Row], **change: Any) -> tuple[Outcome, Heard]:
+    def run(self, rows: list[Row], heard: Heard | None = None, **change: Any) -> tuple[Outcome, Heard]:
         labels = sorted({label for row in rows for label in row.labels})
         counts = [ClassCount(label, 99, 99) for label in labels]
         recipe = fill(Recipe.model_validate(QUICK | change), task_of(rows, labels), counts, groups=99)
         weights = self.weights.setdefault(recipe.backbone, self.store.put(backbones.random_weights(recipe.backbone)))
-        heard = Heard()
-        digest = self.store.put(manifest.dump(rows))
-        return experiment.run(recipe, digest, labels, weights, self.place, self.known, heard), heard
+        heard = heard or Heard()
+        order = Order(recipe, self.store.put(manifest.dump(rows)), labels, weights)
+        return experiment.run(order, self.place, self.known, heard), heard
+
+    def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:
+        """Run an experiment that is cut off at (part, phase, epochs of it), and goes on from what it had kept."""
+        left = set(cuts)
+        since: dict[int | None, Checkpoint] = {}
+
+        def is_cut(part: int | None, checkpoint: Checkpoint) -> bool:
+            epochs = len(checkpoint.snapshot.history) if checkpoint.snapshot else 0
+            place = (part, "network" if checkpoint.head else "head", epochs)
+            is_here = place in left
+            left.discard(place)
+            return is_here
+
+        while True:
+            try:
+                outcome, _ = self.run(rows, Heard(since=since, is_cut=is_cut), **change)
+            except Interrupted as cut:
+                since[cut.part] = kept(cut.checkpoint)
+            else:
+                assert not left, f"never came to {left}"
+                return outcome
+
+
+def kept(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint as it is read again from its file."""
+    found = checkpoints.load(checkpoints.dump(checkpoint, "mine"), "mine")
+    assert found is not None
+    return found
 
 
 @pytest.fixture
@@ -132,12 +209,12 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
     outcome, heard = bench.run(rows)
 
     assert heard.stages == ["backbone", "features", "folds", "final", "bundle"]
-    assert heard.fractions == sorted(heard.fractions)
     assert [result.number for result in heard.folds] == [0, 1, 2]
     assert outcome.metrics["accuracy"] > 0.9
     assert outcome.metrics["interval"] == "Wilson, over images; not over retraining"
     assert sum(map(sum, outcome.metrics["confusion"])) == len(rows)
-    assert outcome.extraction["computed"] == len(rows)
+    assert heard.extraction is not None and heard.extraction.computed == len(rows)
+    assert outcome.training_s > heard.extraction.seconds + sum(result.seconds for result in heard.folds)
 
     kept = load_tensors(outcome.files["out-of-fold.safetensors"][0])
     assert kept["folds"].shape == (1, 60) and set(kept["folds"][0]) == {0, 1, 2}
@@ -155,7 +232,7 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
     assert min(timings.decode, timings.backbone, timings.head) > 0
 
     median = evaluate.median_epoch([result.best_epoch for result in heard.folds])
-    assert [number for fold, number in heard.epochs if fold is None] == list(range(1, median + 1))
+    assert heard.parts[None].epochs == list(range(1, median + 1))
     for name in ("confusion.png", "curves.png"):
         assert outcome.files[name][0].startswith(b"\x89PNG")
     assert "Accuracy" in outcome.files["report.md"][0].decode()
@@ -163,14 +240,61 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
 
 def test_another_head_computes_no_features_and_added_images_only_their_own(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
-    first, _ = bench.run(rows)
-    assert (first.extraction["computed"], first.extraction["cached"]) == (30, 0)
-    second, _ = bench.run(rows, optimizer={"name": "sgd", "learning_rate": 0.05}, seed=3)
-    assert (second.extraction["computed"], second.extraction["cached"]) == (0, 30)
+    first, heard = bench.run(rows)
+    assert computed_and_cached(heard) == (30, 0)
+    second, heard = bench.run(rows, optimizer={"name": "sgd", "learning_rate": 0.05}, seed=3)
+    assert computed_and_cached(heard) == (0, 30)
     assert second.backbone == first.backbone
     more = bench.rows({f"red/more{number}.png": sample.png(5000 + number, (200, 50, 40)) for number in range(10)})
-    third, _ = bench.run(rows + more)
-    assert (third.extraction["computed"], third.extraction["cached"]) == (10, 30)
+    _, heard = bench.run(rows + more)
+    assert computed_and_cached(heard) == (10, 30)
+
+
+def computed_and_cached(heard: Heard) -> tuple[int, int]:
+    assert heard.extraction is not None
+    return heard.extraction.computed, heard.extraction.cached
+
+
+def test_an_interrupted_run_ends_as_an_unbroken_one(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=10, seed=4))
+    change = {
+        "head": {"hidden": [8], "dropout": 0.3},
+        "epochs": 12,
+        "early_stopping": {"patience": 2},
+        "class_weights": "auto",
+        "folds": {"k": 2},
+    }
+    unbroken, heard = bench.run(rows, **change)
+    assert any(result.stopped == "patience" for result in heard.folds)
+    cuts = {(0, "head", 1), (0, "head", 3), (1, "head", 2), (None, "head", 1)}
+    broken = bench.run_with_cuts(rows, cuts, **change)
+    assert broken.metrics == unbroken.metrics
+    assert broken.bundle == unbroken.bundle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("augmentation", [None, {"rotate_degrees": 10, "zoom": 0.1, "brightness": 0.1}])
+def test_an_interrupted_fine_tuning_ends_as_an_unbroken_one(bench: Bench, augmentation: dict[str, Any] | None) -> None:
+    rows = bench.rows(sample.coloured(per_class=8))
+    change = {**TUNING, "augmentation": augmentation, "epochs": 3, "head": {"dropout": 0.2}}
+    unbroken, heard = bench.run(rows, **change)
+    assert [result.metrics["kept"] for result in heard.folds] == ["network", "network"]
+    cuts = {(0, "head", 1), (0, "network", 0), (0, "network", 1), (1, "network", 2), (None, "network", 1)}
+    broken = bench.run_with_cuts(rows, cuts, **change)
+    assert broken.metrics == unbroken.metrics
+    one, other = (bundles.load(bench.store.read(outcome.bundle)) for outcome in (unbroken, broken))
+    assert np.array_equal(one.golden_output, other.golden_output)  # two exports of one network are not byte-equal
+    assert np.array_equal(one.layers[0].kernel, other.layers[0].kernel)
+
+
+def test_a_number_in_its_own_unit_survives_an_interruption(bench: Bench) -> None:
+    rows = [
+        Row(f"{level}.png", bench.store.put(sample.png(level, (level,) * 3)), (), 1900.0 + level, None, Split.TRAIN)
+        for level in range(40, 180, 4)
+    ]
+    unbroken, _ = bench.run(rows, epochs=4, folds={"k": 2})
+    broken = bench.run_with_cuts(rows, {(0, "head", 2), (1, "head", 1)}, epochs=4, folds={"k": 2})
+    assert broken.metrics == unbroken.metrics and broken.bundle == unbroken.bundle
 
 
 @pytest.mark.slow
@@ -250,12 +374,12 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
             fold.validation,
             epochs=4,
             seed=seed,
-            on_epoch=lambda number, metrics: None,
+            passage=Passage(lambda number, metrics: None),
         )
-        assert [epoch["val_loss"] for epoch in alone.history] == pytest.approx(
+        assert [epoch["val_loss"] for epoch in alone.trained.history] == pytest.approx(
             [epoch["val_loss"] for epoch in result.history], rel=1e-4
         )
-        assert (alone.best_epoch, alone.stopped) == (result.best_epoch, result.stopped)
+        assert (alone.trained.best_epoch, alone.trained.stopped) == (result.best_epoch, result.stopped)
         assert heads.logits(alone.layers, features[fold.test]) == pytest.approx(
             kept["logits"][0][fold.test], rel=1e-3, abs=1e-3
         )
@@ -294,7 +418,6 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
     rows = bench.rows(files)
     outcome, heard = bench.run(rows, **TUNING, augmentation=None)
     assert heard.stages == ["pixels", "backbone", "features", "activations", "folds", "final", "export", "bundle"]
-    assert heard.fractions == sorted(heard.fractions)
     assert outcome.backbone not in bench.known.exports.values()
     assert outcome.metrics["export"]["largest_relative_difference"] < 1e-4
     for result in heard.folds:
@@ -306,7 +429,7 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
     predictions, _ = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.9
-    assert heard.beats > 0
+    assert heard.parts[0].done == sorted(heard.parts[0].done) and heard.parts[0].done[-1] == heard.folds[0].epochs
     assert "Fine-tuning: layers from `block3` on" in outcome.files["report.md"][0].decode()
 
 

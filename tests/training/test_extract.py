@@ -41,18 +41,18 @@ def test_no_image_goes_through_the_backbone_twice(store: Store, tmp_path: Path) 
     files = [sample.png(seed) for seed in range(BATCH * 20 + 3)]
     digests = [store.put(file) for file in files]
     result, rows = run(store, tmp_path, engine, digests + digests[:2])
-    assert result == Extraction(images=len(files), computed=len(files), cached=0)
+    assert result == Extraction(len(files), computed=len(files), cached=0, seconds=result.seconds)
     expected = FlatEngine().features(np.stack([images.decode(file, SIZE, Resize.SQUASH, LIMITS) for file in files]))
     assert np.array_equal(rows[: len(files)], expected)
     assert np.array_equal(rows[len(files) :], expected[:2])
 
     again, same = run(store, tmp_path, engine, digests)
-    assert again == Extraction(images=len(files), computed=0, cached=len(files))
+    assert again == Extraction(len(files), computed=0, cached=len(files), seconds=again.seconds)
     assert np.array_equal(same, expected)
 
     more = [store.put(sample.png(seed)) for seed in range(9000, 9010)]
     added, _ = run(store, tmp_path, engine, digests + more)
-    assert added == Extraction(images=len(files) + 10, computed=10, cached=len(files))
+    assert added == Extraction(len(files) + 10, computed=10, cached=len(files), seconds=added.seconds)
     assert engine.images_seen == len(files) + 10
 
 

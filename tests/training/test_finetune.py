@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from benchmarks.networks import calibrated
 from inference import heads
 from inference.engine import OpenVinoEngine
 from training import backbones, finetune
+from training.epochs import Epoch, Passage, Snapshot
 from training.export import export
 from training.finetune import Material, Tuned, tune
-from training.fit import Epoch, Fit, fit
+from training.fit import Fit, fit
 from training.split import Indices
 from training.targets import Truth
 
@@ -73,7 +75,7 @@ class Trial:
             NONE,
             epochs=head_epochs,
             seed=0,
-            on_epoch=lambda number, metrics: None,
+            passage=Passage(lambda number, metrics: None),
         )
 
     def tune(self, material: Material | None = None, **change: Any) -> Tuned:
@@ -81,7 +83,7 @@ class Trial:
             "train": self.rows[self.rows % 4 != 0],
             "validation": self.rows[self.rows % 4 == 0],
             "epochs": 3,
-            "on_epoch": lambda number, metrics: None,
+            "passage": Passage(lambda number, metrics: None),
             "seed": 0,
             **change,
         }
@@ -96,7 +98,7 @@ class Trial:
             options["validation"],
             epochs=options["epochs"],
             seed=options["seed"],
-            on_epoch=options["on_epoch"],
+            passage=options["passage"],
         )
 
     def maps(self) -> Material:
@@ -185,10 +187,29 @@ def test_the_loss_falls_and_every_epoch_is_told() -> None:
     told: list[tuple[int, Epoch]] = []
     # Random weights make tiny features, and standardising those makes small steps large.
     trial = Trial(recipe(unfreeze="block4", fine_tune={"learning_rate": 1e-7, "epochs": 3}), head_epochs=1)
-    tuned = trial.tune(on_epoch=lambda number, metrics: told.append((number, metrics)))
+    tuned = trial.tune(passage=Passage(lambda number, metrics: told.append((number, metrics))))
     assert [number for number, _ in told] == [1, 2, 3]
-    assert tuned.history[-1]["loss"] < tuned.history[0]["loss"]
-    assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= tuned.history[0].keys()
+    assert tuned.trained.history[-1]["loss"] < tuned.trained.history[0]["loss"]
+    assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= tuned.trained.history[0].keys()
+
+
+def test_long_predictions_show_that_they_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "_PREDICT_BATCH", 8)
+    beats: list[float] = []
+    trial = Trial(recipe())
+    tuned = trial.tune(epochs=2, passage=Passage(lambda number, metrics: None, beats.append))
+    beats.clear()
+    tuned.logits(trial.rows)
+    assert beats == [2.0] * -(-COUNT // 8)
+
+
+def test_a_snapshot_of_other_code_is_not_gone_on_from() -> None:
+    trial = Trial(recipe())
+    kept: list[Snapshot] = []
+    unbroken = trial.tune(passage=Passage(lambda number, metrics: None, offer=lambda take: kept.append(take())))
+    variables = [variable[..., :-1] for variable in kept[0].variables]
+    tuned = trial.tune(passage=Passage(lambda number, metrics: None, since=replace(kept[0], variables=variables)))
+    assert tuned.trained == unbroken.trained
 
 
 def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
@@ -201,12 +222,12 @@ def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
         )
     )
     tuned = trial.tune(epochs=12)
-    watched = [epoch["val_loss"] for epoch in tuned.history]
-    assert tuned.best_epoch == int(np.argmin(watched)) + 1
-    assert tuned.stopped == "patience" and len(watched) == tuned.best_epoch + 1
+    watched = [epoch["val_loss"] for epoch in tuned.trained.history]
+    assert tuned.trained.best_epoch == int(np.argmin(watched)) + 1
+    assert tuned.trained.stopped == "patience" and len(watched) == tuned.trained.best_epoch + 1
     rows = trial.rows[trial.rows % 4 == 0]
     right = (tuned.logits(rows).argmax(axis=1) == trial.truth[rows]).mean()
-    assert right == pytest.approx(tuned.history[tuned.best_epoch - 1]["val_accuracy"])
+    assert right == pytest.approx(tuned.trained.history[tuned.trained.best_epoch - 1]["val_accuracy"])
 
 
 @pytest.mark.slow
@@ -237,20 +258,6 @@ def test_every_backbone_is_fine_tuned_from_its_last_block(name: BackboneName) ->
     tuned = trial.tune(trial.maps(), epochs=2)
     found = changed(trial.weights, tuned.network(), trial.recipe)
     assert any(found.values()) and not all(found.values())
-
-
-def test_maps_are_computed_once_into_a_file_that_goes(tmp_path: Path) -> None:
-    trial = Trial(recipe(unfreeze="block4"))
-    model = backbones.backbone(trial.recipe.backbone, "block3", 32, trial.weights)
-    place = tmp_path / "network.onnx"
-    place.write_bytes(export(model, 2).onnx)
-    engine = OpenVinoEngine(place, trial.recipe.precision, 2)
-    told: list[tuple[int, int]] = []
-    scratch = tmp_path / "scratch"
-    with finetune.computed_maps(engine, trial.pixels, scratch, lambda *done: told.append(done)) as maps:
-        assert maps == pytest.approx(trial.maps().rows, rel=1e-3, abs=1e-3)
-        assert list(scratch.iterdir()) == []  # it has no name
-    assert told[-1] == (COUNT, COUNT)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

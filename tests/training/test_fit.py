@@ -18,7 +18,8 @@ from artifacts.recipe import (
 )
 from errors import TrainingDiverged
 from inference import heads
-from training.fit import Fit, Rows, Scaler, class_weights, fit
+from training.epochs import Passage, Rows
+from training.fit import Fit, Scaler, class_weights, fit
 from training.split import Indices
 
 NONE = np.array([], dtype=np.intp)
@@ -39,7 +40,7 @@ def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0,
         "train": rows[rows % 4 != 0],
         "validation": rows[rows % 4 == 0],
         "epochs": EPOCHS,
-        "on_epoch": lambda number, metrics: None,
+        "passage": Passage(lambda number, metrics: None),
         **change,
     }
     binary = truth.max() == 1
@@ -54,7 +55,7 @@ def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0,
         options["validation"],
         epochs=options["epochs"],
         seed=seed,
-        on_epoch=options["on_epoch"],
+        passage=options["passage"],
     )
 
 
@@ -90,7 +91,7 @@ def test_a_head_with_hidden_layers_and_dropout_answers_as_keras_does(activation:
     assert [layer.kernel.shape for layer in result.layers] == [(8, 16), (16, 8), (8, 3)]
     rows = np.arange(len(truth)) % 4 == 0
     # Keras' own count on the validation rows at the epoch that was kept, without dropout
-    kept = result.history[result.best_epoch - 1]["val_accuracy"]
+    kept = result.trained.history[result.trained.best_epoch - 1]["val_accuracy"]
     assert accuracy(result, features[rows], truth[rows]) == pytest.approx(kept)
 
 
@@ -126,7 +127,7 @@ def test_features_that_hardly_vary_answer_as_keras_did(spread: float) -> None:
     features, truth = clouds()
     narrow = (1.0 + spread * features).astype(np.float32)
     result = fitted(quick(head=HeadRecipe(hidden=(8,))), narrow, truth)
-    kept = result.history[result.best_epoch - 1]["val_accuracy"]
+    kept = result.trained.history[result.trained.best_epoch - 1]["val_accuracy"]
     rows = np.arange(len(truth)) % 4 == 0
     assert accuracy(result, narrow[rows], truth[rows]) == pytest.approx(kept)
 
@@ -135,16 +136,16 @@ def test_features_that_hardly_vary_answer_as_keras_did(spread: float) -> None:
 def test_every_optimizer_lowers_the_loss(name: OptimizerName) -> None:
     features, truth = clouds()
     result = fitted(quick(optimizer=OptimizerRecipe(name=name, learning_rate=0.02)), features, truth)
-    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert result.trained.history[-1]["loss"] < result.trained.history[0]["loss"]
 
 
 def test_the_same_seed_gives_the_same_head_and_another_seed_another() -> None:
     features, truth = clouds()
     recipe = quick(head=HeadRecipe(hidden=(8,), dropout=0.3))
     one, same, other = (fitted(recipe, features, truth, seed=seed) for seed in (1, 1, 2))
-    assert one.history == same.history
+    assert one.trained.history == same.trained.history
     assert all(np.array_equal(a.kernel, b.kernel) for a, b in zip(one.layers, same.layers, strict=True))
-    assert one.history != other.history
+    assert one.trained.history != other.trained.history
 
 
 def test_patience_ends_a_fit_and_the_best_weights_are_kept() -> None:
@@ -153,10 +154,10 @@ def test_patience_ends_a_fit_and_the_best_weights_are_kept() -> None:
     truth = random.integers(0, 3, 120)
     recipe = quick(head=HeadRecipe(l2=0.0), early_stopping=EarlyStopping(patience=2))
     result = fitted(recipe, features, truth, epochs=200)
-    losses = [epoch["val_loss"] for epoch in result.history]
-    assert result.stopped == "patience"
-    assert result.best_epoch == int(np.argmin(losses)) + 1
-    assert len(losses) == result.best_epoch + 2
+    losses = [epoch["val_loss"] for epoch in result.trained.history]
+    assert result.trained.stopped == "patience"
+    assert result.trained.best_epoch == int(np.argmin(losses)) + 1
+    assert len(losses) == result.trained.best_epoch + 2
     rows = np.arange(120) % 4 == 0
     probabilities = heads.probabilities(Task.MULTICLASS, heads.logits(result.layers, features[rows]))
     loss = -np.log(probabilities[np.arange(rows.sum()), truth[rows]]).mean()
@@ -167,22 +168,26 @@ def test_a_target_that_is_reached_ends_a_fit() -> None:
     features, truth = clouds()
     target = Target(metric="val_accuracy", value=0.5)
     result = fitted(quick(early_stopping=EarlyStopping(target=target)), features, truth)
-    assert result.stopped == "target"
-    assert result.history[-1]["val_accuracy"] >= 0.5
-    assert all(epoch["val_accuracy"] < 0.5 for epoch in result.history[:-1])
+    assert result.trained.stopped == "target"
+    assert result.trained.history[-1]["val_accuracy"] >= 0.5
+    assert all(epoch["val_accuracy"] < 0.5 for epoch in result.trained.history[:-1])
 
 
 def test_without_early_stopping_every_epoch_is_trained_and_the_last_is_kept() -> None:
     features, truth = clouds()
     result = fitted(quick(early_stopping=None), features, truth)
-    assert (len(result.history), result.best_epoch, result.stopped) == (EPOCHS, EPOCHS, "epochs")
+    assert (len(result.trained.history), result.trained.best_epoch, result.trained.stopped) == (
+        EPOCHS,
+        EPOCHS,
+        "epochs",
+    )
 
 
 def test_without_validation_rows_every_epoch_is_trained() -> None:
     features, truth = clouds()
     result = fitted(quick(), features, truth, train=np.arange(len(truth)), validation=NONE)
-    assert (len(result.history), result.best_epoch) == (EPOCHS, EPOCHS)
-    assert set(result.history[0]) == {"loss", "accuracy"}
+    assert (len(result.trained.history), result.trained.best_epoch) == (EPOCHS, EPOCHS)
+    assert set(result.trained.history[0]) == {"loss", "accuracy"}
 
 
 def test_a_diverging_fit_says_what_to_lower() -> None:
@@ -198,8 +203,8 @@ def test_a_diverging_fit_says_what_to_lower() -> None:
 def test_every_epoch_is_told() -> None:
     told: list[tuple[int, float]] = []
     features, truth = clouds()
-    result = fitted(quick(), features, truth, on_epoch=lambda number, metrics: told.append((number, metrics["loss"])))
-    assert told == [(number, epoch["loss"]) for number, epoch in enumerate(result.history, start=1)]
+    result = fitted(quick(), features, truth, passage=Passage(lambda *epoch: told.append((epoch[0], epoch[1]["loss"]))))
+    assert told == [(number, epoch["loss"]) for number, epoch in enumerate(result.trained.history, start=1)]
 
 
 def test_the_order_of_rows_is_a_function_of_seed_and_epoch() -> None:
@@ -210,7 +215,7 @@ def test_the_order_of_rows_is_a_function_of_seed_and_epoch() -> None:
     def seen(batches: Rows) -> list[float]:
         return [value for index in range(len(batches)) for value in batches[index][0][:, 0].tolist()]
 
-    one, same = (Rows(features, truth, rows, identity, 2, seed=5) for _ in range(2))
+    one, same = (Rows(features, truth, rows, 2, 5, identity) for _ in range(2))
     first = seen(one)
     assert sorted(first) == sorted(features[rows, 0].tolist())
     one.on_epoch_end()
@@ -248,7 +253,7 @@ def fitted_to(task: Task, features: Features, targets: Any, recipe: Recipe | Non
         rows[rows % 4 == 0],
         epochs=EPOCHS,
         seed=0,
-        on_epoch=lambda number, metrics: None,
+        passage=Passage(lambda number, metrics: None),
     )
 
 
@@ -258,8 +263,10 @@ def test_numbers_are_learned_whatever_their_unit() -> None:
     result = fitted_to(Task.REGRESSION, features, numbers.astype(np.float64))
     error = heads.logits(result.layers, features) - numbers
     assert np.sqrt(np.square(error).mean()) < 0.1 * numbers.std()
-    assert set(result.history[0]) == {"loss", "val_loss"}
-    assert 0 < result.history[-1]["val_loss"] < result.history[0]["val_loss"] < 2  # of standardised numbers
+    assert set(result.trained.history[0]) == {"loss", "val_loss"}
+    assert (
+        0 < result.trained.history[-1]["val_loss"] < result.trained.history[0]["val_loss"] < 2
+    )  # of standardised numbers
 
 
 def test_a_number_that_never_changes_is_answered() -> None:
@@ -275,7 +282,7 @@ def test_labels_are_learned_each_by_itself_and_an_image_is_right_if_all_its_labe
     right = (heads.logits(result.layers, features) > 0) == (targets > 0.5)
     assert right.mean() > 0.95
     watched = np.arange(200) % 4 == 0
-    best = result.history[result.best_epoch - 1]
+    best = result.trained.history[result.trained.best_epoch - 1]
     assert best["val_accuracy"] == pytest.approx(right[watched].all(axis=1).mean())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from working import QUICK, Outage, Say, StartLoop
 from models.job import JobKind, Queue
 from models.session import Database
 from ops.migrate import upgrade
-from worker.loop import Handler, Loop, Timings
+from worker.loop import Loop
+from worker.work import Handler, Timings
 
 
 @pytest.fixture
@@ -71,19 +72,25 @@ def start_loop() -> Iterator[StartLoop]:
 def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     """Have the next child say these messages, a while apart; after one that asks it waits for the answer."""
 
-    def make(*messages: dict[str, Any], apart_s: float = 0.0) -> None:
+    def make(*messages: dict[str, Any], apart_s: float = 0.0, on_drain: Sequence[dict[str, Any]] | None = None) -> None:
         (tmp_path / "messages").write_text("\n".join(map(json.dumps, messages)))
+        (tmp_path / "last").write_text("\n".join(map(json.dumps, on_drain or [])))
         (tmp_path / "sitecustomize.py").write_text(
             f"""
 import os, sys, time
 if "worker.child" in sys.orig_argv:
     channel = int(sys.orig_argv[-1])
+    sys.stdin.readline()
     open({str(tmp_path / "devices")!r}, "w").write(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    open({str(tmp_path / "threads")!r}, "w").write(os.environ.get("TF_NUM_INTRAOP_THREADS", "all"))
     for line in open({str(tmp_path / "messages")!r}):
         os.write(channel, line.strip().encode() + b"\\n")
         if "add_backbone" in line:
-            os.read(0, 1_000_000)
+            sys.stdin.readline()
         time.sleep({apart_s})
+    if {on_drain is not None}:
+        sys.stdin.readline()
+        os.write(channel, open({str(tmp_path / "last")!r}, "rb").read() + b"\\n")
     os._exit(0)
 """
         )

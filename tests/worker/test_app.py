@@ -4,6 +4,8 @@ import os
 import time
 from pathlib import Path
 
+from waiting import until
+
 from models.session import Database
 from ops.migrate import upgrade
 from settings import Settings
@@ -16,10 +18,10 @@ def test_a_worker_that_starts_clears_away_what_killed_ones_left_half_written(tmp
     upgrade(database)
     database.close()
     service = WorkerService(settings)
-    left = settings.store_folder / "incoming" / "left"
+    left = tmp_path / "store" / "incoming" / "left"
     left.write_bytes(b"half a file")
     yesterday = time.time() - 90_000
     os.utime(left, (yesterday, yesterday))
     service.start()
+    until(lambda: not left.exists())
     service.stop()
-    assert not left.exists()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import records
+from buckets import EACH_STORE
 from onnx import TensorProto, helper
 from records import PRINCIPAL
 from safetensors.numpy import save as save_tensors
@@ -24,23 +25,26 @@ from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.recipe import Activation, Precision, Resize, Task
 from artifacts.store import Digest, Store
+from errors import Crashed
 from models import comparison as comparisons
 from models import job as jobs
 from models import registry
 from models import run as runs
 from models.comparison import Comparison, ComparisonState
-from models.job import Job, JobKind, JobState, Outbox
+from models.job import Job, JobKind, JobState
+from models.outbox import Outbox
 from models.run import RunState
 from models.session import Database
 from worker.compare import OUT_OF_FOLD, Compare
-from worker.train import Train, _complete
+from worker.train import Train
 
-ERROR = {"code": "crashed", "detail": "It died."}
+ERROR = Crashed("It died.")
 OUTCOME: dict[str, Any] = {
+    "type": "outcome",
     "bundle": records.digest("bundle"),
     "backbone": records.digest("backbone"),
     "metrics": {"accuracy": 0.5},
-    "extraction": {},
+    "training_s": 1.0,
     "files": [],
 }
 
@@ -48,16 +52,17 @@ OUTCOME: dict[str, Any] = {
 def end(database: Database, train: Train, run_id: str, how: str) -> None:
     """End a run as the worker does."""
     with database.writing() as session:
-        train._start(session, run_id)
+        assert train._begin(session, records.job_of(session, run_id)) is not None
     with database.writing() as session:
+        job = records.job_of(session, run_id)
         match how:
             case "succeeded":
-                _complete(session, run_id, OUTCOME)
+                train._complete(session, job, OUTCOME)
             case "failed":
-                train.failed(session, run_id, ERROR)
+                train.failed(session, job, ERROR)
             case "cancelled":
-                train.cancelled(session, run_id)
-        records.job_of(session, run_id).state = JobState(how)
+                train.cancelled(session, job)
+        job.state = JobState(how)
 
 
 def due(database: Database) -> list[str]:
@@ -168,7 +173,7 @@ def add_run(case: Case, session: Any, run_id: str, wrong: int) -> None:
         golden_output=np.zeros((1, 1), np.float32),
     )
     runs.start_run(session, run_id)
-    runs.succeed_run(session, run_id, metrics, {})
+    runs.succeed_run(session, run_id, metrics, 1.0)
     runs.add_artifact(session, run_id, OUT_OF_FOLD, file, 1, "application/octet-stream")
     digest = case.store.put(bundle.dump())
     registry.add_model_version(session, PRINCIPAL, "flowers", run_id, digest, backbone)
@@ -189,7 +194,7 @@ def case(sqlite: Database, store: Store) -> Case:
         case = Case(sqlite, store, comparison.id, run_ids, "")
         for run_id in run_ids:
             records.job_of(session, run_id).state = JobState.SUCCEEDED
-        runs.fail_run(session, run_ids[1], ERROR)
+        runs.fail_run(session, run_ids[1], ERROR.record())
         assert comparisons.note_end(session, run_ids[1]) is None
         add_run(case, session, run_ids[0], wrong=12)
         add_run(case, session, run_ids[2], wrong=1)
@@ -197,6 +202,7 @@ def case(sqlite: Database, store: Store) -> Case:
         return case
 
 
+@EACH_STORE
 def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop) -> None:
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
     settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=60)
@@ -250,7 +256,7 @@ def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, sa
 
 
 def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, say: Say) -> None:
-    say({"type": "error", "error": ERROR})
+    say({"type": "error", "error": ERROR.record()})
     with case.database.writing() as session:
         comparisons.cancel_comparison(session, case.comparison_id)
     with claimed_work(case.database) as work:
@@ -283,7 +289,7 @@ def test_a_comparison_whose_worker_was_lost_waits_again(case: Case, say: Say) ->
         Compare(case.store, 1).run(work)
         with case.database.writing() as session:
             jobs.give_back(session, work.lease)
-            Compare(case.store, 1).requeued(session, case.comparison_id)
+            Compare(case.store, 1).requeued(session, work.job, None)
     assert look(case.database, case.job_id).state is JobState.QUEUED
     assert case.comparison().state is ComparisonState.RUNNING
     with case.database.reading() as session:

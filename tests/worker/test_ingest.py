@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import records
 import sample
+from buckets import EACH_STORE
 from PIL import Image
 from records import PRINCIPAL
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from waiting import until
-from working import QUICK, Forgetful, claimed_work, look, make_due, settled, slow_jpeg
+from working import QUICK, Forgetful, Say, claimed_work, look, make_due, settled, slow_jpeg
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
@@ -25,7 +26,7 @@ from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.recipe import ClassCount, Task
 from artifacts.store import Digest, Store, digest_of
-from errors import Crashed
+from errors import Crashed, DiskFull
 from models import dataset as datasets
 from models import job as jobs
 from models.dataset import Dataset, DatasetState, DatasetVersion, Membership
@@ -34,7 +35,8 @@ from models.job import Job, JobKind, JobState, Queue
 from models.reference import lock_files
 from models.session import Database
 from worker.ingest import Ingest, IngestLimits, Purge
-from worker.loop import Complete, Handler, Loop, Timings, Work
+from worker.loop import Loop
+from worker.work import Complete, Handler, Timings, Work
 
 LIMITS = IngestLimits(
     archive=ArchiveLimits(),
@@ -58,11 +60,7 @@ class Intake:
         """Owe the ingest of an archive into a data set, as its first or its next version; return the version's id."""
         digest = self.store.put(archive)
         with self.database.writing() as session:
-            query = select(Dataset).where(Dataset.name == name, Dataset.deleted_at.is_(None))
-            dataset = session.scalar(query) or datasets.create_dataset(session, PRINCIPAL, name)
-            version = datasets.add_version(session, dataset, digest)
-            jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
-            return version.id
+            return records.owe_ingest(session, digest, name)
 
     def take_in(self, archive: bytes | Mapping[str, bytes], name: str = "flowers") -> DatasetVersion:
         """Upload an archive, or files as a zip, see the ingest through and return the version as it stands then."""
@@ -77,7 +75,7 @@ class Intake:
             query = select(Dataset).where(Dataset.name == name, Dataset.deleted_at.is_(None))
             dataset = session.scalars(query).one()
             for version in datasets.get_versions(session, dataset.id):
-                if jobs.request_cancel(session, JobKind.INGEST, version.id):
+                if jobs.request_cancel(session, version.id, JobKind.INGEST):
                     datasets.withdraw(session, version.id)
             datasets.delete_dataset(dataset)
             return jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id).id
@@ -165,6 +163,7 @@ def is_stored(intake: Intake, data: bytes) -> bool:
 # --- what a data set becomes -----------------------------------------------------------------------------------------
 
 
+@EACH_STORE
 def test_folders_become_classes(anywhere: Intake) -> None:
     files = sample.coloured(per_class=4) | {"__MACOSX/x": b"litter", "blue/.DS_Store": b"litter"}
     version = anywhere.take_in(files)
@@ -259,6 +258,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intak
     assert intake.has_nothing_but(version)
 
 
+@EACH_STORE
 def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     files["blue/again.png"] = files["blue/0.png"]
@@ -269,6 +269,7 @@ def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
     assert intake.has_nothing_but(version)
 
 
+@EACH_STORE
 def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     files["green/liar.png"] = files["blue/0.png"]
@@ -300,6 +301,7 @@ def test_up_to_fifty_bad_files_are_borne(intake: Intake) -> None:
     assert intake.has_nothing_but(version)
 
 
+@EACH_STORE
 def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number:02}.png": b"bad" for number in range(51)}
     version = anywhere.take_in(files)
@@ -334,6 +336,7 @@ def test_what_makes_no_data_set_is_rejected_with_its_reason(
 # --- images that break decoders --------------------------------------------------------------------------------------
 
 
+@EACH_STORE
 def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(intake: Intake) -> None:
     files = sample.coloured(per_class=2, classes=2)
     paths = list(files)
@@ -421,6 +424,7 @@ def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: Intake)
     assert intake.has_nothing_but(*kept)
 
 
+@EACH_STORE
 def test_a_rejected_addition_leaves_the_version_before_alone(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
@@ -512,22 +516,23 @@ def abandon(intake: Intake, version_id: str) -> None:
         assert work.subject_id == version_id
         handler.run(work)
     with intake.database.writing() as session:
-        (sighting,) = jobs.sightings(session, [Queue.INGEST])
+        (sighting,) = jobs.sightings(session)
         job = jobs.take_over(session, sighting)
         assert job is not None
         if job.state is JobState.FAILED:
-            handler.failed(session, version_id, Crashed("Its worker was lost at every attempt.").record())
+            handler.failed(session, job, Crashed("Its worker was lost at every attempt."))
         else:
-            handler.requeued(session, version_id)
+            handler.requeued(session, job, None)
 
 
+@EACH_STORE
 def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhere: Intake) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     kept = anywhere.take_in(shared, "kept")
     files = shared | {"blue/mine.png": sample.png(77)}
     version_id = anywhere.upload(sample.zipped(files))
     job_id = anywhere.job(version_id).id
-    for _ in range(jobs.MAX_ATTEMPTS[JobKind.INGEST]):
+    for _ in range(jobs.MAX_ATTEMPTS):
         abandon(anywhere, version_id)
     assert look(anywhere.database, job_id).state is JobState.FAILED
     assert anywhere.version(version_id).state is DatasetState.REJECTED
@@ -541,6 +546,7 @@ def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhe
     assert anywhere.has_nothing_but(kept, again)
 
 
+@EACH_STORE
 def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
@@ -587,6 +593,15 @@ def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Inta
     assert intake.has_nothing_but(version)
 
 
+def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(intake: Intake, say: Say) -> None:
+    version_id = intake.upload(sample.zipped(sample.coloured(per_class=3)))
+    say({"type": "error", "error": DiskFull("The disk is full.").record()})
+    assert intake.loop().work()
+    job = intake.job(version_id)
+    assert (job.state, job.attempt) == (JobState.QUEUED, 0) and job.next_attempt_at is not None
+    assert intake.version(version_id).state is DatasetState.UPLOADED
+
+
 def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, begin: Begin) -> None:
     slow = replace(intake, timings=replace(QUICK, stall_s=1.0))
     version_id, _ = begin(slow, slow_set(scans=20_000))
@@ -594,7 +609,7 @@ def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, be
     version = intake.version(version_id)
     assert version.state is DatasetState.REJECTED and version.error is not None
     assert version.error["code"] == "stalled"
-    assert intake.has_nothing_but()
+    until(intake.has_nothing_but)  # its files go once that is written
 
 
 def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin) -> None:
@@ -612,6 +627,7 @@ def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin) -> None:
 # --- deletion --------------------------------------------------------------------------------------------------------
 
 
+@EACH_STORE
 def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) -> None:
     shared, mine = sample.coloured(per_class=2, classes=2), {"blue/mine.png": sample.png(77)}
     kept = anywhere.take_in(shared, "kept")
@@ -626,6 +642,7 @@ def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) ->
     assert anywhere.has_nothing_but()
 
 
+@EACH_STORE
 def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: Intake) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(2)))
     intake.delete()
@@ -678,6 +695,7 @@ def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere:
     assert anywhere.has_nothing_but(version)
 
 
+@EACH_STORE
 def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhere: Intake) -> None:
     files = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(files, "gone")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from typing import NoReturn
@@ -17,6 +18,7 @@ from working import (
     QUICK,
     Hands,
     Outage,
+    Roomless,
     StartLoop,
     add_job,
     leave_mark,
@@ -24,22 +26,18 @@ from working import (
     make_due,
     marks,
     reason_to_stop,
+    request_cancel,
     settled,
+    sweep_twice,
     work_on,
 )
 
-from errors import DatasetRefused, NotFound, Unavailable
-from models import job as jobs
+from errors import DatasetRefused, DiskFull, EspalierError, NotFound, StoreRefused, StoreUnavailable, Unavailable
+from models import outbox
 from models.base import now
-from models.job import Job, JobKind, JobState, Lease, Queue, Worker
+from models.job import MAX_ATTEMPTS, Job, JobKind, JobState, Lease, Queue
 from models.session import Database
-from worker.loop import Complete, Reason, Stopped, Sweeper, Work
-
-
-def request_cancel(database: Database) -> None:
-    with database.writing() as session:
-        jobs.request_cancel(session, JobKind.TRAIN, "run_1")
-
+from worker.work import Complete, Reason, Stopped, Work
 
 # --- from claim to close -------------------------------------------------------------------------------------------
 
@@ -51,7 +49,7 @@ def test_a_job_is_seen_through_and_closed(database: Database, start_loop: StartL
     start_loop(database, hands)
     job = settled(database, job_id, JobState.SUCCEEDED)
     (work,) = seen
-    assert (work.subject_id, work.project_id, work.attempt) == ("run_1", records.PRINCIPAL.project_id, 1)
+    assert (work.subject_id, work.job.project_id, work.job.attempt) == ("run_1", records.PRINCIPAL.project_id, 1)
     assert work.lease == Lease(job_id, 1)
     assert (marks(database), hands.told) == (1, [])
     assert job.finished_at is not None and job.lease_owner is None and job.error is None
@@ -104,14 +102,14 @@ def test_two_loops_do_every_job_once(database: Database, start_loop: StartLoop) 
 def test_what_mlflow_is_owed_becomes_work(database: Database, start_loop: StartLoop) -> None:
     with database.writing() as session:
         run_id = records.queued_run(session, records.ready_version(session)).id
-        jobs.owe(session, run_id, "started", {})
+        outbox.owe(session, run_id, "started", {})
     published: list[str] = []
 
     def publish(work: Work) -> Complete:
         published.append(work.subject_id)
 
         def complete(session: Session) -> None:
-            for row in jobs.owed(session, work.subject_id):
+            for row in outbox.owed(session, work.subject_id):
                 session.delete(row)
 
         return complete
@@ -130,11 +128,11 @@ def test_what_mlflow_cannot_be_told_is_tried_again_by_the_same_job(
 ) -> None:
     with database.writing() as session:
         run_id = records.queued_run(session, records.ready_version(session)).id
-        jobs.owe(session, run_id, "finished", {})
+        outbox.owe(session, run_id, "finished", {})
     attempts: list[int] = []
 
     def publish(work: Work) -> NoReturn:
-        attempts.append(work.attempt)
+        attempts.append(work.job.attempt)
         raise error
 
     hands = Hands(publish)
@@ -284,7 +282,7 @@ def test_a_transient_error_is_tried_again_later_and_then_failed(database: Databa
     failed_at: list[datetime] = []
 
     def fail(work: Work) -> NoReturn:
-        attempts.append(work.attempt)
+        attempts.append(work.job.attempt)
         failed_at.append(now())
         raise Unavailable("The store is away.", part="store")
 
@@ -348,6 +346,108 @@ def test_a_loop_survives_a_job_whose_end_cannot_be_written(sqlite: Database, sta
         settled(sqlite, second, JobState.SUCCEEDED)
     assert look(sqlite, first).state is JobState.RUNNING  # the sweeper will find it
     assert any(entry["event"] == "look failed" for entry in logs)
+
+
+# --- what waits for somebody to make room --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [DiskFull("No room."), StoreUnavailable("Away."), StoreRefused("Wrong key.")])
+def test_a_job_that_has_no_room_or_no_store_waits_and_its_attempt_does_not_count(
+    database: Database, start_loop: StartLoop, error: EspalierError
+) -> None:
+    failures = [error] * (MAX_ATTEMPTS + 1)
+    failed_at: list[datetime] = []
+
+    def fail_for_long(work: Work) -> None:
+        if failures:
+            failed_at.append(now())
+            raise failures.pop()
+
+    hands = Hands(fail_for_long)
+    job_id = add_job(database)
+    start_loop(database, hands)
+    for times in range(1, MAX_ATTEMPTS + 2):
+        until(lambda times=times: len(hands.told) == times)  # type: ignore[misc]
+        job = settled(database, job_id, JobState.QUEUED)
+        assert job.attempt == 0 and job.next_attempt_at is not None
+        assert 59 < (job.next_attempt_at - failed_at[-1]).total_seconds() < 62
+        make_due(database, job_id)
+    job = settled(database, job_id, JobState.SUCCEEDED)
+    assert (job.attempt, job.error, marks(database)) == (1, None, 1)
+    assert set(hands.told) == {("requeued", "run_1")}
+
+
+@pytest.fixture
+def roomless(database: Database) -> Iterator[Roomless]:
+    """The same database through one whose disk can be full."""
+    roomless = Roomless(database.engine.url)
+    yield roomless
+    roomless.close()
+
+
+@pytest.mark.parametrize("end", [lambda work: None, lambda work: DiskFull("No room."), lambda work: NotFound("Gone.")])
+def test_an_end_that_does_not_fit_is_written_when_there_is_room(
+    database: Database, roomless: Roomless, start_loop: StartLoop, end: Callable[[Work], EspalierError | None]
+) -> None:
+    """However long that takes: `let_go_s` is much shorter here."""
+    is_full = threading.Event()
+
+    def fill_up(work: Work) -> None:
+        roomless.is_full = True
+        is_full.set()
+        if error := end(work):
+            raise error
+
+    job_id = add_job(database)
+    with capture_logs() as logs:
+        start_loop(roomless, Hands(fill_up), timings=replace(QUICK, let_go_s=0.3))
+        assert is_full.wait(20)
+        until(lambda: [entry for entry in logs if entry["event"] == "waiting for room"])
+        time.sleep(1)
+        assert look(database, job_id).state is JobState.RUNNING
+        roomless.is_full = False
+        until(lambda: look(database, job_id).state is not JobState.RUNNING)
+    assert look(database, job_id).lease_epoch == 1
+    assert not [entry for entry in logs if entry["event"] in ("lease lost", "look failed")]
+
+
+def test_work_goes_on_while_the_database_has_no_room_and_what_it_writes_waits(
+    database: Database, roomless: Roomless, start_loop: StartLoop
+) -> None:
+    """Neither a lease that cannot be renewed nor the standing still ends it, since nobody else could write either."""
+    is_full = threading.Event()
+
+    def make(work: Work) -> None:
+        roomless.is_full = True
+        is_full.set()
+        work.write(leave_mark)
+
+    job_id = add_job(database)
+    start_loop(roomless, Hands(make), timings=replace(QUICK, let_go_s=0.5, stall_s=1.8))
+    assert is_full.wait(20)
+    time.sleep(3)
+    assert (look(database, job_id).state, marks(database)) == (JobState.RUNNING, 0)
+    roomless.is_full = False
+    job = settled(database, job_id, JobState.SUCCEEDED)
+    assert (job.attempt, job.lease_epoch, marks(database)) == (1, 1, 2)
+
+
+def test_a_worker_that_is_to_end_does_not_wait_for_room(
+    database: Database, roomless: Roomless, start_loop: StartLoop
+) -> None:
+    is_full = threading.Event()
+
+    def fill_up(work: Work) -> None:
+        roomless.is_full = True
+        is_full.set()
+
+    add_job(database)
+    loop = start_loop(roomless, Hands(fill_up))
+    assert is_full.wait(20)
+    loop.drain()
+    started = time.monotonic()
+    loop.join(10)
+    assert time.monotonic() - started < 5
 
 
 # --- tidying up ----------------------------------------------------------------------------------------------------
@@ -502,15 +602,6 @@ def test_a_holder_whose_renewal_hangs_lets_go(database: Database, start_loop: St
 # --- holders that were taken over ------------------------------------------------------------------------------------
 
 
-def sweep_twice(database: Database, hands: Hands) -> int:
-    """Sweep until every lease that does not move has ended; return how many were taken over."""
-    clock = [100.0]
-    sweeper = Sweeper(database, [Queue.CPU], dict.fromkeys(JobKind, hands), "there", QUICK, now=lambda: clock[0])
-    assert sweeper.sweep() == 0
-    clock[0] += QUICK.lease_s
-    return sweeper.sweep()
-
-
 def test_a_frozen_holder_is_replaced_and_writes_nothing_when_it_wakes(
     database: Database, start_loop: StartLoop
 ) -> None:
@@ -582,117 +673,3 @@ def test_a_frozen_holder_that_failed_changes_nothing(database: Database, start_l
     loop.join(10)
     job = look(database, job_id)
     assert (job.state, job.error, hands.told) == (JobState.QUEUED, None, [])
-
-
-# --- the sweeper ---------------------------------------------------------------------------------------------------
-
-
-def test_a_job_whose_renewals_move_is_not_taken_over(database: Database, start_loop: StartLoop) -> None:
-    clock = [0.0]
-    job_id = add_job(database)
-    start_loop(database, Hands(work_on))
-    sweeper = Sweeper(database, [Queue.CPU], {}, "there", QUICK, now=lambda: clock[0])
-    for _ in range(3):
-        settled(database, job_id, JobState.RUNNING)
-        assert sweeper.sweep() == 0
-        before = look(database, job_id).renewals
-        until(lambda before=before: look(database, job_id).renewals > before)  # type: ignore[misc]
-        clock[0] += 10 * QUICK.lease_s
-        assert sweeper.sweep() == 0
-    assert look(database, job_id).attempt == 1
-
-
-def test_a_lease_ends_by_the_sweepers_own_clock(database: Database) -> None:
-    clock = [5.0]
-    hands = Hands(work_on)
-    job_id = add_job(database)
-    with database.writing() as session:
-        assert jobs.claim(session, [Queue.CPU], "gone") is not None
-    sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", QUICK, now=lambda: clock[0])
-    assert sweeper.sweep() == 0
-    clock[0] += QUICK.lease_s - 0.1
-    assert sweeper.sweep() == 0
-    assert look(database, job_id).state is JobState.RUNNING
-    clock[0] += 0.1
-    assert sweeper.sweep() == 1
-    job = look(database, job_id)
-    assert (job.state, job.lease_epoch, hands.told) == (JobState.QUEUED, 2, [("requeued", "run_1")])
-    assert sweeper.sweep() == 0
-    with database.reading() as session:
-        assert session.get_one(Worker, "there").queues == ["cpu"]
-
-
-def test_a_cancelled_job_without_a_holder_is_closed_as_cancelled(database: Database) -> None:
-    job_id = add_job(database)
-    with database.writing() as session:
-        assert jobs.claim(session, [Queue.CPU], "gone") is not None
-    request_cancel(database)
-    hands = Hands(work_on)
-    assert sweep_twice(database, hands) == 1
-    assert look(database, job_id).state is JobState.CANCELLED
-    assert hands.told == [("cancelled", "run_1")]
-
-
-def test_a_job_that_loses_every_worker_is_failed_as_stalled(database: Database) -> None:
-    job_id = add_job(database)
-    hands = Hands(work_on)
-    for _ in range(jobs.MAX_ATTEMPTS[JobKind.TRAIN]):
-        with database.writing() as session:
-            assert jobs.claim(session, [Queue.CPU], "gone") is not None
-        assert sweep_twice(database, hands) == 1
-    job = look(database, job_id)
-    assert job.state is JobState.FAILED and job.error is not None
-    assert (job.error["code"], job.error["detail"]) == ("stalled", "Its worker was lost at every attempt.")
-    assert hands.told == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "stalled")]
-
-
-def test_a_job_that_cannot_be_taken_over_is_in_no_others_way(database: Database) -> None:
-    class Picky(Hands):
-        def requeued(self, session: Session, subject_id: str) -> None:
-            if subject_id == "run_1":
-                raise RuntimeError("no such run")
-            super().requeued(session, subject_id)
-
-    first, second = add_job(database, "run_1"), add_job(database, "run_2")
-    with database.writing() as session:
-        for _ in (first, second):
-            assert jobs.claim(session, [Queue.CPU], "gone") is not None
-    hands = Picky(work_on)
-    with capture_logs() as logs:
-        assert sweep_twice(database, hands) == 1
-    assert look(database, first).state is JobState.RUNNING  # all or nothing
-    assert look(database, second).state is JobState.QUEUED and hands.told == [("requeued", "run_2")]
-    assert [entry["job"] for entry in logs if entry["event"] == "take-over failed"] == [first]
-
-
-def test_a_running_sweeper_takes_over_by_itself_and_stops(database: Database, start_loop: StartLoop) -> None:
-    job_id = add_job(database)
-    with database.writing() as session:
-        assert jobs.claim(session, [Queue.CPU], "gone") is not None
-    hands = Hands(lambda work: None)
-    sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", replace(QUICK, lease_s=0.3))
-    sweeper.start()
-    start_loop(database, hands)
-    assert settled(database, job_id, JobState.SUCCEEDED).attempt == 2
-    sweeper.stop()
-    with database.reading() as session:
-        looked_at = session.scalars(select(Worker.looked_at)).one()
-    time.sleep(3 * QUICK.look_every_s)
-    with database.reading() as session:
-        assert session.scalars(select(Worker.looked_at)).one() == looked_at
-
-
-def test_a_sweeper_survives_an_outage(database: Database, impatient: Database, outage: Outage) -> None:
-    job_id = add_job(database)
-    with database.writing() as session:
-        assert jobs.claim(session, [Queue.CPU], "gone") is not None
-    hands = Hands(lambda work: None)
-    timings = replace(QUICK, lease_s=0.5)
-    sweeper = Sweeper(impatient, [Queue.CPU], {JobKind.TRAIN: hands}, "there", timings)
-    with capture_logs() as logs:
-        outage.begin()
-        sweeper.start()
-        until(lambda: [entry for entry in logs if entry["event"] == "database away"])
-        outage.end()
-        settled(database, job_id, JobState.QUEUED)
-    sweeper.stop()

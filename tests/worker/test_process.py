@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,10 +24,10 @@ from working import add_job, claimed_work, slow_jpeg
 from artifacts.archive import ArchiveLimits
 from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store, digest_of
-from errors import ArchiveRefused, Corrupt, Crashed, EspalierError, LayoutUnknown, NotFound, OutOfMemory
+from errors import ArchiveRefused, Corrupt, Crashed, DiskFull, EspalierError, LayoutUnknown, NotFound, OutOfMemory
 from models.session import Database
-from worker.loop import Reason, Stopped, Work
-from worker.process import Child, Died, Message
+from worker.process import Child, Died, Message, clear_left_folders
+from worker.work import Reason, Stopped, Work
 
 MIB = 1024 * 1024
 ROOT = Path(__file__).parent.parent.parent
@@ -115,14 +116,20 @@ def test_a_child_says_everything_and_then_ends(work: Work, order: Order) -> None
 
 
 @pytest.mark.parametrize(
-    ("number", "meaning", "is_transient"), [(signal.SIGKILL, OutOfMemory, False), (signal.SIGSEGV, Crashed, True)]
+    ("number", "kills", "meaning"),
+    [
+        (signal.SIGKILL, [3, 4], OutOfMemory),
+        (signal.SIGKILL, [3, 3], Crashed),  # by hand: the kernel did not count it
+        (signal.SIGSEGV, [3, 4], Crashed),  # the kernel killed another one meanwhile
+    ],
 )
 def test_a_killed_child_has_said_all_that_came_before(
-    work: Work, order: Order, number: signal.Signals, meaning: type[EspalierError], is_transient: bool
+    work: Work, order: Order, number: signal.Signals, kills: list[int], meaning: type[EspalierError]
 ) -> None:
     files = sample.coloured(per_class=2, classes=2) | {"red/slow.jpg": slow_jpeg(20_000)}
     messages: list[Message] = []
-    with Child(order(sample.zipped(files, zipfile.ZIP_STORED))) as child:
+    counted = iter(kills)
+    with Child(order(sample.zipped(files, zipfile.ZIP_STORED)), count_kills=lambda: next(counted)) as child:
         while not messages or messages[-1].get("path") != "red/slow.jpg":
             message = child.receive(work)
             assert message is not None
@@ -133,7 +140,7 @@ def test_a_killed_child_has_said_all_that_came_before(
     assert [message["path"] for message in messages if message["type"] == "accepted"] == list(files)[:-1]
     failure = death.value.as_failure()
     assert death.value.signal == number
-    assert type(failure) is meaning and failure.is_transient is is_transient
+    assert type(failure) is meaning and failure.is_transient is (meaning is Crashed)
 
 
 def test_messages_that_wait_are_heard_after_the_child_was_killed(work: Work, order: Order) -> None:
@@ -227,7 +234,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_child_is_given_no_secrets(
     endless: dict[str, Any], sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secret = ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI", "ESPALIER_API_KEY")
+    secret = ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI", "ESPALIER_API_KEY", "ESPALIER_STORE_URL")
+    secret += ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
     for name in (*secret, "ESPALIER_TEST_OTHER"):
         monkeypatch.setenv(name, "value")
     environment = sidecar(
@@ -271,6 +279,40 @@ os.rename(os.environ["SIDECAR"] + "/new", os.environ["SIDECAR"] + "/folder")
             listen(child, work)
     assert not folder.exists() and not folder.parent.exists()
     assert folder.parent.parent == Path(tempfile.gettempdir())
+
+
+def test_what_children_of_a_killed_worker_left_is_cleared_and_that_of_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = (f"espalier-child-{gone.pid}-abc", f"espalier-child-{os.getpid()}-abc", "espalier-child-mine", "other")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.h5").touch()
+    clear_left_folders()
+    assert {folder.name for folder in tmp_path.iterdir()} == set(names[1:])
+
+
+def test_a_child_for_which_there_is_no_room_waits_and_one_that_cannot_start_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_more(*given: Any, **options: Any) -> Any:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", no_more)
+        with pytest.raises(Crashed, match="temporarily unavailable") as refused:
+            Child()
+    assert refused.value.is_transient and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(DiskFull):
+        Child()
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
@@ -323,6 +365,20 @@ time.sleep(600)
         worker.kill()
     until(lambda: not is_alive(child), within_s=10)
     until(lambda: not is_alive(grandchild), within_s=5)
+
+
+def test_half_an_order_from_a_worker_that_died_ends_the_child(sidecar: Sidecar) -> None:
+    incoming, outgoing = os.pipe()
+    command = [sys.executable, "-m", "worker.child", str(outgoing)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, pass_fds=(outgoing,), cwd=ROOT, start_new_session=True
+    ) as child:
+        assert child.stdin is not None
+        child.stdin.write(b'{"type": "order", "kind": "tr')
+        child.stdin.close()
+        assert child.wait(20) == -signal.SIGKILL
+    os.close(incoming)
+    os.close(outgoing)
 
 
 def test_a_stopped_child_hands_over_what_nobody_has_heard(order: Order) -> None:

@@ -23,13 +23,14 @@ from waiting import until
 from working import StartLoop, add_job, claimed_work, look, make_due, settled
 
 from artifacts.store import Store, digest_of
-from errors import Unavailable
+from errors import Crashed, Unavailable
 from models import comparison as comparisons
 from models import job as jobs
-from models import registry
+from models import parts, registry
 from models import run as runs
 from models.comparison import Comparison, ComparisonRun
-from models.job import Job, JobKind, JobState, Outbox, Queue, add_publish_jobs, owe
+from models.job import Job, JobKind, JobState, Queue
+from models.outbox import Outbox, add_publish_jobs, owe
 from models.run import Fold, Run
 from models.session import Database
 from ops.up import mlflow_answers, mlflow_server
@@ -42,6 +43,7 @@ class Relay:
     def __init__(self, target: str) -> None:
         self.loses_from: int | None = None
         self.asked = 0
+        self._client = client = httpx2.Client(timeout=30, trust_env=False)  # one for all: making one takes longer
         relay = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,9 +51,7 @@ class Relay:
                 relay.asked += 1
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host",)}
-                answer = httpx2.request(
-                    self.command, target + self.path, content=body, headers=headers, timeout=30, trust_env=False
-                )
+                answer = client.request(self.command, target + self.path, content=body, headers=headers)
                 if relay.loses_from is not None and relay.asked >= relay.loses_from:
                     self.close_connection = True  # MLflow did it, and nobody hears so
                     return
@@ -73,6 +73,7 @@ class Relay:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._client.close()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def new_case(database: Database, store: Store) -> Case:
     with database.writing() as session:
         run = records.running_run(session, records.ready_version(session, name), name)
         add_folds(session, run.id)
-        runs.succeed_run(session, run.id, METRICS, {})
+        runs.succeed_run(session, run.id, METRICS, 1.0)
         runs.add_artifact(session, run.id, "report.md", store.put(b"# Report"), 8, "text/markdown")
         registry.add_model_version(
             session, records.PRINCIPAL, name, run.id, records.digest("bundle"), records.digest("backbone")
@@ -199,6 +200,39 @@ def seen(url: str, name: str) -> dict[str, Any]:
         ],
         "aliases": {alias: int(at) for alias, at in client.get_registered_model(name).aliases.items()},
     }
+
+
+def test_a_failed_run_that_is_tried_again_is_shown_as_running_and_then_as_what_it_came_to(
+    mlflow_url: str, sqlite: Database, store: Store
+) -> None:
+    name = f"again-{secrets.token_hex(4)}"
+    with sqlite.writing() as session:
+        run = records.queued_run(session, records.ready_version(session, name), name)
+        case = Case(sqlite, store, run.id, name)
+        job = parts.submit(session, run)
+        parts.begin(session, job)
+        job.state = JobState.FAILED
+        parts.fail(session, job, Crashed("It died.").record())
+    case.publish(mlflow_url)
+    client = mlflow.MlflowClient(mlflow_url)
+
+    def shown() -> tuple[str, str | None]:
+        experiment = client.get_experiment_by_name(name)
+        assert experiment is not None
+        [found] = client.search_runs([experiment.experiment_id])
+        return found.info.status, found.data.tags.get("mlflow.note.content")
+
+    assert shown() == ("FAILED", "**Failed:** It died.")
+    with sqlite.writing() as session:
+        again = parts.retry(session, runs.get_run(session, records.PRINCIPAL, run.id))
+        parts.begin(session, again)
+        again.state = JobState.SUCCEEDED  # so that it is not what is published next
+    case.publish(mlflow_url)
+    assert shown() == ("RUNNING", None)
+    with sqlite.writing() as session:
+        assert parts.request_cancel(session, run.id)
+    case.publish(mlflow_url)
+    assert shown() == ("KILLED", None)
 
 
 def test_what_is_told_twice_is_shown_once(mlflow_url: str, case: Case) -> None:
@@ -283,6 +317,35 @@ def test_a_run_is_told_once_mlflow_is_back(mlflow_url: str, relay: Relay, case: 
     assert len(seen(mlflow_url, case.name)["runs"]) == 3
     with case.database.reading() as session:
         assert session.get_one(Run, case.run_id).mlflow_run_id
+
+
+def test_the_end_of_a_run_that_is_tried_again_is_told_at_its_next_end(
+    mlflow_url: str, sqlite: Database, store: Store
+) -> None:
+    name = f"flowers-{secrets.token_hex(4)}"
+
+    def fail(session: Session, run_id: str) -> None:
+        runs.fail_run(session, run_id, {"code": "crashed", "detail": "It died."})
+        owe(session, run_id, "finished", {})
+
+    def shown() -> str:
+        case = Case(sqlite, store, run_id, name)
+        case.publish(mlflow_url)
+        assert case.owed() == 0
+        with sqlite.reading() as session:
+            page = str(session.get_one(Run, run_id).mlflow_run_id)
+        return str(mlflow.MlflowClient(mlflow_url).get_run(page).info.status)
+
+    with sqlite.writing() as session:
+        run_id = records.running_run(session, records.ready_version(session), name).id
+        owe(session, run_id, "started", {})
+        fail(session, run_id)
+        runs.reopen_run(session, run_id)
+    assert shown() == "RUNNING"
+    with sqlite.writing() as session:
+        runs.start_run(session, run_id)
+        fail(session, run_id)
+    assert shown() == "FAILED"
 
 
 def test_a_run_whose_report_is_gone_is_told_of_again_by_the_same_job(

@@ -1,0 +1,257 @@
+"""What it costs that no run is lost: folds trained by a worker against the same folds trained by a bare loop.
+
+The worker's folds come with a lease that is renewed, a child that sends each epoch, its progress and its checkpoints,
+rows in a database on disk, and MLflow, which is told meanwhile. The bare ones are `Experiment.learn_fold` in a process
+of its own, to which nobody listens and which keeps nothing. Each side is a new process every time, with all caches
+filled, and what counts are the seconds of its two folds: start-up and preparation are on neither side. Pairs are
+interleaved.
+
+Run as `python -m benchmarks.leases [--images 240] [--size 64] [--epochs 8] [--pairs 10] [--mode fine-tuning]
+[--data archive.zip]`. Aim: at most 1.03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from artifacts import manifest
+from artifacts.catalogue import BackboneName
+from artifacts.recipe import ClassCount, FineTune, Folds, Mode, Recipe, Task, fill
+from artifacts.store import Store
+from benchmarks.figures import processor, report, spread, table
+from benchmarks.ground import LIMITS, Ground, ground
+from models import dataset as datasets
+from models import parts, registry
+from models import run as runs
+from models.dataset import DatasetVersion
+from models.job import JobKind, Queue
+from models.project import Principal
+from models.registry import Weights
+from models.session import Database
+from ops.migrate import upgrade
+from ops.up import mlflow_answers, mlflow_server
+from settings import Settings
+from worker.loop import Loop
+from worker.process import computing_threads
+from worker.sweeper import Sweeper
+from worker.tracking import Publish, TrackingPlace
+from worker.train import Train, TrainingPlace
+from worker.weights import Source
+from worker.work import Handler, Timings
+
+NETWORK = BackboneName.VGG16
+CUT = "block5"
+NAME = "calibrated"
+FOLDS = 2
+
+
+def recipe_of(wanted: argparse.Namespace, labels: Sequence[str]) -> Recipe:
+    """Return a recipe whose fold takes all of its epochs."""
+    mode = Mode(wanted.mode)
+    recipe = Recipe(
+        mode=mode,
+        backbone=NETWORK,
+        weights=NAME,
+        features_from=CUT,
+        image_size=wanted.size,
+        epochs=2 if mode is Mode.FINE_TUNING else wanted.epochs,
+        early_stopping=None,
+        folds=Folds(k=FOLDS),
+        **({"fine_tune": FineTune(learning_rate=1e-6, epochs=wanted.epochs)} if mode is Mode.FINE_TUNING else {}),
+    )
+    return fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in labels])
+
+
+# --- the bare loop ----------------------------------------------------------------------------------------------------
+
+
+def bare(order: dict[str, Any]) -> None:
+    """Train the folds and print their seconds. Runs in a process of its own."""
+    os.environ |= computing_threads(order["threads"])
+    from benchmarks.folds import Known, Silent
+    from training.experiment import Experiment, Order, Place
+
+    place = Place(
+        store=Store(Path(order["store"])),
+        features=Path(order["features"]),
+        pixels=Path(order["pixels"]),
+        pixels_bytes=2**40,
+        image_limits=LIMITS,
+        threads=order["threads"],
+    )
+    wanted = Order(Recipe.model_validate(order["recipe"]), order["manifest"], order["labels"], order["weights"])
+    experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
+    print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
+
+
+def bare_folds(order: dict[str, Any]) -> float:
+    """Return the seconds of the folds."""
+    command = [sys.executable, "-m", "benchmarks.leases", "--bare", json.dumps(order)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+# --- the worker -------------------------------------------------------------------------------------------------------
+
+
+class Service:
+    """A worker's loops and its sweeper on a database of its own, with a data set."""
+
+    def __init__(self, given: Ground, place: TrainingPlace, mlflow_url: str) -> None:
+        self.database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
+        upgrade(self.database)
+        train = Train(given.store, place)
+        publish = Publish(given.store, TrackingPlace(mlflow_url, 5.0, "http://127.0.0.1:9"))
+        handlers: dict[JobKind, Handler] = {
+            JobKind.TRAIN: train,
+            JobKind.FOLD: train,
+            JobKind.FINAL: train,
+            JobKind.PUBLISH: publish,
+        }
+        queues = [Queue.CPU, Queue.TRACKING]
+        self._loops = [Loop(self.database, queue, handlers, "bench", Timings()) for queue in queues]
+        self._sweeper = Sweeper(self.database, queues, handlers, "bench", Timings())
+        self.version_id = self._add_dataset(given)
+        for loop in self._loops:
+            loop.start()
+        self._sweeper.start()
+
+    def _add_dataset(self, given: Ground) -> str:
+        with self.database.writing() as session:
+            registry.set_weights(session, Weights(network=NETWORK, name=NAME, sha256=given.weights, source={}))
+            dataset = datasets.create_dataset(session, Principal(), "bench")
+            version = datasets.add_version(session, dataset, given.weights)
+            datasets.start_ingest(session, version.id)
+            datasets.mark_ready(
+                session,
+                version.id,
+                manifest=given.store.put(manifest.dump(given.rows)),
+                task=Task.MULTICLASS,
+                images=len(given.rows),
+                duplicates=0,
+                ignored=0,
+                classes=[ClassCount(label, 100, 100) for label in given.labels],
+                target=None,
+                refused=[],
+            )
+            return version.id
+
+    def folds(self, recipe: Recipe) -> float:
+        """Train a run; return the seconds of its folds."""
+        with self.database.writing() as session:
+            run = runs.create_run(session, Principal(), self.version_id, "bench", recipe)
+            parts.submit(session, run)
+        for loop in self._loops:
+            loop.ring()
+        while True:
+            with self.database.reading() as session:
+                found = runs.get_run(session, Principal(), run.id)
+                seconds = [fold.seconds or 0.0 for fold in runs.get_folds(session, run.id)]
+            if found.state.is_final:
+                if found.error:
+                    raise RuntimeError(found.error["detail"])
+                return sum(seconds)
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        """End everything."""
+        for loop in self._loops:
+            loop.drain()
+        for loop in self._loops:
+            loop.join(30)
+        self._sweeper.stop()
+        self.database.close()
+
+
+@contextmanager
+def mlflow(folder: Path) -> Iterator[str]:
+    """Yield the address of a real MLflow server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    program = mlflow_server(port, folder / "mlflow")
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(program.command, env={**os.environ, **program.environment}) as server:
+        while not mlflow_answers(url):
+            time.sleep(0.3)
+        yield url
+        server.terminate()
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=240)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.FINE_TUNING.value)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--bare", type=json.loads, help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.bare:
+        bare(wanted.bare)
+        return
+    with ground(NETWORK, CUT, wanted.size, wanted.images, wanted.data) as given, mlflow(given.folder) as url:
+        recipe = recipe_of(wanted, given.labels)
+        place = TrainingPlace(
+            features=str(given.folder / "features"),
+            pixels=str(given.folder / "pixels"),
+            pixels_bytes=2**40,
+            image_limits=LIMITS,
+            threads=given.threads,
+            source=Source("http://127.0.0.1:9", "", 1.0, 1.0),
+            checkpoint_share=Settings().checkpoint_share,
+        )
+        service = Service(given, place, url)
+        with service.database.reading() as session:
+            version_manifest = session.get_one(DatasetVersion, service.version_id).manifest_sha256
+        order = {
+            "store": str(given.store.root),
+            "features": place.features,
+            "pixels": place.pixels,
+            "threads": given.threads,
+            "recipe": recipe.model_dump(mode="json"),
+            "manifest": version_manifest,
+            "labels": list(given.labels),
+            "weights": given.weights,
+            "backbone": given.backbone,
+        }
+        service.folds(recipe)  # fills the caches
+        ours, bares = [], []
+        for number in range(wanted.pairs):
+            bares.append(bare_folds(order))
+            ours.append(service.folds(recipe))
+            print(f"pair {number + 1}: {ours[-1]:.2f} s against {bares[-1]:.2f} s", file=sys.stderr, flush=True)
+        service.close()
+    ratio = spread([one / other for one, other in zip(ours, bares, strict=True)])
+    figures = {
+        "mode": wanted.mode,
+        "images": wanted.images,
+        "size": wanted.size,
+        "epochs": wanted.epochs,
+        "seconds_worker": spread(ours),
+        "seconds_bare": spread(bares),
+        "ratio": ratio,
+        "aim": "<= 1.03",
+    }
+    report(f"leases-{wanted.mode}", figures)
+    what = (
+        f"{wanted.mode} by a worker (lease, checkpoints, events, MLflow) against the bare folds, {wanted.images} images"
+    )
+    measured = f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f} in {wanted.pairs} pairs)"
+    table([(what, measured, "at most 1.03")], f"{given.threads} processors ({processor()})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Imports every record, for who compares them all with a database."""
+
+import models.comparison
+import models.dataset
+import models.idempotency
+import models.job
+import models.outbox
+import models.project
+import models.registry
+import models.run
+import models.worker  # noqa: F401

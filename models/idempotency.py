@@ -1,0 +1,75 @@
+"""What requests with an `Idempotency-Key` were answered, so that one that is sent again changes nothing twice.
+
+An answer is written in the transaction that makes what it tells of. See the IETF draft "The Idempotency-Key HTTP
+Header Field" (draft-ietf-httpapi-idempotency-key-header).
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import CursorResult, String, delete, func, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from errors import KeyReused
+from models.base import Base, Json, now
+from models.project import Principal, owner
+
+KEPT = timedelta(days=7)
+
+
+class Answer(Base):
+    """The answer to the request that carried a key first; the fingerprint tells whether another one is the same."""
+
+    __tablename__ = "answer"
+
+    project_id: Mapped[str] = owner(primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    location: Mapped[str | None] = mapped_column(String(255))
+    body: Mapped[dict[str, Any]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+
+def is_known(session: Session, principal: Principal, key: str) -> bool:
+    """Say whether a request with this key was answered before."""
+    return _find(session, principal, key) is not None
+
+
+def find_answer(session: Session, principal: Principal, key: str, fingerprint: str) -> Answer | None:
+    """Return what the request was answered before, or None. Raises KeyReused if the key came with another request."""
+    answer = _find(session, principal, key)
+    if answer is None:
+        return None
+    if answer.fingerprint != fingerprint:
+        raise KeyReused(
+            f"The Idempotency-Key {key!r} came with another request before. Expected the same request, or a new key."
+        )
+    return answer
+
+
+def keep_answer(
+    session: Session, principal: Principal, key: str, fingerprint: str, location: str | None, body: dict[str, Any]
+) -> None:
+    """Keep what a request is answered, in the transaction that makes it true."""
+    drop_answers(session)
+    session.add(Answer(project_id=principal.project_id, key=key, fingerprint=fingerprint, location=location, body=body))
+    session.flush()
+
+
+def drop_answers(session: Session) -> int:
+    """Forget answers of long ago; return how many."""
+    dropped = session.execute(delete(Answer).where(Answer.created_at < now() - KEPT))
+    assert isinstance(dropped, CursorResult)
+    return dropped.rowcount
+
+
+def count_old(session: Session) -> int:
+    """Return how many answers are of long ago."""
+    return session.scalar(select(func.count()).select_from(Answer).where(Answer.created_at < now() - KEPT)) or 0
+
+
+def _find(session: Session, principal: Principal, key: str) -> Answer | None:
+    answer = session.get(Answer, (principal.project_id, key))
+    return None if answer is None or answer.created_at < now() - KEPT else answer

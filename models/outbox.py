@@ -1,0 +1,59 @@
+"""The outbox: what MLflow is still owed about runs, in the order in which it became true. Knows no MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, Integer, String, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from models import job as jobs
+from models.base import Base, Json, now
+from models.job import UNFINISHED, Job, JobKind, Queue
+from models.run import Run
+
+
+class Outbox(Base):
+    """Something that MLflow is still owed about a run; the row goes when MLflow has it."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("run.id"), index=True)
+    kind: Mapped[str] = mapped_column(String(32))
+    payload: Mapped[dict[str, Any]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+def owe(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
+    """Owe MLflow something about a run, in the transaction that makes it true."""
+    session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
+
+
+def owe_end(session: Session, run_id: str) -> None:
+    """Owe MLflow the end of a run that nobody works on, if MLflow knows of it or is to be told."""
+    if session.get_one(Run, run_id).mlflow_run_id is not None or owed(session, run_id):
+        owe(session, run_id, "finished", {})
+
+
+def owed(session: Session, run_id: str) -> Sequence[Outbox]:
+    """Return what MLflow is owed about a run, in its order."""
+    return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
+
+
+def add_publish_jobs(session: Session) -> int:
+    """Queue a job for every run that MLflow is owed something about and that has none; return how many."""
+    busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_(UNFINISHED))
+    query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
+    added = 0
+    for run_id, project_id in session.execute(query).all():
+        try:
+            with session.begin_nested():
+                jobs.add_job(session, project_id, JobKind.PUBLISH, Queue.TRACKING, run_id)
+        except IntegrityError:
+            continue  # another worker looked at the same moment and queued it
+        added += 1
+    return added

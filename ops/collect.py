@@ -1,0 +1,64 @@
+"""Removes what nothing needs any more, as workers do every hour. Run as `python -m ops.collect`, or `make collect`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from artifacts.shared import open_store
+from artifacts.store import Store
+from errors import EspalierError
+from models import collection
+from models.collection import COLLECTION, Collected
+from models.run import GOES_ON_FOR
+from models.session import Database
+from settings import Settings
+
+MIB = 1024 * 1024
+
+
+def collect(database: Database, store: Store, older_than_s: float, *, dry_run: bool) -> str:
+    """Collect; return what there is to say about it."""
+    left = len(list(store.unfinished(older_than_s))) if dry_run else store.drop_unfinished(older_than_s)
+    copies = 0 if dry_run else collection.drop_copies(database, store, older_than_s)
+    with database.exclusive(COLLECTION) as is_held:
+        if not is_held:
+            return "A worker collects just now: see its log."
+        found = collection.collect(database, store, older_than_s, dry_run=dry_run)
+    return _said(found, left, copies, older_than_s, dry_run=dry_run)
+
+
+def _said(found: Collected, left: int, copies: int, older_than_s: float, *, dry_run: bool) -> str:
+    lines = [
+        f"{'Would remove' if dry_run else 'Removed'} {found.files:,} files that nothing names and that are older than "
+        f"{older_than_s / 3600:g} h ({found.size_bytes / MIB:,.1f} MiB)",
+        f"{left:,} that were never finished",
+        f"{found.answers:,} answers to requests of long ago",
+        f"checkpoints of {found.runs:,} runs that failed more than {GOES_ON_FOR.days} days ago",
+    ]
+    if copies:
+        lines.append(f"{copies:,} of this machine's copies")
+    if dry_run and found.runs:
+        lines.append("and then the files of these checkpoints")
+    return ", ".join(lines) + "."
+
+
+def main() -> int:
+    """Collect; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    wanted = parser.parse_args()
+    settings = Settings()
+    database = Database(settings.database)
+    try:
+        print(collect(database, open_store(settings.store), settings.collect_after_s, dry_run=wanted.dry_run))
+    except EspalierError as error:
+        print(error.detail, file=sys.stderr)
+        return 1
+    finally:
+        database.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""A real S3 server for tests, buckets in it, and a line to it that can be cut."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import boto3
+import obstore
+import pytest
+from moto.server import ThreadedMotoServer
+from obstore.store import S3Store
+
+from artifacts.shared import SharedStore
+from artifacts.store import Digest, StoreAddress
+
+EACH_STORE = pytest.mark.parametrize("store", ["folder", "bucket"], indirect=True)
+"""Have a test run with each kind of store."""
+
+KEYS = {"AWS_ACCESS_KEY_ID": "the-key-of-a-test", "AWS_SECRET_ACCESS_KEY": "the-secret-of-a-test"}
+
+_REGION = "eu-central-1"
+
+
+@dataclass
+class Bucket:
+    """A bucket on a server of this machine, and the folder of the machine that uses it."""
+
+    name: str
+    endpoint: str
+    folder: Path
+    cache_bytes: int = 10**9
+
+    @property
+    def address(self) -> StoreAddress:
+        return StoreAddress(
+            str(self.folder), f"s3://{self.name}/some/where", self.endpoint, _REGION, cache_bytes=self.cache_bytes
+        )
+
+    def store(self) -> SharedStore:
+        """Open the store."""
+        return SharedStore(self.address)
+
+    def seen_from(self, folder: Path, endpoint: str | None = None) -> Bucket:
+        """Return the bucket as another machine sees it, which has nothing of it yet."""
+        return replace(self, folder=folder, endpoint=endpoint or self.endpoint)
+
+    def objects(self) -> dict[str, bytes]:
+        """Return what is in it, by key, without the mark that it is in use."""
+        return {key: bytes(obstore.get(self._direct(), key).bytes()) for key in self._keys()}
+
+    def digests(self) -> set[str]:
+        """Return the digests of the files in it."""
+        return {key.rpartition("/")[2] for key in self._keys()}
+
+    def write(self, digest: Digest, data: bytes) -> None:
+        """Write other bytes under a digest, as a broken disk of the server would."""
+        obstore.put(self._direct(), f"some/where/{digest[:2]}/{digest}", data)
+
+    def _keys(self) -> list[str]:
+        found = [meta["path"] for page in obstore.list(self._direct()) for meta in page]
+        return [key for key in found if not key.endswith("in-use")]
+
+    def _direct(self) -> S3Store:
+        return S3Store(self.name, endpoint=self.endpoint, region=_REGION, client_options={"allow_http": True})
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
+    """Run an S3 server and yield its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def make_bucket(endpoint: str, folder: Path) -> Bucket:
+    """Make a new bucket."""
+    name = f"bucket-{secrets.token_hex(6)}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=_REGION,
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+    )
+    client.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": _REGION})
+    client.close()
+    return Bucket(name, endpoint, folder)
+
+
+@dataclass
+class Line:
+    """A line to a server: whole, slow, cut after some bytes in a direction, or carrying nothing at all."""
+
+    server: str
+    up_bytes: float = float("inf")
+    down_bytes: float = float("inf")
+    hangs: bool = False
+    delay_s: float = 0.0
+    carried: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
+
+    def __post_init__(self) -> None:
+        self._open: list[socket.socket] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def cut(self, up_bytes: float = 0, down_bytes: float = 0) -> None:
+        """End what goes on after so many more bytes in each direction, and whatever begins later."""
+        self.carried = {"up": 0, "down": 0}
+        self.up_bytes, self.down_bytes = up_bytes, down_bytes
+
+    def mend(self) -> None:
+        """Carry everything again."""
+        self.up_bytes = self.down_bytes = float("inf")
+        self.hangs = False
+
+    def close(self) -> None:
+        self._over.set()
+        socket.create_connection(self._socket.getsockname()).close()
+        self._thread.join()
+        for end in [self._socket, *self._open]:
+            end.close()
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._socket.accept()
+            self._open.append(near)
+            if self._over.is_set():
+                return
+            if not (self.up_bytes and self.down_bytes):
+                near.close()
+                continue
+            host, port = self.server.removeprefix("http://").split(":")
+            far = socket.create_connection((host, int(port)))
+            self._open.append(far)
+            for one, other, way in ((near, far, "up"), (far, near, "down")):
+                threading.Thread(target=self._carry, args=(one, other, way), daemon=True).start()
+
+    def _carry(self, one: socket.socket, other: socket.socket, way: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                while self.hangs and not self._over.is_set():
+                    time.sleep(0.01)
+                time.sleep(self.delay_s)
+                left = (self.up_bytes if way == "up" else self.down_bytes) - self.carried[way]
+                if left < len(data):
+                    break
+                self.carried[way] += len(data)
+                other.sendall(data)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

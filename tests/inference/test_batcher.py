@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from waiting import until
+
+from artifacts.features import Features
+from artifacts.images import Pixels
+from errors import DeadlineExceeded, Unavailable
+from inference.batcher import Batcher, Computed, best_batch
+from inference.engine import FlatEngine
+
+LATER = 1e9
+
+
+def images(*values: int) -> Pixels:
+    """Return one grey image for each value, uint8 [n, 8, 8, 3]."""
+    return np.stack([np.full((8, 8, 3), value, np.uint8) for value in values])
+
+
+@dataclass
+class Gated(FlatEngine):
+    """An engine that waits for its gate, notes its batches, and breaks if it is told to."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    batches: list[list[int]] = field(default_factory=list)
+    breaks: dict[int, BaseException] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
+        seen = [int(image[0, 0, 0]) for image in images]
+        self.batches.append(seen)
+        assert self.gate.wait(20)
+        for value in seen:
+            if value in self.breaks:
+                raise self.breaks[value]
+        return super().run(images, wants_maps=wants_maps)
+
+
+@pytest.fixture
+def engine() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def batcher(engine: Gated) -> Iterator[Batcher]:
+    batcher = Batcher(engine, limit=4)
+    yield batcher
+    engine.gate.set()
+    batcher.close()
+
+
+def fill(batcher: Batcher, engine: Gated) -> list[Future[Computed]]:
+    """Have one image in the engine and one ready; what comes after them waits."""
+    first = batcher.submit(images(1), LATER)
+    until(lambda: engine.batches)
+    second = batcher.submit(images(2), LATER)
+    until(lambda: batcher.queued() == 0)
+    return [first, second]
+
+
+def seen(engine: Gated) -> list[int]:
+    """Return the images that came into the engine."""
+    return [image for batch in engine.batches for image in batch]
+
+
+def value(computed: Computed) -> list[int]:
+    """Return the grey values that features tell of."""
+    return [int(row[0]) for row in computed.features]
+
+
+def test_what_comes_while_the_engine_works_is_the_next_batch(batcher: Batcher, engine: Gated) -> None:
+    first, second = fill(batcher, engine)
+    rest = [batcher.submit(images(number), LATER) for number in (3, 4, 5, 6, 7)]
+    time.sleep(0.1)
+    assert engine.batches == [[1]] and batcher.queued() == 5
+    engine.gate.set()
+    assert [value(future.result(10)) for future in (first, second, *rest)] == [[1], [2], [3], [4], [5], [6], [7]]
+    assert engine.batches == [[1], [2], [3, 4, 5, 6], [7]]
+    assert rest[0].result().batch == 4
+
+
+def test_a_request_larger_than_a_batch_is_answered_in_its_order(batcher: Batcher, engine: Gated) -> None:
+    engine.gate.set()
+    future = batcher.submit(images(*range(11)), LATER, wants_maps=True)
+    computed = future.result(10)
+    assert value(computed) == list(range(11))
+    assert computed.maps is not None and computed.maps.shape == (11, 1, 1, 48)
+    assert sorted(seen(engine)) == list(range(11)) and max(map(len, engine.batches)) == 4
+
+
+def test_only_who_asks_for_maps_gets_them(batcher: Batcher, engine: Gated) -> None:
+    blocker = batcher.submit(images(0), LATER)
+    plain, mapped = batcher.submit(images(1), LATER), batcher.submit(images(2), LATER, wants_maps=True)
+    engine.gate.set()
+    assert blocker.result(10).maps is plain.result(10).maps is None
+    assert mapped.result(10).maps is not None
+
+
+def test_a_request_whose_asker_left_costs_the_engine_nothing(batcher: Batcher, engine: Gated) -> None:
+    taken = fill(batcher, engine)
+    gone, stays = batcher.submit(images(3), LATER), batcher.submit(images(4), LATER)
+    assert gone.cancel()
+    engine.gate.set()
+    assert value(stays.result(10)) == [4]
+    assert 3 not in seen(engine)
+    assert all(future.result(10) for future in taken)
+
+
+def test_a_request_whose_time_is_over_is_told_and_costs_the_engine_nothing(batcher: Batcher, engine: Gated) -> None:
+    fill(batcher, engine)
+    late = batcher.submit(images(3), time.perf_counter() + 0.05)
+    time.sleep(0.1)
+    engine.gate.set()
+    with pytest.raises(DeadlineExceeded, match="still busy"):
+        late.result(10)
+    assert 3 not in seen(engine)
+
+
+def test_a_batch_that_breaks_fails_those_in_it_and_no_others(batcher: Batcher, engine: Gated) -> None:
+    blocker, other = fill(batcher, engine)
+    engine.breaks[4] = RuntimeError("no such layer")
+    broken = [batcher.submit(images(number), LATER) for number in (3, 4)]
+    engine.gate.set()
+    assert value(blocker.result(10)) == [1] and value(other.result(10)) == [2]
+    for future in broken:
+        with pytest.raises(RuntimeError, match="no such layer"):
+            future.result(10)
+    assert value(batcher.submit(images(5), LATER).result(10)) == [5], "it goes on"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_batcher_whose_threads_die_fails_everybody(batcher: Batcher, engine: Gated) -> None:
+    engine.breaks = {1: SystemExit(), 2: SystemExit()}
+    doomed = fill(batcher, engine)
+    waiting = batcher.submit(images(3), LATER)
+    engine.gate.set()
+    for future in (*doomed, waiting):
+        assert future.exception(10) is not None
+    with pytest.raises(Unavailable):
+        batcher.submit(images(4), LATER).result(10)
+
+
+def test_closing_answers_what_waits_and_takes_no_more(batcher: Batcher, engine: Gated) -> None:
+    waiting = [batcher.submit(images(number), LATER) for number in range(6)]
+    threading.Timer(0.1, engine.gate.set).start()
+    batcher.close()
+    assert [value(future.result(0)) for future in waiting] == [[number] for number in range(6)]
+    with pytest.raises(Unavailable, match="ending"):
+        batcher.submit(images(9), LATER).result(0)
+
+
+def test_what_cannot_be_answered_in_time_at_the_end_is_told(engine: Gated) -> None:
+    batcher = Batcher(engine, limit=1)
+    futures = [batcher.submit(images(number), LATER) for number in range(4)]
+    until(lambda: batcher.queued() == 2)
+    batcher.close(within_s=0.1)
+    assert all(isinstance(future.exception(0), Unavailable) for future in futures[2:])
+    engine.gate.set()
+    assert [value(future.result(10)) for future in futures[:2]] == [[0], [1]]
+
+
+def test_the_wait_is_foretold_from_what_was_measured(batcher: Batcher, engine: Gated) -> None:
+    assert batcher.wait_s(10) == 0.0
+    blocked = batcher.submit(images(1), LATER)
+    time.sleep(0.3)
+    engine.gate.set()
+    blocked.result(10)
+    until(lambda: batcher.wait_s() == 0.0)
+    assert batcher.wait_s(10) == pytest.approx(10 * batcher.busy_s, rel=1e-6) and batcher.busy_s >= 0.3
+
+
+class Flaky(FlatEngine):
+    """An engine that breaks on images of one value and dawdles on those of another."""
+
+    def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
+        seen = images[:, 0, 0, 0]
+        if (seen == 200).any():
+            raise RuntimeError("broken")
+        if (seen == 100).any():
+            time.sleep(0.002)
+        return super().run(images, wants_maps=wants_maps)
+
+
+ASKED = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from([1, 2, 3, 100, 200]), min_size=1, max_size=6),
+        st.sampled_from([LATER, 0.001, -1.0]),
+        st.booleans(),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(asked=ASKED, limit=st.integers(1, 5), is_closed_early=st.booleans())
+def test_every_future_ends_and_every_answer_is_right(
+    asked: list[tuple[list[int], float, bool, bool]], limit: int, is_closed_early: bool
+) -> None:
+    batcher = Batcher(Flaky(), limit)
+    futures: list[tuple[list[int], Future[Computed]]] = []
+
+    def ask(one: tuple[list[int], float, bool, bool]) -> None:
+        values, allowed_s, wants_maps, leaves = one
+        future = batcher.submit(images(*values), time.perf_counter() + allowed_s, wants_maps=wants_maps)
+        futures.append((values, future))
+        if leaves:
+            future.cancel()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, asked))
+    if is_closed_early:
+        batcher.close()
+    for values, future in futures:
+        error = None if future.cancelled() else future.exception(10)
+        if not future.cancelled() and error is None:
+            assert value(future.result()) == values and 200 not in values
+    batcher.close()
+    assert batcher.queued() == 0 and batcher.wait_s() == 0.0
+
+
+def test_the_smallest_batch_that_is_nearly_the_fastest_is_taken() -> None:
+    rates = {1: 10.0, 2: 15.0, 4: 20.0, 8: 20.4, 16: 30.0}
+    assert best_batch(rates.__getitem__) == 4
+    assert best_batch(lambda size: 10.0) == 1
+    assert best_batch(float, largest=32) == 32

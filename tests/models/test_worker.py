@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from datetime import timedelta
+
+import records
+from sqlalchemy import update
+
+from artifacts.recipe import Mode
+from models import job as jobs
+from models import worker as workers
+from models.base import now
+from models.job import Job, JobKind, JobState, Queue
+from models.session import Database
+from models.worker import UNSEEN_S, Worker
+
+
+def test_a_worker_is_seen_each_time_it_looks(database: Database) -> None:
+    with database.writing() as session:
+        workers.see_worker(session, "here-1", [Queue.CPU, Queue.INGEST])
+    with database.reading() as session:
+        first = session.get_one(Worker, "here-1")
+        assert first.queues == ["cpu", "ingest"]
+    with database.writing() as session:
+        workers.see_worker(session, "here-1", [Queue.CPU, Queue.INGEST])
+    with database.reading() as session:
+        again = session.get_one(Worker, "here-1")
+        assert again.looked_at > first.looked_at and again.started_at == first.started_at
+
+
+def see(database: Database, *queues: Queue, ago_s: float = 0.0) -> None:
+    with database.writing() as session:
+        workers.see_worker(session, "there", queues)
+        session.execute(update(Worker).values(looked_at=now() - timedelta(seconds=ago_s)))
+
+
+def wanted_queue(database: Database, mode: Mode) -> Queue:
+    with database.reading() as session:
+        return workers.training_queue(session, mode)
+
+
+def test_fine_tuning_goes_to_a_gpu_where_one_is_served(database: Database) -> None:
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+    see(database, Queue.GPU)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.GPU
+    assert wanted_queue(database, Mode.FEATURE_EXTRACTION) is Queue.CPU
+    see(database, Queue.GPU, ago_s=UNSEEN_S + 1)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+
+
+def test_a_worker_serves_what_it_said_last_and_one_whose_clock_is_ahead_is_not_waited_for(database: Database) -> None:
+    see(database, Queue.GPU, ago_s=-6 * 3600)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+    see(database, Queue.GPU)
+    see(database, Queue.CPU, Queue.INGEST)
+    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+
+
+def test_what_waits_for_a_gpu_that_is_gone_goes_to_the_processors(database: Database) -> None:
+    with database.writing() as session:
+        project = records.PRINCIPAL.project_id
+        waiting, running = (
+            jobs.add_job(session, project, JobKind.TRAIN, Queue.GPU, subject).id for subject in ("run_1", "run_2")
+        )
+        session.execute(update(Job).where(Job.id == running).values(state=JobState.RUNNING))
+    see(database, Queue.GPU)
+    with database.writing() as session:
+        assert workers.hand_over_unserved(session) == 0
+    see(database, Queue.GPU, ago_s=UNSEEN_S + 1)
+    with database.writing() as session:
+        assert workers.hand_over_unserved(session) == 1
+    with database.reading() as session:
+        assert [session.get_one(Job, job_id).queue for job_id in (waiting, running)] == [Queue.CPU, Queue.GPU]

@@ -1,0 +1,113 @@
+"""When a worker collects, and what does not keep it from going on. What goes: `tests/models/test_collection.py`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from buckets import Bucket, Line
+from structlog.testing import capture_logs
+from waiting import until
+from working import Roomless
+
+from artifacts.store import Digest, Store
+from models.collection import COLLECTION
+from models.session import Database
+from worker.collector import Collector
+
+DAY_S = 86_400.0
+
+
+def leave(store: Store, content: bytes) -> Digest:
+    """Store a file of long ago that nothing names."""
+    file = store.put(content)
+    os.utime(store.place(file), (0, 0))
+    return file
+
+
+def test_it_collects_at_its_start_and_again_and_again(database: Database, store: Store) -> None:
+    collector = Collector(database, store, 0.05, DAY_S)
+    unfinished = store.root / "incoming" / "left"
+    unfinished.touch()
+    os.utime(unfinished, (0, 0))
+    first = leave(store, b"first")
+    with capture_logs() as logs:
+        collector.start()
+        until(lambda: not store.has(first) and not unfinished.exists())
+        second = leave(store, b"second")
+        until(lambda: not store.has(second))
+        collector.stop()
+    told = [entry for entry in logs if entry["event"] == "collected"]
+    assert [(entry["files"], entry["size_bytes"]) for entry in told] == [(1, 5), (1, 6)]
+
+
+def test_one_process_at_a_time_collects(database: Database, store: Store) -> None:
+    collector = Collector(database, store, 3600, DAY_S)
+    file = leave(store, b"of nobody")
+    with database.exclusive(COLLECTION) as is_held:
+        assert is_held and collector.collect() is None and store.has(file)
+    assert collector.collect() is not None and not store.has(file)
+
+
+def test_many_who_collect_at_once_remove_everything_once(database: Database, store: Store) -> None:
+    files = [leave(store, b"%d" % number) for number in range(60)]
+    collectors = [Collector(database, store, 3600, DAY_S) for _ in range(4)]
+    found: list[int] = []
+
+    def collect(one: Collector) -> None:
+        if done := one.collect():
+            found.append(done.files)
+
+    threads = [threading.Thread(target=collect, args=(one,)) for one in collectors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(found) == len(files) and list(store.digests()) == []
+
+
+def test_it_goes_on_after_the_bucket_was_away(sqlite: Database, bucket: Bucket, line: Line, tmp_path: Path) -> None:
+    store = bucket.seen_from(tmp_path / "far", line.endpoint).store()
+    store.put(b"of nobody")
+    collector = Collector(sqlite, store, 0.05, -60)
+    line.cut()
+    with capture_logs() as logs:
+        collector.start()
+        until(lambda: len([entry for entry in logs if entry["event"] == "not collected"]) > 1)
+        assert bucket.digests()
+        line.mend()
+        until(lambda: not bucket.digests())
+        collector.stop()
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+def test_it_goes_on_after_the_database_was_away_or_full(database: Database, store: Store) -> None:
+    full = Roomless(database.engine.url)
+    full.is_full = True
+    collector = Collector(full, store, 0.05, DAY_S)
+    file = leave(store, b"of nobody")
+    with capture_logs() as logs:
+        collector.start()
+        until(lambda: [entry for entry in logs if entry["event"] == "not collected"])
+        full.is_full = False
+        until(lambda: not store.has(file))
+        collector.stop()
+    full.close()
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+@pytest.mark.slow
+def test_it_can_be_stopped_while_the_bucket_hangs(sqlite: Database, bucket: Bucket, line: Line, tmp_path: Path) -> None:
+    store = bucket.seen_from(tmp_path / "far", line.endpoint).store()
+    line.hangs = True
+    collector = Collector(sqlite, store, 3600, DAY_S)
+    collector.start()
+    time.sleep(0.5)
+    started = time.monotonic()
+    collector.stop()
+    assert time.monotonic() - started < 8
+    line.mend()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "collector"], within_s=60)

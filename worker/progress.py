@@ -1,0 +1,86 @@
+"""How far a run is as a whole, from what its jobs say and the folds that have ended. Knows no rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from artifacts.recipe import Mode
+
+Said = Mapping[str, Any]
+"""What a job last said: stage, share of it from 0 to 1, eta_s; of a fold also its number, epoch, epochs, spent_s."""
+
+# Shares of the whole that were typical; only the bar's evenness depends on them, the ETA is measured.
+_STAGES: Mapping[Mode, Mapping[str, float]] = {
+    Mode.FEATURE_EXTRACTION: {
+        "weights": 0.0,
+        "backbone": 0.05,
+        "features": 0.1,
+        "folds": 0.6,
+        "final": 0.95,
+        "bundle": 0.98,
+        "end": 1.0,
+    },
+    Mode.FINE_TUNING: {
+        "weights": 0.0,
+        "pixels": 0.02,
+        "backbone": 0.03,
+        "features": 0.04,
+        "activations": 0.07,
+        "folds": 0.1,
+        "final": 0.8,
+        "export": 0.94,
+        "bundle": 0.98,
+        "end": 1.0,
+    },
+}
+
+
+def whole(mode: Mode, folds: int, ended_s: Sequence[float], said: Sequence[Said]) -> dict[str, Any]:
+    """Return the progress of a run: stage, fraction from 0 to 1, fold (from 1), folds, epoch, epochs, eta_s.
+
+    The ETA is measured: until a fold's first epoch has ended it is that of the present stage alone, or None.
+
+    Args:
+        mode: how the run learns; it says which stages there are.
+        folds: how many there are, through all repeats.
+        ended_s: seconds that each fold took that has ended.
+        said: what each job of the run says, one or more.
+    """
+    starts = _STAGES[mode]
+    names = list(starts)
+    shown = max(said, key=lambda one: names.index(one["stage"]))
+    stage = shown["stage"]
+    parts = [one for one in said if one["stage"] == stage]
+    share = float(shown["share"])
+    eta_s = shown.get("eta_s")
+    if stage == "folds":
+        shown = min(parts, key=lambda one: one.get("fold") or 0)
+        share = (len(ended_s) + sum(one["share"] for one in parts)) / folds
+        eta_s = _eta_of_folds_s(folds - len(ended_s) - len(parts), ended_s, parts)
+    start, end = starts[stage], starts[names[names.index(stage) + 1]]
+    fold = shown.get("fold")
+    return {
+        "stage": stage,
+        "fraction": start + (end - start) * min(1.0, share),
+        "fold": None if fold is None else fold + 1,
+        "folds": None if fold is None else folds,
+        "epoch": shown.get("epoch"),
+        "epochs": shown.get("epochs"),
+        "eta_s": eta_s,
+    }
+
+
+def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[Said]) -> float | None:
+    """Return the seconds that the folds should still take, and the final fit after them, which takes as long as one.
+
+    Until a fold has ended, as if none stopped early.
+    """
+    known = [one for one in parts if one.get("eta_s") is not None]
+    if not known:
+        return None
+    typical_s = statistics.fmean(ended_s or [one["spent_s"] / max(one["share"], 1e-9) for one in known])
+    left_s = [max(0.0, typical_s - one["spent_s"]) if ended_s else one["eta_s"] for one in known]
+    return float(max(left_s) + math.ceil(max(0, waiting) / len(parts)) * typical_s + typical_s)

@@ -1,0 +1,108 @@
+"""Takes over the jobs of holders that stand still, and notes that this worker is alive. Does no job itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import structlog
+
+from errors import DiskFull, Stalled, Unavailable
+from models import job as jobs
+from models import worker as workers
+from models.job import JobKind, JobState, Queue, Sighting
+from models.session import Database
+from worker.work import Clock, Handler, Timings
+
+log = structlog.get_logger()
+
+# A look that comes later than this many times its due has not watched all that time.
+_ATTENTIVE = 2.0
+
+
+class Sweeper:
+    """Looks at every running job every few seconds.
+
+    A lease ends by observation: the same (epoch, renewals) for `lease_s` of this process' own monotonic clock. Time
+    that passed while it did not look itself, since the machine or this process stood still, does not count.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        queues: Sequence[Queue],
+        handlers: Mapping[JobKind, Handler],
+        worker: str,
+        timings: Timings,
+        clock: Clock = Clock(),  # noqa: B008 - frozen
+    ) -> None:
+        self._database = database
+        self._queues = queues
+        self._handlers = handlers
+        self._worker = worker
+        self._timings = timings
+        self._clock = clock
+        self._looked_at = clock.now()
+        self._unmoved_s: dict[Sighting, float] = {}
+        self._over = clock.flag()
+        self._thread = clock.thread(self._run, "sweeper")
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                self.sweep()
+            except (Unavailable, DiskFull) as error:
+                log.warning("database away", thread="sweeper", error=error.detail)
+            except Exception:
+                log.exception("sweep failed")
+            self._over.wait(self._timings.look_every_s)
+
+    def sweep(self) -> int:
+        """Look once at every running job; return how many were taken over."""
+        with self._database.writing() as session:
+            workers.see_worker(session, self._worker, self._queues)
+            if Queue.CPU in self._queues:
+                workers.hand_over_unserved(session)
+            seen = jobs.sightings(session)
+        now = self._clock.now()
+        watched_s = min(now - self._looked_at, _ATTENTIVE * self._timings.look_every_s)
+        self._looked_at = now
+        before = self._unmoved_s
+        self._unmoved_s = {sighting: before[sighting] + watched_s if sighting in before else 0.0 for sighting in seen}
+        expired = [sighting for sighting, unmoved_s in self._unmoved_s.items() if unmoved_s >= self._timings.lease_s]
+        return sum(self._take_over(sighting) for sighting in expired)
+
+    def _take_over(self, sighting: Sighting) -> bool:
+        try:
+            return self._end_lease(sighting)
+        except (Unavailable, DiskFull):
+            raise
+        except Exception:  # one job that cannot be taken over must not keep the others waiting
+            log.exception("take-over failed", job=sighting.job_id)
+            return False
+
+    def _end_lease(self, sighting: Sighting) -> bool:
+        with self._database.writing() as session:
+            job = jobs.take_over(session, sighting)
+            if job is None:
+                return False
+            handler = self._handlers[job.kind]
+            match job.state:
+                case JobState.QUEUED:
+                    handler.requeued(session, job, None)
+                case JobState.CANCELLED:
+                    handler.cancelled(session, job)
+                case _:
+                    error = Stalled("Its worker was lost at every attempt.")
+                    job.error = error.record()
+                    handler.failed(session, job, error)
+        log.warning("lease taken over", job=sighting.job_id, state=job.state.value)
+        return True
