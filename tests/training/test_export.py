@@ -52,7 +52,7 @@ def test_a_network_cut_early_weighs_less() -> None:
 
 @pytest.mark.slow
 def test_exporting_takes_no_more_memory_than_a_small_machine_has() -> None:
-    # VmHWM and not getrusage: that one counts what the process that started this one had taken, which is the tests' own.
+    # VmHWM and not getrusage, which counts what the process that started this one had taken: the tests' own.
     program = """
 from pathlib import Path
 from training import backbones, export
