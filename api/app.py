@@ -16,6 +16,7 @@ from api.deps import Services
 from api.door import Door
 from api.metrics import Metrics
 from api.predictions import Desk
+from api.switchboard import Switchboard
 from artifacts.shared import open_store
 from bell import Bell, CeleryBell, EagerBell
 from errors import StoreRefused
@@ -40,15 +41,20 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     """
     database = Database(settings.database)
     store = open_store(settings.store)
-    metrics = Metrics()
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes)
+    metrics = Metrics()
+    metrics.watch(shelf.loaded)
+    switchboard = Switchboard(database, shelf)
     desk = Desk(settings, shelf)
     own_bell = CeleryBell(settings.redis_url) if bell is None and settings.redis_url else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        switchboard.start()
         yield
+        switchboard.close()
         desk.close()
+        shelf.close()
         if own_bell is not None:
             own_bell.close()
         database.close()
@@ -69,6 +75,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         store=store,
         bell=bell or own_bell or EagerBell(lambda queue, job_id: None),
         shelf=shelf,
+        switchboard=switchboard,
         metrics=metrics,
     )
     app.state.desk = desk

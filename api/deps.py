@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 
 from api import probe
 from api.metrics import Metrics
+from api.switchboard import Switchboard
 from artifacts.store import Store
 from bell import Bell
 from inference.shelf import Shelf
@@ -30,6 +31,7 @@ class Services:
     store: Store
     bell: Bell
     shelf: Shelf
+    switchboard: Switchboard
     metrics: Metrics
     probe_engine: Callable[[], str] = probe.cpu
 

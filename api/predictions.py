@@ -1,31 +1,32 @@
 """The prediction route: which version answers, and in what shape. Decoding and arithmetic are in `inference`.
 
 A prediction holds its places from before its body is read until it is answered, waits at most its deadline, and
-takes no thread of other routes.
+takes no thread of other routes. One whose client left costs the engine nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Annotated, TypeVar
 
-from fastapi import APIRouter, Query, Request
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from starlette.requests import ClientDisconnect
 
 from api import bodies
-from api.deps import PrincipalDep, Services, ServicesDep
+from api.deps import PrincipalDep, ServicesDep
 from api.schemas import Number, PredictionsOut, PredictRequest, TimingsOut
+from artifacts.images import Pixels
 from artifacts.recipe import NAME_PATTERN
 from artifacts.store import Digest
-from errors import DeadlineExceeded, Overloaded, RequestInvalid
-from inference.predictor import Predictor
+from errors import DeadlineExceeded, Overloaded, RequestInvalid, Unavailable
+from inference.predictor import Prediction, Predictor, Timings
 from inference.shelf import Shelf
-from models import registry
-from models.project import Principal
 from models.registry import CHAMPION
 from settings import Settings
 
@@ -33,8 +34,12 @@ Result = TypeVar("Result")
 
 # Bodies of the largest size that may be in memory at once.
 _LARGEST_BODIES = 4
-# One has the engine while others decode; an image of 40 megapixels takes some 250 MB until it is scaled down.
-_AT_ONCE = 8
+# An image of 40 megapixels takes some 250 MB until it is scaled down.
+_DECODED_AT_ONCE = 8
+# Networks that are loaded side by side, and names that are looked up.
+_LOOKED_UP_AT_ONCE = 4
+# A backbone that is put away just when it is asked is loaded again; a shelf this much too small is an error.
+_LOADED_AGAIN = 3
 
 router = APIRouter(prefix="/api/v1/models", tags=["models"])
 
@@ -105,36 +110,93 @@ class Admission:
 
 
 class Desk:
-    """Where predictions wait: for admission, for their model, for their turn. Belongs to one event loop."""
+    """Where predictions wait: for admission, for their model, for their images. Belongs to one event loop."""
 
     def __init__(self, settings: Settings, shelf: Shelf) -> None:
         self.admission = Admission(settings.predict_waiting, _LARGEST_BODIES * settings.predict_bytes)
+        self._settings = settings
         self._shelf = shelf
-        self._threads = ThreadPoolExecutor(settings.predict_waiting + _AT_ONCE, "predict")
-        self._turns = asyncio.Semaphore(min(_AT_ONCE, settings.engine_threads + 1))
+        self._decoders = ThreadPoolExecutor(min(_DECODED_AT_ONCE, settings.engine_threads + 1), "decode")
+        self._others = ThreadPoolExecutor(_LOOKED_UP_AT_ONCE, "look-up")
         self._loading: dict[Digest, asyncio.Future[Predictor]] = {}
 
     def close(self) -> None:
         """Begin nothing more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._decoders, self._others):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def call(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
-        """Call a function on a thread of the desk."""
-        return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        """Call a function that waits for a disk or a database."""
+        return asyncio.get_running_loop().run_in_executor(self._others, function, *arguments)
 
-    @asynccontextmanager
-    async def turn(self, bundle: Digest, deadline_s: float) -> AsyncIterator[Predictor]:
-        """Hold one of the turns to decode and predict, with the model of a bundle. Raises DeadlineExceeded."""
-        async with _in_time(deadline_s):
-            predictor = await self._predictor(bundle)
-            await self._turns.acquire()
+    def refuse_if_hopeless(self, bundle: Digest, images: int) -> None:
+        """Raise Overloaded if so many images would not be through the engine within the deadline."""
+        predictor = self._shelf.find(bundle)
+        wait_s = predictor.wait_s(images) if predictor else 0.0
+        if wait_s > self._settings.predict_deadline_s and predictor and predictor.wait_s(0):
+            raise Overloaded(
+                f"Expected an answer within {self._settings.predict_deadline_s:g} s. It would take {wait_s:.1f} s: "
+                "too many images wait for the same network. Try again then.",
+                retry_after_s=round(wait_s - self._settings.predict_deadline_s, 3),
+            )
+
+    async def predict(self, bundle: Digest, files: list[bytes], arrived: float) -> tuple[list[Prediction], Timings]:
+        """Answer for image files that arrived at a moment of `perf_counter`.
+
+        Raises DeadlineExceeded, Overloaded, ImageRefused, and what loading a model raises.
+        """
+        deadline_s = self._settings.predict_deadline_s
+        until = arrived + deadline_s
+        decoded_s = 0.0
+        pixels: Pixels | None = None
+        for _ in range(_LOADED_AGAIN):
+            predictor = await in_time(self._predictor(bundle), until, deadline_s)
+            self.refuse_if_hopeless(bundle, len(files))
+            if pixels is None:
+                began = time.perf_counter()
+                pixels = await self._decode(predictor, files, until)
+                decoded_s = time.perf_counter() - began
+            asked = predictor.submit(pixels, until)
+            if asked is None:
+                continue
+            computed = await asyncio.wrap_future(asked)
+            computed_at = time.perf_counter()
+            predictions = predictor.answer(computed.features)
+            now = time.perf_counter()
+            spent = Timings(
+                queue=0.0, decode=1000 * decoded_s, backbone=computed.backbone_ms, head=1000 * (now - computed_at)
+            )
+            # All that was neither of these was waiting: for the model, for a thread, for the engine.
+            return predictions, Timings(
+                max(0.0, 1000 * (now - arrived) - spent.decode - spent.backbone - spent.head),
+                spent.decode,
+                spent.backbone,
+                spent.head,
+            )
+        raise Unavailable(
+            "More networks are asked for at once than fit into ESPALIER_SHELF_BYTES. Try again, or raise it."
+        )
+
+    async def _decode(self, predictor: Predictor, files: list[bytes], until: float) -> Pixels:
+        """Return the pixels of all files, uint8 [n, size, size, 3]; with the first error the rest is not begun."""
+        loop = asyncio.get_running_loop()
+        limits = self._settings.image_limits
+        decoding = [
+            loop.run_in_executor(self._decoders, predictor.decode, position, file, limits, until)
+            for position, file in enumerate(files)
+        ]
         try:
-            yield predictor
+            return np.stack([await one for one in decoding])
         finally:
-            self._turns.release()
+            for one in decoding:
+                one.cancel()
+                one.add_done_callback(_seen)
 
     async def _predictor(self, bundle: Digest) -> Predictor:
         """Return the model of a bundle. All wait for one load, and it goes on for the next when they give up."""
+        found = self._shelf.find(bundle)
+        if found is not None:
+            return found
         loading = self._loading.get(bundle)
         if loading is None:
             loading = self._loading[bundle] = self.call(self._shelf.predictor, bundle)
@@ -143,15 +205,20 @@ class Desk:
 
     def _loaded(self, bundle: Digest, loading: asyncio.Future[Predictor]) -> None:
         del self._loading[bundle]
-        if not loading.cancelled():
-            loading.exception()  # asyncio complains of one that nobody was left to see
+        _seen(loading)
 
 
-@asynccontextmanager
-async def _in_time(deadline_s: float) -> AsyncIterator[None]:
+def _seen(future: asyncio.Future[Result]) -> None:
+    """Look at an error that nobody was left to see; asyncio would complain of it."""
+    if not future.cancelled():
+        future.exception()
+
+
+async def in_time(wanted: Awaitable[Result], until: float, deadline_s: float) -> Result:
+    """Return what is awaited. Raises DeadlineExceeded if it is not there at a moment of `perf_counter`."""
     try:
-        async with asyncio.timeout(deadline_s):
-            yield
+        async with asyncio.timeout(until - time.perf_counter()):
+            return await wanted
     except TimeoutError as error:
         raise DeadlineExceeded(
             f"Expected an answer within {deadline_s:g} s. Received none: the model is still being loaded, or others "
@@ -159,9 +226,28 @@ async def _in_time(deadline_s: float) -> AsyncIterator[None]:
         ) from error
 
 
+async def while_there(request: Request, wanted: Awaitable[Result]) -> Result:
+    """Return what is awaited, or give it up when the client, whose body has been read, leaves.
+
+    Raises ClientDisconnect.
+    """
+    working = asyncio.ensure_future(wanted)
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and leaving.result()["type"] == "http.disconnect":
+            raise ClientDisconnect
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+            task.add_done_callback(_seen)
+
+
 @router.post("/{name}/predict", openapi_extra=_IMAGES_BODY)
 async def predict(
     request: Request,
+    response: Response,
     given: ServicesDep,
     principal: PrincipalDep,
     name: str,
@@ -180,42 +266,23 @@ async def predict(
     size_bytes = bodies.declared_bytes(request)
     most = settings.predict_bytes
     with desk.admission.admit(most if size_bytes is None else min(size_bytes, most)) as take:
-        async with _in_time(deadline_s):
-            number, bundle = await desk.call(_find, given, principal, name, version, alias)
+        asked = (principal, name, version, alias or CHAMPION)
+        served = given.switchboard.known(*asked)
+        if served is None:
+            looking = desk.call(given.switchboard.find, *asked)
+            served = await in_time(looking, time.perf_counter() + deadline_s, deadline_s)
+        desk.refuse_if_hopeless(served.bundle, 1)
         images = await bodies.receive_images(
             request, settings.predict_images, most, settings.image_bytes, stall_s=deadline_s
         )
         take(len(images) - 1)
-        arrived = time.perf_counter()
-        async with desk.turn(bundle, deadline_s) as predictor:
-            return await desk.call(_answer, given, name, number, predictor, images, arrived)
-
-
-def _find(
-    given: Services, principal: Principal, name: str, version: int | None, alias: str | None
-) -> tuple[int, Digest]:
-    with given.database.reading() as session:
-        model = registry.get_model(session, principal, name)
-        if version is not None:
-            found = registry.get_model_version(session, model, version)
-        else:
-            found = registry.get_alias(session, model, alias or CHAMPION)
-        return found.number, Digest(found.bundle_sha256)
-
-
-def _answer(
-    given: Services, name: str, version: int, predictor: Predictor, images: list[bytes], arrived: float
-) -> PredictionsOut:
-    """Predict, waiting for the engine at most what is left of the deadline since the `perf_counter` of `arrived`."""
-    settings = given.settings
-    waited_s = time.perf_counter() - arrived
-    left_s = max(0.0, settings.predict_deadline_s - waited_s)
-    predictions, timings = predictor.predict(images, settings.image_limits, left_s)
-    timings = replace(timings, queue=timings.queue + 1000 * waited_s)
-    given.metrics.saw_prediction(len(images), asdict(timings))
+        predictions, timings = await while_there(request, desk.predict(served.bundle, images, time.perf_counter()))
+    spent = {stage: round(value, 3) for stage, value in asdict(timings).items()}
+    response.headers["Server-Timing"] = ", ".join(f"{stage};dur={value}" for stage, value in spent.items())
+    given.metrics.saw_prediction(name, len(images), spent)
     return PredictionsOut(
         model=name,
-        version=version,
+        version=served.version,
         predictions=[asdict(prediction) for prediction in predictions],
-        timings_ms=TimingsOut(**{stage: round(spent, 3) for stage, spent in asdict(timings).items()}),
+        timings_ms=TimingsOut(**spent),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
@@ -93,7 +94,7 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
     if content["status"] == 401:
         extra["WWW-Authenticate"] = "Bearer"
     if content["status"] == 503:
-        extra["Retry-After"] = str(RETRY_AFTER_S)
+        extra["Retry-After"] = str(math.ceil(content.get("retry_after_s", RETRY_AFTER_S)))
     return JSONResponse({**content, "request_id": request_id}, content["status"], extra, MEDIA_TYPE)
 
 

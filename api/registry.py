@@ -57,15 +57,21 @@ def get_version(given: ServicesDep, principal: PrincipalDep, name: str, version:
 def move_alias(
     given: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, wanted: AliasRequest
 ) -> AliasOut:
-    """Point an alias at a version. What cannot be served is refused, and the alias stays where it was."""
+    """Point an alias at a version. What cannot be served is refused, and the alias stays where it was.
+
+    `serving` is `old` while the version's backbone is being loaded: until then the version before it answers.
+    """
     with given.database.reading() as session:
         model = registry.get_model(session, principal, name)
         version = registry.get_model_version(session, model, wanted.version)
-    given.shelf.predictor(Digest(version.bundle_sha256))
+    bundle = Digest(version.bundle_sha256)
+    if given.shelf.has_backbone(bundle):
+        given.shelf.predictor(bundle)
     with given.database.writing() as session:
         registry.move_alias(session, model, alias, version)
         owe(session, version.run_id, "alias", {"alias": alias})
-    return AliasOut(model=name, alias=alias, version=version.number, serving="new")
+    is_served = given.switchboard.serves(principal, name, alias, version.number)
+    return AliasOut(model=name, alias=alias, version=version.number, serving="new" if is_served else "old")
 
 
 def _model_out(session: Session, model: Model) -> ModelOut:

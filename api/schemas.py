@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
@@ -406,7 +406,7 @@ class AliasOut(Schema):
     model: str
     alias: str
     version: int
-    serving: str
+    serving: Literal["new", "old"]
 
 
 class PredictRequest(Request):

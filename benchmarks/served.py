@@ -92,7 +92,7 @@ def main() -> None:
         served = []
         for start in range(0, len(given.rows), _AT_ONCE):
             files = [given.store.read(row.sha256) for row in given.rows[start : start + _AT_ONCE]]
-            predictions, _ = predictor.predict(files, LIMITS, deadline_s=600)
+            predictions = predictor.predict(files, LIMITS, deadline_s=600)
             served += [one.probabilities for one in predictions if isinstance(one, ClassPrediction)]
     by_service = np.array([[probabilities[label] for label in bundle.labels] for probabilities in served])
     flips = int((by_service.argmax(axis=1) != by_keras.argmax(axis=1)).sum())

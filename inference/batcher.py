@@ -29,10 +29,11 @@ _IN_FLIGHT = 2
 # How much the newest batch counts in the measured rate.
 _NEWEST = 0.2
 LARGEST_BATCH = 64
-# A larger batch that gains less than this only makes everybody wait longer.
+# A larger batch that gains less than this only makes everybody wait longer, as does one that takes longer than that.
 LEAST_GAIN = 1.03
+LONGEST_BATCH_S = 0.5
 
-_ENDING = "The service is ending. Ask again in a moment."
+_ENDING = "The network was put away, or the service is ending. Ask again in a moment."
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Batcher:
         """Begin to wait for requests; `limit` is the most images of a batch, from 1."""
         self._engine = engine
         self._now = now
+        self.engine = engine.name
         self.limit = limit
         self._waiting: deque[_Slot] = deque()
         self._changed = threading.Condition()
@@ -133,6 +135,11 @@ class Batcher:
         """Return how many images wait."""
         with self._changed:
             return len(self._waiting)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether every further request is turned away."""
+        return self._is_closed
 
     def close(self, within_s: float = 30.0) -> None:
         """Take no more requests, answer those that wait, and end; what is not answered in time ends with an error."""
@@ -262,17 +269,17 @@ def _computed(request: _Request, ended: float, batch: int) -> Computed:
     )
 
 
-def best_batch(rate: Callable[[int], float], largest: int = LARGEST_BATCH) -> int:
+def best_batch(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) -> int:
     """Return the smallest batch whose rate is within 3 % of the best, doubling it for as long as that gains.
 
     Args:
-        rate: measures images a second at a batch.
+        seconds: measures how long a batch of so many images takes.
         largest: the most that is tried.
     """
-    size, best = 1, rate(1)
-    while 2 * size <= largest:
-        gained = rate(2 * size)
+    size, best = 1, 1 / seconds(1)
+    while 2 * size <= largest and 2 * size / best <= LONGEST_BATCH_S:
+        gained = 2 * size / seconds(2 * size)
         if gained < LEAST_GAIN * best:
-            return size
+            break
         size, best = 2 * size, gained
     return size

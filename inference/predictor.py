@@ -1,21 +1,24 @@
-"""Answers for one model: decodes images, runs its backbone and its head. Knows no HTTP, SQL or names of models."""
+"""Answers for one model: decodes images, asks its backbone's batcher, applies its head. Knows no HTTP, SQL or names."""
 
 from __future__ import annotations
 
-import threading
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from artifacts import images
 from artifacts.bundle import Bundle, Float32
+from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.recipe import Task
 from errors import BundleRefused, DeadlineExceeded, ImageRefused
 from inference import heads
-from inference.engine import TOLERANCE, Engine
+from inference.batcher import Batcher, Computed
+from inference.engine import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -56,68 +59,50 @@ class Timings:
 
 
 class Predictor:
-    """One bundle with the engine of its backbone; `turn` is held by whoever uses that engine."""
+    """One bundle on the batcher of its backbone.
 
-    def __init__(self, bundle: Bundle, engine: Engine, turn: threading.Lock) -> None:
-        self.bundle = bundle
-        self._engine = engine
-        self._turn = turn
+    Attributes:
+        bundle: what is served, without its golden arrays, which are larger than the head.
+        size_bytes: what the head takes in memory.
+    """
 
-    def check(self) -> None:
+    def __init__(self, bundle: Bundle, batcher: Batcher) -> None:
         """See that this machine gives the golden output for the golden input. Raises BundleRefused."""
+        self._batcher = batcher
+        self.bundle = bundle
+        self._check()
+        self.bundle = replace(bundle, golden_input=bundle.golden_input[:0], golden_output=bundle.golden_output[:0])
+        arrays = [array for layer in bundle.layers for array in (layer.kernel, layer.bias, layer.offset)]
+        self.size_bytes = sum(array.nbytes for array in arrays if array is not None)
+
+    def _check(self) -> None:
         bundle = self.bundle
         if bundle.image_rule != IMAGE_RULE:
             raise BundleRefused(
                 f"The model was trained with image rule {bundle.image_rule}, this version decodes by rule "
                 f"{IMAGE_RULE}. Train it again, or serve it with the version that trained it."
             )
-        found = self.golden_logits()
+        found = self.logits(bundle.golden_input)
         scale = max(1.0, float(np.abs(bundle.golden_output).max()))
         difference = float(np.abs(found - bundle.golden_output).max()) / scale
         if not difference <= TOLERANCE[bundle.precision]:
             raise BundleRefused(
-                f"This machine's {self._engine.name} engine answers differently from the one that trained the model: "
-                f"expected at most {TOLERANCE[bundle.precision]:g} relative difference. Received {difference:g}."
+                f"This machine's {self._batcher.engine} engine answers differently from the one that trained the "
+                f"model: expected at most {TOLERANCE[bundle.precision]:g} relative difference. "
+                f"Received {difference:g}."
             )
 
-    def golden_logits(self) -> Float32:
-        """Return what this machine answers for the golden input, float32 [N, outputs]."""
-        return heads.logits(self.bundle.layers, self._engine.features(self.bundle.golden_input))
+    def logits(self, pixels: Pixels) -> Float32:
+        """Return float32 [N, outputs] for decoded images, uint8 [N, size, size, 3], however long it takes."""
+        return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
-    def predict(
-        self, files: Sequence[bytes], limits: ImageLimits, deadline_s: float
-    ) -> tuple[list[Prediction], Timings]:
-        """Answer for each image file.
+    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
+        """Return the pixels of one image file of a request, uint8 [size, size, 3].
 
         Raises:
-            ImageRefused: an image cannot be used; `image` is its position.
-            DeadlineExceeded: decoding and waiting for the engine took longer than `deadline_s`.
+            ImageRefused: it cannot be used; `image` is its position.
+            DeadlineExceeded: `until`, a moment of `perf_counter`, is over.
         """
-        bundle = self.bundle
-        started = time.perf_counter()
-        until = started + deadline_s
-        pixels = np.stack([self._decode(position, file, limits, until) for position, file in enumerate(files)])
-        decoded = time.perf_counter()
-        if not self._turn.acquire(timeout=max(0.0, until - decoded)):
-            raise DeadlineExceeded(
-                f"The engine was still busy after {deadline_s:g} s. Try again, or send fewer images at once."
-            )
-        try:
-            waited = time.perf_counter()
-            features = self._engine.features(pixels)
-            computed = time.perf_counter()
-        finally:
-            self._turn.release()
-        predictions = _predictions(bundle, heads.logits(bundle.layers, features))
-        finished = time.perf_counter()
-        return predictions, Timings(
-            queue=1000 * (waited - decoded),
-            decode=1000 * (decoded - started),
-            backbone=1000 * (computed - waited),
-            head=1000 * (finished - computed),
-        )
-
-    def _decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
         if time.perf_counter() > until:
             raise DeadlineExceeded(f"Only {position} images were decoded in time. Send fewer or smaller ones at once.")
         try:
@@ -125,20 +110,42 @@ class Predictor:
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
+    def submit(self, pixels: Pixels, until: float) -> Future[Computed] | None:
+        """Ask the backbone, as `Batcher.submit`; return None if this predictor was put away and another is needed."""
+        asked = self._batcher.submit(pixels, until)
+        return None if self._batcher.is_closed and asked.done() else asked
 
-def _predictions(bundle: Bundle, logits: Float32) -> list[Prediction]:
-    """Return what logits [N, outputs] say in the words of the bundle's task."""
-    if bundle.task is Task.REGRESSION:
-        return [ValuePrediction(float(value)) for value in logits[:, 0]]
-    probabilities = heads.probabilities(bundle.task, logits, bundle.temperature)
-    chosen = heads.answers(bundle.task, probabilities, bundle.threshold)
-    named = [dict(zip(bundle.labels, map(float, row), strict=True)) for row in probabilities]
-    if bundle.task is Task.MULTILABEL:
+    def wait_s(self, images: int) -> float:
+        """Return how long it should take until so many more images have been through the backbone."""
+        return self._batcher.wait_s(images)
+
+    def answer(self, features: Features) -> list[Prediction]:
+        """Return what features, float32 [N, D], say in the words of the bundle's task."""
+        bundle = self.bundle
+        logits = heads.logits(bundle.layers, features)
+        if bundle.task is Task.REGRESSION:
+            return [ValuePrediction(float(value)) for value in logits[:, 0]]
+        probabilities = heads.probabilities(bundle.task, logits, bundle.temperature)
+        chosen = heads.answers(bundle.task, probabilities, bundle.threshold)
+        named = [dict(zip(bundle.labels, map(float, row), strict=True)) for row in probabilities]
+        if bundle.task is Task.MULTILABEL:
+            return [
+                LabelsPrediction([label for label, is_there in zip(bundle.labels, row, strict=True) if is_there], image)
+                for row, image in zip(chosen, named, strict=True)
+            ]
         return [
-            LabelsPrediction([label for label, is_there in zip(bundle.labels, row, strict=True) if is_there], of_image)
-            for row, of_image in zip(chosen, named, strict=True)
+            ClassPrediction(bundle.labels[index], float(row[index]), image)
+            for index, row, image in zip(chosen, probabilities, named, strict=True)
         ]
-    return [
-        ClassPrediction(bundle.labels[index], float(row[index]), of_image)
-        for index, row, of_image in zip(chosen, probabilities, named, strict=True)
-    ]
+
+    def predict(self, files: Sequence[bytes], limits: ImageLimits, deadline_s: float) -> list[Prediction]:
+        """Answer for each image file, one after the other, in the caller's thread.
+
+        Raises:
+            ImageRefused: an image cannot be used; `image` is its position.
+            DeadlineExceeded: decoding and waiting for the engine took longer than `deadline_s`.
+            Unavailable: this predictor was put away.
+        """
+        until = time.perf_counter() + deadline_s
+        pixels = np.stack([self.decode(position, file, limits, until) for position, file in enumerate(files)])
+        return self.answer(self._batcher.submit(pixels, until).result().features)

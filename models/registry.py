@@ -155,6 +155,21 @@ def get_aliases(session: Session, model_id: str) -> dict[str, list[str]]:
     return aliases
 
 
+def get_all_aliases(session: Session) -> list[tuple[Model, str, ModelVersion]]:
+    """Return every alias with its model and the version that it points at."""
+    query = (
+        select(Model, Alias.name, ModelVersion)
+        .join(Alias, Alias.model_id == Model.id)
+        .join(ModelVersion, ModelVersion.id == Alias.version_id)
+    )
+    return [(model, name, version) for model, name, version in session.execute(query)]
+
+
+def get_revision(session: Session) -> int:
+    """Return how often versions and aliases have changed."""
+    return session.scalars(select(RegistryRevision.revision)).one()
+
+
 def add_model_version(
     session: Session, principal: Principal, name: str, run_id: str, bundle: Digest, backbone: Digest
 ) -> ModelVersion:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,70 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import records
-import sample
 from asgi import ask
 from fastapi.testclient import TestClient
+from flat import PNG, Loads, add_model, flat_bundle, serve
+from waiting import until
 
 from api.deps import Services
 from api.predictions import Admission, Desk
 from artifacts import images
-from artifacts.bundle import Bundle, Dense
-from artifacts.images import IMAGE_RULE
-from artifacts.recipe import Activation, Precision, Resize, Task
-from artifacts.store import Digest
+from artifacts.features import Features
+from artifacts.images import Pixels
+from artifacts.recipe import Precision, Resize, Task
 from errors import Overloaded
 from inference import heads
 from inference.engine import Engine, FlatEngine
-from inference.shelf import Shelf
-from models import registry
 from settings import Settings
 
-PNG = sample.png(1)
 WARM, COLD = "/api/v1/models/warm/predict", "/api/v1/models/cold/predict"
-
-
-class Loads:
-    """Loads flat engines; those of `held` wait until the gate opens."""
-
-    def __init__(self) -> None:
-        self.held: set[str] = set()
-        self.gate = threading.Event()
-        self.seen: list[str] = []
-
-    def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
-        self.seen.append(path.name)
-        if path.name in self.held:
-            assert self.gate.wait(30)
-        return FlatEngine()
-
-
-def flat_bundle(
-    backbone: Digest, task: Task = Task.MULTICLASS, labels: tuple[str, ...] = ("dark", "light"), outputs: int = 2
-) -> Bundle:
-    layers = (Dense(np.ones((48, outputs), np.float32), np.zeros(outputs, np.float32), Activation.LINEAR),)
-    golden = np.zeros((1, 8, 8, 3), np.uint8)
-    return Bundle(
-        task=task,
-        labels=labels,
-        backbone=backbone,
-        engine="flat",
-        precision=Precision.FLOAT32,
-        image_rule=IMAGE_RULE,
-        size=8,
-        resize=Resize.SQUASH,
-        layers=layers,
-        golden_input=golden,
-        golden_output=heads.logits(layers, FlatEngine().features(golden)),
-    )
-
-
-def serve(client: TestClient, settings: Settings, loads: Loads) -> None:
-    """Have predictions answered on engines of `loads`."""
-    services: Services = client.app.state.services  # type: ignore[attr-defined]
-    shelf = Shelf(services.store, 1, 10**9, loads)
-    client.app.state.services = Services(**{**vars(services), "settings": settings, "shelf": shelf})  # type: ignore[attr-defined]
-    client.app.state.desk = Desk(settings, shelf)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -91,13 +43,6 @@ def loads(client: TestClient, services: Services, settings: Settings) -> Iterato
     serve(client, settings.model_copy(update={"predict_deadline_s": 0.5}), found)
     yield found
     found.gate.set()
-
-
-def add_model(services: Services, name: str, bundle: Bundle) -> None:
-    digest = services.store.put(bundle.dump())
-    with services.database.writing() as session:
-        run = records.queued_run(session, records.ready_version(session, name), name)
-        registry.add_model_version(session, records.PRINCIPAL, name, run.id, digest, bundle.backbone)
 
 
 # --- what is answered ----------------------------------------------------------------------------------------------
@@ -292,3 +237,71 @@ def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, lo
         status, problem = ask(client, "POST", WARM, receive)
         assert (status, problem["type"].rsplit(":")[-1], read) == (503, "overloaded", False)
     assert ask(client, "POST", WARM, receive)[0] == 200
+
+
+# --- what overloads, and who leaves ----------------------------------------------------------------------------------
+
+
+class Slow(FlatEngine):
+    """An engine that takes a while for each image once it is told to."""
+
+    seconds = 0.0
+
+    def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
+        time.sleep(self.seconds * len(images))
+        return super().run(images, wants_maps=wants_maps)
+
+
+@pytest.fixture
+def slow(client: TestClient, services: Services, settings: Settings) -> Iterator[Slow]:
+    """The engine of a model `slow`, with a deadline of half a second."""
+    engine = Slow()
+
+    class One(Loads):
+        def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
+            return engine
+
+    add_model(services, "slow", flat_bundle(services.store.put(b"slow")))
+    serve(client, settings.model_copy(update={"predict_deadline_s": 0.5}), One())
+    assert client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200
+    yield engine
+    engine.seconds = 0.0
+
+
+def test_what_could_not_be_answered_in_time_is_turned_away_and_told_when_to_come_back(
+    client: TestClient, slow: Slow
+) -> None:
+    slow.seconds = 0.4
+    assert client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200  # measured
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: client.post("/api/v1/models/slow/predict", content=PNG), range(12)))
+    turned_away = [answer for answer in answers if answer.status_code == 503]
+    assert turned_away and {answer.status_code for answer in answers} <= {200, 503, 504}
+    for answer in turned_away:
+        assert answer.json()["type"].endswith(":overloaded") and answer.json()["retry_after_s"] > 0
+        assert int(answer.headers["Retry-After"]) >= answer.json()["retry_after_s"]
+    until(lambda: client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200)
+
+
+def test_the_answer_says_in_a_header_where_its_time_went(client: TestClient, loads: Loads) -> None:
+    answer = client.post(WARM, content=PNG)
+    said = dict(part.split(";dur=") for part in answer.headers["Server-Timing"].split(", "))
+    assert {stage: float(spent) for stage, spent in said.items()} == answer.json()["timings_ms"]
+
+
+def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: Slow) -> None:
+    desk: Desk = client.app.state.desk  # type: ignore[attr-defined]
+    [loaded] = desk._shelf.loaded()
+    slow.seconds = 0.15
+    busy = [loaded.batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), 1e9) for _ in range(2)]
+    seen = slow.images_seen
+    messages = [{"type": "http.request", "body": PNG, "more_body": False}, {"type": "http.disconnect"}]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    assert ask(client, "POST", "/api/v1/models/slow/predict", receive) == (499, None)
+    for one in busy:
+        one.result(10)
+    assert client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200
+    assert slow.images_seen - seen <= 3, "the two that were there, and the last"

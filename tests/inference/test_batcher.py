@@ -173,6 +173,7 @@ def test_what_cannot_be_answered_in_time_at_the_end_is_told(engine: Gated) -> No
 def test_the_wait_is_foretold_from_what_was_measured(batcher: Batcher, engine: Gated) -> None:
     assert batcher.wait_s(10) == 0.0
     blocked = batcher.submit(images(1), LATER)
+    until(lambda: engine.batches)
     time.sleep(0.3)
     engine.gate.set()
     blocked.result(10)
@@ -233,6 +234,16 @@ def test_every_future_ends_and_every_answer_is_right(
 
 def test_the_smallest_batch_that_is_nearly_the_fastest_is_taken() -> None:
     rates = {1: 10.0, 2: 15.0, 4: 20.0, 8: 20.4, 16: 30.0}
-    assert best_batch(rates.__getitem__) == 4
-    assert best_batch(lambda size: 10.0) == 1
-    assert best_batch(float, largest=32) == 32
+    assert best_batch(lambda size: size / rates[size]) == 4
+    assert best_batch(lambda size: size / 10) == 1
+    assert best_batch(lambda size: 0.01, largest=32) == 32
+
+
+def test_a_batch_that_everybody_would_wait_for_too_long_is_not_tried() -> None:
+    tried: list[int] = []
+
+    def seconds(size: int) -> float:
+        tried.append(size)
+        return 0.2 + 0.01 * size
+
+    assert best_batch(seconds) == 8 and tried == [1, 2, 4, 8]

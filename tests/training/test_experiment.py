@@ -226,10 +226,9 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
     assert again["loss"] == pytest.approx(outcome.metrics["loss"])
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
-    predictions, timings = predictor.predict(list(files.values()), ImageLimits(), deadline_s=10)
+    predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=10)
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.95
-    assert min(timings.decode, timings.backbone, timings.head) > 0
 
     median = evaluate.median_epoch([result.best_epoch for result in heard.folds])
     assert heard.parts[None].epochs == list(range(1, median + 1))
@@ -426,7 +425,7 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
         assert head["epochs"] + network["epochs"] == result.epochs == len(result.history)
         assert network["validation"] < head["validation"] and result.metrics["kept"] == "network"
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
-    predictions, _ = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
+    predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.9
     assert heard.parts[0].done == sorted(heard.parts[0].done) and heard.parts[0].done[-1] == heard.folds[0].epochs
@@ -507,7 +506,7 @@ def test_a_number_is_learned_measured_and_answered_in_its_own_unit(bench: Bench,
 
     assert bundles.load(bench.store.read(outcome.bundle)).labels == ()
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
-    predictions, _ = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
+    predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
     answered = [prediction.value for prediction in predictions if isinstance(prediction, ValuePrediction)]
     assert np.abs(np.array(answered) - 1900 - levels).mean() < 15
     assert outcome.files["values.png"][0].startswith(b"\x89PNG") and "confusion.png" not in outcome.files
@@ -533,7 +532,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench, m
     assert [row["label"] for row in metrics["per_class"]] == ["green", "red"]
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
-    predictions, _ = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
+    predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=30)
     right = [
         isinstance(prediction, LabelsPrediction) and prediction.labels == wanted[path]
         for path, prediction in zip(files, predictions, strict=True)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from artifacts import manifest
 from artifacts.headline import HEADLINES, Headline
@@ -16,6 +18,9 @@ from artifacts.shared import open_store
 from artifacts.store import Digest, Store, StoreAddress
 from errors import EspalierError
 from worker.inside.channel import Channel
+
+if TYPE_CHECKING:
+    from inference.predictor import Predictor
 
 # Enough for a median that a short disturbance does not move; large networks get fewer.
 _ROUNDS = 30
@@ -94,11 +99,10 @@ def _loss(headline: Headline, score: float) -> float:
 def _prediction_times(
     candidates: Sequence[Mapping[str, Any]], store: Store, threads: int, alive: Callable[[], None]
 ) -> list[float | None]:
-    """Return the median milliseconds that each bundle takes for its golden input, one decoded image.
+    """Return the median milliseconds that each bundle takes for one decoded image.
 
     None for a bundle that this machine cannot serve: what was measured in training counts all the same.
     """
-    from inference.predictor import Predictor
     from inference.shelf import Shelf
     from inference.stopwatch import medians_ms
 
@@ -112,10 +116,16 @@ def _prediction_times(
             except EspalierError as error:
                 sys.stderr.write(f"Not timed: {error.detail}\n")
             alive()
-        measured = medians_ms([predictor.golden_logits for _, predictor in loaded], _ROUNDS, _ROUNDS_WITHIN_S, alive)
+        measured = medians_ms([_ask(predictor) for _, predictor in loaded], _ROUNDS, _ROUNDS_WITHIN_S, alive)
+        shelf.close()
         for (number, _), value in zip(loaded, measured, strict=True):
             found[number] = value
     return found
+
+
+def _ask(predictor: Predictor) -> Callable[[], object]:
+    pixels = np.zeros((1, predictor.bundle.size, predictor.bundle.size, 3), np.uint8)
+    return lambda: predictor.logits(pixels)
 
 
 def _turns(networks: Sequence[Path]) -> list[list[int]]:

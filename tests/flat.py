@@ -1,0 +1,88 @@
+"""Models on an engine that needs no network, loaded as the test wishes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import records
+import sample
+from fastapi.testclient import TestClient
+
+from api.deps import Services
+from api.predictions import Desk
+from api.switchboard import Switchboard
+from artifacts.bundle import Bundle, Dense
+from artifacts.images import IMAGE_RULE
+from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.store import Digest
+from inference import heads
+from inference.engine import Engine, FlatEngine
+from inference.shelf import Shelf
+from models import registry
+from settings import Settings
+
+SIZE = 8
+PNG = sample.png(1)
+
+
+class Loads:
+    """Loads flat engines and counts them; those whose digest is in `held` wait until the gate opens."""
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+        self.gate = threading.Event()
+        self.seen: list[str] = []
+
+    def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
+        self.seen.append(path.name)
+        if path.name in self.held:
+            assert self.gate.wait(30)
+        return FlatEngine()
+
+
+def flat_bundle(
+    backbone: Digest,
+    task: Task = Task.MULTICLASS,
+    labels: tuple[str, ...] = ("dark", "light"),
+    outputs: int = 2,
+    seed: int | None = None,
+) -> Bundle:
+    """Return a bundle for the flat engine; without a seed the head adds its features up, else it is random."""
+    random = np.random.default_rng(seed)
+    kernel = np.ones((48, outputs)) if seed is None else random.normal(size=(48, outputs))
+    layers = (Dense(kernel.astype(np.float32), np.zeros(outputs, np.float32), Activation.LINEAR),)
+    golden = random.integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8)
+    return Bundle(
+        task=task,
+        labels=labels,
+        backbone=backbone,
+        engine="flat",
+        precision=Precision.FLOAT32,
+        image_rule=IMAGE_RULE,
+        size=SIZE,
+        resize=Resize.SQUASH,
+        layers=layers,
+        golden_input=golden,
+        golden_output=heads.logits(layers, FlatEngine().features(golden)),
+    )
+
+
+def add_model(services: Services, name: str, bundle: Bundle) -> None:
+    """Add a bundle as the next version of a model."""
+    digest = services.store.put(bundle.dump())
+    with services.database.writing() as session:
+        run = records.queued_run(session, records.ready_version(session, f"{name}-{digest[:8]}"), name)
+        registry.add_model_version(session, records.PRINCIPAL, name, run.id, digest, bundle.backbone)
+
+
+def serve(client: TestClient, settings: Settings, loads: Loads) -> None:
+    """Have predictions answered on engines of `loads`."""
+    services: Services = client.app.state.services  # type: ignore[attr-defined]
+    shelf = Shelf(services.store, 1, 10**9, loads)
+    services.metrics.watch(shelf.loaded)
+    switchboard = Switchboard(services.database, shelf)
+    parts = {**vars(services), "settings": settings, "shelf": shelf, "switchboard": switchboard}
+    client.app.state.services = Services(**parts)  # type: ignore[attr-defined]
+    client.app.state.desk = Desk(settings, shelf)  # type: ignore[attr-defined]
