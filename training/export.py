@@ -89,7 +89,7 @@ def _collecting(every: int = 200) -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*usual)
+        gc.collect()  # what the exporter left; before all the rest can be looked through again, which takes seconds
         gc.unfreeze()
-        gc.collect()
         if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).malloc_trim(0)  # else the process keeps what it has freed

@@ -5,6 +5,7 @@ Its database is SQLite; a module that asks PostgreSQL too has a `database_url` o
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,19 +15,13 @@ from fastapi.testclient import TestClient
 from api.app import create_app
 from api.deps import Services
 from bell import EagerBell
-from models.session import Database
-from ops.migrate import upgrade
 from settings import Settings
 
 
 @pytest.fixture
-def database_url(tmp_path: Path) -> str:
+def database_url(tmp_path: Path, migrated_file: Path) -> str:
     """Address of a migrated database."""
-    url = f"sqlite:///{tmp_path / 'test.db'}"
-    database = Database(url)
-    upgrade(database)
-    database.close()
-    return url
+    return f"sqlite:///{shutil.copy(migrated_file, tmp_path / 'test.db')}"
 
 
 @pytest.fixture

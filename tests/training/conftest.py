@@ -9,14 +9,20 @@ import keras
 import psutil
 import pytest
 
-_MUCH_BYTES = 3 * 1024**3
+# A look through all objects takes seconds, so it must be worth it.
+_WORTH_BYTES = 500 * 1024**2
+
+_left_bytes = 0
 
 
 @pytest.fixture(autouse=True)
 def _networks_go() -> Iterator[None]:
     """Drop the networks of tests: they hold each other, and gigabytes of them wait for a collection otherwise."""
     yield
-    keras.utils.clear_session()
-    if psutil.Process().memory_info().rss > _MUCH_BYTES:
+    global _left_bytes
+    keras.utils.clear_session(free_memory=False)
+    process = psutil.Process()
+    if process.memory_info().rss > _left_bytes + _WORTH_BYTES or not gc.get_freeze_count():
         gc.collect()
-        gc.freeze()  # what is left stays; looking through it again takes seconds
+        gc.freeze()  # what is left stays; it is not looked through again
+        _left_bytes = process.memory_info().rss

@@ -254,6 +254,7 @@ def computed_and_cached(heard: Heard) -> tuple[int, int]:
     return heard.extraction.computed, heard.extraction.cached
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_unbroken_one(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=10, seed=4))
     change = {
@@ -286,6 +287,7 @@ def test_an_interrupted_fine_tuning_ends_as_an_unbroken_one(bench: Bench, augmen
     assert np.array_equal(one.layers[0].kernel, other.layers[0].kernel)
 
 
+@pytest.mark.slow
 def test_a_number_in_its_own_unit_survives_an_interruption(bench: Bench) -> None:
     rows = [
         Row(f"{level}.png", bench.store.put(sample.png(level, (level,) * 3)), (), 1900.0 + level, None, Split.TRAIN)
@@ -393,6 +395,7 @@ def test_class_names_are_no_formulas(bench: Bench) -> None:
     assert outcome.files["confusion.png"][0].startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_repeats_fold_again_and_are_pooled(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     outcome, heard = bench.run(rows, folds={"k": 2, "repeats": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,14 @@ from working import QUICK, Outage, Say, StartLoop
 
 from models.job import JobKind, Queue
 from models.session import Database
-from ops.migrate import upgrade
 from worker.loop import Loop
 from worker.work import Handler, Timings
 
 
 @pytest.fixture
-def sqlite(tmp_path: Path) -> Iterator[Database]:
+def sqlite(tmp_path: Path, migrated_file: Path) -> Iterator[Database]:
     """A migrated SQLite database, for what does not depend on the kind."""
-    database = Database(f"sqlite:///{tmp_path / 'test.db'}")
-    upgrade(database)
+    database = Database(f"sqlite:///{shutil.copy(migrated_file, tmp_path / 'test.db')}")
     yield database
     database.close()
 

@@ -603,7 +603,7 @@ def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(intake: Intake, sa
 
 
 def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, begin: Begin) -> None:
-    slow = replace(intake, timings=replace(QUICK, stall_s=1.0))
+    slow = replace(intake, timings=replace(QUICK, stall_s=5.0))
     version_id, _ = begin(slow, slow_set(scans=20_000))
     settled(intake.database, intake.job(version_id).id, JobState.FAILED)
     version = intake.version(version_id)
