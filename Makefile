@@ -55,6 +55,16 @@ bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their
 	python -m benchmarks.folds
 	python -m benchmarks.tuning
 
+# LitServe and BentoML run in an environment of their own, with what they bring along.
+PEERS := .cache/peers
+bench-serving: $(VENV)/dev $(PEERS)/installed ## measure serving beside LitServe and BentoML (BACKBONE= SIZE=)
+	python -m benchmarks.serving --peers $(PEERS)/bin/python $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(SIZE),--size $(SIZE))
+
+$(PEERS)/installed: benchmarks/peers/requirements.txt
+	$(FOUND) -m venv --without-pip $(PEERS)
+	$(FOUND) -m pip --python $(PEERS)/bin/python install --disable-pip-version-check --requirement $<
+	@touch $@
+
 MINUTES ?= 10
 soak: $(VENV)/dev ## train under fire and account for every run (MINUTES=10)
 	@python -m ops.soak --minutes "$(MINUTES)"
@@ -81,4 +91,4 @@ $(VENV)/embedded $(VENV)/dev: $(VENV)/%: requirements/%.txt | $(VENV)/bin/python
 	$(FOUND) -m pip --python $(BIN)/python install --disable-pip-version-check --require-hashes --requirement $<
 	@touch $@
 
-.PHONY: help demo up weights collect test test-all check bench soak lock clean
+.PHONY: help demo up weights collect test test-all check bench bench-serving soak lock clean

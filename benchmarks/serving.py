@@ -1,0 +1,397 @@
+"""Requests a second, JPEG in and probabilities out: Espalier beside LitServe and BentoML, and the bare engine as limit.
+
+Every server has the same network with random weights, the same files, the same clients on the same processors, and
+the processors to itself; servers take turns, round by round. Then, on Espalier alone: a thousand models on that
+backbone, their memory, and an alias that moves under load; `--overload 600` keeps twice as many clients as can be
+answered in time for so many seconds.
+
+The peers run in an environment of their own: `make bench-serving` makes it. Run as `python -m benchmarks.serving
+[--backbone xception] [--size 299] [--rounds 3] [--seconds 15] [--clients 1 8 32] [--heads 1000]
+[--peers .cache/peers/bin/python] [--data archive.zip] [--overload 600]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from artifacts import images, manifest
+from artifacts.bundle import Bundle, Dense
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.images import IMAGE_RULE
+from artifacts.recipe import Activation, ClassCount, Precision, Recipe, Resize, Task, fill
+from artifacts.store import Digest
+from benchmarks.figures import processor, report, spread, table
+from benchmarks.ground import LIMITS, Ground, ground
+from benchmarks.load import Load, form, load, post
+from inference import heads
+from inference.batcher import LARGEST_BATCH
+from inference.engine import OpenVinoEngine
+from models import dataset as datasets
+from models import registry
+from models import run as runs
+from models.project import Principal
+from models.session import Database
+from ops.migrate import upgrade
+
+_FILES = 64
+_PEERS = Path(__file__).parent / "peers"
+_START_WITHIN_S = 180.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server as it is started and asked."""
+
+    name: str
+    command: Sequence[str]
+    folder: Path
+    environment: dict[str, str]
+    requests: Sequence[bytes]
+
+
+@contextmanager
+def running(server: Server, port: int) -> Iterator[psutil.Process]:
+    """Start a server, wait for its first answer, and end it with all that it started."""
+    with subprocess.Popen(
+        server.command,
+        cwd=server.folder,
+        env=os.environ | server.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            deadline = time.monotonic() + _START_WITHIN_S
+            while load(port, server.requests[:1], 1, 0.2).statuses[200] == 0:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{server.name} did not start")
+                time.sleep(0.5)
+            yield psutil.Process(process.pid)
+        finally:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.terminate()
+            process.wait(30)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --- the models -------------------------------------------------------------------------------------------------------
+
+
+def add_models(given: Ground, count: int, size: int, hidden: int | None) -> None:
+    """Add so many models on the backbone, each with a head of its own; the first has two versions."""
+    engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
+    features = engine.features(given.pixels[:1])
+    database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
+    upgrade(database)
+    recipe = fill(Recipe(), Task.MULTICLASS, [ClassCount(label, 100, 100) for label in given.labels])
+    with database.writing() as session:
+        dataset = datasets.create_dataset(session, Principal(), "bench")
+        version = datasets.add_version(session, dataset, given.weights)
+        datasets.start_ingest(session, version.id)
+        datasets.mark_ready(
+            session,
+            version.id,
+            manifest=given.store.put(manifest.dump(given.rows)),
+            task=Task.MULTICLASS,
+            images=len(given.rows),
+            duplicates=0,
+            ignored=0,
+            classes=[ClassCount(label, 100, 100) for label in given.labels],
+            target=None,
+            refused=[],
+        )
+        for number in [0, *range(count)]:
+            digest = given.store.put(_bundle(given, features, size, hidden).dump())
+            run = runs.create_run(session, Principal(), version.id, name(number), recipe)
+            registry.add_model_version(session, Principal(), name(number), run.id, digest, given.backbone)
+    database.close()
+
+
+def name(number: int) -> str:
+    """Return the name of a model."""
+    return f"model-{number}"
+
+
+def _bundle(given: Ground, features: Any, size: int, hidden: int | None) -> Bundle:
+    random = np.random.default_rng()
+    units = [features.shape[1], *([hidden] if hidden else []), len(given.labels)]
+    layers = tuple(
+        Dense(
+            (random.normal(size=(inputs, outputs)) / np.sqrt(inputs)).astype(np.float32),
+            np.zeros(outputs, np.float32),
+            Activation.LINEAR if outputs == units[-1] else Activation.RELU,
+        )
+        for inputs, outputs in itertools.pairwise(units)
+    )
+    return Bundle(
+        task=Task.MULTICLASS,
+        labels=tuple(given.labels),
+        backbone=Digest(given.backbone),
+        engine="openvino",
+        precision=Precision.FLOAT32,
+        image_rule=IMAGE_RULE,
+        size=size,
+        resize=Resize.SQUASH,
+        layers=layers,
+        golden_input=given.pixels[:1],
+        golden_output=heads.logits(layers, features),
+    )
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def bare_rate(given: Ground, seconds: float) -> float:
+    """Return the images a second of the engine alone, fed with ready batches of the size that suits it best."""
+    engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
+    best = 0.0
+    size = 1
+    while size <= LARGEST_BATCH:
+        pixels = np.resize(given.pixels, (size, *given.pixels.shape[1:]))
+        engine.features(pixels)
+        began, done = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds / 3 or not done:
+            engine.features(pixels)
+            done += size
+        rate = done / (time.perf_counter() - began)
+        if rate < 1.03 * best:
+            break
+        best, size = max(best, rate), 2 * size
+    return best
+
+
+def median_ms(function: Callable[[], object], rounds: int = 20) -> float:
+    """Return the median time of a call."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def alone_ms(given: Ground, file: bytes, size: int) -> float:
+    """Return what decoding and the engine take for one image without a server."""
+    engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
+    return median_ms(lambda: engine.features(images.decode(file, size, Resize.SQUASH, LIMITS)[None]))
+
+
+def moved_alias(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, Any]:
+    """Move an alias to and fro under load; return how long each took to be seen, and what failed."""
+    took: list[float] = []
+    is_over = threading.Event()
+
+    def move() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        version = 1
+        while not is_over.wait(2.0):
+            version = 3 - version
+            body = json.dumps({"version": version})
+            connection.request("PUT", f"/api/v1/models/{name(0)}/aliases/champion", body)
+            answer = connection.getresponse()
+            answer.read()
+            began = time.perf_counter()
+            while True:
+                connection.request("POST", f"/api/v1/models/{name(0)}/predict", requests[0].split(b"\r\n\r\n", 1)[1])
+                if json.loads(connection.getresponse().read()).get("version") == version:
+                    break
+            took.append(time.perf_counter() - began)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    found = load(port, requests, clients, seconds)
+    is_over.set()
+    mover.join()
+    failed = sum(count for status, count in found.statuses.items() if status != 200) + found.broken
+    return {"moves": len(took), "seen_after_s": spread(took), "failed": failed, "answered": found.statuses[200]}
+
+
+def resident_mb(process: psutil.Process) -> float:
+    """Return the memory of a process and those below it."""
+    return float(sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])) / 2**20
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", type=BackboneName, choices=list(BackboneName), default=BackboneName.XCEPTION)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--heads", type=int, default=1000)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--overload", type=float, default=0.0)
+    wanted = parser.parse_args()
+    size = wanted.size or CATALOGUE[wanted.backbone].size
+    with ground(wanted.backbone, CATALOGUE[wanted.backbone].last_cut, size, _FILES, wanted.data) as given:
+        files = [given.store.read(row.sha256) for row in given.rows]
+        add_models(given, wanted.heads, size, wanted.hidden)
+        port = free_port()
+        ours = Server(
+            "Espalier",
+            [sys.executable, "-m", "api.app"],
+            Path.cwd(),
+            {"ESPALIER_VAR": str(given.folder), "ESPALIER_API_PORT": str(port), "ESPALIER_PREDICT_DEADLINE_S": "30"},
+            [post(f"/api/v1/models/{name(0)}/predict", file) for file in files],
+        )
+        servers = [ours, *(peers(wanted, size, port, files) if wanted.peers else [])]
+        found: dict[str, dict[int, list[Load]]] = {server.name: {} for server in servers}
+        bare = []
+        for number in range(wanted.rounds):
+            bare.append(bare_rate(given, wanted.seconds))
+            for server in servers:
+                with running(server, port):
+                    for clients in wanted.clients:
+                        load(port, server.requests, clients, 2.0)
+                        one = load(port, server.requests, clients, wanted.seconds)
+                        found[server.name].setdefault(clients, []).append(one)
+                        print(
+                            f"round {number + 1}: {server.name}, {clients} clients: {one.per_second:.2f}/s", flush=True
+                        )
+        figures: dict[str, Any] = {
+            "backbone": wanted.backbone,
+            "size": size,
+            "bare_engine_per_s": spread(bare),
+            "servers": {
+                server: {str(clients): [one.figures() for one in many] for clients, many in of_server.items()}
+                for server, of_server in found.items()
+            },
+            "alone_ms": alone_ms(given, files[0], size),
+        }
+        figures |= on_ours(ours, port, wanted, files)
+    report(f"serving-{wanted.backbone.value}", figures)
+    show(figures, found, bare, wanted.clients)
+
+
+def on_ours(ours: Server, port: int, wanted: argparse.Namespace, files: Sequence[bytes]) -> dict[str, Any]:
+    """Measure what only Espalier has: many models on one backbone, and aliases that move."""
+    clients, seconds = 8, wanted.seconds
+    spread_out = [
+        post(f"/api/v1/models/{name(number)}/predict", files[number % len(files)]) for number in range(wanted.heads)
+    ]
+    figures: dict[str, Any] = {}
+    with running(ours, port) as process:
+        load(port, ours.requests, clients, seconds)
+        before = resident_mb(process)
+        ratios = []
+        for number in range(wanted.rounds):
+            one = load(port, ours.requests, clients, seconds)
+            if not number:  # every head once
+                for start in range(0, wanted.heads, 200):
+                    load(port, spread_out[start : start + 200], 32, 5.0)
+                after = resident_mb(process)
+            many = load(port, spread_out, clients, seconds)
+            ratios.append(many.per_second / one.per_second)
+        figures["many_models"] = {
+            "models": wanted.heads,
+            "hidden": wanted.hidden,
+            "rate_against_one": spread(ratios),
+            "more_memory_mb": round(after - before, 1),
+        }
+        figures["alias"] = moved_alias(port, ours.requests, clients, seconds)
+    if wanted.overload:
+        eager = Server(ours.name, ours.command, ours.folder, ours.environment | _FIVE_SECONDS, ours.requests)
+        with running(eager, port) as process:
+            capacity = load(port, ours.requests, 8, seconds).per_second
+            clients = max(16, int(2 * capacity * 5))
+            begin_mb = resident_mb(process)
+            flood = load(port, ours.requests, clients, wanted.overload)
+            figures["overload"] = {
+                "clients": clients,
+                "capacity_per_s": capacity,
+                **flood.figures(),
+                "longest_s": round(max(flood.took_s), 2),
+                "memory_mb": [round(begin_mb), round(resident_mb(process))],
+            }
+    return figures
+
+
+_FIVE_SECONDS = {"ESPALIER_PREDICT_DEADLINE_S": "5"}
+
+
+def peers(wanted: argparse.Namespace, size: int, port: int, files: Sequence[bytes]) -> list[Server]:
+    """Return the peers, in their own environment."""
+    environment = {
+        "PEER_NETWORK": wanted.backbone.value,
+        "PEER_SIZE": str(size),
+        "PEER_BATCH": "8",
+        "PEER_PORT": str(port),
+        "KERAS_BACKEND": "tensorflow",
+        "BENTOML_DO_NOT_TRACK": "true",
+        "PYTHONPATH": str(_PEERS),
+    }
+    python = wanted.peers.absolute()
+    bento = [str(python.with_name("bentoml")), "serve", "bentoml_app:Classifier", "--port", str(port)]
+    return [
+        Server(
+            "LitServe",
+            [str(python), "litserve_app.py"],
+            _PEERS,
+            environment,
+            [form("/predict", "request", f) for f in files],
+        ),
+        Server("BentoML", bento, _PEERS, environment, [form("/predict", "images", f) for f in files]),
+    ]
+
+
+def show(
+    figures: dict[str, Any], found: dict[str, dict[int, list[Load]]], bare: Sequence[float], clients: Sequence[int]
+) -> None:
+    """Print rows for docs/benchmarks.md."""
+    rates = {
+        server: {count: spread([one.per_second for one in many]) for count, many in of_server.items()}
+        for server, of_server in found.items()
+    }
+    rows = []
+    for count in clients:
+        for server, of_server in rates.items():
+            rate = of_server[count]
+            took = spread([1000 * float(np.median(one.took_s)) for one in found[server][count]])
+            measured = f"{rate['median']:.1f} requests/s ({rate['min']:.1f} to {rate['max']:.1f})"
+            rows.append((f"{server}, {count} clients", f"{measured}, median {took['median']:.0f} ms", ""))
+        ours = rates["Espalier"][count]["median"]
+        others = [of_server[count]["median"] for server, of_server in rates.items() if server != "Espalier"]
+        if others:
+            rows.append((f"against the best of the others, {count} clients", f"{ours / max(others):.2f}", "1.2 at 8"))
+        against_bare = f"{ours / statistics.median(bare):.2f}"
+        rows.append((f"against the bare engine, {count} clients", against_bare, "0.9 at 8"))
+    alone = figures["alone_ms"]
+    if 1 in clients:
+        added = statistics.median(1000 * float(np.median(one.took_s)) for one in found["Espalier"][1]) - alone
+        rows.append((f"added to {alone:.0f} ms of decoding and engine, 1 client", f"{added:.1f} ms", "5 ms"))
+    many, alias = figures["many_models"], figures["alias"]
+    against_one = f"{many['rate_against_one']['median']:.2f}, {many['more_memory_mb']:+.0f} MB"
+    rows.append((f"{many['models']} models on one backbone against one", against_one, "0.95, +150 MB"))
+    seen = f"seen after {alias['seen_after_s']['max']:.2f} s at most, {alias['failed']} requests failed"
+    rows.append((f"an alias moved {alias['moves']} times under load", seen, "1 s, 0"))
+    table(rows, f"{len(os.sched_getaffinity(0))} processors ({processor()})")
+
+
+if __name__ == "__main__":
+    main()
