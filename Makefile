@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/embedded ## start everything, train on real images, predict (DATA= BACKBONE= WEIGHTS= FEATURES_FROM= IMAGE_SIZE=; CI=1 ends after)
 	@python -m ops.demo --data="$(DATA)" --backbone="$(BACKBONE)" --weights="$(WEIGHTS)" \

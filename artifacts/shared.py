@@ -54,7 +54,6 @@ _FILES_AT_ONCE = 8
 _JUST_USED_S = 60.0
 _FILLED = 0.9
 _LOOK_AFTER = 0.05
-_TRIES = 5
 
 
 _URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]+[a-z0-9])(?:/(?P<prefix>.*?))?/?")
@@ -149,17 +148,17 @@ class SharedStore(Store):
     def path(self, digest: Digest) -> Path:
         """Return where the file lies on this machine, after downloading it if need be. Raises NotFound or Corrupt."""
         if not self._use(digest):
-            self._download(digest)
+            self._download(digest).close()
         return self.place(digest)
 
     def bring(self, digests: Iterable[Digest]) -> None:
         list(_side_by_side(self.path, [digest for digest in dict.fromkeys(digests) if not self._use(digest)]))
 
     def open(self, digest: Digest) -> BufferedReader:
-        for _ in range(_TRIES):
+        while self._use(digest):
             with contextlib.suppress(FileNotFoundError):  # it was dropped just when it was found
-                return super().open(digest)
-        return super().open(digest)
+                return self.place(digest).open("rb")
+        return self._download(digest)
 
     def read(self, digest: Digest) -> bytes:
         return self._unharmed(super().read, digest)
@@ -175,7 +174,8 @@ class SharedStore(Store):
             self.drop_cached([digest])
             return read(digest)
 
-    def _download(self, digest: Digest) -> None:
+    def _download(self, digest: Digest) -> BufferedReader:
+        """Download the file and return it open, since its name may be dropped at once. Raises NotFound or Corrupt."""
         with self._folder.writer() as writer:
             try:
                 with self._asked():
@@ -193,8 +193,12 @@ class SharedStore(Store):
                     f"The file {digest} in the bucket {self._address.url} is not what its digest says. Restore it from "
                     "a backup or from an older version of the object."
                 )
-            writer.commit()
-            self._make_room_for(writer.size_bytes)
+            with contextlib.ExitStack() as unless_kept:
+                file = unless_kept.enter_context(writer.reader())
+                writer.commit()
+                self._make_room_for(writer.size_bytes)
+                unless_kept.pop_all()
+            return file
 
     # --- writing -----------------------------------------------------------------------------------------------------
 

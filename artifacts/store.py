@@ -248,6 +248,12 @@ class Writer:
         self._hash.update(chunk)
         self.size_bytes += len(chunk)
 
+    def reader(self) -> BufferedReader:
+        """Open for reading what was written so far."""
+        with disk_errors():
+            self._file.flush()
+        return self._temporary.open("rb")
+
     def commit(self) -> Digest:
         """Sync the file, name it by its digest and return that. Raises DiskFull."""
         digest = self.digest

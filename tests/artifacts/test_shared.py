@@ -196,8 +196,10 @@ def test_readers_and_those_who_make_room_do_not_disturb_each_other(bucket: Bucke
 
     with ThreadPoolExecutor(3) as pool:
         dropping = pool.submit(drop)
-        found = list(pool.map(store.read, files * 30))
-        over.set()
+        try:
+            found = list(pool.map(store.read, files * 30))
+        finally:
+            over.set()
         dropping.result()
     assert found == [bytes([number]) * 1000 for number in range(4)] * 30
 
