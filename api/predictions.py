@@ -7,12 +7,13 @@ takes no thread of other routes. One whose client left costs the engine nothing.
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Annotated, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
@@ -20,12 +21,14 @@ from starlette.requests import ClientDisconnect
 
 from api import bodies
 from api.deps import PrincipalDep, ServicesDep
-from api.schemas import Number, PredictionsOut, PredictRequest, TimingsOut
+from api.schemas import ExplanationOut, Number, PredictionsOut, PredictRequest, TimingsOut
 from artifacts.images import Pixels
 from artifacts.recipe import NAME_PATTERN
 from artifacts.store import Digest
 from errors import DeadlineExceeded, Overloaded, RequestInvalid, Unavailable
-from inference.predictor import Prediction, Predictor, Timings
+from inference.batcher import Computed
+from inference.explain import Explanation
+from inference.predictor import Explained, Prediction, Predictor, Timings
 from inference.shelf import Shelf
 from models.registry import CHAMPION
 from settings import Settings
@@ -40,6 +43,9 @@ _DECODED_AT_ONCE = 8
 _LOOKED_UP_AT_ONCE = 4
 # A backbone that is put away just when it is asked is loaded again; a shelf this much too small is an error.
 _LOADED_AGAIN = 3
+
+# As long as a part of a path, which labels may be.
+LONGEST_LABEL = 255
 
 router = APIRouter(prefix="/api/v1/models", tags=["models"])
 
@@ -109,6 +115,23 @@ class Admission:
             )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which explanation is wanted, and of which label: by default of the answer."""
+
+    kind: Explanation
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request is answered."""
+
+    predictions: list[Prediction]
+    explained: list[Explained] | None
+    timings: Timings
+
+
 class Desk:
     """Where predictions wait: for admission, for their model, for their images. Belongs to one event loop."""
 
@@ -140,10 +163,10 @@ class Desk:
                 retry_after_s=round(wait_s - self._settings.predict_deadline_s, 3),
             )
 
-    async def predict(self, bundle: Digest, files: list[bytes], arrived: float) -> tuple[list[Prediction], Timings]:
-        """Answer for image files that arrived at a moment of `perf_counter`.
+    async def predict(self, bundle: Digest, files: list[bytes], arrived: float, wanted: Wanted | None = None) -> Answer:
+        """Answer for image files that arrived at a moment of `perf_counter`, with pictures if they are wanted.
 
-        Raises DeadlineExceeded, Overloaded, ImageRefused, and what loading a model raises.
+        Raises DeadlineExceeded, Overloaded, ImageRefused, and what explaining and loading a model raise.
         """
         deadline_s = self._settings.predict_deadline_s
         until = arrived + deadline_s
@@ -156,23 +179,19 @@ class Desk:
                 began = time.perf_counter()
                 pixels = await self._decode(predictor, files, until)
                 decoded_s = time.perf_counter() - began
-            asked = predictor.submit(pixels, until)
+            asked = predictor.submit(pixels, until, wants_maps=wanted is not None)
             if asked is None:
                 continue
             computed = await asyncio.wrap_future(asked)
             computed_at = time.perf_counter()
             predictions = predictor.answer(computed.features)
-            now = time.perf_counter()
-            spent = Timings(
-                queue=0.0, decode=1000 * decoded_s, backbone=computed.backbone_ms, head=1000 * (now - computed_at)
-            )
-            # All that was neither of these was waiting: for the model, for a thread, for the engine.
-            return predictions, Timings(
-                max(0.0, 1000 * (now - arrived) - spent.decode - spent.backbone - spent.head),
-                spent.decode,
-                spent.backbone,
-                spent.head,
-            )
+            head_ms = 1000 * (time.perf_counter() - computed_at)
+            explained = await self._explain(predictor, wanted, pixels, computed, predictions) if wanted else None
+            # All that was none of these was waiting: for the model, for a thread, for the engine.
+            spent_ms = 1000 * decoded_s + computed.backbone_ms + head_ms
+            queue_ms = max(0.0, 1000 * (computed_at - arrived) + head_ms - spent_ms)
+            timings = Timings(queue_ms, 1000 * decoded_s, computed.backbone_ms, head_ms)
+            return Answer(predictions, explained, timings)
         raise Unavailable(
             "More networks are asked for at once than fit into ESPALIER_SHELF_BYTES. Try again, or raise it."
         )
@@ -191,6 +210,12 @@ class Desk:
             for one in decoding:
                 one.cancel()
                 one.add_done_callback(_seen)
+
+    async def _explain(
+        self, predictor: Predictor, wanted: Wanted, pixels: Pixels, computed: Computed, predictions: list[Prediction]
+    ) -> list[Explained]:
+        loop, given = asyncio.get_running_loop(), (wanted.kind, wanted.label, pixels, computed, predictions)
+        return await loop.run_in_executor(self._decoders, predictor.explain, *given)
 
     async def _predictor(self, bundle: Digest) -> Predictor:
         """Return the model of a bundle. All wait for one load, and it goes on for the next when they give up."""
@@ -244,7 +269,21 @@ async def while_there(request: Request, wanted: Awaitable[Result]) -> Result:
             task.add_done_callback(_seen)
 
 
-@router.post("/{name}/predict", openapi_extra=_IMAGES_BODY)
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answers, or a picture.",
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post(
+    "/{name}/predict",
+    openapi_extra=_IMAGES_BODY,
+    response_model=PredictionsOut,
+    response_model_exclude_none=True,
+    responses=_ANSWERS,
+)
 async def predict(
     request: Request,
     response: Response,
@@ -253,18 +292,25 @@ async def predict(
     name: str,
     version: Annotated[Number | None, Query()] = None,
     alias: Annotated[str | None, Query(pattern=NAME_PATTERN)] = None,
-) -> PredictionsOut:
+    explain: Annotated[Explanation | None, Query()] = None,
+    label: Annotated[str | None, Query(max_length=LONGEST_LABEL)] = None,
+) -> PredictionsOut | Response:
     """Predict images: one as the raw body, several as multipart fields `images` or as base64 in JSON.
 
-    Answers with the `champion`, unless a version or an alias is asked for.
+    Answers with the `champion`, unless a version or an alias is asked for. `explain=heatmap` shows which places of an
+    image speak for the answer, or for a `label`; `explain=activations` shows the network's strongest channels. The
+    pictures come with the answers, or one alone to who asks with `Accept: image/png`.
     """
     if version is not None and alias is not None:
         raise RequestInvalid("Expected a version or an alias. Received both.", field="alias")
+    if label is not None and explain is not Explanation.HEATMAP:
+        raise RequestInvalid("Expected a label together with explain=heatmap. Received it without.", field="label")
     settings = given.settings
     deadline_s = settings.predict_deadline_s
     desk: Desk = request.app.state.desk
     size_bytes = bodies.declared_bytes(request)
     most = settings.predict_bytes
+    wanted = Wanted(explain, label) if explain else None
     with desk.admission.admit(most if size_bytes is None else min(size_bytes, most)) as take:
         asked = (principal, name, version, alias or CHAMPION)
         served = given.switchboard.known(*asked)
@@ -276,13 +322,22 @@ async def predict(
             request, settings.predict_images, most, settings.image_bytes, stall_s=deadline_s
         )
         take(len(images) - 1)
-        predictions, timings = await while_there(request, desk.predict(served.bundle, images, time.perf_counter()))
-    spent = {stage: round(value, 3) for stage, value in asdict(timings).items()}
-    response.headers["Server-Timing"] = ", ".join(f"{stage};dur={value}" for stage, value in spent.items())
+        answering = desk.predict(served.bundle, images, time.perf_counter(), wanted)
+        answer = await while_there(request, answering)
+    spent = {stage: round(value, 3) for stage, value in asdict(answer.timings).items()}
+    timing = {"Server-Timing": ", ".join(f"{stage};dur={value}" for stage, value in spent.items())}
     given.metrics.saw_prediction(name, len(images), spent)
+    if answer.explained and len(images) == 1 and "image/png" in request.headers.get("accept", ""):
+        return Response(answer.explained[0].png, media_type="image/png", headers=timing)
+    response.headers.update(timing)
     return PredictionsOut(
         model=name,
         version=served.version,
-        predictions=[asdict(prediction) for prediction in predictions],
+        predictions=[asdict(prediction) for prediction in answer.predictions],
+        explanations=[
+            ExplanationOut(label=one.label, png=base64.b64encode(one.png).decode()) for one in answer.explained
+        ]
+        if answer.explained
+        else None,
         timings_ms=TimingsOut(**spent),
     )

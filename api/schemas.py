@@ -445,6 +445,13 @@ class TimingsOut(Schema):
     head: float
 
 
+class ExplanationOut(Schema):
+    """A picture that explains the answer for one image: `png` is base64; `label` is whose it is, if of one."""
+
+    label: str | None
+    png: str
+
+
 class PredictionsOut(Schema):
     """The answers for a request's images, in their order."""
 
@@ -452,6 +459,8 @@ class PredictionsOut(Schema):
     version: int
     predictions: list[ClassPredictionOut] | list[LabelsPredictionOut] | list[ValuePredictionOut]
     """By the model's task: a class, labels, or a number for each image."""
+    explanations: list[ExplanationOut] | None = None
+    """A picture for each image, if asked for by `explain`."""
     timings_ms: TimingsOut
 
 

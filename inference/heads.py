@@ -21,7 +21,7 @@ def _sigmoid(x: npt.NDArray[Floating]) -> npt.NDArray[Floating]:
     return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(x.dtype)
 
 
-_ACTIVATIONS: Mapping[Activation, Callable[[Float32], Float32]] = {
+ACTIVATIONS: Mapping[Activation, Callable[[Float32], Float32]] = {
     Activation.LINEAR: lambda x: x,
     Activation.RELU: lambda x: np.maximum(x, np.float32(0)),
     Activation.SIGMOID: _sigmoid,
@@ -34,7 +34,7 @@ def logits(layers: Sequence[Dense], features: Features) -> Float32:
     x: Float32 = features
     for layer in layers:
         centred: Float32 = x if layer.offset is None else x - layer.offset
-        x = _ACTIVATIONS[layer.activation](centred @ layer.kernel + layer.bias)
+        x = ACTIVATIONS[layer.activation](centred @ layer.kernel + layer.bias)
     return x
 
 

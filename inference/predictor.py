@@ -15,10 +15,11 @@ from artifacts.bundle import Bundle, Float32
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.recipe import Task
-from errors import BundleRefused, DeadlineExceeded, ImageRefused
-from inference import heads
+from errors import BundleRefused, DeadlineExceeded, ImageRefused, RequestInvalid
+from inference import explain, heads
 from inference.batcher import Batcher, Computed
 from inference.engine import TOLERANCE
+from inference.explain import Explanation
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class ValuePrediction:
 
 
 Prediction = ClassPrediction | LabelsPrediction | ValuePrediction
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A PNG that explains the answer for one image; `label` is whose, if it is of one."""
+
+    label: str | None
+    png: bytes
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,9 @@ class Predictor:
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
-    def submit(self, pixels: Pixels, until: float) -> Future[Computed] | None:
+    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> Future[Computed] | None:
         """Ask the backbone, as `Batcher.submit`; return None if this predictor was put away and another is needed."""
-        asked = self._batcher.submit(pixels, until)
+        asked = self._batcher.submit(pixels, until, wants_maps=wants_maps)
         return None if self._batcher.is_closed and asked.done() else asked
 
     def wait_s(self, images: int) -> float:
@@ -137,6 +146,47 @@ class Predictor:
             ClassPrediction(bundle.labels[index], float(row[index]), image)
             for index, row, image in zip(chosen, probabilities, named, strict=True)
         ]
+
+    def explain(
+        self, kind: Explanation, label: str | None, pixels: Pixels, computed: Computed, predictions: list[Prediction]
+    ) -> list[Explained]:
+        """Return a picture for each image, uint8 [n, size, size, 3], from what the backbone computed with its maps.
+
+        A heat map is of the label that is asked for, or of the one that was answered (of several the likeliest).
+        Raises RequestInvalid for a label that the model does not know, and for maps of too few places.
+        """
+        assert computed.maps is not None
+        explain.check_side(computed.maps, self.bundle.size)
+        if kind is Explanation.ACTIVATIONS:
+            return [Explained(None, explain.grid(maps)) for maps in computed.maps]
+        found = []
+        for image, features, maps, prediction in zip(
+            pixels, computed.features, computed.maps, predictions, strict=True
+        ):
+            chosen = self._explained_label(label, prediction)
+            output, sign = self._output(chosen)
+            places = sign * explain.heat(self.bundle.layers, features, maps, output)
+            found.append(Explained(chosen, explain.overlay(image, places)))
+        return found
+
+    def _explained_label(self, label: str | None, prediction: Prediction) -> str | None:
+        if isinstance(prediction, ValuePrediction) or (label is not None and label not in self.bundle.labels):
+            if label is None:
+                return None
+            known = ", ".join(self.bundle.labels[:10]) or "none, since the model answers numbers"
+            raise RequestInvalid(f"label: Expected a label of the model: {known}. Received {label!r}.", field="label")
+        if label is not None:
+            return label
+        return max(prediction.probabilities, key=prediction.probabilities.__getitem__)
+
+    def _output(self, label: str | None) -> tuple[int, float]:
+        """Return the output that speaks for a label, and whether it does (1) or speaks against it (-1)."""
+        if label is None:
+            return 0, 1.0
+        index = self.bundle.labels.index(label)
+        if self.bundle.task is Task.BINARY:
+            return 0, 1.0 if index else -1.0
+        return index, 1.0
 
     def predict(self, files: Sequence[bytes], limits: ImageLimits, deadline_s: float) -> list[Prediction]:
         """Answer for each image file, one after the other, in the caller's thread.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ import pytest
 from asgi import ask
 from fastapi.testclient import TestClient
 from flat import PNG, Loads, add_model, flat_bundle, serve
+from PIL import Image
 from waiting import until
 
 from api.deps import Services
 from api.predictions import Admission, Desk
 from artifacts import images
+from artifacts.bundle import Dense
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.recipe import Precision, Resize, Task
+from artifacts.recipe import Activation, Precision, Resize, Task
 from errors import Overloaded
 from inference import heads
 from inference.engine import Engine, FlatEngine
@@ -305,3 +309,77 @@ def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: S
         one.result(10)
     assert client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200
     assert slow.images_seen - seen <= 3, "the two that were there, and the last"
+
+
+# --- why -------------------------------------------------------------------------------------------------------------
+
+
+class Places(FlatEngine):
+    """An engine whose maps are the image itself: a feature is the mean of a colour."""
+
+    def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
+        maps = images.astype(np.float32) / 255
+        return maps.mean(axis=(1, 2)), maps if wants_maps else None
+
+
+RED_LEFT = np.zeros((8, 8, 3), np.uint8)
+RED_LEFT[:, :4, 0], RED_LEFT[:, 4:, 2] = 255, 255
+
+
+@pytest.fixture
+def colours(client: TestClient, services: Services, settings: Settings) -> bytes:
+    """A model of two colours on maps of 8×8 places; returns an image that is red on the left and blue on the right."""
+
+    class One(Loads):
+        def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
+            return Places()
+
+    kernel = np.array([[3, 0], [0, 0], [0, 2]], np.float32)
+    layers = (Dense(kernel, np.zeros(2, np.float32), Activation.LINEAR),)
+    golden = np.zeros((1, 8, 8, 3), np.uint8)
+    flat = flat_bundle(services.store.put(b"places"), labels=("red", "blue"))
+    add_model(
+        services,
+        "colours",
+        replace(flat, layers=layers, golden_input=golden, golden_output=np.zeros((1, 2), np.float32)),
+    )
+    serve(client, settings, One())
+    file = io.BytesIO()
+    Image.fromarray(RED_LEFT).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_heat_map_shows_which_places_speak_for_the_answer_or_for_a_label(client: TestClient, colours: bytes) -> None:
+    url = "/api/v1/models/colours/predict"
+    answer = client.post(f"{url}?explain=heatmap", content=colours).json()
+    [explained] = answer["explanations"]
+    assert explained["label"] == answer["predictions"][0]["label"] == "red"
+    for label, left_is_brighter in (("red", True), ("blue", False)):
+        png = client.post(f"{url}?explain=heatmap&label={label}", content=colours, headers={"Accept": "image/png"})
+        assert png.headers["content-type"] == "image/png" and "backbone;dur=" in png.headers["server-timing"]
+        picture = np.asarray(Image.open(io.BytesIO(png.content)), dtype=float)[:, :, 1]
+        assert (picture[:, :100].mean() > picture[:, -100:].mean()) == left_is_brighter
+
+
+def test_the_channels_of_each_image_are_shown_as_a_sheet(client: TestClient, colours: bytes) -> None:
+    files = [("images", ("a", colours)), ("images", ("b", PNG))]
+    answer = client.post("/api/v1/models/colours/predict?explain=activations", files=files).json()
+    sheets = [Image.open(io.BytesIO(base64.b64decode(one["png"]))) for one in answer["explanations"]]
+    assert len(sheets) == 2 and all(sheet.size == (132, 132) for sheet in sheets)
+
+
+def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, services: Services) -> None:
+    url = "/api/v1/models/colours/predict"
+    for query, detail in [
+        ("explain=heatmap&label=green", "Expected a label of the model: red, blue. Received 'green'"),
+        ("label=red", "together with explain=heatmap"),
+        ("explain=neighbours", "Received 'neighbours'"),
+    ]:
+        answer = client.post(f"{url}?{query}", content=colours)
+        assert answer.status_code == 422 and detail in answer.json()["detail"], answer.text
+    assert "explanations" not in client.post(url, content=colours).json()
+
+
+def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: Loads) -> None:
+    answer = client.post(f"{WARM}?explain=heatmap", content=PNG)
+    assert answer.status_code == 422 and "at least 4×4 places. Received one with 1×1" in answer.json()["detail"]

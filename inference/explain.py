@@ -1,0 +1,116 @@
+"""Pictures of why a model answers as it does, from what its one forward pass computed. Knows no HTTP and no engine.
+
+A backbone's features are the mean of its maps over all places, so what each place adds to an output is the gradient of
+that output by the features times the map there: class activation maps (Zhou et al. 2016, "Learning Deep Features for
+Discriminative Localization"), which is what Grad-CAM (Selvaraju et al. 2017) comes to behind average pooling.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from artifacts.bundle import Dense, Float32
+from artifacts.features import Features
+from artifacts.images import Pixels
+from artifacts.recipe import Activation
+from errors import RequestInvalid
+from inference.heads import ACTIVATIONS
+
+# A picture of fewer places tells nothing.
+LEAST_SIDE = 4
+CHANNELS = 16
+# Pictures are at least so large: a network's input of 32 pixels is hard to see.
+_SIDE = 256
+
+# Of what the activation returns.
+_SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
+    Activation.LINEAR: np.ones_like,
+    Activation.RELU: lambda y: (y > 0).astype(np.float32),
+    Activation.SIGMOID: lambda y: y * (1 - y),
+    Activation.TANH: lambda y: 1 - y * y,
+}
+
+
+class Explanation(StrEnum):
+    """What may be shown: where an answer comes from, or what the network sees at all."""
+
+    HEATMAP = "heatmap"
+    ACTIVATIONS = "activations"
+
+
+def gradient(layers: Sequence[Dense], features: Features, output: int) -> Float32:
+    """Return the gradient of one logit by the features, float32 [D], at features float32 [D]."""
+    outputs: list[Float32] = []
+    x: Float32 = features
+    for layer in layers:
+        centred: Float32 = x if layer.offset is None else x - layer.offset
+        x = ACTIVATIONS[layer.activation](centred @ layer.kernel + layer.bias)
+        outputs.append(x)
+    slope: Float32 = np.zeros_like(x)
+    slope[output] = 1
+    for layer, y in zip(reversed(layers), reversed(outputs), strict=True):
+        slope = layer.kernel @ (slope * _SLOPES[layer.activation](y))
+    return slope
+
+
+def heat(layers: Sequence[Dense], features: Features, maps: Features, output: int) -> Float32:
+    """Return what each place adds to one logit, float32 [h, w], for features [D] and maps [h, w, D] of an image.
+
+    Its mean is the logit but for the bias, if the head is linear.
+    """
+    found: Float32 = maps @ gradient(layers, features, output)
+    return found
+
+
+def check_side(maps: Features, size: int) -> None:
+    """Raise RequestInvalid if maps [..., h, w, D] of images of `size` pixels have too few places to show."""
+    side = min(maps.shape[-3:-1])
+    if side < LEAST_SIDE:
+        enough = -(-LEAST_SIDE * size // side)
+        raise RequestInvalid(
+            f"explain: Expected a model whose maps have at least {LEAST_SIDE}×{LEAST_SIDE} places. Received one with "
+            f"{side}×{side} at {size} pixels. Train with image_size {enough} or more, or with features_from an "
+            "earlier layer.",
+            field="explain",
+        )
+
+
+def overlay(pixels: Pixels, places: Float32) -> bytes:
+    """Return an image [H, W, 3] under a veil as PNG: what speaks for the answer glows, the rest goes dark."""
+    side = max(_SIDE, *pixels.shape[:2])
+    picture = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
+    positive = np.maximum(places, 0)
+    level = positive / max(float(positive.max()), float(np.finfo(np.float32).tiny))
+    large = np.asarray(Image.fromarray(level).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    glow = np.concatenate([np.full_like(large, 255), 255 * large, np.zeros_like(large)], axis=2)
+    mixed = picture * (0.35 + 0.25 * (1 - large)) + glow * (0.6 * large)
+    return _png(mixed.clip(0, 255).astype(np.uint8))
+
+
+def grid(maps: Features) -> bytes:
+    """Return the channels of maps [h, w, D] that are strongest on average as a PNG, the strongest first, row by row."""
+    strongest = np.argsort(maps.mean(axis=(0, 1)))[::-1][:CHANNELS]
+    columns = int(np.ceil(np.sqrt(len(strongest))))
+    rows = -(-len(strongest) // columns)
+    tile = max(64, *maps.shape[:2])
+    sheet = np.zeros((rows * (tile + 2), columns * (tile + 2)), np.uint8)
+    for place, channel in enumerate(strongest):
+        values = maps[:, :, channel]
+        low, high = float(values.min()), float(values.max())
+        level = (255 * (values - low) / max(high - low, float(np.finfo(np.float32).tiny))).astype(np.uint8)
+        picture = Image.fromarray(level).resize((tile, tile), Image.Resampling.NEAREST)
+        top, left = place // columns * (tile + 2), place % columns * (tile + 2)
+        sheet[top : top + tile, left : left + tile] = np.asarray(picture)
+    return _png(sheet)
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

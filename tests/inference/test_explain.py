@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from artifacts.bundle import Dense
+from artifacts.recipe import Activation
+from errors import RequestInvalid
+from inference import heads
+from inference.explain import CHANNELS, check_side, gradient, grid, heat, overlay
+
+RANDOM = np.random.default_rng(5)
+
+
+def dense(inputs: int, units: int, activation: Activation, has_offset: bool = False) -> Dense:
+    offset = RANDOM.normal(size=inputs).astype(np.float32) if has_offset else None
+    kernel, bias = RANDOM.normal(size=(inputs, units)), RANDOM.normal(size=units)
+    return Dense(kernel.astype(np.float32), bias.astype(np.float32), activation, offset)
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+def test_the_gradient_is_that_of_small_steps(activation: Activation) -> None:
+    layers = (dense(6, 5, activation, has_offset=True), dense(5, 4, activation), dense(4, 3, Activation.LINEAR))
+    features = RANDOM.normal(size=6).astype(np.float32)
+    step = np.float32(1e-3)
+    steps = features + step * np.eye(6, dtype=np.float32), features - step * np.eye(6, dtype=np.float32)
+    for output in range(3):
+        up, down = (heads.logits(layers, rows)[:, output] for rows in steps)
+        assert gradient(layers, features, output) == pytest.approx((up - down) / (2 * step), abs=2e-2)
+
+
+def test_the_places_of_a_linear_head_add_up_to_its_logit() -> None:
+    layers = (dense(6, 3, Activation.LINEAR, has_offset=True),)
+    maps = RANDOM.normal(size=(5, 5, 6)).astype(np.float32)
+    features = maps.mean(axis=(0, 1))
+    logits = heads.logits(layers, features[None])[0]
+    assert layers[0].offset is not None
+    constant = layers[0].bias - layers[0].offset @ layers[0].kernel
+    for output in range(3):
+        assert heat(layers, features, maps, output).mean() + constant[output] == pytest.approx(logits[output], abs=1e-4)
+
+
+def test_what_speaks_for_the_answer_glows() -> None:
+    pixels = np.full((40, 40, 3), 128, np.uint8)
+    places = np.full((4, 4), -1.0, np.float32)
+    places[0, 3] = 2.0
+    picture = np.asarray(Image.open(io.BytesIO(overlay(pixels, places))))
+    assert picture.shape == (256, 256, 3)
+    assert picture[20, 236, 0] > 170 and picture[20, 236, 2] < 80, "yellow at the top right"
+    assert (picture[200, 40] < 90).all(), "dark elsewhere"
+    nothing = np.asarray(Image.open(io.BytesIO(overlay(pixels, np.zeros((4, 4), np.float32)))))
+    assert (nothing == nothing[0, 0]).all()
+
+
+def test_the_strongest_channels_come_first() -> None:
+    maps = np.zeros((4, 4, 20), np.float32)
+    for channel in range(20):
+        maps[channel % 4, channel // 4 % 4, channel] = channel
+    sheet = np.asarray(Image.open(io.BytesIO(grid(maps))))
+    assert sheet.shape == (4 * 66, 4 * 66)
+    tile = 16
+    for place in range(CHANNELS):
+        channel = 19 - place
+        top, left = place // 4 * 66 + channel % 4 * tile, place % 4 * 66 + channel // 4 % 4 * tile
+        assert sheet[top + 8, left + 8] == 255
+
+
+def test_maps_of_too_few_places_are_told_with_the_size_that_is_enough() -> None:
+    check_side(np.zeros((1, 4, 4, 8), np.float32), 128)
+    with pytest.raises(RequestInvalid, match=r"1×1 at 32 pixels\. Train with image_size 128 or more"):
+        check_side(np.zeros((1, 1, 1, 8), np.float32), 32)
