@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -13,7 +16,7 @@ from fastapi_swagger import patch_fastapi
 import logs
 from api import comparisons, datasets, events, openapi, operations, predictions, problems, registry, runs
 from api.deps import Services
-from api.door import Door
+from api.door import Door, Ending
 from api.metrics import Metrics
 from api.predictions import Desk
 from api.switchboard import Switchboard
@@ -23,6 +26,9 @@ from errors import StoreRefused
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
+
+# A client that sends one request after the other comes to know within this; one that is idle loses nothing.
+LEAVE_WITHIN_S = 1.0
 
 _DESCRIPTION = """
 Upload labelled images, train a model by transfer learning, read an honest score, ask for predictions.
@@ -42,7 +48,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     database = Database(settings.database)
     store = open_store(settings.store)
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes)
-    metrics = Metrics()
+    metrics, ending = Metrics(), Ending()
     metrics.watch(shelf.loaded)
     switchboard = Switchboard(database, shelf)
     desk = Desk(settings, shelf)
@@ -77,6 +83,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         shelf=shelf,
         switchboard=switchboard,
         metrics=metrics,
+        ending=ending,
     )
     app.state.desk = desk
     for part in (datasets, runs, events, comparisons, registry, predictions, operations):
@@ -85,8 +92,26 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     problems.install(app)
     key = settings.api_key.get_secret_value() if settings.api_key else None
     openapi.install(app, has_key=key is not None)
-    app.add_middleware(Door, hosts=settings.hosts, api_key=key, metrics=metrics)
+    app.add_middleware(Door, hosts=settings.hosts, api_key=key, metrics=metrics, ending=ending)
     return app
+
+
+class _Server(uvicorn.Server):
+    """Goes on for a moment when it is told to end, so that clients with open connections leave before these close.
+
+    Ctrl-C and a second signal end it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, ending: Ending) -> None:
+        super().__init__(config)
+        self._ending = ending
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig != signal.SIGTERM or self._ending.is_near:
+            super().handle_exit(sig, frame)
+            return
+        self._ending.is_near = True
+        threading.Timer(LEAVE_WITHIN_S, super().handle_exit, (sig, frame)).start()
 
 
 def main() -> None:
@@ -97,7 +122,7 @@ def main() -> None:
         app = create_app(settings)
     except StoreRefused as error:
         sys.exit(error.detail)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.api_host,
         port=settings.api_port,
@@ -106,6 +131,7 @@ def main() -> None:
         server_header=False,
         timeout_graceful_shutdown=10,
     )
+    _Server(config, app.state.services.ending).run()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from api import probe
+from api.door import Ending
 from api.metrics import Metrics
 from api.switchboard import Switchboard
 from artifacts.store import Store
@@ -33,6 +34,7 @@ class Services:
     shelf: Shelf
     switchboard: Switchboard
     metrics: Metrics
+    ending: Ending
     probe_engine: Callable[[], str] = probe.cpu
 
 

@@ -30,14 +30,23 @@ _SAFE = ("GET", "HEAD", "OPTIONS")
 log = structlog.get_logger()
 
 
+class Ending:
+    """Whether this process ends soon: then every answer closes its connection, so that clients come back elsewhere."""
+
+    is_near = False
+
+
 class Door:
     """The outermost middleware."""
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics, ending: Ending
+    ) -> None:
         self._app = app
         self._hosts = hosts
         self._api_key = api_key
         self._metrics = metrics
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,6 +64,8 @@ class Door:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
+                if self._ending.is_near:
+                    headers["Connection"] = "close"
             await send(message)
 
         try:

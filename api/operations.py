@@ -31,7 +31,7 @@ router = APIRouter(tags=["operations"])
 # A worker looks every few seconds; one that has not for this long is gone or hung.
 _WORKER_SEEN_S = 60
 _WORKERS_SHOWN = 200
-_DECISIVE = ("database", "schema", "disk", "engine")
+_DECISIVE = ("database", "schema", "disk", "engine", "process")
 
 
 @router.get("/healthz")
@@ -47,6 +47,7 @@ def readyz(given: ServicesDep, response: Response) -> Readiness:
         "database": _checked(_database, given),
         "schema": _checked(_schema, given),
         "disk": _checked(_disk, given),
+        "process": Check(ok=not given.ending.is_near, detail="ends soon" if given.ending.is_near else "goes on"),
         "store": _checked(_store, given),
         "engine": _checked(_engine, given),
         "broker": _checked(_broker, given),

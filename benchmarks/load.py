@@ -17,11 +17,12 @@ import numpy as np
 
 @dataclass
 class Load:
-    """What came of it: answers by status, and how long those with 200 took."""
+    """What came of it: answers by status, how long those with 200 took, and how many requests lost their connection."""
 
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
     broken: int = 0
+    refused: int = 0
     took_s: list[float] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
 
@@ -73,9 +74,14 @@ async def _load(port: int, requests: Sequence[bytes], clients: int, seconds: flo
         while time.perf_counter() < began + seconds:
             request = requests[next(turn) % len(requests)]
             sent = time.perf_counter()
-            try:
-                if streams is None:
+            if streams is None:
+                try:
                     streams = await asyncio.open_connection("127.0.0.1", port)
+                except OSError:  # nothing was sent
+                    found.refused += 1
+                    await asyncio.sleep(0.05)
+                    continue
+            try:
                 status, body, closes = await _ask(*streams, request)
             except (OSError, asyncio.IncompleteReadError):
                 found.broken += 1

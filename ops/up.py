@@ -116,7 +116,7 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
     """Return what runs, first things first."""
     found = [
         *workers(settings),
-        Program("api", [sys.executable, "-m", "api.app"], 30, stop_s=10),
+        Program("api", [sys.executable, "-m", "api.app"], 30, stop_s=15),
     ]
     if settings.mlflow_url is None:
         found.append(mlflow_server(settings.mlflow_port, folder / "mlflow"))

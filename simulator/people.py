@@ -99,7 +99,7 @@ class Api:
     def _answer(self, machine: Machine, request: Request[T], key: str | None) -> T:
         # The routes that are asked here need no more of a process.
         nothing = cast(Any, None)
-        services = Services(self._settings, machine.database, self._world.store, self._broker, *[nothing] * 3)
+        services = Services(self._settings, machine.database, self._world.store, self._broker, *[nothing] * 4)
         if key is None:
             return request(services)
         with machine.database.exclusive(key) as is_held:
