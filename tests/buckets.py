@@ -22,6 +22,10 @@ from artifacts.store import Digest, StoreAddress
 
 EACH_STORE = pytest.mark.parametrize("store", ["folder", "bucket"], indirect=True)
 """Have a test run with each kind of store."""
+EACH_STORE_SLOWLY = pytest.mark.parametrize(
+    "store", ["folder", pytest.param("bucket", marks=pytest.mark.slow)], indirect=True
+)
+"""The same, with the bucket among the slow tests."""
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-key-of-a-test", "AWS_SECRET_ACCESS_KEY": "the-secret-of-a-test"}
 

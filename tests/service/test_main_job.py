@@ -149,6 +149,7 @@ def test_the_same_seed_gives_the_same_metrics(service: Service, colours: dict[st
     assert [fold["metrics"] for fold in one["folds"]] == [fold["metrics"] for fold in same["folds"]]
 
 
+@pytest.mark.slow
 def test_two_classes_are_binary_and_both_are_answered(service: Service) -> None:
     dataset = service.upload("pair", sample.tarred(sample.coloured(per_class=10, classes=2), "w"))
     assert dataset["task"] == "binary"
@@ -196,6 +197,7 @@ def test_labels_with_groups_and_splits_are_kept_together(service: Service) -> No
     assert all(len(folds) == 1 for folds in fold_of_group.values()), fold_of_group
 
 
+@pytest.mark.slow
 def test_a_deleted_data_set_takes_its_images_along_and_leaves_its_models(service: Service) -> None:
     files = sample.coloured(per_class=8, seed=90_000)
     dataset = service.upload("short-lived", sample.zipped(files))

@@ -87,6 +87,7 @@ def is_ready(service: Service) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_is_killed_ends_as_it_would_have(
     service: Service, colours: dict[str, Any], trained: dict[str, Any]
 ) -> None:

@@ -82,6 +82,7 @@ def test_what_a_killed_process_left_unfinished_goes_once_nobody_writes_to_it(tmp
     assert list(tmp_path.iterdir()) == [present]
 
 
+@pytest.mark.slow
 def test_maps_are_computed_once_and_another_network_has_others(store: Store, tmp_path: Path) -> None:
     rows = digests(store, 70)
     pixels = load_pixels(rows, Decoder(store, 32, Resize.SQUASH, ImageLimits(), 2), tmp_path, lambda *done: None)

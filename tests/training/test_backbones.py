@@ -179,7 +179,10 @@ def test_a_file_that_is_damaged_or_reaches_into_others_is_refused(
         backbones.import_weights(BackboneName.VGG16, file)
 
 
-@pytest.mark.parametrize("name", list(BackboneName))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name is BackboneName.VGG16 else pytest.mark.slow) for name in BackboneName],
+)
 def test_every_layer_is_found_under_the_name_that_keras_gives_it(name: BackboneName, tmp_path: Path) -> None:
     network = backbones.network(name, CATALOGUE[name].minimum_size)
     network.save_weights(tmp_path / "whole.weights.h5")

@@ -237,6 +237,7 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
     assert "Accuracy" in outcome.files["report.md"][0].decode()
 
 
+@pytest.mark.slow
 def test_another_head_computes_no_features_and_added_images_only_their_own(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     first, heard = bench.run(rows)
@@ -317,6 +318,7 @@ def test_a_binary_run_has_one_logit_and_an_area_under_the_curve(bench: Bench) ->
     assert outcome.metrics["roc_auc"] > 0.9
 
 
+@pytest.mark.slow
 def test_test_images_are_scored_once_and_neither_trained_on_nor_folded(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=12))
     held = [Row(row.path, row.sha256, row.labels, None, None, Split.TEST) for row in rows[::4]]
@@ -386,6 +388,7 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
         )
 
 
+@pytest.mark.slow
 def test_class_names_are_no_formulas(bench: Bench) -> None:
     files = {}
     for number in range(8):

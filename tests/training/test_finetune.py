@@ -134,6 +134,7 @@ def test_an_untrained_network_answers_as_the_head_on_frozen_features_did() -> No
         assert tuned.logits(trial.rows) == pytest.approx(before, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "targets"),
     [
@@ -195,6 +196,7 @@ def test_the_loss_falls_and_every_epoch_is_told() -> None:
     assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= tuned.trained.history[0].keys()
 
 
+@pytest.mark.slow
 def test_long_predictions_show_that_they_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "_PREDICT_BATCH", 8)
     beats: list[float] = []

@@ -83,7 +83,9 @@ def test_a_binary_head_has_one_output() -> None:
     assert ((logits[:, 0] > 0) == truth).mean() > 0.9
 
 
-@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh", "linear"])
+@pytest.mark.parametrize(
+    "activation", ["relu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid", "tanh", "linear"))]
+)
 def test_a_head_with_hidden_layers_and_dropout_answers_as_keras_does(activation: str) -> None:
     features, truth = clouds()
     recipe = quick(head=HeadRecipe(hidden=(16, 8), activation=activation, dropout=0.1))
@@ -95,7 +97,7 @@ def test_a_head_with_hidden_layers_and_dropout_answers_as_keras_does(activation:
     assert accuracy(result, features[rows], truth[rows]) == pytest.approx(kept)
 
 
-@pytest.mark.parametrize("scale", [1e-10, 1e6])
+@pytest.mark.parametrize("scale", [1e-10, pytest.param(1e6, marks=pytest.mark.slow)])
 def test_tiny_and_huge_features_learn_alike(scale: float) -> None:
     features, truth = clouds(scale=scale)
     assert accuracy(fitted(quick(), features, truth), features, truth) > 0.9
@@ -122,7 +124,7 @@ def test_standardising_is_learned_from_the_training_rows_alone() -> None:
     assert scaled.std(axis=0) == pytest.approx(np.ones(8), abs=1e-5)
 
 
-@pytest.mark.parametrize("spread", [1e-3, 1e-5])
+@pytest.mark.parametrize("spread", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-5])
 def test_features_that_hardly_vary_answer_as_keras_did(spread: float) -> None:
     features, truth = clouds()
     narrow = (1.0 + spread * features).astype(np.float32)
@@ -132,7 +134,13 @@ def test_features_that_hardly_vary_answer_as_keras_did(spread: float) -> None:
     assert accuracy(result, narrow[rows], truth[rows]) == pytest.approx(kept)
 
 
-@pytest.mark.parametrize("name", list(OptimizerName))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in (OptimizerName.ADAM, OptimizerName.SGD) else pytest.mark.slow)
+        for name in OptimizerName
+    ],
+)
 def test_every_optimizer_lowers_the_loss(name: OptimizerName) -> None:
     features, truth = clouds()
     result = fitted(quick(optimizer=OptimizerRecipe(name=name, learning_rate=0.02)), features, truth)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import records
 import sample
-from buckets import EACH_STORE
+from buckets import EACH_STORE, EACH_STORE_SLOWLY
 from PIL import Image
 from records import PRINCIPAL
 from sqlalchemy import select
@@ -258,7 +258,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intak
     assert intake.has_nothing_but(version)
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     files["blue/again.png"] = files["blue/0.png"]
@@ -269,7 +269,7 @@ def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
     assert intake.has_nothing_but(version)
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     files["green/liar.png"] = files["blue/0.png"]
@@ -301,7 +301,7 @@ def test_up_to_fifty_bad_files_are_borne(intake: Intake) -> None:
     assert intake.has_nothing_but(version)
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number:02}.png": b"bad" for number in range(51)}
     version = anywhere.take_in(files)
@@ -336,7 +336,7 @@ def test_what_makes_no_data_set_is_rejected_with_its_reason(
 # --- images that break decoders --------------------------------------------------------------------------------------
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(intake: Intake) -> None:
     files = sample.coloured(per_class=2, classes=2)
     paths = list(files)
@@ -424,7 +424,7 @@ def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: Intake)
     assert intake.has_nothing_but(*kept)
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_a_rejected_addition_leaves_the_version_before_alone(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
@@ -525,7 +525,7 @@ def abandon(intake: Intake, version_id: str) -> None:
             handler.requeued(session, job, None)
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhere: Intake) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     kept = anywhere.take_in(shared, "kept")
@@ -546,7 +546,7 @@ def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhe
     assert anywhere.has_nothing_but(kept, again)
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
@@ -627,7 +627,7 @@ def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin) -> None:
 # --- deletion --------------------------------------------------------------------------------------------------------
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) -> None:
     shared, mine = sample.coloured(per_class=2, classes=2), {"blue/mine.png": sample.png(77)}
     kept = anywhere.take_in(shared, "kept")
@@ -642,7 +642,7 @@ def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) ->
     assert anywhere.has_nothing_but()
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: Intake) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(2)))
     intake.delete()
@@ -695,7 +695,7 @@ def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere:
     assert anywhere.has_nothing_but(version)
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhere: Intake) -> None:
     files = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(files, "gone")

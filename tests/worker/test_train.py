@@ -593,6 +593,7 @@ def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, 
 # --- cut wires ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
 def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say) -> None:
     with cut_off(tuning.database) as (through, wire):
