@@ -455,8 +455,19 @@ def test_readiness_names_each_part(client: TestClient) -> None:
     answer = client.get("/readyz")
     checks = answer.json()["checks"]
     assert answer.status_code == 200
-    assert checks.keys() == {"database", "schema", "disk", "store", "engine", "broker", "workers"}
-    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "disk", "store", "engine"}
+    good = {"database", "schema", "disk", "process", "store", "engine"}
+    assert checks.keys() == good | {"broker", "workers"}
+    assert {name for name, check in checks.items() if check["ok"]} == good
+
+
+def test_a_process_that_ends_soon_is_not_ready_and_has_its_clients_leave(
+    client: TestClient, services: Services
+) -> None:
+    assert "connection" not in client.get("/healthz").headers
+    services.ending.is_near = True
+    answer = client.get("/readyz")
+    assert answer.status_code == 503 and answer.json()["checks"]["process"] == {"ok": False, "detail": "ends soon"}
+    assert client.get("/healthz").headers["connection"] == "close"
 
 
 def test_an_old_schema_is_not_ready(client: TestClient, services: Services) -> None:
@@ -487,7 +498,7 @@ def test_a_part_that_breaks_in_any_way_is_named_and_the_others_are_still_asked(
     answer = client.get("/readyz")
     checks = answer.json()["checks"]
     assert (answer.status_code, answer.json()["ready"]) == (503, False)
-    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema"}
+    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "process"}
     assert checks["engine"]["detail"].startswith("RuntimeError") and "secret" not in answer.text
     assert checks["disk"]["detail"].startswith("FileNotFoundError")
 

@@ -174,6 +174,7 @@ def test_a_network_is_fine_tuned_and_answers(service: Service, colours: dict[str
     assert answer.status_code == 200 and answer.json()["predictions"][0]["label"] in ("blue", "green", "red")
 
 
+@pytest.mark.slow
 def test_labels_with_groups_and_splits_are_kept_together(service: Service) -> None:
     files = sample.coloured(per_class=12, classes=2, seed=80_000)
     lines = ["path,label,group,split"]

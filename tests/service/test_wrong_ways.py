@@ -170,6 +170,7 @@ def test_without_network_a_run_says_within_seconds_what_to_do(service: Service, 
         assert way_out in run["error"]["detail"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_what_to_change(service: Service, colours: dict[str, Any]) -> None:
     head = {"hidden": [64, 64], "activation": "linear", "l2": 10}
     run = service.train(

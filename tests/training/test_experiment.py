@@ -310,6 +310,7 @@ def test_the_same_seed_gives_the_same_metrics_and_the_same_bundle(bench: Bench) 
     assert other.bundle != one.bundle
 
 
+@pytest.mark.slow
 def test_a_binary_run_has_one_logit_and_an_area_under_the_curve(bench: Bench) -> None:
     outcome, _ = bench.run(bench.rows(sample.coloured(per_class=10, classes=2)))
     bundle = bundles.load(bench.store.read(outcome.bundle))
@@ -493,6 +494,7 @@ TUNED_EARLY = {
 EITHER_MODE = pytest.mark.parametrize("mode", [{}, pytest.param(TUNED_EARLY, marks=pytest.mark.slow)])
 
 
+@pytest.mark.slow
 @EITHER_MODE
 def test_a_number_is_learned_measured_and_answered_in_its_own_unit(bench: Bench, mode: dict[str, Any]) -> None:
     levels = [40 + 2 * number for number in range(72)]

@@ -238,6 +238,7 @@ def test_class_weights_balance_what_is_rare() -> None:
     assert class_weights(truth, ClassWeights.AUTO) == pytest.approx({0: 4 / 6, 1: 2.0})
 
 
+@pytest.mark.slow
 def test_class_weights_make_a_rare_class_answered_more_often() -> None:
     random = np.random.default_rng(0)
     truth = (np.arange(400) % 20 == 1).astype(np.intp)
@@ -265,6 +266,7 @@ def fitted_to(task: Task, features: Features, targets: Any, recipe: Recipe | Non
     )
 
 
+@pytest.mark.slow
 def test_numbers_are_learned_whatever_their_unit() -> None:
     features = np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)
     numbers = 20_000.0 + 500 * features[:, :1] - 200 * features[:, 1:2]

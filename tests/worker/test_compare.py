@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import records
-from buckets import EACH_STORE
+from buckets import EACH_STORE_SLOWLY
 from onnx import TensorProto, helper
 from records import PRINCIPAL
 from safetensors.numpy import save as save_tensors
@@ -202,7 +202,7 @@ def case(sqlite: Database, store: Store) -> Case:
         return case
 
 
-@EACH_STORE
+@EACH_STORE_SLOWLY
 def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop) -> None:
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
     settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=60)

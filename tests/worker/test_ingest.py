@@ -612,6 +612,7 @@ def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, be
     until(intake.has_nothing_but)  # its files go once that is written
 
 
+@pytest.mark.slow
 def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin) -> None:
     slow = slow_jpeg(120)
     files = sample.coloured(per_class=2, classes=2) | {
