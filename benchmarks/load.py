@@ -59,20 +59,33 @@ def form(path: str, field_name: str, file: bytes) -> bytes:
     return post(path, head.encode() + file + f"\r\n--{edge}--\r\n".encode(), f"multipart/form-data; boundary={edge}")
 
 
-def load(port: int, requests: Sequence[bytes], clients: int, seconds: float, keeps_bodies: bool = False) -> Load:
-    """Send requests in turn from so many clients for so long."""
-    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies))
+def load(
+    port: int,
+    requests: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    *,
+    keeps_bodies: bool = False,
+    most: int = 10**9,
+) -> Load:
+    """Send requests in turn from so many clients, for so long or until so many were sent."""
+    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most))
 
 
-async def _load(port: int, requests: Sequence[bytes], clients: int, seconds: float, keeps_bodies: bool) -> Load:
+async def _load(
+    port: int, requests: Sequence[bytes], clients: int, seconds: float, keeps_bodies: bool, most: int
+) -> Load:
     found = Load()
     began = time.perf_counter()
-    turn = iter(range(10**9))
+    turn = iter(range(most))
 
     async def client() -> None:
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         while time.perf_counter() < began + seconds:
-            request = requests[next(turn) % len(requests)]
+            number = next(turn, None)
+            if number is None:
+                break
+            request = requests[number % len(requests)]
             sent = time.perf_counter()
             if streams is None:
                 try:

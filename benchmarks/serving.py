@@ -303,8 +303,7 @@ def on_ours(ours: Server, port: int, wanted: argparse.Namespace, files: Sequence
         for number in range(wanted.rounds):
             one = load(port, ours.requests, clients, seconds)
             if not number:  # every head once
-                for start in range(0, wanted.heads, 200):
-                    load(port, spread_out[start : start + 200], 32, 5.0)
+                load(port, spread_out, 32, 3600.0, most=wanted.heads)
                 after = resident_mb(process)
             many = load(port, spread_out, clients, seconds)
             ratios.append(many.per_second / one.per_second)

@@ -1,31 +1,28 @@
 """The network in LitServe, batched, as its documentation shows."""
 
-from __future__ import annotations
-
 import os
-from typing import Any
 
 import litserve
 import network
-from fastapi import UploadFile
+from fastapi import Request  # LitServe reads the annotation itself, so it must not be text
 
 
 class Classifier(litserve.LitAPI):
     """Decodes on the way in, predicts a batch."""
 
-    def setup(self, device: str) -> None:
+    def setup(self, device):
         """Load the network in the worker."""
         self.network = network.Network()
 
-    def decode_request(self, request: UploadFile, **_: Any) -> Any:
-        """Return the pixels of the file that was sent."""
-        return network.decode(request["image"].file.read() if isinstance(request, dict) else request.file.read())
+    def decode_request(self, request: Request):
+        """Return the pixels of the file that was sent in a form."""
+        return network.decode(request["image"].file.read())
 
-    def predict(self, x: Any, **_: Any) -> Any:
+    def predict(self, x):
         """Return probabilities for a batch."""
-        return network.Network.predict(self.network, list(x))
+        return self.network.predict(list(x))
 
-    def encode_response(self, output: Any, **_: Any) -> dict[str, list[float]]:
+    def encode_response(self, output):
         """Return one answer."""
         return {"probabilities": [float(value) for value in output]}
 

@@ -28,7 +28,7 @@ def test_neither_a_moved_alias_nor_an_api_that_is_told_to_end_costs_a_request(tm
         request = post("/api/v1/models/colours/predict", sample.png(1))
         assert load(service.port, [request], 1, 1.0).statuses[200]
 
-        flood = pool.submit(load, service.port, [request], 8, 12.0, True)
+        flood = pool.submit(load, service.port, [request], 8, 12.0, keeps_bodies=True)
         took = []
         for version in (2, 1, 2):
             time.sleep(1.0)
