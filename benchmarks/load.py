@@ -67,13 +67,17 @@ def load(
     *,
     keeps_bodies: bool = False,
     most: int = 10**9,
+    patience_s: float = 120.0,
 ) -> Load:
-    """Send requests in turn from so many clients, for so long or until so many were sent."""
-    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most))
+    """Send requests in turn from so many clients, for so long or until so many were sent.
+
+    One that has no answer after `patience_s` counts as broken.
+    """
+    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most, patience_s))
 
 
 async def _load(
-    port: int, requests: Sequence[bytes], clients: int, seconds: float, keeps_bodies: bool, most: int
+    port: int, requests: Sequence[bytes], clients: int, seconds: float, keeps_bodies: bool, most: int, patience_s: float
 ) -> Load:
     found = Load()
     began = time.perf_counter()
@@ -95,8 +99,9 @@ async def _load(
                     await asyncio.sleep(0.05)
                     continue
             try:
-                status, body, closes = await _ask(*streams, request)
-            except (OSError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(patience_s):
+                    status, body, closes = await _ask(*streams, request)
+            except (OSError, asyncio.IncompleteReadError):  # a timeout is an OSError
                 found.broken += 1
                 streams = None
                 await asyncio.sleep(0.01)
