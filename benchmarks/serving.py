@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Server:
     """A server as it is started and asked."""
 
     name: str
+    ready: str
     command: Sequence[str]
     folder: Path
     environment: dict[str, str]
@@ -80,15 +81,28 @@ def running(server: Server, port: int) -> Iterator[psutil.Process]:
     ) as process:
         try:
             deadline = time.monotonic() + _START_WITHIN_S
-            while load(port, server.requests[:1], 1, 0.2, patience_s=10.0).statuses[200] == 0:
+            while not _is_ready(port, server.ready):  # LitServe breaks on what comes before it is
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{server.name} did not start")
                 time.sleep(0.5)
+            if load(port, server.requests[:1], 1, 0.2).statuses.keys() != {200}:
+                raise RuntimeError(f"{server.name} does not answer")
             yield psutil.Process(process.pid)
         finally:
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
                 child.terminate()
             process.wait(30)
+
+
+def _is_ready(port: int, path: str) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 def free_port() -> int:
@@ -256,6 +270,7 @@ def main() -> None:
         port = free_port()
         ours = Server(
             "Espalier",
+            "/readyz",
             [sys.executable, "-m", "api.app"],
             Path.cwd(),
             {"ESPALIER_VAR": str(given.folder), "ESPALIER_API_PORT": str(port), "ESPALIER_PREDICT_DEADLINE_S": "30"},
@@ -316,7 +331,7 @@ def on_ours(ours: Server, port: int, wanted: argparse.Namespace, files: Sequence
         }
         figures["alias"] = moved_alias(port, ours.requests, clients, seconds)
     if wanted.overload:
-        eager = Server(ours.name, ours.command, ours.folder, ours.environment | _FIVE_SECONDS, ours.requests)
+        eager = replace(ours, environment=ours.environment | _FIVE_SECONDS)
         with running(eager, port) as process:
             capacity = load(port, ours.requests, 8, seconds).per_second
             clients = max(16, int(2 * capacity * 5))
@@ -347,21 +362,17 @@ def peers(wanted: argparse.Namespace, size: int, port: int, files: Sequence[byte
         "PYTHONPATH": str(_PEERS),
     }
     python = wanted.peers.absolute()
+    lit = [str(python), "litserve_app.py"]
     bento = [str(python.with_name("bentoml")), "serve", "bentoml_app:Classifier", "--port", str(port)]
+    forms = [form("/predict", "images", file) for file in files]
     return [
-        Server(
-            "LitServe",
-            [str(python), "litserve_app.py"],
-            _PEERS,
-            environment,
-            [form("/predict", "request", f) for f in files],
-        ),
-        Server("BentoML", bento, _PEERS, environment, [form("/predict", "images", f) for f in files]),
+        Server("LitServe", "/health", lit, _PEERS, environment, [_json(file) for file in files]),
+        Server("BentoML", "/readyz", bento, _PEERS, environment, forms),
     ]
 
 
 def _json(file: bytes) -> bytes:
-    """Return a file as LitServe is sent it; what it answers to a form was an error for most requests."""
+    """Return a file as LitServe is sent it."""
     return post("/predict", json.dumps({"image": base64.b64encode(file).decode()}).encode(), "application/json")
 
 
