@@ -99,7 +99,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
 class _Server(uvicorn.Server):
     """Goes on for a moment when it is told to end, so that clients with open connections leave before these close.
 
-    Ctrl-C and a second signal end it at once.
+    Ctrl-C ends it at once.
     """
 
     def __init__(self, config: uvicorn.Config, ending: Ending) -> None:
@@ -129,7 +129,7 @@ def main() -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
     )
     _Server(config, app.state.services.ending).run()
 

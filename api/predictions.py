@@ -39,8 +39,9 @@ Result = TypeVar("Result")
 _LARGEST_BODIES = 4
 # An image of 40 megapixels takes some 250 MB until it is scaled down.
 _DECODED_AT_ONCE = 8
-# Networks that are loaded side by side, and names that are looked up.
+# Names that are looked up side by side, and networks that are loaded.
 _LOOKED_UP_AT_ONCE = 4
+_LOADED_AT_ONCE = 4
 # A backbone that is put away just when it is asked is loaded again; a shelf this much too small is an error.
 _LOADED_AGAIN = 3
 
@@ -140,17 +141,18 @@ class Desk:
         self._settings = settings
         self._shelf = shelf
         self._decoders = ThreadPoolExecutor(min(_DECODED_AT_ONCE, settings.engine_threads + 1), "decode")
-        self._others = ThreadPoolExecutor(_LOOKED_UP_AT_ONCE, "look-up")
+        self._look_ups = ThreadPoolExecutor(_LOOKED_UP_AT_ONCE, "look-up")
+        self._loads = ThreadPoolExecutor(_LOADED_AT_ONCE, "load")  # of their own: they take long
         self._loading: dict[Digest, asyncio.Future[Predictor]] = {}
 
     def close(self) -> None:
         """Begin nothing more."""
-        for pool in (self._decoders, self._others):
+        for pool in (self._decoders, self._look_ups, self._loads):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def call(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
-        """Call a function that waits for a disk or a database."""
-        return asyncio.get_running_loop().run_in_executor(self._others, function, *arguments)
+    def look_up(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
+        """Call a function that asks the database."""
+        return asyncio.get_running_loop().run_in_executor(self._look_ups, function, *arguments)
 
     def refuse_if_hopeless(self, bundle: Digest, images: int) -> None:
         """Raise Overloaded if so many images would not be through the engine within the deadline."""
@@ -182,14 +184,16 @@ class Desk:
             asked = predictor.submit(pixels, until, wants_maps=wanted is not None)
             if asked is None:
                 continue
-            computed = await asyncio.wrap_future(asked)
+            try:
+                computed = await in_time(asyncio.wrap_future(asked), until, deadline_s)
+            finally:
+                asked.leave()  # does nothing to one that has ended
             computed_at = time.perf_counter()
             predictions = predictor.answer(computed.features)
             head_ms = 1000 * (time.perf_counter() - computed_at)
             explained = await self._explain(predictor, wanted, pixels, computed, predictions) if wanted else None
-            # All that was none of these was waiting: for the model, for a thread, for the engine.
-            spent_ms = 1000 * decoded_s + computed.backbone_ms + head_ms
-            queue_ms = max(0.0, 1000 * (computed_at - arrived) + head_ms - spent_ms)
+            # All that was none of these was waiting, for the model and for the engine.
+            queue_ms = max(0.0, 1000 * (computed_at - arrived - decoded_s) - computed.backbone_ms)
             timings = Timings(queue_ms, 1000 * decoded_s, computed.backbone_ms, head_ms)
             return Answer(predictions, explained, timings)
         raise Unavailable(
@@ -224,7 +228,9 @@ class Desk:
             return found
         loading = self._loading.get(bundle)
         if loading is None:
-            loading = self._loading[bundle] = self.call(self._shelf.predictor, bundle)
+            loop = asyncio.get_running_loop()
+            loading = loop.run_in_executor(self._loads, self._shelf.predictor, bundle)
+            self._loading[bundle] = loading
             loading.add_done_callback(lambda done: self._loaded(bundle, done))
         return await asyncio.shield(loading)
 
@@ -315,7 +321,7 @@ async def predict(
         asked = (principal, name, version, alias or CHAMPION)
         served = given.switchboard.known(*asked)
         if served is None:
-            looking = desk.call(given.switchboard.find, *asked)
+            looking = desk.look_up(given.switchboard.find, *asked)
             served = await in_time(looking, time.perf_counter() + deadline_s, deadline_s)
         desk.refuse_if_hopeless(served.bundle, 1)
         images = await bodies.receive_images(

@@ -65,6 +65,7 @@ def move_alias(
         model = registry.get_model(session, principal, name)
         version = registry.get_model_version(session, model, wanted.version)
     bundle = Digest(version.bundle_sha256)
+    given.shelf.check_files(bundle)
     if given.shelf.has_backbone(bundle):
         given.shelf.predictor(bundle)
     with given.database.writing() as session:

@@ -7,6 +7,7 @@ warm. What cannot be loaded is told in the log, and the old version stays.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,7 @@ class Switchboard:
         self._again_at: float | None = None
         self._lines: dict[_Name, _Line] = {}
         self._versions: dict[tuple[str, str, int], Served] = {}
+        self._warming: set[Digest] = set()
         self._loads = ThreadPoolExecutor(_LOADS, "warm")
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -117,7 +119,8 @@ class Switchboard:
 
     def serves(self, principal: Principal, model: str, alias: str, version: int) -> bool:
         """Say whether a name is answered by this version here and now, or by none so that it will be."""
-        self.look()
+        with contextlib.suppress(Unavailable):  # the next look sees it
+            self.look()
         found = self.known(principal, model, None, alias)
         return found is None or found.version == version
 
@@ -168,25 +171,33 @@ class Switchboard:
                 self._shelf.predictor(wanted.bundle)
                 self._move(line, wanted)
                 return
-        except EspalierError as error:
+        except Exception as error:  # whatever it is, the other lines go on
             self._tell(wanted, error)
             return
+        with self._lock:
+            if wanted.bundle in self._warming:
+                self._again_at = time.monotonic() + AGAIN_S  # another name waits for it, too
+                return
+            self._warming.add(wanted.bundle)
         self._loads.submit(self._warm, line, wanted)
 
     def _warm(self, line: _Line, wanted: Served) -> None:
         try:
             self._shelf.predictor(wanted.bundle)
-        except EspalierError as error:
-            self._tell(wanted, error)
-        else:
             self._move(line, wanted)
+        except Exception as error:  # whatever it is, the old one answers and this is tried again
+            self._tell(wanted, error)
+        finally:
+            with self._lock:
+                self._warming.discard(wanted.bundle)
 
     def _move(self, line: _Line, wanted: Served) -> None:
         with self._lock:
             if line.wanted == wanted:  # else it was moved again meanwhile
                 line.serving = wanted
 
-    def _tell(self, wanted: Served, error: EspalierError) -> None:
-        log.error("a version cannot be served; the old one stays", bundle=wanted.bundle, error=error.record())
+    def _tell(self, wanted: Served, error: Exception) -> None:
+        told = error.record() if isinstance(error, EspalierError) else repr(error)
+        log.error("a version cannot be served; the old one stays", bundle=wanted.bundle, error=told)
         with self._lock:
             self._again_at = time.monotonic() + AGAIN_S

@@ -7,11 +7,12 @@ is the only thing that its asker holds.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +56,17 @@ class Computed:
     batch: int
 
 
+class Asked(Future[Computed]):
+    """The answer to a request, once it is there; it always ends."""
+
+    has_left = False
+
+    def leave(self) -> None:
+        """Say that nobody waits any more: the engine sees none of its images that it has not begun with."""
+        self.has_left = True
+        self.cancel()
+
+
 @dataclass
 class _Request:
     """Images that wait or are in the engine, and what is known of each by its place; changed under a lock."""
@@ -62,9 +74,10 @@ class _Request:
     pixels: Pixels
     wants_maps: bool
     until: float
-    future: Future[Computed]
+    future: Asked
     arrived: float
-    taken: float | None = None
+    is_taken: bool = False
+    started: float | None = None
     features: dict[int, Features] = field(default_factory=dict)
     maps: dict[int, Maps] = field(default_factory=dict)
 
@@ -101,14 +114,14 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> Future[Computed]:
+    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> Asked:
         """Ask for the features of images, uint8 [n, H, W, 3]; return a future that always ends.
 
         A future that is cancelled before the engine takes its images costs nothing. `until` is the moment, on this
         batcher's clock, after which nobody wants the answer: then the future ends with DeadlineExceeded. Other errors
         are Unavailable once this is closed, and whatever the engine raises.
         """
-        future: Future[Computed] = Future()
+        future = Asked()
         request = _Request(pixels, wants_maps, until, future, self._now())
         with self._changed:
             if self._is_closed:
@@ -124,17 +137,18 @@ class Batcher:
         if per_image is None:
             return 0.0
         with self._changed:
-            return per_image * (len(self._waiting) + self._in_engine + images)
+            return per_image * (sum(map(_is_awaited, self._waiting)) + self._in_engine + images)
 
     def oldest_s(self) -> float:
         """Return how long the image that waits longest has waited."""
         with self._changed:
-            return self._now() - self._waiting[0].request.arrived if self._waiting else 0.0
+            oldest = next((slot for slot in self._waiting if _is_awaited(slot)), None)
+            return self._now() - oldest.request.arrived if oldest else 0.0
 
     def queued(self) -> int:
         """Return how many images wait."""
         with self._changed:
-            return len(self._waiting)
+            return sum(map(_is_awaited, self._waiting))
 
     @property
     def is_closed(self) -> bool:
@@ -206,32 +220,35 @@ class Batcher:
 
     def _is_wanted(self, request: _Request) -> bool:
         """Say whether the engine should see an image of a request; one whose time is over ends here."""
-        if request.future.done():  # cancelled, or failed with an earlier image
+        future = request.future
+        if future.done():  # cancelled, or failed with an earlier image
             return False
-        if request.taken is not None:
-            return True
+        if not request.is_taken and not future.set_running_or_notify_cancel():
+            return False
+        request.is_taken = True
         now = self._now()
-        if now > request.until:
-            request.future.set_exception(
+        if future.has_left or now > request.until:
+            _fail(
+                future,
                 DeadlineExceeded(
                     f"The engine was still busy after {now - request.arrived:.1f} s. Try again, or send fewer images "
                     "at once."
-                )
+                ),
             )
             return False
-        if not request.future.set_running_or_notify_cancel():
-            return False
-        request.taken = now
         return True
 
     def _compute(self, slots: Sequence[_Slot], pixels: Pixels) -> None:
         try:
             started = self._now()
+            for slot in slots:
+                slot.request.started = slot.request.started or started
             wants_maps = any(slot.request.wants_maps for slot in slots)
             features, maps = self._engine.run(pixels, wants_maps=wants_maps)
             ended = self._now()
         finally:
             self._engine_free.release()
+        complete = []
         with self._changed:
             self._measure(len(slots), ended - started)
             for place, slot in enumerate(slots):
@@ -239,14 +256,15 @@ class Batcher:
                 request.features[slot.index] = features[place]
                 if request.wants_maps and maps is not None:
                     request.maps[slot.index] = maps[place]
-                if len(request.features) == len(request.pixels) and not request.future.done():
-                    request.future.set_result(_computed(request, ended, len(slots)))
+                if len(request.features) == len(request.pixels):
+                    complete.append(request)
+        for request in complete:
+            with contextlib.suppress(InvalidStateError):  # it failed with another of its images
+                request.future.set_result(_computed(request, ended, len(slots)))
 
     def _fail(self, requests: Sequence[_Request], error: BaseException) -> None:
-        with self._changed:
-            for request in requests:
-                if not request.future.done():  # with another of its images
-                    request.future.set_exception(error)
+        for request in requests:
+            _fail(request.future, error)
 
     def _measure(self, images: int, seconds: float) -> None:
         self.batches += 1
@@ -257,14 +275,23 @@ class Batcher:
         self._seconds_per_image = newest if before is None else (1 - _NEWEST) * before + _NEWEST * newest
 
 
+def _is_awaited(slot: _Slot) -> bool:
+    return not (slot.request.future.has_left or slot.request.future.done())
+
+
+def _fail(future: Asked, error: BaseException) -> None:
+    with contextlib.suppress(InvalidStateError):  # it was answered, cancelled or failed in the same moment
+        future.set_exception(error)
+
+
 def _computed(request: _Request, ended: float, batch: int) -> Computed:
-    assert request.taken is not None
+    assert request.started is not None
     order = range(len(request.pixels))
     return Computed(
         features=np.stack([request.features[index] for index in order]),
         maps=np.stack([request.maps[index] for index in order]) if request.wants_maps else None,
-        queue_ms=1000 * (request.taken - request.arrived),
-        backbone_ms=1000 * (ended - request.taken),
+        queue_ms=1000 * (request.started - request.arrived),
+        backbone_ms=1000 * (ended - request.started),
         batch=batch,
     )
 

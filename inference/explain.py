@@ -62,7 +62,7 @@ def gradient(layers: Sequence[Dense], features: Features, output: int) -> Float3
 def heat(layers: Sequence[Dense], features: Features, maps: Features, output: int) -> Float32:
     """Return what each place adds to one logit, float32 [h, w], for features [D] and maps [h, w, D] of an image.
 
-    Its mean is the logit but for the bias, if the head is linear.
+    If the head is linear, its mean is the logit but for what does not depend on the image: the bias and the offset.
     """
     found: Float32 = maps @ gradient(layers, features, output)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.recipe import Task
 from errors import BundleRefused, DeadlineExceeded, ImageRefused, RequestInvalid
 from inference import explain, heads
-from inference.batcher import Batcher, Computed
+from inference.batcher import Asked, Batcher, Computed
 from inference.engine import TOLERANCE
 from inference.explain import Explanation
 
@@ -119,10 +118,15 @@ class Predictor:
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
-    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> Future[Computed] | None:
+    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> Asked | None:
         """Ask the backbone, as `Batcher.submit`; return None if this predictor was put away and another is needed."""
         asked = self._batcher.submit(pixels, until, wants_maps=wants_maps)
         return None if self._batcher.is_closed and asked.done() else asked
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its backbone is gone and another predictor is needed."""
+        return self._batcher.is_closed
 
     def wait_s(self, images: int) -> float:
         """Return how long it should take until so many more images have been through the backbone."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +48,12 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass
-class _Place:
-    """A backbone that is loaded or being loaded."""
+@dataclass(frozen=True)
+class _Backbone:
+    """A backbone that is loaded, and what it takes."""
 
-    loading: threading.Lock = field(default_factory=threading.Lock)
-    batcher: Batcher | None = None
-    size_bytes: int = 0
+    batcher: Batcher
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ class Shelf:
         self._budget_bytes = budget_bytes
         self._load = load
         self._lock = threading.Lock()
-        self._backbones: OrderedDict[Key, _Place] = OrderedDict()
+        self._loading: dict[Key, threading.Lock] = {}  # one for each backbone that was ever asked for
+        self._backbones: OrderedDict[Key, _Backbone] = OrderedDict()
         self._models: OrderedDict[Digest, Predictor] = OrderedDict()
         self._is_closed = False
 
@@ -94,9 +94,14 @@ class Shelf:
         """Return the predictor of a bundle if it is loaded."""
         with self._lock:
             predictor = self._models.get(digest)
-            if predictor is not None:
-                self._models.move_to_end(digest)
-                self._backbones.move_to_end(_key(predictor.bundle))
+            if predictor is None:
+                return None
+            key = _key(predictor.bundle)
+            if predictor.is_closed:  # its batcher died
+                self._drop(key)
+                return None
+            self._models.move_to_end(digest)
+            self._backbones.move_to_end(key)
             return predictor
 
     def has_backbone(self, digest: Digest) -> bool:
@@ -104,11 +109,13 @@ class Shelf:
 
         Raises NotFound, Corrupt or BundleRefused, as loading it would.
         """
-        bundle = bundles.load(self._store.read(digest))
-        self._store.verified_path(bundle.backbone)
+        key = _key(bundles.load(self._store.read(digest)))
         with self._lock:
-            place = self._backbones.get(_key(bundle))
-            return place is not None and place.batcher is not None
+            return key in self._backbones
+
+    def check_files(self, digest: Digest) -> None:
+        """See that a bundle and its backbone are there and whole. Raises NotFound, Corrupt or BundleRefused."""
+        self._store.verified_path(bundles.load(self._store.read(digest)).backbone)
 
     def predictor(self, digest: Digest) -> Predictor:
         """Return the predictor of a bundle, loading what is missing. Raises NotFound, Corrupt or BundleRefused."""
@@ -116,65 +123,70 @@ class Shelf:
         if found is not None:
             return found
         bundle = bundles.load(self._store.read(digest))
-        predictor = self._on_backbone(bundle)
         with self._lock:
-            if _key(bundle) in self._backbones:  # else it was dropped meanwhile; whoever asks it loads it again
-                self._models[digest] = predictor
-                self._make_room()
-        return predictor
+            loading = self._loading.setdefault(_key(bundle), threading.Lock())
+        with loading:
+            while found is None:
+                found = self.find(digest) or self._load_model(digest, bundle)
+        return found
 
-    def _on_backbone(self, bundle: Bundle) -> Predictor:
-        while True:
-            batcher = self._batcher(bundle)
-            try:
-                return Predictor(bundle, batcher)
-            except Unavailable:  # its place was needed before it had one model
-                if self._is_closed or not batcher.is_closed:
-                    raise
+    def _load_model(self, digest: Digest, bundle: Bundle) -> Predictor | None:
+        """Load a model, and its backbone if need be; return None if that was dropped meanwhile."""
+        key = _key(bundle)
+        with self._lock:
+            held = self._backbones.get(key)
+        backbone = held or self._load_backbone(bundle)
+        is_kept = False
+        try:
+            predictor = Predictor(bundle, backbone.batcher)
+            with self._lock:  # the backbone and its first model at once: one without models is the first to go
+                if self._is_closed:
+                    raise Unavailable("The service is ending. Ask again in a moment.")
+                if held is not None and self._backbones.get(key) is not held:
+                    return None
+                self._backbones[key] = backbone
+                self._backbones.move_to_end(key)
+                self._models[digest] = predictor
+                is_kept = True
+                self._make_room()
+            return predictor
+        except Unavailable:
+            if held is None or self._is_closed:
+                raise
+            with self._lock:
+                if self._backbones.get(key) is held:
+                    self._drop(key)
+            return None
+        finally:
+            if held is None and not is_kept:
+                backbone.batcher.close()
+
+    def _load_backbone(self, bundle: Bundle) -> _Backbone:
+        path = self._store.verified_path(bundle.backbone)
+        before = self._resident_bytes()
+        engine = self._load(path, bundle.precision, self._threads)
+        limit = best_batch(lambda images: _seconds(engine, bundle.golden_input, images))
+        after = self._resident_bytes()  # of two that load at once each is held to take what both do
+        file_bytes = path.stat().st_size
+        size_bytes = max(file_bytes, after - before if after else _MEMORY_PER_FILE_BYTE * file_bytes)
+        return _Backbone(Batcher(engine, limit), size_bytes)
 
     def loaded(self) -> list[Loaded]:
         """Return the backbones that are loaded."""
         with self._lock:
             models = Counter(_key(predictor.bundle) for predictor in self._models.values())
             return [
-                Loaded(digest, precision, place.batcher, place.size_bytes, models[digest, precision])
-                for (digest, precision), place in self._backbones.items()
-                if place.batcher is not None
+                Loaded(*key, backbone.batcher, backbone.size_bytes, models[key])
+                for key, backbone in self._backbones.items()
             ]
 
     def close(self) -> None:
         """Answer what waits, and end."""
         with self._lock:
             self._is_closed = True
-            places, self._backbones, self._models = self._backbones, OrderedDict(), OrderedDict()
-        for place in places.values():
-            if place.batcher is not None:
-                place.batcher.close()
-
-    def _batcher(self, bundle: Bundle) -> Batcher:
-        key = _key(bundle)
-        with self._lock:
-            place = self._backbones.setdefault(key, _Place())
-            self._backbones.move_to_end(key)
-        with place.loading:
-            if place.batcher is None:
-                try:
-                    path = self._store.verified_path(bundle.backbone)
-                    before = self._resident_bytes()
-                    engine = self._load(path, bundle.precision, self._threads)
-                    limit = best_batch(lambda images: _seconds(engine, bundle.golden_input, images))
-                    after = self._resident_bytes()  # of two that load at once each is held to take what both do
-                    file_bytes = path.stat().st_size
-                    place.size_bytes = max(file_bytes, after - before if after else _MEMORY_PER_FILE_BYTE * file_bytes)
-                    place.batcher = Batcher(engine, limit)
-                except BaseException:
-                    with self._lock:
-                        self._backbones.pop(key, None)
-                    raise
-            batcher = place.batcher
-        with self._lock:
-            self._make_room()
-        return batcher
+            backbones, self._backbones, self._models = self._backbones, OrderedDict(), OrderedDict()
+        for backbone in backbones.values():
+            backbone.batcher.close()
 
     def _make_room(self) -> None:
         """Drop what was not asked for longest, but never the newest; the caller holds the lock.
@@ -184,27 +196,28 @@ class Shelf:
         """
         while self._backbones_bytes() + self._models_bytes() > self._budget_bytes:
             used = {_key(predictor.bundle) for predictor in self._models.values()}
-            oldest, *others = [key for key, place in self._backbones.items() if place.batcher is not None]
+            oldest, *others = self._backbones
             idle = next((key for key in (oldest, *others[:-1]) if key not in used), None) if others else None
             if idle is not None:
                 self._drop(idle)
             elif others and self._backbones_bytes() > self._budget_bytes:
                 self._drop(oldest)
-                self._models = OrderedDict(
-                    (digest, model) for digest, model in self._models.items() if _key(model.bundle) != oldest
-                )
             elif len(self._models) > 1:
                 self._models.popitem(last=False)
             else:
                 return
 
     def _drop(self, key: Key) -> None:
-        batcher = self._backbones.pop(key).batcher
-        if batcher is not None:  # who waits there is answered, and nobody waits for that here
-            threading.Thread(target=batcher.close, name="put-away", daemon=True).start()
+        """Put a backbone away with all models on it; the caller holds the lock."""
+        backbone = self._backbones.pop(key, None)
+        self._models = OrderedDict(
+            (digest, model) for digest, model in self._models.items() if _key(model.bundle) != key
+        )
+        if backbone is not None:  # who waits there is answered, and nobody waits for that here
+            threading.Thread(target=backbone.batcher.close, name="put-away", daemon=True).start()
 
     def _backbones_bytes(self) -> int:
-        return sum(place.size_bytes for place in self._backbones.values())
+        return sum(backbone.size_bytes for backbone in self._backbones.values())
 
     def _models_bytes(self) -> int:
         return sum(predictor.size_bytes + _MODEL_BYTES for predictor in self._models.values())

@@ -102,16 +102,28 @@ def test_a_version_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(
     board: Switchboard, services: Services, loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.switchboard.AGAIN_S", 0.1)
-    good = flat_bundle(services.store.put(b"another network"), seed=3)
-    add_model(services, NAME, replace(good, golden_output=good.golden_output + 100))
+    network = services.store.put(b"another network")
+    add_model(services, NAME, flat_bundle(network, seed=3))
+    whole = services.store.path(network).read_bytes()
+    services.store.path(network).write_bytes(b"harmed")
     assert answers(board) == 1
     move(services, 3)
-    until(lambda: loads.seen.count(good.backbone) >= 1)
+    time.sleep(0.5)
+    assert answers(board) == 1 and network not in loads.seen
+    services.store.path(network).write_bytes(whole)
+    until(lambda: answers(board) == 3)
+
+
+def test_a_version_whose_golden_output_does_not_come_out_leaves_the_old_one(
+    board: Switchboard, services: Services, loads: Loads
+) -> None:
+    bundle = flat_bundle(services.store.put(b"another network"), seed=3)
+    add_model(services, NAME, replace(bundle, golden_output=bundle.golden_output + 100))
+    assert answers(board) == 1
+    move(services, 3)
+    until(lambda: bundle.backbone in loads.seen)
     time.sleep(0.3)
     assert answers(board) == 1
-    add_model(services, NAME, good)
-    move(services, 4)
-    until(lambda: answers(board) == 4)
 
 
 def test_names_that_are_known_are_answered_while_the_database_is_away(

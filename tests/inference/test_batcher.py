@@ -247,3 +247,25 @@ def test_a_batch_that_everybody_would_wait_for_too_long_is_not_tried() -> None:
         return 0.2 + 0.01 * size
 
     assert best_batch(seconds) == 8 and tried == [1, 2, 4, 8]
+
+
+def test_who_leaves_in_the_middle_costs_only_what_the_engine_has_begun(batcher: Batcher, engine: Gated) -> None:
+    left = batcher.submit(images(*range(1, 21)), LATER)
+    until(lambda: engine.batches and batcher.queued() == 12)
+    left.leave()
+    assert batcher.queued() == 0 and batcher.oldest_s() == 0.0
+    stays = batcher.submit(images(99), LATER)
+    engine.gate.set()
+    assert value(stays.result(10)) == [99]
+    assert left.exception(10) is not None
+    assert len(seen(engine)) <= 9
+
+
+def test_a_request_whose_time_is_over_in_the_middle_is_told(batcher: Batcher, engine: Gated) -> None:
+    late = batcher.submit(images(*range(1, 21)), time.perf_counter() + 0.2)
+    until(lambda: engine.batches)
+    time.sleep(0.3)
+    engine.gate.set()
+    with pytest.raises(DeadlineExceeded):
+        late.result(10)
+    assert len(seen(engine)) <= 8

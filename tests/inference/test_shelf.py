@@ -193,3 +193,80 @@ def test_what_a_network_takes_is_measured(store: Store) -> None:
     before = resident_bytes()
     kept = bytearray(50_000_000)
     assert resident_bytes() - before > 40_000_000 and len(kept)
+
+
+def test_a_backbone_is_not_dropped_before_its_first_model_though_another_is_asked_meanwhile(store: Store) -> None:
+    loads = Loads()
+    hot, cold = put(store, backbone=b"hot" * 5000), put(store, backbone=b"cold" * 5000)
+    shelf = make_shelf(store, 50_000, loads)  # one of them
+    shelf.predictor(hot)
+    loads.held.add(store.put(b"cold" * 5000))
+    found: list[Predictor] = []
+    thread = threading.Thread(target=lambda: found.append(shelf.predictor(cold)))
+    thread.start()
+    until(lambda: len(loads.seen) == 2)
+    assert shelf.find(hot) is not None
+    loads.gate.set()
+    thread.join(10)
+    assert shelf.find(cold) is found[0] and not found[0].is_closed
+    assert shelf.find(hot) is None and len(loads.seen) == 2
+
+
+def test_a_backbone_whose_batcher_died_is_loaded_again(store: Store) -> None:
+    loads = Loads()
+    shelf = make_shelf(store, 10**6, loads)
+    one, other = put(store, seed=1), put(store, seed=2)
+    for digest in (one, other):
+        shelf.predictor(digest)
+    shelf.loaded()[0].batcher.close()
+    assert not shelf.predictor(one).is_closed and not shelf.predictor(other).is_closed
+    assert len(loads.seen) == 2 and shelf.loaded()[0].models == 2
+
+
+def test_a_load_that_fails_leaves_nothing_and_the_next_that_waits_loads_it(store: Store) -> None:
+    loads = Loads()
+    network = store.put(b"a network")
+    loads.held.add(network)
+    digests = [put(store, seed=seed) for seed in range(4)]
+    shelf = make_shelf(store, 10**6, loads)
+    store.path(network).write_bytes(b"a netw0rk")
+    ends: list[object] = []
+
+    def load(digest: Digest) -> None:
+        try:
+            ends.append(shelf.predictor(digest))
+        except Corrupt as error:
+            ends.append(error)
+
+    for digest in digests[:2]:
+        load(digest)
+    store.path(network).write_bytes(b"a network")
+    threads = [threading.Thread(target=load, args=(digest,)) for digest in digests]
+    for thread in threads:
+        thread.start()
+    loads.gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert [type(end) for end in ends] == [Corrupt, Corrupt, *[Predictor] * 4]
+    assert len(loads.seen) == 1 and shelf.loaded()[0].models == 4
+
+
+def test_a_shelf_that_was_closed_while_it_loaded_keeps_nothing(store: Store) -> None:
+    loads = Loads()
+    loads.held.add(store.put(b"a network"))
+    shelf = make_shelf(store, 10**6, loads)
+    errors: list[Exception] = []
+
+    def load() -> None:
+        try:
+            shelf.predictor(put(store))
+        except Unavailable as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    until(lambda: loads.seen)
+    shelf.close()
+    loads.gate.set()
+    thread.join(10)
+    assert len(errors) == 1 and shelf.loaded() == []
