@@ -1,7 +1,7 @@
 """The prediction route: which version answers, and in what shape. Decoding and arithmetic are in `inference`.
 
 A prediction holds its places from before its body is read until it is answered, waits at most its deadline, and
-takes no thread of other routes. One whose client left costs the engine nothing.
+takes no thread of other routes. One whose client left costs the engine no more.
 """
 
 from __future__ import annotations

@@ -65,9 +65,10 @@ def move_alias(
         model = registry.get_model(session, principal, name)
         version = registry.get_model_version(session, model, wanted.version)
     bundle = Digest(version.bundle_sha256)
-    given.shelf.check_files(bundle)
     if given.shelf.has_backbone(bundle):
         given.shelf.predictor(bundle)
+    else:
+        given.shelf.check_files(bundle)
     with given.database.writing() as session:
         registry.move_alias(session, model, alias, version)
         owe(session, version.run_id, "alias", {"alias": alias})

@@ -1,8 +1,9 @@
-"""What benchmarks stand on: real images in a store, and an exported backbone."""
+"""What benchmarks stand on: real images in a store, an exported backbone, a data set of them, a free port."""
 
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,16 +12,21 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from sqlalchemy.orm import Session
 
+from artifacts import manifest
 from artifacts.archive import ArchiveLimits, open_archive
 from artifacts.catalogue import BackboneName
 from artifacts.images import ImageLimits, Pixels, decode, encode
 from artifacts.layout import Split, from_folders
 from artifacts.manifest import Row
-from artifacts.recipe import Resize
+from artifacts.recipe import ClassCount, Resize, Task
 from artifacts.store import Digest, Store
 from benchmarks.networks import calibrated
 from errors import Refused
+from models import dataset as datasets
+from models.dataset import DatasetVersion
+from models.project import Principal
 from training import backbones
 from training.export import export
 from training.split import Indices
@@ -59,6 +65,33 @@ def ground(name: BackboneName, cut: str, size: int, images: int, data: Path | No
         model = backbones.backbone(name, cut, size, store.read(weights))
         backbone = store.put(export(model, threads).onnx)
         yield Ground(store, Path(folder), rows, pixels, truth, labels, weights, backbone, threads)
+
+
+def add_dataset(session: Session, given: Ground) -> DatasetVersion:
+    """Add a data set of the images that can be trained on."""
+    dataset = datasets.create_dataset(session, Principal(), "bench")
+    version = datasets.add_version(session, dataset, given.weights)
+    datasets.start_ingest(session, version.id)
+    datasets.mark_ready(
+        session,
+        version.id,
+        manifest=given.store.put(manifest.dump(given.rows)),
+        task=Task.MULTICLASS,
+        images=len(given.rows),
+        duplicates=0,
+        ignored=0,
+        classes=[ClassCount(label, 100, 100) for label in given.labels],
+        target=None,
+        refused=[],
+    )
+    return version
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _read(data: Path, images: int) -> list[tuple[str, str, bytes]]:

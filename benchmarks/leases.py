@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -24,13 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from artifacts import manifest
 from artifacts.catalogue import BackboneName
 from artifacts.recipe import ClassCount, FineTune, Folds, Mode, Recipe, Task, fill
 from artifacts.store import Store
 from benchmarks.figures import processor, report, spread, table
-from benchmarks.ground import LIMITS, Ground, ground
-from models import dataset as datasets
+from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
 from models import parts, registry
 from models import run as runs
 from models.dataset import DatasetVersion
@@ -129,22 +126,7 @@ class Service:
     def _add_dataset(self, given: Ground) -> str:
         with self.database.writing() as session:
             registry.set_weights(session, Weights(network=NETWORK, name=NAME, sha256=given.weights, source={}))
-            dataset = datasets.create_dataset(session, Principal(), "bench")
-            version = datasets.add_version(session, dataset, given.weights)
-            datasets.start_ingest(session, version.id)
-            datasets.mark_ready(
-                session,
-                version.id,
-                manifest=given.store.put(manifest.dump(given.rows)),
-                task=Task.MULTICLASS,
-                images=len(given.rows),
-                duplicates=0,
-                ignored=0,
-                classes=[ClassCount(label, 100, 100) for label in given.labels],
-                target=None,
-                refused=[],
-            )
-            return version.id
+            return add_dataset(session, given).id
 
     def folds(self, recipe: Recipe) -> float:
         """Train a run; return the seconds of its folds."""
@@ -176,9 +158,7 @@ class Service:
 @contextmanager
 def mlflow(folder: Path) -> Iterator[str]:
     """Yield the address of a real MLflow server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     program = mlflow_server(port, folder / "mlflow")
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(program.command, env={**os.environ, **program.environment}) as server:

@@ -18,7 +18,6 @@ import http.client
 import itertools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,19 +32,18 @@ from typing import Any
 import numpy as np
 import psutil
 
-from artifacts import images, manifest
+from artifacts import images
 from artifacts.bundle import Bundle, Dense
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import IMAGE_RULE
 from artifacts.recipe import Activation, ClassCount, Precision, Recipe, Resize, Task, fill
 from artifacts.store import Digest
 from benchmarks.figures import processor, report, spread, table
-from benchmarks.ground import LIMITS, Ground, ground
+from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
 from benchmarks.load import Load, form, load, post
 from inference import heads
 from inference.batcher import LARGEST_BATCH
 from inference.engine import OpenVinoEngine
-from models import dataset as datasets
 from models import registry
 from models import run as runs
 from models.project import Principal
@@ -105,13 +103,6 @@ def _is_ready(port: int, path: str) -> bool:
         connection.close()
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # --- the models -------------------------------------------------------------------------------------------------------
 
 
@@ -123,21 +114,7 @@ def add_models(given: Ground, count: int, size: int, hidden: int | None) -> None
     upgrade(database)
     recipe = fill(Recipe(), Task.MULTICLASS, [ClassCount(label, 100, 100) for label in given.labels])
     with database.writing() as session:
-        dataset = datasets.create_dataset(session, Principal(), "bench")
-        version = datasets.add_version(session, dataset, given.weights)
-        datasets.start_ingest(session, version.id)
-        datasets.mark_ready(
-            session,
-            version.id,
-            manifest=given.store.put(manifest.dump(given.rows)),
-            task=Task.MULTICLASS,
-            images=len(given.rows),
-            duplicates=0,
-            ignored=0,
-            classes=[ClassCount(label, 100, 100) for label in given.labels],
-            target=None,
-            refused=[],
-        )
+        version = add_dataset(session, given)
         for number in [0, *range(count)]:
             digest = given.store.put(_bundle(given, features, size, hidden).dump())
             run = runs.create_run(session, Principal(), version.id, name(number), recipe)

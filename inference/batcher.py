@@ -1,4 +1,4 @@
-"""Batches for one backbone: whoever asks while the engine works is in the next batch. Knows no heads, HTTP or files.
+"""Batches for one backbone: what waits while the engine works goes through it together. Knows no heads, HTTP or files.
 
 There is no timer. Two threads take turns: while the engine computes the batch of one, the other has taken what waits
 and stands ready, so that the engine never idles. A request ends with an answer or an error, whatever dies: its future
@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -44,14 +44,12 @@ class Computed:
     Attributes:
         features: float32 [n, D].
         maps: float32 [n, h, w, D], if the request asked for them.
-        queue_ms: from the request's arrival until the engine took its first image.
-        backbone_ms: from then until its last image was done.
+        backbone_ms: from when the engine took its first image until its last one was done.
         batch: how many images were in the batch of its last image.
     """
 
     features: Features
     maps: Maps | None
-    queue_ms: float
     backbone_ms: float
     batch: int
 
@@ -186,7 +184,7 @@ class Batcher:
                 self._engine_free.acquire()
             self._compute(slots, pixels)
         except BaseException as error:  # whatever it is, nobody waits for ever
-            self._fail([slot.request for slot in slots or ()], error)
+            _fail([slot.request for slot in slots or ()], error)
             if not isinstance(error, Exception):
                 raise
         finally:
@@ -200,7 +198,7 @@ class Batcher:
             self._is_closed = True
             self._changed.notify_all()
             left, self._waiting = self._waiting, deque()
-        self._fail([slot.request for slot in left], Unavailable(_ENDING))
+        _fail([slot.request for slot in left], Unavailable(_ENDING))
 
     def _take(self) -> list[_Slot] | None:
         """Wait for images; return up to `limit` of those that are still wanted, or None at the end."""
@@ -229,7 +227,7 @@ class Batcher:
         now = self._now()
         if future.has_left or now > request.until:
             _fail(
-                future,
+                [request],
                 DeadlineExceeded(
                     f"The engine was still busy after {now - request.arrived:.1f} s. Try again, or send fewer images "
                     "at once."
@@ -262,10 +260,6 @@ class Batcher:
             with contextlib.suppress(InvalidStateError):  # it failed with another of its images
                 request.future.set_result(_computed(request, ended, len(slots)))
 
-    def _fail(self, requests: Sequence[_Request], error: BaseException) -> None:
-        for request in requests:
-            _fail(request.future, error)
-
     def _measure(self, images: int, seconds: float) -> None:
         self.batches += 1
         self.images += images
@@ -279,9 +273,10 @@ def _is_awaited(slot: _Slot) -> bool:
     return not (slot.request.future.has_left or slot.request.future.done())
 
 
-def _fail(future: Asked, error: BaseException) -> None:
-    with contextlib.suppress(InvalidStateError):  # it was answered, cancelled or failed in the same moment
-        future.set_exception(error)
+def _fail(requests: Iterable[_Request], error: BaseException) -> None:
+    for request in requests:
+        with contextlib.suppress(InvalidStateError):  # it was answered, cancelled or failed already
+            request.future.set_exception(error)
 
 
 def _computed(request: _Request, ended: float, batch: int) -> Computed:
@@ -290,7 +285,6 @@ def _computed(request: _Request, ended: float, batch: int) -> Computed:
     return Computed(
         features=np.stack([request.features[index] for index in order]),
         maps=np.stack([request.maps[index] for index in order]) if request.wants_maps else None,
-        queue_ms=1000 * (request.started - request.arrived),
         backbone_ms=1000 * (ended - request.started),
         batch=batch,
     )
