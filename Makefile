@@ -71,7 +71,7 @@ soak: $(VENV)/dev ## train under fire and account for every run (MINUTES=10)
 
 lock: $(VENV)/dev ## compile requirements/*.txt anew from pyproject.toml, for all platforms, with hashes
 	@mkdir -p requirements
-	@for group in dev embedded worker worker-gpu api; do \
+	@for group in dev embedded worker worker-gpu api api-gpu; do \
 		echo "requirements/$$group.txt"; \
 		uv pip compile --quiet --universal --generate-hashes --no-annotate --python-version 3.11 \
 			--custom-compile-command "make lock" $$(test $$group = dev || echo --constraint requirements/dev.txt) \
