@@ -35,6 +35,7 @@ EspalierError
 ├── Crashed                the work died without a word
 ├── Corrupt                a file that is not what its digest says
 └── BundleRefused          a bundle that this process cannot answer for
+    └── PrecisionUnsupported   an arithmetic that this machine's processor has not
 
 `Refused` is a value, not an error: one file was refused and the rest goes on.
 """
@@ -282,6 +283,12 @@ class BundleRefused(EspalierError):
     """The bundle cannot be served by this process."""
 
     code = "bundle-refused"
+
+
+class PrecisionUnsupported(BundleRefused):
+    """The processor of this machine does not compute as the recipe or the bundle asks."""
+
+    code = "precision-unsupported"
 
 
 def _tree(root: type[EspalierError]) -> dict[str, type[EspalierError]]:

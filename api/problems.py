@@ -64,6 +64,7 @@ TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
     errors.Crashed: (500, "Crashed"),
     errors.Corrupt: (500, "Corrupt"),
     errors.BundleRefused: (500, "Bundle refused"),
+    errors.PrecisionUnsupported: (500, "Precision unsupported"),
 }
 
 Problem = dict[str, Any]

@@ -26,9 +26,10 @@ from benchmarks.ground import LIMITS, Ground, ground
 from training import backbones, experiment
 from training.checkpoint import NoKeeper
 from training.epochs import Epoch
-from training.experiment import BackboneKey, Order, Place
+from training.experiment import Order
 from training.extract import Extraction
 from training.outcome import FoldOutcome
+from training.prepare import BackboneKey, Place
 from training.split import make_folds
 
 K = 5
@@ -46,6 +47,17 @@ class Known:
 
     def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
         raise AssertionError("nothing is exported here")
+
+    def find_quantised(self, backbone: Digest) -> Digest | None:
+        return None
+
+    def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
+        return digest
+
+    def find_choice(self) -> dict[str, Any] | None:
+        return None
+
+    def set_choice(self, facts: dict[str, Any]) -> None: ...
 
 
 class Silent:

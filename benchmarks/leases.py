@@ -76,7 +76,8 @@ def bare(order: dict[str, Any]) -> None:
     """Train the folds and print their seconds. Runs in a process of its own."""
     os.environ |= computing_threads(order["threads"])
     from benchmarks.folds import Known, Silent
-    from training.experiment import Experiment, Order, Place
+    from training.experiment import Experiment, Order
+    from training.prepare import Place
 
     place = Place(
         store=Store(Path(order["store"])),

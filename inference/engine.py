@@ -15,11 +15,14 @@ import openvino
 from artifacts.features import Features
 from artifacts.images import Pixels
 from artifacts.recipe import Precision
+from errors import PrecisionUnsupported
 
-_HINTS = {Precision.FLOAT32: "f32"}
+# What is quantised is so in the file; what is not, such as the mean over all places, is computed in float32.
+_HINTS = {Precision.FLOAT32: "f32", Precision.BFLOAT16: "bf16", Precision.INT8: "f32"}
 
 # How far two runs of one network on different processors may differ, relative to the largest value.
-TOLERANCE = {Precision.FLOAT32: 1e-3}
+# Integers are rounded alike everywhere, but what lies just between two of them may fall to either side.
+TOLERANCE = {Precision.FLOAT32: 1e-3, Precision.BFLOAT16: 3e-2, Precision.INT8: 5e-2}
 
 
 class Engine(Protocol):
@@ -41,7 +44,20 @@ class OpenVinoEngine:
 
     name = "openvino"
 
+    @staticmethod
+    def precisions() -> list[Precision]:
+        """Return those that this machine's processor computes in."""
+        able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return [precision for precision in Precision if precision is not Precision.BFLOAT16 or "BF16" in able]
+
     def __init__(self, network: Path, precision: Precision, threads: int) -> None:
+        """Load an ONNX file. Raises PrecisionUnsupported."""
+        if precision not in self.precisions():
+            raise PrecisionUnsupported(
+                f"precision: The processor of this machine has no {precision.value} arithmetic (Intel processors have "
+                "it from Sapphire Rapids on, AMD's from Zen 4 on). Use one that has, or train with float32, int8 or "
+                "auto."
+            )
         core = openvino.Core()
         # OpenVINO would choose bfloat16 by itself where the processor has it, and the score would not be the same.
         options = {

@@ -149,7 +149,7 @@ def drop_leftovers(session: Session, run_id: str) -> list[Digest]:
     return (
         runs.drop_outcomes(session, run_id)
         + runs.drop_checkpoints(session, run_id)
-        + runs.drop_weights(session, run_id)
+        + runs.drop_networks(session, run_id)
     )
 
 

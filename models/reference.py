@@ -12,7 +12,7 @@ from artifacts.store import Digest, Store
 from errors import StoreUnavailable
 from models.comparison import Comparison
 from models.dataset import DatasetVersion, Image
-from models.registry import Backbone, ModelVersion, Weights
+from models.registry import Backbone, ModelVersion, Quantised, Weights
 from models.run import Checkpoint, Fold, Run, RunArtifact
 from models.session import after_commit
 
@@ -22,6 +22,7 @@ _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], 
     DatasetVersion.manifest_sha256,
     RunArtifact.sha256,
     Run.weights_sha256,
+    Run.quantised_sha256,
     Fold.outcome_sha256,
     Checkpoint.sha256,
     Comparison.picture_sha256,
@@ -29,6 +30,7 @@ _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], 
     ModelVersion.bundle_sha256,
     ModelVersion.backbone_sha256,
     Backbone.sha256,
+    Quantised.sha256,
     Weights.sha256,
 )
 

@@ -85,6 +85,24 @@ class Backbone(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class Quantised(Base):
+    """A quantised copy of an exported network, for images of one rule.
+
+    It is calibrated on the first data set that asks for it and serves all others, so that models go on to share it; a
+    later `generation` is what somebody had calibrated anew, and `manifest` says on what.
+    """
+
+    __tablename__ = "quantised"
+    __table_args__ = (UniqueConstraint("backbone_sha256", "image_rule", "generation"),)
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    backbone_sha256: Mapped[str] = mapped_column(String(64))
+    image_rule: Mapped[int]
+    generation: Mapped[int]
+    manifest: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Weights(Base):
     """Weights of a network that lie in the store; `source` says where they came from."""
 
@@ -231,6 +249,38 @@ def add_backbone(session: Session, backbone: Backbone) -> Backbone:
     if existing is not None:
         return existing
     return session.merge(backbone)
+
+
+def find_quantised(session: Session, backbone: Digest, image_rule: int) -> Quantised | None:
+    """Return the newest quantised copy of a network, or None if there is none yet."""
+    query = select(Quantised).where(Quantised.backbone_sha256 == backbone, Quantised.image_rule == image_rule)
+    return session.scalar(query.order_by(Quantised.generation.desc()).limit(1))
+
+
+def add_quantised(
+    session: Session,
+    backbone: Digest,
+    image_rule: int,
+    digest: Digest,
+    manifest: dict[str, Any],
+    *,
+    is_anew: bool = False,
+) -> Quantised:
+    """Add a quantised copy of a network and return the one that counts: an earlier one, unless this was made anew."""
+    _count_revision(session)  # serialises writers: the second one sees the first
+    newest = find_quantised(session, backbone, image_rule)
+    if newest is not None and (not is_anew or newest.sha256 == digest):
+        return newest
+    generation = newest.generation + 1 if newest else 1
+    return session.merge(  # one that came out as an older one did becomes the newest
+        Quantised(
+            sha256=digest,
+            backbone_sha256=backbone,
+            image_rule=image_rule,
+            generation=generation,
+            manifest=manifest,
+        )
+    )
 
 
 def find_weights(session: Session, network: BackboneName, name: str) -> Weights | None:

@@ -62,6 +62,7 @@ class Run(Base):
 
     `batch_size` is what it had to come down to after memory ran out; None while it trains as its recipe says.
     `weights_sha256` is what the recipe's weights were when it began, until it is over: all its parts learn from them.
+    `quantised_sha256` and `precision_choice` likewise: what its recipe's precision came to, and what was tried for it.
     `job_id` names the train job whose parts count: those of an attempt that was given up change nothing any more.
     `training_s` are the seconds of all its parts, whoever did them; waiting does not count.
     """
@@ -76,6 +77,8 @@ class Run(Base):
     recipe: Mapped[dict[str, Any]]
     batch_size: Mapped[int | None]
     weights_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+    quantised_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+    precision_choice: Mapped[dict[str, Any] | None]
     job_id: Mapped[str | None] = mapped_column(String(40))
     state: Mapped[RunState] = mapped_column(text_enum(RunState), default=RunState.QUEUED)
     progress: Mapped[dict[str, Any]] = mapped_column(Json, default=dict)
@@ -197,6 +200,7 @@ def failed_long_ago(session: Session) -> Sequence[str]:
     """Return the runs that failed long ago and still keep what they would go on from."""
     keeps = or_(
         Run.weights_sha256.is_not(None),
+        Run.quantised_sha256.is_not(None),
         select(Checkpoint.run_id).where(Checkpoint.run_id == Run.id).exists(),
         select(Fold.run_id).where(Fold.run_id == Run.id, Fold.outcome_sha256.is_not(None)).exists(),
     )
@@ -382,11 +386,11 @@ def drop_checkpoints(session: Session, run_id: str, part: int | None = None) -> 
     return dropped
 
 
-def drop_weights(session: Session, run_id: str) -> list[Digest]:
-    """Forget which weights a run has begun with; return their file."""
+def drop_networks(session: Session, run_id: str) -> list[Digest]:
+    """Forget which weights and which precision a run has begun with; return their files."""
     run = session.get_one(Run, run_id)
-    dropped = [Digest(run.weights_sha256)] if run.weights_sha256 else []
-    run.weights_sha256 = None
+    dropped = [Digest(sha256) for sha256 in (run.weights_sha256, run.quantised_sha256) if sha256]
+    run.weights_sha256 = run.quantised_sha256 = run.precision_choice = None
     return dropped
 
 

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from artifacts.bundle import Float32
 from artifacts.catalogue import CATALOGUE
 from artifacts.headline import HEADLINES
-from artifacts.recipe import Mode, Recipe, Task
+from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
 from training.epochs import Epoch
 from training.extract import Extraction
 from training.learn import NETWORK, Plan
 from training.outcome import FoldResult
 from training.picture import png
+from training.precision import MARGIN, RELATIVE_MARGIN, Choice
 from training.targets import Truth
 
 _CLASSES_WITH_NUMBERS = 25
@@ -38,6 +39,8 @@ class Description:
     folds: Sequence[FoldResult]
     plan: Plan
     extraction: Extraction
+    precision: Precision
+    choice: Choice | None
 
 
 def verdict(task: Task, metrics: dict[str, Any]) -> str:
@@ -67,11 +70,12 @@ def report(run: Description) -> str:
         f"- Images: {run.images:,}{_learned(run)}; {run.extraction.computed:,} went through the backbone, "
         f"{run.extraction.cached:,} were cached.",
         f"- Features: {title} ({recipe.weights}) up to `{recipe.features_from}` at {recipe.image_size} px, "
-        f"{recipe.precision.value}, resized by `{recipe.resize.value}`.",
+        f"{run.precision.value}, resized by `{recipe.resize.value}`.",
         f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final head was "
         f"trained on all images for {run.plan.head} epochs, the median of the folds' best.",
         f"- Interval: {metrics['interval']}.",
         *_tuning(run),
+        *_precision(run),
         f"- {overfitting(run.folds)}",
     ]
     headline = HEADLINES[run.task]
@@ -131,6 +135,29 @@ def _tuning(run: Description) -> list[str]:
     else:
         lines.append("- The frozen network is what is served, since fine-tuning did not help most folds.")
     return lines
+
+
+def _precision(run: Description) -> list[str]:
+    """Return which precisions were tried, and why the one that answers was chosen, as lines of the report."""
+    if run.choice is None:
+        return []
+    headline = HEADLINES[run.task]
+    tried = "; ".join(
+        f"{one.precision.value} {headline.said(one.score)} at {one.image_ms:.1f} ms an image"
+        for one in run.choice.tried
+    )
+    if headline.is_greater_better:
+        bound = f"at most {headline.said(MARGIN)} below that of float32"
+    else:
+        bound = f"at most {RELATIVE_MARGIN:.0%} above that of float32"
+    wanted = run.recipe.precision
+    if wanted is PrecisionChoice.AUTO:
+        why = f"`{run.precision.value}` answers: the fastest on this machine whose {headline.title.lower()} is {bound}"
+    elif wanted.value == run.precision.value:
+        why = f"`{run.precision.value}` answers as asked: its {headline.title.lower()} is {bound}"
+    else:
+        why = f"`{run.precision.value}` answers, not `{wanted.value}`, whose {headline.title.lower()} is not {bound}"
+    return [f"- Precision: {why}. Tried: {tried} (backbone alone, measured out of fold)."]
 
 
 # Below this share of its least value, a rise of the validation loss is noise.

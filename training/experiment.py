@@ -3,60 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from artifacts import manifest
-from artifacts.bundle import Bundle, Dense, Float32
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.features import FeatureCache, Features, FeatureSpace
-from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
+from artifacts.bundle import Float32
+from artifacts.catalogue import CATALOGUE
+from artifacts.headline import HEADLINES
+from artifacts.images import Pixels
 from artifacts.layout import Split
-from artifacts.recipe import Mode, Recipe, Task
-from artifacts.store import Digest, Store
+from artifacts.recipe import Mode, Precision, Recipe, Task
+from artifacts.store import Digest
 from errors import TrainingDiverged
 from inference import heads
 from inference.engine import OpenVinoEngine
-from training import backbones, describe, evaluate
+from training import deliver, describe, evaluate
 from training.arrays import drop_unused, load_maps, load_pixels
 from training.augment import contact_sheet
-from training.checkpoint import Keeper
-from training.export import EXPORT_VERSION, export
-from training.extract import Extraction, extract
+from training.checkpoint import Keeper, NoKeeper
+from training.deliver import Served, Tuned, spread
+from training.epochs import Epoch
+from training.extract import Extraction, add_up
 from training.finetune import Material
 from training.learn import Frozen, Learned, Learner, Lesson, Listener, Tuning, final_plan
 from training.outcome import FoldOutcome, FoldResult
 from training.pixels import Decoder, Loaded, Source
+from training.precision import Choice, Tried, candidates, choose, image_ms
+from training.prepare import Networks, Place, Registry, Trunk, size_of
 from training.split import Fold, Indices, make_folds
 from training.targets import targets_of
-
-
-@dataclass(frozen=True)
-class BackboneKey:
-    """What an exported backbone was made from."""
-
-    network: BackboneName
-    weights: Digest
-    cut: str
-    size: int
-    export_version: int = EXPORT_VERSION
-
-
-class Registry(Protocol):
-    """What the outside knows of backbones, and is told of new ones."""
-
-    def find_backbone(self, key: BackboneKey) -> Digest | None:
-        """Return the digest of the export that counts for a key, or None."""
-        ...
-
-    def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
-        """Tell of an export; return the digest that counts, which may be an earlier one's."""
-        ...
 
 
 class Reporter(Protocol):
@@ -67,7 +46,7 @@ class Reporter(Protocol):
         ...
 
     def images(self, done: int, total: int) -> None:
-        """Tell how many images the present stage has seen to."""
+        """Tell how many of its images, or epochs, the present stage has seen to."""
         ...
 
     def extracted(self, extraction: Extraction) -> None:
@@ -89,21 +68,6 @@ class Reporter(Protocol):
 
 class Part(Listener, Keeper, Protocol):
     """One fold, or the final fit: hears how it goes, and keeps its checkpoints."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an experiment runs: folders, limits and threads.
-
-    `features` and `pixels` hold caches, the latter (with maps) up to about `pixels_bytes`.
-    """
-
-    store: Store
-    features: Path
-    pixels: Path
-    pixels_bytes: int
-    image_limits: ImageLimits
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -175,7 +139,7 @@ class Experiment:
         )
 
         digests = [row.sha256 for row in rows]
-        decoder = Decoder(place.store, _size(recipe), recipe.resize, place.image_limits, place.threads)
+        decoder = Decoder(place.store, size_of(recipe), recipe.resize, place.image_limits, place.threads)
         source: Source = decoder
         if recipe.mode is Mode.FINE_TUNING:
             report.stage("pixels")
@@ -184,22 +148,32 @@ class Experiment:
             source = Loaded(digests, self._pixels)
 
         report.stage("backbone")
-        self._backbone = _backbone(recipe, recipe.features_from or "", order.weights, place, registry)
-        self._engine = OpenVinoEngine(place.store.verified_path(self._backbone), recipe.precision, place.threads)
+        self._networks = Networks(recipe, order.weights, place, registry)
+        self._choice: Choice | None = None
+        self._tuned: Tuned | None = None
+        self._trunk = self._frozen_network(digests, source, registry)
+        report.extracted(self._trunk.extraction)
 
-        report.stage("features")
-        features, self._extraction = _features(recipe, digests, self._backbone, self._engine, place, source, report)
-        report.extracted(self._extraction)
-
-        frozen = Frozen(recipe, self._task, self._outputs, features, self._truth)
+        frozen = Frozen(recipe, self._task, self._outputs, self._trunk.features, self._truth)
         self._learner: Learner = frozen
         if recipe.mode is Mode.FINE_TUNING:
             if recipe.augmentation is not None:
-                shown = contact_sheet(recipe.augmentation, self._pixels[_spread(self._count, _SHOWN)], recipe.seed)
+                shown = contact_sheet(recipe.augmentation, self._pixels[spread(self._count, _SHOWN)], recipe.seed)
                 report.file("augmentations.png", shown, "image/png")
             report.stage("activations")
-            material = _material(recipe, digests, self._pixels, order.weights, place, registry, report)
+            material = _material(recipe, digests, self._pixels, self._networks, place, report)
             self._learner = Tuning(recipe, self._task, frozen, place.store.read(order.weights), material, self._truth)
+            self._tuned = Tuned(
+                recipe,
+                self._task,
+                list(dict.fromkeys([Precision.FLOAT32, *self._candidates])),
+                digests,
+                self._pixels,
+                self._networks,
+                place,
+                self._trunk,
+                report.images,
+            )
 
     def learn_fold(self, number: int) -> FoldOutcome:
         """Learn without a fold's test images, then measure on them."""
@@ -209,7 +183,9 @@ class Experiment:
         part = self._report.part(number, self._learner.plan.epochs)
         lesson = Lesson(fold.train, fold.validation, self._learner.plan, _seed(self._order.recipe, number))
         learned = self._learner.learn(lesson, part, part)
-        logits = _finite(learned.logits(fold.test))
+        logits = {self._trunk.precision: _finite(learned.logits(fold.test))}
+        if self._tuned is not None:
+            logits |= self._tuned.logits(learned, fold.train, fold.test)
         result = FoldResult(
             number=number,
             epochs=len(learned.history),
@@ -232,41 +208,37 @@ class Experiment:
         """
         order, place, task, truth = self._order, self._place, self._task, self._truth
         recipe, labels, trained_on, held_out = order.recipe, order.labels, self._trained_on, self._held_out
-        extraction = extraction or self._extraction
+        extraction = extraction or self._trunk.extraction
         started = time.perf_counter()
-        shape = (recipe.folds.repeats, self._count, self._outputs)
-        out_of_fold = np.full(shape, np.nan, dtype=np.float32)
-        fold_of = np.full(shape[:2], -1, dtype=np.int16)
-        for fold, outcome in zip(self.folds, outcomes, strict=True):
-            out_of_fold[fold.repeat, fold.test] = outcome.logits
-            fold_of[fold.repeat, fold.test] = fold.number
-        metrics = evaluate.pooled(
-            task,
-            labels,
-            truth[trained_on],
-            self._groups[trained_on],
-            out_of_fold[:, trained_on],
-            [outcome.result.metrics for outcome in outcomes],
-        )
-
         self._report.stage("final")
         plan = final_plan([outcome.phases for outcome in outcomes], [outcome.kept for outcome in outcomes])
         part = self._report.part(None, plan.epochs)
         nothing = np.array([], dtype=np.intp)
         everything = np.union1d(trained_on, self._watched)
         final = self._learner.learn(Lesson(everything, nothing, plan, _seed(recipe, len(self.folds))), part, part)
+        served = self._serve(final, outcomes)
+        out_of_fold = self._out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
+        results = [self._as_served(outcome, served.precision) for outcome in outcomes]
+        metrics = evaluate.pooled(
+            task,
+            labels,
+            truth[trained_on],
+            self._groups[trained_on],
+            out_of_fold[:, trained_on],
+            [result.metrics for result in results],
+        )
         if len(held_out):
-            groups = self._groups[held_out]
-            metrics["test"] = evaluate.held_out(task, labels, truth[held_out], groups, final.logits(held_out))
-        backbone, engine = self._backbone, self._engine
-        if final.network is not None:
-            self._report.stage("export")
-            shown_to_both = self._pixels[_spread(self._count, _CHECKED)]
-            backbone, metrics["export"] = _export_tuned(recipe, final.network(), shown_to_both, place)
-            engine = OpenVinoEngine(place.store.verified_path(backbone), recipe.precision, place.threads)
+            logits = final.logits(held_out)
+            if served.precision is not self._trunk.precision:
+                logits = heads.logits(final.layers, deliver.features(served.engine, self._pixels[held_out]))
+            metrics["test"] = evaluate.held_out(task, labels, truth[held_out], self._groups[held_out], logits)
+        if served.export is not None:
+            metrics["export"] = served.export
+        if served.choice is not None:
+            metrics["precision"] = served.choice.facts(task)
 
         self._report.stage("bundle")
-        bundle = _bundle(recipe, task, labels, backbone, engine, final.layers)
+        bundle = deliver.bundle(recipe, task, labels, served, final.layers)
         description = describe.Description(
             recipe,
             task,
@@ -275,30 +247,123 @@ class Experiment:
             truth[trained_on],
             np.nanmean(out_of_fold[:, trained_on], axis=0),
             metrics,
-            [outcome.result for outcome in outcomes],
+            results,
             plan,
             extraction,
+            served.precision,
+            served.choice,
         )
         folds_s = sum(outcome.result.seconds for outcome in outcomes)
         return Outcome(
             bundle=place.store.put(bundle.dump()),
-            backbone=backbone,
+            backbone=served.backbone,
             metrics=metrics,
             training_s=extraction.seconds + folds_s + time.perf_counter() - started,
             files={
-                "out-of-fold.safetensors": (_out_of_fold(fold_of, out_of_fold), "application/octet-stream"),
+                "out-of-fold.safetensors": (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
                 "report.md": (describe.report(description).encode(), "text/markdown"),
                 **{name: (picture, "image/png") for name, picture in describe.pictures(description).items()},
             },
         )
 
+    def _frozen_network(self, digests: Sequence[Digest], source: Source, registry: Registry) -> Trunk:
+        """Return the frozen network in the precision that heads are trained in, with the features of every image."""
+        recipe, report, networks = self._order.recipe, self._report, self._networks
+        self._candidates = candidates(recipe.precision, OpenVinoEngine.precisions())
+        wanted = self._candidates if recipe.mode is Mode.FEATURE_EXTRACTION else [Precision.FLOAT32]
+        known = registry.find_choice() if len(wanted) > 1 else None
+        if known is not None:
+            self._choice = Choice.of(known)
+            wanted = [self._choice.precision]
+        exported = networks.exported(recipe.features_from or "")
+        found = dict.fromkeys(wanted, exported)
+        if Precision.INT8 in wanted:
+            report.stage("quantise")
+            images = [digests[row] for row in self._trained_on]
+            found[Precision.INT8] = networks.quantised(exported, images, source, report.images)
+        report.stage("features")
+        trunks = [
+            networks.trunk(network, precision, digests, source, report.images) for precision, network in found.items()
+        ]
+        if len(trunks) == 1:
+            return trunks[0]
+        report.stage("precision")
+        times = image_ms({trunk.precision: trunk.engine for trunk in trunks}, deliver.golden_images(size_of(recipe)))
+        tried = [
+            Tried(trunk.precision, self._score(trunk, place, len(trunks)), times[trunk.precision])
+            for place, trunk in enumerate(trunks)
+        ]
+        self._choice = choose(self._task, tried)
+        registry.set_choice(self._choice.facts(self._task))
+        (chosen,) = (trunk for trunk in trunks if trunk.precision is self._choice.precision)
+        return replace(chosen, extraction=add_up([trunk.extraction for trunk in trunks]))
+
+    def _score(self, trunk: Trunk, place: int, trunks: int) -> float:
+        """Return the headline score of heads on a frozen network, out of fold; it is one of several that are tried."""
+        learner = Frozen(self._order.recipe, self._task, self._outputs, trunk.features, self._truth)
+        total = trunks * len(self.folds)
+        logits = []
+        for fold in self.folds:
+            done = place * len(self.folds) + fold.number
+            listener = _Trial(done * learner.plan.epochs, total * learner.plan.epochs, self._report)
+            seed = _seed(self._order.recipe, fold.number)
+            lesson = Lesson(fold.train, fold.validation, learner.plan, seed)
+            logits.append(_finite(learner.learn(lesson, listener, NoKeeper()).logits(fold.test)))
+        return self._headline(logits)
+
+    def _headline(self, logits: Sequence[Float32]) -> float:
+        """Return the task's headline score of the logits of every fold."""
+        of_images = evaluate.mean_statistics(
+            self._task, self._truth[self._trained_on], self._out_of_fold(logits)[:, self._trained_on]
+        )
+        return float(evaluate.scores(self._task, of_images.sum(axis=0))[HEADLINES[self._task].metric])
+
+    def _serve(self, final: Learned, outcomes: Sequence[FoldOutcome]) -> Served:
+        """Return what answers."""
+        trunk = self._trunk
+        if self._tuned is None:
+            return Served(trunk.precision, trunk.backbone, trunk.engine, self._choice)
+        if final.network is not None:
+            self._report.stage("export")
+        scores = {
+            precision: self._headline([outcome.logits[precision] for outcome in outcomes])
+            for precision in outcomes[0].logits
+        }
+        return self._tuned.serve(final, self._trained_on, scores)
+
+    def _as_served(self, outcome: FoldOutcome, precision: Precision) -> FoldResult:
+        """Return what a fold measured, in the precision that is served."""
+        measured = outcome.result.metrics.get("precisions", {}).get(precision.value, {})
+        return replace(outcome.result, metrics=outcome.result.metrics | measured)
+
+    def _out_of_fold(self, logits: Sequence[Float32]) -> Float32:
+        """Return the logits of every fold as float32 [repeats, N, outputs], NaN for images that were in none."""
+        found = np.full((self._order.recipe.folds.repeats, self._count, self._outputs), np.nan, dtype=np.float32)
+        for fold, of_fold in zip(self.folds, logits, strict=True):
+            found[fold.repeat, fold.test] = of_fold
+        return found
+
+    def _out_of_fold_file(self, logits: Float32) -> bytes:
+        """Return the fold of every image (int16 [repeats, N], -1 where it was in none) and its logits there (NaN)."""
+        fold_of = np.full(logits.shape[:2], -1, dtype=np.int16)
+        for fold in self.folds:
+            fold_of[fold.repeat, fold.test] = fold.number
+        return save_tensors({"folds": fold_of, "logits": logits})
+
     @property
     def _outputs(self) -> int:
         return 1 if self._task in (Task.BINARY, Task.REGRESSION) else len(self._order.labels)
 
-    def _fold_metrics(self, fold: Fold, learned: Learned, logits: Float32) -> dict[str, Any]:
-        scores = evaluate.score(self._task, self._order.labels, self._truth[fold.test], logits)
-        metrics: dict[str, Any] = evaluate.brief(scores)
+    def _fold_metrics(self, fold: Fold, learned: Learned, logits: Mapping[Precision, Float32]) -> dict[str, Any]:
+        scores = {
+            precision: evaluate.brief(
+                evaluate.score(self._task, self._order.labels, self._truth[fold.test], of_precision)
+            )
+            for precision, of_precision in logits.items()
+        }
+        metrics: dict[str, Any] = dict(scores.pop(self._trunk.precision))
+        if scores:
+            metrics["precisions"] = {precision.value: found for precision, found in scores.items()}
         metrics["images"] = {"train": len(fold.train), "validation": len(fold.validation), "test": len(fold.test)}
         if len(learned.phases) > 1:
             metrics["phases"] = [asdict(phase) for phase in learned.phases]
@@ -309,68 +374,42 @@ class Experiment:
         return metrics
 
 
-# Images on the sheet of augmentations, and images that a fine-tuned network is checked on.
+# Images on the sheet of augmentations.
 _SHOWN = 8
-_CHECKED = 16
 
 
-def _spread(count: int, most: int) -> Indices:
-    """Return up to `most` row numbers, evenly over all."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
+class _Trial:
+    """Hears of one of many fits, and says how far all of them are."""
 
+    def __init__(self, before: int, total: int, report: Reporter) -> None:
+        self._before = before
+        self._total = total
+        self._report = report
 
-def _backbone(recipe: Recipe, cut: str, weights: Digest, place: Place, registry: Registry) -> Digest:
-    """Return the digest of the network exported up to a cut, exporting it if nobody has."""
-    key = BackboneKey(recipe.backbone, weights, cut, _size(recipe))
-    digest = registry.find_backbone(key)
-    if digest is None:
-        model = backbones.backbone(recipe.backbone, cut, _size(recipe), place.store.read(weights))
-        exported = export(model, place.threads)
-        digest = registry.add_backbone(key, place.store.put(exported.onnx), exported.facts())
-    return digest
+    def epoch(self, number: int, metrics: Epoch) -> None:
+        """Hear of a finished epoch."""
 
-
-def _features(
-    recipe: Recipe,
-    digests: Sequence[Digest],
-    backbone: Digest,
-    engine: OpenVinoEngine,
-    place: Place,
-    source: Source,
-    report: Reporter,
-) -> tuple[Features, Extraction]:
-    """Return the features of every image, float32 [N, D], computing those that no run has computed before."""
-    space = FeatureSpace(IMAGE_RULE, _size(recipe), recipe.resize, backbone, recipe.precision)
-    cache = FeatureCache(place.features, space, CATALOGUE[recipe.backbone].cuts[recipe.features_from or ""])
-    extraction = extract(digests, engine, cache, source, report.images)
-    cache.close()
-    return cache.rows(digests), extraction
+    def batch(self, epochs: float) -> None:
+        """Hear how many epochs are done."""
+        self._report.images(self._before + int(epochs), self._total)
 
 
 def _material(
     recipe: Recipe,
     digests: Sequence[Digest],
     pixels: Pixels,
-    weights: Digest,
+    networks: Networks,
     place: Place,
-    registry: Registry,
     report: Reporter,
 ) -> Material:
     """Return what the learning part reads: without augmentation, the frozen part is gone through only once."""
     boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze or "")
     if boundary is None or recipe.augmentation is not None:
         return Material(pixels, are_maps=False)
-    frozen = _backbone(recipe, boundary, weights, place, registry)
-    engine = OpenVinoEngine(place.store.verified_path(frozen), recipe.precision, place.threads)
-    space = FeatureSpace(IMAGE_RULE, _size(recipe), recipe.resize, frozen, recipe.precision)
+    frozen = networks.exported(boundary)
+    engine = networks.engine(frozen, Precision.FLOAT32)
+    space = networks.space(frozen, Precision.FLOAT32)
     return Material(load_maps(digests, pixels, engine, space, place.pixels, report.images), are_maps=True)
-
-
-def _export_tuned(recipe: Recipe, weights: bytes, images: Pixels, place: Place) -> tuple[Digest, dict[str, Any]]:
-    """Export a network that has learned, checked against Keras on its own images; return its digest and the check."""
-    model = backbones.backbone(recipe.backbone, recipe.features_from or "", _size(recipe), weights)
-    exported = export(model, place.threads, images)
-    return place.store.put(exported.onnx), exported.facts()
 
 
 def _finite(logits: Float32) -> Float32:
@@ -380,50 +419,8 @@ def _finite(logits: Float32) -> Float32:
     return logits
 
 
-def _bundle(
-    recipe: Recipe,
-    task: Task,
-    labels: Sequence[str],
-    backbone: Digest,
-    engine: OpenVinoEngine,
-    layers: tuple[Dense, ...],
-) -> Bundle:
-    golden_input = _golden_images(_size(recipe))
-    return Bundle(
-        task=task,
-        labels=tuple(labels),
-        backbone=backbone,
-        engine=engine.name,
-        precision=recipe.precision,
-        image_rule=IMAGE_RULE,
-        size=_size(recipe),
-        resize=recipe.resize,
-        layers=layers,
-        golden_input=golden_input,
-        golden_output=heads.logits(layers, engine.features(golden_input)),
-    )
-
-
-def _golden_images(size: int) -> Pixels:
-    """Return an image that shows a broken engine: smooth slopes and hard edges in every channel, uint8 [1, s, s, 3]."""
-    y, x = np.mgrid[:size, :size]
-    slopes = np.stack([255 * x / size, 255 * y / size, 255 * (x + y) / (2 * size)], axis=-1)
-    edges = 64 * ((x * 8 // size + y * 8 // size) % 2)
-    image: Pixels = (slopes * 0.75 + edges[..., None]).astype(np.uint8)[None]
-    return image
-
-
-def _out_of_fold(fold_of: np.ndarray, logits: np.ndarray) -> bytes:
-    """Return the fold of every image (int16 [repeats, N], -1 where it was in none) and its logits there (NaN)."""
-    return save_tensors({"folds": fold_of, "logits": logits})
-
-
 def _rows_in(splits: Sequence[Split], wanted: Split) -> Indices:
     return np.flatnonzero(np.array([split is wanted for split in splits], dtype=bool))
-
-
-def _size(recipe: Recipe) -> int:
-    return recipe.image_size or CATALOGUE[recipe.backbone].size
 
 
 def _seed(recipe: Recipe, number: int) -> int:

@@ -26,6 +26,16 @@ class Extraction:
     seconds: float
 
 
+def add_up(parts: Sequence[Extraction]) -> Extraction:
+    """Return what the same images needed in several networks together, as images that went through each."""
+    return Extraction(
+        images=parts[0].images,
+        computed=sum(part.computed for part in parts),
+        cached=sum(part.cached for part in parts),
+        seconds=round(sum(part.seconds for part in parts), 3),
+    )
+
+
 def extract(
     digests: Sequence[Digest],
     engine: Engine,

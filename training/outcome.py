@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from artifacts import tensors
 from artifacts.bundle import Float32
+from artifacts.recipe import Precision
 from training.epochs import Epoch
 from training.learn import Phase
 
@@ -33,13 +34,14 @@ class FoldOutcome:
         result: what it measured.
         phases: what it trained.
         kept: name of the phase that it kept.
-        logits: float32 [n, outputs] of its test images, in the order of their rows.
+        logits: float32 [n, outputs] of its test images, in the order of their rows, in each precision that is
+            considered; the first one is what it learned in.
     """
 
     result: FoldResult
     phases: Sequence[Phase]
     kept: str
-    logits: Float32
+    logits: Mapping[Precision, Float32]
 
     def dump(self) -> bytes:
         """Return it as a file."""
@@ -48,11 +50,12 @@ class FoldOutcome:
             "phases": [asdict(phase) for phase in self.phases],
             "kept": self.kept,
         }
-        return tensors.dump(values, {"logits": self.logits})
+        return tensors.dump(values, {f"logits.{precision}": logits for precision, logits in self.logits.items()})
 
 
 def load(data: bytes) -> FoldOutcome:
     """Return the outcome that `dump` wrote."""
     values, arrays = tensors.load(data)
     phases = tuple(Phase(**phase) for phase in values["phases"])
-    return FoldOutcome(FoldResult(**values["result"]), phases, values["kept"], arrays["logits"])
+    logits = {precision: arrays[f"logits.{precision}"] for precision in Precision if f"logits.{precision}" in arrays}
+    return FoldOutcome(FoldResult(**values["result"]), phases, values["kept"], logits)

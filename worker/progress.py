@@ -17,7 +17,9 @@ _STAGES: Mapping[Mode, Mapping[str, float]] = {
     Mode.FEATURE_EXTRACTION: {
         "weights": 0.0,
         "backbone": 0.05,
-        "features": 0.1,
+        "quantise": 0.1,
+        "features": 0.15,
+        "precision": 0.5,
         "folds": 0.6,
         "final": 0.95,
         "bundle": 0.98,

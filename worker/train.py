@@ -391,8 +391,39 @@ def _answer(session: Session, run_id: str, store: Store, asked: Message) -> dict
             if digest != asked["digest"]:  # another run was quicker
                 collect_later(session, store, [Digest(asked["digest"])])
             return {"digest": digest}
+        case "find_quantised" | "add_quantised":
+            return {"digest": _settle_quantised(session, run_id, store, asked)}
+        case "find_choice":
+            return {"choice": session.get_one(Run, run_id).precision_choice}
+        case "set_choice":
+            run = session.get_one(Run, run_id)
+            if not run.state.is_final:
+                run.precision_choice = asked["choice"]
+            return {}
         case unknown:
             raise RuntimeError(f"The child asked {unknown!r}, which nobody answers. This is a bug.")
+
+
+def _settle_quantised(session: Session, run_id: str, store: Store, asked: Message) -> Digest | None:
+    """Return the quantised network that a run is to use, the same for all its parts, or None if it is to make one."""
+    run = runs.lock_run(session, run_id)
+    settled = Digest(run.quantised_sha256) if run.quantised_sha256 else None
+    is_anew = bool(run.recipe.get("recalibrate"))
+    backbone, image_rule = Digest(asked["backbone"]), asked["image_rule"]
+    if asked["type"] == "add_quantised":
+        made = Digest(asked["digest"])
+        if settled is None:
+            made_on = asked["facts"] | {"dataset_version": run.dataset_version_id}
+            row = registry.add_quantised(session, backbone, image_rule, made, made_on, is_anew=is_anew)
+            settled = Digest(row.sha256)
+        if settled != made:  # another run, or another part of this one, was quicker
+            collect_later(session, store, [made])
+    elif settled is None and not is_anew:
+        found = registry.find_quantised(session, backbone, image_rule)
+        settled = Digest(found.sha256) if found else None
+    if not run.state.is_final:
+        run.quantised_sha256 = settled
+    return settled
 
 
 def _devices(queue: Queue) -> dict[str, str]:

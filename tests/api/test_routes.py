@@ -110,6 +110,7 @@ def test_a_run_is_queued_with_every_default_filled_in(
         "fine_tune": None,
         "class_weights": "none",
         "precision": "float32",
+        "recalibrate": False,
         "seed": 0,
     }
     assert rung[-1][0] == "cpu"
@@ -140,7 +141,8 @@ def test_fine_tuning_wakes_the_worker_with_a_gpu_if_there_is_one(
         ({"mode": "fine-tuning", "unfreeze": "block15"}, "recipe.unfreeze"),
         ({"unfreeze": "block14"}, "recipe.unfreeze"),
         ({"mode": "from-scratch"}, "recipe.mode"),
-        ({"precision": "int8"}, "recipe.precision"),
+        ({"precision": "int4"}, "recipe.precision"),
+        ({"precision": "bfloat16", "recalibrate": True}, "recipe.recalibrate"),
         ({"augmentation": {"flip": True}}, "recipe.augmentation"),
         ({"task": "binary"}, "recipe.task"),
         ({"task": "regression"}, "recipe.task"),

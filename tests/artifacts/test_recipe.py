@@ -38,6 +38,7 @@ DEFAULTS = {
     "fine_tune": None,
     "class_weights": "none",
     "precision": "float32",
+    "recalibrate": False,
     "seed": 0,
 }
 
@@ -217,9 +218,7 @@ def field_of(recipe: dict[str, Any]) -> str:
     ("recipe", "field"),
     [
         ({"mode": "from-scratch"}, "mode"),
-        ({"precision": "bfloat16"}, "precision"),
-        ({"precision": "int8"}, "precision"),
-        ({"precision": "auto"}, "precision"),
+        ({"precision": "int4"}, "precision"),
         ({"network": {"kind": "cnn"}}, "network"),
     ],
 )
@@ -322,8 +321,8 @@ def words(schema: Any) -> Iterator[str]:
 
 def test_what_is_not_built_is_not_in_the_schema() -> None:
     offered = set(words(Recipe.model_json_schema()))
-    assert {"feature-extraction", "fine-tuning", "float32", "multiclass", "adamw", "features_from"} <= offered
-    assert not offered & {"from-scratch", "bfloat16", "int8", "network"}
+    assert {"feature-extraction", "fine-tuning", "bfloat16", "multiclass", "adamw", "features_from"} <= offered
+    assert not offered & {"from-scratch", "int4", "network"}
     assert set(Recipe.model_json_schema()["properties"]) == set(DEFAULTS)
 
 
@@ -338,6 +337,19 @@ def test_fine_tuning_starts_at_the_last_block_slowly_and_varies_images_a_little(
     assert recipe.fine_tune == FineTune(learning_rate=1e-5, epochs=20, warmup_epochs=1)
     assert recipe.augmentation is not None and recipe.augmentation.rotate_degrees > 0
     assert not recipe.augmentation.flip
+
+
+def test_only_a_shared_quantised_network_is_calibrated_anew() -> None:
+    def filled(**change: object) -> Recipe:
+        return fill(Recipe.model_validate(change), Task.MULTICLASS, THREE)
+
+    for precision in ("int8", "auto"):
+        assert filled(precision=precision, recalibrate=True).recalibrate
+    with pytest.raises(RecipeInvalid, match="only int8 is calibrated") as caught:
+        filled(recalibrate=True)
+    assert caught.value.field == "recalibrate"
+    with pytest.raises(RecipeInvalid, match="calibrated anew anyway"):
+        tuned(precision="int8", recalibrate=True)
 
 
 def test_null_leaves_images_as_they_are() -> None:

@@ -20,7 +20,7 @@ from models.base import Base
 from models.comparison import Comparison
 from models.dataset import DatasetVersion, Membership
 from models.reference import collect, collect_later, lock_files, named
-from models.registry import Backbone, ModelVersion, Weights
+from models.registry import Backbone, ModelVersion, Quantised, Weights
 from models.run import Checkpoint, Fold
 from models.session import Database
 
@@ -43,6 +43,7 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
     assert waiting.number == 2
     run = records.running_run(session, version)
     run.weights_sha256 = stored("run.weights_sha256")
+    run.quantised_sha256 = stored("run.quantised_sha256")
     runs.succeed_run(session, run.id, {}, 1.0)
     runs.add_artifact(session, run.id, "report.json", stored("run_artifact.sha256"), 1, "application/json")
     runs.add_fold(session, records.fold(run.id, outcome_sha256=stored("fold.outcome_sha256")))
@@ -62,6 +63,7 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
         manifest={},
     )
     registry.add_backbone(session, backbone)
+    registry.add_quantised(session, records.digest("export"), 1, stored("quantised.sha256"), {})
     weights = Weights(network=BackboneName.VGG16, name="mine", sha256=stored("weights.sha256"), source={})
     registry.set_weights(session, weights)
     return files
@@ -80,10 +82,20 @@ def test_files_are_kept_while_any_row_names_them_and_removed_after(database: Dat
     assert [column for column, file in files.items() if not store.has(file)] == []
     assert not store.has(unnamed) and store.has(untouched)
     with database.writing() as session:
-        for record in (Weights, Backbone, registry.Alias, ModelVersion, runs.RunArtifact, Fold, Checkpoint, Membership):
+        for record in (
+            Weights,
+            Backbone,
+            Quantised,
+            registry.Alias,
+            ModelVersion,
+            runs.RunArtifact,
+            Fold,
+            Checkpoint,
+            Membership,
+        ):
             session.execute(delete(record))
         session.execute(delete(datasets.Image))
-        session.execute(update(runs.Run).values(weights_sha256=None))
+        session.execute(update(runs.Run).values(weights_sha256=None, quantised_sha256=None))
         session.execute(update(Comparison).values(picture_sha256=None, report_sha256=None))
         session.execute(update(DatasetVersion).values(manifest_sha256=None, archive_sha256=None))
         collect(session, store, asked)
@@ -98,8 +110,8 @@ def test_every_column_that_names_a_file_was_tried(database: Database, store: Sto
         if column.name.endswith("sha256") and isinstance(column.type, String)
     }
     with database.writing() as session:
-        # What a backbone was built from may go: the export itself is kept.
-        assert name_all(session, store).keys() == columns - {"backbone.weights_sha256"}
+        # What a network was made from may go: it is kept itself.
+        assert name_all(session, store).keys() == columns - {"backbone.weights_sha256", "quantised.backbone_sha256"}
 
 
 def test_a_row_of_the_same_transaction_counts(database: Database, store: Store) -> None:

@@ -197,6 +197,30 @@ def test_workers_that_export_at_once_agree_on_one(database: Database) -> None:
         assert winners == set(session.scalars(select(Backbone.sha256))) and len(winners) == 1
 
 
+def test_the_first_quantised_copy_serves_all_until_somebody_calibrates_anew(database: Database) -> None:
+    def add(name: str, *, image_rule: int = 1, is_anew: bool = False) -> str:
+        with database.writing() as session:
+            row = registry.add_quantised(
+                session, digest("export"), image_rule, digest(name), {"made": name}, is_anew=is_anew
+            )
+            return row.sha256
+
+    def newest(image_rule: int = 1) -> tuple[str, int, dict[str, object]] | None:
+        with database.reading() as session:
+            found = registry.find_quantised(session, digest("export"), image_rule)
+            return (found.sha256, found.generation, found.manifest) if found else None
+
+    assert newest() is None
+    assert add("first") == add("second") == digest("first")
+    assert newest() == (digest("first"), 1, {"made": "first"})
+    assert add("third", is_anew=True) == digest("third")
+    assert add("fourth") == digest("third")
+    assert newest() == (digest("third"), 2, {"made": "third"})
+    assert add("first", is_anew=True) == digest("first")  # calibrating anew may come out as before
+    assert newest() == (digest("first"), 3, {"made": "first"})
+    assert newest(2) is None and add("of another rule", image_rule=2) == digest("of another rule")
+
+
 def test_weights_are_found_by_network_and_name_and_replaced(database: Database) -> None:
     def put(content: str) -> None:
         with database.writing() as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,20 +19,21 @@ from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Recipe, Task, fill
+from artifacts.recipe import ClassCount, Precision, Recipe, Task, fill
 from artifacts.store import Digest, Store
 from inference import heads
 from inference.engine import OpenVinoEngine
 from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
-from training import backbones, evaluate, experiment
+from training import backbones, deliver, evaluate, experiment
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint
 from training.epochs import Epoch, Passage
-from training.experiment import BackboneKey, Order, Outcome, Place
+from training.experiment import Order, Outcome
 from training.extract import Extraction
 from training.fit import fit
 from training.outcome import FoldOutcome, FoldResult
+from training.prepare import BackboneKey, Place
 from training.split import make_folds
 
 QUICK: dict[str, Any] = {
@@ -47,9 +49,12 @@ QUICK: dict[str, Any] = {
 
 @dataclass
 class Known:
-    """Backbones by key, as the worker's database keeps them."""
+    """Networks by what they were made from, as the worker's database keeps them, and what the last run chose."""
 
     exports: dict[BackboneKey, Digest] = field(default_factory=dict)
+    quantised: dict[Digest, Digest] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    choice: dict[str, Any] | None = None
 
     def find_backbone(self, key: BackboneKey) -> Digest | None:
         return self.exports.get(key)
@@ -57,6 +62,19 @@ class Known:
     def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
         assert facts["largest_relative_difference"] < 1e-4
         return self.exports.setdefault(key, digest)
+
+    def find_quantised(self, backbone: Digest) -> Digest | None:
+        return self.quantised.get(backbone)
+
+    def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
+        self.facts = facts
+        return self.quantised.setdefault(backbone, digest)
+
+    def find_choice(self) -> dict[str, Any] | None:
+        return self.choice
+
+    def set_choice(self, facts: dict[str, Any]) -> None:
+        self.choice = json.loads(json.dumps(facts))
 
 
 IsCut = Callable[[int | None, Checkpoint], bool]
@@ -347,7 +365,7 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
     # The same by hand, with nothing of a fold's test rows in reach.
     ordered = sorted(rows, key=lambda row: row.path)
     recipe = Recipe.model_validate(QUICK | {"epochs": 4, "early_stopping": {"patience": 1}})
-    engine = OpenVinoEngine(bench.store.path(outcome.backbone), recipe.precision, 2)
+    engine = OpenVinoEngine(bench.store.path(outcome.backbone), Precision.FLOAT32, 2)
     pixels = [images.decode(bench.store.read(row.sha256), 32, recipe.resize, ImageLimits()) for row in ordered]
     features = engine.features(np.stack(pixels))
     truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
@@ -548,3 +566,92 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench, m
     assert np.mean(right) > 0.85
     assert outcome.files["labels.png"][0].startswith(b"\x89PNG")
     assert "all labels are right in" in outcome.files["report.md"][0].decode()
+
+
+# --- precisions -------------------------------------------------------------------------------------------------------
+
+
+def test_an_int8_run_is_scored_and_served_as_the_quantised_network_that_all_runs_share(bench: Bench) -> None:
+    files = sample.coloured(per_class=10)
+    rows = bench.rows(files)
+    outcome, heard = bench.run(rows, precision="int8")
+    assert heard.stages == ["backbone", "quantise", "features", "folds", "final", "bundle"]
+    bundle = bundles.load(bench.store.read(outcome.bundle))
+    (exported,) = bench.known.exports.values()
+    assert bundle.precision is Precision.INT8
+    assert bundle.backbone == outcome.backbone == bench.known.quantised[exported] != exported
+    assert bench.known.facts["images"] == 30
+    assert "int8" in outcome.files["report.md"][0].decode()
+
+    predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=10)
+    assert np.mean([one.label == path.split("/")[0] for path, one in zip(files, predictions, strict=True)]) > 0.9
+
+    other = bench.rows(sample.coloured(per_class=8, seed=9))
+    second, heard = bench.run(other, precision="int8")
+    assert "quantise" in heard.stages and second.backbone == outcome.backbone
+    exact, heard = bench.run(other)
+    assert exact.backbone == exported and computed_and_cached(heard) == (24, 0)
+
+
+@pytest.mark.slow
+def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpenVinoEngine, "precisions", staticmethod(lambda: [Precision.FLOAT32, Precision.INT8]))
+    monkeypatch.setattr(experiment, "image_ms", lambda engines, golden: dict(zip(engines, (9.0, 3.0), strict=True)))
+    rows = bench.rows(sample.coloured(per_class=10))
+    outcome, heard = bench.run(rows, precision="auto")
+    assert heard.stages == ["backbone", "quantise", "features", "precision", "folds", "final", "bundle"]
+    found = outcome.metrics["precision"]
+    scores = {one["precision"]: one["score"] for one in found["tried"]}
+    assert computed_and_cached(heard) == (60, 0)
+    chosen = "int8" if scores["int8"] >= scores["float32"] - found["margin"] else "float32"
+    assert found["chosen"] == chosen and outcome.metrics["accuracy"] == pytest.approx(scores[chosen])
+    assert bundles.load(bench.store.read(outcome.bundle)).precision == chosen
+    assert f"`{chosen}` answers: the fastest" in outcome.files["report.md"][0].decode()
+    for precision in Precision.FLOAT32, Precision.INT8:
+        alone, _ = bench.run(rows, precision=precision.value)
+        assert alone.metrics["accuracy"] == pytest.approx(scores[precision])
+
+    # The folds that are left after an interruption go on in the precision of those that are done.
+    assert bench.known.choice is not None
+    bench.known.choice["chosen"] = "float32" if chosen == "int8" else "int8"
+    again, heard = bench.run(rows, precision="auto")
+    assert "precision" not in heard.stages
+    assert again.metrics["precision"] == found | {"chosen": bench.known.choice["chosen"]}
+    assert bundles.load(bench.store.read(again.bundle)).precision == bench.known.choice["chosen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_network_that_has_learned_answers_in_int8_if_it_is_as_good_on_held_out_rows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_good: bool
+) -> None:
+    monkeypatch.setattr(deliver, "is_as_good", lambda task, score, reference: is_good)
+    rows = bench.rows(sample.coloured(per_class=8))
+    held = [replace(row, split=Split.TEST) for row in rows[::6]]
+    rows = [row for row in rows if row.path not in {one.path for one in held}] + held
+    outcome, heard = bench.run(rows, **TUNING, precision="int8", augmentation=None)
+    bundle = bundles.load(bench.store.read(outcome.bundle))
+    chosen = "int8" if is_good else "float32"
+    assert bundle.precision == outcome.metrics["precision"]["chosen"] == chosen
+    assert bench.known.quantised == {}  # nobody else can use it
+    tried = {one["precision"]: one["score"] for one in outcome.metrics["precision"]["tried"]}
+    assert outcome.metrics["accuracy"] == pytest.approx(tried[chosen])
+    for fold in heard.outcomes:
+        assert fold.logits[Precision.INT8].shape == fold.logits[Precision.FLOAT32].shape
+        assert not np.array_equal(fold.logits[Precision.INT8], fold.logits[Precision.FLOAT32])
+        assert fold.result.metrics["precisions"]["int8"].keys() == {"accuracy", "loss", "f1_macro"}
+    logits = load_tensors(outcome.files["out-of-fold.safetensors"][0])["logits"][0]
+    ordered = sorted(rows, key=lambda row: row.path)
+    inside = np.array([row.split is Split.TRAIN for row in ordered])
+    truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
+    assert np.mean(logits[inside].argmax(axis=1) == truth[inside]) == pytest.approx(outcome.metrics["accuracy"])
+
+    predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    answers = predictor.predict([bench.store.read(row.sha256) for row in held], ImageLimits(), deadline_s=10)
+    right = np.mean([one.label == row.labels[0] for one, row in zip(answers, held, strict=True)])
+    assert outcome.metrics["test"]["accuracy"] == pytest.approx(right)
+    said = "`int8` answers as asked" if is_good else "`float32` answers, not `int8`"
+    assert said in outcome.files["report.md"][0].decode()

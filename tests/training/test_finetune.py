@@ -13,7 +13,7 @@ import sample
 
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import Pixels
-from artifacts.recipe import ClassCount, Recipe, Task, fill
+from artifacts.recipe import ClassCount, Precision, Recipe, Task, fill
 from benchmarks.networks import calibrated
 from inference import heads
 from inference.engine import OpenVinoEngine
@@ -251,7 +251,7 @@ def test_what_is_exported_answers_as_keras_did(tmp_path: Path) -> None:
     assert exported.largest_relative_difference < 1e-4
     place = tmp_path / "network.onnx"
     place.write_bytes(exported.onnx)
-    engine = OpenVinoEngine(place, trial.recipe.precision, 2)
+    engine = OpenVinoEngine(place, Precision.FLOAT32, 2)
     served = heads.logits(tuned.layers, engine.features(trial.pixels))
     assert served == pytest.approx(tuned.logits(trial.rows), rel=1e-3, abs=1e-3)
 

@@ -29,13 +29,13 @@ from models import run as runs
 from models.job import Job, JobKind, JobState, Queue
 from models.outbox import Outbox
 from models.reference import unnamed
-from models.registry import ModelVersion, Weights
+from models.registry import ModelVersion, Quantised, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
 from worker.inside.channel import Channel
 from worker.inside.train import _Pulse
 from worker.loop import Loop
-from worker.train import Train
+from worker.train import Train, _answer
 from worker.work import Bench, Complete, Stopped, Work
 
 FOLD = {"epochs": 3, "best_epoch": 2, "stopped": "epochs", "metrics": {"accuracy": 0.5}, "history": [], "seconds": 2.0}
@@ -206,6 +206,51 @@ def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) ->
     with claimed_work(case.database) as work:
         case.train.run(work)
     assert list(case.store.digests()) == [quicker]
+
+
+def test_all_parts_of_a_run_use_one_quantised_network_whatever_others_calibrate_meanwhile(case: Case) -> None:
+    export = records.digest("export")
+
+    def ask(kind: str, run_id: str = case.run_id, **fields: Any) -> Any:
+        asked = {"type": f"{kind}_quantised", "backbone": export, "image_rule": 1, **fields}
+        with case.database.writing() as session:
+            return _answer(session, run_id, case.store, asked)["digest"]
+
+    def made(data: bytes, run_id: str = case.run_id) -> tuple[Digest, Any]:
+        digest = case.store.put(data)
+        return digest, ask("add", run_id, digest=digest, facts={"images": 20})
+
+    assert ask("find") is None
+    first, settled = made(b"first")
+    assert settled == first == ask("find")
+    with case.database.writing() as session:
+        run = runs.get_run(session, records.PRINCIPAL, case.run_id)
+        anew = Recipe(**{**run.recipe, "precision": "int8", "recalibrate": True})
+        other = runs.create_run(session, records.PRINCIPAL, run.dataset_version_id, "other", anew).id
+        (row,) = session.scalars(select(Quantised))
+        assert row.manifest == {"images": 20, "dataset_version": run.dataset_version_id}
+    assert ask("find", other) is None
+    second, settled = made(b"second", other)
+    assert settled == second != first
+    assert ask("find") == first and ask("find", other) == second
+    late, settled = made(b"another part of the same run", other)
+    assert settled == second and not case.store.has(late)
+    with case.database.writing() as session:
+        runs.drop_networks(session, case.run_id)
+    assert ask("find") == second
+
+
+def test_what_a_run_chose_of_precisions_is_kept_until_it_is_over(case: Case) -> None:
+    def ask(kind: str, **fields: Any) -> Any:
+        with case.database.writing() as session:
+            return _answer(session, case.run_id, case.store, {"type": kind, **fields}).get("choice")
+
+    assert ask("find_choice") is None
+    ask("set_choice", choice={"chosen": "int8"})
+    assert ask("find_choice") == {"chosen": "int8"}
+    with case.database.writing() as session:
+        parts.drop_leftovers(session, case.run_id)
+    assert ask("find_choice") is None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.images import ImageLimits
+from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.recipe import Recipe
 from artifacts.shared import open_store
 from artifacts.store import Digest, Store, StoreAddress
@@ -27,9 +27,10 @@ from worker.weights import Source
 
 if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
-    from training.experiment import BackboneKey, Experiment, Outcome
+    from training.experiment import Experiment, Outcome
     from training.extract import Extraction
     from training.outcome import FoldOutcome
+    from training.prepare import BackboneKey
 
 SAY_EVERY_S = 1.0
 # Copying the state of a small head takes longer than some of its epochs.
@@ -140,7 +141,8 @@ class _Desk:
     def _prepare(self) -> Experiment:
         given = self._given
         # Imported here and now: TensorFlow takes seconds, and weights that cannot be had should be told before.
-        from training.experiment import Experiment, Order, Place
+        from training.experiment import Experiment, Order
+        from training.prepare import Place
 
         limits = ImageLimits(**{**given["image_limits"], "formats": tuple(given["image_limits"]["formats"])})
         place = Place(
@@ -357,7 +359,7 @@ def _stored(store: Store, name: str, data: bytes, media_type: str) -> dict[str, 
 
 
 class _Registry:
-    """Answers an experiment's questions about backbones through the worker."""
+    """Answers an experiment's questions about networks through the worker."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -368,3 +370,20 @@ class _Registry:
 
     def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
         return Digest(self._channel.ask("add_backbone", key=asdict(key), digest=digest, facts=facts)["digest"])
+
+    def find_quantised(self, backbone: Digest) -> Digest | None:
+        answer = self._channel.ask("find_quantised", backbone=backbone, image_rule=IMAGE_RULE)["digest"]
+        return None if answer is None else Digest(answer)
+
+    def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
+        answer = self._channel.ask(
+            "add_quantised", backbone=backbone, image_rule=IMAGE_RULE, digest=digest, facts=facts
+        )
+        return Digest(answer["digest"])
+
+    def find_choice(self) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._channel.ask("find_choice")["choice"]
+        return found
+
+    def set_choice(self, facts: dict[str, Any]) -> None:
+        self._channel.ask("set_choice", choice=facts)

@@ -1,0 +1,181 @@
+"""What is served of a run: the network and the precision that answer, and the bundle. Trains nothing.
+
+A network that has learned is brought to other precisions afterwards. Whether it is still as good is measured in every
+fold, on images that neither its training nor its calibration has seen.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from artifacts.bundle import Bundle, Dense, Float32
+from artifacts.features import Features
+from artifacts.images import IMAGE_RULE, Pixels
+from artifacts.recipe import Precision, PrecisionChoice, Recipe, Task
+from artifacts.store import Digest
+from inference import heads
+from inference.engine import Engine, OpenVinoEngine
+from training import backbones
+from training.arrays import Report
+from training.export import Exported, export
+from training.learn import Learned
+from training.pixels import BATCH, Loaded
+from training.precision import Choice, Tried, choose, image_ms, is_as_good
+from training.prepare import Networks, Place, Trunk, sample, size_of
+from training.quantise import quantise
+from training.split import Indices
+
+# Images that a network that has learned is compared with Keras on.
+_CHECKED = 16
+
+
+@dataclass(frozen=True)
+class Served:
+    """What answers.
+
+    Attributes:
+        precision: of the engine.
+        backbone: the network.
+        engine: that runs it.
+        choice: what was tried for this precision, if there was anything to choose.
+        export: how far the exported network was from Keras, if it has learned.
+    """
+
+    precision: Precision
+    backbone: Digest
+    engine: OpenVinoEngine
+    choice: Choice | None = None
+    export: dict[str, Any] | None = None
+
+
+class Tuned:
+    """Networks of a fine-tuning run in the precisions that it considers, float32 first."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        precisions: Sequence[Precision],
+        digests: Sequence[Digest],
+        pixels: Pixels,
+        networks: Networks,
+        place: Place,
+        trunk: Trunk,
+        report: Report,
+    ) -> None:
+        self._recipe = recipe
+        self._task = task
+        self._others = [precision for precision in precisions if precision is not Precision.FLOAT32]
+        self._digests = digests
+        self._pixels = pixels
+        self._networks = networks
+        self._place = place
+        self._trunk = trunk
+        self._report = report
+
+    def logits(self, learned: Learned, train: Indices, rows: Indices) -> dict[Precision, Float32]:
+        """Return what a network answers for rows in every precision but float32, calibrated on rows it learned from."""
+        if not self._others:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            found: dict[Precision, Float32] = {}
+            network = self._export(learned.network()).onnx if learned.network else self._frozen()
+            for precision in self._others:
+                path.write_bytes(self._in(precision, network, train))
+                engine = OpenVinoEngine(path, precision, self._place.threads)
+                found[precision] = heads.logits(learned.layers, features(engine, self._pixels[rows]))
+        return found
+
+    def serve(self, final: Learned, train: Indices, scores: Mapping[Precision, float]) -> Served:
+        """Return what is served, given the score of each precision on the folds.
+
+        Args:
+            final: what was learned from everything.
+            train: the rows that a network may be calibrated on.
+            scores: the task's headline score, out of fold.
+        """
+        store = self._place.store
+        exported = self._export(final.network()) if final.network else None
+        found = {Precision.FLOAT32: store.put(exported.onnx) if exported else self._trunk.backbone}
+        for precision in self._others:
+            if exported:
+                found[precision] = store.put(self._in(precision, exported.onnx, train))
+            elif precision is Precision.INT8:
+                images = [self._digests[row] for row in train]
+                source = Loaded(self._digests, self._pixels)
+                found[precision] = self._networks.quantised(self._trunk.backbone, images, source, self._report)
+            else:
+                found[precision] = self._trunk.backbone
+        engines = {precision: self._networks.engine(digest, precision) for precision, digest in found.items()}
+        choice = self._choose(scores, engines) if self._others else None
+        chosen = choice.precision if choice else Precision.FLOAT32
+        facts = exported.facts() if exported else None
+        return Served(chosen, found[chosen], engines[chosen], choice, facts)
+
+    def _choose(self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine]) -> Choice:
+        times = image_ms(engines, golden_images(size_of(self._recipe)))
+        tried = [Tried(precision, score, times[precision]) for precision, score in scores.items()]
+        if self._recipe.precision is PrecisionChoice.AUTO:
+            return choose(self._task, tried)
+        wanted = Precision(self._recipe.precision.value)
+        good = is_as_good(self._task, scores[wanted], scores[Precision.FLOAT32])
+        return Choice(wanted if good else Precision.FLOAT32, tuple(tried))
+
+    def _in(self, precision: Precision, network: bytes, train: Indices) -> bytes:
+        """Return a network's file for a precision."""
+        if precision is not Precision.INT8:
+            return network
+        return quantise(network, self._pixels[sample(train, size_of(self._recipe))], self._report).onnx
+
+    def _export(self, weights: bytes) -> Exported:
+        """Export a network that has learned, checked against Keras on images of the data set."""
+        recipe = self._recipe
+        model = backbones.backbone(recipe.backbone, recipe.features_from or "", size_of(recipe), weights)
+        return export(model, self._place.threads, self._pixels[spread(len(self._pixels), _CHECKED)])
+
+    def _frozen(self) -> bytes:
+        return self._place.store.read(self._trunk.backbone)
+
+
+def features(engine: Engine, pixels: Pixels) -> Features:
+    """Return float32 [N, D] for images uint8 [N, H, W, 3], in small batches."""
+    return np.concatenate([engine.features(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
+
+
+def spread(count: int, most: int) -> Indices:
+    """Return up to `most` row numbers, evenly over all."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
+
+
+def bundle(recipe: Recipe, task: Task, labels: Sequence[str], served: Served, layers: tuple[Dense, ...]) -> Bundle:
+    """Return the bundle of a head on what is served."""
+    golden_input = golden_images(size_of(recipe))
+    return Bundle(
+        task=task,
+        labels=tuple(labels),
+        backbone=served.backbone,
+        engine=served.engine.name,
+        precision=served.precision,
+        image_rule=IMAGE_RULE,
+        size=size_of(recipe),
+        resize=recipe.resize,
+        layers=layers,
+        golden_input=golden_input,
+        golden_output=heads.logits(layers, served.engine.features(golden_input)),
+    )
+
+
+def golden_images(size: int) -> Pixels:
+    """Return an image that shows a broken engine: smooth slopes and hard edges in every channel, uint8 [1, s, s, 3]."""
+    y, x = np.mgrid[:size, :size]
+    slopes = np.stack([255 * x / size, 255 * y / size, 255 * (x + y) / (2 * size)], axis=-1)
+    edges = 64 * ((x * 8 // size + y * 8 // size) % 2)
+    image: Pixels = (slopes * 0.75 + edges[..., None]).astype(np.uint8)[None]
+    return image
