@@ -34,7 +34,8 @@ EspalierError
 ├── Stalled                the work stopped moving
 ├── Crashed                the work died without a word
 ├── Corrupt                a file that is not what its digest says
-└── BundleRefused          a bundle that this process cannot answer for
+├── BundleRefused          a bundle that this process cannot answer for
+└── EngineMissing          an engine that is asked for and not installed
 
 `Refused` is a value, not an error: one file was refused and the rest goes on.
 """
@@ -282,6 +283,12 @@ class BundleRefused(EspalierError):
     """The bundle cannot be served by this process."""
 
     code = "bundle-refused"
+
+
+class EngineMissing(EspalierError):
+    """The engine that is asked for is not installed."""
+
+    code = "engine-missing"
 
 
 def _tree(root: type[EspalierError]) -> dict[str, type[EspalierError]]:

@@ -64,6 +64,7 @@ TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
     errors.Crashed: (500, "Crashed"),
     errors.Corrupt: (500, "Corrupt"),
     errors.BundleRefused: (500, "Bundle refused"),
+    errors.EngineMissing: (500, "Engine missing"),
 }
 
 Problem = dict[str, Any]
