@@ -47,7 +47,7 @@ check: $(VENV)/dev ## check format, types, floors, compose file and images
 	ruff check .
 	mypy
 	lint-imports --no-logo --cache-dir .cache/import-linter
-	check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml docker-compose.gpu.yml
 	hadolint images/*.Dockerfile
 
 bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their baselines

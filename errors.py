@@ -34,8 +34,9 @@ EspalierError
 ├── Stalled                the work stopped moving
 ├── Crashed                the work died without a word
 ├── Corrupt                a file that is not what its digest says
-└── BundleRefused          a bundle that this process cannot answer for
-    └── PrecisionUnsupported   an arithmetic that this machine's processor has not
+├── BundleRefused          a bundle that this process cannot answer for
+│   └── PrecisionUnsupported   an arithmetic that this machine's processor has not
+└── EngineMissing          an engine that is asked for and not installed
 
 `Refused` is a value, not an error: one file was refused and the rest goes on.
 """
@@ -289,6 +290,12 @@ class PrecisionUnsupported(BundleRefused):
     """The processor of this machine does not compute as the recipe or the bundle asks."""
 
     code = "precision-unsupported"
+
+
+class EngineMissing(EspalierError):
+    """The engine that is asked for is not installed."""
+
+    code = "engine-missing"
 
 
 def _tree(root: type[EspalierError]) -> dict[str, type[EspalierError]]:

@@ -141,6 +141,8 @@ class Settings(BaseSettings):
     """Images that may wait for the engine before a prediction is turned away."""
     predict_deadline_s: Annotated[float, Field(gt=0, le=30)] = 5.0
     """Seconds that a prediction may wait, once it has arrived: for its model to be loaded and for the engine."""
+    engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
+    """What runs networks for predictions; `auto`: ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
     """Memory for loaded networks; those not used for longest are dropped beyond it."""
 

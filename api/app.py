@@ -22,7 +22,8 @@ from api.predictions import Desk
 from api.switchboard import Switchboard
 from artifacts.shared import open_store
 from bell import Bell, CeleryBell, EagerBell
-from errors import StoreRefused
+from errors import EngineMissing, StoreRefused
+from inference.choice import loader
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
@@ -43,11 +44,11 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         settings: the process' settings.
         bell: rings workers; by default through the broker, if there is one.
 
-    Raises StoreRefused if the bucket of stored files does not let this process in.
+    Raises StoreRefused if the bucket of stored files does not let this process in, EngineMissing.
     """
     database = Database(settings.database)
     store = open_store(settings.store)
-    shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes)
+    shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, loader(settings.engine))
     metrics, ending = Metrics(), Ending()
     metrics.watch(shelf.loaded)
     switchboard = Switchboard(database, shelf)
@@ -120,7 +121,7 @@ def main() -> None:
     settings = Settings()
     try:
         app = create_app(settings)
-    except StoreRefused as error:
+    except (StoreRefused, EngineMissing) as error:
         sys.exit(error.detail)
     config = uvicorn.Config(
         app,

@@ -65,6 +65,7 @@ TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
     errors.Corrupt: (500, "Corrupt"),
     errors.BundleRefused: (500, "Bundle refused"),
     errors.PrecisionUnsupported: (500, "Precision unsupported"),
+    errors.EngineMissing: (500, "Engine missing"),
 }
 
 Problem = dict[str, Any]

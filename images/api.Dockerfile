@@ -1,9 +1,11 @@
 # The API and the migrations, without anything that learns. Built from the repository's root: see docker-compose.yml.
+# With REQUIREMENTS=api-gpu it brings CUDA's libraries, for predictions on a GPU.
 FROM python:3.12.14-slim-trixie AS build
 # A mirror of the Python package index, for networks that cannot reach the public one.
 ARG PIP_INDEX_URL
+ARG REQUIREMENTS=api
 WORKDIR /opt
-COPY requirements/api.txt requirements.txt
+COPY requirements/${REQUIREMENTS}.txt requirements.txt
 # Wheels only: building a package would fetch its build tools without a hash.
 RUN python -m venv --without-pip venv \
     && pip --python venv/bin/python install --disable-pip-version-check --no-cache-dir --only-binary=:all: \

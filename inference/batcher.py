@@ -1,8 +1,8 @@
 """Batches for one backbone: what waits while the engine works goes through it together. Knows no heads, HTTP or files.
 
 There is no timer. Two threads take turns: while the engine computes the batch of one, the other has taken what waits
-and stands ready, so that the engine never idles. A request ends with an answer or an error, whatever dies: its future
-is the only thing that its asker holds.
+and stands ready; when the engine is free, it adds what has come since, and goes. A request ends with an answer or an
+error, whatever dies: its future is the only thing that its asker holds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -20,19 +20,22 @@ import numpy.typing as npt
 
 from artifacts.features import Features
 from artifacts.images import Pixels
-from errors import DeadlineExceeded, Unavailable
+from errors import DeadlineExceeded, OutOfMemory, Unavailable
 from inference.engine import Engine
 
 Maps = npt.NDArray[np.float32]
 
 # One batch in the engine, and one ready.
 _IN_FLIGHT = 2
-# How much the newest batch counts in the measured rate.
+# How much the newest batch counts in how fast the engine is now.
 _NEWEST = 0.2
 LARGEST_BATCH = 64
 # A larger batch that gains less than this only makes everybody wait longer, as does one that takes longer than that.
 LEAST_GAIN = 1.03
 LONGEST_BATCH_S = 0.5
+# How often two sizes are timed side by side, and for how long at most: but twice in any case.
+_TIMED = 3
+_TIMED_S = 0.5
 
 _ENDING = "The network was put away, or the service is ending. Ask again in a moment."
 
@@ -88,11 +91,56 @@ class _Slot:
     index: int
 
 
+class _Pace:
+    """How long batches take: by size when nothing else ran, and how many times as long they take now.
+
+    Images of a full batch take less time each than one alone does, so after a quiet hour the last batches say little
+    about full ones; how much slower everything is than it was, they do say.
+    """
+
+    def __init__(self, timed: Mapping[int, float]) -> None:
+        """Know the seconds of batches by size; without any, the first one that is seen sets them."""
+        self._timed = dict(sorted(timed.items()))
+        self._slowness = 1.0
+
+    def saw(self, images: int, seconds: float) -> None:
+        """Learn from a batch."""
+        if not self._timed:
+            self._timed[images] = seconds
+        self._slowness = (1 - _NEWEST) * self._slowness + _NEWEST * seconds / self._alone_s(images)
+
+    def seconds(self, images: int, limit: int) -> float:
+        """Return how long so many images should take, in batches of up to `limit`; 0 if nothing was timed yet."""
+        if not self._timed or not images:
+            return 0.0
+        full, rest = divmod(images, limit)
+        return self._slowness * (full * self._alone_s(limit) + (self._alone_s(rest) if rest else 0.0))
+
+    def _alone_s(self, images: int) -> float:
+        """Return the time of one batch: between two sizes that were timed on the line, beyond them in proportion."""
+        sizes, times = list(self._timed), list(self._timed.values())
+        nearest = min(max(images, sizes[0]), sizes[-1])
+        return float(np.interp(nearest, sizes, times)) * images / nearest
+
+
 class Batcher:
     """Runs one engine for many askers."""
 
-    def __init__(self, engine: Engine, limit: int, now: Callable[[], float] = time.perf_counter) -> None:
-        """Begin to wait for requests; `limit` is the most images of a batch, from 1."""
+    def __init__(
+        self,
+        engine: Engine,
+        limit: int,
+        timed: Mapping[int, float] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Begin to wait for requests.
+
+        Args:
+            engine: what computes.
+            limit: the most images of a batch, from 1.
+            timed: seconds of a batch by its size, to foretell waits before there are any.
+            now: the clock.
+        """
         self._engine = engine
         self._now = now
         self.engine = engine.name
@@ -103,7 +151,7 @@ class Batcher:
         self._turnstile, self._engine_free = threading.Lock(), threading.Lock()
         self._is_closed = False
         self._in_engine = 0
-        self._seconds_per_image: float | None = None
+        self._pace = _Pace(timed or {})
         self.busy_s = 0.0
         self.batches = self.images = 0
         self._threads = [
@@ -131,11 +179,8 @@ class Batcher:
 
     def wait_s(self, images: int = 0) -> float:
         """Return how long it should take until this many more images have been computed; 0 until that was measured."""
-        per_image = self._seconds_per_image
-        if per_image is None:
-            return 0.0
         with self._changed:
-            return per_image * (sum(map(_is_awaited, self._waiting)) + self._in_engine + images)
+            return self._pace.seconds(sum(map(_is_awaited, self._waiting)) + self._in_engine + images, self.limit)
 
     def oldest_s(self) -> float:
         """Return how long the image that waits longest has waited."""
@@ -174,22 +219,33 @@ class Batcher:
 
     def _one_batch(self) -> bool:
         """See one batch through the engine; return False at the end."""
-        slots: list[_Slot] | None = None
+        slots: list[_Slot] = []
         try:
-            with self._turnstile:
-                slots = self._take()
-                if slots is None:
-                    return False
-                pixels = np.stack([slot.request.pixels[slot.index] for slot in slots])
-                self._engine_free.acquire()
-            self._compute(slots, pixels)
+            with contextlib.ExitStack() as engine:
+                with self._turnstile:
+                    self._take(slots)
+                    if not slots:
+                        return False
+                    pixels = np.empty((self.limit, *slots[0].request.pixels.shape[1:]), np.uint8)
+                    _lay(slots, pixels)
+                    engine.enter_context(self._engine_free)
+                    self._top_up(slots, pixels)
+                if not slots:
+                    return True
+                started = self._now()
+                for slot in slots:
+                    slot.request.started = slot.request.started or started
+                wants_maps = any(slot.request.wants_maps for slot in slots)
+                features, maps = self._engine.run(pixels[: len(slots)], wants_maps=wants_maps)
+                ended = self._now()
+            self._hand_out(slots, features, maps, started, ended)
         except BaseException as error:  # whatever it is, nobody waits for ever
-            _fail([slot.request for slot in slots or ()], error)
+            _fail([slot.request for slot in slots], error)
             if not isinstance(error, Exception):
                 raise
         finally:
             with self._changed:
-                self._in_engine -= len(slots or ())
+                self._in_engine -= len(slots)
         return True
 
     def _end(self) -> None:
@@ -200,21 +256,35 @@ class Batcher:
             left, self._waiting = self._waiting, deque()
         _fail([slot.request for slot in left], Unavailable(_ENDING))
 
-    def _take(self) -> list[_Slot] | None:
-        """Wait for images; return up to `limit` of those that are still wanted, or None at the end."""
+    def _take(self, slots: list[_Slot]) -> None:
+        """Wait for images that are wanted, and take up to `limit`; take none at the end."""
         with self._changed:
-            while True:
-                slots: list[_Slot] = []
-                while self._waiting and len(slots) < self.limit:
-                    slot = self._waiting.popleft()
-                    if self._is_wanted(slot.request):
-                        slots.append(slot)
-                if slots:
-                    self._in_engine += len(slots)
-                    return slots
-                if self._is_closed:
-                    return None
+            while not self._add(slots) and not self._is_closed:
                 self._changed.wait()
+
+    def _top_up(self, slots: list[_Slot], pixels: Pixels) -> None:
+        """Drop what nobody wants any more, and fill up with what came while the engine was busy.
+
+        Most pixels were laid out before that; copying one image takes some 30 µs at 299 pixels.
+        """
+        with self._changed:
+            kept = [place for place, slot in enumerate(slots) if self._is_wanted(slot.request)]
+            self._in_engine -= len(slots) - len(kept)
+            if len(kept) < len(slots):
+                slots[:] = [slots[place] for place in kept]
+                pixels[: len(kept)] = pixels[kept]
+            self._add(slots)
+        _lay(slots, pixels, len(kept))
+
+    def _add(self, slots: list[_Slot]) -> bool:
+        """Add waiting images that are wanted, up to `limit` of them together; the caller holds the lock."""
+        before = len(slots)
+        while self._waiting and len(slots) < self.limit:
+            slot = self._waiting.popleft()
+            if self._is_wanted(slot.request):
+                slots.append(slot)
+        self._in_engine += len(slots) - before
+        return len(slots) > before
 
     def _is_wanted(self, request: _Request) -> bool:
         """Say whether the engine should see an image of a request; one whose time is over ends here."""
@@ -236,19 +306,15 @@ class Batcher:
             return False
         return True
 
-    def _compute(self, slots: Sequence[_Slot], pixels: Pixels) -> None:
-        try:
-            started = self._now()
-            for slot in slots:
-                slot.request.started = slot.request.started or started
-            wants_maps = any(slot.request.wants_maps for slot in slots)
-            features, maps = self._engine.run(pixels, wants_maps=wants_maps)
-            ended = self._now()
-        finally:
-            self._engine_free.release()
+    def _hand_out(
+        self, slots: Sequence[_Slot], features: Features, maps: Maps | None, started: float, ended: float
+    ) -> None:
         complete = []
         with self._changed:
-            self._measure(len(slots), ended - started)
+            self.batches += 1
+            self.images += len(slots)
+            self.busy_s += ended - started
+            self._pace.saw(len(slots), ended - started)
             for place, slot in enumerate(slots):
                 request = slot.request
                 request.features[slot.index] = features[place]
@@ -260,13 +326,11 @@ class Batcher:
             with contextlib.suppress(InvalidStateError):  # it failed with another of its images
                 request.future.set_result(_computed(request, ended, len(slots)))
 
-    def _measure(self, images: int, seconds: float) -> None:
-        self.batches += 1
-        self.images += images
-        self.busy_s += seconds
-        newest = seconds / images
-        before = self._seconds_per_image
-        self._seconds_per_image = newest if before is None else (1 - _NEWEST) * before + _NEWEST * newest
+
+def _lay(slots: Sequence[_Slot], pixels: Pixels, begin: int = 0) -> None:
+    """Copy images to their places, from the one at `begin` on."""
+    for place in range(begin, len(slots)):
+        pixels[place] = slots[place].request.pixels[slots[place].index]
 
 
 def _is_awaited(slot: _Slot) -> bool:
@@ -290,17 +354,35 @@ def _computed(request: _Request, ended: float, batch: int) -> Computed:
     )
 
 
-def best_batch(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) -> int:
-    """Return the smallest batch whose rate is within 3 % of the best, doubling it for as long as that gains.
+def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) -> dict[int, float]:
+    """Return the least time of a batch by its size, from 1 on doubled for as long as that gains.
+
+    Each size is timed in turn with its half, and the least times are compared: what disturbs the machine for a moment
+    makes a time longer and never shorter, and what disturbs it for longer strikes both.
 
     Args:
-        seconds: measures how long a batch of so many images takes.
-        largest: the most that is tried.
+        seconds: measures how long a batch of so many images takes; the first of a size does not count.
+        largest: the most that is tried; a size for which there is no memory is not tried again.
     """
-    size, best = 1, 1 / seconds(1)
-    while 2 * size <= largest and 2 * size / best <= LONGEST_BATCH_S:
-        gained = 2 * size / seconds(2 * size)
-        if gained < LEAST_GAIN * best:
+    seconds(1)
+    size, timed = 1, {1: seconds(1)}
+    while 2 * size <= largest and 2 * timed[size] <= LONGEST_BATCH_S:
+        try:
+            seconds(2 * size)
+            times: list[tuple[float, float]] = []
+            while len(times) < 2 or (len(times) < _TIMED and sum(map(sum, times)) < _TIMED_S):
+                times.append((seconds(size), seconds(2 * size)))
+        except OutOfMemory:
             break
-        size, best = 2 * size, gained
-    return size
+        halves, wholes = zip(*times, strict=True)
+        timed[size], timed[2 * size] = min(timed[size], *halves), min(wholes)
+        if 2 * timed[size] < LEAST_GAIN * timed[2 * size]:
+            break
+        size *= 2
+    return timed
+
+
+def best_batch(timed: Mapping[int, float]) -> int:
+    """Return the smallest batch whose rate is within 3 % of the best; `timed` has seconds by size."""
+    best = max(size / seconds for size, seconds in timed.items())
+    return min(size for size, seconds in timed.items() if LEAST_GAIN * size / seconds > best)

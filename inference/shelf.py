@@ -7,7 +7,6 @@ that is being loaded waits for that one load. A backbone is warm and its batch m
 from __future__ import annotations
 
 import os
-import statistics
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -23,7 +22,7 @@ from artifacts.images import Pixels
 from artifacts.recipe import Precision
 from artifacts.store import Digest, Store
 from errors import Unavailable
-from inference.batcher import Batcher, best_batch
+from inference.batcher import Batcher, best_batch, time_batches
 from inference.engine import Engine, OpenVinoEngine
 from inference.predictor import Predictor
 
@@ -31,9 +30,6 @@ from inference.predictor import Predictor
 _MEMORY_PER_FILE_BYTE = 2
 # Beside the arrays of a head: labels, the objects around them.
 _MODEL_BYTES = 4096
-# How often a batch is timed at warm-up, and for how long at most.
-_TIMED = 3
-_TIMED_S = 0.3
 
 Load = Callable[[Path, Precision, int], Engine]
 Key = tuple[Digest, Precision]
@@ -165,11 +161,11 @@ class Shelf:
         path = self._store.verified_path(bundle.backbone)
         before = self._resident_bytes()
         engine = self._load(path, bundle.precision, self._threads)
-        limit = best_batch(lambda images: _seconds(engine, bundle.golden_input, images))
+        timed = time_batches(lambda images: _seconds(engine, bundle.golden_input, images))
         after = self._resident_bytes()  # of two that load at once each is held to take what both do
         file_bytes = path.stat().st_size
         size_bytes = max(file_bytes, after - before if after else _MEMORY_PER_FILE_BYTE * file_bytes)
-        return _Backbone(Batcher(engine, limit), size_bytes)
+        return _Backbone(Batcher(engine, best_batch(timed), timed), size_bytes)
 
     def loaded(self) -> list[Loaded]:
         """Return the backbones that are loaded."""
@@ -228,12 +224,8 @@ def _key(bundle: Bundle) -> Key:
 
 
 def _seconds(engine: Engine, golden: Pixels, images: int) -> float:
-    """Return the median time of a batch."""
+    """Return the time of a batch."""
     pixels = np.resize(golden, (images, *golden.shape[1:]))
-    engine.features(pixels)  # the first of a size takes longer
-    times: list[float] = []
-    while len(times) < _TIMED and sum(times) < _TIMED_S:
-        started = time.perf_counter()
-        engine.features(pixels)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    started = time.perf_counter()
+    engine.features(pixels)
+    return time.perf_counter() - started

@@ -72,8 +72,8 @@ def substituted(inner: str, variables: Mapping[str, str]) -> str:
     return value
 
 
-def composed(**variables: str) -> dict[str, Any]:
-    """Return the file as Compose reads it with these variables and the secrets."""
+def composed(file: str = "docker-compose.yml", **variables: str) -> dict[str, Any]:
+    """Return a file as Compose reads it with these variables and the secrets."""
 
     def walk(node: Any) -> Any:
         if isinstance(node, dict):
@@ -82,7 +82,7 @@ def composed(**variables: str) -> dict[str, Any]:
             return [walk(value) for value in node]
         return interpolated(node, {**SECRETS, **variables}) if isinstance(node, str) else node
 
-    read: dict[str, Any] = walk(yaml.safe_load((ROOT / "docker-compose.yml").read_text()))
+    read: dict[str, Any] = walk(yaml.safe_load((ROOT / file).read_text()))
     return read
 
 
@@ -177,6 +177,19 @@ def test_the_worker_with_a_gpu_has_cudas_libraries_locked() -> None:
     assert locked.count("--hash=sha256:") >= len(names)
     others = [service["build"].get("args", ()) for service in SERVICES.values() if "build" in service]
     assert sum("REQUIREMENTS" in str(arguments) for arguments in others) == 1
+
+
+def test_an_api_with_a_gpu_is_the_same_with_cudas_libraries_and_a_device() -> None:
+    added = composed("docker-compose.gpu.yml")
+    assert added.keys() == {"services"} and added["services"].keys() == {"api"}
+    (argument,) = added["services"]["api"]["build"]["args"]
+    name, requirements = argument.split("=")
+    assert f"ARG {name}=api\n" in (ROOT / SERVICES["api"]["build"]["dockerfile"]).read_text()
+    locked = (ROOT / "requirements" / f"{requirements}.txt").read_text()
+    names = {line.split("==")[0] for line in locked.splitlines() if "==" in line}
+    assert {"onnxruntime-gpu", "nvidia-cudnn-cu13", "openvino"} <= names and "onnxruntime" not in names
+    assert added["services"]["api"]["deploy"] == SERVICES["worker-gpu"]["deploy"]
+    assert "COMPOSE_FILE=docker-compose.yml:docker-compose.gpu.yml" in (ROOT / "docs/deploy.md").read_text()
 
 
 def test_a_password_is_never_part_of_an_address() -> None:

@@ -1,0 +1,29 @@
+"""Which engine runs networks in a process. The one that is not chosen is not imported where that can be helped."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from errors import EngineMissing
+from inference.engine import OpenVinoEngine
+from inference.shelf import Load
+
+
+def loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> Load:
+    """Return what loads networks; `auto` is ONNX Runtime where it finds a GPU with CUDA, else OpenVINO.
+
+    Raises EngineMissing if ONNX Runtime is asked for and not installed.
+    """
+    if choice == "openvino":
+        return OpenVinoEngine
+    try:
+        from inference.onnx_engine import OnnxEngine, finds_cuda
+    except ImportError as error:
+        if choice == "auto":
+            return OpenVinoEngine
+        raise EngineMissing(
+            "ESPALIER_ENGINE=onnxruntime needs a package that is not installed: onnxruntime, or onnxruntime-gpu for a "
+            "GPU with CUDA. Install requirements/api.txt or requirements/api-gpu.txt, or set ESPALIER_ENGINE=openvino. "
+            f"Received: {error}."
+        ) from error
+    return OnnxEngine if choice == "onnxruntime" or finds_cuda() else OpenVinoEngine
