@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from api import bodies
 from api.deps import PrincipalDep, ServicesDep
-from api.schemas import ExplanationOut, Number, PredictionsOut, PredictRequest, TimingsOut
+from api.schemas import ExplanationOut, NeighbourOut, Number, PredictionsOut, PredictRequest, TimingsOut
 from artifacts.images import Pixels
 from artifacts.recipe import NAME_PATTERN
 from artifacts.store import Digest
@@ -177,11 +177,13 @@ class Desk:
         for _ in range(_LOADED_AGAIN):
             predictor = await in_time(self._predictor(bundle), until, deadline_s)
             self.refuse_if_hopeless(bundle, len(files))
+            if wanted is not None:
+                predictor.check_explains(wanted.kind)
             if pixels is None:
                 began = time.perf_counter()
                 pixels = await self._decode(predictor, files, until)
                 decoded_s = time.perf_counter() - began
-            asked = predictor.submit(pixels, until, wants_maps=wanted is not None)
+            asked = predictor.submit(pixels, until, wants_maps=wanted is not None and wanted.kind.needs_maps)
             if asked is None:
                 continue
             try:
@@ -304,8 +306,9 @@ async def predict(
     """Predict images: one as the raw body, several as multipart fields `images` or as base64 in JSON.
 
     Answers with the `champion`, unless a version or an alias is asked for. `explain=heatmap` shows which places of an
-    image speak for the answer, or for a `label`; `explain=activations` shows the network's strongest channels. The
-    pictures come with the answers, or one alone to who asks with `Accept: image/png`.
+    image speak for the answer, or for a `label`; `explain=activations` shows the network's strongest channels, and
+    `explain=neighbours` the three training images that look most like it to the network, if the run was told to keep
+    them. The pictures come with the answers, or one alone to who asks with `Accept: image/png`.
     """
     if version is not None and alias is not None:
         raise RequestInvalid("Expected a version or an alias. Received both.", field="alias")
@@ -340,10 +343,15 @@ async def predict(
         model=name,
         version=served.version,
         predictions=[asdict(prediction) for prediction in answer.predictions],
-        explanations=[
-            ExplanationOut(label=one.label, png=base64.b64encode(one.png).decode()) for one in answer.explained
-        ]
-        if answer.explained
-        else None,
+        explanations=[_explanation(one) for one in answer.explained] if answer.explained else None,
         timings_ms=TimingsOut(**spent),
+    )
+
+
+def _explanation(explained: Explained) -> ExplanationOut:
+    found = explained.neighbours
+    return ExplanationOut(
+        label=explained.label,
+        png=base64.b64encode(explained.png).decode(),
+        neighbours=[NeighbourOut(similarity=one.similarity, **asdict(one.known)) for one in found] if found else None,
     )

@@ -445,11 +445,29 @@ class TimingsOut(Schema):
     head: float
 
 
+class NeighbourOut(Schema):
+    """A training image that looks like another one to the network.
+
+    `image` is the digest of its file, `path` where it lay in the data set, and `similarity` the cosine of the angle
+    between the features of both, 1 at most.
+    """
+
+    image: str
+    path: str
+    labels: list[str]
+    target: float | None
+    similarity: float
+
+
 class ExplanationOut(Schema):
-    """A picture that explains the answer for one image: `png` is base64; `label` is whose it is, if of one."""
+    """A picture that explains the answer for one image: `png` is base64; `label` is whose it is, if of one.
+
+    For neighbours it shows the image and then those in `neighbours`, the nearest first; a grey one was deleted.
+    """
 
     label: str | None
     png: str
+    neighbours: list[NeighbourOut] | None = None
 
 
 class PredictionsOut(Schema):

@@ -53,6 +53,7 @@ class Bundle:
         threshold: probability from which on the second class of a binary task is answered.
         golden_input: uint8 [N, size, size, 3].
         golden_output: float32 [N, outputs], the logits that belong to `golden_input`.
+        neighbours: digest of the training images that may be shown, if the run was told to keep them.
     """
 
     task: Task
@@ -68,6 +69,7 @@ class Bundle:
     golden_output: Float32
     temperature: float = 1.0
     threshold: float = 0.5
+    neighbours: Digest | None = None
 
     def dump(self) -> bytes:
         """Return the bundle as a file; equal bundles give equal bytes."""
@@ -85,6 +87,8 @@ class Bundle:
             "temperature": self.temperature,
             "threshold": self.threshold,
         }
+        if self.neighbours is not None:
+            manifest["neighbours"] = self.neighbours
         tensors: dict[str, npt.NDArray[Any]] = {
             "golden_input": self.golden_input,
             "golden_output": self.golden_output,
@@ -132,6 +136,7 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
         golden_output=tensors["golden_output"],
         temperature=manifest["temperature"],
         threshold=manifest["threshold"],
+        neighbours=parse_digest(manifest["neighbours"]) if "neighbours" in manifest else None,
     )
     _check(bundle)
     return bundle

@@ -231,6 +231,9 @@ class Recipe(_Part):
     fastest whose score is at most half a point below that of `float32`; the report shows what it tried."""
     recalibrate: bool = False
     """Whether to quantise the backbone anew, on this data set; models made before keep the one they have."""
+    neighbours: bool = False
+    """Whether to keep what the training images look like to the network, so that `?explain=neighbours` shows those that
+    are nearest to a new one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def flat(self) -> dict[str, Any]:

@@ -38,10 +38,16 @@ _SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
 
 
 class Explanation(StrEnum):
-    """What may be shown: where an answer comes from, or what the network sees at all."""
+    """What may be shown: where an answer comes from, what the network sees, or what it has seen that is like it."""
 
     HEATMAP = "heatmap"
     ACTIVATIONS = "activations"
+    NEIGHBOURS = "neighbours"
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether it is made from maps, and not from features alone."""
+        return self is not Explanation.NEIGHBOURS
 
 
 def gradient(layers: Sequence[Dense], features: Features, output: int) -> Float32:
@@ -90,7 +96,7 @@ def overlay(pixels: Pixels, places: Float32) -> bytes:
     large = np.asarray(Image.fromarray(level).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     glow = np.concatenate([np.full_like(large, 255), 255 * large, np.zeros_like(large)], axis=2)
     mixed = picture * (0.35 + 0.25 * (1 - large)) + glow * (0.6 * large)
-    return _png(mixed.clip(0, 255).astype(np.uint8))
+    return png(mixed.clip(0, 255).astype(np.uint8))
 
 
 def grid(maps: Features) -> bytes:
@@ -107,10 +113,11 @@ def grid(maps: Features) -> bytes:
         picture = Image.fromarray(level).resize((tile, tile), Image.Resampling.NEAREST)
         top, left = place // columns * (tile + 2), place % columns * (tile + 2)
         sheet[top : top + tile, left : left + tile] = np.asarray(picture)
-    return _png(sheet)
+    return png(sheet)
 
 
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+def png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Return pixels, grey [H, W] or colours [H, W, 3], as PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

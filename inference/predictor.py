@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from artifacts import images
+from artifacts import images, neighbours
 from artifacts.bundle import Bundle, Float32
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
+from artifacts.neighbours import Neighbours
 from artifacts.recipe import Task
-from errors import BundleRefused, DeadlineExceeded, ImageRefused, RequestInvalid
+from artifacts.store import Digest
+from errors import BundleRefused, Corrupt, DeadlineExceeded, ImageRefused, NotFound, RequestInvalid
 from inference import explain, heads
 from inference.batcher import Asked, Batcher, Computed
 from inference.engine import TOLERANCE
 from inference.explain import Explanation
+from inference.neighbours import Neighbour, nearest, sheet
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ Prediction = ClassPrediction | LabelsPrediction | ValuePrediction
 
 @dataclass(frozen=True)
 class Explained:
-    """A PNG that explains the answer for one image; `label` is whose, if it is of one."""
+    """A PNG that explains the answer for one image; `label` is whose, if it is of one; the neighbours that it shows."""
 
     label: str | None
     png: bytes
+    neighbours: Sequence[Neighbour] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,18 @@ class Predictor:
 
     Attributes:
         bundle: what is served, without its golden arrays, which are larger than the head.
-        size_bytes: what the head takes in memory.
+        size_bytes: what the head takes in memory, with the images that it may show once they were asked for.
     """
 
-    def __init__(self, bundle: Bundle, batcher: Batcher) -> None:
-        """See that this machine gives the golden output for the golden input. Raises BundleRefused."""
+    def __init__(self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes]) -> None:
+        """See that this machine gives the golden output for the golden input. Raises BundleRefused.
+
+        `read` returns stored files.
+        """
         self._batcher = batcher
+        self._read = read
+        self._reading = threading.Lock()
+        self._neighbours: Neighbours | None = None
         self.bundle = bundle
         self._check()
         self.bundle = replace(bundle, golden_input=bundle.golden_input[:0], golden_output=bundle.golden_output[:0])
@@ -159,6 +170,8 @@ class Predictor:
         A heat map is of the label that is asked for, or of the one that was answered (of several the likeliest).
         Raises RequestInvalid for a label that the model does not know, and for maps of too few places.
         """
+        if kind is Explanation.NEIGHBOURS:
+            return [self._nearest(*one) for one in zip(pixels, computed.features, strict=True)]
         assert computed.maps is not None
         explain.check_side(computed.maps, self.bundle.size)
         if kind is Explanation.ACTIVATIONS:
@@ -172,6 +185,34 @@ class Predictor:
             places = sign * explain.heat(self.bundle.layers, features, maps, output)
             found.append(Explained(chosen, explain.overlay(image, places)))
         return found
+
+    def check_explains(self, kind: Explanation) -> None:
+        """Raise RequestInvalid for an explanation that this model can never give."""
+        if kind is Explanation.NEIGHBOURS and self.bundle.neighbours is None:
+            raise RequestInvalid(
+                "explain: Expected a model that has kept its training images. Train it with neighbours: true.",
+                field="explain",
+            )
+
+    def _nearest(self, image: Pixels, features: Features) -> Explained:
+        found = nearest(self._known(), features)
+        return Explained(None, explain.png(np.asarray(sheet(image, found, self._read_pixels))), found)
+
+    def _known(self) -> Neighbours:
+        """Return the images that may be shown, read when they are first asked for."""
+        with self._reading:
+            if self._neighbours is None:
+                assert self.bundle.neighbours is not None
+                self._neighbours = neighbours.load(self._read(self.bundle.neighbours))
+                self.size_bytes += self._neighbours.directions.nbytes
+            return self._neighbours
+
+    def _read_pixels(self, image: Digest) -> Pixels | None:
+        """Return an image of the data set as the network sees it, or None if it is gone."""
+        try:
+            return images.decode(self._read(image), self.bundle.size, self.bundle.resize, ImageLimits())
+        except (NotFound, Corrupt, ImageRefused):
+            return None
 
     def _explained_label(self, label: str | None, prediction: Prediction) -> str | None:
         if isinstance(prediction, ValuePrediction) or (label is not None and label not in self.bundle.labels):

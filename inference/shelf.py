@@ -134,7 +134,7 @@ class Shelf:
         backbone = held or self._load_backbone(bundle)
         is_kept = False
         try:
-            predictor = Predictor(bundle, backbone.batcher)
+            predictor = Predictor(bundle, backbone.batcher, self._store.read)
             with self._lock:  # the backbone and its first model at once: one without models is the first to go
                 if self._is_closed:
                     raise Unavailable("The service is ending. Ask again in a moment.")

@@ -154,8 +154,15 @@ def spread(count: int, most: int) -> Indices:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
 
 
-def bundle(recipe: Recipe, task: Task, labels: Sequence[str], served: Served, layers: tuple[Dense, ...]) -> Bundle:
-    """Return the bundle of a head on what is served."""
+def bundle(
+    recipe: Recipe,
+    task: Task,
+    labels: Sequence[str],
+    served: Served,
+    layers: tuple[Dense, ...],
+    neighbours: Digest | None,
+) -> Bundle:
+    """Return the bundle of a head on what is served, with the file of training images that it may show."""
     golden_input = golden_images(size_of(recipe))
     return Bundle(
         task=task,
@@ -169,6 +176,7 @@ def bundle(recipe: Recipe, task: Task, labels: Sequence[str], served: Served, la
         layers=layers,
         golden_input=golden_input,
         golden_output=heads.logits(layers, served.engine.features(golden_input)),
+        neighbours=neighbours,
     )
 
 

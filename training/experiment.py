@@ -16,6 +16,7 @@ from artifacts.catalogue import CATALOGUE
 from artifacts.headline import HEADLINES
 from artifacts.images import Pixels
 from artifacts.layout import Split
+from artifacts.neighbours import keep
 from artifacts.recipe import Mode, Precision, Recipe, Task
 from artifacts.store import Digest
 from errors import TrainingDiverged
@@ -115,7 +116,7 @@ class Experiment:
     def __init__(self, order: Order, place: Place, registry: Registry, report: Reporter) -> None:
         recipe = order.recipe
         self._order, self._place, self._report = order, place, report
-        rows = manifest.load(place.store.read(order.manifest))
+        rows = self._rows = manifest.load(place.store.read(order.manifest))
         self._count = len(rows)
         self._task = Task(recipe.task.value)
         targets = targets_of(self._task, order.labels, rows)
@@ -238,7 +239,13 @@ class Experiment:
             metrics["precision"] = served.choice.facts(task)
 
         self._report.stage("bundle")
-        bundle = deliver.bundle(recipe, task, labels, served, final.layers)
+        files: dict[str, tuple[bytes, str]] = {}
+        neighbours: Digest | None = None
+        if recipe.neighbours:
+            kept = self._neighbours(served, everything)
+            neighbours = place.store.put(kept)
+            files["neighbours.safetensors"] = kept, "application/octet-stream"
+        bundle = deliver.bundle(recipe, task, labels, served, final.layers, neighbours)
         description = describe.Description(
             recipe,
             task,
@@ -259,7 +266,8 @@ class Experiment:
             backbone=served.backbone,
             metrics=metrics,
             training_s=extraction.seconds + folds_s + time.perf_counter() - started,
-            files={
+            files=files
+            | {
                 "out-of-fold.safetensors": (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
                 "report.md": (describe.report(description).encode(), "text/markdown"),
                 **{name: (picture, "image/png") for name, picture in describe.pictures(description).items()},
@@ -330,6 +338,14 @@ class Experiment:
             for precision in outcomes[0].logits
         }
         return self._tuned.serve(final, self._trained_on, scores)
+
+    def _neighbours(self, served: Served, rows: Indices) -> bytes:
+        """Return the file of the rows' images as the network that is served sees them."""
+        if (served.backbone, served.precision) == (self._trunk.backbone, self._trunk.precision):
+            features = self._trunk.features[rows]
+        else:
+            features = deliver.features(served.engine, self._pixels[rows])
+        return keep([self._rows[row] for row in rows], features).dump()
 
     def _as_served(self, outcome: FoldOutcome, precision: Precision) -> FoldResult:
         """Return what a fold measured, in the precision that is served."""

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sample
 from asgi import ask
 from fastapi.testclient import TestClient
-from flat import PNG, Loads, add_model, flat_bundle, serve
+from flat import PNG, SIZE, Loads, add_model, flat_bundle, serve
 from PIL import Image
 from waiting import until
 
@@ -25,7 +26,10 @@ from api.predictions import Admission, Desk
 from artifacts import images
 from artifacts.bundle import Dense
 from artifacts.features import Features
-from artifacts.images import Pixels
+from artifacts.images import ImageLimits, Pixels
+from artifacts.layout import Split
+from artifacts.manifest import Row
+from artifacts.neighbours import keep
 from artifacts.recipe import Activation, Precision, Resize, Task
 from errors import Overloaded
 from inference import heads
@@ -375,11 +379,43 @@ def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, se
     for query, detail in [
         ("explain=heatmap&label=green", "Expected a label of the model: red, blue. Received 'green'"),
         ("label=red", "together with explain=heatmap"),
-        ("explain=neighbours", "Received 'neighbours'"),
+        ("explain=neighbours", "Train it with neighbours: true"),
+        ("explain=why", "Received 'why'"),
     ]:
         answer = client.post(f"{url}?{query}", content=colours)
         assert answer.status_code == 422 and detail in answer.json()["detail"], answer.text
     assert "explanations" not in client.post(url, content=colours).json()
+
+
+def test_the_training_images_that_look_most_alike_are_shown_and_named(
+    client: TestClient, services: Services, settings: Settings, loads: Loads
+) -> None:
+    colours = {"red": (200, 50, 40), "green": (40, 200, 50), "blue": (50, 40, 200), "white": (250, 250, 250)}
+    shown = [sample.png(seed, colour, SIZE) for seed, colour in enumerate(colours.values())]
+    rows = [
+        Row(f"{name}.png", services.store.put(file), (name,), None, None, Split.TRAIN)
+        for name, file in zip(colours, shown, strict=True)
+    ]
+    pixels = np.stack([images.decode(file, SIZE, Resize.SQUASH, ImageLimits()) for file in shown])
+    kept = services.store.put(keep(rows, FlatEngine().features(pixels)).dump())
+    bundle = replace(flat_bundle(services.store.put(b"a flat network")), neighbours=kept)
+    add_model(services, "colours", bundle)
+    serve(client, settings, loads)
+    services.store.delete(rows[0].sha256)
+
+    url = "/api/v1/models/colours/predict?explain=neighbours"
+    answer = client.post(url, content=shown[2])
+    [explained] = answer.json()["explanations"]
+    assert explained["neighbours"][0] == {
+        "image": rows[2].sha256,
+        "path": "blue.png",
+        "labels": ["blue"],
+        "similarity": pytest.approx(1, abs=1e-2),
+    }
+    assert len(explained["neighbours"]) == 3
+    picture = client.post(url, content=shown[2], headers={"Accept": "image/png"})
+    assert picture.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(picture.content)).size == (4 * 196, 192)
 
 
 def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: Loads) -> None:

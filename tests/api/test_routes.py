@@ -111,6 +111,7 @@ def test_a_run_is_queued_with_every_default_filled_in(
         "class_weights": "none",
         "precision": "float32",
         "recalibrate": False,
+        "neighbours": False,
         "seed": 0,
     }
     assert rung[-1][0] == "cpu"

@@ -156,6 +156,7 @@ def test_equal_bundles_give_equal_bytes() -> None:
         {"resize": Resize.PAD},
         {"temperature": 1.5},
         {"threshold": 0.4},
+        {"neighbours": digest_of(b"neighbours")},
         {"task": Task.MULTILABEL},
         {"golden_output": BUNDLE.golden_output + 1},
     ],
@@ -197,6 +198,9 @@ def test_the_file_is_plain_safetensors_with_a_manifest() -> None:
 
 
 def test_a_linear_head_and_a_deep_one_are_read() -> None:
+    assert same(
+        load(replace(BUNDLE, neighbours=digest_of(b"kept")).dump()), replace(BUNDLE, neighbours=digest_of(b"kept"))
+    )
     for units in ((8, 3), (8, 7, 6, 5, 4, 3)):
         assert same(load(make(units=units).dump()), make(units=units))
 

@@ -39,6 +39,7 @@ DEFAULTS = {
     "class_weights": "none",
     "precision": "float32",
     "recalibrate": False,
+    "neighbours": False,
     "seed": 0,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import sample
 from safetensors.numpy import load as load_tensors
 
 from artifacts import bundle as bundles
-from artifacts import images, manifest
+from artifacts import images, manifest, neighbours
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
@@ -23,6 +24,8 @@ from artifacts.recipe import ClassCount, Precision, Recipe, Task, fill
 from artifacts.store import Digest, Store
 from inference import heads
 from inference.engine import OpenVinoEngine
+from inference.explain import Explanation
+from inference.neighbours import nearest
 from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
 from training import backbones, deliver, evaluate, experiment
@@ -655,3 +658,40 @@ def test_a_network_that_has_learned_answers_in_int8_if_it_is_as_good_on_held_out
     assert outcome.metrics["test"]["accuracy"] == pytest.approx(right)
     said = "`int8` answers as asked" if is_good else "`float32` answers, not `int8`"
     assert said in outcome.files["report.md"][0].decode()
+
+
+def test_a_run_that_keeps_its_training_images_shows_the_nearest(bench: Bench) -> None:
+    rows = bench.rows(sample.coloured(per_class=10))
+    held = [replace(row, split=Split.TEST) for row in rows[::7]]
+    rows = [row for row in rows if row.path not in {one.path for one in held}]
+    outcome, _ = bench.run(rows + held, neighbours=True)
+    digest = bundles.load(bench.store.read(outcome.bundle)).neighbours
+    assert digest is not None and bench.store.read(digest) == outcome.files["neighbours.safetensors"][0]
+    kept = neighbours.load(bench.store.read(digest))
+    assert {one.path for one in kept.known} == {row.path for row in rows}, "a test image is never shown"
+
+    predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    before = predictor.size_bytes
+    for row in rows[0], rows[-1]:
+        file = bench.store.read(row.sha256)
+        pixels = images.decode(file, 32, predictor.bundle.resize, ImageLimits())[None]
+        asked = predictor.submit(pixels, math.inf)
+        assert asked is not None
+        [explained] = predictor.explain(Explanation.NEIGHBOURS, None, pixels, asked.result(), [])
+        assert explained.neighbours is not None and explained.neighbours[0].known.path == row.path
+        assert explained.neighbours[0].similarity == pytest.approx(1, abs=1e-2)
+        assert explained.png.startswith(b"\x89PNG")
+    assert predictor.size_bytes == before + kept.directions.nbytes
+
+
+@pytest.mark.slow
+def test_the_nearest_are_those_of_the_network_that_learned(bench: Bench) -> None:
+    outcome, _ = bench.run(bench.rows(sample.coloured(per_class=8)), **TUNING, neighbours=True)
+    bundle = bundles.load(bench.store.read(outcome.bundle))
+    assert bundle.neighbours is not None
+    kept = neighbours.load(bench.store.read(bundle.neighbours))
+    engine = OpenVinoEngine(bench.store.path(bundle.backbone), Precision.FLOAT32, 2)
+    files = [bench.store.read(one.image) for one in kept.known]
+    pixels = np.stack([images.decode(file, 32, bundle.resize, ImageLimits()) for file in files])
+    for row, features in enumerate(engine.features(pixels)):
+        assert nearest(kept, features)[0].known == kept.known[row]

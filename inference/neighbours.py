@@ -1,0 +1,56 @@
+"""The training images that are nearest to a new one, and a picture of them. Knows no HTTP and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from artifacts.features import Features
+from artifacts.images import Pixels
+from artifacts.neighbours import Known, Neighbours, directions
+from artifacts.store import Digest
+
+COUNT = 3
+
+# Rows of float16 that are made float32 for a product at a time.
+_ROWS_AT_ONCE = 8192
+_SIDE = 192
+_GAP = 4
+# What stands for an image that was deleted.
+_GONE = 128
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training image and how near it is: the cosine of the angle between its features and the new image's."""
+
+    known: Known
+    similarity: float
+
+
+def nearest(neighbours: Neighbours, features: Features, count: int = COUNT) -> list[Neighbour]:
+    """Return the images nearest to one of features float32 [D], the nearest first; fewer if there are no more."""
+    wanted = directions(features[None], neighbours.mean, neighbours.scale)[0]
+    total = len(neighbours.known)
+    similarity = np.concatenate(
+        [
+            neighbours.directions[start : start + _ROWS_AT_ONCE].astype(np.float32) @ wanted
+            for start in range(0, total, _ROWS_AT_ONCE)
+        ]
+    )
+    best = np.argsort(-similarity, kind="stable")[:count]
+    return [Neighbour(neighbours.known[row], float(similarity[row])) for row in best]
+
+
+def sheet(image: Pixels, found: Sequence[Neighbour], read: Callable[[Digest], Pixels | None]) -> Image.Image:
+    """Return an image [H, W, 3] and, after a gap, the images found, side by side; `read` returns None for one gone."""
+    tiles = [image, *(read(one.known.image) for one in found)]
+    picture = Image.new("RGB", (len(tiles) * (_SIDE + _GAP), _SIDE), (255, 255, 255))
+    for place, tile in enumerate(tiles):
+        shown = Image.new("RGB", (1, 1), (_GONE,) * 3) if tile is None else Image.fromarray(tile)
+        left = place * (_SIDE + _GAP) + (_GAP if place else 0)
+        picture.paste(shown.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), (left, 0))
+    return picture
