@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from socket import socket
 from types import FrameType
 
 import uvicorn
@@ -17,6 +19,7 @@ import logs
 from api import comparisons, datasets, events, openapi, operations, predictions, problems, registry, runs
 from api.deps import Services
 from api.door import Door, Ending
+from api.listening import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
 from api.metrics import Metrics
 from api.predictions import Desk
 from api.switchboard import Switchboard
@@ -26,9 +29,6 @@ from errors import StoreRefused
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
-
-# A client that sends one request after the other comes to know within this; one that is idle loses nothing.
-LEAVE_WITHIN_S = 1.0
 
 _DESCRIPTION = """
 Upload labelled images, train a model by transfer learning, read an honest score, ask for predictions.
@@ -107,11 +107,20 @@ class _Server(uvicorn.Server):
         self._ending = ending
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig != signal.SIGTERM or self._ending.is_near:
+        if sig != signal.SIGTERM:
             super().handle_exit(sig, frame)
-            return
-        self._ending.is_near = True
-        threading.Timer(LEAVE_WITHIN_S, super().handle_exit, (sig, frame)).start()
+        elif not self._ending.is_near:  # else it was told twice, by a supervisor and by whoever told all processes
+            self._ending.is_near = True
+            threading.Timer(LEAVE_WITHIN_S, super().handle_exit, (sig, frame)).start()
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """End what was begun. A port of its own takes no more before that; one that is shared is the supervisor's."""
+        if sockets is None:
+            for server in self.servers:
+                for listening in server.sockets:
+                    take_no_more(listening.fileno())
+            await asyncio.sleep(TAKEN_WITHIN_S)
+        await super().shutdown(sockets)
 
 
 def main() -> None:
