@@ -20,7 +20,7 @@ from api import comparisons, datasets, events, openapi, operations, predictions,
 from api.deps import Services
 from api.door import Door, Ending
 from api.listening import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
-from api.metrics import Metrics
+from api.metrics import Metrics, shared_folder
 from api.predictions import Desk
 from api.switchboard import Switchboard
 from artifacts.shared import open_store
@@ -48,7 +48,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     database = Database(settings.database)
     store = open_store(settings.store)
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes)
-    metrics, ending = Metrics(), Ending()
+    metrics, ending = Metrics(shared_folder()), Ending()
     metrics.watch(shelf.loaded)
     switchboard = Switchboard(database, shelf)
     desk = Desk(settings, shelf)
@@ -57,7 +57,9 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         switchboard.start()
+        metrics.start()
         yield
+        metrics.close()
         switchboard.close()
         desk.close()
         shelf.close()
