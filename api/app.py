@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
 import logs
-from api import comparisons, datasets, events, openapi, operations, predictions, problems, registry, runs
+from api import comparisons, datasets, events, openapi, operations, predictions, problems, processes, registry, runs
 from api.deps import Services
 from api.door import Door, Ending
 from api.listening import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
@@ -125,14 +125,11 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def main() -> None:
-    """Serve until told to stop."""
+def make_server() -> uvicorn.Server:
+    """Return the server of one process. Raises StoreRefused."""
     logs.configure()
     settings = Settings()
-    try:
-        app = create_app(settings)
-    except StoreRefused as error:
-        sys.exit(error.detail)
+    app = create_app(settings)
     config = uvicorn.Config(
         app,
         host=settings.api_host,
@@ -142,7 +139,21 @@ def main() -> None:
         server_header=False,
         timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
     )
-    _Server(config, app.state.services.ending).run()
+    return _Server(config, app.state.services.ending)
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    logs.configure()
+    settings = Settings()
+    try:
+        if settings.api_processes == 1:
+            make_server().run()
+        else:
+            open_store(settings.store)  # so that one who is not let in is told once, and at once
+            processes.run(settings, make_server)
+    except StoreRefused as error:
+        sys.exit(error.detail)
 
 
 if __name__ == "__main__":
