@@ -51,6 +51,8 @@ class Settings(BaseSettings):
     """Address that the API listens on. Anything but loopback needs a key."""
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the API."""
+    api_processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes of the API on its port; they divide the processors, ESPALIER_THREADS and ESPALIER_SHELF_BYTES."""
     api_public_url: str | None = None
     """Address of the API as MLflow's readers see it; by default loopback with the API's port."""
     mlflow_port: Annotated[int, Field(ge=1, le=65535)] = 5000
@@ -138,13 +140,13 @@ class Settings(BaseSettings):
     predict_bytes: Annotated[int, Field(gt=0)] = 64 * MIB
     """Bytes of one prediction request at most."""
     predict_waiting: Annotated[int, Field(gt=0)] = 64
-    """Images that may wait for the engine before a prediction is turned away."""
+    """Images that may wait for the engine of one API process before a prediction is turned away."""
     predict_deadline_s: Annotated[float, Field(gt=0, le=30)] = 5.0
     """Seconds that a prediction may wait, once it has arrived: for its model to be loaded and for the engine."""
     engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
     """What runs networks for predictions; `auto`: ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
-    """Memory for loaded networks; those not used for longest are dropped beyond it."""
+    """Memory for loaded networks, of all API processes; those not used for longest are dropped beyond it."""
 
     pixels_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
     """Disk for decoded pixels, which fine-tuning reads; those not used for longest are dropped beyond it."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from socket import socket
 from types import FrameType
 
 import uvicorn
@@ -14,10 +16,11 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
 import logs
-from api import comparisons, datasets, events, openapi, operations, predictions, problems, registry, runs
+from api import comparisons, datasets, events, openapi, operations, predictions, problems, processes, registry, runs
 from api.deps import Services
 from api.door import Door, Ending
-from api.metrics import Metrics
+from api.listening import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
+from api.metrics import Metrics, shared_folder
 from api.predictions import Desk
 from api.switchboard import Switchboard
 from artifacts.shared import open_store
@@ -27,9 +30,6 @@ from inference.choice import loader
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
-
-# A client that sends one request after the other comes to know within this; one that is idle loses nothing.
-LEAVE_WITHIN_S = 1.0
 
 _DESCRIPTION = """
 Upload labelled images, train a model by transfer learning, read an honest score, ask for predictions.
@@ -49,7 +49,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     database = Database(settings.database)
     store = open_store(settings.store)
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, loader(settings.engine))
-    metrics, ending = Metrics(), Ending()
+    metrics, ending = Metrics(shared_folder()), Ending()
     metrics.watch(shelf.loaded)
     switchboard = Switchboard(database, shelf)
     desk = Desk(settings, shelf)
@@ -58,7 +58,9 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         switchboard.start()
+        metrics.start()
         yield
+        metrics.close()
         switchboard.close()
         desk.close()
         shelf.close()
@@ -108,21 +110,27 @@ class _Server(uvicorn.Server):
         self._ending = ending
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig != signal.SIGTERM or self._ending.is_near:
+        if sig != signal.SIGTERM:
             super().handle_exit(sig, frame)
-            return
-        self._ending.is_near = True
-        threading.Timer(LEAVE_WITHIN_S, super().handle_exit, (sig, frame)).start()
+        elif not self._ending.is_near:  # else it was told twice, by a supervisor and by whoever told all processes
+            self._ending.is_near = True
+            threading.Timer(LEAVE_WITHIN_S, super().handle_exit, (sig, frame)).start()
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """End what was begun. A port of its own takes no more before that; one that is shared is the supervisor's."""
+        if sockets is None:
+            for server in self.servers:
+                for listening in server.sockets:
+                    take_no_more(listening.fileno())
+            await asyncio.sleep(TAKEN_WITHIN_S)
+        await super().shutdown(sockets)
 
 
-def main() -> None:
-    """Serve until told to stop."""
+def make_server() -> uvicorn.Server:
+    """Return the server of one process. Raises StoreRefused and EngineMissing."""
     logs.configure()
     settings = Settings()
-    try:
-        app = create_app(settings)
-    except (StoreRefused, EngineMissing) as error:
-        sys.exit(error.detail)
+    app = create_app(settings)
     config = uvicorn.Config(
         app,
         host=settings.api_host,
@@ -132,7 +140,22 @@ def main() -> None:
         server_header=False,
         timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
     )
-    _Server(config, app.state.services.ending).run()
+    return _Server(config, app.state.services.ending)
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    logs.configure()
+    settings = Settings()
+    try:
+        if settings.api_processes == 1:
+            make_server().run()
+        else:
+            open_store(settings.store)  # so that what would end each of them is told once, and at once
+            loader(settings.engine)
+            processes.run(settings, make_server)
+    except (StoreRefused, EngineMissing) as error:
+        sys.exit(error.detail)
 
 
 if __name__ == "__main__":
