@@ -65,9 +65,7 @@ def move_alias(
         model = registry.get_model(session, principal, name)
         version = registry.get_model_version(session, model, wanted.version)
     bundle = Digest(version.bundle_sha256)
-    if given.shelf.has_backbone(bundle):
-        given.shelf.predictor(bundle)
-    else:
+    if given.shelf.predictor_if_warm(bundle, Digest(version.backbone_sha256)) is None:
         given.shelf.check_files(bundle)
     with given.database.writing() as session:
         registry.move_alias(session, model, alias, version)

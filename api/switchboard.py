@@ -21,6 +21,7 @@ from errors import EspalierError, Unavailable
 from inference.shelf import Shelf
 from models import registry
 from models.project import Principal
+from models.registry import ModelVersion
 from models.session import Database
 
 LOOK_EVERY_S = 0.25
@@ -34,10 +35,11 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Served:
-    """A version of a model, and the bundle that answers for it."""
+    """A version of a model, the bundle that answers for it, and the backbone that it is on."""
 
     version: int
     bundle: Digest
+    backbone: Digest
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Switchboard:
                     row = registry.get_model_version(session, of_model, version)
                 else:
                     row = registry.get_alias(session, of_model, alias)
-                found = Served(row.number, Digest(row.bundle_sha256))
+                found = _served(row)
             with self._lock:
                 if version is not None:  # it never changes
                     return self._versions.setdefault((principal.project_id, model, version), found)
@@ -159,7 +161,7 @@ class Switchboard:
 
     def _targets(self, session: Session) -> dict[_Name, Served]:
         return {
-            _Name(model.project_id, model.name, alias): Served(version.number, Digest(version.bundle_sha256))
+            _Name(model.project_id, model.name, alias): _served(version)
             for model, alias, version in registry.get_all_aliases(session)
         }
 
@@ -167,8 +169,7 @@ class Switchboard:
         """Have a line answer as wanted: at once if only a head is missing, else when its backbone is warm."""
         wanted = line.wanted
         try:
-            if self._shelf.find(wanted.bundle) or self._shelf.has_backbone(wanted.bundle):
-                self._shelf.predictor(wanted.bundle)
+            if self._shelf.predictor_if_warm(wanted.bundle, wanted.backbone):
                 self._move(line, wanted)
                 return
         except Exception as error:  # whatever it is, the other lines go on
@@ -201,3 +202,7 @@ class Switchboard:
         log.error("a version cannot be served; the old one stays", bundle=wanted.bundle, error=told)
         with self._lock:
             self._again_at = time.monotonic() + AGAIN_S
+
+
+def _served(version: ModelVersion) -> Served:
+    return Served(version.number, Digest(version.bundle_sha256), Digest(version.backbone_sha256))

@@ -34,8 +34,10 @@ LARGEST_BATCH = 64
 LEAST_GAIN = 1.03
 LONGEST_BATCH_S = 0.5
 # How often two sizes are timed side by side, and for how long at most: but twice in any case.
-_TIMED = 3
-_TIMED_S = 0.5
+_TIMED = 7
+_TIMED_S = 1.0
+# Sizes in a row that gain nothing until larger ones are not tried: too small a limit costs more than a trial.
+_IN_VAIN = 2
 
 _ENDING = "The network was put away, or the service is ending. Ask again in a moment."
 
@@ -98,29 +100,32 @@ class _Pace:
     about full ones; how much slower everything is than it was, they do say.
     """
 
-    def __init__(self, timed: Mapping[int, float]) -> None:
-        """Know the seconds of batches by size; without any, the first one that is seen sets them."""
-        self._timed = dict(sorted(timed.items()))
+    def __init__(self, timed: Mapping[int, float], limit: int) -> None:
+        """Know the seconds of batches of up to `limit` by size; without any, the first one that is seen sets them."""
+        self._limit = limit
         self._slowness = 1.0
+        self._alone_s = _by_size(timed, limit) if timed else []
 
     def saw(self, images: int, seconds: float) -> None:
         """Learn from a batch."""
-        if not self._timed:
-            self._timed[images] = seconds
-        self._slowness = (1 - _NEWEST) * self._slowness + _NEWEST * seconds / self._alone_s(images)
+        if not self._alone_s:
+            self._alone_s = _by_size({images: seconds}, self._limit)
+        self._slowness = (1 - _NEWEST) * self._slowness + _NEWEST * seconds / self._alone_s[images]
 
-    def seconds(self, images: int, limit: int) -> float:
-        """Return how long so many images should take, in batches of up to `limit`; 0 if nothing was timed yet."""
-        if not self._timed or not images:
+    def seconds(self, images: int) -> float:
+        """Return how long so many images should take, in full batches and a rest; 0 if nothing was timed yet."""
+        if not self._alone_s:
             return 0.0
-        full, rest = divmod(images, limit)
-        return self._slowness * (full * self._alone_s(limit) + (self._alone_s(rest) if rest else 0.0))
+        full, rest = divmod(images, self._limit)
+        return self._slowness * (full * self._alone_s[self._limit] + self._alone_s[rest])
 
-    def _alone_s(self, images: int) -> float:
-        """Return the time of one batch: between two sizes that were timed on the line, beyond them in proportion."""
-        sizes, times = list(self._timed), list(self._timed.values())
-        nearest = min(max(images, sizes[0]), sizes[-1])
-        return float(np.interp(nearest, sizes, times)) * images / nearest
+
+def _by_size(timed: Mapping[int, float], limit: int) -> list[float]:
+    """Return the seconds of a batch of each size from 0: between two timed ones on the line, else in proportion."""
+    sizes = np.arange(1, limit + 1)
+    known = sorted(timed)
+    nearest = np.clip(sizes, known[0], known[-1])
+    return [0.0, *(np.interp(nearest, known, [timed[size] for size in known]) * sizes / nearest).tolist()]
 
 
 class Batcher:
@@ -151,7 +156,7 @@ class Batcher:
         self._turnstile, self._engine_free = threading.Lock(), threading.Lock()
         self._is_closed = False
         self._in_engine = 0
-        self._pace = _Pace(timed or {})
+        self._pace = _Pace(timed or {}, limit)
         self.busy_s = 0.0
         self.batches = self.images = 0
         self._threads = [
@@ -180,7 +185,7 @@ class Batcher:
     def wait_s(self, images: int = 0) -> float:
         """Return how long it should take until this many more images have been computed; 0 until that was measured."""
         with self._changed:
-            return self._pace.seconds(sum(map(_is_awaited, self._waiting)) + self._in_engine + images, self.limit)
+            return self._pace.seconds(sum(map(_is_awaited, self._waiting)) + self._in_engine + images)
 
     def oldest_s(self) -> float:
         """Return how long the image that waits longest has waited."""
@@ -355,7 +360,7 @@ def _computed(request: _Request, ended: float, batch: int) -> Computed:
 
 
 def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) -> dict[int, float]:
-    """Return the least time of a batch by its size, from 1 on doubled for as long as that gains.
+    """Return the least time of a batch by its size, from 1 on doubled until two sizes in a row gain nothing.
 
     Each size is timed in turn with its half, and the least times are compared: what disturbs the machine for a moment
     makes a time longer and never shorter, and what disturbs it for longer strikes both.
@@ -365,8 +370,8 @@ def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) 
         largest: the most that is tried; a size for which there is no memory is not tried again.
     """
     seconds(1)
-    size, timed = 1, {1: seconds(1)}
-    while 2 * size <= largest and 2 * timed[size] <= LONGEST_BATCH_S:
+    size, timed, in_vain = 1, {1: seconds(1)}, 0
+    while 2 * size <= largest and 2 * timed[size] <= LONGEST_BATCH_S and in_vain < _IN_VAIN:
         try:
             seconds(2 * size)
             times: list[tuple[float, float]] = []
@@ -375,10 +380,11 @@ def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) 
         except OutOfMemory:
             break
         halves, wholes = zip(*times, strict=True)
-        timed[size], timed[2 * size] = min(timed[size], *halves), min(wholes)
-        if 2 * timed[size] < LEAST_GAIN * timed[2 * size]:
-            break
+        timed[size] = min(timed[size], *halves)
+        best = max(images / taken for images, taken in timed.items())
         size *= 2
+        timed[size] = min(wholes)
+        in_vain = 0 if size / timed[size] >= LEAST_GAIN * best else in_vain + 1
     return timed
 
 

@@ -64,6 +64,8 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
+            # A thread that may not leave its processor waits for whoever is on it, and all others wait for that thread.
+            "ENABLE_CPU_PINNING": False,
         }
         self._network = core.compile_model(core.read_model(str(network)), "CPU", options)
         self._local = threading.local()

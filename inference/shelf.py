@@ -26,8 +26,11 @@ from inference.batcher import Batcher, best_batch, time_batches
 from inference.engine import Engine, OpenVinoEngine
 from inference.predictor import Predictor
 
-# What a network takes where the kernel does not say how much memory a process has: its weights as read and as laid out.
+# What a network takes where that cannot be measured: its weights as read and as laid out.
 _MEMORY_PER_FILE_BYTE = 2
+# Readings of the memory of this process, and the seconds between two: what decodes images takes much for moments.
+_READINGS = 5
+_READ_EVERY_S = 0.01
 # Beside the arrays of a head: labels, the objects around them.
 _MODEL_BYTES = 4096
 
@@ -81,6 +84,7 @@ class Shelf:
         self._budget_bytes = budget_bytes
         self._load = load
         self._lock = threading.Lock()
+        self._under_way = self._begun = 0  # loads of backbones
         self._loading: dict[Key, threading.Lock] = {}  # one for each backbone that was ever asked for
         self._backbones: OrderedDict[Key, _Backbone] = OrderedDict()
         self._models: OrderedDict[Digest, Predictor] = OrderedDict()
@@ -100,27 +104,34 @@ class Shelf:
             self._backbones.move_to_end(key)
             return predictor
 
-    def has_backbone(self, digest: Digest) -> bool:
-        """Say whether the backbone of a bundle is loaded, so that its head would be in milliseconds.
-
-        Raises NotFound, Corrupt or BundleRefused, as loading it would.
-        """
-        key = _key(bundles.load(self._store.read(digest)))
-        with self._lock:
-            return key in self._backbones
-
     def check_files(self, digest: Digest) -> None:
         """See that a bundle and its backbone are there and whole. Raises NotFound, Corrupt or BundleRefused."""
         self._store.verified_path(bundles.load(self._store.read(digest)).backbone)
 
     def predictor(self, digest: Digest) -> Predictor:
         """Return the predictor of a bundle, loading what is missing. Raises NotFound, Corrupt or BundleRefused."""
+        return self.find(digest) or self._load_bundle(digest, bundles.load(self._store.read(digest)))
+
+    def predictor_if_warm(self, digest: Digest, backbone: Digest) -> Predictor | None:
+        """Return the predictor of a bundle if its backbone is loaded, so that it takes milliseconds; else None.
+
+        Reads nothing but the head, and that only if it will be used. Raises as `predictor`.
+        """
         found = self.find(digest)
-        if found is not None:
+        if found is not None or not self._has(lambda key: key[0] == backbone):
             return found
         bundle = bundles.load(self._store.read(digest))
+        return self._load_bundle(digest, bundle) if self._has(lambda key: key == _key(bundle)) else None
+
+    def _has(self, is_meant: Callable[[Key], bool]) -> bool:
+        with self._lock:
+            return any(map(is_meant, self._backbones))
+
+    def _load_bundle(self, digest: Digest, bundle: Bundle) -> Predictor:
+        """Return the predictor of a bundle once it is loaded, by whoever asked first."""
         with self._lock:
             loading = self._loading.setdefault(_key(bundle), threading.Lock())
+        found = None
         with loading:
             while found is None:
                 found = self.find(digest) or self._load_model(digest, bundle)
@@ -159,13 +170,34 @@ class Shelf:
 
     def _load_backbone(self, bundle: Bundle) -> _Backbone:
         path = self._store.verified_path(bundle.backbone)
-        before = self._resident_bytes()
-        engine = self._load(path, bundle.precision, self._threads)
-        timed = time_batches(lambda images: _seconds(engine, bundle.golden_input, images))
-        after = self._resident_bytes()  # of two that load at once each is held to take what both do
+        with self._lock:
+            self._under_way += 1
+            self._begun += 1
+            begun, is_alone = self._begun, self._under_way == 1
+        try:
+            before = self._least_bytes()
+            engine = self._load(path, bundle.precision, self._threads)
+            timed = time_batches(lambda images: _seconds(engine, bundle.golden_input, images))
+            grown = self._least_bytes() - before
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                is_alone = is_alone and self._begun == begun
         file_bytes = path.stat().st_size
-        size_bytes = max(file_bytes, after - before if after else _MEMORY_PER_FILE_BYTE * file_bytes)
-        return _Backbone(Batcher(engine, best_batch(timed), timed), size_bytes)
+        expected = _MEMORY_PER_FILE_BYTE * file_bytes
+        if not before:
+            grown = expected
+        elif not is_alone:  # then it is what the others took, too
+            grown = min(grown, expected)
+        return _Backbone(Batcher(engine, best_batch(timed), timed), max(file_bytes, grown))
+
+    def _least_bytes(self) -> int:
+        """Return the memory of this process without what others take for a moment, 0 where the kernel does not tell."""
+        least = self._resident_bytes()
+        for _ in range(_READINGS - 1 if least else 0):
+            time.sleep(_READ_EVERY_S)
+            least = min(least, self._resident_bytes())
+        return least
 
     def loaded(self) -> list[Loaded]:
         """Return the backbones that are loaded."""

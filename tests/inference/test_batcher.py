@@ -305,9 +305,9 @@ def test_every_future_ends_and_every_answer_is_right(
 
 
 def test_the_smallest_batch_that_is_nearly_the_fastest_is_taken() -> None:
-    rates = {1: 10.0, 2: 15.0, 4: 20.0, 8: 20.4, 16: 30.0}
+    rates = {1: 100.0, 2: 150.0, 4: 200.0, 8: 202.0, 16: 204.0, 32: 300.0}
     timed = time_batches(lambda size: size / rates[size])
-    assert list(timed) == [1, 2, 4, 8] and best_batch(timed) == 4
+    assert list(timed) == [1, 2, 4, 8, 16] and best_batch(timed) == 4
     assert best_batch(time_batches(lambda size: size / 10)) == 1
     assert best_batch(time_batches(lambda size: 0.01, largest=32)) == 32
 
@@ -349,7 +349,7 @@ def test_trials_take_no_longer_than_they_must() -> None:
         return spent[-1]
 
     time_batches(seconds)
-    assert sum(spent) == pytest.approx(0.1 + 0.1 + 0.2 + 2 * (0.1 + 0.2))
+    assert sum(spent) == pytest.approx(0.1 + 0.1 + 0.2 + 4 * (0.1 + 0.2) + 0.4 + 2 * (0.2 + 0.4))
 
 
 def test_who_leaves_in_the_middle_costs_only_what_the_engine_has_begun(batcher: Batcher, engine: Gated) -> None:

@@ -185,14 +185,48 @@ def test_a_shelf_tells_what_is_on_it_and_closes_it(store: Store) -> None:
         loaded.batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), 1e9).result(0)
 
 
-def test_what_a_network_takes_is_measured(store: Store) -> None:
-    grown = iter([1_000_000, 31_000_000])
-    shelf = Shelf(store, 1, 10**9, Loads(), resident_bytes=lambda: next(grown))
+def test_what_a_network_takes_is_measured_without_what_others_take_for_a_moment(store: Store) -> None:
+    decoding = 240_000_000
+    readings = [decoding, 0, decoding, 0, decoding] * 2
+    networks = iter([1_000_000] * 5 + [31_000_000] * 5)
+    shelf = Shelf(store, 1, 10**9, Loads(), resident_bytes=lambda: next(networks) + readings.pop())
     shelf.predictor(put(store))
     assert shelf.loaded()[0].size_bytes == 30_000_000
     before = resident_bytes()
     kept = bytearray(50_000_000)
     assert resident_bytes() - before > 40_000_000 and len(kept)
+
+
+def test_a_network_is_not_held_to_take_what_another_takes_that_loads_meanwhile(store: Store) -> None:
+    loads = Loads()
+    slow, quick, last = (put(store, backbone=name * 100) for name in (b"slow", b"quick", b"last"))
+    loads.held.add(store.put(b"slow" * 100))
+    shelf = Shelf(store, 1, 10**9, loads, resident_bytes=lambda: 1_000_000 + 20_000_000 * len(loads.seen))
+    thread = threading.Thread(target=shelf.predictor, args=(slow,))
+    thread.start()
+    until(lambda: loads.seen)
+    shelf.predictor(quick)
+    loads.gate.set()
+    thread.join(10)
+    shelf.predictor(last)
+    assert [one.size_bytes for one in shelf.loaded()] == [2 * 500, 2 * 400, 20_000_000]
+
+
+def test_a_bundle_is_read_only_if_its_backbone_is_loaded(store: Store) -> None:
+    loads = Loads()
+    shelf = make_shelf(store, 10**6, loads)
+    one, other = put(store, seed=1), put(store, seed=2)
+    backbone = store.put(b"a network")
+    missing = Digest("0" * 64)
+    assert shelf.predictor_if_warm(missing, backbone) is None and not loads.seen, "the store has no such bundle"
+    shelf.predictor(one)
+    assert shelf.predictor_if_warm(one, backbone) is shelf.find(one)
+    warm = shelf.predictor_if_warm(other, backbone)
+    assert warm is not None and warm is shelf.find(other) and len(loads.seen) == 1
+    with pytest.raises(NotFound):
+        shelf.predictor_if_warm(missing, backbone)
+    elsewhere = put(store, backbone=b"another")
+    assert shelf.predictor_if_warm(elsewhere, backbone) is None, "a row that names another backbone loads none"
 
 
 def test_a_backbone_is_not_dropped_before_its_first_model_though_another_is_asked_meanwhile(store: Store) -> None:
