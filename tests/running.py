@@ -77,6 +77,13 @@ class Service:
             assert time.monotonic() < deadline, f"still not so after {within_s} s: {found}"
             time.sleep(0.2)
 
+    def is_ready(self) -> bool:
+        """Say whether every part of it answers."""
+        try:
+            return all(check["ok"] for check in self.http.get("/readyz").json()["checks"].values())
+        except httpx2.TransportError:
+            return False
+
     def events(self, run: str) -> list[tuple[str, dict[str, Any]]]:
         """Return what a run that is over tells: (kind, payload) in its order."""
         text = self.http.get(f"/api/v1/runs/{run}/events").text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,13 @@ def coloured(per_class: int, classes: int = 3, seed: int = 0) -> dict[str, bytes
         for index, (name, colour) in enumerate(list(COLOURS.items())[:classes])
         for number in range(per_class)
     }
+
+
+def labelled(header: str, labels: Sequence[str]) -> dict[str, bytes]:
+    """Return pictures with a labels.csv: the greyer, the further on."""
+    lines = [f"path,{header}", *(f"{number}.png,{label}" for number, label in enumerate(labels))]
+    contents = {f"{n}.png": png(n, (40 + 6 * n, 90, 220 - 6 * n)) for n in range(len(labels))}
+    return {"labels.csv": "\n".join(lines).encode(), **contents}
 
 
 def zipped(files: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:

@@ -115,6 +115,8 @@ def train(
     Raises:
         TrainingDiverged: the loss is not a number any more.
     """
+    # Else Keras does it in the middle of the first step, and TensorFlow traces that step a second time.
+    model.optimizer.build(model.trainable_variables)
     stopping = Stopping(early_stopping) if validation is not None and early_stopping is not None else None
     since = passage.since if passage.since is not None and fits(model, passage.since) else None
     history = list(since.history) if since else []

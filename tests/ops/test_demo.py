@@ -72,36 +72,20 @@ def read_files(contents: dict[str, bytes]) -> Files:
     return Files("x", contents)
 
 
-def labelled(header: str, labels: list[str]) -> dict[str, bytes]:
-    """Return pictures with a labels.csv: the greyer, the further on."""
-    lines = [f"path,{header}", *(f"{number}.png,{label}" for number, label in enumerate(labels))]
-    contents = {f"{n}.png": sample.png(n, (40 + 6 * n, 90, 220 - 6 * n)) for n in range(len(labels))}
-    return {"labels.csv": "\n".join(lines).encode(), **contents}
-
-
 def test_numbers_and_several_labels_are_held_out_too() -> None:
-    numbers = read_files(labelled("target", [str(n / 2) for n in range(20)]))
+    numbers = read_files(sample.labelled("target", [str(n / 2) for n in range(20)]))
     rest, held = hold_out(numbers, 3)
     assert [image.truth for image in held] == ["9.5", "9", "8.5"]
     assert len(rest.contents["labels.csv"].splitlines()) == 18
-    labels = read_files(labelled("label", ["a|b"] * 10 + ["|"] * 10))
+    labels = read_files(sample.labelled("label", ["a|b"] * 10 + ["|"] * 10))
     _, held = hold_out(labels, 4)
     assert [image.truth for image in held] == ["a + b", "none of the labels"] * 2
 
 
-DEMOS = {
-    "classes": (sample.coloured(per_class=12), ["Accuracy", "Confusion matrix", "6 right"]),
-    "numbers": (labelled("target", [str(n) for n in range(30)]), ["Root mean squared error", "off in the mean"]),
-    "labels": (labelled("label", ["cold"] * 10 + ["cold|warm"] * 10 + ["warm"] * 10), ["Macro F1", "right"]),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", DEMOS)
-def test_the_demo_runs_from_end_to_end_on_a_users_archive(tmp_path: Path, kind: str) -> None:
-    files, wanted = DEMOS[kind]
+def test_the_demo_runs_from_end_to_end_on_a_users_archive(tmp_path: Path) -> None:
     archive = tmp_path / "colours.zip"
-    archive.write_bytes(sample.zipped(files))
+    archive.write_bytes(sample.zipped(sample.coloured(per_class=12)))
     environment = os.environ | {
         "CI": "1",
         "ESPALIER_VAR": str(tmp_path / "var"),
@@ -121,5 +105,5 @@ def test_the_demo_runs_from_end_to_end_on_a_users_archive(tmp_path: Path, kind: 
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("ImageNet weights cannot be had", *wanted, "/docs", "curl"):
+    for shown in ("ImageNet weights cannot be had", "Accuracy", "Confusion matrix", "6 right", "/docs", "curl"):
         assert shown in done.stdout

@@ -1,4 +1,8 @@
-"""What pulls a plug of the whole service, on each database. docs/faults.md says which test stands for which fault."""
+"""What pulls a plug of the whole service. docs/faults.md says which test stands for which fault.
+
+On each database, but for what no database has a part in. Of what is tried in each mode, fine-tuning meets PostgreSQL:
+its parts are jobs of their own, and there their transactions overlap.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,13 @@ TUNING: dict[str, Any] = {
     "fine_tune": {"learning_rate": 1e-5, "epochs": 12},
 }
 MODES = {"feature-extraction": LONG, "fine-tuning": TUNING}
-EITHER_MODE = pytest.mark.parametrize("mode", list(MODES))
+EITHER_MODE = pytest.mark.parametrize(
+    ("ground", "mode"),
+    [("sqlite", "feature-extraction"), ("postgresql", "fine-tuning")],
+    indirect=["ground"],
+    scope="module",  # as the ground itself: pytest puts the tests together that share one
+)
+ON_ANY_DATABASE = pytest.mark.parametrize("ground", ["sqlite"], indirect=True)
 
 # Kills the API at a moment that a file asks for.
 SIDECAR = """
@@ -194,6 +204,7 @@ def test_a_frozen_worker_is_replaced_and_writes_nothing_when_it_wakes(ground: Gr
     assert {**after, "mlflow_url": None} == {**ended, "mlflow_url": None}
 
 
+@ON_ANY_DATABASE
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(ground: Ground, damage: str) -> None:
     run = ground.begin("feature-extraction", f"checkpoint-{damage}")
@@ -246,6 +257,7 @@ def until_answered(ask: Callable[[], httpx2.Response], within_s: float = 40) -> 
 # --- what it stands on ----------------------------------------------------------------------------------------------
 
 
+@ON_ANY_DATABASE
 def test_a_frozen_broker_costs_seconds(ground: Ground) -> None:
     broker = ground.service.find("valkey-server")
     broker.suspend()
@@ -260,6 +272,7 @@ def test_a_frozen_broker_costs_seconds(ground: Ground) -> None:
         broker.resume()
 
 
+@ON_ANY_DATABASE
 def test_a_frozen_mlflow_is_told_once_it_answers_and_nothing_waits_for_it(ground: Ground) -> None:
     import mlflow
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import psutil
 import pytest
 import sample
@@ -73,18 +72,11 @@ def test_what_dies_is_restarted_and_the_service_answers_again(
     victim.send_signal(signal.SIGKILL)
     psutil.wait_procs([victim], timeout=10)
     deadline = time.monotonic() + 40
-    while not (is_ready(service) and any(process.pid != victim.pid for process in found())):
+    while not (service.is_ready() and any(process.pid != victim.pid for process in found())):
         assert time.monotonic() < deadline, f"{name} was not restarted"
         time.sleep(0.3)
     answer = service.http.post("/api/v1/models/colours/predict", content=sample.png(1))
     assert answer.status_code == 200
-
-
-def is_ready(service: Service) -> bool:
-    try:
-        return all(check["ok"] for check in service.http.get("/readyz").json()["checks"].values())
-    except httpx2.TransportError:
-        return False
 
 
 @pytest.mark.slow

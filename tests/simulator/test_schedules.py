@@ -1,4 +1,4 @@
-"""Two thousand schedules in which nothing may be lost, and broken cores of which the same schedules must find each."""
+"""A thousand schedules in which nothing may be lost, and broken cores of which the same schedules must find each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from worker.process import Message
 from worker.sweeper import Sweeper
 from worker.train import Train
 
-QUICK, ALL, TOGETHER = 40, 2000, 40
+QUICK, ALL, TOGETHER = 40, 1000, 40
 # Enough for each broken core below, whatever a change of the simulator makes of the seeds.
 MANY = 400
 
