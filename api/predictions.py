@@ -41,6 +41,7 @@ _LARGEST_BODIES = 4
 _DECODED_AT_ONCE = 8
 # Names that are looked up side by side, and networks that are loaded.
 _LOOKED_UP_AT_ONCE = 4
+_EXPLAINED_AT_ONCE = 2
 _LOADED_AT_ONCE = 4
 # A backbone that is put away just when it is asked is loaded again; a shelf this much too small is an error.
 _LOADED_AGAIN = 3
@@ -142,12 +143,13 @@ class Desk:
         self._shelf = shelf
         self._decoders = ThreadPoolExecutor(min(_DECODED_AT_ONCE, settings.engine_threads + 1), "decode")
         self._look_ups = ThreadPoolExecutor(_LOOKED_UP_AT_ONCE, "look-up")
+        self._explainers = ThreadPoolExecutor(_EXPLAINED_AT_ONCE, "explain")  # which may read files of the store
         self._loads = ThreadPoolExecutor(_LOADED_AT_ONCE, "load")  # of their own: they take long
         self._loading: dict[Digest, asyncio.Future[Predictor]] = {}
 
     def close(self) -> None:
         """Begin nothing more."""
-        for pool in (self._decoders, self._look_ups, self._loads):
+        for pool in (self._decoders, self._look_ups, self._explainers, self._loads):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def look_up(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
@@ -193,7 +195,10 @@ class Desk:
             computed_at = time.perf_counter()
             predictions = predictor.answer(computed.features)
             head_ms = 1000 * (time.perf_counter() - computed_at)
-            explained = await self._explain(predictor, wanted, pixels, computed, predictions) if wanted else None
+            explained = None
+            if wanted is not None:
+                explaining = self._explain(predictor, wanted, pixels, computed, predictions)
+                explained = await in_time(explaining, until, deadline_s)
             # All that was none of these was waiting, for the model and for the engine.
             queue_ms = max(0.0, 1000 * (computed_at - arrived - decoded_s) - computed.backbone_ms)
             timings = Timings(queue_ms, 1000 * decoded_s, computed.backbone_ms, head_ms)
@@ -220,8 +225,8 @@ class Desk:
     async def _explain(
         self, predictor: Predictor, wanted: Wanted, pixels: Pixels, computed: Computed, predictions: list[Prediction]
     ) -> list[Explained]:
-        loop, given = asyncio.get_running_loop(), (wanted.kind, wanted.label, pixels, computed, predictions)
-        return await loop.run_in_executor(self._decoders, predictor.explain, *given)
+        given = (wanted.kind, wanted.label, pixels, computed, predictions, self._settings.image_limits)
+        return await asyncio.get_running_loop().run_in_executor(self._explainers, predictor.explain, *given)
 
     async def _predictor(self, bundle: Digest) -> Predictor:
         """Return the model of a bundle. All wait for one load, and it goes on for the next when they give up."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,8 @@ from errors import Corrupt
 MOST_BYTES = 256 * 1024 * 1024
 """What the features of one file may take; of more images a sample is kept."""
 
-Directions = npt.NDArray[np.float16]
+# A digest, a path and labels, with the objects around them.
+_KNOWN_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,41 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Training images that may be shown.
+class Directions:
+    """How features become directions: standardised, (features - mean) * scale, then of unit length.
 
-    Attributes:
-        known: the images.
-        directions: float16 [N, D], their standardised features at unit length.
-        mean, scale: float32 [D]; standardised features are (features - mean) * scale.
+    mean and scale are float32 [D].
     """
 
-    known: Sequence[Known]
-    directions: Directions
     mean: Features
     scale: Features
+
+    def of(self, features: Features) -> Features:
+        """Return float32 [N, D] for features float32 [N, D]; features that are the mean have no direction: zeros."""
+        standardised: Features = (features - self.mean) * self.scale
+        length = np.linalg.norm(standardised, axis=1, keepdims=True)
+        found: Features = np.divide(standardised, length, out=np.zeros_like(standardised), where=length > 0)
+        return found
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Training images that may be shown, and their directions, float16 [N, D]."""
+
+    known: Sequence[Known]
+    kept: npt.NDArray[np.float16]
+    directions: Directions
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in memory, about."""
+        return self.kept.nbytes + _KNOWN_BYTES * len(self.known)
 
     def dump(self) -> bytes:
         """Return it as a file."""
         values = {"known": [[one.image, one.path, one.labels, one.target] for one in self.known]}
-        return tensors.dump(values, {"directions": self.directions, "mean": self.mean, "scale": self.scale})
+        arrays: tensors.Tensors = {"kept": self.kept, "mean": self.directions.mean, "scale": self.directions.scale}
+        return tensors.dump(values, arrays)
 
 
 def load(data: bytes) -> Neighbours:
@@ -61,29 +78,20 @@ def load(data: bytes) -> Neighbours:
     try:
         values, arrays = tensors.load(data)
         known = [Known(Digest(image), path, tuple(labels), target) for image, path, labels, target in values["known"]]
-        return Neighbours(known, arrays["directions"], arrays["mean"], arrays["scale"])
+        return Neighbours(known, arrays["kept"], Directions(arrays["mean"], arrays["scale"]))
     except tensors.UNREADABLE as error:
         raise Corrupt(f"The images that a model has kept cannot be read: {error}.") from error
 
 
-def keep(rows: Sequence[Row], features: Features) -> Neighbours:
+def keep(rows: Sequence[Row], features: Features, directions: Directions) -> Neighbours:
     """Return what is kept of training images: of all, or of a sample evenly over them.
 
     Args:
         rows: the images.
         features: float32 [len(rows), D].
+        directions: made from these features.
     """
     most = max(1, MOST_BYTES // (2 * features.shape[1]))
     kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.intp))
-    mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-    spread = features.std(axis=0, dtype=np.float64)
-    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0).astype(np.float32)
     known = [Known(rows[row].sha256, rows[row].path, rows[row].labels, rows[row].target) for row in kept]
-    return Neighbours(known, directions(features[kept], mean, scale).astype(np.float16), mean, scale)
-
-
-def directions(features: Features, mean: Features, scale: Features) -> Any:
-    """Return standardised features at unit length, float32 [N, D], for features float32 [N, D]."""
-    standardised = (features - mean) * scale
-    length = np.linalg.norm(standardised, axis=1, keepdims=True)
-    return np.divide(standardised, length, out=np.zeros_like(standardised), where=length > 0)
+    return Neighbours(known, directions.of(features[kept]).astype(np.float16), directions)

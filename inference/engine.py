@@ -50,14 +50,19 @@ class OpenVinoEngine:
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return [precision for precision in Precision if precision is not Precision.BFLOAT16 or "BF16" in able]
 
-    def __init__(self, network: Path, precision: Precision, threads: int) -> None:
-        """Load an ONNX file. Raises PrecisionUnsupported."""
-        if precision not in self.precisions():
+    @classmethod
+    def check(cls, precision: Precision) -> None:
+        """Raise PrecisionUnsupported for one that this machine's processor has not."""
+        if precision not in cls.precisions():
             raise PrecisionUnsupported(
                 f"precision: The processor of this machine has no {precision.value} arithmetic (Intel processors have "
                 "it from Sapphire Rapids on, AMD's from Zen 4 on). Use one that has, or train with float32, int8 or "
                 "auto."
             )
+
+    def __init__(self, network: Path, precision: Precision, threads: int) -> None:
+        """Load an ONNX file. Raises PrecisionUnsupported."""
+        self.check(precision)
         core = openvino.Core()
         # OpenVINO would choose bfloat16 by itself where the processor has it, and the score would not be the same.
         options = {

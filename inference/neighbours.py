@@ -10,7 +10,7 @@ from PIL import Image
 
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.neighbours import Known, Neighbours, directions
+from artifacts.neighbours import Known, Neighbours
 from artifacts.store import Digest
 
 COUNT = 3
@@ -31,18 +31,29 @@ class Neighbour:
     similarity: float
 
 
-def nearest(neighbours: Neighbours, features: Features, count: int = COUNT) -> list[Neighbour]:
-    """Return the images nearest to one of features float32 [D], the nearest first; fewer if there are no more."""
-    wanted = directions(features[None], neighbours.mean, neighbours.scale)[0]
-    total = len(neighbours.known)
+def nearest(neighbours: Neighbours, features: Features, count: int = COUNT) -> list[list[Neighbour]]:
+    """Return, for each image of features float32 [n, D], those nearest to it, the nearest first; fewer if not so many.
+
+    A file that the data set has several times is shown once.
+    """
+    wanted = neighbours.directions.of(features).T
     similarity = np.concatenate(
         [
-            neighbours.directions[start : start + _ROWS_AT_ONCE].astype(np.float32) @ wanted
-            for start in range(0, total, _ROWS_AT_ONCE)
+            neighbours.kept[start : start + _ROWS_AT_ONCE].astype(np.float32) @ wanted
+            for start in range(0, len(neighbours.known), _ROWS_AT_ONCE)
         ]
     )
-    best = np.argsort(-similarity, kind="stable")[:count]
-    return [Neighbour(neighbours.known[row], float(similarity[row])) for row in best]
+    return [_first(neighbours, column, count) for column in similarity.T.clip(-1, 1)]
+
+
+def _first(neighbours: Neighbours, similarity: Features, count: int) -> list[Neighbour]:
+    found: dict[Digest, Neighbour] = {}
+    for row in np.argsort(-similarity, kind="stable"):
+        known = neighbours.known[row]
+        found.setdefault(known.image, Neighbour(known, float(similarity[row])))
+        if len(found) == count:
+            break
+    return list(found.values())
 
 
 def sheet(image: Pixels, found: Sequence[Neighbour], read: Callable[[Digest], Pixels | None]) -> Image.Image:

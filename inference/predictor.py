@@ -79,18 +79,25 @@ class Predictor:
         size_bytes: what the head takes in memory, with the images that it may show once they were asked for.
     """
 
-    def __init__(self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes]) -> None:
+    def __init__(
+        self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes], grew: Callable[[], None]
+    ) -> None:
         """See that this machine gives the golden output for the golden input. Raises BundleRefused.
 
-        `read` returns stored files.
+        `read` returns stored files; `grew` is called when this takes more memory than it did.
         """
         self._batcher = batcher
         self._read = read
+        self._grew = grew
         self._reading = threading.Lock()
         self._neighbours: Neighbours | None = None
         self.bundle = bundle
         self._check()
-        self.bundle = replace(bundle, golden_input=bundle.golden_input[:0], golden_output=bundle.golden_output[:0])
+        # New arrays: a slice would hold the whole of what it was taken from.
+        golden_input, golden_output = (
+            np.empty_like(array, shape=(0, *array.shape[1:])) for array in (bundle.golden_input, bundle.golden_output)
+        )
+        self.bundle = replace(bundle, golden_input=golden_input, golden_output=golden_output)
         arrays = [array for layer in bundle.layers for array in (layer.kernel, layer.bias, layer.offset)]
         self.size_bytes = sum(array.nbytes for array in arrays if array is not None)
 
@@ -163,15 +170,22 @@ class Predictor:
         ]
 
     def explain(
-        self, kind: Explanation, label: str | None, pixels: Pixels, computed: Computed, predictions: list[Prediction]
+        self,
+        kind: Explanation,
+        label: str | None,
+        pixels: Pixels,
+        computed: Computed,
+        predictions: list[Prediction],
+        limits: ImageLimits,
     ) -> list[Explained]:
-        """Return a picture for each image, uint8 [n, size, size, 3], from what the backbone computed with its maps.
+        """Return a picture for each image, uint8 [n, size, size, 3], from what the backbone computed.
 
         A heat map is of the label that is asked for, or of the one that was answered (of several the likeliest).
         Raises RequestInvalid for a label that the model does not know, and for maps of too few places.
         """
         if kind is Explanation.NEIGHBOURS:
-            return [self._nearest(*one) for one in zip(pixels, computed.features, strict=True)]
+            near = nearest(self._known(), computed.features)
+            return [self._shown(*one, limits) for one in zip(pixels, near, strict=True)]
         assert computed.maps is not None
         explain.check_side(computed.maps, self.bundle.size)
         if kind is Explanation.ACTIVATIONS:
@@ -194,9 +208,9 @@ class Predictor:
                 field="explain",
             )
 
-    def _nearest(self, image: Pixels, features: Features) -> Explained:
-        found = nearest(self._known(), features)
-        return Explained(None, explain.png(np.asarray(sheet(image, found, self._read_pixels))), found)
+    def _shown(self, image: Pixels, found: Sequence[Neighbour], limits: ImageLimits) -> Explained:
+        picture = sheet(image, found, lambda known: self._read_pixels(known, limits))
+        return Explained(None, explain.png(np.asarray(picture)), found)
 
     def _known(self) -> Neighbours:
         """Return the images that may be shown, read when they are first asked for."""
@@ -204,13 +218,14 @@ class Predictor:
             if self._neighbours is None:
                 assert self.bundle.neighbours is not None
                 self._neighbours = neighbours.load(self._read(self.bundle.neighbours))
-                self.size_bytes += self._neighbours.directions.nbytes
+                self.size_bytes += self._neighbours.size_bytes
+                self._grew()
             return self._neighbours
 
-    def _read_pixels(self, image: Digest) -> Pixels | None:
+    def _read_pixels(self, image: Digest, limits: ImageLimits) -> Pixels | None:
         """Return an image of the data set as the network sees it, or None if it is gone."""
         try:
-            return images.decode(self._read(image), self.bundle.size, self.bundle.resize, ImageLimits())
+            return images.decode(self._read(image), self.bundle.size, self.bundle.resize, limits)
         except (NotFound, Corrupt, ImageRefused):
             return None
 

@@ -145,7 +145,7 @@ class Shelf:
         backbone = held or self._load_backbone(bundle)
         is_kept = False
         try:
-            predictor = Predictor(bundle, backbone.batcher, self._store.read)
+            predictor = Predictor(bundle, backbone.batcher, self._store.read, self._grew)
             with self._lock:  # the backbone and its first model at once: one without models is the first to go
                 if self._is_closed:
                     raise Unavailable("The service is ending. Ask again in a moment.")
@@ -215,6 +215,10 @@ class Shelf:
             backbones, self._backbones, self._models = self._backbones, OrderedDict(), OrderedDict()
         for backbone in backbones.values():
             backbone.batcher.close()
+
+    def _grew(self) -> None:
+        with self._lock:
+            self._make_room()
 
     def _make_room(self) -> None:
         """Drop what was not asked for longest, but never the newest; the caller holds the lock.

@@ -334,6 +334,7 @@ def halve_batch(session: Session, run_id: str) -> None:
     """Have a run train with half the images in a step."""
     run = session.get_one(Run, run_id)
     run.batch_size = max(1, (run.batch_size or run.recipe["batch_size"]) // 2)
+    run.precision_choice = None  # its scores are those of the whole batch
 
 
 def add_fold(session: Session, fold: Fold) -> None:

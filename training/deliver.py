@@ -67,7 +67,6 @@ class Tuned:
         networks: Networks,
         place: Place,
         trunk: Trunk,
-        report: Report,
     ) -> None:
         self._recipe = recipe
         self._task = task
@@ -77,62 +76,71 @@ class Tuned:
         self._networks = networks
         self._place = place
         self._trunk = trunk
-        self._report = report
 
-    def logits(self, learned: Learned, train: Indices, rows: Indices) -> dict[Precision, Float32]:
-        """Return what a network answers for rows in every precision but float32, calibrated on rows it learned from."""
-        if not self._others:
-            return {}
+    def logits(self, learned: Learned, train: Indices, rows: Indices, report: Report) -> dict[Precision, Float32]:
+        """Return what a network answers for rows in every precision but float32.
+
+        One that has learned is calibrated on the rows that it learned from, one that stayed frozen is what all share.
+        """
+        found: dict[Precision, Float32] = {}
+        exported = self._export(learned.network()) if learned.network and self._others else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
-            found: dict[Precision, Float32] = {}
-            network = self._export(learned.network()).onnx if learned.network else self._frozen()
             for precision in self._others:
-                path.write_bytes(self._in(precision, network, train))
-                engine = OpenVinoEngine(path, precision, self._place.threads)
-                found[precision] = heads.logits(learned.layers, features(engine, self._pixels[rows]))
+                if exported is None:
+                    engine = self._networks.engine(self._frozen_in(precision, train, report), precision)
+                else:
+                    path.write_bytes(self._in(precision, exported.onnx, train, report))
+                    engine = OpenVinoEngine(path, precision, self._place.threads)
+                found[precision] = heads.logits(learned.layers, features(engine, self._pixels, rows, report))
         return found
 
-    def serve(self, final: Learned, train: Indices, scores: Mapping[Precision, float]) -> Served:
+    def serve(self, final: Learned, train: Indices, scores: Mapping[Precision, float], report: Report) -> Served:
         """Return what is served, given the score of each precision on the folds.
 
         Args:
             final: what was learned from everything.
             train: the rows that a network may be calibrated on.
-            scores: the task's headline score, out of fold.
+            scores: the task's headline score, out of fold; of the precisions that all machines had which trained folds.
+            report: called with (done, total) images.
         """
         store = self._place.store
         exported = self._export(final.network()) if final.network else None
         found = {Precision.FLOAT32: store.put(exported.onnx) if exported else self._trunk.backbone}
         for precision in self._others:
-            if exported:
-                found[precision] = store.put(self._in(precision, exported.onnx, train))
-            elif precision is Precision.INT8:
-                images = [self._digests[row] for row in train]
-                source = Loaded(self._digests, self._pixels)
-                found[precision] = self._networks.quantised(self._trunk.backbone, images, source, self._report)
-            else:
-                found[precision] = self._trunk.backbone
+            if precision in scores:
+                found[precision] = (
+                    store.put(self._in(precision, exported.onnx, train, report))
+                    if exported
+                    else self._frozen_in(precision, train, report)
+                )
         engines = {precision: self._networks.engine(digest, precision) for precision, digest in found.items()}
-        choice = self._choose(scores, engines) if self._others else None
+        choice = self._choose(scores, engines, report) if self._others else None
         chosen = choice.precision if choice else Precision.FLOAT32
         facts = exported.facts() if exported else None
         return Served(chosen, found[chosen], engines[chosen], choice, facts)
 
-    def _choose(self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine]) -> Choice:
-        times = image_ms(engines, golden_images(size_of(self._recipe)))
-        tried = [Tried(precision, score, times[precision]) for precision, score in scores.items()]
+    def _choose(self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine], report: Report) -> Choice:
+        times = image_ms(engines, golden_images(size_of(self._recipe)), lambda: report(0, 1))
+        tried = [Tried(precision, scores[precision], time) for precision, time in times.items()]
         if self._recipe.precision is PrecisionChoice.AUTO:
             return choose(self._task, tried)
         wanted = Precision(self._recipe.precision.value)
         good = is_as_good(self._task, scores[wanted], scores[Precision.FLOAT32])
         return Choice(wanted if good else Precision.FLOAT32, tuple(tried))
 
-    def _in(self, precision: Precision, network: bytes, train: Indices) -> bytes:
-        """Return a network's file for a precision."""
+    def _in(self, precision: Precision, network: bytes, train: Indices, report: Report) -> bytes:
+        """Return the file of a network that has learned for a precision."""
         if precision is not Precision.INT8:
             return network
-        return quantise(network, self._pixels[sample(train, size_of(self._recipe))], self._report).onnx
+        return quantise(network, self._pixels[sample(train, size_of(self._recipe))], report).onnx
+
+    def _frozen_in(self, precision: Precision, train: Indices, report: Report) -> Digest:
+        """Return the frozen network for a precision."""
+        if precision is not Precision.INT8:
+            return self._trunk.backbone
+        images = [self._digests[row] for row in train]
+        return self._networks.quantised(self._trunk.backbone, images, Loaded(self._digests, self._pixels), report)
 
     def _export(self, weights: bytes) -> Exported:
         """Export a network that has learned, checked against Keras on images of the data set."""
@@ -140,13 +148,14 @@ class Tuned:
         model = backbones.backbone(recipe.backbone, recipe.features_from or "", size_of(recipe), weights)
         return export(model, self._place.threads, self._pixels[spread(len(self._pixels), _CHECKED)])
 
-    def _frozen(self) -> bytes:
-        return self._place.store.read(self._trunk.backbone)
 
-
-def features(engine: Engine, pixels: Pixels) -> Features:
-    """Return float32 [N, D] for images uint8 [N, H, W, 3], in small batches."""
-    return np.concatenate([engine.features(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
+def features(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Features:
+    """Return float32 [len(rows), D] for rows of images uint8 [N, H, W, 3], a few at a time."""
+    found = []
+    for start in range(0, len(rows), BATCH):
+        found.append(engine.features(pixels[rows[start : start + BATCH]]))
+        report(start + len(found[-1]), len(rows))
+    return np.concatenate(found)
 
 
 def spread(count: int, most: int) -> Indices:

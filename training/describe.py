@@ -68,7 +68,7 @@ def report(run: Description) -> str:
         verdict(run.task, metrics),
         "",
         f"- Images: {run.images:,}{_learned(run)}; {run.extraction.computed:,} went through the backbone, "
-        f"{run.extraction.cached:,} were cached.",
+        f"{run.extraction.cached:,} were cached{_in_all_precisions(run)}.",
         f"- Features: {title} ({recipe.weights}) up to `{recipe.features_from}` at {recipe.image_size} px, "
         f"{run.precision.value}, resized by `{recipe.resize.value}`.",
         f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final head was "
@@ -109,6 +109,12 @@ def report(run: Description) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _in_all_precisions(run: Description) -> str:
+    if run.choice is None or run.recipe.mode is Mode.FINE_TUNING:
+        return ""
+    return f", those of {len(run.choice.tried)} precisions together"
+
+
 def _learned(run: Description) -> str:
     """Return what the images are labelled with."""
     if run.task is Task.REGRESSION:
@@ -129,8 +135,8 @@ def _tuning(run: Description) -> list[str]:
     if run.plan.network:
         difference = run.metrics["export"]["largest_relative_difference"]
         lines.append(
-            f"- The network learned on all images for {run.plan.network} epochs; as it is served, its features differ "
-            f"from Keras' by at most {difference:.1g} of the largest, on images of this data set."
+            f"- The network learned on all images for {run.plan.network} epochs; as it is exported in float32, its "
+            f"features differ from Keras' by at most {difference:.1g} of the largest, on images of this data set."
         )
     else:
         lines.append("- The frozen network is what is served, since fine-tuning did not help most folds.")

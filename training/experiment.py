@@ -16,20 +16,21 @@ from artifacts.catalogue import CATALOGUE
 from artifacts.headline import HEADLINES
 from artifacts.images import Pixels
 from artifacts.layout import Split
-from artifacts.neighbours import keep
-from artifacts.recipe import Mode, Precision, Recipe, Task
+from artifacts.neighbours import Directions, keep
+from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
 from artifacts.store import Digest
 from errors import TrainingDiverged
 from inference import heads
 from inference.engine import OpenVinoEngine
 from training import deliver, describe, evaluate
-from training.arrays import drop_unused, load_maps, load_pixels
+from training.arrays import Report, drop_unused, load_maps, load_pixels
 from training.augment import contact_sheet
 from training.checkpoint import Keeper, NoKeeper
 from training.deliver import Served, Tuned, spread
 from training.epochs import Epoch
 from training.extract import Extraction, add_up
 from training.finetune import Material
+from training.fit import Scaler
 from training.learn import Frozen, Learned, Learner, Lesson, Listener, Tuning, final_plan
 from training.outcome import FoldOutcome, FoldResult
 from training.pixels import Decoder, Loaded, Source
@@ -152,7 +153,11 @@ class Experiment:
         self._networks = Networks(recipe, order.weights, place, registry)
         self._choice: Choice | None = None
         self._tuned: Tuned | None = None
-        self._trunk = self._frozen_network(digests, source, registry)
+        if recipe.precision is not PrecisionChoice.AUTO:
+            OpenVinoEngine.check(Precision(recipe.precision.value))
+        considered = candidates(recipe.precision, OpenVinoEngine.precisions())
+        is_frozen = recipe.mode is Mode.FEATURE_EXTRACTION
+        self._trunk = self._frozen_network(considered if is_frozen else [Precision.FLOAT32], digests, source, registry)
         report.extracted(self._trunk.extraction)
 
         frozen = Frozen(recipe, self._task, self._outputs, self._trunk.features, self._truth)
@@ -167,13 +172,12 @@ class Experiment:
             self._tuned = Tuned(
                 recipe,
                 self._task,
-                list(dict.fromkeys([Precision.FLOAT32, *self._candidates])),
+                considered,
                 digests,
                 self._pixels,
                 self._networks,
                 place,
                 self._trunk,
-                report.images,
             )
 
     def learn_fold(self, number: int) -> FoldOutcome:
@@ -186,7 +190,8 @@ class Experiment:
         learned = self._learner.learn(lesson, part, part)
         logits = {self._trunk.precision: _finite(learned.logits(fold.test))}
         if self._tuned is not None:
-            logits |= self._tuned.logits(learned, fold.train, fold.test)
+            epochs = float(len(learned.history))
+            logits |= self._tuned.logits(learned, fold.train, fold.test, lambda done, total: part.batch(epochs))
         result = FoldResult(
             number=number,
             epochs=len(learned.history),
@@ -231,7 +236,9 @@ class Experiment:
         if len(held_out):
             logits = final.logits(held_out)
             if served.precision is not self._trunk.precision:
-                logits = heads.logits(final.layers, deliver.features(served.engine, self._pixels[held_out]))
+                logits = heads.logits(
+                    final.layers, deliver.features(served.engine, self._pixels, held_out, self._report.images)
+                )
             metrics["test"] = evaluate.held_out(task, labels, truth[held_out], self._groups[held_out], logits)
         if served.export is not None:
             metrics["export"] = served.export
@@ -274,46 +281,54 @@ class Experiment:
             },
         )
 
-    def _frozen_network(self, digests: Sequence[Digest], source: Source, registry: Registry) -> Trunk:
-        """Return the frozen network in the precision that heads are trained in, with the features of every image."""
+    def _frozen_network(
+        self, precisions: Sequence[Precision], digests: Sequence[Digest], source: Source, registry: Registry
+    ) -> Trunk:
+        """Return the frozen network in the precision that heads are trained in, with the features of every image.
+
+        Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
+        """
         recipe, report, networks = self._order.recipe, self._report, self._networks
-        self._candidates = candidates(recipe.precision, OpenVinoEngine.precisions())
-        wanted = self._candidates if recipe.mode is Mode.FEATURE_EXTRACTION else [Precision.FLOAT32]
-        known = registry.find_choice() if len(wanted) > 1 else None
+        known = registry.find_choice() if len(precisions) > 1 else None
         if known is not None:
             self._choice = Choice.of(known)
-            wanted = [self._choice.precision]
+            precisions = [self._choice.precision]
         exported = networks.exported(recipe.features_from or "")
-        found = dict.fromkeys(wanted, exported)
-        if Precision.INT8 in wanted:
-            report.stage("quantise")
+        started = time.perf_counter()
+        files = dict.fromkeys(precisions, exported)
+        if Precision.INT8 in files:
             images = [digests[row] for row in self._trained_on]
-            found[Precision.INT8] = networks.quantised(exported, images, source, report.images)
+            files[Precision.INT8] = networks.quantised(
+                exported, images, source, report.images, begin=lambda: report.stage("quantise")
+            )
         report.stage("features")
-        trunks = [
-            networks.trunk(network, precision, digests, source, report.images) for precision, network in found.items()
-        ]
-        if len(trunks) == 1:
-            return trunks[0]
-        report.stage("precision")
-        times = image_ms({trunk.precision: trunk.engine for trunk in trunks}, deliver.golden_images(size_of(recipe)))
-        tried = [
-            Tried(trunk.precision, self._score(trunk, place, len(trunks)), times[trunk.precision])
-            for place, trunk in enumerate(trunks)
-        ]
-        self._choice = choose(self._task, tried)
-        registry.set_choice(self._choice.facts(self._task))
-        (chosen,) = (trunk for trunk in trunks if trunk.precision is self._choice.precision)
-        return replace(chosen, extraction=add_up([trunk.extraction for trunk in trunks]))
+        trunks = []
+        for number, (precision, network) in enumerate(files.items()):
+            told = _one_of(number, len(files), report)
+            trunks.append(networks.trunk(network, precision, digests, source, told))
+        extraction = add_up([trunk.extraction for trunk in trunks])
+        report.extracted(extraction)
+        if len(trunks) > 1:
+            report.stage("precision")
+            engines = {trunk.precision: trunk.engine for trunk in trunks}
+            times = image_ms(engines, deliver.golden_images(size_of(recipe)), lambda: report.images(0, 1))
+            tried = [
+                Tried(trunk.precision, self._score(trunk, _one_of(number, len(trunks), report)), times[trunk.precision])
+                for number, trunk in enumerate(trunks)
+            ]
+            self._choice = choose(self._task, tried)
+            registry.set_choice(self._choice.facts(self._task))
+        chosen = self._choice.precision if self._choice else precisions[0]
+        (trunk,) = (trunk for trunk in trunks if trunk.precision is chosen)
+        return replace(trunk, extraction=replace(extraction, seconds=round(time.perf_counter() - started, 3)))
 
-    def _score(self, trunk: Trunk, place: int, trunks: int) -> float:
-        """Return the headline score of heads on a frozen network, out of fold; it is one of several that are tried."""
+    def _score(self, trunk: Trunk, report: Report) -> float:
+        """Return the headline score of heads on a frozen network, out of fold."""
         learner = Frozen(self._order.recipe, self._task, self._outputs, trunk.features, self._truth)
-        total = trunks * len(self.folds)
+        epochs = learner.plan.epochs
         logits = []
         for fold in self.folds:
-            done = place * len(self.folds) + fold.number
-            listener = _Trial(done * learner.plan.epochs, total * learner.plan.epochs, self._report)
+            listener = _Trial(fold.number * epochs, len(self.folds) * epochs, report)
             seed = _seed(self._order.recipe, fold.number)
             lesson = Lesson(fold.train, fold.validation, learner.plan, seed)
             logits.append(_finite(learner.learn(lesson, listener, NoKeeper()).logits(fold.test)))
@@ -335,17 +350,20 @@ class Experiment:
             self._report.stage("export")
         scores = {
             precision: self._headline([outcome.logits[precision] for outcome in outcomes])
-            for precision in outcomes[0].logits
+            for precision in Precision
+            if all(precision in outcome.logits for outcome in outcomes)
         }
-        return self._tuned.serve(final, self._trained_on, scores)
+        return self._tuned.serve(final, self._trained_on, scores, self._report.images)
 
     def _neighbours(self, served: Served, rows: Indices) -> bytes:
         """Return the file of the rows' images as the network that is served sees them."""
         if (served.backbone, served.precision) == (self._trunk.backbone, self._trunk.precision):
             features = self._trunk.features[rows]
         else:
-            features = deliver.features(served.engine, self._pixels[rows])
-        return keep([self._rows[row] for row in rows], features).dump()
+            features = deliver.features(served.engine, self._pixels, rows, self._report.images)
+        scaler = Scaler.of(features, np.arange(len(features)))
+        directions = Directions(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
+        return keep([self._rows[row] for row in rows], features, directions).dump()
 
     def _as_served(self, outcome: FoldOutcome, precision: Precision) -> FoldResult:
         """Return what a fold measured, in the precision that is served."""
@@ -394,10 +412,15 @@ class Experiment:
 _SHOWN = 8
 
 
+def _one_of(number: int, count: int, report: Reporter) -> Report:
+    """Return who is told of one of several passes of the same length, and tells how far all of them are."""
+    return lambda done, total: report.images(number * total + done, count * total)
+
+
 class _Trial:
     """Hears of one of many fits, and says how far all of them are."""
 
-    def __init__(self, before: int, total: int, report: Reporter) -> None:
+    def __init__(self, before: int, total: int, report: Report) -> None:
         self._before = before
         self._total = total
         self._report = report
@@ -407,7 +430,7 @@ class _Trial:
 
     def batch(self, epochs: float) -> None:
         """Hear how many epochs are done."""
-        self._report.images(self._before + int(epochs), self._total)
+        self._report(self._before + int(epochs), self._total)
 
 
 def _material(

@@ -57,5 +57,7 @@ def load(data: bytes) -> FoldOutcome:
     """Return the outcome that `dump` wrote."""
     values, arrays = tensors.load(data)
     phases = tuple(Phase(**phase) for phase in values["phases"])
+    if "logits" in arrays:  # written by a version that knew one precision
+        arrays[f"logits.{Precision.FLOAT32}"] = arrays["logits"]
     logits = {precision: arrays[f"logits.{precision}"] for precision in Precision if f"logits.{precision}" in arrays}
     return FoldOutcome(FoldResult(**values["result"]), phases, values["kept"], logits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,9 +77,14 @@ def is_as_good(task: Task, score: float, reference: float) -> bool:
     return score <= reference * (1 + RELATIVE_MARGIN)
 
 
-def image_ms(engines: Mapping[Precision, Engine], golden: Pixels) -> dict[Precision, float]:
-    """Return the milliseconds that each engine takes per image of a small batch, measured in turn on this machine."""
+def image_ms(
+    engines: Mapping[Precision, Engine], golden: Pixels, alive: Callable[[], None] = lambda: None
+) -> dict[Precision, float]:
+    """Return the milliseconds that each engine takes per image of a small batch, measured in turn on this machine.
+
+    `alive` is called after each batch.
+    """
     pixels = np.repeat(golden, _TIMED_IMAGES, axis=0)
     calls = [lambda engine=engine: engine.features(pixels) for engine in engines.values()]
-    times = medians_ms(calls, _ROUNDS, _ROUNDS_WITHIN_S)
+    times = medians_ms(calls, _ROUNDS, _ROUNDS_WITHIN_S, alive)
     return {precision: time / len(pixels) for precision, time in zip(engines, times, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,10 +112,21 @@ class Networks:
             digest = self._registry.add_backbone(key, store.put(made.onnx), made.facts())
         return digest
 
-    def quantised(self, backbone: Digest, images: Sequence[Digest], source: Source, report: Report) -> Digest:
-        """Return the quantised copy of an exported network, calibrating it on a sample of `images` if nobody has."""
+    def quantised(
+        self,
+        backbone: Digest,
+        images: Sequence[Digest],
+        source: Source,
+        report: Report,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Digest:
+        """Return the quantised copy of an exported network.
+
+        If nobody has made it, `begin` is called and it is calibrated on a sample of `images`.
+        """
         digest = self._registry.find_quantised(backbone)
         if digest is None:
+            begin()
             store, size = self._place.store, size_of(self._recipe)
             names = [images[row] for row in sample(np.arange(len(images)), size)]
             pixels = np.concatenate([batch for _, batch in source.batches(names)])

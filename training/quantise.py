@@ -6,11 +6,9 @@ else stays as it was exported: uint8 images in, `features` and `maps` out in flo
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,14 +58,13 @@ def quantise(network: bytes, images: Pixels, report: Report) -> Quantised:
             report(number + 1, len(images))
             yield images[number : number + 1]
 
-    with contextlib.redirect_stdout(sys.stderr):  # its progress bars; ours is `report`
-        made = nncf.quantize(
-            model,
-            nncf.Dataset(_Again(fed), lambda image: {name: image}),
-            # Symmetric weights, asymmetric activations: what follows no rectifier is negative, too.
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(images),
-        )
+    made = nncf.quantize(
+        model,
+        nncf.Dataset(_Again(fed), lambda image: {name: image}),
+        # Symmetric weights, asymmetric activations: what follows no rectifier is negative, too.
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(images),
+    )
     return Quantised(made.SerializeToString(), len(images), f"nncf {importlib.metadata.version('nncf')}")
 
 

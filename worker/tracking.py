@@ -36,6 +36,8 @@ from models.run import Fold, Run, RunArtifact, RunState
 from worker.work import Complete, Handler, Work
 
 _NOTE = "mlflow.note.content"
+# Files that only the service reads, and large.
+_NOT_SHOWN = ("neighbours.safetensors",)
 _NOTE_CHARACTERS = 20_000
 _VIEW = "espalier"
 _STATUS = {RunState.SUCCEEDED: "FINISHED", RunState.FAILED: "FAILED", RunState.CANCELLED: "KILLED"}
@@ -310,7 +312,8 @@ class _Page:
 
     def _log_files(self, store: Store) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for file in sorted(self._facts.files, key=lambda file: file.name != "report.md"):
+            shown = [file for file in self._facts.files if file.name not in _NOT_SHOWN]
+            for file in sorted(shown, key=lambda file: file.name != "report.md"):
                 path = Path(folder) / file.name
                 path.write_bytes(store.read(Digest(file.sha256)))
                 self._client.log_artifact(self.run_id, str(path))

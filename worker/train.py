@@ -26,7 +26,7 @@ from models.dataset import DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.outbox import owe
 from models.project import Principal
-from models.reference import collect_later
+from models.reference import collect_later, lock_files
 from models.registry import Backbone, Weights
 from models.run import FINAL_PART, EventKind, Fold, Run
 from worker.process import Child, Died, Message, Talking, computing_threads, store_keys
@@ -410,9 +410,12 @@ def _settle_quantised(session: Session, run_id: str, store: Store, asked: Messag
     settled = Digest(run.quantised_sha256) if run.quantised_sha256 else None
     is_anew = bool(run.recipe.get("recalibrate"))
     backbone, image_rule = Digest(asked["backbone"]), asked["image_rule"]
+    lock_files(session)  # nobody collects what is about to be named
     if asked["type"] == "add_quantised":
         made = Digest(asked["digest"])
         if settled is None:
+            newest = registry.find_quantised(session, backbone, image_rule)
+            is_anew = is_anew or (newest is not None and not store.has(Digest(newest.sha256)))
             made_on = asked["facts"] | {"dataset_version": run.dataset_version_id}
             row = registry.add_quantised(session, backbone, image_rule, made, made_on, is_anew=is_anew)
             settled = Digest(row.sha256)
@@ -420,7 +423,7 @@ def _settle_quantised(session: Session, run_id: str, store: Store, asked: Messag
             collect_later(session, store, [made])
     elif settled is None and not is_anew:
         found = registry.find_quantised(session, backbone, image_rule)
-        settled = Digest(found.sha256) if found else None
+        settled = Digest(found.sha256) if found and store.has(Digest(found.sha256)) else None
     if not run.state.is_final:
         run.quantised_sha256 = settled
     return settled

@@ -29,7 +29,7 @@ from artifacts.features import Features
 from artifacts.images import ImageLimits, Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.neighbours import keep
+from artifacts.neighbours import Directions, keep
 from artifacts.recipe import Activation, Precision, Resize, Task
 from errors import Overloaded
 from inference import heads
@@ -400,7 +400,9 @@ def test_the_training_images_that_look_most_alike_are_shown_and_named(
         for name, file in zip(colours, shown, strict=True)
     ]
     pixels = np.stack([images.decode(file, SIZE, Resize.SQUASH, ImageLimits()) for file in shown])
-    kept = services.store.put(keep(rows, FlatEngine().features(pixels)).dump())
+    features = FlatEngine().features(pixels)
+    directions = Directions(features.mean(axis=0), np.ones(48, np.float32))
+    kept = services.store.put(keep(rows, features, directions).dump())
     bundle = replace(flat_bundle(services.store.put(b"a flat network")), neighbours=kept)
     add_model(services, "colours", bundle)
     serve(client, settings, loads)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import records
@@ -9,10 +11,11 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.neighbours import keep
+from artifacts.neighbours import Directions, Neighbours
 from artifacts.store import Digest
 from errors import Corrupt
 from inference.neighbours import nearest, sheet
+from training.fit import Scaler
 
 RANDOM = np.random.default_rng(2)
 
@@ -22,6 +25,13 @@ def rows(count: int) -> list[Row]:
         Row(f"{number}.png", records.digest(str(number)), (f"label {number % 2}",), None, None, Split.TRAIN)
         for number in range(count)
     ]
+
+
+def keep(rows: list[Row], features: Features) -> Neighbours:
+    """Keep images as a run does."""
+    scaler = Scaler.of(features, np.arange(len(features)))
+    directions = Directions(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
+    return files.keep(rows, features, directions)
 
 
 def by_hand(features: Features, wanted: Features) -> list[int]:
@@ -37,20 +47,31 @@ def test_the_nearest_by_the_cosine_of_standardised_features_come_first() -> None
     features = (RANDOM.normal(3, 1, (20_000, 12)) * scales).astype(np.float32)
     wanted = (RANDOM.normal(3, 1, 12) * scales).astype(np.float32)
     kept = files.load(keep(rows(len(features)), features).dump())
-    found = nearest(kept, wanted)
+    [found] = nearest(kept, wanted[None])
     assert [one.known.path for one in found] == [f"{row}.png" for row in by_hand(features, wanted)[:3]]
     assert 1 >= found[0].similarity >= found[1].similarity >= found[2].similarity > 0.5
-    itself = nearest(kept, features[77], count=1)
-    assert itself[0].known == kept.known[77] and itself[0].similarity == pytest.approx(1, abs=1e-3)
+    [itself, other] = nearest(kept, features[[77, 78]], count=1)
+    assert itself[0].known == kept.known[77] and other[0].known == kept.known[78]
+    assert itself[0].similarity == pytest.approx(1, abs=1e-3)
     assert itself[0].known.labels == ("label 1",)
 
 
 def test_few_images_and_channels_that_never_change_are_no_trouble() -> None:
     features = np.array([[1, 5], [2, 5]], np.float32)
-    found = nearest(keep(rows(2), features), np.array([3, 5], np.float32))
+    [found] = nearest(keep(rows(2), features), np.array([[3, 5]], np.float32))
     assert [(one.known.path, round(one.similarity)) for one in found] == [("1.png", 1), ("0.png", -1)]
-    alone = nearest(keep(rows(1), features[:1]), features[1])
+    [alone] = nearest(keep(rows(1), features[:1]), features[1:])
     assert [one.similarity for one in alone] == [0.0]
+
+
+def test_a_file_that_is_there_twice_is_shown_once_and_nothing_is_nearer_than_itself() -> None:
+    features = RANDOM.normal(size=(40, 6)).astype(np.float32)
+    twice = rows(40)
+    twice[5] = replace(twice[4], path="again.png")
+    features[5] = features[4]
+    [found] = nearest(keep(twice, features), features[4:5])
+    assert len({one.known.image for one in found}) == 3 and found[0].known.image == twice[4].sha256
+    assert found[0].similarity <= 1
 
 
 def test_of_very_many_images_an_even_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +79,8 @@ def test_of_very_many_images_an_even_sample_is_kept(monkeypatch: pytest.MonkeyPa
     features = RANDOM.normal(size=(100, 4)).astype(np.float32)
     kept = keep(rows(100), features)
     assert [one.path for one in kept.known] == [f"{row}.png" for row in range(0, 100, 11)]
-    assert kept.directions.shape == (10, 4)
-    assert kept.mean == pytest.approx(features.mean(axis=0), rel=1e-5)
+    assert kept.kept.shape == (10, 4)
+    assert kept.directions.mean == pytest.approx(features.mean(axis=0), rel=1e-5)
 
 
 def test_a_harmed_file_is_told() -> None:
@@ -72,7 +93,7 @@ def test_a_harmed_file_is_told() -> None:
 
 def test_the_picture_shows_the_image_then_its_neighbours_and_grey_for_one_that_is_gone() -> None:
     kept = keep(rows(3), np.array([[1, 0], [0, 1], [-1, -1]], np.float32))
-    found = nearest(kept, np.array([1, 0], np.float32))
+    [found] = nearest(kept, np.array([[1, 0]], np.float32))
     colours = {found[0].known.image: (0, 255, 0), found[2].known.image: (0, 0, 255)}
 
     def read(image: Digest) -> Pixels | None:

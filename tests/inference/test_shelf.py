@@ -160,6 +160,7 @@ def test_the_deadline_holds_while_images_are_decoded(store: Store) -> None:
 def test_a_loaded_model_keeps_its_head_and_not_its_golden_images(store: Store) -> None:
     predictor = make_shelf(store).predictor(put(store))
     assert predictor.bundle.golden_input.size == predictor.bundle.golden_output.size == 0
+    assert predictor.bundle.golden_input.base is None, "a slice of nothing would hold all of it"
     assert predictor.size_bytes == MODEL_BYTES - 4096
 
 
@@ -193,8 +194,8 @@ def test_what_a_network_takes_is_measured_without_what_others_take_for_a_moment(
     shelf.predictor(put(store))
     assert shelf.loaded()[0].size_bytes == 30_000_000
     before = resident_bytes()
-    kept = bytearray(50_000_000)
-    assert resident_bytes() - before > 40_000_000 and len(kept)
+    kept = np.ones(200_000_000, np.uint8)  # much, beside what threads of other tests may free just now
+    assert resident_bytes() - before > 100_000_000 and len(kept)
 
 
 def test_a_network_is_not_held_to_take_what_another_takes_that_loads_meanwhile(store: Store) -> None:

@@ -163,11 +163,12 @@ def test_two_classes_are_binary_and_both_are_answered(service: Service) -> None:
 
 @pytest.mark.slow
 def test_a_network_is_fine_tuned_and_answers(service: Service, colours: dict[str, Any]) -> None:
-    tuning = {"mode": "fine-tuning", "features_from": "block2", "unfreeze": "block2", "epochs": 1}
+    tuning = {"mode": "fine-tuning", "features_from": "block2", "unfreeze": "block2", "epochs": 1, "precision": "int8"}
     run = service.train(colours["id"], "tuned", fine_tune={"learning_rate": 1e-5, "epochs": 2}, **tuning)
     assert run["state"] == "succeeded", run["error"]
     assert run["recipe"]["unfreeze"] == "block2" and run["recipe"]["augmentation"]["rotate_degrees"] > 0
     assert [phase["name"] for phase in run["folds"][0]["metrics"]["phases"]] == ["head", "network"]
+    assert [one["precision"] for one in run["metrics"]["precision"]["tried"]] == ["float32", "int8"]
     sheet = service.http.get(f"/api/v1/runs/{run['id']}/augmentations")
     assert Image.open(io.BytesIO(sheet.content)).size == (8 * 32, 8 * 32)
     answer = service.http.post("/api/v1/models/tuned/predict", content=RED)
