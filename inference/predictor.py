@@ -93,10 +93,8 @@ class Predictor:
         self._neighbours: Neighbours | None = None
         self.bundle = bundle
         self._check()
-        # New arrays: a slice would hold the whole of what it was taken from.
-        golden_input, golden_output = (
-            np.empty_like(array, shape=(0, *array.shape[1:])) for array in (bundle.golden_input, bundle.golden_output)
-        )
+        # Copies: a slice would hold the whole of what it was taken from.
+        golden_input, golden_output = bundle.golden_input[:0].copy(), bundle.golden_output[:0].copy()
         self.bundle = replace(bundle, golden_input=golden_input, golden_output=golden_output)
         arrays = [array for layer in bundle.layers for array in (layer.kernel, layer.bias, layer.offset)]
         self.size_bytes = sum(array.nbytes for array in arrays if array is not None)
