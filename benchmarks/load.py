@@ -68,16 +68,25 @@ def load(
     keeps_bodies: bool = False,
     most: int = 10**9,
     patience_s: float = 120.0,
+    per_second: float = float("inf"),
 ) -> Load:
     """Send requests in turn from so many clients, for so long or until so many were sent.
 
-    One that has no answer after `patience_s` counts as broken.
+    One that has no answer after `patience_s` counts as broken. With `per_second` they are sent at that rate whatever
+    comes of those before, as long as a client is free.
     """
-    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most, patience_s))
+    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most, patience_s, per_second))
 
 
 async def _load(
-    port: int, requests: Sequence[bytes], clients: int, seconds: float, keeps_bodies: bool, most: int, patience_s: float
+    port: int,
+    requests: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    keeps_bodies: bool,
+    most: int,
+    patience_s: float,
+    per_second: float,
 ) -> Load:
     found = Load()
     began = time.perf_counter()
@@ -90,6 +99,7 @@ async def _load(
             if number is None:
                 break
             request = requests[number % len(requests)]
+            await asyncio.sleep(began + number / per_second - time.perf_counter())
             sent = time.perf_counter()
             if streams is None:
                 try:

@@ -3,8 +3,8 @@
 Every server has the same network with random weights, the same files, the same clients on the same processors, and
 the processors to itself; servers take turns, round by round. Espalier also answers in the other precisions that the
 processor has. Then, on Espalier alone: a thousand models on that
-backbone, their memory, and an alias that moves under load; `--overload 600` keeps twice as many clients as can be
-answered in time for so many seconds.
+backbone, their memory, and an alias that moves under load; `--overload 600` sends twice as many requests as can be
+answered for so many seconds.
 
 The peers run in an environment of their own: `make bench-serving` makes it. Run as `python -m benchmarks.serving
 [--backbone xception] [--size 299] [--rounds 3] [--seconds 15] [--clients 1 8 32] [--heads 1000]
@@ -330,9 +330,9 @@ def on_ours(ours: Server, port: int, wanted: argparse.Namespace, files: Sequence
         eager = replace(ours, environment=ours.environment | _FIVE_SECONDS)
         with running(eager, port) as process:
             capacity = load(port, ours.requests, 8, seconds).per_second
-            clients = max(16, int(2 * capacity * 5))
+            clients = max(16, int(4 * capacity * 5))  # some of them are always free
             begin_mb = resident_mb(process)
-            flood = load(port, ours.requests, clients, wanted.overload)
+            flood = load(port, ours.requests, clients, wanted.overload, per_second=2 * capacity)
             figures["overload"] = {
                 "clients": clients,
                 "capacity_per_s": capacity,
