@@ -18,7 +18,8 @@ RUN groupadd --gid 10001 espalier \
     && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin espalier \
     && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/espalier
 # The root file system is read-only: what a library wants to keep at home goes to the tmpfs.
-ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1
 WORKDIR /opt/espalier
 COPY --from=build /opt/venv /opt/venv
 COPY bell.py errors.py logs.py settings.py ./

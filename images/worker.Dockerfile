@@ -18,7 +18,7 @@ RUN groupadd --gid 10001 espalier \
     && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/espalier /var/lib/mlflow
 # The root file system is read-only: what a library wants to keep at home goes to the tmpfs. Nothing reports home.
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
-    MLFLOW_DISABLE_TELEMETRY=true NNCF_CI=1
+    MLFLOW_DISABLE_TELEMETRY=true NNCF_CI=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /opt/espalier
 COPY --from=build /opt/venv /opt/venv
 COPY bell.py errors.py logs.py settings.py ./

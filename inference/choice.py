@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from errors import EngineMissing
@@ -16,6 +17,7 @@ def loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> Load:
     """
     if choice == "openvino":
         return OpenVinoEngine
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it reports home from its import on
     try:
         from inference.onnx_engine import OnnxEngine, finds_cuda
     except ImportError as error:

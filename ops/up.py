@@ -97,6 +97,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
             "REDIS_URL": settings.redis_url or f"redis+socket://{sockets / 'valkey.sock'}",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "NNCF_CI": "1",
+            "ORT_DISABLE_TELEMETRY": "1",
             "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"))),
         }
         config = folder / "supervisord.conf"

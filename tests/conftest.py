@@ -27,6 +27,7 @@ from ops.migrate import upgrade
 for _name in list(os.environ):
     if _name.startswith(("ESPALIER_", "AWS_")) or _name in ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"):
         del os.environ[_name]
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import ONNX Runtime themselves
 
 
 @pytest.fixture

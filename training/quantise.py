@@ -79,8 +79,8 @@ class _Again:
 
 
 def _nncf() -> Any:
-    """Import NNCF, which reports home unless it takes itself to be tested."""
-    os.environ["NNCF_CI"] = "1"
+    """Import NNCF, which reports home unless it takes itself to be tested, and with it ONNX Runtime."""
+    os.environ |= {"NNCF_CI": "1", "ORT_DISABLE_TELEMETRY": "1"}
     import nncf
 
     nncf.set_log_level(logging.ERROR)

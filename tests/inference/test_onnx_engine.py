@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -178,3 +179,18 @@ api.app.create_app(Settings(engine="onnxruntime"))
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == "started\n" and done.returncode == 1
     assert EngineMissing.__name__ in done.stderr and "onnxruntime-gpu" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from inference.choice import loader; loader('auto')",
+        "from training.quantise import _nncf; _nncf(); import nncf.onnx.engine",
+    ],
+)
+def test_nothing_reports_home(tmp_path: Path, imports: str) -> None:
+    """What would be sent lies in the temporary folder first, under an identity that is made up there."""
+    surroundings = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    code = f"{imports}; import sys; assert 'onnxruntime' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=surroundings | {"TMPDIR": str(tmp_path)}, check=True)
+    assert list(tmp_path.iterdir()) == []
