@@ -47,8 +47,8 @@ def divided(settings: Settings) -> dict[str, str]:
 def shares(processors: Sequence[int], count: int) -> list[set[int]]:
     """Return the processors of each process: no two have the same if there are enough.
 
-    OpenVINO binds a network's threads to the first processors that it finds, which without this would be the same ones
-    in every process (its issue 32444).
+    Else a process' decoding takes the processors from another's engine. (OpenVINO's own binding, the same in every
+    process, its issue 32444, is off: see `inference.engine`.)
     """
     found = len(processors)
     if count > found:

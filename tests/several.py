@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import records
 from flat import flat_bundle
-from onnx import TensorProto, helper
+from networks import mean_colour
 from running import ROOT, free_port
 from waiting import until
 
@@ -27,26 +27,10 @@ from models import registry
 from models.session import Database
 
 
-def network(name: str) -> bytes:
-    """Return a network that is another file for every name: the mean colour of an image of 8 x 8 pixels."""
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 8, 8, 3])
-    outputs = [
-        helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 8, 8, 3]),
-        helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 3]),
-    ]
-    nodes = [
-        helper.make_node("Cast", ["images"], ["maps"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["maps"], ["features"], axes=[1, 2], keepdims=0),
-    ]
-    graph = helper.make_graph(nodes, name, [images], outputs)
-    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
-    return bytes(model.SerializeToString())
-
-
 def add_version(database: Database, store: Store, model: str, name: str) -> None:
     """Add the next version of a model, on a network of its own."""
     kernel = np.ones((3, 2), np.float32)
-    backbone = store.put(network(name))
+    backbone = store.put(mean_colour(name))
     flat = flat_bundle(backbone)
     golden = flat.golden_input.mean(axis=(1, 2), dtype=np.float32) @ kernel
     layers = (Dense(kernel, np.zeros(2, np.float32), Activation.LINEAR),)

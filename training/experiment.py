@@ -307,8 +307,8 @@ class Experiment:
             told = _one_of(number, len(files), report)
             trunks.append(networks.trunk(network, precision, digests, source, told))
         extraction = add_up([trunk.extraction for trunk in trunks])
-        report.extracted(extraction)
         if len(trunks) > 1:
+            report.extracted(extraction)  # the trials that follow may be interrupted
             report.stage("precision")
             engines = {trunk.precision: trunk.engine for trunk in trunks}
             times = image_ms(engines, deliver.golden_images(size_of(recipe)), lambda: report.images(0, 1))

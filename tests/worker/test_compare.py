@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import records
 from buckets import EACH_STORE_SLOWLY
-from onnx import TensorProto, helper
+from networks import mean_colour
 from records import PRINCIPAL
 from safetensors.numpy import save as save_tensors
 from sqlalchemy import select
@@ -131,22 +131,6 @@ IMAGES = 40
 TRUTH = np.arange(IMAGES) % 2
 
 
-def network() -> bytes:
-    """Return the smallest network there is: the mean colour of an image."""
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 8, 8, 3])
-    outputs = [
-        helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 8, 8, 3]),
-        helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 3]),
-    ]
-    nodes = [
-        helper.make_node("Cast", ["images"], ["maps"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["maps"], ["features"], axes=[1, 2], keepdims=0),
-    ]
-    graph = helper.make_graph(nodes, "colour", [images], outputs)
-    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
-    return bytes(model.SerializeToString())
-
-
 def add_run(case: Case, session: Any, run_id: str, wrong: int) -> None:
     """End a run that answered so many images wrongly, with what it leaves."""
     logits = np.where(TRUTH == 1, 2.0, -2.0).astype(np.float32)[None, :, None]
@@ -156,7 +140,7 @@ def add_run(case: Case, session: Any, run_id: str, wrong: int) -> None:
     share = 1 - wrong / IMAGES
     metrics = {"accuracy": share, "accuracy_ci95": [share - 0.1, share], "interval": "Wilson, over images"}
     metrics |= {"groups": 20, "accuracy_ci95_groups": [share - 0.2, share]}
-    backbone = case.store.put(network())
+    backbone = case.store.put(mean_colour("colour"))
     layers = (Dense(np.full((3, 1), wrong / 1000, np.float32), np.zeros(1, np.float32), Activation.LINEAR),)
     golden = np.zeros((1, 8, 8, 3), np.uint8)
     bundle = Bundle(
@@ -213,7 +197,7 @@ def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop
     assert (first["position"], last["position"]) == (0, 2), "a run that failed has no row"
     assert first["difference"]["difference"] == pytest.approx(-11 / 40) and last["difference"] is None
     assert first["difference"]["p_value"] == pytest.approx(2 * 0.5**11, abs=0.001), "eleven of eleven to one side"
-    assert all(row["predict_ms"] > 0 and row["backbone_bytes"] == len(network()) for row in (first, last))
+    assert all(row["predict_ms"] > 0 and row["backbone_bytes"] == len(mean_colour("colour")) for row in (first, last))
     assert last["ci95"] == pytest.approx([0.775, 0.975]) and found.table["interval"] == "Wilson, over groups of images"
     assert found.table["verdict"].startswith("epochs=3 has the best accuracy, 97.5%")
     assert case.store.has(found.picture_sha256) and case.store.has(found.report_sha256)  # type: ignore[arg-type]
