@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from artifacts.images import Pixels
-from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.layers import Activation
+from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Digest, parse_digest
 from artifacts.tensors import UNREADABLE, dump, load_values
 from artifacts.tensors import load as load_tensors

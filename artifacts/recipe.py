@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from artifacts.catalogue import ALL, CATALOGUE, BackboneName
+from artifacts.layers import Activation, Part
 from errors import RecipeInvalid
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -53,15 +54,6 @@ class Resize(StrEnum):
     SQUASH = "squash"
     CROP = "crop"
     PAD = "pad"
-
-
-class Activation(StrEnum):
-    """What follows a hidden layer of a head."""
-
-    LINEAR = "linear"
-    RELU = "relu"
-    SIGMOID = "sigmoid"
-    TANH = "tanh"
 
 
 class OptimizerName(StrEnum):
@@ -116,12 +108,7 @@ class PrecisionChoice(StrEnum):
     INT8 = "int8"
 
 
-class _Part(BaseModel):
-    # JSON has no infinity: a database refuses to keep one that came in as 1e999.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class HeadRecipe(_Part):
+class HeadRecipe(Part):
     """The trained part: dense layers on the features. Without hidden layers it is linear."""
 
     hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=4)] = ()
@@ -133,14 +120,14 @@ class HeadRecipe(_Part):
     """Weight of the squared weights in the loss."""
 
 
-class OptimizerRecipe(_Part):
+class OptimizerRecipe(Part):
     """How weights are updated."""
 
     name: OptimizerName = OptimizerName.ADAM
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.001
 
 
-class Target(_Part):
+class Target(Part):
     """A value at which training may end: losses from above, accuracies from below.
 
     A regression's losses are of standardised numbers: 1 is what answering the mean always would give.
@@ -150,7 +137,7 @@ class Target(_Part):
     value: float
 
 
-class EarlyStopping(_Part):
+class EarlyStopping(Part):
     """When a fit ends before its last epoch; the weights of its best epoch are restored."""
 
     monitor: Monitor = Monitor.VAL_LOSS
@@ -161,7 +148,7 @@ class EarlyStopping(_Part):
     target: Target | None = None
 
 
-class Folds(_Part):
+class Folds(Part):
     """How the score is measured."""
 
     k: Annotated[int, Field(ge=2, le=20)] | None = None
@@ -172,7 +159,7 @@ class Folds(_Part):
     """Share of a fold's training images that early stopping watches; without early stopping none are set aside."""
 
 
-class Augmentation(_Part):
+class Augmentation(Part):
     """How training images are varied, each time anew. Flipping is only done if asked for: it is wrong for digits."""
 
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -189,7 +176,7 @@ class Augmentation(_Part):
     """Whether left and right may be exchanged."""
 
 
-class FineTune(_Part):
+class FineTune(Part):
     """The second phase of fine-tuning, in which layers of the network learn as well as the head."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
@@ -198,7 +185,7 @@ class FineTune(_Part):
     """Epochs over which the learning rate rises from zero; after them it falls along a cosine."""
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """Everything that a run is asked to do."""
 
     mode: Mode = Mode.FEATURE_EXTRACTION

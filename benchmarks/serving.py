@@ -37,7 +37,8 @@ from artifacts import images
 from artifacts.bundle import Bundle, Dense
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import IMAGE_RULE
-from artifacts.recipe import Activation, ClassCount, Precision, Recipe, Resize, Task, fill
+from artifacts.layers import Activation
+from artifacts.recipe import ClassCount, Precision, Recipe, Resize, Task, fill
 from artifacts.store import Digest
 from benchmarks.figures import processor, report, spread, table
 from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground

@@ -18,7 +18,7 @@ from PIL import Image
 from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.recipe import Activation
+from artifacts.layers import Activation
 from errors import RequestInvalid
 from inference.heads import ACTIVATIONS
 

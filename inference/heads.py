@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
-from artifacts.recipe import Activation, Task
+from artifacts.layers import Activation
+from artifacts.recipe import Task
 
 Floating = TypeVar("Floating", np.float32, np.float64)
 

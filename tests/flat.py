@@ -15,7 +15,8 @@ from api.predictions import Desk
 from api.switchboard import Switchboard
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
-from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.layers import Activation
+from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Digest
 from inference import heads
 from inference.engine import Engine, FlatEngine

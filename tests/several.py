@@ -21,7 +21,7 @@ from running import ROOT, free_port
 from waiting import until
 
 from artifacts.bundle import Dense
-from artifacts.recipe import Activation
+from artifacts.layers import Activation
 from artifacts.store import Store
 from models import registry
 from models.session import Database

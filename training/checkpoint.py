@@ -16,7 +16,7 @@ import keras
 import numpy.typing as npt
 
 from artifacts import tensors
-from artifacts.recipe import Activation
+from artifacts.layers import Activation
 from artifacts.tensors import UNREADABLE, Tensors
 from training.epochs import Arrays, Snapshot, Trained, Watched
 from training.fit import Fit, Scaler, dense_layers

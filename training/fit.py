@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from artifacts.bundle import Dense
 from artifacts.features import Features
+from artifacts.layers import Activation
 from artifacts.recipe import (
-    Activation,
     ClassWeights,
     HeadRecipe,
     OptimizerName,

@@ -27,10 +27,11 @@ from artifacts import images
 from artifacts.bundle import Dense
 from artifacts.features import Features
 from artifacts.images import ImageLimits, Pixels
+from artifacts.layers import Activation
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.neighbours import Directions, keep
-from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.recipe import Precision, Resize, Task
 from errors import Overloaded
 from inference import heads
 from inference.engine import Engine, FlatEngine

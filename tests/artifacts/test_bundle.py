@@ -16,7 +16,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import FORMAT, Bundle, Dense, load
-from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.layers import Activation
+from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import digest_of
 from errors import BundleRefused
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from artifacts.bundle import Dense
-from artifacts.recipe import Activation
+from artifacts.layers import Activation
 from errors import RequestInvalid
 from inference import heads
 from inference.explain import CHANNELS, check_side, gradient, grid, heat, overlay

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts.bundle import Dense
-from artifacts.recipe import Activation, Task
+from artifacts.layers import Activation
+from artifacts.recipe import Task
 from inference import heads
 
 

@@ -17,7 +17,8 @@ from artifacts.bundle import Bundle, Dense
 from artifacts.catalogue import BackboneName
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, Pixels
-from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.layers import Activation
+from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Store
 from errors import EngineMissing, PrecisionUnsupported
 from inference import heads, onnx_engine

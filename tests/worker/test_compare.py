@@ -21,9 +21,10 @@ from working import Say, StartLoop, claimed_work, look, settled, training_place
 from artifacts import manifest
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
+from artifacts.layers import Activation
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Activation, Precision, Resize, Task
+from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Digest, Store
 from errors import Crashed
 from models import comparison as comparisons

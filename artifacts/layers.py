@@ -1,0 +1,217 @@
+"""What a network from scratch is made of, as a recipe says it: kinds of networks, their layers, and sensible ones.
+
+Knows no shapes (`artifacts.networks` works them out) and builds nothing (`training.scratch` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LAYER_NAME_PATTERN = r"^[a-z][a-z0-9_]{0,39}$"
+INPUT = "input"
+"""The name of what every network begins with: the pixels."""
+
+
+class Part(BaseModel):
+    """A part of what is asked for, parsed at the door."""
+
+    # JSON has no infinity: a database refuses to keep one that came in as 1e999.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Activation(StrEnum):
+    """What follows a layer."""
+
+    LINEAR = "linear"
+    RELU = "relu"
+    SIGMOID = "sigmoid"
+    TANH = "tanh"
+
+
+class NetworkKind(StrEnum):
+    """A textbook network: one layer (Rosenblatt 1958), layers of units, or convolutions."""
+
+    PERCEPTRON = "perceptron"
+    MLP = "mlp"
+    CNN = "cnn"
+
+
+class Threshold(StrEnum):
+    """What a perceptron compares its targets with while it learns: yes or no, or a probability."""
+
+    STEP = "step"
+    SIGMOID = "sigmoid"
+
+
+class Padding(StrEnum):
+    """`valid` leaves out what a window would need beyond the border, `same` adds zeros: side / stride, rounded up."""
+
+    VALID = "valid"
+    SAME = "same"
+
+
+class PoolingKind(StrEnum):
+    """What is taken from each window: its largest value, its mean, or one drawn by its size (Zeiler & Fergus 2013)."""
+
+    MAX = "max"
+    AVERAGE = "average"
+    STOCHASTIC = "stochastic"
+
+
+Side = Annotated[int, Field(ge=1, le=1024)]
+Window = Side | tuple[Side, Side]
+"""One number for a square, or height and width, in pixels of the map."""
+
+
+class _Layer(Part):
+    name: Annotated[str, Field(pattern=LAYER_NAME_PATTERN)] | None = None
+    """By default the type and a number, such as `convolution_1`."""
+    inputs: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)] | None = None
+    """Names of the layers that it reads, or `input`; by default the one before it."""
+
+
+class Convolution(_Layer):
+    """Filters that slide over the map."""
+
+    type: Literal["convolution"] = "convolution"
+    filters: Annotated[int, Field(ge=1, le=4096)]
+    kernel: Window = 3
+    stride: Window = 1
+    padding: Padding = Padding.VALID
+    activation: Activation = Activation.RELU
+
+
+class Pooling(_Layer):
+    """One value for each window of each channel."""
+
+    type: Literal["pooling"] = "pooling"
+    kind: PoolingKind = PoolingKind.MAX
+    size: Window = 2
+    stride: Window | None = None
+    """By default the size: windows that touch."""
+    padding: Padding = Padding.VALID
+
+
+class Dropout(_Layer):
+    """Sets a share of the values to zero while training."""
+
+    type: Literal["dropout"] = "dropout"
+    rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
+class Flatten(_Layer):
+    """All values of all maps in a row."""
+
+    type: Literal["flatten"] = "flatten"
+
+
+class GlobalAverage(_Layer):
+    """The mean of each channel."""
+
+    type: Literal["global_average"] = "global_average"
+
+
+class FullyConnected(_Layer):
+    """Units that each see all values."""
+
+    type: Literal["dense"] = "dense"
+    units: Annotated[int, Field(ge=1, le=16_384)]
+    activation: Activation = Activation.RELU
+
+
+class BatchNormalization(_Layer):
+    """Standardises each channel over the batch, and learns another mean and deviation."""
+
+    type: Literal["batch_normalization"] = "batch_normalization"
+
+
+class Sum(_Layer):
+    """The sum of branches of the same shape."""
+
+    type: Literal["add"] = "add"
+    activation: Activation = Activation.LINEAR
+
+
+class Concatenation(_Layer):
+    """The channels of branches, one after the other."""
+
+    type: Literal["concatenate"] = "concatenate"
+
+
+Layer = Annotated[
+    Convolution
+    | Pooling
+    | Dropout
+    | Flatten
+    | GlobalAverage
+    | FullyConnected
+    | BatchNormalization
+    | Sum
+    | Concatenation,
+    Field(discriminator="type"),
+]
+
+_Channels = Literal[1, 3]
+_MOST_LAYERS = 200
+
+
+class NetworkRecipe(Part):
+    """A network that begins with random weights. Its output layer follows the task and is not among the layers."""
+
+    kind: NetworkKind = NetworkKind.CNN
+    layers: Annotated[tuple[Layer, ...], Field(max_length=_MOST_LAYERS)] | None = None
+    """From the pixels to what the output layer reads; by default some that suit the kind and the image's size. A
+    perceptron has none."""
+    channels: _Channels = 3
+    """3 for colours, 1 for their brightness alone."""
+    threshold: Threshold | None = None
+    """Perceptron only: what follows its one layer while it learns, by default `sigmoid`."""
+
+
+def default_layers(kind: NetworkKind, height: int, width: int) -> tuple[Layer, ...]:
+    """Return layers that suit images of so many pixels: a CNN halves its maps up to three times."""
+    match kind:
+        case NetworkKind.PERCEPTRON:
+            return ()
+        case NetworkKind.MLP:
+            return (FullyConnected(units=128), Dropout(rate=0.2))
+        case NetworkKind.CNN:
+            layers: list[Layer] = []
+            filters, side = 32, min(height, width)
+            while True:
+                layers.append(Convolution(filters=filters, padding=Padding.SAME))
+                if side < _LEAST_POOLED or filters > _WIDEST:
+                    break
+                layers.append(Pooling())
+                filters, side = 2 * filters, side // 2
+            return (*layers, GlobalAverage(), Dropout(rate=0.2))
+
+
+# Maps whose side is smaller are not halved again; nor are those behind so many filters.
+_LEAST_POOLED, _WIDEST = 8, 128
+
+
+def named(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return the layers, each with a name of its own and the names of what it reads."""
+    taken = {layer.name for layer in layers} | {INPUT}
+    found: list[Layer] = []
+    counts: dict[str, int] = {}
+    before = INPUT
+    for layer in layers:
+        name = layer.name
+        while name is None:
+            counts[layer.type] = counts.get(layer.type, 0) + 1
+            candidate = f"{layer.type}_{counts[layer.type]}"
+            name = candidate if candidate not in taken else None
+        found.append(layer.model_copy(update={"name": name, "inputs": layer.inputs or (before,)}))
+        before = name
+    return tuple(found)
+
+
+def pair(window: Window) -> tuple[int, int]:
+    """Return height and width of a window."""
+    return (window, window) if isinstance(window, int) else window
