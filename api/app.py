@@ -126,6 +126,11 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+# Longer than proxies keep connections to what is behind them (60 s is usual): whoever closes first must be the client,
+# or a request that is just being sent is lost.
+_KEEP_ALIVE_S = 75
+
+
 def make_server() -> uvicorn.Server:
     """Return the server of one process. Raises StoreRefused and EngineMissing."""
     logs.configure()
@@ -138,6 +143,7 @@ def make_server() -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
     )
     return _Server(config, app.state.services.ending)

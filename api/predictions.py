@@ -208,7 +208,7 @@ class Desk:
         )
 
     async def _decode(self, predictor: Predictor, files: list[bytes], until: float) -> Pixels:
-        """Return the pixels of all files, uint8 [n, size, size, 3]; with the first error the rest is not begun."""
+        """Return the pixels of all files, uint8 [n, H, W, 3]; with the first error the rest is not begun."""
         loop = asyncio.get_running_loop()
         limits = self._settings.image_limits
         decoding = [

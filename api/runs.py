@@ -28,7 +28,8 @@ from api.schemas import (
     WeightsOut,
 )
 from artifacts.catalogue import ALL, CATALOGUE, Backbone
-from artifacts.recipe import IMAGENET, RANDOM, Recipe, fill
+from artifacts.defaults import fill
+from artifacts.recipe import IMAGENET, RANDOM, Recipe
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
 from models import comparison as comparisons
@@ -162,7 +163,9 @@ def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str)
 
 def _check_weights(session: Session, recipe: Recipe) -> None:
     """See that the weights exist or can be had. Raises RecipeInvalid."""
-    if recipe.weights in (IMAGENET, RANDOM) or registry.find_weights(session, recipe.backbone, recipe.weights):
+    if recipe.backbone is None or recipe.weights in (None, IMAGENET, RANDOM):  # `fill` refuses what must not be null
+        return
+    if registry.find_weights(session, recipe.backbone, recipe.weights):
         return
     raise RecipeInvalid(
         "weights",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from artifacts.images import Pixels
 from artifacts.layers import Activation
-from artifacts.recipe import Precision, Resize, Task
+from artifacts.recipe import Precision, Resize, Size, Task, sides
 from artifacts.store import Digest, parse_digest
 from artifacts.tensors import UNREADABLE, dump, load_values
 from artifacts.tensors import load as load_tensors
@@ -52,7 +52,8 @@ class Bundle:
         layers: the head, from features [N, D] to logits [N, outputs]; the last activation is linear.
         temperature: logits are divided by it before they become probabilities.
         threshold: probability from which on the second class of a binary task is answered.
-        golden_input: uint8 [N, size, size, 3].
+        size: of the images, in pixels: the side of a square, or height and width.
+        golden_input: uint8 [N, H, W, 3].
         golden_output: float32 [N, outputs], the logits that belong to `golden_input`.
         neighbours: digest of the training images that may be shown, if the run was told to keep them.
     """
@@ -63,7 +64,7 @@ class Bundle:
     engine: str
     precision: Precision
     image_rule: int
-    size: int
+    size: Size
     resize: Resize
     layers: tuple[Dense, ...]
     golden_input: Pixels
@@ -130,7 +131,7 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
         engine=manifest["engine"],
         precision=Precision(manifest["precision"]),
         image_rule=manifest["image_rule"],
-        size=manifest["size"],
+        size=_size(manifest["size"]),
         resize=Resize(manifest["resize"]),
         layers=layers,
         golden_input=tensors["golden_input"],
@@ -141,6 +142,13 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
     )
     _check(bundle)
     return bundle
+
+
+def _size(value: int | list[int]) -> Size:
+    if isinstance(value, int):
+        return value
+    height, width = value
+    return height, width
 
 
 _F32, _U8 = np.dtype(np.float32), np.dtype(np.uint8)
@@ -158,7 +166,7 @@ def _check(bundle: Bundle) -> None:
             _expect(f"layers.{number}.offset", layer.offset, _F32, (inputs,))
     if bundle.layers[-1].activation is not Activation.LINEAR:
         raise BundleRefused(f"Expected a linear last layer. Received {bundle.layers[-1].activation}.")
-    _expect("golden_input", bundle.golden_input, _U8, (images, bundle.size, bundle.size, 3))
+    _expect("golden_input", bundle.golden_input, _U8, (images, *sides(bundle.size), 3))
     _expect("golden_output", bundle.golden_output, _F32, (images, outputs))
     labels = len(bundle.labels)
     if (labels, outputs) != {Task.BINARY: (2, 1), Task.REGRESSION: (0, 1)}.get(bundle.task, (labels, labels)):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from artifacts.recipe import Resize
+from artifacts.recipe import Resize, Size, sides
 from errors import ImageRefused
 
 IMAGE_RULE = 1
@@ -63,33 +63,34 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
         return facts
 
 
-def decode(data: bytes, size: int, resize: Resize, limits: ImageLimits) -> Pixels:
+def decode(data: bytes, size: Size, resize: Resize, limits: ImageLimits) -> Pixels:
     """Decode an image by image rule 1.
 
     Args:
         data: the file's bytes.
-        size: side of the result in pixels.
+        size: side of the result in pixels, or its height and width.
         resize: `squash` ignores the aspect ratio, `crop` keeps the centre square, `pad` adds black borders.
         limits: what the image may be at most.
 
     Returns:
-        uint8 [size, size, 3], RGB.
+        uint8 [H, W, 3], RGB.
 
     Raises:
         ImageRefused: the bytes are no image that can be used.
     """
     with _open(data, limits) as image:
-        width, height = _fitted(_upright_size(image), size, resize)
+        down, across = sides(size)
+        width, height = _fitted(_upright_size(image), (across, down), resize)
         image.draft(None, (2 * height, 2 * width) if _is_lying(image) else (2 * width, 2 * height))
         upright = _to_rgb(_upright(image))
         if resize is Resize.CROP:  # cut first: all of a 16,384 × 1 image at this height would take gigabytes
-            box = _middle(upright, (width, height), size)
-            scaled = upright.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
+            box = _middle(upright, (width, height), (across, down))
+            scaled = upright.resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
         else:
             scaled = upright.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    if scaled.size != (size, size):
-        left, top = (width - size) // 2, (height - size) // 2
-        scaled = scaled.crop((left, top, left + size, top + size))
+    if scaled.size != (across, down):
+        left, top = (width - across) // 2, (height - down) // 2
+        scaled = scaled.crop((left, top, left + across, top + down))
     return np.asarray(scaled, dtype=np.uint8)
 
 
@@ -186,23 +187,23 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if _is_lying(image) else (width, height)
 
 
-def _fitted(upright: tuple[int, int], size: int, resize: Resize) -> tuple[int, int]:
-    """Return the width and height to scale to, before cropping or padding to `size`."""
+def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -> tuple[int, int]:
+    """Return the width and height to scale to, before cropping or padding to those of the target."""
     width, height = upright
     if resize is Resize.SQUASH:
-        return size, size
-    scale = (max if resize is Resize.CROP else min)(size / width, size / height)
+        return target
+    scale = (max if resize is Resize.CROP else min)(target[0] / width, target[1] / height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _middle(image: Image.Image, scaled: tuple[int, int], size: int) -> tuple[float, float, float, float]:
-    """Return the part of the image that lies in the middle `size` × `size` pixels once it is scaled."""
-    (width, height), (left, top) = scaled, ((side - size) // 2 for side in scaled)
+def _middle(image: Image.Image, scaled: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return the part of the image that lies in the middle pixels, as many as the target has, once it is scaled."""
+    (width, height), (left, top) = scaled, ((side - size) // 2 for side, size in zip(scaled, target, strict=True))
     return (
         left * image.width / width,
         top * image.height / height,
-        (left + size) * image.width / width,
-        (top + size) * image.height / height,
+        (left + target[0]) * image.width / width,
+        (top + target[1]) * image.height / height,
     )
 
 

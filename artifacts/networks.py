@@ -121,6 +121,11 @@ _ALLOWED: Mapping[NetworkKind, Sequence[str]] = {
 }
 
 
+def default_size(kind: NetworkKind) -> int:
+    """Return the side of the images that a kind of network sees if nobody says otherwise, in pixels."""
+    return 64 if kind is NetworkKind.CNN else 32
+
+
 def chain(network: NetworkRecipe) -> tuple[Layer, ...]:
     """Return the layers of a filled network from its pixels on: all but a CNN begin by laying them in a row."""
     layers = network.layers or ()

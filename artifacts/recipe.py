@@ -1,22 +1,21 @@
 """What a run is asked to do: every field, its values and its default. Knows no data and trains nothing.
 
-A recipe is parsed at the door and travels unchanged; `fill` replaces "choose for me" by what the data set allows.
+A recipe is parsed at the door and travels unchanged; `artifacts.defaults` replaces "choose for me" by what the data set
+allows.
 Values that this version cannot train are not in these types, so that the door refuses them and the documentation
 does not offer them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from artifacts.catalogue import ALL, CATALOGUE, BackboneName
-from artifacts.layers import Activation, Part
-from errors import RecipeInvalid
+from artifacts.catalogue import CATALOGUE, Backbone, BackboneName
+from artifacts.layers import Activation, NetworkRecipe, Part
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 IMAGENET, RANDOM = "imagenet", "random"
@@ -27,6 +26,7 @@ class Mode(StrEnum):
 
     FEATURE_EXTRACTION = "feature-extraction"
     FINE_TUNING = "fine-tuning"
+    FROM_SCRATCH = "from-scratch"
 
 
 class Task(StrEnum):
@@ -91,6 +91,13 @@ class ClassWeights(StrEnum):
     NONE = "none"
 
 
+class Loss(StrEnum):
+    """What a network from scratch makes small; `auto` follows the task."""
+
+    AUTO = "auto"
+    MEAN_SQUARED_ERROR = "mean_squared_error"
+
+
 class Precision(StrEnum):
     """The arithmetic of the backbone; `int8` is a quantised network, a file of its own."""
 
@@ -106,6 +113,16 @@ class PrecisionChoice(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+
+
+Side = Annotated[int, Field(ge=1, le=1024)]
+Size = Side | tuple[Side, Side]
+"""The side of a square in pixels, or height and width."""
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Return height and width in pixels."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class HeadRecipe(Part):
@@ -189,16 +206,24 @@ class Recipe(Part):
     """Everything that a run is asked to do."""
 
     mode: Mode = Mode.FEATURE_EXTRACTION
-    backbone: BackboneName = BackboneName.XCEPTION
-    weights: Annotated[str, Field(pattern=NAME_PATTERN)] = IMAGENET
+    backbone: BackboneName | None = BackboneName.XCEPTION
+    """None for a network from scratch."""
+    weights: Annotated[str, Field(pattern=NAME_PATTERN)] | None = IMAGENET
     """`imagenet`, `random`, or a name under which the operator imported weights."""
     features_from: str | None = None
     """The cut point whose output becomes the features; by default the last. See GET /api/v1/backbones."""
-    image_size: Annotated[int, Field(ge=16, le=1024)] | None = None
-    """Side of the square in pixels that images are resized to; by default the backbone's own."""
+    network: NetworkRecipe | None = None
+    """From scratch only: the network; by default a small CNN. See POST /api/v1/networks/preview."""
+    image_size: Size | None = None
+    """Side of the square in pixels that images are resized to; by default the backbone's own, for a CNN from scratch 64
+    and for other networks 32. A network from scratch may also have `[height, width]`."""
     resize: Resize = Resize.SQUASH
     task: TaskChoice = TaskChoice.AUTO
-    head: HeadRecipe = HeadRecipe()
+    head: HeadRecipe | None = HeadRecipe()
+    """What learns on a backbone's features; a network from scratch has an output layer of its own."""
+    loss: Loss = Loss.AUTO
+    """From scratch only: cross-entropy for classes and labels and mean squared error for numbers, or mean squared error
+    for a sigmoid output too (tasks binary and multilabel)."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     batch_size: Annotated[int, Field(ge=1, le=8192)] = 32
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 100
@@ -206,8 +231,8 @@ class Recipe(Part):
     """`null` trains every epoch and keeps the last weights."""
     folds: Folds = Folds()
     augmentation: Augmentation | None = None
-    """Fine-tuning only, and there by default a little rotation, zoom and brightness; `null` leaves images as they are.
-    Features of a frozen backbone are computed once per image, so there is nothing to augment."""
+    """Fine-tuning has by default a little rotation, zoom and brightness; `null` leaves images as they are. Features of
+    a frozen backbone are computed once per image, so there is nothing to augment."""
     unfreeze: str | None = None
     """Fine-tuning only: the first cut that learns, or `all`; by default the last block of the network."""
     fine_tune: FineTune | None = None
@@ -223,98 +248,15 @@ class Recipe(Part):
     are nearest to a new one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    @property
+    def known_backbone(self) -> Backbone:
+        """The backbone of a filled recipe that has one."""
+        assert self.backbone is not None, "A network from scratch has no backbone. This is a bug."
+        return CATALOGUE[self.backbone]
+
     def flat(self) -> dict[str, Any]:
         """Return every value by its path, such as `head.l2`."""
         return flat(self.model_dump(mode="json"))
-
-
-@dataclass(frozen=True)
-class ClassCount:
-    """A class of a data set version: its images, and how many groups of them can be folded.
-
-    An image without a group is a group of its own; test and validation images are in no fold.
-    """
-
-    name: str
-    images: int
-    groups: int
-
-
-def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int = 0) -> Recipe:
-    """Return the recipe with every default filled in for a data set.
-
-    Args:
-        recipe: what was asked for.
-        task: what the data set is for.
-        classes: its classes or labels; none for a regression.
-        groups: how many groups of images can be folded; only asked for where there are no classes.
-
-    Raises:
-        RecipeInvalid: the recipe does not fit itself or the data set; it names the field.
-    """
-    backbone = CATALOGUE[recipe.backbone]
-    size = recipe.image_size or backbone.size
-    if size < backbone.minimum_size:
-        raise RecipeInvalid(
-            "image_size",
-            f"Expected at least {backbone.minimum_size} pixels for {backbone.title}. Received {size}.",
-        )
-    cut = backbone.last_cut if recipe.features_from is None else recipe.features_from
-    if cut not in backbone.cuts:
-        raise RecipeInvalid(
-            "features_from",
-            f"Expected a cut point of {backbone.title} ({', '.join(backbone.cuts)}). Received {cut!r}.",
-        )
-    chosen = _filled_task(recipe.task, task, classes)
-    _check_task_fits(recipe, chosen)
-    _check_recalibrate(recipe)
-    return recipe.model_copy(
-        update={
-            "image_size": size,
-            "features_from": cut,
-            **_filled_tuning(recipe, cut),
-            "task": TaskChoice(chosen.value),
-            "folds": recipe.folds.model_copy(update={"k": _filled_k(recipe.folds.k, classes, groups)}),
-        }
-    )
-
-
-def _check_recalibrate(recipe: Recipe) -> None:
-    """See that there is something to calibrate. Raises RecipeInvalid."""
-    if recipe.recalibrate and recipe.precision not in (PrecisionChoice.INT8, PrecisionChoice.AUTO):
-        raise RecipeInvalid(
-            "recalibrate", f"Expected false with precision {recipe.precision.value!r}: only int8 is calibrated."
-        )
-    if recipe.recalibrate and recipe.mode is Mode.FINE_TUNING:
-        raise RecipeInvalid("recalibrate", "Expected false: a network that has learned is calibrated anew anyway.")
-
-
-_LITTLE = Augmentation(rotate_degrees=10.0, zoom=0.1, brightness=0.1)
-
-
-def _filled_tuning(recipe: Recipe, cut: str) -> dict[str, object]:
-    """Return what concerns fine-tuning alone, filled in. Raises RecipeInvalid for it in another mode."""
-    given = {name: getattr(recipe, name) for name in ("augmentation", "unfreeze", "fine_tune")}
-    if recipe.mode is not Mode.FINE_TUNING:
-        for name, value in given.items():
-            if value is not None:
-                raise RecipeInvalid(name, f"Expected null: this is for mode {Mode.FINE_TUNING.value!r} alone.")
-        return given
-    backbone = CATALOGUE[recipe.backbone]
-    cuts = list(backbone.cuts)
-    allowed = [*cuts[: cuts.index(cut) + 1], ALL]
-    unfreeze = cut if recipe.unfreeze is None else recipe.unfreeze
-    if unfreeze not in allowed:
-        raise RecipeInvalid(
-            "unfreeze",
-            f"Expected a cut point of {backbone.title} up to {cut!r}, where features are taken from, or {ALL!r} "
-            f"({', '.join(allowed)}). Received {unfreeze!r}.",
-        )
-    return {
-        "augmentation": recipe.augmentation if "augmentation" in recipe.model_fields_set else _LITTLE,
-        "unfreeze": unfreeze,
-        "fine_tune": recipe.fine_tune or FineTune(),
-    }
 
 
 def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -326,62 +268,3 @@ def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[f"{prefix}{name}"] = value
     return values
-
-
-_DEFAULT_K = 5
-
-
-def _filled_task(wanted: TaskChoice, task: Task, classes: Sequence[ClassCount]) -> Task:
-    allowed = {
-        Task.BINARY: [Task.BINARY, Task.MULTICLASS, Task.MULTILABEL],
-        Task.MULTICLASS: [Task.MULTICLASS, Task.MULTILABEL],
-    }.get(task, [task])
-    chosen = task if wanted is TaskChoice.AUTO else Task(wanted.value)
-    if chosen not in allowed:
-        raise RecipeInvalid(
-            "task",
-            f"Expected {' or '.join(repr(choice.value) for choice in allowed)} for a data set of task {task.value!r} "
-            f"with {len(classes)} classes. Received {wanted.value!r}.",
-        )
-    return chosen
-
-
-def _check_task_fits(recipe: Recipe, task: Task) -> None:
-    """See that nothing is asked for that the task has not. Raises RecipeInvalid."""
-    if recipe.class_weights is not ClassWeights.NONE and task not in (Task.BINARY, Task.MULTICLASS):
-        raise RecipeInvalid(
-            "class_weights",
-            f"Expected 'none' for task {task.value!r}, whose images have no one class. Received "
-            f"{recipe.class_weights.value!r}.",
-        )
-    stopping = recipe.early_stopping
-    if task is not Task.REGRESSION or stopping is None:
-        return
-    if stopping.monitor is Monitor.VAL_ACCURACY:
-        raise RecipeInvalid("early_stopping.monitor", "Expected 'val_loss': a regression has no accuracy.")
-    if stopping.target and stopping.target.metric in (TargetMetric.ACCURACY, TargetMetric.VAL_ACCURACY):
-        raise RecipeInvalid("early_stopping.target.metric", "Expected a loss: a regression has no accuracy.")
-
-
-def _filled_k(k: int | None, classes: Sequence[ClassCount], groups: int) -> int:
-    if not classes:
-        return _checked_k(k, groups, "the data set", f"The data set has {groups}. Add images.")
-    smallest = min(classes, key=lambda count: count.groups)
-    name = f"class {smallest.name!r}"
-    has = f"Class {smallest.name!r} has {smallest.groups} (of {smallest.images} images). Add images of it."
-    return _checked_k(k, smallest.groups, name, has)
-
-
-def _checked_k(k: int | None, groups: int, name: str, has: str) -> int:
-    if groups < 2:
-        raise RecipeInvalid(
-            "dataset",
-            f"Expected at least 2 images of {name} that do not belong together, to train on one and test on the other. "
-            f"{has}",
-        )
-    if k is not None and k > groups:
-        raise RecipeInvalid(
-            "folds.k",
-            f"Expected at most {groups} folds: {name} has no more images that do not belong together. Received {k}.",
-        )
-    return k or min(_DEFAULT_K, groups)

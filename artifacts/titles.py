@@ -53,4 +53,12 @@ def _names(every: Sequence[Json]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, Sequence) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
+        return " ".join(map(_layer, value))
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _layer(layer: Json) -> str:
+    """Return a layer of a network in a word, such as `convolution-32`."""
+    width = layer.get("filters") or layer.get("units")
+    return f"{layer['type']}-{width}" if width else str(layer["type"])

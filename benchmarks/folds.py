@@ -19,14 +19,15 @@ import numpy as np
 
 from artifacts import manifest
 from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.recipe import ClassCount, Recipe, Task, fill
+from artifacts.defaults import ClassCount, fill
+from artifacts.recipe import Recipe, Task
 from artifacts.store import Digest
 from benchmarks.figures import report
 from benchmarks.ground import LIMITS, Ground, ground
 from training import backbones, experiment
+from training.begin import Order
 from training.checkpoint import NoKeeper
 from training.epochs import Epoch
-from training.experiment import Order
 from training.extract import Extraction
 from training.outcome import FoldOutcome
 from training.prepare import BackboneKey, Place

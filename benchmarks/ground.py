@@ -17,10 +17,11 @@ from sqlalchemy.orm import Session
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits, open_archive
 from artifacts.catalogue import BackboneName
+from artifacts.defaults import ClassCount
 from artifacts.images import ImageLimits, Pixels, decode, encode
 from artifacts.layout import Split, from_folders
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Resize, Task
+from artifacts.recipe import Resize, Task
 from artifacts.store import Digest, Store
 from benchmarks.networks import calibrated
 from errors import Refused

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.catalogue import BackboneName
-from artifacts.recipe import ClassCount, FineTune, Folds, Mode, Recipe, Task, fill
+from artifacts.defaults import ClassCount, fill
+from artifacts.recipe import FineTune, Folds, Mode, Recipe, Task
 from artifacts.store import Store
 from benchmarks.figures import processor, report, spread, table
 from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
@@ -76,7 +77,8 @@ def bare(order: dict[str, Any]) -> None:
     """Train the folds and print their seconds. Runs in a process of its own."""
     os.environ |= computing_threads(order["threads"])
     from benchmarks.folds import Known, Silent
-    from training.experiment import Experiment, Order
+    from training.begin import Order
+    from training.experiment import Experiment
     from training.prepare import Place
 
     place = Place(

@@ -8,9 +8,10 @@ import keras
 import numpy as np
 
 from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.defaults import ClassCount, fill
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.recipe import ClassCount, FineTune, Mode, Recipe, Task, fill
+from artifacts.recipe import FineTune, Mode, Recipe, Task
 from training import backbones, fit
 from training.epochs import Passage
 from training.fit import Fit

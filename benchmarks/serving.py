@@ -36,9 +36,10 @@ import psutil
 from artifacts import images
 from artifacts.bundle import Bundle, Dense
 from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.defaults import ClassCount, fill
 from artifacts.images import IMAGE_RULE
 from artifacts.layers import Activation
-from artifacts.recipe import ClassCount, Precision, Recipe, Resize, Task, fill
+from artifacts.recipe import Precision, Recipe, Resize, Task
 from artifacts.store import Digest
 from benchmarks.figures import processor, report, spread, table
 from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground

@@ -48,6 +48,7 @@ from training.arrays import Maps, load_maps
 from training.epochs import Epoch, Passage, Rows
 from training.finetune import Material
 from training.fit import Fit
+from training.prepare import square_of
 from training.split import Fold, Indices, make_folds
 
 BATCH = 32
@@ -210,11 +211,11 @@ def _drop_networks() -> None:
 def _limit(trial: Trial, folds: Sequence[Fold], epochs: int) -> float:
     """Return what the cut saves at most, by the formula above."""
     recipe = trial.recipe
-    assert recipe.image_size and recipe.unfreeze
-    whole = backbones.network(recipe.backbone, recipe.image_size)
-    boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
+    assert recipe.unfreeze
+    whole = backbones.network(recipe.known_backbone.name, square_of(recipe))
+    boundary = recipe.known_backbone.cut_before(recipe.unfreeze)
     assert boundary is not None
-    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.backbone, boundary).output)
+    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.known_backbone.name, boundary).output)
     frozen = multiply_adds(front)
     learning = multiply_adds(whole) - frozen
     learned = sum(epochs * (3 * len(fold.train) + len(fold.test)) for fold in folds) * learning

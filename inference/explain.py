@@ -19,6 +19,7 @@ from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
 from artifacts.images import Pixels
 from artifacts.layers import Activation
+from artifacts.recipe import Size, sides
 from errors import RequestInvalid
 from inference.heads import ACTIVATIONS
 
@@ -74,15 +75,15 @@ def heat(layers: Sequence[Dense], features: Features, maps: Features, output: in
     return found
 
 
-def check_side(maps: Features, size: int) -> None:
-    """Raise RequestInvalid if maps [..., h, w, D] of images of `size` pixels have too few places to show."""
+def check_side(maps: Features, size: Size) -> None:
+    """Raise RequestInvalid if maps [..., h, w, D] of images of that size have too few places to show."""
     side = min(maps.shape[-3:-1])
     if side < LEAST_SIDE:
-        enough = -(-LEAST_SIDE * size // side)
+        enough = -(-LEAST_SIDE * min(sides(size)) // side)
         raise RequestInvalid(
             f"explain: Expected a model whose maps have at least {LEAST_SIDE}×{LEAST_SIDE} places. Received one with "
-            f"{side}×{side} at {size} pixels. Train with image_size {enough} or more, or with features_from an "
-            "earlier layer.",
+            f"{side}×{side} at {min(sides(size))} pixels. Train with image_size {enough} or more, or with "
+            "features_from an earlier layer; a network from scratch needs a global_average at its end.",
             field="explain",
         )
 

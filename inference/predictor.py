@@ -117,11 +117,11 @@ class Predictor:
             )
 
     def logits(self, pixels: Pixels) -> Float32:
-        """Return float32 [N, outputs] for decoded images, uint8 [N, size, size, 3], however long it takes."""
+        """Return float32 [N, outputs] for decoded images, uint8 [N, H, W, 3], however long it takes."""
         return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
     def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
-        """Return the pixels of one image file of a request, uint8 [size, size, 3].
+        """Return the pixels of one image file of a request, uint8 [H, W, 3].
 
         Raises:
             ImageRefused: it cannot be used; `image` is its position.
@@ -176,7 +176,7 @@ class Predictor:
         predictions: list[Prediction],
         limits: ImageLimits,
     ) -> list[Explained]:
-        """Return a picture for each image, uint8 [n, size, size, 3], from what the backbone computed.
+        """Return a picture for each image, uint8 [n, H, W, 3], from what the backbone computed.
 
         A heat map is of the label that is asked for, or of the one that was answered (of several the likeliest).
         Raises RequestInvalid for a label that the model does not know, and for maps of too few places.

@@ -44,7 +44,7 @@ def is_fanned_out(run: Run) -> bool:
 
     Where only heads learn, a fold takes less than another process needs to start.
     """
-    return Mode(run.recipe["mode"]) is Mode.FINE_TUNING
+    return Mode(run.recipe["mode"]) is not Mode.FEATURE_EXTRACTION
 
 
 def count_folds(run: Run) -> int:

@@ -49,8 +49,9 @@ def count_serving(session: Session, queue: Queue) -> int:
 
 
 def training_queue(session: Session, mode: Mode) -> Queue:
-    """Return where a run of a mode belongs: fine-tuning on a GPU if a worker with one has been seen lately."""
-    return Queue.GPU if mode is Mode.FINE_TUNING and count_serving(session, Queue.GPU) else Queue.CPU
+    """Return where a run of a mode belongs: one whose network learns on a GPU if a worker with one was seen lately."""
+    learns = mode is not Mode.FEATURE_EXTRACTION
+    return Queue.GPU if learns and count_serving(session, Queue.GPU) else Queue.CPU
 
 
 def hand_over_unserved(session: Session) -> int:

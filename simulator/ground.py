@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
 
-from artifacts.recipe import ClassCount, Task
+from artifacts.defaults import ClassCount
+from artifacts.recipe import Task
 from artifacts.store import digest_of
 from models import dataset as datasets
 from models.project import Principal

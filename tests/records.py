@@ -8,10 +8,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from artifacts.defaults import ClassCount
 from artifacts.images import ImageFacts
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Recipe, Task, TaskChoice
+from artifacts.recipe import Recipe, Task, TaskChoice
 from artifacts.store import Digest, digest_of
 from models import comparison as comparisons
 from models import dataset as datasets

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from artifacts.features import FeatureSpace
 from artifacts.images import IMAGE_RULE, Pixels
+from artifacts.recipe import sides
 from artifacts.store import Digest, disk_errors
 from training.pixels import Decoder
 
@@ -45,14 +46,14 @@ def load_pixels(digests: Sequence[Digest], decoder: Decoder, folder: Path, repor
         report: called with (done, total) after each batch.
 
     Returns:
-        uint8 [N, size, size, 3], read-only and mapped into memory.
+        uint8 [N, H, W, 3], read-only and mapped into memory.
 
     Raises:
         Corrupt: an image of the store cannot be decoded any more.
         DiskFull: the file does not fit.
     """
     key = ("pixels", IMAGE_RULE, decoder.size, decoder.resize.value, *digests)
-    shape = (len(digests), decoder.size, decoder.size, 3)
+    shape = (len(digests), *sides(decoder.size), 3)
     batches = (pixels for _, pixels in decoder.batches(digests))
     return _load(key, folder, np.dtype(np.uint8), shape, batches, report)
 
@@ -64,7 +65,7 @@ def load_maps(
 
     Args:
         digests: the images, row by row.
-        pixels: uint8 [N, size, size, 3], theirs.
+        pixels: uint8 [N, H, W, 3], theirs.
         engine: the frozen part of a network.
         space: what its maps depend on besides the image.
         folder: where such files are kept.

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from artifacts.images import Pixels
-from artifacts.recipe import Augmentation
+from artifacts.recipe import Augmentation, Size, sides
 
 _SHEET_SIDE = 8
 
 
-def augmenter(recipe: Augmentation, size: int, seed: int) -> Any:
-    """Return a Keras model from images [N, size, size, 3] of values from 0 to 255 to varied ones.
+def augmenter(recipe: Augmentation, size: Size, seed: int) -> Any:
+    """Return a Keras model from images [N, H, W, 3] of values from 0 to 255 to varied ones.
 
     It varies in training alone; what a rotation or a shift uncovers is filled with the mirrored image.
     """
@@ -34,7 +34,7 @@ def augmenter(recipe: Augmentation, size: int, seed: int) -> Any:
         layers.append(keras.layers.RandomContrast(recipe.contrast, value_range=(0, 255), seed=seeds[4]))
     if recipe.brightness:
         layers.append(keras.layers.RandomBrightness(recipe.brightness, value_range=(0, 255), seed=seeds[5]))
-    varied = images = keras.Input((size, size, 3))
+    varied = images = keras.Input((*sides(size), 3))
     for layer in layers:
         varied = layer(varied)
     return keras.Model(images, varied, name="augmentation")
@@ -45,11 +45,11 @@ def contact_sheet(recipe: Augmentation, images: Pixels, seed: int) -> bytes:
 
     Args:
         recipe: how they are varied.
-        images: uint8 [N, size, size, 3].
+        images: uint8 [N, H, W, 3].
         seed: the same seed gives the same sheet.
     """
-    count, size, _, _ = images.shape
-    vary = augmenter(recipe, size, seed)
+    count, height, width, _ = images.shape
+    vary = augmenter(recipe, (height, width), seed)
     columns = [images]
     for _ in range(_SHEET_SIDE - 1):
         varied = keras.ops.convert_to_numpy(vary(images.astype(np.float32), training=True))

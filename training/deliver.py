@@ -7,7 +7,7 @@ fold, on images that neither its training nor its calibration has seen.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,16 @@ import numpy as np
 from artifacts.bundle import Bundle, Dense, Float32
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, Pixels
-from artifacts.recipe import Precision, PrecisionChoice, Recipe, Task
+from artifacts.recipe import Precision, PrecisionChoice, Recipe, Size, Task, sides
 from artifacts.store import Digest
 from inference import heads
 from inference.engine import Engine, OpenVinoEngine
-from training import backbones
 from training.arrays import Report
 from training.export import Exported, export
 from training.learn import Learned
-from training.pixels import BATCH, Loaded
+from training.pixels import BATCH
 from training.precision import Choice, Tried, choose, image_ms, is_as_good
-from training.prepare import Networks, Place, Trunk, sample, size_of
+from training.prepare import Place, sample, size_of
 from training.quantise import quantise
 from training.split import Indices
 
@@ -54,28 +53,41 @@ class Served:
     export: dict[str, Any] | None = None
 
 
-class Tuned:
-    """Networks of a fine-tuning run in the precisions that it considers, float32 first."""
+Frozen = Callable[[Precision, Indices, Report], Digest]
+"""Gives the network that stayed frozen in a precision, calibrated on some rows if need be."""
+
+
+class Taught:
+    """Networks that have learned, in the precisions that a run considers, float32 first."""
 
     def __init__(
         self,
         recipe: Recipe,
         task: Task,
         precisions: Sequence[Precision],
-        digests: Sequence[Digest],
         pixels: Pixels,
-        networks: Networks,
         place: Place,
-        trunk: Trunk,
+        rebuild: Callable[[bytes], Any],
+        frozen: Frozen | None,
     ) -> None:
+        """Know how networks come back from their weights, and what is served where none has learned.
+
+        Args:
+            recipe: filled.
+            task: what is predicted.
+            precisions: that are considered.
+            pixels: uint8 [N, H, W, 3], of every image.
+            place: where networks are kept and run.
+            rebuild: returns the Keras model from images to features for weights of `Learned.network`.
+            frozen: the network for what has stayed frozen; None if every network learns.
+        """
         self._recipe = recipe
         self._task = task
         self._others = [precision for precision in precisions if precision is not Precision.FLOAT32]
-        self._digests = digests
         self._pixels = pixels
-        self._networks = networks
         self._place = place
-        self._trunk = trunk
+        self._rebuild = rebuild
+        self._frozen = frozen
 
     def logits(self, learned: Learned, train: Indices, rows: Indices, report: Report) -> dict[Precision, Float32]:
         """Return what a network answers for rows in every precision but float32.
@@ -88,7 +100,7 @@ class Tuned:
             path = Path(folder) / "network.onnx"
             for precision in self._others:
                 if exported is None:
-                    engine = self._networks.engine(self._frozen_in(precision, train, report), precision)
+                    engine = self._engine(self._frozen_in(precision, train, report), precision)
                 else:
                     path.write_bytes(self._in(precision, exported.onnx, train, report))
                     engine = OpenVinoEngine(path, precision, self._place.threads)
@@ -106,15 +118,14 @@ class Tuned:
         """
         store = self._place.store
         exported = self._export(final.network()) if final.network else None
-        found = {Precision.FLOAT32: store.put(exported.onnx) if exported else self._trunk.backbone}
-        for precision in self._others:
-            if precision in scores:
-                found[precision] = (
-                    store.put(self._in(precision, exported.onnx, train, report))
-                    if exported
-                    else self._frozen_in(precision, train, report)
-                )
-        engines = {precision: self._networks.engine(digest, precision) for precision, digest in found.items()}
+        found: dict[Precision, Digest] = {}
+        for precision in [Precision.FLOAT32, *(other for other in self._others if other in scores)]:
+            found[precision] = (
+                store.put(self._in(precision, exported.onnx, train, report))
+                if exported
+                else self._frozen_in(precision, train, report)
+            )
+        engines = {precision: self._engine(digest, precision) for precision, digest in found.items()}
         choice = self._choose(scores, engines, report) if self._others else None
         chosen = choice.precision if choice else Precision.FLOAT32
         facts = exported.facts() if exported else None
@@ -137,16 +148,15 @@ class Tuned:
 
     def _frozen_in(self, precision: Precision, train: Indices, report: Report) -> Digest:
         """Return the frozen network for a precision."""
-        if precision is not Precision.INT8:
-            return self._trunk.backbone
-        images = [self._digests[row] for row in train]
-        return self._networks.quantised(self._trunk.backbone, images, Loaded(self._digests, self._pixels), report)
+        assert self._frozen is not None
+        return self._frozen(precision, train, report)
+
+    def _engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
+        return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
 
     def _export(self, weights: bytes) -> Exported:
         """Export a network that has learned, checked against Keras on images of the data set."""
-        recipe = self._recipe
-        model = backbones.backbone(recipe.backbone, recipe.features_from or "", size_of(recipe), weights)
-        return export(model, self._place.threads, self._pixels[spread(len(self._pixels), _CHECKED)])
+        return export(self._rebuild(weights), self._place.threads, self._pixels[spread(len(self._pixels), _CHECKED)])
 
 
 def features(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Features:
@@ -189,10 +199,11 @@ def bundle(
     )
 
 
-def golden_images(size: int) -> Pixels:
-    """Return an image that shows a broken engine: smooth slopes and hard edges in every channel, uint8 [1, s, s, 3]."""
-    y, x = np.mgrid[:size, :size]
-    slopes = np.stack([255 * x / size, 255 * y / size, 255 * (x + y) / (2 * size)], axis=-1)
-    edges = 64 * ((x * 8 // size + y * 8 // size) % 2)
+def golden_images(size: Size) -> Pixels:
+    """Return an image that shows a broken engine: smooth slopes and hard edges in every channel, uint8 [1, H, W, 3]."""
+    height, width = sides(size)
+    y, x = np.mgrid[:height, :width]
+    slopes = np.stack([255 * x / width, 255 * y / height, 255 * (x / width + y / height) / 2], axis=-1)
+    edges = 64 * ((x * 8 // width + y * 8 // height) % 2)
     image: Pixels = (slopes * 0.75 + edges[..., None]).astype(np.uint8)[None]
     return image

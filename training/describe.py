@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from artifacts import networks
 from artifacts.bundle import Float32
-from artifacts.catalogue import CATALOGUE
 from artifacts.headline import HEADLINES
-from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
+from artifacts.layers import NetworkKind
+from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task, sides
 from training.epochs import Epoch
 from training.extract import Extraction
 from training.learn import NETWORK, Plan
@@ -61,18 +62,15 @@ def verdict(task: Task, metrics: dict[str, Any]) -> str:
 def report(run: Description) -> str:
     """Return the report of a run as Markdown."""
     recipe, metrics = run.recipe, run.metrics
-    title = CATALOGUE[recipe.backbone].title
     lines = [
-        f"# {title}, {recipe.mode.value}",
+        f"# {_title(recipe)}, {recipe.mode.value}",
         "",
         verdict(run.task, metrics),
         "",
-        f"- Images: {run.images:,}{_learned(run)}; {run.extraction.computed:,} went through the backbone, "
-        f"{run.extraction.cached:,} were cached{_in_all_precisions(run)}.",
-        f"- Features: {title} ({recipe.weights}) up to `{recipe.features_from}` at {recipe.image_size} px, "
-        f"{run.precision.value}, resized by `{recipe.resize.value}`.",
-        f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final head was "
-        f"trained on all images for {run.plan.head} epochs, the median of the folds' best.",
+        *(_grown(run) if recipe.mode is Mode.FROM_SCRATCH else _features(run)),
+        f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final "
+        f"{'network' if recipe.mode is Mode.FROM_SCRATCH else 'head'} was trained on all images for "
+        f"{run.plan.head or run.plan.network} epochs, the median of the folds' best.",
         f"- Interval: {metrics['interval']}.",
         *_tuning(run),
         *_precision(run),
@@ -107,6 +105,42 @@ def report(run: Description) -> str:
         lines += ["", "## Confused most often", "", "| truth | answer | images |", "|---|---|--:|"]
         lines += [f"| {truth} | {answer} | {count:,} |" for count, truth, answer in confused]
     return "\n".join(lines) + "\n"
+
+
+def _title(recipe: Recipe) -> str:
+    """Return what the network is called."""
+    return _KINDS[recipe.network.kind] if recipe.network else recipe.known_backbone.title
+
+
+_KINDS = {NetworkKind.PERCEPTRON: "Perceptron", NetworkKind.MLP: "Multilayer perceptron", NetworkKind.CNN: "CNN"}
+
+
+def _features(run: Description) -> list[str]:
+    """Return what heads learned on, as lines of the report."""
+    recipe = run.recipe
+    return [
+        f"- Images: {run.images:,}{_learned(run)}; {run.extraction.computed:,} went through the backbone, "
+        f"{run.extraction.cached:,} were cached{_in_all_precisions(run)}.",
+        f"- Features: {_title(recipe)} ({recipe.weights}) up to `{recipe.features_from}` at {recipe.image_size} px, "
+        f"{run.precision.value}, resized by `{recipe.resize.value}`.",
+    ]
+
+
+def _grown(run: Description) -> list[str]:
+    """Return what a network from scratch is and saw, as lines of the report."""
+    recipe, network = run.recipe, run.recipe.network
+    assert network is not None and recipe.image_size is not None
+    rows = networks.table(network, *sides(recipe.image_size))
+    outputs = run.logits.shape[-1]
+    parameters = sum(row.parameters for row in rows) + (rows[-1].shape[0] + 1) * outputs
+    return [
+        f"- Images: {run.images:,}{_learned(run)}, at {networks.written(sides(recipe.image_size))} px "
+        f"{'in colours' if network.channels == 3 else 'by their brightness'}, resized by `{recipe.resize.value}`.",
+        f"- Network: {parameters:,} parameters, none of them pretrained"
+        f"{'; it learned by the delta rule' if network.kind is NetworkKind.PERCEPTRON else ''}: "
+        + " → ".join(f"{row.type} {networks.written(row.shape)}" for row in rows)
+        + f" → output {outputs}. It is served in {run.precision.value}.",
+    ]
 
 
 def _in_all_precisions(run: Description) -> str:

@@ -27,7 +27,7 @@ Arrays = list[npt.NDArray[Any]]
 class Watched:
     """What early stopping has seen: the best value so far, its epoch (from 0), and how many epochs ago that was.
 
-    `weights` are those of the best epoch, in the order of the model's trainable variables.
+    `weights` are those of the best epoch, in the order of `_learned`.
     """
 
     best: float
@@ -42,7 +42,7 @@ class Snapshot:
 
     Attributes:
         history: metrics of each epoch that is done.
-        variables: what a training changes: trainable variables, then the states of layers that draw at random.
+        variables: what a training changes: its weights, then the states of layers that draw at random.
         optimizer: the optimizer's variables.
         watched: what early stopping has seen; None if nothing is watched.
     """
@@ -221,7 +221,18 @@ def restore(model: Any, since: Snapshot) -> None:
 def _changing(model: Any) -> list[Any]:
     """Return the variables that a training changes: frozen ones stay as they are, and take the most room."""
     weights = {id(variable) for variable in model.weights}
-    return [*model.trainable_variables, *(variable for variable in model.variables if id(variable) not in weights)]
+    return [*_learned(model), *(variable for variable in model.variables if id(variable) not in weights)]
+
+
+def _learned(model: Any) -> list[Any]:
+    """Return the weights that a training changes: the trainable ones, then what BatchNorm counts while it learns."""
+    return [*model.trainable_variables, *_counted(model)]
+
+
+def _counted(layer: Any) -> list[Any]:
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return list(layer.non_trainable_weights) if layer.trainable else []
+    return [variable for inner in getattr(layer, "layers", ()) for variable in _counted(inner)]
 
 
 def _copied(variables: Sequence[Any]) -> Arrays:
@@ -234,6 +245,18 @@ def _assign(variables: Sequence[Any], values: Arrays) -> None:
 
 
 # --- callbacks -------------------------------------------------------------------------------------------------------
+
+
+class Beat(keras.callbacks.Callback):  # type: ignore[misc]
+    """Tells after each predicted batch that the work moves: many images take minutes."""
+
+    def __init__(self, passage: Passage, epochs: int) -> None:
+        super().__init__()
+        self._passage = passage
+        self._epochs = epochs
+
+    def on_predict_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._passage.on_batch(float(self._epochs))
 
 
 class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
@@ -327,18 +350,18 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
         if self.since is not None:
             self.best, self.best_epoch, self.wait = self.since.best, self.since.best_epoch, self.since.wait
             weights = self.model.get_weights()
-            for place, value in zip(self._trainable_places(), self.since.weights, strict=True):
+            for place, value in zip(self._learned_places(), self.since.weights, strict=True):
                 weights[place] = value
             self.best_weights = weights
 
     def watched(self) -> Watched:
-        weights = [self.best_weights[place] for place in self._trainable_places()]
+        weights = [self.best_weights[place] for place in self._learned_places()]
         return Watched(float(self.best), int(self.best_epoch), int(self.wait), weights)
 
-    def _trainable_places(self) -> list[int]:
-        """Return where the trainable variables stand among all weights."""
+    def _learned_places(self) -> list[int]:
+        """Return where the weights that the training changes stand among all."""
         places = {id(variable): place for place, variable in enumerate(self.model.weights)}
-        return [places[id(variable)] for variable in self.model.trainable_variables]
+        return [places[id(variable)] for variable in _learned(self.model)]
 
 
 class _TargetReached(keras.callbacks.Callback):  # type: ignore[misc]

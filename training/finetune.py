@@ -16,15 +16,15 @@ import keras
 import numpy as np
 
 from artifacts.bundle import Dense, Float32
-from artifacts.catalogue import CATALOGUE
 from artifacts.images import Pixels
 from artifacts.recipe import FineTune, Recipe, Task
 from training import backbones, fit
 from training.arrays import Maps
 from training.augment import augmenter
-from training.epochs import Passage, Rows, Trained
+from training.epochs import Beat, Passage, Rows, Trained
 from training.epochs import train as epoch_by_epoch
 from training.fit import Fit, Scaler
+from training.prepare import square_of
 from training.split import Indices
 from training.targets import Truth
 
@@ -95,7 +95,8 @@ def tune(
     Raises:
         TrainingDiverged: the loss is not a number any more.
     """
-    assert recipe.fine_tune is not None
+    assert recipe.fine_tune is not None and recipe.head is not None
+    activation = recipe.head.activation
     keras.utils.set_random_seed(seed)
     network, model, served = build(recipe, weights, material, head, seed)
     learned = head.unit(targets) if head.unit else targets
@@ -118,12 +119,12 @@ def tune(
 
     def logits(rows: Indices) -> Float32:
         asked = Rows(material.rows, learned, rows, _PREDICT_BATCH, None)
-        found: Float32 = model.predict(asked, callbacks=[_Beat(passage, len(trained.history))], verbose=0)
+        found: Float32 = model.predict(asked, callbacks=[Beat(passage, len(trained.history))], verbose=0)
         return head.unit.undone(found) if head.unit else found.astype(np.float32)
 
     return Tuned(
         trained=trained,
-        layers=fit.dense_layers(served.get_weights(), recipe.head.activation, head.scaler, head.unit),
+        layers=fit.dense_layers(served.get_weights(), activation, head.scaler, head.unit),
         network=lambda: backbones.dump_weights(network),
         logits=logits,
     )
@@ -131,18 +132,18 @@ def tune(
 
 def build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: int) -> tuple[Any, Any, Any]:
     """Return the whole network, the model that learns (from the material to logits) and its head."""
-    backbone = CATALOGUE[recipe.backbone]
-    assert recipe.image_size and recipe.features_from and recipe.unfreeze
+    backbone = recipe.known_backbone
+    assert recipe.features_from and recipe.unfreeze and recipe.head
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
-        parts = backbones.halves(recipe.backbone, boundary, recipe.features_from, recipe.image_size, weights)
+        parts = backbones.halves(backbone.name, boundary, recipe.features_from, square_of(recipe), weights)
     if material.are_maps:
         x = inputs = keras.Input(material.rows.shape[1:])
     else:
         inputs = keras.Input(material.rows.shape[1:], dtype="uint8")
         x = keras.ops.cast(inputs, "float32")
         if recipe.augmentation is not None:
-            x = augmenter(recipe.augmentation, recipe.image_size, seed)(x)
+            x = augmenter(recipe.augmentation, square_of(recipe), seed)(x)
         x = backbones.preprocessed(x, backbone.preprocessing)
         if parts.front is not None:
             x = parts.front(x)
@@ -166,18 +167,6 @@ class Standardise(keras.layers.Layer):  # type: ignore[misc]
 
     def compute_output_shape(self, shape: Any) -> Any:
         return shape
-
-
-class _Beat(keras.callbacks.Callback):  # type: ignore[misc]
-    """Tells after each predicted batch that the work moves: many images take minutes."""
-
-    def __init__(self, passage: Passage, epochs: int) -> None:
-        super().__init__()
-        self._passage = passage
-        self._epochs = epochs
-
-    def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._passage.on_batch(float(self._epochs))
 
 
 def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:

@@ -90,6 +90,7 @@ def fit(
     scaler = Scaler.of(features, train)
     unit = Scaler.of(targets, train) if task is Task.REGRESSION else None
     learned = unit(targets) if unit else targets
+    assert recipe.head is not None
     model = head(recipe.head, features.shape[1], outputs)
     batches = Rows(features, learned, train, recipe.batch_size, seed, scaler)
     model.compile(

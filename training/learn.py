@@ -1,4 +1,4 @@
-"""The two ways to learn: a head on features of a frozen network, or the network's later layers as well.
+"""The ways to learn: a head on features of a frozen network, its later layers as well, or a network from scratch.
 
 A learner is asked once per fold and once for the final model; it sees row numbers, never which images are being tested.
 """
@@ -12,6 +12,7 @@ from typing import Protocol
 
 from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
+from artifacts.images import Pixels
 from artifacts.recipe import Monitor, Recipe, Task
 from inference import heads
 from training import evaluate
@@ -20,6 +21,7 @@ from training.epochs import Epoch, Passage, Snapshot
 from training.evaluate import median_epoch
 from training.finetune import Material, tune
 from training.fit import Fit, fit
+from training.scratch import grow
 from training.split import Indices
 from training.targets import Truth
 
@@ -28,7 +30,10 @@ HEAD, NETWORK = "head", "network"
 
 @dataclass(frozen=True)
 class Plan:
-    """Epochs to train at most: of the head alone, and of the network with it (0: it stays frozen)."""
+    """Epochs to train at most: of the head alone, and of the network with it (0: it stays frozen).
+
+    A network from scratch has no head that learns alone.
+    """
 
     head: int
     network: int = 0
@@ -129,9 +134,26 @@ def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
         phases: what each fold trained.
         kept: name of the phase that each fold kept.
     """
-    head = median_epoch([phase.best_epoch for fold in phases for phase in fold if phase.name == HEAD])
+    alone = [phase.best_epoch for fold in phases for phase in fold if phase.name == HEAD]
+    head = median_epoch(alone) if alone else 0
     tuned = [fold[-1].best_epoch for fold, name in zip(phases, kept, strict=True) if name == NETWORK]
     return Plan(head, median_epoch(tuned) if 2 * len(tuned) > len(kept) else 0)
+
+
+class Watch:
+    """Measures what early stopping watches, without any penalty."""
+
+    def __init__(self, recipe: Recipe, task: Task, targets: Truth) -> None:
+        self._task = task
+        self._targets = targets
+        self.is_accuracy = recipe.early_stopping is not None and recipe.early_stopping.monitor is Monitor.VAL_ACCURACY
+
+    def __call__(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
+        """Return it for the rows; None if there are none."""
+        if not len(rows):
+            return None
+        score = evaluate.brief_scores(self._task, self._targets[rows], logits(rows))
+        return score["accuracy" if self.is_accuracy else "loss"]
 
 
 class Frozen:
@@ -143,6 +165,7 @@ class Frozen:
         self._outputs = outputs
         self._features = features
         self._targets = targets
+        self.validation = Watch(recipe, task, targets)
         self.plan = Plan(recipe.epochs)
 
     def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
@@ -179,18 +202,6 @@ class Frozen:
         trained = head.trained
         phase = Phase(HEAD, len(trained.history), trained.best_epoch, trained.stopped, value)
         return Learned((phase,), trained.history, trained.best_epoch, trained.stopped, head.layers, None, logits)
-
-    def validation(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
-        """Return what early stopping watches, without any penalty, for the rows; None if there are none."""
-        if not len(rows):
-            return None
-        score = evaluate.brief_scores(self._task, self._targets[rows], logits(rows))
-        return score["accuracy" if self.is_accuracy else "loss"]
-
-    @property
-    def is_accuracy(self) -> bool:
-        """Whether early stopping watches the accuracy."""
-        return self._recipe.early_stopping is not None and self._recipe.early_stopping.monitor is Monitor.VAL_ACCURACY
 
 
 class Tuning:
@@ -256,4 +267,41 @@ class Tuning:
     def _is_better(self, one: float | None, other: float | None) -> bool:
         if one is None or other is None:
             return False
-        return one > other if self._frozen.is_accuracy else one < other
+        return one > other if self._frozen.validation.is_accuracy else one < other
+
+
+class Growing:
+    """Learns a network from scratch."""
+
+    def __init__(self, recipe: Recipe, task: Task, outputs: int, pixels: Pixels, targets: Truth) -> None:
+        self._recipe = recipe
+        self._task = task
+        self._outputs = outputs
+        self._pixels = pixels
+        self._targets = targets
+        self._validation = Watch(recipe, task, targets)
+        self.plan = Plan(0, recipe.epochs)
+
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+        """Learn all layers."""
+
+        def offer(take: Callable[[], Snapshot]) -> None:
+            keeper.offer(lambda: Checkpoint(None, take()))
+
+        gc.collect()  # the network of the fold before, which holds itself in cycles
+        grown = grow(
+            self._recipe,
+            self._task,
+            self._outputs,
+            self._pixels,
+            self._targets,
+            lesson.train,
+            lesson.validation,
+            epochs=lesson.plan.network,
+            seed=lesson.seed,
+            passage=Passage(listener.epoch, listener.batch, offer, keeper.found.snapshot if keeper.found else None),
+        )
+        went = grown.trained
+        value = self._validation(grown.logits, lesson.validation)
+        phase = Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value)
+        return Learned((phase,), went.history, went.best_epoch, went.stopped, grown.layers, grown.network, grown.logits)

@@ -12,7 +12,7 @@ import numpy as np
 
 from artifacts import images
 from artifacts.images import ImageLimits, Pixels
-from artifacts.recipe import Resize
+from artifacts.recipe import Resize, Size
 from artifacts.store import Digest, Store
 from errors import Corrupt, ImageRefused
 
@@ -22,16 +22,16 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class Decoder:
-    """How the images of a run become squares of pixels."""
+    """How the images of a run become pixels, all of one size."""
 
     store: Store
-    size: int
+    size: Size
     resize: Resize
     limits: ImageLimits
     threads: int
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
-        """Yield batches of (digests, uint8 [n, size, size, 3]) while later ones are being decoded.
+        """Yield batches of (digests, uint8 [n, H, W, 3]) while later ones are being decoded.
 
         Raises:
             Corrupt: an image of the store cannot be decoded any more.
@@ -62,7 +62,7 @@ class Source(Protocol):
     """Where the pixels of images come from."""
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
-        """Yield batches of (digests, uint8 [n, size, size, 3])."""
+        """Yield batches of (digests, uint8 [n, H, W, 3])."""
         ...
 
 
@@ -74,7 +74,7 @@ class Loaded:
         self._pixels = pixels
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
-        """Yield batches of (digests, uint8 [n, size, size, 3])."""
+        """Yield batches of (digests, uint8 [n, H, W, 3])."""
         for start in range(0, len(digests), BATCH):
             names = digests[start : start + BATCH]
             yield names, self._pixels[[self._rows[name] for name in names]]

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.catalogue import BackboneName
 from artifacts.features import FeatureCache, Features, FeatureSpace
 from artifacts.images import IMAGE_RULE, ImageLimits
-from artifacts.recipe import Precision, Recipe
+from artifacts.recipe import Precision, Recipe, Size
 from artifacts.store import Digest, Store
 from inference.engine import OpenVinoEngine
 from training import backbones
@@ -104,10 +104,11 @@ class Networks:
     def exported(self, cut: str) -> Digest:
         """Return the network up to a cut, exporting it if nobody has."""
         recipe, store = self._recipe, self._place.store
-        key = BackboneKey(recipe.backbone, self._weights, cut, size_of(recipe))
+        backbone, size = recipe.known_backbone, square_of(recipe)
+        key = BackboneKey(backbone.name, self._weights, cut, size)
         digest = self._registry.find_backbone(key)
         if digest is None:
-            model = backbones.backbone(recipe.backbone, cut, size_of(recipe), store.read(self._weights))
+            model = backbones.backbone(backbone.name, cut, size, store.read(self._weights))
             made = export(model, self._place.threads)
             digest = self._registry.add_backbone(key, store.put(made.onnx), made.facts())
         return digest
@@ -147,19 +148,27 @@ class Networks:
     ) -> Trunk:
         """Return a network with the features of every image, computing those that no run has computed before."""
         engine = self.engine(network, precision)
-        width = CATALOGUE[self._recipe.backbone].cuts[self._recipe.features_from or ""]
+        width = self._recipe.known_backbone.cuts[self._recipe.features_from or ""]
         cache = FeatureCache(self._place.features, self.space(network, precision), width)
         extraction = extract(images, engine, cache, source, report)
         cache.close()
         return Trunk(precision, network, engine, cache.rows(images), extraction)
 
 
-def sample(rows: Indices, size: int) -> Indices:
-    """Return some of the rows, in their order, to calibrate a network for images of `size` pixels on."""
+def sample(rows: Indices, size: Size) -> Indices:
+    """Return some of the rows, in their order, to calibrate a network for images of that size on."""
     count = min(len(rows), calibration_size(size))
     return np.sort(np.random.default_rng(_SAMPLE_SEED).choice(rows, count, replace=False))
 
 
-def size_of(recipe: Recipe) -> int:
-    """Return the side of a recipe's images in pixels."""
-    return recipe.image_size or CATALOGUE[recipe.backbone].size
+def size_of(recipe: Recipe) -> Size:
+    """Return the size of a filled recipe's images in pixels."""
+    assert recipe.image_size is not None
+    return recipe.image_size
+
+
+def square_of(recipe: Recipe) -> int:
+    """Return the side of the images of a filled recipe that has a backbone, in pixels."""
+    size = size_of(recipe)
+    assert isinstance(size, int)
+    return size

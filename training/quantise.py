@@ -11,12 +11,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 import onnx
 
 from artifacts.images import Pixels
+from artifacts.recipe import Size, sides
 from training.arrays import Report
 
 CALIBRATED_ON = 300
@@ -36,9 +38,9 @@ class Quantised:
         return {name: value for name, value in vars(self).items() if name != "onnx"}
 
 
-def calibration_size(size: int) -> int:
+def calibration_size(size: Size) -> int:
     """Return how many images of `size` pixels a network is calibrated on at most; large ones take much memory."""
-    return max(1, min(CALIBRATED_ON, _CALIBRATION_BYTES // (3 * size * size)))
+    return max(1, min(CALIBRATED_ON, _CALIBRATION_BYTES // (3 * prod(sides(size)))))
 
 
 def quantise(network: bytes, images: Pixels, report: Report) -> Quantised:

@@ -13,10 +13,11 @@ from sqlalchemy.orm import Session
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
+from artifacts.defaults import ClassCount
 from artifacts.images import ImageFacts, ImageLimits
 from artifacts.layout import Split, check_class_names
 from artifacts.manifest import Row, group_rows, splits_of
-from artifacts.recipe import ClassCount, Task
+from artifacts.recipe import Task
 from artifacts.store import Digest, Store
 from errors import DatasetRefused, EspalierError, Refused, Unavailable
 from models import dataset as datasets

@@ -37,6 +37,14 @@ _STAGES: Mapping[Mode, Mapping[str, float]] = {
         "bundle": 0.98,
         "end": 1.0,
     },
+    Mode.FROM_SCRATCH: {
+        "pixels": 0.0,
+        "folds": 0.03,
+        "final": 0.8,
+        "export": 0.97,
+        "bundle": 0.98,
+        "end": 1.0,
+    },
 }
 
 

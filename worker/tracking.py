@@ -411,7 +411,9 @@ def experiment_url(base: str, experiment_id: str, run_id: str) -> str:
 def _name(run: Run) -> str:
     recipe = run.recipe
     mode = recipe["mode"].split("-")[-1]
-    return f"{recipe['backbone']}-{recipe['features_from']}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
+    network = recipe.get("network")
+    what = network["kind"] if network else f"{recipe['backbone']}-{recipe['features_from']}"
+    return f"{what}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
 
 
 def _card(facts: Facts, api_url: str) -> str:

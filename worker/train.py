@@ -135,7 +135,7 @@ class Train(Handler):
             return None
         comparisons.note_start(session, run.id)
         version = session.get_one(DatasetVersion, run.dataset_version_id)
-        if run.weights_sha256 is None:
+        if run.weights_sha256 is None and run.recipe["backbone"] is not None:
             known = registry.find_weights(session, BackboneName(run.recipe["backbone"]), run.recipe["weights"])
             run.weights_sha256 = known.sha256 if known else None
         recipe = run.recipe if run.batch_size is None else {**run.recipe, "batch_size": run.batch_size}

@@ -18,8 +18,9 @@ from sqlalchemy import event
 
 from api.deps import Services
 from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.defaults import ClassCount
 from artifacts.manifest import dump
-from artifacts.recipe import ClassCount, Task
+from artifacts.recipe import Task
 from errors import Refused
 from models import dataset as datasets
 from models import parts, registry

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.recipe import ClassCount, FineTune, Recipe, Task, TaskChoice, fill
+from artifacts.defaults import ClassCount, fill
+from artifacts.recipe import FineTune, Recipe, Task, TaskChoice
 from errors import RecipeInvalid
 
 TWO = [ClassCount("daisy", 30, 30), ClassCount("rose", 20, 20)]

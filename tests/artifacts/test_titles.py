@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from artifacts.recipe import ClassCount, Recipe, Task, fill
+from artifacts.defaults import ClassCount, fill
+from artifacts.recipe import Recipe, Task
 from artifacts.titles import difference_titles
 
 CLASSES = [ClassCount(name, 9, 9) for name in "abc"]

@@ -5,9 +5,10 @@ import records
 from records import PRINCIPAL, accepted, digest
 from sqlalchemy import select
 
+from artifacts.defaults import ClassCount
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Task
+from artifacts.recipe import Task
 from errors import DatasetRefused, NameTaken, NotFound, NotReady, Refused
 from models import dataset as datasets
 from models.dataset import Accepted, Dataset, DatasetState, DatasetVersion, Image, Membership

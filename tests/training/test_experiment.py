@@ -2,234 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sample
+from experiments import AUGMENTATION, QUICK, Bench, Heard
 from exporting import Exports
 from safetensors.numpy import load as load_tensors
 
 from artifacts import bundle as bundles
-from artifacts import images, manifest, neighbours
+from artifacts import images, neighbours
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Precision, Recipe, Task, fill
-from artifacts.store import Digest, Store
+from artifacts.recipe import Precision, Recipe, Task
 from inference import heads
 from inference.engine import OpenVinoEngine
 from inference.explain import Explanation
 from inference.neighbours import nearest
 from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
-from training import backbones, deliver, evaluate, experiment
-from training import checkpoint as checkpoints
-from training.checkpoint import Checkpoint
-from training.epochs import Epoch, Passage
-from training.experiment import Order, Outcome
-from training.extract import Extraction
+from training import deliver, evaluate, experiment
+from training.epochs import Passage
 from training.fit import fit
-from training.outcome import FoldOutcome, FoldResult
-from training.prepare import BackboneKey, Place
 from training.split import make_folds
-
-QUICK: dict[str, Any] = {
-    "backbone": "vgg16",
-    "weights": "random",
-    "features_from": "block1",
-    "image_size": 32,
-    "epochs": 6,
-    "optimizer": {"learning_rate": 0.05},
-    "folds": {"k": 3},
-}
-
-
-@dataclass
-class Known:
-    """Networks by what they were made from, as the worker's database keeps them, and what the last run chose."""
-
-    exports: dict[BackboneKey, Digest] = field(default_factory=dict)
-    quantised: dict[Digest, Digest] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    choice: dict[str, Any] | None = None
-
-    def find_backbone(self, key: BackboneKey) -> Digest | None:
-        return self.exports.get(key)
-
-    def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
-        assert facts["largest_relative_difference"] < 1e-4
-        return self.exports.setdefault(key, digest)
-
-    def find_quantised(self, backbone: Digest) -> Digest | None:
-        return self.quantised.get(backbone)
-
-    def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
-        self.facts = facts
-        return self.quantised.setdefault(backbone, digest)
-
-    def find_choice(self) -> dict[str, Any] | None:
-        return self.choice
-
-    def set_choice(self, facts: dict[str, Any]) -> None:
-        self.choice = json.loads(json.dumps(facts))
-
-
-AUGMENTATION = {"rotate_degrees": 10, "zoom": 0.1, "brightness": 0.1}
-
-IsCut = Callable[[int | None, Checkpoint], bool]
-
-
-class Interrupted(Exception):
-    """The experiment was cut off in a part, with this as its last checkpoint."""
-
-    def __init__(self, part: int | None, checkpoint: Checkpoint) -> None:
-        super().__init__()
-        self.part = part
-        self.checkpoint = checkpoint
-
-
-class Kept:
-    """A part of an experiment: what it told, and where it is cut off."""
-
-    def __init__(self, number: int | None, found: Checkpoint | None, is_cut: IsCut) -> None:
-        self.number = number
-        self.found = found
-        self.epochs: list[int] = []
-        self.done: list[float] = []
-        self._is_cut = is_cut
-
-    def epoch(self, number: int, metrics: Epoch) -> None:
-        self.epochs.append(number)
-
-    def batch(self, epochs: float) -> None:
-        self.done.append(epochs)
-
-    def offer(self, take: Callable[[], Checkpoint]) -> None:
-        checkpoint = take()
-        if self._is_cut(self.number, checkpoint):
-            raise Interrupted(self.number, checkpoint)
-
-
-@dataclass
-class Heard:
-    """What an experiment reported."""
-
-    stages: list[str] = field(default_factory=list)
-    parts: dict[int | None, Kept] = field(default_factory=dict)
-    outcomes: list[FoldOutcome] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)
-    extraction: Extraction | None = None
-    since: dict[int | None, Checkpoint] = field(default_factory=dict)
-    is_cut: IsCut = lambda part, checkpoint: False
-
-    def stage(self, name: str) -> None:
-        if not self.stages or self.stages[-1] != name:
-            self.stages.append(name)
-
-    def images(self, done: int, total: int) -> None:
-        assert done <= total
-
-    def extracted(self, extraction: Extraction) -> None:
-        self.extraction = extraction
-
-    def part(self, number: int | None, epochs: int) -> Kept:
-        self.parts[number] = Kept(number, self.since.get(number), self.is_cut)
-        return self.parts[number]
-
-    def fold(self, outcome: FoldOutcome) -> None:
-        self.outcomes.append(outcome)
-
-    def file(self, name: str, data: bytes, media_type: str) -> None:
-        self.files[name] = data
-
-    @property
-    def folds(self) -> list[FoldResult]:
-        """What the folds measured."""
-        return [outcome.result for outcome in self.outcomes]
-
-
-def task_of(rows: list[Row], labels: list[str]) -> Task:
-    if rows[0].target is not None:
-        return Task.REGRESSION
-    if any(len(row.labels) != 1 for row in rows):
-        return Task.MULTILABEL
-    return Task.BINARY if len(labels) == 2 else Task.MULTICLASS
-
-
-class Bench:
-    """A store with weights and images, and runs on them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.store = Store(folder / "store")
-        self.place = Place(
-            store=self.store,
-            features=folder / "features",
-            pixels=folder / "pixels",
-            pixels_bytes=10**9,
-            image_limits=ImageLimits(),
-            threads=2,
-        )
-        self.known = Known()
-        self.weights: dict[BackboneName, Digest] = {}
-
-    def rows(self, files: dict[str, bytes], split: Split = Split.TRAIN) -> list[Row]:
-        return [
-            Row(path, self.store.put(data), (path.split("/")[0],), None, None, split) for path, data in files.items()
-        ]
-
-    def weights_of(self, name: BackboneName) -> Digest:
-        if name not in self.weights:
-            self.weights[name] = self.store.put(backbones.random_weights(name))
-        return self.weights[name]
-
-    def know(self, name: BackboneName, cut: str, onnx: bytes) -> Digest:
-        """Have a backbone at its smallest size exported already; return its digest."""
-        key = BackboneKey(name, self.weights_of(name), cut, CATALOGUE[name].minimum_size)
-        self.known.exports[key] = self.store.put(onnx)
-        return self.known.exports[key]
-
-    def run(self, rows: list[Row], heard: Heard | None = None, **change: Any) -> tuple[Outcome, Heard]:
-        labels = sorted({label for row in rows for label in row.labels})
-        counts = [ClassCount(label, 99, 99) for label in labels]
-        recipe = fill(Recipe.model_validate(QUICK | change), task_of(rows, labels), counts, groups=99)
-        heard = heard or Heard()
-        order = Order(recipe, self.store.put(manifest.dump(rows)), labels, self.weights_of(recipe.backbone))
-        return experiment.run(order, self.place, self.known, heard), heard
-
-    def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:
-        """Run an experiment that is cut off at (part, phase, epochs of it), and goes on from what it had kept."""
-        left = set(cuts)
-        since: dict[int | None, Checkpoint] = {}
-
-        def is_cut(part: int | None, checkpoint: Checkpoint) -> bool:
-            epochs = len(checkpoint.snapshot.history) if checkpoint.snapshot else 0
-            place = (part, "network" if checkpoint.head else "head", epochs)
-            is_here = place in left
-            left.discard(place)
-            return is_here
-
-        while True:
-            try:
-                outcome, _ = self.run(rows, Heard(since=since, is_cut=is_cut), **change)
-            except Interrupted as cut:
-                since[cut.part] = kept(cut.checkpoint)
-            else:
-                assert not left, f"never came to {left}"
-                return outcome
-
-
-def kept(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint as it is read again from its file."""
-    found = checkpoints.load(checkpoints.dump(checkpoint, "mine"), "mine")
-    assert found is not None
-    return found
 
 
 @pytest.fixture

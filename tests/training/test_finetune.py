@@ -12,8 +12,9 @@ import pytest
 import sample
 
 from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.defaults import ClassCount, fill
 from artifacts.images import Pixels
-from artifacts.recipe import ClassCount, Precision, Recipe, Task, fill
+from artifacts.recipe import Precision, Recipe, Task
 from benchmarks.networks import calibrated
 from inference import heads
 from inference.engine import OpenVinoEngine

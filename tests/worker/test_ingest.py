@@ -21,10 +21,11 @@ from working import QUICK, Forgetful, Say, claimed_work, look, make_due, settled
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
+from artifacts.defaults import ClassCount
 from artifacts.images import ImageLimits, encode
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Task
+from artifacts.recipe import Task
 from artifacts.store import Digest, Store, digest_of
 from errors import Crashed, DiskFull
 from models import dataset as datasets

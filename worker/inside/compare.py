@@ -13,7 +13,7 @@ import numpy as np
 
 from artifacts import manifest
 from artifacts.headline import HEADLINES, Headline
-from artifacts.recipe import Task
+from artifacts.recipe import Task, sides
 from artifacts.shared import open_store
 from artifacts.store import Digest, Store, StoreAddress
 from errors import EspalierError
@@ -124,7 +124,7 @@ def _prediction_times(
 
 
 def _ask(predictor: Predictor) -> Callable[[], object]:
-    pixels = np.zeros((1, predictor.bundle.size, predictor.bundle.size, 3), np.uint8)
+    pixels = np.zeros((1, *sides(predictor.bundle.size), 3), np.uint8)
     return lambda: predictor.logits(pixels)
 
 

@@ -122,9 +122,11 @@ class _Desk:
 
         return outcome.load(self._store.read(Digest(order["outcomes"][str(number)])))
 
-    def _find_weights(self) -> Digest:
-        """Return weights that lie in the store, getting them there if need be."""
+    def _find_weights(self) -> Digest | None:
+        """Return weights that lie in the store, getting them there if need be; None for a network from scratch."""
         given, recipe = self._given, self._recipe
+        if recipe.backbone is None or recipe.weights is None:
+            return None
         if given["weights"] is not None:
             return Digest(given["weights"])
 
@@ -141,7 +143,8 @@ class _Desk:
     def _prepare(self) -> Experiment:
         given = self._given
         # Imported here and now: TensorFlow takes seconds, and weights that cannot be had should be told before.
-        from training.experiment import Experiment, Order
+        from training.begin import Order
+        from training.experiment import Experiment
         from training.prepare import Place
 
         limits = ImageLimits(**{**given["image_limits"], "formats": tuple(given["image_limits"]["formats"])})

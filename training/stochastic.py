@@ -1,0 +1,67 @@
+"""Stochastic pooling as a Keras layer.
+
+Zeiler & Fergus 2013, "Stochastic Pooling for Regularization of Deep Convolutional Neural Networks".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+
+class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
+    """Takes one value of each window of maps [N, h, w, C], drawn with a probability in proportion to its size.
+
+    p_i = a_i / sum(a) over the window (their formula 4). In training one a_i is drawn by p; in prediction it is the
+    mean weighted by p, sum(p_i * a_i) (formula 6). Values below zero count as zero, as behind a ReLU; a window of zeros
+    gives zero.
+    """
+
+    def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._size, self._stride, self._padding = size, stride, padding
+        self._seeds = keras.random.SeedGenerator()
+
+    def call(self, maps: Any, training: bool = False) -> Any:
+        values = keras.ops.relu(self._windows(maps))
+        if not training:
+            total = keras.ops.sum(values, axis=0)
+            return keras.ops.sum(keras.ops.square(values), axis=0) / keras.ops.where(total > 0, total, 1.0)
+        # the first place where the running sum passes a point between zero and the whole sum
+        running = keras.ops.cumsum(values, axis=0)
+        point = keras.random.uniform(keras.ops.shape(running[-1]), dtype=values.dtype, seed=self._seeds) * running[-1]
+        passed = keras.ops.cast(running > point[None], values.dtype)
+        before = keras.ops.concatenate([keras.ops.zeros_like(passed[:1]), passed[:-1]], axis=0)
+        return keras.ops.sum(values * (passed - before), axis=0)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        sides = zip(shape[1:3], self._size, self._stride, strict=True)
+        if self._padding == "same":
+            down, across = (-(-side // stride) for side, _, stride in sides)
+        else:
+            down, across = ((side - size) // stride + 1 for side, size, stride in sides)
+        return (shape[0], down, across, shape[3])
+
+    def _windows(self, maps: Any) -> Any:
+        """Return each place of all windows, [places, N, h, w, C]; what lies beyond the border is zero."""
+        _, down, across, _ = self.compute_output_shape(maps.shape)
+        spans = [
+            ((count - 1) * stride + size, side)
+            for count, size, stride, side in zip((down, across), self._size, self._stride, maps.shape[1:3], strict=True)
+        ]
+        lacking = [max(0, span - side) for span, side in spans]
+        maps = keras.ops.pad(maps, [(0, 0), *((lack // 2, lack - lack // 2) for lack in lacking), (0, 0)])
+        (rows, columns), (row_step, column_step) = self._size, self._stride
+        return keras.ops.stack(
+            [
+                maps[
+                    :,
+                    row : row + (down - 1) * row_step + 1 : row_step,
+                    column : column + (across - 1) * column_step + 1 : column_step,
+                ]
+                for row in range(rows)
+                for column in range(columns)
+            ],
+            axis=0,
+        )
