@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -162,22 +162,44 @@ def _invalid(error: RequestValidationError) -> EspalierError:
     found = []
     for item in error.errors():
         message, received = said(item)
-        found.append({"field": _field(item), "message": message, "received": received})
+        found.append({"field": _field(item, error.body), "message": message, "received": received})
     first = found[0]
     detail = f"{first['field']}: {first['message']}. Received {first['received']}."
     if len(found) > 1:
         detail += f" And {len(found) - 1} more; 'errors' lists them."
-    if first["field"].startswith("recipe"):
+    if first["field"].startswith(_RECIPES):
         return RecipeInvalid(first["field"], detail, errors=found)
     return RequestInvalid(detail, field=first["field"], errors=found)
 
 
-def _field(error: ErrorDetails) -> str:
+# Fields of bodies that hold a recipe, several, or a part of one.
+_RECIPES = ("recipe", "network")
+
+
+def _field(error: ErrorDetails, body: object) -> str:
     """Return the field by the path that the client wrote, or `body` for a body as a whole."""
     where, *path = error["loc"]
     if not path or error["type"] == "json_invalid":
         return str(where)
-    return field_path(path)
+    if where != "body":
+        return field_path(path)
+    missing = path[-1:] if error["type"] == "missing" else []
+    return field_path([*_written(path, body), *missing]) or str(where)
+
+
+def _written(path: Sequence[int | str], body: object) -> list[int | str]:
+    """Return a path without pydantic's names of alternatives, such as the type of a layer, which no client wrote."""
+    found = []
+    for part in path:
+        match body:
+            case dict() if part in body:
+                body = body[part]
+            case list() if isinstance(part, int) and part < len(body):
+                body = body[part]
+            case _:
+                continue
+        found.append(part)
+    return found
 
 
 def field_path(path: Iterable[int | str]) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
+from artifacts.catalogue import BackboneName
+from artifacts.layers import NetworkRecipe, Side
 from artifacts.layout import Split
 from artifacts.recipe import NAME_PATTERN, Recipe, Task
 from models.comparison import ComparisonState
@@ -282,6 +284,57 @@ class BackboneOut(Schema):
     unfreeze: list[str]
     """Where fine-tuning may begin: a cut point, or all of the network."""
     weights: list[WeightsOut]
+
+
+# --- networks ------------------------------------------------------------------------------------------------------
+
+
+class NetworkPreviewRequest(Request):
+    """A network to look at: one from scratch, or a backbone with its cut."""
+
+    network: NetworkRecipe | None = None
+    """A network from scratch."""
+    backbone: BackboneName | None = None
+    """Instead of `network`: a backbone."""
+    features_from: str | None = None
+    """Of a backbone: the cut point whose output becomes the features; by default the last."""
+    image_size: Side | tuple[Side, Side] | None = None
+    """Side of a square in pixels, or height and width; by default the backbone's own, 64 for a CNN, 32 for others."""
+    outputs: Annotated[int, Field(ge=1, le=16_384)] | None = None
+    """Values of an output layer that closes the table, such as one for each class; by default it has none."""
+
+
+class LayerOut(Schema):
+    """A layer of a network."""
+
+    name: str
+    type: str
+    inputs: list[str]
+    """Names of what it reads: layers before it, or `input`."""
+    shape: list[int]
+    """Height, width and channels of its maps, or how many values it has in a row."""
+    parameters: int
+    """BatchNorm's running mean and variance among them."""
+    multiply_adds: int
+    """Of convolutions and dense layers, for one image."""
+    receptive_field: tuple[int, int]
+    """Height and width in pixels of what one of its values sees, zeros beyond the image's border included."""
+    warning: str | None
+    """What of its maps is lost here."""
+
+
+class NetworkPreviewOut(Schema):
+    """The layers of a network, from the pixels on."""
+
+    input: tuple[int, int, int]
+    """Height, width and channels of an image."""
+    layers: list[LayerOut]
+    parameters: int
+    multiply_adds: int
+    weights_bytes: int
+    """Of all parameters in float32."""
+    warnings: list[str]
+    """Those of the layers, each with the layer's name."""
 
 
 # --- comparisons ---------------------------------------------------------------------------------------------------

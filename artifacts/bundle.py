@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from artifacts.images import Pixels
-from artifacts.layers import Activation
-from artifacts.recipe import Precision, Resize, Size, Task, sides
+from artifacts.layers import Activation, Sides, sides
+from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Digest, parse_digest
 from artifacts.tensors import UNREADABLE, dump, load_values
 from artifacts.tensors import load as load_tensors
@@ -64,7 +64,7 @@ class Bundle:
     engine: str
     precision: Precision
     image_rule: int
-    size: Size
+    size: Sides
     resize: Resize
     layers: tuple[Dense, ...]
     golden_input: Pixels
@@ -144,7 +144,7 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
     return bundle
 
 
-def _size(value: int | list[int]) -> Size:
+def _size(value: int | list[int]) -> Sides:
     if isinstance(value, int):
         return value
     height, width = value

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from errors import RecipeInvalid
+
 # In place of a cut: the whole network learns.
 ALL = "all"
 
@@ -55,6 +57,24 @@ class Backbone:
     def last_cut(self) -> str:
         """The cut after which nothing is left but the top."""
         return list(self.cuts)[-1]
+
+    def fitted(self, cut: str | None, size: int | None) -> tuple[str, int]:
+        """Return the cut and the size that are meant, by default the last cut and the network's own size.
+
+        Raises:
+            RecipeInvalid: the network has no such cut, or needs larger images.
+        """
+        size = self.size if size is None else size
+        if size < self.minimum_size:
+            raise RecipeInvalid(
+                "image_size", f"Expected at least {self.minimum_size} pixels for {self.title}. Received {size}."
+            )
+        cut = self.last_cut if cut is None else cut
+        if cut not in self.cuts:
+            raise RecipeInvalid(
+                "features_from", f"Expected a cut point of {self.title} ({', '.join(self.cuts)}). Received {cut!r}."
+            )
+        return cut, size
 
     def cut_before(self, unfreeze: str) -> str | None:
         """Return the last cut of the part that stays frozen when layers from `unfreeze` on learn; None if all learn."""

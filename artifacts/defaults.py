@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from artifacts.catalogue import ALL
-from artifacts.layers import NetworkKind, NetworkRecipe, Threshold
+from artifacts.layers import NetworkKind, NetworkRecipe, Threshold, sides
 from artifacts.networks import default_size, filled_network
 from artifacts.recipe import (
     Augmentation,
@@ -22,7 +22,6 @@ from artifacts.recipe import (
     TargetMetric,
     Task,
     TaskChoice,
-    sides,
 )
 from errors import RecipeInvalid
 
@@ -73,20 +72,10 @@ def _filled_backbone(recipe: Recipe) -> dict[str, object]:
         if getattr(recipe, name) is None:
             raise RecipeInvalid(name, f"Expected one: only mode {Mode.FROM_SCRATCH.value!r} has none.")
     backbone = recipe.known_backbone
-    size = recipe.image_size or backbone.size
-    if not isinstance(size, int):
+    size = recipe.image_size
+    if size is not None and not isinstance(size, int):
         raise RecipeInvalid("image_size", f"Expected one number: {backbone.title} sees squares. Received {list(size)}.")
-    if size < backbone.minimum_size:
-        raise RecipeInvalid(
-            "image_size",
-            f"Expected at least {backbone.minimum_size} pixels for {backbone.title}. Received {size}.",
-        )
-    cut = backbone.last_cut if recipe.features_from is None else recipe.features_from
-    if cut not in backbone.cuts:
-        raise RecipeInvalid(
-            "features_from",
-            f"Expected a cut point of {backbone.title} ({', '.join(backbone.cuts)}). Received {cut!r}.",
-        )
+    cut, size = backbone.fitted(recipe.features_from, size)
     return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, cut)}
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.recipe import Precision, Resize, Size
+from artifacts.layers import Sides
+from artifacts.recipe import Precision, Resize
 from artifacts.store import Digest, disk_errors
 
 Features = npt.NDArray[np.float32]
@@ -34,7 +35,7 @@ class FeatureSpace:
     """What a feature depends on besides the image."""
 
     image_rule: int
-    size: Size
+    size: Sides
     resize: Resize
     backbone: Digest
     precision: Precision

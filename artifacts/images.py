@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from artifacts.recipe import Resize, Size, sides
+from artifacts.layers import Sides, sides
+from artifacts.recipe import Resize
 from errors import ImageRefused
 
 IMAGE_RULE = 1
@@ -63,7 +64,7 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
         return facts
 
 
-def decode(data: bytes, size: Size, resize: Resize, limits: ImageLimits) -> Pixels:
+def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pixels:
     """Decode an image by image rule 1.
 
     Args:

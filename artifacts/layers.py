@@ -1,5 +1,6 @@
-"""What a network from scratch is made of, as a recipe says it: kinds of networks, their layers, and sensible ones.
+"""What networks are made of: kinds of networks from scratch, their layers as a recipe says them, and sensible ones.
 
+The last few kinds of layers are in backbones alone (`artifacts.backbone_networks`); no recipe can ask for them.
 Knows no shapes (`artifacts.networks` works them out) and builds nothing (`training.scratch` does).
 """
 
@@ -7,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 LAYER_NAME_PATTERN = r"^[a-z][a-z0-9_]{0,39}$"
 INPUT = "input"
 """The name of what every network begins with: the pixels."""
+OUTPUT = "output"
+"""The name of the layer that every network ends in; it follows the task."""
 
 
 class Part(BaseModel):
@@ -63,14 +66,24 @@ class PoolingKind(StrEnum):
 
 
 Side = Annotated[int, Field(ge=1, le=1024)]
-Window = Side | tuple[Side, Side]
-"""One number for a square, or height and width, in pixels of the map."""
+
+
+def _is_pair(value: object) -> str:
+    return "sides" if isinstance(value, list | tuple) else "side"
+
+
+# Told apart before they are looked at: else a bad number would be refused twice, once for being no pair.
+Sides = Annotated[Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Tag("sides")], Discriminator(_is_pair)]
+"""The side of a square in pixels, or height and width."""
+
+
+_Name = Annotated[str, Field(pattern=LAYER_NAME_PATTERN)]
 
 
 class _Layer(Part):
-    name: Annotated[str, Field(pattern=LAYER_NAME_PATTERN)] | None = None
+    name: _Name | None = None
     """By default the type and a number, such as `convolution_1`."""
-    inputs: Annotated[tuple[str, ...], Field(min_length=1, max_length=16)] | None = None
+    inputs: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=16)] | None = None
     """Names of the layers that it reads, or `input`; by default the one before it."""
 
 
@@ -79,10 +92,12 @@ class Convolution(_Layer):
 
     type: Literal["convolution"] = "convolution"
     filters: Annotated[int, Field(ge=1, le=4096)]
-    kernel: Window = 3
-    stride: Window = 1
+    kernel: Sides = 3
+    stride: Sides = 1
     padding: Padding = Padding.VALID
     activation: Activation = Activation.RELU
+
+    has_bias: ClassVar[bool] = True
 
 
 class Pooling(_Layer):
@@ -90,8 +105,8 @@ class Pooling(_Layer):
 
     type: Literal["pooling"] = "pooling"
     kind: PoolingKind = PoolingKind.MAX
-    size: Window = 2
-    stride: Window | None = None
+    size: Sides = 2
+    stride: Sides | None = None
     """By default the size: windows that touch."""
     padding: Padding = Padding.VALID
 
@@ -128,6 +143,9 @@ class BatchNormalization(_Layer):
 
     type: Literal["batch_normalization"] = "batch_normalization"
 
+    # Mean, variance, and what becomes of them: scale and offset.
+    numbers_per_channel: ClassVar[int] = 4
+
 
 class Sum(_Layer):
     """The sum of branches of the same shape."""
@@ -154,6 +172,47 @@ Layer = Annotated[
     | Concatenation,
     Field(discriminator="type"),
 ]
+
+
+class BareConvolution(Convolution):
+    """A convolution without bias and activation, since BatchNorm follows. Backbones only."""
+
+    activation: Activation = Activation.LINEAR
+
+    has_bias: ClassVar[bool] = False
+
+
+class SeparableConvolution(_Layer):
+    """A filter for each channel, then one pixel of all channels at a time (Chollet 2017), no bias. Backbones only."""
+
+    type: Literal["separable_convolution"] = "separable_convolution"
+    filters: int
+    kernel: Sides = 3
+    stride: Sides = 1
+    padding: Padding = Padding.SAME
+
+
+class ZeroPadding(_Layer):
+    """Zeros around the map, so many on each side. Backbones only."""
+
+    type: Literal["zero_padding"] = "zero_padding"
+    width: int
+
+
+class Rectifier(_Layer):
+    """ReLU as a layer of its own. Backbones only."""
+
+    type: Literal["activation"] = "activation"
+
+
+class OffsetNormalization(BatchNormalization):
+    """BatchNorm that learns no scale. Backbones only."""
+
+    numbers_per_channel: ClassVar[int] = 3
+
+
+AnyLayer = Layer | SeparableConvolution | ZeroPadding | Rectifier
+"""A layer of any network, the special cases of a recipe's layers among them."""
 
 _Channels = Literal[1, 3]
 _MOST_LAYERS = 200
@@ -212,6 +271,6 @@ def named(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def pair(window: Window) -> tuple[int, int]:
-    """Return height and width of a window."""
-    return (window, window) if isinstance(window, int) else window
+def sides(size: Sides) -> tuple[int, int]:
+    """Return height and width in pixels."""
+    return (size, size) if isinstance(size, int) else size

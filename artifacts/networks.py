@@ -1,9 +1,9 @@
 """Works out the shapes of a network layer by layer, before anything is trained. Knows no Keras.
 
 Sides of maps: floor((m - n) / s) + 1 for a window of n pixels every s on m without padding, ceil(m / s) with padding
-`same` (Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning"). A receptive field grows by
-(n - 1) * jump, and the jump between neighbours by the factor s (Araujo et al. 2019, "Computing Receptive Fields of
-Convolutional Neural Networks").
+`same` (Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning"). A receptive field begins
+p * jump earlier for p pixels of padding and grows by (n - 1) * jump, and the jump between neighbours by the factor s
+(Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks").
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from artifacts.backbone_networks import backbone_layers
+from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.layers import (
     INPUT,
+    OUTPUT,
+    AnyLayer,
     BatchNormalization,
     Concatenation,
     Convolution,
@@ -26,10 +30,13 @@ from artifacts.layers import (
     NetworkRecipe,
     Padding,
     Pooling,
+    Rectifier,
+    SeparableConvolution,
     Sum,
+    ZeroPadding,
     default_layers,
     named,
-    pair,
+    sides,
 )
 from errors import RecipeInvalid
 
@@ -39,28 +46,65 @@ MOST_VALUES = 64_000_000
 
 Shape = tuple[int, ...]
 """Height, width and channels of maps, or the number of values in a row."""
+_Pair = tuple[int, int]
+"""Down and across."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Pixels that the first value of a map sees along one side of the image, zeros beyond its border included.
+
+    Attributes:
+        first: the first of them, negative before the border.
+        last: the last of them.
+        jump: how many pixels further the value beside it looks.
+    """
+
+    first: int = 0
+    last: int = 0
+    jump: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """How many they are."""
+        return self.last - self.first + 1
+
+    def through(self, window: int, stride: int, padding: int) -> Span:
+        """Return what a value sees behind windows, the first of which begins in so many zeros."""
+        first = self.first - padding * self.jump
+        return Span(first, first + self.last - self.first + (window - 1) * self.jump, self.jump * stride)
+
+    def joined(self, other: Span) -> Span:
+        """Return what a value sees that depends on two; where they jump apart, it is that of the first value alone."""
+        return Span(min(self.first, other.first), max(self.last, other.last), max(self.jump, other.jump))
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """What one value sees: pixels of the image, height and width, and how far apart neighbours look at it."""
+    """What a value of a map sees of the image, down and across."""
 
-    height: int = 1
-    width: int = 1
-    jump: tuple[int, int] = (1, 1)
+    down: Span = Span()
+    across: Span = Span()
 
-    def through(self, window: tuple[int, int], stride: tuple[int, int]) -> ReceptiveField:
-        """Return what a value sees behind windows."""
+    @property
+    def height(self) -> int:
+        """Rows of pixels."""
+        return self.down.pixels
+
+    @property
+    def width(self) -> int:
+        """Columns of pixels."""
+        return self.across.pixels
+
+    def through(self, window: _Pair, stride: _Pair, padding: _Pair) -> ReceptiveField:
+        """Return what a value sees behind windows, the first of which begins in so many zeros."""
         return ReceptiveField(
-            self.height + (window[0] - 1) * self.jump[0],
-            self.width + (window[1] - 1) * self.jump[1],
-            (self.jump[0] * stride[0], self.jump[1] * stride[1]),
+            self.down.through(window[0], stride[0], padding[0]), self.across.through(window[1], stride[1], padding[1])
         )
 
     def joined(self, other: ReceptiveField) -> ReceptiveField:
         """Return what a value sees that depends on two."""
-        jump = (max(self.jump[0], other.jump[0]), max(self.jump[1], other.jump[1]))
-        return ReceptiveField(max(self.height, other.height), max(self.width, other.width), jump)
+        return ReceptiveField(self.down.joined(other.down), self.across.joined(other.across))
 
 
 @dataclass(frozen=True)
@@ -74,6 +118,7 @@ class Row:
         multiply_adds: of convolutions and dense layers for one image, without biases.
         receptive_field: pixels of the image that one value sees, zeros beyond its border included.
         warning: what is lost here, if anything.
+        zeros: rows and columns of zeros in which a map ends, and which are no loss.
     """
 
     name: str
@@ -84,6 +129,12 @@ class Row:
     multiply_adds: int = 0
     receptive_field: ReceptiveField = ReceptiveField()
     warning: str | None = None
+    zeros: _Pair = (0, 0)
+
+
+def default_size(kind: NetworkKind) -> int:
+    """Return the side of the square in pixels that suits a network from scratch."""
+    return 64 if kind is NetworkKind.CNN else 32
 
 
 def filled_network(network: NetworkRecipe, height: int, width: int) -> NetworkRecipe:
@@ -121,11 +172,6 @@ _ALLOWED: Mapping[NetworkKind, Sequence[str]] = {
 }
 
 
-def default_size(kind: NetworkKind) -> int:
-    """Return the side of the images that a kind of network sees if nobody says otherwise, in pixels."""
-    return 64 if kind is NetworkKind.CNN else 32
-
-
 def chain(network: NetworkRecipe) -> tuple[Layer, ...]:
     """Return the layers of a filled network from its pixels on: all but a CNN begin by laying them in a row."""
     layers = network.layers or ()
@@ -142,46 +188,95 @@ def _with_row(layer: Layer) -> tuple[str, ...]:
     return tuple(_ROW if name == INPUT else name for name in layer.inputs or ())
 
 
-def table(network: NetworkRecipe, height: int, width: int) -> list[Row]:
-    """Return the layers of a filled network with their shapes, the pixels first and without the output layer.
+def table(network: NetworkRecipe, height: int, width: int, outputs: int | None = None) -> list[Row]:
+    """Return the layers of a filled network with their shapes, the pixels first.
+
+    Args:
+        network: the network.
+        height: of its images in pixels.
+        width: of its images in pixels.
+        outputs: values of the output layer, which closes the table; by default it is left out.
 
     Raises:
         RecipeInvalid: a layer cannot follow what it reads, or the network is too large; it names the layer.
     """
-    rows = [Row(INPUT, INPUT, (), (height, width, network.channels))]
-    whole = ReceptiveField(height, width)
-    at = {INPUT: rows[0]}
     layers = chain(network)
-    shift = len(layers) - len(network.layers or ())
+    own = len(network.layers or ())
+    pixels = Row(INPUT, INPUT, (), (height, width, network.channels))
+    rows = _rows(layers, pixels, own)
+    for number, (layer, row) in enumerate(zip(layers, rows[1:], strict=True), start=own - len(layers)):
+        if prod(row.shape) > MOST_VALUES:
+            raise _refusal(number, layer, f"Expected at most {MOST_VALUES:,} values. It has {prod(row.shape):,}.")
+    if len(rows[-1].shape) > 1:
+        if not layers:
+            raise RecipeInvalid("network.layers", "Expected at least one layer, ending in values in a row.")
+        raise _refusal(own - 1, layers[-1], "Expected values in a row at the end: add a flatten or a global_average.")
+    rows += _output(rows, outputs)
+    _see_parameters(rows)
+    return rows
+
+
+def backbone_table(name: BackboneName, cut: str | None, size: int | None, outputs: int | None = None) -> list[Row]:
+    """Return the layers of a backbone with their shapes, the pixels first, then up to its features.
+
+    Args:
+        name: the backbone.
+        cut: the cut point that features are taken from; by default the last.
+        size: side of the images in pixels; by default the backbone's own.
+        outputs: values of an output layer on the features, which closes the table; by default it is left out.
+
+    Raises:
+        RecipeInvalid: the backbone has no such cut, or needs larger images.
+    """
+    cut, size = CATALOGUE[name].fitted(cut, size)
+    layers = backbone_layers(name, cut)
+    features = GlobalAverage(name=_FEATURES, inputs=(layers[-1].name or INPUT,))
+    rows = _rows((*layers, features), Row(INPUT, INPUT, (), (size, size, 3)), len(layers) + 1)
+    return rows + _output(rows, outputs)
+
+
+_FEATURES = "features"
+
+
+def _rows(layers: Sequence[AnyLayer], pixels: Row, own: int) -> list[Row]:
+    """Return a row for each layer behind that of the pixels; the last `own` layers are those that a recipe counts.
+
+    Raises RecipeInvalid, naming the layer.
+    """
+    rows = [pixels]
+    at = {INPUT: pixels}
     unread = {layer.name for layer in layers[:-1]}
-    for number, layer in enumerate(layers):
-        place = number - shift
+    for number, layer in enumerate(layers, start=own - len(layers)):
         assert layer.name is not None and layer.inputs is not None
-        if layer.name in at or layer.name == INPUT:
-            raise _refusal(place, layer, "Expected a name of its own.", "name")
+        if layer.name in at or layer.name == OUTPUT:
+            raise _refusal(number, layer, "Expected a name of its own.", "name")
         unknown = [name for name in layer.inputs if name not in at]
         if unknown:
             raise _refusal(
-                place, layer, f"Expected layers before it ({', '.join(at)}). Received {unknown[0]!r}.", "inputs"
+                number, layer, f"Expected layers before it ({', '.join(at)}). Received {unknown[0]!r}.", "inputs"
             )
         unread -= set(layer.inputs)
-        row = _row(place, layer, [at[name] for name in layer.inputs], whole)
-        if prod(row.shape) > MOST_VALUES:
-            raise _refusal(place, layer, f"Expected at most {MOST_VALUES:,} values. It has {prod(row.shape):,}.")
+        row = _row(number, layer, [at[name] for name in layer.inputs], _whole(pixels))
         at[layer.name] = row
         rows.append(row)
     if unread:
-        number = next(number for number, layer in enumerate(layers) if layer.name in unread)
-        raise _refusal(number - shift, layers[number], "Expected a later layer to read it. None does.", "inputs")
-    if len(rows[-1].shape) > 1:
-        last = len(layers) - 1
-        if last < 0:
-            raise RecipeInvalid("network.layers", "Expected at least one layer, ending in values in a row.")
-        raise _refusal(
-            last - shift, layers[last], "Expected values in a row at the end: add a flatten or a global_average."
-        )
-    _see_parameters(rows)
+        numbered = enumerate(layers, start=own - len(layers))
+        number, layer = next((number, layer) for number, layer in numbered if layer.name in unread)
+        raise _refusal(number, layer, "Expected a later layer to read it. None does.", "inputs")
     return rows
+
+
+def _whole(pixels: Row) -> ReceptiveField:
+    height, width, _ = pixels.shape
+    return ReceptiveField(Span(last=height - 1), Span(last=width - 1))
+
+
+def _output(rows: Sequence[Row], outputs: int | None) -> list[Row]:
+    """Return the row of an output layer behind others, or none if there is none."""
+    if outputs is None:
+        return []
+    layer = FullyConnected(name=OUTPUT, inputs=(rows[-1].name,), units=outputs)
+    return [_row(len(rows), layer, [rows[-1]], _whole(rows[0]))]
 
 
 def _see_parameters(rows: Sequence[Row]) -> None:
@@ -196,12 +291,12 @@ def _see_parameters(rows: Sequence[Row]) -> None:
         )
 
 
-def _refusal(number: int, layer: Layer, detail: str, field: str | None = None) -> RecipeInvalid:
-    where = f"network.layers.{number}" + (f".{field}" if field else "")
+def _refusal(number: int, layer: AnyLayer, detail: str, field: str | None = None) -> RecipeInvalid:
+    where = f"network.layers[{number}]" + (f".{field}" if field else "")
     return RecipeInvalid(where, f"Layer {layer.name!r} ({layer.type}): {detail}")
 
 
-def _row(number: int, layer: Layer, read: Sequence[Row], whole: ReceptiveField) -> Row:
+def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveField) -> Row:
     """Return the row of a layer. Raises RecipeInvalid."""
 
     def refuse(detail: str, field: str | None = None) -> RecipeInvalid:
@@ -217,29 +312,33 @@ def _row(number: int, layer: Layer, read: Sequence[Row], whole: ReceptiveField) 
     about = (layer.name or "", layer.type, tuple(row.name for row in read))
     field = one.receptive_field
     match layer:
-        case Convolution():
+        case Convolution() | SeparableConvolution():
             height, width, channels = _maps(one, refuse)
-            kernel, stride = pair(layer.kernel), pair(layer.stride)
-            sides = windows((height, width), kernel, stride, layer.padding)
-            if min(sides) < 1:
+            kernel, stride = sides(layer.kernel), sides(layer.stride)
+            left, seen = _slid(one, kernel, stride, layer.padding)
+            if min(left) < 1:
                 raise refuse(_too_large("kernel", kernel, (height, width)), "kernel")
-            weights = prod(kernel) * channels * layer.filters
-            return Row(
-                *about,
-                (*sides, layer.filters),
-                weights + layer.filters,
-                prod(sides) * weights,
-                field.through(kernel, stride),
-            )
+            if isinstance(layer, Convolution):
+                weights = prod(kernel) * channels * layer.filters
+                biases = layer.filters if layer.has_bias else 0
+            else:
+                weights = prod(kernel) * channels + channels * layer.filters
+                biases = 0
+            return Row(*about, (*left, layer.filters), weights + biases, prod(left) * weights, seen)
         case Pooling():
             height, width, channels = _maps(one, refuse)
-            size, stride = pair(layer.size), pair(layer.stride or layer.size)
-            sides = windows((height, width), size, stride, layer.padding)
-            if min(sides) < 1:
+            size, stride = sides(layer.size), sides(layer.stride or layer.size)
+            left, seen = _slid(one, size, stride, layer.padding)
+            if min(left) < 1:
                 raise refuse(f"{_too_large('window', size, (height, width))} Nothing would be left.", "size")
-            warning = _border((height, width), size, stride) if layer.padding is Padding.VALID else None
-            return Row(*about, (*sides, channels), receptive_field=field.through(size, stride), warning=warning)
-        case Dropout():
+            warning = _border(one, size, stride) if layer.padding is Padding.VALID else None
+            return Row(*about, (*left, channels), receptive_field=seen, warning=warning)
+        case ZeroPadding():
+            height, width, channels = _maps(one, refuse)
+            added = (layer.width, layer.width)
+            shape = (height + 2 * layer.width, width + 2 * layer.width, channels)
+            return Row(*about, shape, receptive_field=field.through((1, 1), (1, 1), added), zeros=added)
+        case Dropout() | Rectifier():
             return Row(*about, one.shape, receptive_field=field)
         case Flatten():
             # a value in a row still sees what it saw in its map
@@ -253,18 +352,34 @@ def _row(number: int, layer: Layer, read: Sequence[Row], whole: ReceptiveField) 
             weights = one.shape[0] * layer.units
             return Row(*about, (layer.units,), weights + layer.units, weights, whole)
         case BatchNormalization():
-            return Row(*about, one.shape, 4 * one.shape[-1], receptive_field=field)
+            return Row(*about, one.shape, layer.numbers_per_channel * one.shape[-1], receptive_field=field)
         case Sum() | Concatenation():
             return Row(*about, _joined(layer, read, refuse), receptive_field=_seen(read))
 
 
-def windows(
-    sides: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], padding: Padding
-) -> tuple[int, int]:
+def windows(sides: _Pair, window: _Pair, stride: _Pair, padding: Padding) -> _Pair:
     """Return how many windows fit down and across; less than one of a window that is larger than what it lies on."""
     if padding is Padding.SAME:
         return -(-sides[0] // stride[0]), -(-sides[1] // stride[1])
     return (sides[0] - window[0]) // stride[0] + 1, (sides[1] - window[1]) // stride[1] + 1
+
+
+def _slid(read: Row, window: _Pair, stride: _Pair, padding: Padding) -> tuple[_Pair, ReceptiveField]:
+    """Return how many windows fit on maps, and what each of them sees."""
+    height, width, _ = read.shape
+    sides = windows((height, width), window, stride, padding)
+    zeros = (0, 0)
+    if padding is Padding.SAME:
+        zeros = (
+            _zeros_before(height, sides[0], window[0], stride[0]),
+            _zeros_before(width, sides[1], window[1], stride[1]),
+        )
+    return sides, read.receptive_field.through(window, stride, zeros)
+
+
+def _zeros_before(side: int, windows: int, window: int, stride: int) -> int:
+    """Return how many of the zeros that `same` needs come before the map; an odd one more comes after it."""
+    return max((windows - 1) * stride + window - side, 0) // 2
 
 
 def _maps(row: Row, refuse: Callable[..., RecipeInvalid]) -> Shape:
@@ -273,22 +388,24 @@ def _maps(row: Row, refuse: Callable[..., RecipeInvalid]) -> Shape:
     return row.shape
 
 
-def _too_large(name: str, window: tuple[int, int], sides: tuple[int, int]) -> str:
+def _too_large(name: str, window: _Pair, sides: _Pair) -> str:
     return (
         f"Expected a {name} of at most {sides[0]}×{sides[1]}, the map that it lies on. Received "
         f"{window[0]}×{window[1]}. Use larger images, padding 'same', or less pooling before."
     )
 
 
-def _border(sides: tuple[int, int], size: tuple[int, int], stride: tuple[int, int]) -> str | None:
+def _border(read: Row, size: _Pair, stride: _Pair) -> str | None:
     """Return what windows without padding leave out at the end, or None."""
-    rows, columns = ((side - one) % step for side, one, step in zip(sides, size, stride, strict=True))
+    height, width, _ = read.shape
+    rows = (height - size[0]) % stride[0] - read.zeros[0]
+    columns = (width - size[1]) % stride[1] - read.zeros[1]
     lost = [
-        f"{count} {name}{'s' if count > 1 else ''}" for count, name in ((rows, "row"), (columns, "column")) if count
+        f"{count} {name}{'s' if count > 1 else ''}" for count, name in ((rows, "row"), (columns, "column")) if count > 0
     ]
     if not lost:
         return None
-    return f"Leaves out the last {' and '.join(lost)} of a map of {sides[0]}×{sides[1]}."
+    return f"Leaves out the last {' and '.join(lost)} of a map of {height}×{width}."
 
 
 def _joined(layer: Sum | Concatenation, read: Sequence[Row], refuse: Callable[..., RecipeInvalid]) -> Shape:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from artifacts.catalogue import CATALOGUE, Backbone, BackboneName
-from artifacts.layers import Activation, NetworkRecipe, Part
+from artifacts.layers import Activation, NetworkRecipe, Part, Sides
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 IMAGENET, RANDOM = "imagenet", "random"
@@ -115,16 +115,6 @@ class PrecisionChoice(StrEnum):
     INT8 = "int8"
 
 
-Side = Annotated[int, Field(ge=1, le=1024)]
-Size = Side | tuple[Side, Side]
-"""The side of a square in pixels, or height and width."""
-
-
-def sides(size: Size) -> tuple[int, int]:
-    """Return height and width in pixels."""
-    return (size, size) if isinstance(size, int) else size
-
-
 class HeadRecipe(Part):
     """The trained part: dense layers on the features. Without hidden layers it is linear."""
 
@@ -214,7 +204,7 @@ class Recipe(Part):
     """The cut point whose output becomes the features; by default the last. See GET /api/v1/backbones."""
     network: NetworkRecipe | None = None
     """From scratch only: the network; by default a small CNN. See POST /api/v1/networks/preview."""
-    image_size: Size | None = None
+    image_size: Sides | None = None
     """Side of the square in pixels that images are resized to; by default the backbone's own, for a CNN from scratch 64
     and for other networks 32. A network from scratch may also have `[height, width]`."""
     resize: Resize = Resize.SQUASH

@@ -18,8 +18,7 @@ from PIL import Image
 from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.layers import Activation
-from artifacts.recipe import Size, sides
+from artifacts.layers import Activation, Sides, sides
 from errors import RequestInvalid
 from inference.heads import ACTIVATIONS
 
@@ -75,7 +74,7 @@ def heat(layers: Sequence[Dense], features: Features, maps: Features, output: in
     return found
 
 
-def check_side(maps: Features, size: Size) -> None:
+def check_side(maps: Features, size: Sides) -> None:
     """Raise RequestInvalid if maps [..., h, w, D] of images of that size have too few places to show."""
     side = min(maps.shape[-3:-1])
     if side < LEAST_SIDE:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from artifacts.features import FeatureSpace
 from artifacts.images import IMAGE_RULE, Pixels
-from artifacts.recipe import sides
+from artifacts.layers import sides
 from artifacts.store import Digest, disk_errors
 from training.pixels import Decoder
 

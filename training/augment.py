@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from artifacts.images import Pixels
-from artifacts.recipe import Augmentation, Size, sides
+from artifacts.layers import Sides, sides
+from artifacts.recipe import Augmentation
 
 _SHEET_SIDE = 8
 
 
-def augmenter(recipe: Augmentation, size: Size, seed: int) -> Any:
+def augmenter(recipe: Augmentation, size: Sides, seed: int) -> Any:
     """Return a Keras model from images [N, H, W, 3] of values from 0 to 255 to varied ones.
 
     It varies in training alone; what a rotation or a shift uncovers is filled with the mirrored image.

@@ -17,7 +17,8 @@ import numpy as np
 from artifacts.bundle import Bundle, Dense, Float32
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, Pixels
-from artifacts.recipe import Precision, PrecisionChoice, Recipe, Size, Task, sides
+from artifacts.layers import Sides, sides
+from artifacts.recipe import Precision, PrecisionChoice, Recipe, Task
 from artifacts.store import Digest
 from inference import heads
 from inference.engine import Engine, OpenVinoEngine
@@ -199,7 +200,7 @@ def bundle(
     )
 
 
-def golden_images(size: Size) -> Pixels:
+def golden_images(size: Sides) -> Pixels:
     """Return an image that shows a broken engine: smooth slopes and hard edges in every channel, uint8 [1, H, W, 3]."""
     height, width = sides(size)
     y, x = np.mgrid[:height, :width]

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from artifacts import networks
 from artifacts.bundle import Float32
 from artifacts.headline import HEADLINES
-from artifacts.layers import NetworkKind
-from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task, sides
+from artifacts.layers import NetworkKind, sides
+from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
 from training.epochs import Epoch
 from training.extract import Extraction
 from training.learn import NETWORK, Plan

@@ -12,7 +12,8 @@ import numpy as np
 
 from artifacts import images
 from artifacts.images import ImageLimits, Pixels
-from artifacts.recipe import Resize, Size
+from artifacts.layers import Sides
+from artifacts.recipe import Resize
 from artifacts.store import Digest, Store
 from errors import Corrupt, ImageRefused
 
@@ -25,7 +26,7 @@ class Decoder:
     """How the images of a run become pixels, all of one size."""
 
     store: Store
-    size: Size
+    size: Sides
     resize: Resize
     limits: ImageLimits
     threads: int

@@ -12,7 +12,8 @@ import numpy as np
 from artifacts.catalogue import BackboneName
 from artifacts.features import FeatureCache, Features, FeatureSpace
 from artifacts.images import IMAGE_RULE, ImageLimits
-from artifacts.recipe import Precision, Recipe, Size
+from artifacts.layers import Sides
+from artifacts.recipe import Precision, Recipe
 from artifacts.store import Digest, Store
 from inference.engine import OpenVinoEngine
 from training import backbones
@@ -155,13 +156,13 @@ class Networks:
         return Trunk(precision, network, engine, cache.rows(images), extraction)
 
 
-def sample(rows: Indices, size: Size) -> Indices:
+def sample(rows: Indices, size: Sides) -> Indices:
     """Return some of the rows, in their order, to calibrate a network for images of that size on."""
     count = min(len(rows), calibration_size(size))
     return np.sort(np.random.default_rng(_SAMPLE_SEED).choice(rows, count, replace=False))
 
 
-def size_of(recipe: Recipe) -> Size:
+def size_of(recipe: Recipe) -> Sides:
     """Return the size of a filled recipe's images in pixels."""
     assert recipe.image_size is not None
     return recipe.image_size

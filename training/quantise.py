@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from artifacts.images import Pixels
-from artifacts.recipe import Size, sides
+from artifacts.layers import Sides, sides
 from training.arrays import Report
 
 CALIBRATED_ON = 300
@@ -38,7 +38,7 @@ class Quantised:
         return {name: value for name, value in vars(self).items() if name != "onnx"}
 
 
-def calibration_size(size: Size) -> int:
+def calibration_size(size: Sides) -> int:
     """Return how many images of `size` pixels a network is calibrated on at most; large ones take much memory."""
     return max(1, min(CALIBRATED_ON, _CALIBRATION_BYTES // (3 * prod(sides(size)))))
 

@@ -30,12 +30,13 @@ from artifacts.layers import (
     NetworkRecipe,
     Pooling,
     PoolingKind,
+    Sides,
     Sum,
     Threshold,
-    pair,
+    sides,
 )
 from artifacts.networks import chain
-from artifacts.recipe import Loss, Recipe, Size, Task, sides
+from artifacts.recipe import Loss, Recipe, Task
 from training import backbones, fit
 from training.augment import augmenter
 from training.epochs import Beat, Passage, Rows, Trained
@@ -136,7 +137,7 @@ def grow(
     return Grown(trained, layers, lambda: backbones.dump_weights(body), logits)
 
 
-def network(recipe: NetworkRecipe, size: Size, weights: bytes) -> Any:
+def network(recipe: NetworkRecipe, size: Sides, weights: bytes) -> Any:
     """Return the layers before the output, with weights of `backbones.dump_weights`, as they are exported.
 
     Returns:
@@ -235,7 +236,7 @@ def _output(recipe: NetworkRecipe, outputs: int) -> Any:
     return keras.layers.Dense(outputs, kernel_initializer=initial, name="output")
 
 
-def _body(recipe: NetworkRecipe, size: Size) -> Any:
+def _body(recipe: NetworkRecipe, size: Sides) -> Any:
     """Return a Keras model from scaled images to features [N, D] and the maps that they are the mean of."""
     pixels = keras.Input((*sides(size), recipe.channels), name=INPUT)
     found: dict[str, Any] = {INPUT: pixels}
@@ -262,16 +263,16 @@ def _keras_layer(layer: Layer) -> Any:
         case Convolution():
             return layers.Conv2D(
                 layer.filters,
-                pair(layer.kernel),
-                pair(layer.stride),
+                sides(layer.kernel),
+                sides(layer.stride),
                 layer.padding.value,
                 activation=layer.activation.value,
                 name=layer.name,
             )
         case Pooling():
             kind = _POOLINGS[layer.kind]
-            size = pair(layer.size)
-            return kind(size, pair(layer.stride) if layer.stride else size, layer.padding.value, name=layer.name)
+            size = sides(layer.size)
+            return kind(size, sides(layer.stride) if layer.stride else size, layer.padding.value, name=layer.name)
         case Dropout():
             return layers.Dropout(layer.rate, name=layer.name)
         case Flatten():

@@ -25,10 +25,12 @@ DEFAULTS = {
     "backbone": "xception",
     "weights": "imagenet",
     "features_from": None,
+    "network": None,
     "image_size": None,
     "resize": "squash",
     "task": "auto",
     "head": {"hidden": [], "activation": "relu", "dropout": 0.0, "l2": 1e-4},
+    "loss": "auto",
     "optimizer": {"name": "adam", "learning_rate": 0.001},
     "batch_size": 32,
     "epochs": 100,
@@ -219,9 +221,9 @@ def field_of(recipe: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("recipe", "field"),
     [
-        ({"mode": "from-scratch"}, "mode"),
+        ({"mode": "distillation"}, "mode"),
         ({"precision": "int4"}, "precision"),
-        ({"network": {"kind": "cnn"}}, "network"),
+        ({"teacher": {"backbone": "vgg16"}}, "teacher"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(recipe: dict[str, Any], field: str) -> None:
@@ -243,11 +245,15 @@ def test_what_is_not_built_is_refused_by_name(recipe: dict[str, Any], field: str
         ({"weights": "ImageNet"}, "weights"),
         ({"weights": "imagenet\n"}, "weights"),
         ({"weights": ""}, "weights"),
-        ({"image_size": 15}, "image_size"),
-        ({"image_size": 1025}, "image_size"),
-        ({"image_size": 64.5}, "image_size"),
+        ({"image_size": 0}, "image_size.side"),
+        ({"image_size": 1025}, "image_size.side"),
+        ({"image_size": 64.5}, "image_size.side"),
+        ({"image_size": [32, 0]}, "image_size.sides.1"),
+        ({"network": {"kind": "rnn"}}, "network.kind"),
+        ({"network": {"channels": 4}}, "network.channels"),
+        ({"network": {"layers": [{"type": "attention"}]}}, "network.layers.0"),
+        ({"network": {"layers": [{"type": "dense"}]}}, "network.layers.0.dense.units"),
         ({"resize": "stretch"}, "resize"),
-        ({"head": None}, "head"),
         ({"head": {"hidden": [0]}}, "head.hidden.0"),
         ({"head": {"hidden": [64, 4097]}}, "head.hidden.1"),
         ({"head": {"hidden": [8] * 5}}, "head.hidden"),
@@ -323,8 +329,16 @@ def words(schema: Any) -> Iterator[str]:
 
 def test_what_is_not_built_is_not_in_the_schema() -> None:
     offered = set(words(Recipe.model_json_schema()))
-    assert {"feature-extraction", "fine-tuning", "bfloat16", "multiclass", "adamw", "features_from"} <= offered
-    assert not offered & {"from-scratch", "int4", "network"}
+    assert {
+        "feature-extraction",
+        "fine-tuning",
+        "from-scratch",
+        "bfloat16",
+        "multiclass",
+        "adamw",
+        "features_from",
+    } <= offered
+    assert not offered & {"distillation", "int4", "teacher"}
     assert set(Recipe.model_json_schema()["properties"]) == set(DEFAULTS)
 
 
@@ -393,3 +407,68 @@ def test_a_recipe_is_flat_by_the_paths_of_its_values() -> None:
     values = Recipe(augmentation=None).flat()
     assert (values["head.l2"], values["folds.repeats"], values["augmentation"]) == (1e-4, 1, None)
     assert "head" not in values
+
+
+# --- from scratch -----------------------------------------------------------------------------------------------------
+
+SCRATCH: dict[str, Any] = {"mode": "from-scratch"}
+
+
+def test_a_network_from_scratch_is_a_small_cnn_by_default() -> None:
+    filled = fill(Recipe.model_validate(SCRATCH), Task.MULTICLASS, THREE)
+    assert filled.network is not None and filled.network.kind == "cnn" and filled.image_size == 64
+    assert [layer.type for layer in filled.network.layers or ()][-3:] == ["convolution", "global_average", "dropout"]
+    absent = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")
+    assert [getattr(filled, name) for name in absent] == [None] * len(absent)
+    assert fill(filled, Task.MULTICLASS, THREE) == filled
+    assert Recipe.model_validate_json(filled.model_dump_json()) == filled
+
+
+@pytest.mark.parametrize("kind", ["perceptron", "mlp", "cnn"])
+def test_filling_a_filled_network_changes_nothing(kind: str) -> None:
+    filled = fill(Recipe.model_validate(SCRATCH | {"network": {"kind": kind}}), Task.BINARY, TWO)
+    again = Recipe.model_validate_json(filled.model_dump_json())
+    assert fill(again, Task.BINARY, TWO) == filled
+    assert filled.batch_size == (1 if kind == "perceptron" else 32)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        ({"backbone": "vgg16"}, "backbone"),
+        ({"weights": "random"}, "weights"),
+        ({"features_from": "block1"}, "features_from"),
+        ({"head": {"l2": 0}}, "head"),
+        ({"unfreeze": "all"}, "unfreeze"),
+        ({"fine_tune": {"epochs": 3}}, "fine_tune"),
+        ({"precision": "int8", "recalibrate": True}, "recalibrate"),
+        ({"network": {"kind": "perceptron"}, "batch_size": 8}, "batch_size"),
+        ({"network": {"kind": "perceptron"}, "optimizer": {"name": "adam"}}, "optimizer.name"),
+        ({"network": {"kind": "perceptron", "threshold": "step"}, "loss": "mean_squared_error"}, "loss"),
+        ({"network": {"kind": "perceptron", "layers": [{"type": "flatten"}]}}, "network.layers"),
+        ({"network": {"kind": "mlp", "threshold": "step"}}, "network.threshold"),
+        ({"network": {"layers": [{"type": "convolution", "filters": 2}]}}, "network.layers[0]"),
+        ({"loss": "mean_squared_error"}, "loss"),
+    ],
+)
+def test_what_a_network_from_scratch_has_not_is_refused(recipe: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeInvalid) as refused:
+        fill(Recipe.model_validate(SCRATCH | recipe), Task.MULTICLASS, THREE)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        ({"network": {"kind": "cnn"}}, "network"),
+        ({"loss": "mean_squared_error"}, "loss"),
+        ({"backbone": None}, "backbone"),
+        ({"weights": None}, "weights"),
+        ({"head": None}, "head"),
+        ({"image_size": [224, 200]}, "image_size"),
+    ],
+)
+def test_what_only_a_network_from_scratch_has_is_refused(recipe: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeInvalid) as refused:
+        fill(Recipe.model_validate(recipe), Task.MULTICLASS, THREE)
+    assert refused.value.field == field

@@ -13,7 +13,8 @@ import numpy as np
 
 from artifacts import manifest
 from artifacts.headline import HEADLINES, Headline
-from artifacts.recipe import Task, sides
+from artifacts.layers import sides
+from artifacts.recipe import Task
 from artifacts.shared import open_store
 from artifacts.store import Digest, Store, StoreAddress
 from errors import EspalierError
