@@ -29,7 +29,7 @@ from api.schemas import (
 )
 from artifacts.catalogue import ALL, CATALOGUE, Backbone
 from artifacts.defaults import fill
-from artifacts.recipe import IMAGENET, RANDOM, Recipe
+from artifacts.recipe import IMAGENET, RANDOM, BackboneChoice, Recipe
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
 from models import comparison as comparisons
@@ -163,14 +163,25 @@ def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str)
 
 def _check_weights(session: Session, recipe: Recipe) -> None:
     """See that the weights exist or can be had. Raises RecipeInvalid."""
-    if recipe.backbone is None or recipe.weights in (None, IMAGENET, RANDOM):  # `fill` refuses what must not be null
+    if recipe.backbone is None or recipe.weights is None:  # `fill` refuses what must not be null
         return
-    if registry.find_weights(session, recipe.backbone, recipe.weights):
+    if recipe.backbone is BackboneChoice.AUTO:
+        if not registry.weights_named(session, recipe.weights):
+            raise RecipeInvalid(
+                "weights",
+                f"Expected weights that are here for one backbone at least, to choose among. Received "
+                f"{recipe.weights!r}, which no backbone has yet: train on one of them first, or import weights.",
+            )
+        return
+    if recipe.weights in (IMAGENET, RANDOM):
+        return
+    backbone = recipe.known_backbone.name
+    if registry.find_weights(session, backbone, recipe.weights):
         return
     raise RecipeInvalid(
         "weights",
-        f"Expected 'imagenet', 'random', or weights imported for {recipe.backbone.value}. Received "
-        f"{recipe.weights!r}. Import them with 'make weights BACKBONE={recipe.backbone.value} NAME={recipe.weights} "
+        f"Expected 'imagenet', 'random', or weights imported for {backbone.value}. Received "
+        f"{recipe.weights!r}. Import them with 'make weights BACKBONE={backbone.value} NAME={recipe.weights} "
         "FILE=…'.",
     )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from artifacts.catalogue import ALL
+from artifacts.catalogue import ALL, CATALOGUE
 from artifacts.layers import NetworkKind, NetworkRecipe, Threshold, sides
 from artifacts.networks import default_size, filled_network
 from artifacts.recipe import (
+    AUTO,
     Augmentation,
+    BackboneChoice,
     ClassWeights,
     FineTune,
     Loss,
@@ -71,12 +73,38 @@ def _filled_backbone(recipe: Recipe) -> dict[str, object]:
     for name in ("backbone", "weights", "head"):
         if getattr(recipe, name) is None:
             raise RecipeInvalid(name, f"Expected one: only mode {Mode.FROM_SCRATCH.value!r} has none.")
+    if AUTO in (recipe.backbone, recipe.features_from):
+        return _left_open(recipe)
     backbone = recipe.known_backbone
     size = recipe.image_size
     if size is not None and not isinstance(size, int):
         raise RecipeInvalid("image_size", f"Expected one number: {backbone.title} sees squares. Received {list(size)}.")
     cut, size = backbone.fitted(recipe.features_from, size)
     return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, cut)}
+
+
+def _left_open(recipe: Recipe) -> dict[str, object]:
+    """Return what concerns a pretrained network, as far as it is not left to a bake-off. Raises RecipeInvalid."""
+    field = "backbone" if recipe.backbone is BackboneChoice.AUTO else "features_from"
+    if recipe.mode is Mode.FINE_TUNING:
+        raise RecipeInvalid(
+            field, f"Expected one: mode {recipe.mode.value!r} has none tried. Try with 'feature-extraction' first."
+        )
+    size, cut = recipe.image_size, recipe.features_from
+    if size is not None and not isinstance(size, int):
+        raise RecipeInvalid("image_size", f"Expected one number: backbones see squares. Received {list(size)}.")
+    if recipe.backbone is BackboneChoice.AUTO:
+        if cut not in (None, AUTO):
+            raise RecipeInvalid(
+                "features_from",
+                f"Expected null or 'auto' with backbone 'auto'. Received {cut!r}.",
+            )
+        least = min(backbone.minimum_size for backbone in CATALOGUE.values())
+        if size is not None and size < least:
+            raise RecipeInvalid("image_size", f"Expected at least {least} pixels. Received {size}.")
+    else:
+        _, size = recipe.known_backbone.fitted(None, size)
+    return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, "")}
 
 
 _OF_BACKBONES = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")

@@ -29,6 +29,20 @@ class Mode(StrEnum):
     FROM_SCRATCH = "from-scratch"
 
 
+AUTO = "auto"
+
+
+class BackboneChoice(StrEnum):
+    """The backbone that a recipe asks for; `auto` tries those whose weights are here, and takes the best."""
+
+    AUTO = "auto"
+    VGG16 = "vgg16"
+    VGG19 = "vgg19"
+    RESNET50 = "resnet50"
+    INCEPTION_V3 = "inception_v3"
+    XCEPTION = "xception"
+
+
 class Task(StrEnum):
     """What is predicted."""
 
@@ -196,12 +210,14 @@ class Recipe(Part):
     """Everything that a run is asked to do."""
 
     mode: Mode = Mode.FEATURE_EXTRACTION
-    backbone: BackboneName | None = BackboneName.XCEPTION
-    """None for a network from scratch."""
+    backbone: BackboneChoice | None = BackboneChoice.XCEPTION
+    """`null` for a network from scratch. `auto` tries, on a sample, the last cut of each backbone whose weights are
+    here, or all cuts with `features_from` `auto`; the report shows what it tried."""
     weights: Annotated[str, Field(pattern=NAME_PATTERN)] | None = IMAGENET
     """`imagenet`, `random`, or a name under which the operator imported weights."""
     features_from: str | None = None
-    """The cut point whose output becomes the features; by default the last. See GET /api/v1/backbones."""
+    """The cut point whose output becomes the features; by default the last. `auto` tries all, on a sample. See GET
+    /api/v1/backbones."""
     network: NetworkRecipe | None = None
     """From scratch only: the network; by default a small CNN. See POST /api/v1/networks/preview."""
     image_size: Sides | None = None
@@ -242,7 +258,7 @@ class Recipe(Part):
     def known_backbone(self) -> Backbone:
         """The backbone of a filled recipe that has one."""
         assert self.backbone is not None, "A network from scratch has no backbone. This is a bug."
-        return CATALOGUE[self.backbone]
+        return CATALOGUE[BackboneName(self.backbone.value)]
 
     def flat(self) -> dict[str, Any]:
         """Return every value by its path, such as `head.l2`."""

@@ -288,6 +288,11 @@ def find_weights(session: Session, network: BackboneName, name: str) -> Weights 
     return session.get(Weights, (network, name))
 
 
+def weights_named(session: Session, name: str) -> list[Weights]:
+    """Return the weights that lie in the store under this name, of any network."""
+    return list(session.scalars(select(Weights).where(Weights.name == name).order_by(Weights.network)))
+
+
 def set_weights(session: Session, weights: Weights) -> None:
     """Name stored weights, replacing what had that name for this network."""
     session.merge(weights)

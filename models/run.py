@@ -63,6 +63,7 @@ class Run(Base):
     `batch_size` is what it had to come down to after memory ran out; None while it trains as its recipe says.
     `weights_sha256` is what the recipe's weights were when it began, until it is over: all its parts learn from them.
     `quantised_sha256` and `precision_choice` likewise: what its recipe's precision came to, and what was tried for it.
+    `features_choice` is where its features come from, if its recipe left that open.
     `job_id` names the train job whose parts count: those of an attempt that was given up change nothing any more.
     `training_s` are the seconds of all its parts, whoever did them; waiting does not count.
     """
@@ -79,6 +80,7 @@ class Run(Base):
     weights_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
     quantised_sha256: Mapped[str | None] = mapped_column(String(64), index=True)
     precision_choice: Mapped[dict[str, Any] | None]
+    features_choice: Mapped[dict[str, Any] | None]
     job_id: Mapped[str | None] = mapped_column(String(40))
     state: Mapped[RunState] = mapped_column(text_enum(RunState), default=RunState.QUEUED)
     progress: Mapped[dict[str, Any]] = mapped_column(Json, default=dict)
@@ -391,7 +393,7 @@ def drop_networks(session: Session, run_id: str) -> list[Digest]:
     """Forget which weights and which precision a run has begun with; return their files."""
     run = session.get_one(Run, run_id)
     dropped = [Digest(sha256) for sha256 in (run.weights_sha256, run.quantised_sha256) if sha256]
-    run.weights_sha256 = run.quantised_sha256 = run.precision_choice = None
+    run.weights_sha256 = run.quantised_sha256 = run.precision_choice = run.features_choice = None
     return dropped
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from artifacts import manifest
 from artifacts.bundle import Float32
+from artifacts.catalogue import BackboneName
 from artifacts.headline import HEADLINES
 from artifacts.images import Pixels
 from artifacts.layout import Split
@@ -20,9 +21,10 @@ from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
 from artifacts.store import Digest
 from errors import TrainingDiverged
 from inference.engine import OpenVinoEngine
-from training import backbones, evaluate, scratch
+from training import backbones, bake_off, evaluate, scratch
 from training.arrays import Report, drop_unused, load_maps, load_pixels
 from training.augment import contact_sheet
+from training.bake_off import Pick
 from training.checkpoint import NoKeeper
 from training.deliver import Taught, golden_images, spread
 from training.epochs import Epoch
@@ -64,13 +66,15 @@ class Order:
         recipe: every default filled in.
         manifest: the data set version, in the store.
         labels: class names in the order of the outputs.
-        weights: the backbone's weights, in the store; None for a network from scratch.
+        weights: the backbone's weights, in the store; None for a network from scratch, and where it is to be chosen.
+        candidates: the weights of the backbones that it is to be chosen among.
     """
 
     recipe: Recipe
     manifest: Digest
     labels: Sequence[str]
     weights: Digest | None
+    candidates: Mapping[BackboneName, Digest] = field(default_factory=dict)
 
 
 class Data:
@@ -81,7 +85,7 @@ class Data:
         self.labels = order.labels
         self.rows: Sequence[Row] = manifest.load(place.store.read(order.manifest))
         self.task = Task(recipe.task.value)
-        targets = targets_of(self.task, order.labels, self.rows)
+        targets = self.targets = targets_of(self.task, order.labels, self.rows)
         self.truth = targets.truth
         belongs = manifest.group_rows(self.rows)
         self.groups = np.array(belongs, dtype=np.intp)
@@ -148,15 +152,43 @@ class Course:
     choice: Choice | None = None
 
 
-def begin(data: Data, order: Order, place: Place, registry: Registry, told: Told) -> Course:
-    """Make ready what all folds of a run read."""
+def pick(data: Data, order: Order, place: Place, registry: Registry, told: Told) -> Pick | None:
+    """Return where features come from if a recipe leaves that open; a run that was interrupted keeps to its choice."""
+    recipe = data.recipe
+    if not bake_off.is_asked(recipe):
+        return None
+    known = registry.find_pick()
+    if known is not None:
+        return Pick.of(known)
+    told.stage("bake-off")
+    candidates = order.candidates
+    if order.weights is not None:
+        candidates = {recipe.known_backbone.name: order.weights}
+    found = bake_off.bake_off(
+        recipe,
+        data.task,
+        data.outputs,
+        data.targets,
+        data.groups,
+        data.trained_on,
+        data.digests,
+        candidates,
+        place,
+        told.images,
+    )
+    registry.set_pick(found.facts(data.task))
+    return found
+
+
+def begin(data: Data, weights: Digest | None, place: Place, registry: Registry, told: Told) -> Course:
+    """Make ready what all folds of a run read, of a recipe that leaves nothing open."""
     if data.recipe.precision is not PrecisionChoice.AUTO:
         OpenVinoEngine.check(Precision(data.recipe.precision.value))
     match data.recipe.mode:
         case Mode.FEATURE_EXTRACTION:
-            return _Beginning(data, order, place, registry, told).frozen()
+            return _Beginning(data, weights, place, registry, told).frozen()
         case Mode.FINE_TUNING:
-            return _Beginning(data, order, place, registry, told).tuning()
+            return _Beginning(data, weights, place, registry, told).tuning()
         case Mode.FROM_SCRATCH:
             return _growing(data, place, told)
 
@@ -184,11 +216,11 @@ def _growing(data: Data, place: Place, told: Told) -> Course:
 class _Beginning:
     """The beginning of a run on a backbone."""
 
-    def __init__(self, data: Data, order: Order, place: Place, registry: Registry, told: Told) -> None:
-        assert order.weights is not None
+    def __init__(self, data: Data, weights: Digest | None, place: Place, registry: Registry, told: Told) -> None:
+        assert weights is not None
         self._data, self._place, self._registry, self._told = data, place, registry, told
-        self._weights = order.weights
-        self._networks = Networks(data.recipe, order.weights, place, registry)
+        self._weights = weights
+        self._networks = Networks(data.recipe, weights, place, registry)
         self._considered = candidates(data.recipe.precision, OpenVinoEngine.precisions())
 
     def frozen(self) -> Course:

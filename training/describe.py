@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 
 from artifacts import networks
 from artifacts.bundle import Float32
+from artifacts.catalogue import CATALOGUE
 from artifacts.headline import HEADLINES
 from artifacts.layers import NetworkKind, sides
 from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
+from training.bake_off import FOLDS, Pick
 from training.epochs import Epoch
 from training.extract import Extraction
 from training.learn import NETWORK, Plan
@@ -42,6 +44,7 @@ class Description:
     extraction: Extraction
     precision: Precision
     choice: Choice | None
+    pick: Pick | None
 
 
 def verdict(task: Task, metrics: dict[str, Any]) -> str:
@@ -94,6 +97,7 @@ def report(run: Description) -> str:
         f"| {fold.epochs} | {fold.best_epoch} | {fold.stopped} |"
         for fold in run.folds
     ]
+    lines += _picked(run)
     if run.labels:
         lines += ["", "## Classes", "", "| class | images | precision | recall | F1 |", "|---|--:|--:|--:|--:|"]
     lines += [
@@ -105,6 +109,30 @@ def report(run: Description) -> str:
         lines += ["", "## Confused most often", "", "| truth | answer | images |", "|---|---|--:|"]
         lines += [f"| {truth} | {answer} | {count:,} |" for count, truth, answer in confused]
     return "\n".join(lines) + "\n"
+
+
+def _picked(run: Description) -> list[str]:
+    """Return what was tried for the cut that features come from, as lines of the report."""
+    if run.pick is None:
+        return []
+    headline = HEADLINES[run.task]
+    chosen = run.pick.chosen
+    return [
+        "",
+        "## Where features come from",
+        "",
+        f"`{chosen.features_from}` of {CATALOGUE[chosen.backbone].title} was chosen by trying, on {run.pick.images:,} "
+        f"images in {FOLDS} folds of their own; the score above was measured afterwards, on the folds of the run. The "
+        "images that were tried on are among those of the run, so that the choice has seen their labels.",
+        "",
+        f"| backbone | features from | width | {headline.title} |",
+        "|---|---|--:|--:|",
+        *(
+            f"| {CATALOGUE[one.backbone].title} | `{one.features_from}` | {one.width} "
+            f"| {'did not learn' if one.score is None else headline.said(one.score)} |"
+            for one in run.pick.tried
+        ),
+    ]
 
 
 def _title(recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ from artifacts.recipe import Precision
 from artifacts.store import Digest
 from inference import heads
 from training import deliver, describe, evaluate
-from training.begin import Data, Order, Told, begin, finite, seed_of
+from training.begin import Data, Order, Told, begin, finite, pick, seed_of
 from training.checkpoint import Keeper
 from training.deliver import Served
 from training.extract import Extraction
@@ -70,8 +70,12 @@ class Experiment:
 
     def __init__(self, order: Order, place: Place, registry: Registry, report: Reporter) -> None:
         self._place, self._report = place, report
-        self._data = Data(order, place)
-        self._course = begin(self._data, order, place, registry, report)
+        data = self._data = Data(order, place)
+        weights = order.weights
+        self._pick = pick(data, order, place, registry, report)
+        if self._pick is not None:
+            data.recipe, weights = self._pick.settled(data.recipe), self._pick.weights
+        self._course = begin(data, weights, place, registry, report)
 
     @property
     def folds(self) -> Sequence[Fold]:
@@ -142,6 +146,8 @@ class Experiment:
             metrics["test"] = evaluate.held_out(task, labels, truth[held_out], data.groups[held_out], logits)
         if served.export is not None:
             metrics["export"] = served.export
+        if self._pick is not None:
+            metrics["features"] = self._pick.facts(task)
         if served.choice is not None:
             metrics["precision"] = served.choice.facts(task)
 
@@ -166,6 +172,7 @@ class Experiment:
             extraction,
             served.precision,
             served.choice,
+            self._pick,
         )
         folds_s = sum(outcome.result.seconds for outcome in outcomes)
         return Outcome(

@@ -73,6 +73,14 @@ class Registry(Protocol):
         """Tell of a quantised copy; return the digest that counts for this run."""
         ...
 
+    def find_pick(self) -> dict[str, Any] | None:
+        """Return where this run's features come from, if it has chosen before it was interrupted."""
+        ...
+
+    def set_pick(self, facts: dict[str, Any]) -> None:
+        """Tell where this run's features come from, and what was tried for that."""
+        ...
+
     def find_choice(self) -> dict[str, Any] | None:
         """Return what this run has found of precisions before it was interrupted, as `set_choice` was told."""
         ...

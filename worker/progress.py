@@ -16,6 +16,7 @@ Said = Mapping[str, Any]
 _STAGES: Mapping[Mode, Mapping[str, float]] = {
     Mode.FEATURE_EXTRACTION: {
         "weights": 0.0,
+        "bake-off": 0.0,
         "backbone": 0.05,
         "quantise": 0.1,
         "features": 0.15,

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from artifacts.catalogue import BackboneName
 from artifacts.images import ImageLimits
-from artifacts.recipe import Mode
+from artifacts.recipe import AUTO, Mode
 from artifacts.store import Digest, Store
 from errors import Crashed, DiskFull, EspalierError, StoreUnavailable
 from models import comparison as comparisons
@@ -135,8 +135,11 @@ class Train(Handler):
             return None
         comparisons.note_start(session, run.id)
         version = session.get_one(DatasetVersion, run.dataset_version_id)
-        if run.weights_sha256 is None and run.recipe["backbone"] is not None:
-            known = registry.find_weights(session, BackboneName(run.recipe["backbone"]), run.recipe["weights"])
+        backbone, candidates = run.recipe["backbone"], {}
+        if run.weights_sha256 is None and backbone == AUTO:
+            candidates = {row.network: row.sha256 for row in registry.weights_named(session, run.recipe["weights"])}
+        elif run.weights_sha256 is None and backbone is not None:
+            known = registry.find_weights(session, BackboneName(backbone), run.recipe["weights"])
             run.weights_sha256 = known.sha256 if known else None
         recipe = run.recipe if run.batch_size is None else {**run.recipe, "batch_size": run.batch_size}
         return {
@@ -163,6 +166,7 @@ class Train(Handler):
                 "manifest": version.manifest_sha256,
                 "labels": [count.name for count in version.class_counts],
                 "weights": run.weights_sha256,
+                "candidates": candidates,
             },
         }
 
@@ -393,6 +397,13 @@ def _answer(session: Session, run_id: str, store: Store, asked: Message) -> dict
             return {"digest": digest}
         case "find_quantised" | "add_quantised":
             return {"digest": _settle_quantised(session, run_id, store, asked)}
+        case "find_pick":
+            return {"pick": session.get_one(Run, run_id).features_choice}
+        case "set_pick":
+            run = session.get_one(Run, run_id)
+            if not run.state.is_final:
+                run.features_choice, run.weights_sha256 = asked["pick"], asked["pick"]["weights"]
+            return {}
         case "find_choice":
             return {"choice": session.get_one(Run, run_id).precision_choice}
         case "set_choice":

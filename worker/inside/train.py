@@ -16,8 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from artifacts.catalogue import BackboneName
 from artifacts.images import IMAGE_RULE, ImageLimits
-from artifacts.recipe import Recipe
+from artifacts.recipe import BackboneChoice, Recipe
 from artifacts.shared import open_store
 from artifacts.store import Digest, Store, StoreAddress
 from errors import Corrupt, DiskFull, NotFound, OutOfMemory, StoreUnavailable
@@ -125,8 +126,9 @@ class _Desk:
     def _find_weights(self) -> Digest | None:
         """Return weights that lie in the store, getting them there if need be; None for a network from scratch."""
         given, recipe = self._given, self._recipe
-        if recipe.backbone is None or recipe.weights is None:
+        if recipe.backbone in (None, BackboneChoice.AUTO) or recipe.weights is None:
             return None
+        backbone = recipe.known_backbone.name
         if given["weights"] is not None:
             return Digest(given["weights"])
 
@@ -134,10 +136,8 @@ class _Desk:
             share = done_bytes / total_bytes if total_bytes else 0.0
             self._channel.send("progress", state={"stage": "weights", "share": share, "eta_s": eta_s})
 
-        found = weights.obtain(recipe.backbone, recipe.weights, self._store, Source(**given["source"]), downloaded)
-        self._channel.ask(
-            "weights", network=recipe.backbone, name=recipe.weights, sha256=found.sha256, source=found.source
-        )
+        found = weights.obtain(backbone, recipe.weights, self._store, Source(**given["source"]), downloaded)
+        self._channel.ask("weights", network=backbone, name=recipe.weights, sha256=found.sha256, source=found.source)
         return found.sha256
 
     def _prepare(self) -> Experiment:
@@ -156,7 +156,8 @@ class _Desk:
             image_limits=limits,
             threads=given["threads"],
         )
-        order = Order(self._recipe, Digest(given["manifest"]), given["labels"], self._weights)
+        candidates = {BackboneName(name): Digest(sha256) for name, sha256 in given["candidates"].items()}
+        order = Order(self._recipe, Digest(given["manifest"]), given["labels"], self._weights, candidates)
         return Experiment(order, place, _Registry(self._channel), self._reporter)
 
 
@@ -383,6 +384,13 @@ class _Registry:
             "add_quantised", backbone=backbone, image_rule=IMAGE_RULE, digest=digest, facts=facts
         )
         return Digest(answer["digest"])
+
+    def find_pick(self) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._channel.ask("find_pick")["pick"]
+        return found
+
+    def set_pick(self, facts: dict[str, Any]) -> None:
+        self._channel.ask("set_pick", pick=facts)
 
     def find_choice(self) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self._channel.ask("find_choice")["choice"]

@@ -1,0 +1,247 @@
+"""Chooses where features come from by trying: cuts of one backbone, or of every one whose weights are here.
+
+A stratified sample of the images that are folded goes through each network once, all its cuts together; heads learn on
+each cut's features in folds of their own, and the best score out of fold is taken. The score of the run is measured
+afterwards, on its own folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from artifacts.bundle import Float32
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.features import Features
+from artifacts.headline import HEADLINES
+from artifacts.recipe import AUTO, BackboneChoice, Recipe, Task
+from artifacts.store import Digest
+from errors import RecipeInvalid, TrainingDiverged
+from training import backbones, evaluate
+from training.arrays import Report
+from training.checkpoint import NoKeeper
+from training.epochs import Epoch
+from training.learn import Frozen, Lesson
+from training.pixels import Decoder
+from training.prepare import Place
+from training.split import Fold, Indices, make_folds, nested
+from training.targets import Targets
+
+SAMPLE = 1000
+"""About so many images are tried on."""
+FOLDS = 3
+# Folds of their own: not those of the run, whatever its seed.
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class Tasted:
+    """What a cut came to: the task's headline score out of fold; None if its heads did not converge."""
+
+    backbone: BackboneName
+    features_from: str
+    image_size: int
+    width: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What was chosen, with its weights, and all that was tried on `images` images."""
+
+    chosen: Tasted
+    weights: Digest
+    images: int
+    tried: tuple[Tasted, ...]
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Pick:
+        """Return what `facts` says."""
+        tried = tuple(_tasted(one) for one in facts["tried"])
+        return cls(_tasted(facts["chosen"]), Digest(facts["weights"]), facts["images"], tried)
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        """Return it as it is kept with the run."""
+        return {
+            "chosen": asdict(self.chosen),
+            "weights": self.weights,
+            "score": HEADLINES[task].metric,
+            "images": self.images,
+            "folds": FOLDS,
+            "tried": [asdict(one) for one in self.tried],
+        }
+
+    def settled(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with what was chosen in place of `auto`."""
+        return settled(recipe, self.facts(Task(recipe.task.value)))
+
+
+def settled(recipe: Recipe, facts: Mapping[str, Any] | None) -> Recipe:
+    """Return a recipe with what `Pick.facts` says in place of `auto`; without facts as it is."""
+    if facts is None:
+        return recipe
+    chosen = facts["chosen"]
+    return recipe.model_copy(
+        update={
+            "backbone": BackboneChoice(chosen["backbone"]),
+            "features_from": chosen["features_from"],
+            "image_size": chosen["image_size"],
+        }
+    )
+
+
+def _tasted(facts: Mapping[str, Any]) -> Tasted:
+    return Tasted(**{**facts, "backbone": BackboneName(facts["backbone"])})
+
+
+def is_asked(recipe: Recipe) -> bool:
+    """Say whether a recipe leaves to a bake-off where its features come from."""
+    return AUTO in (recipe.backbone, recipe.features_from)
+
+
+def bake_off(
+    recipe: Recipe,
+    task: Task,
+    outputs: int,
+    targets: Targets,
+    groups: Indices,
+    rows: Indices,
+    digests: Sequence[Digest],
+    weights: Mapping[BackboneName, Digest],
+    place: Place,
+    report: Report,
+) -> Pick:
+    """Try every cut that a recipe leaves open, and choose the one whose heads score best.
+
+    Args:
+        recipe: filled, with `auto` for backbone or features_from.
+        task: what is predicted.
+        outputs: number of logits.
+        targets: of every row of the data set.
+        groups: group of every row, int [N].
+        rows: those that are folded.
+        digests: the image of every row.
+        weights: of the backbones that may be chosen.
+        place: where images and weights are.
+        report: called with (done, total) steps of about the same length.
+
+    Raises:
+        RecipeInvalid: the images are too small for every backbone.
+    """
+    tried_on = _sample(rows, targets, groups)
+    folds = make_folds(
+        np.arange(len(tried_on)),
+        targets.strata[tried_on],
+        targets.needed[tried_on],
+        groups[tried_on],
+        np.array([], dtype=np.intp),
+        k=min(FOLDS, recipe.folds.k or FOLDS),
+        repeats=1,
+        validation_fraction=recipe.folds.validation_fraction if recipe.early_stopping else 0.0,
+        seed=_SEED,
+    )
+    names = [digests[row] for row in tried_on]
+    sizes = {name: recipe.image_size or CATALOGUE[name].size for name in weights}
+    able = [name for name, size in sizes.items() if isinstance(size, int) and size >= CATALOGUE[name].minimum_size]
+    if not able:
+        raise RecipeInvalid(
+            "image_size", "Expected images that are large enough for a backbone that is here."
+        )
+    steps = _Steps(report, sum(len(names) + len(_cuts(recipe, name)) * len(folds) * _FIT for name in able))
+    tried = []
+    for name in able:
+        size = sizes[name]
+        assert isinstance(size, int)
+        cuts = _cuts(recipe, name)
+        decoder = Decoder(place.store, size, recipe.resize, place.image_limits, place.threads)
+        model = backbones.probe(name, cuts, size, place.store.read(weights[name]))
+        parts: list[Sequence[Features]] = []
+        for of_batch, pixels in decoder.batches(names):
+            parts.append(model.predict_on_batch(pixels))
+            steps.done(len(of_batch))
+        for number, cut in enumerate(cuts):
+            features = np.concatenate([np.asarray(part[number], np.float32) for part in parts])
+            score = _score(recipe, task, outputs, features, targets.truth[tried_on], folds, steps)
+            tried.append(Tasted(name, cut, size, features.shape[1], score))
+    scored = [one for one in tried if one.score is not None]
+    if not scored:
+        raise TrainingDiverged("No head learned on any cut. Lower optimizer.learning_rate.")
+    sign = 1 if HEADLINES[task].is_greater_better else -1
+    best = max(scored, key=lambda one: sign * (one.score or 0.0))  # the first of equals: the earliest cut costs least
+    return Pick(best, weights[best.backbone], len(tried_on), tuple(tried))
+
+
+def _cuts(recipe: Recipe, name: BackboneName) -> list[str]:
+    """Return the cuts of a backbone that a recipe leaves open."""
+    if recipe.features_from == AUTO:
+        return list(CATALOGUE[name].cuts)
+    return [recipe.features_from or CATALOGUE[name].last_cut]
+
+
+def _sample(rows: Indices, targets: Targets, groups: Indices) -> Indices:
+    """Return about as many rows as are tried on, with the same share of each stratum and whole groups only."""
+    if len(rows) <= SAMPLE:
+        return rows
+    (sample,) = nested(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)
+    return sample
+
+
+def _score(
+    recipe: Recipe,
+    task: Task,
+    outputs: int,
+    features: Features,
+    truth: Any,
+    folds: Sequence[Fold],
+    steps: _Steps,
+) -> float | None:
+    """Return the headline score of heads on features, out of fold; None if one is not a number."""
+    learner = Frozen(recipe, task, outputs, features, truth)
+    logits: Float32 = np.full((1, len(features), outputs), np.nan, dtype=np.float32)
+    for fold in folds:
+        lesson = Lesson(fold.train, fold.validation, learner.plan, _SEED + fold.number)
+        try:
+            logits[0, fold.test] = learner.learn(lesson, _Heard(steps), NoKeeper()).logits(fold.test)
+        except TrainingDiverged:
+            return None
+        finally:
+            steps.done(_FIT)
+    if not np.isfinite(logits).all():
+        return None
+    statistics = evaluate.mean_statistics(task, truth, logits).sum(axis=0)
+    return float(evaluate.scores(task, statistics)[HEADLINES[task].metric])
+
+
+# A fit takes about as long as so many images take in a small network; only the bar's evenness depends on it.
+_FIT = 50
+
+
+class _Steps:
+    """Says how far all of it is."""
+
+    def __init__(self, report: Report, total: int) -> None:
+        self._report = report
+        self._total = total
+        self._done = 0
+
+    def done(self, count: int) -> None:
+        """Hear that some steps more are done."""
+        self._done = min(self._total, self._done + count)
+        self._report(self._done, self._total)
+
+
+class _Heard:
+    """Hears of a fit, and says that the work moves."""
+
+    def __init__(self, steps: _Steps) -> None:
+        self._steps = steps
+
+    def epoch(self, number: int, metrics: Epoch) -> None:
+        """Hear of a finished epoch."""
+
+    def batch(self, epochs: float) -> None:
+        """Hear how many epochs are done."""
+        self._steps.done(0)
