@@ -16,7 +16,19 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
 import logs
-from api import comparisons, datasets, events, openapi, operations, predictions, problems, processes, registry, runs
+from api import (
+    comparisons,
+    datasets,
+    events,
+    openapi,
+    operations,
+    predictions,
+    problems,
+    processes,
+    registry,
+    runs,
+    views,
+)
 from api.deps import Services
 from api.door import Door, Ending
 from api.listening import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
@@ -89,7 +101,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         ending=ending,
     )
     app.state.desk = desk
-    for part in (datasets, runs, events, comparisons, registry, predictions, operations):
+    for part in (datasets, runs, views, events, comparisons, registry, predictions, operations):
         app.include_router(part.router)
     patch_fastapi(app)
     problems.install(app)

@@ -13,6 +13,7 @@ from models.comparison import ComparisonState
 from models.dataset import DatasetState
 from models.job import Queue
 from models.run import RunState
+from models.view import ViewState
 
 Item = TypeVar("Item")
 
@@ -282,6 +283,80 @@ class BackboneOut(Schema):
     unfreeze: list[str]
     """Where fine-tuning may begin: a cut point, or all of the network."""
     weights: list[WeightsOut]
+
+
+class ViewProgress(Schema):
+    """How far something is; `fraction` of it from 0 to 1."""
+
+    fraction: float
+    eta_s: float | None
+
+
+class ViewOut(Schema):
+    """Something that is being computed, since it was asked for: ask again for it."""
+
+    state: ViewState
+    progress: ViewProgress
+
+
+class LayerOut(Schema):
+    """A layer that can be looked at: `channels` maps of `height` times `width` places."""
+
+    name: str
+    height: int
+    width: int
+    channels: int
+
+
+class LayersOut(Schema):
+    """The layers of a run's network as it answers, in its order; some are only seen together with those behind them."""
+
+    layers: list[LayerOut]
+
+
+class CurvePoint(Schema):
+    """The headline score after learning from a part of the images of a fold: `fraction`, or `images` in the mean."""
+
+    fraction: float
+    images: int
+    score: float
+    ci95: list[float]
+
+
+class CurveLaw(Schema):
+    """`error = floor + scale * images ** -exponent`; `misfit` is the root mean square of what the points are off it.
+
+    The error is the score, or what it lacks to one if a greater score is better.
+    """
+
+    floor: float
+    scale: float
+    exponent: float
+    misfit: float
+
+
+class CurveTwice(Schema):
+    """What the law foretells for twice the images; `change` is by how much the score would change."""
+
+    images: int
+    score: float
+    ci95: list[float]
+    change: float
+    change_ci95: list[float]
+
+
+class LearningCurveOut(Schema):
+    """How a run's score hangs on the number of its training images; `law` and `twice` are null for too few of them."""
+
+    metric: str
+    greater_is_better: bool
+    points: list[CurvePoint]
+    law: CurveLaw | None
+    twice: CurveTwice | None
+    interval: str
+    """How the intervals of `twice` were made; those of points are made as the run's own."""
+    sentence: str
+    picture: str
 
 
 # --- comparisons ---------------------------------------------------------------------------------------------------
