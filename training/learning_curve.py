@@ -38,11 +38,14 @@ FRACTIONS = (0.1, 0.2, 0.4, 0.7)
 """Of what a fold learns from; all of it is what the run has measured itself."""
 
 INTERVAL = (
-    f"{resample.DRAWS:,} draws of test images, or of groups where images belong together, the same for every point, "
-    "and of what the law leaves unexplained; the law is fitted anew to each draw, the heads are not"
+    f"{resample.DRAWS:,} draws of folds and of test images in them, or of groups where images belong together, the "
+    "same for every point, and of what the law leaves unexplained; the law is fitted anew to each draw, the heads are not"
 )
 
 Share = Callable[[float], None]
+
+# Draws whose counts are in memory at once.
+_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def measure(subject: Subject, report: Share) -> Curve:
         statistics.append(evaluate.mean_statistics(task, truth, found))
     law, twice = None, None
     if len(points) >= LEAST_POINTS:
-        drawn = _drawn_scores(task, headline, statistics, groups_tested)
+        drawn = _drawn_scores(task, headline, statistics, groups_tested, subject.measured.folds[0][tested])
         law, twice = foretell(headline, points, drawn, len(np.unique(groups_tested)))
     sentence = said(headline, points, twice)
     return Curve(points, law, twice, sentence, _picture(headline, points, law, twice, sentence))
@@ -235,15 +238,30 @@ class _Listener:
 # --- law -------------------------------------------------------------------------------------------------------------
 
 
-def _drawn_scores(task: Task, headline: Headline, statistics: Sequence[Float64], groups: Indices) -> Float64:
-    """Return float64 [draws, P], the score of each point on test images that are drawn anew, the same for all."""
-    sums = [resample.block_sums(of_images, groups) for of_images in statistics]
-    return np.concatenate(
-        [
-            np.stack([evaluate.scores(task, counts @ blocks)[headline.metric] for blocks in sums], axis=1)
-            for counts in resample.draws(len(sums[0]))
-        ]
-    )
+def _drawn_scores(
+    task: Task, headline: Headline, statistics: Sequence[Float64], groups: Indices, fold_of: Indices
+) -> Float64:
+    """Return float64 [draws, P], the score of each point on test images that are drawn anew, the same for all.
+
+    Folds are drawn, and then images of each, or groups of them: the heads of a fold have learned from images of their
+    own, so that folds differ by that, too (Davison & Hinkley 1997, "Bootstrap Methods and their Application", 3.8).
+    """
+    of_folds = [
+        np.stack(
+            [resample.block_sums(of_images[fold_of == number], groups[fold_of == number]) for of_images in statistics]
+        )
+        for number in np.unique(fold_of)
+    ]  # [P, groups, S] each
+    random = np.random.default_rng(0)
+    drawn = []
+    for _ in range(0, resample.DRAWS, _AT_ONCE):
+        times = random.multinomial(len(of_folds), np.full(len(of_folds), 1 / len(of_folds)), size=_AT_ONCE)
+        sums = np.zeros((len(statistics), _AT_ONCE, statistics[0].shape[1]))
+        for number, blocks in enumerate(of_folds):
+            among = blocks.shape[1]
+            sums += random.multinomial(times[:, number] * among, np.full(among, 1 / among)).astype(float) @ blocks
+        drawn.append(evaluate.scores(task, sums)[headline.metric].T)
+    return np.concatenate(drawn)
 
 
 def foretell(headline: Headline, points: Sequence[Point], drawn: Float64, blocks: int) -> tuple[Law, Twice]:

@@ -39,7 +39,7 @@ def test_a_layer_that_is_not_there_has_no_maps(insight: Insight) -> None:
 
 def test_the_picture_has_the_strongest_channels_first_each_with_its_own_scale() -> None:
     random = np.random.default_rng(0)
-    strengths = random.permutation(100) + 1
+    strengths = 1.05 ** random.permutation(100)
     maps = (random.choice([-1, 1], 100) * strengths * random.uniform(0.9, 1, (8, 8, 100))).astype(np.float32)
     sheet = np.asarray(Image.open(io.BytesIO(explain.grid(maps, CHANNELS))))
     assert sheet.shape == (8 * 66, 8 * 66) and CHANNELS == 64

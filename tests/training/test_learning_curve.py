@@ -18,7 +18,7 @@ from artifacts.recipe import ClassCount, Recipe, Task, fill
 from training import evaluate
 from training.compare import OutOfFold
 from training.learn import Plan
-from training.learning_curve import FRACTIONS, Point, Subject, Twice, _parts, foretell, measure, said
+from training.learning_curve import FRACTIONS, Point, Subject, Twice, _drawn_scores, _parts, foretell, measure, said
 from training.learning_curve import _Part as Part
 from training.split import make_folds
 from training.targets import targets_of
@@ -236,3 +236,19 @@ def test_the_interval_of_what_is_foretold_holds_what_it_promises() -> None:
         _, twice = foretell(ACCURACY, points(scores), counts @ right / 400, 400)
         held += twice.change_ci95[0] <= (truth[4] - truth[5]) * 0.97 <= twice.change_ci95[1]
     assert held >= 17
+
+
+def test_folds_that_differ_leave_more_open_than_images_alone() -> None:
+    random = np.random.default_rng(0)
+    fold_of, groups = np.arange(400) % 4, np.arange(400)
+    right = random.random(400) < 0.8
+    alike = np.stack([np.ones(400), right, np.zeros(400)], axis=1)
+    apart = alike.copy()
+    apart[:, 1] = random.random(400) < np.array([0.95, 0.9, 0.7, 0.65])[fold_of]
+    spread = []
+    for statistics in (alike, apart):
+        found = _drawn_scores(Task.MULTICLASS, ACCURACY, [statistics, statistics], groups, fold_of)
+        assert found.shape == (2000, 2) and (found[:, 0] == found[:, 1]).all(), "the same draw for every point"
+        assert found[:, 0].mean() == pytest.approx(statistics[:, 1].mean(), abs=0.01)
+        spread.append(found[:, 0].std())
+    assert spread[0] < 0.035 and spread[1] > 0.055

@@ -49,7 +49,7 @@ RECIPE = {"backbone": "vgg16", "weights": "random", "image_size": 32, "epochs": 
 
 @dataclass
 class Case:
-    """A finished run on red and blue images, whose network sees the mean colour."""
+    """A finished run on red and blue images that has answered each of them wrongly."""
 
     database: Database
     store: Store
@@ -98,7 +98,7 @@ def case(sqlite: Database, store: Store, tmp_path: Path) -> Case:
         golden_output=np.zeros((1, 1), np.float32),
     )
     folds = (np.arange(IMAGES, dtype=np.int16) % 4 // 2)[None]
-    logits = np.where(np.arange(IMAGES) % 2 == 0, 2.0, -2.0).astype(np.float32)[None, :, None]
+    logits = np.where(np.arange(IMAGES) % 2 == 0, -2.0, 2.0).astype(np.float32)[None, :, None]
     accepted = [records.accepted(f"{number:02}.png", label=("red", "blue")[number % 2]) for number in range(IMAGES)]
     rows = [
         Row(one.row.path, image, one.row.labels, None, None, one.row.split)
