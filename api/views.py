@@ -89,7 +89,8 @@ def get_activations(
         return LayersOut(layers=layers)
     names = [one.name for one in layers]
     if layer not in names:
-        raise RequestInvalid(f"layer: Expected one of {', '.join(names)}. Received {layer!r}.", field="layer")
+        expected = f"Expected one of {', '.join(names)}" if names else "No layer of this network has maps to show"
+        raise RequestInvalid(f"layer: {expected}. Received {layer!r}.", field="layer")
     view = _view(given, run, ViewKind.ACTIVATIONS, views.activations_key(digest, layer))
     if view.state is not ViewState.SUCCEEDED:
         return _computing(view)

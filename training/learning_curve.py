@@ -39,7 +39,7 @@ FRACTIONS = (0.1, 0.2, 0.4, 0.7)
 
 INTERVAL = (
     f"{resample.DRAWS:,} draws of folds and of test images in them, or of groups where images belong together, the "
-    "same for every point, and of what the law leaves unexplained; the law is fitted anew to each draw, the heads are not"
+    "same for every point, and of what the law leaves unexplained; the law is fitted anew to each, the heads are not"
 )
 
 Share = Callable[[float], None]

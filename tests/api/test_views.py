@@ -186,6 +186,14 @@ def test_what_is_not_there_is_named_with_what_there_is(client: TestClient, servi
         assert len(view_jobs(session)) == 1
 
 
+def test_a_network_without_maps_says_so(client: TestClient, services: Services, run: str) -> None:
+    client.get(activations_url(run))
+    answer_as_a_worker(services, b"[]")
+    assert client.get(activations_url(run)).json() == {"layers": []}
+    answer = client.get(activations_url(run), params={"image": IMAGE, "layer": "dense_1"})
+    assert answer.json()["detail"] == "layer: No layer of this network has maps to show. Received 'dense_1'."
+
+
 def test_an_image_of_another_version_is_not_one_of_the_run(client: TestClient, services: Services, run: str) -> None:
     with services.database.writing() as session:
         records.ready_version(session, "others", images=[records.accepted("c.png")])
