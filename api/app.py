@@ -28,6 +28,7 @@ from api import (
     processes,
     registry,
     runs,
+    views,
 )
 from api.deps import Services
 from api.door import Door, Ending
@@ -101,7 +102,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         ending=ending,
     )
     app.state.desk = desk
-    for part in (datasets, runs, events, networks, comparisons, registry, predictions, operations):
+    for part in (datasets, runs, views, events, networks, comparisons, registry, predictions, operations):
         app.include_router(part.router)
     patch_fastapi(app)
     problems.install(app)

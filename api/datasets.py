@@ -34,6 +34,7 @@ from models import comparison as comparisons
 from models import dataset as datasets
 from models import job as jobs
 from models import run as runs
+from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
 from models.job import JobKind, Queue
 from models.project import scope
@@ -226,6 +227,7 @@ def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str)
         for version_id in versions:
             if jobs.request_cancel(session, version_id, JobKind.INGEST):
                 datasets.withdraw(session, version_id)
+        views.request_cancel(session, versions)
         datasets.delete_dataset(dataset)
         job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)
     given.bell.ring(Queue.INGEST, job.id)

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
 from artifacts.catalogue import BackboneName
-from artifacts.layers import NetworkRecipe, Side
+from artifacts.layers import NetworkRecipe
 from artifacts.layout import Split
 from artifacts.recipe import NAME_PATTERN, Recipe, Task
 from models.comparison import ComparisonState
 from models.dataset import DatasetState
 from models.job import Queue
 from models.run import RunState
+from models.view import ViewState
 
 Item = TypeVar("Item")
 
@@ -298,7 +299,7 @@ class NetworkPreviewRequest(Request):
     """Instead of `network`: a backbone."""
     features_from: str | None = None
     """Of a backbone: the cut point whose output becomes the features; by default the last."""
-    image_size: Side | tuple[Side, Side] | None = None
+    image_size: Sides | None = None
     """Side of a square in pixels, or height and width; by default the backbone's own, 64 for a CNN, 32 for others."""
     outputs: Annotated[int, Field(ge=1, le=16_384)] | None = None
     """Values of an output layer that closes the table, such as one for each class; by default it has none."""
@@ -335,6 +336,80 @@ class NetworkPreviewOut(Schema):
     """Of all parameters in float32."""
     warnings: list[str]
     """Those of the layers, each with the layer's name."""
+
+
+class ViewProgress(Schema):
+    """How far something is; `fraction` of it from 0 to 1."""
+
+    fraction: float
+    eta_s: float | None
+
+
+class ViewOut(Schema):
+    """Something that is being computed, since it was asked for: ask again for it."""
+
+    state: ViewState
+    progress: ViewProgress
+
+
+class VisibleLayer(Schema):
+    """A layer that can be looked at: `channels` maps of `height` times `width` places."""
+
+    name: str
+    height: int
+    width: int
+    channels: int
+
+
+class VisibleLayers(Schema):
+    """The layers of a run's network as it answers, in its order; some are only seen together with those behind them."""
+
+    layers: list[VisibleLayer]
+
+
+class CurvePoint(Schema):
+    """The headline score after learning from a part of the images of a fold: `fraction`, or `images` in the mean."""
+
+    fraction: float
+    images: int
+    score: float
+    ci95: list[float]
+
+
+class CurveLaw(Schema):
+    """`error = floor + scale * images ** -exponent`; `misfit` is the root mean square of what the points are off it.
+
+    The error is the score, or what it lacks to one if a greater score is better.
+    """
+
+    floor: float
+    scale: float
+    exponent: float
+    misfit: float
+
+
+class CurveTwice(Schema):
+    """What the law foretells for twice the images; `change` is by how much the score would change."""
+
+    images: int
+    score: float
+    ci95: list[float]
+    change: float
+    change_ci95: list[float]
+
+
+class LearningCurveOut(Schema):
+    """How a run's score hangs on the number of its training images; `law` and `twice` are null for too few of them."""
+
+    metric: str
+    greater_is_better: bool
+    points: list[CurvePoint]
+    law: CurveLaw | None
+    twice: CurveTwice | None
+    interval: str
+    """How the intervals of `twice` were made; those of points are made as the run's own."""
+    sentence: str
+    picture: str
 
 
 # --- comparisons ---------------------------------------------------------------------------------------------------

@@ -55,6 +55,11 @@ class Known:
     def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
         return digest
 
+    def find_pick(self) -> dict[str, Any] | None:
+        return None
+
+    def set_pick(self, facts: dict[str, Any]) -> None: ...
+
     def find_choice(self) -> dict[str, Any] | None:
         return None
 

@@ -99,9 +99,12 @@ def overlay(pixels: Pixels, places: Float32) -> bytes:
     return png(mixed.clip(0, 255).astype(np.uint8))
 
 
-def grid(maps: Features) -> bytes:
-    """Return the channels of maps [h, w, D] that are strongest on average as a PNG, the strongest first, row by row."""
-    strongest = np.argsort(maps.mean(axis=(0, 1)))[::-1][:CHANNELS]
+def grid(maps: Features, channels: int = CHANNELS) -> bytes:
+    """Return the channels of maps [h, w, D] that are strongest on average as a PNG, the strongest first, row by row.
+
+    Each is scaled by itself, its least value black and its greatest white; how strong it is goes by absolute values.
+    """
+    strongest = np.argsort(np.abs(maps).mean(axis=(0, 1)))[::-1][:channels]
     columns = int(np.ceil(np.sqrt(len(strongest))))
     rows = -(-len(strongest) // columns)
     tile = max(64, *maps.shape[:2])

@@ -8,4 +8,5 @@ import models.outbox
 import models.project
 import models.registry
 import models.run
+import models.view
 import models.worker  # noqa: F401

@@ -33,6 +33,7 @@ class JobKind(StrEnum):
     PURGE = "purge"
     PUBLISH = "publish"
     COMPARE = "compare"
+    VIEW = "view"
 
 
 MAX_ATTEMPTS = 3

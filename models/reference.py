@@ -15,6 +15,7 @@ from models.dataset import DatasetVersion, Image
 from models.registry import Backbone, ModelVersion, Quantised, Weights
 from models.run import Checkpoint, Fold, Run, RunArtifact
 from models.session import after_commit
+from models.view import View
 
 _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], ...] = (
     Image.sha256,
@@ -27,6 +28,7 @@ _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], 
     Checkpoint.sha256,
     Comparison.picture_sha256,
     Comparison.report_sha256,
+    View.sha256,
     ModelVersion.bundle_sha256,
     ModelVersion.backbone_sha256,
     Backbone.sha256,

@@ -355,6 +355,9 @@ class SimulatedPage:
         store.read(Digest(self._facts.comparison.report_sha256))
         self._call(lambda: setattr(self._shown, "is_compared", True))
 
+    def add_file(self, store: Store, name: str) -> None:
+        raise Broken(f"MLflow is told of a file that nobody asked for: {name}")
+
     def move_alias(self, alias: str) -> None:
         raise Broken(f"MLflow is told of an alias that nobody moved: {alias}")
 

@@ -45,6 +45,7 @@ class Known:
     quantised: dict[Digest, Digest] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] | None = None
+    pick: dict[str, Any] | None = None
 
     def find_backbone(self, key: BackboneKey) -> Digest | None:
         return self.exports.get(key)
@@ -59,6 +60,12 @@ class Known:
     def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
         self.facts = facts
         return self.quantised.setdefault(backbone, digest)
+
+    def find_pick(self) -> dict[str, Any] | None:
+        return self.pick
+
+    def set_pick(self, facts: dict[str, Any]) -> None:
+        self.pick = json.loads(json.dumps(facts))
 
     def find_choice(self) -> dict[str, Any] | None:
         return self.choice

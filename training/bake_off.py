@@ -147,9 +147,7 @@ def bake_off(
     sizes = {name: recipe.image_size or CATALOGUE[name].size for name in weights}
     able = [name for name, size in sizes.items() if isinstance(size, int) and size >= CATALOGUE[name].minimum_size]
     if not able:
-        raise RecipeInvalid(
-            "image_size", "Expected images that are large enough for a backbone that is here."
-        )
+        raise RecipeInvalid("image_size", "Expected images that are large enough for a backbone that is here.")
     steps = _Steps(report, sum(len(names) + len(_cuts(recipe, name)) * len(folds) * _FIT for name in able))
     tried = []
     for name in able:

@@ -204,6 +204,14 @@ def pooled(
     return metrics
 
 
+def summary(task: Task, truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
+    """Return the `scores` of out-of-fold logits float32 [repeats, N, outputs] with their intervals, as `pooled` has."""
+    metrics: dict[str, Any] = brief_scores(
+        task, np.concatenate([truth] * len(logits)), logits.reshape(-1, logits.shape[2])
+    )
+    return metrics | _both_intervals(task, metrics, mean_statistics(task, truth, logits), groups)
+
+
 def held_out(task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
     """Measure logits float32 [N, outputs] of images that no fit has seen.
 

@@ -7,11 +7,13 @@ validation split taken from inside the fold's training images, so that the test 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 
 from errors import RecipeInvalid
 
@@ -66,10 +68,59 @@ def make_folds(
             rest = np.setdiff1d(rows, test)
             watched = validation
             if not len(watched) and validation_fraction:
-                watched = _set_aside(rest, strata, needed, groups, validation_fraction, _seed(seed, repeat, number))
+                watched = set_aside(rest, strata, needed, groups, validation_fraction, _seed(seed, repeat, number))
             train = np.setdiff1d(rest, watched)
             folds.append(Fold(repeat * k + number, repeat, train, watched, test))
     return folds
+
+
+def nested(
+    rows: Indices, strata: Indices, needed: csr_array, groups: Indices, fractions: Sequence[float], seed: int
+) -> list[Indices]:
+    """Return about such a fraction of the rows of each stratum, whole groups only; each holds all smaller ones.
+
+    Every stratum and every label of the rows is in each of them, with one group at least.
+
+    Args:
+        rows: the row numbers to choose from.
+        strata: class of every row of the data set, int [N].
+        needed: 1 for each label of every row, sparse or dense [N, labels].
+        groups: group of every row of the data set, int [N].
+        fractions: from 0 to 1.
+        seed: the same seed gives the same rows.
+    """
+    needed = csr_array(needed)
+    random = np.random.default_rng(seed)
+    members = _members(rows, strata, groups)
+    totals = Counter(strata[rows].tolist())
+    groups_of: dict[int, list[int]] = defaultdict(list)
+    for group in random.permutation(list(members)).tolist():
+        groups_of[min(members[group], key=lambda stratum: (totals[stratum], stratum))].append(group)
+    # Groups come one after the other; where the middle of one lies, as a share of all of its stratum, it is taken in.
+    comes: dict[int, float] = {}
+    for inside in groups_of.values():
+        sizes = np.array([members[group].total() for group in inside])
+        middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+        comes |= dict(zip(inside, middles.tolist(), strict=True))
+    of_rows = groups[rows]
+    comes_of_rows = np.array([comes[group] for group in of_rows.tolist()])
+    strata_of_rows = np.unique(strata[rows], return_inverse=True)[1]
+    for having in (*_by_column(_one_hot(strata_of_rows)), *_by_column(needed[rows])):
+        if len(having) and comes_of_rows[having].min() > 0:  # else the first group that has it is in all of them
+            comes_of_rows[of_rows == of_rows[having[comes_of_rows[having].argmin()]]] = 0.0
+    return [rows[comes_of_rows <= fraction] for fraction in fractions]
+
+
+def _one_hot(places: Indices) -> csr_array:
+    """Return sparse [N, places], 1 where each row has its place."""
+    return csr_array((np.ones(len(places), dtype=np.int8), places, np.arange(len(places) + 1)))
+
+
+def _by_column(matrix: csr_array) -> Iterator[Indices]:
+    """Yield the rows that each column has something in."""
+    columns = csc_array(matrix)
+    for start, end in pairwise(columns.indptr.tolist()):
+        yield columns.indices[start:end]
 
 
 def _seed(*parts: int) -> int:
@@ -171,7 +222,7 @@ def _can_be_trained_on(parts: list[Indices], needed: csr_array) -> bool:
 _OVERSHOOT = 1.5
 
 
-def _set_aside(
+def set_aside(
     rows: Indices, strata: Indices, needed: csr_array, groups: Indices, fraction: float, seed: int
 ) -> Indices:
     """Return about `fraction` of the rows of each stratum, whole groups only.

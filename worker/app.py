@@ -28,6 +28,7 @@ from worker.sweeper import Sweeper
 from worker.tasks import add_task
 from worker.tracking import Publish, TrackingPlace
 from worker.train import Train, TrainingPlace
+from worker.view import Look
 from worker.weights import Source
 from worker.work import Handler, Timings
 
@@ -122,6 +123,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         JobKind.FOLD: train,
         JobKind.FINAL: train,
         JobKind.COMPARE: Compare(store, settings.engine_threads),
+        JobKind.VIEW: Look(store, place.features, settings.image_limits, settings.engine_threads),
         JobKind.PUBLISH: Publish(store, tracking),
     }
 

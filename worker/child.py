@@ -13,13 +13,14 @@ from typing import Any
 
 from artifacts.store import disk_errors
 from errors import EspalierError, OutOfMemory
-from worker.inside import compare, ingest, train
+from worker.inside import compare, ingest, train, view
 from worker.inside.channel import Channel
 
 _ORDERS: Mapping[str, Callable[[Mapping[str, Any], Channel], None]] = {
     "ingest": ingest.ingest,
     "train": train.train,
     "compare": compare.compare,
+    "view": view.look,
 }
 
 

@@ -22,6 +22,7 @@ from artifacts.store import Digest, Store
 from errors import DatasetRefused, EspalierError, Refused, Unavailable
 from models import dataset as datasets
 from models import job as jobs
+from models import view as views
 from models.dataset import Accepted, DatasetState, DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.reference import collect, collect_later, lock_files
@@ -276,18 +277,26 @@ class Purge(Handler):
         self._store = store
 
     def run(self, work: Work) -> Complete:
-        """Drop the images, then the manifests, once no ingest of the data set is under way or about to be."""
+        """Drop the images with what shows them, then the manifests, once no ingest is under way or about to be."""
         with work.database.reading() as session:
             given_up = session.get(DatasetVersion, work.subject_id)
             versions = datasets.get_versions(session, work.subject_id) if given_up is None else [given_up]
         if any(version.state not in (DatasetState.READY, DatasetState.REJECTED) for version in versions):
             raise Unavailable("An ingest of the deleted data set has not ended yet.")
         drop_images(work, self._store, [version.id for version in versions])
+        while work.write(lambda session: self._drop_pictures(session, [version.id for version in versions])):
+            pass
 
         def complete(session: Session) -> None:
             collect(session, self._store, datasets.forget_files(session, work.subject_id))
 
         return complete
+
+    def _drop_pictures(self, session: Session, version_ids: Sequence[str]) -> bool:
+        """Remove some of the pictures that were made of the images; return whether there were any."""
+        dropped, files = views.drop_pictures(session, version_ids, limit=_ROWS_PER_WRITE)
+        collect(session, self._store, files)
+        return dropped > 0
 
 
 def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:

@@ -81,6 +81,8 @@ class Page(Protocol):
 
     def compare(self, store: Store) -> None: ...
 
+    def add_file(self, store: Store, name: str) -> None: ...
+
     def move_alias(self, alias: str) -> None: ...
 
 
@@ -120,6 +122,8 @@ class Publish(Handler):
                         page.finish(self._store)
                     case "comparison":
                         page.compare(self._store)
+                    case "file":
+                        page.add_file(self._store, row.payload["name"])
                     case "alias":
                         page.move_alias(row.payload["alias"])
                 work.write(partial(_settle, row=row, page=page))
@@ -249,6 +253,10 @@ class _Page:
         for name, value in tags.items():
             self._client.set_tag(self.run_id, name, value)
 
+    def add_file(self, store: Store, name: str) -> None:
+        """Show a file that was made of the run after its end."""
+        self._log_artifacts(store, [file for file in self._facts.files if file.name == name])
+
     def move_alias(self, alias: str) -> None:
         """Mirror an alias, if it still points at this run's version; our database decides."""
         version = self._registered()
@@ -311,12 +319,8 @@ class _Page:
         self._client.log_inputs(self.run_id, [DatasetInput(data._to_mlflow_entity(), [context])])
 
     def _log_files(self, store: Store) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            shown = [file for file in self._facts.files if file.name not in _NOT_SHOWN]
-            for file in sorted(shown, key=lambda file: file.name != "report.md"):
-                path = Path(folder) / file.name
-                path.write_bytes(store.read(Digest(file.sha256)))
-                self._client.log_artifact(self.run_id, str(path))
+        shown = [file for file in self._facts.files if file.name not in _NOT_SHOWN]
+        self._log_artifacts(store, sorted(shown, key=lambda file: file.name != "report.md"))
         self._client.log_dict(self.run_id, self._facts.run.recipe, "recipe.json")
         per_class = (self._facts.run.metrics or {}).get("per_class")
         if per_class:
@@ -326,6 +330,13 @@ class _Page:
             self._client.log_dict(self.run_id, {"columns": columns, "data": rows}, "per_class.json")
             logged = json.dumps([{"path": "per_class.json", "type": "table"}])
             self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", logged)
+
+    def _log_artifacts(self, store: Store, files: Sequence[RunArtifact]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for file in files:
+                path = Path(folder) / file.name
+                path.write_bytes(store.read(Digest(file.sha256)))
+                self._client.log_artifact(self.run_id, str(path))
 
     def _register(self) -> None:
         """Mirror the model version, with its aliases, into MLflow's registry."""

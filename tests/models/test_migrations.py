@@ -10,12 +10,15 @@ from sqlalchemy.exc import IntegrityError
 import models.every  # noqa: F401
 from models import comparison as comparisons
 from models import job as jobs
+from models import view as views
 from models.base import Base
 from models.job import Job, JobKind, Queue
 from models.outbox import Outbox, owe
 from models.project import DEFAULT_PROJECT, Project
 from models.registry import RegistryRevision
+from models.run import Run
 from models.session import Database
+from models.view import ViewKind
 from ops.migrate import downgrade, upgrade
 
 
@@ -47,6 +50,25 @@ def test_an_older_schema_knows_no_comparisons_and_keeps_all_else(database: Datab
     upgrade(database)
     with database.writing() as session:
         jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.COMPARE, Queue.CPU, "cmp_1")
+
+
+def test_a_schema_without_views_keeps_all_else(database: Database) -> None:
+    with database.writing() as session:
+        run = records.queued_run(session, records.ready_version(session))
+        views.ask(session, run, ViewKind.LEARNING_CURVE)
+        jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.FOLD, Queue.CPU, run.id)
+        owe(session, run.id, "file", {"name": "learning-curve.png"})
+        owe(session, run.id, "finished", {})
+    downgrade(database, "0005")
+    assert "view" not in inspect(database.engine).get_table_names()
+    with database.reading() as session:
+        assert session.scalars(select(Job.kind)).all() == [JobKind.FOLD]
+        assert session.scalars(select(Outbox.kind)).all() == ["finished"]
+    with pytest.raises(IntegrityError, match="ck_job_jobkind"), database.writing() as session:
+        jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.VIEW, Queue.CPU, "view_1")
+    upgrade(database)
+    with database.writing() as session:
+        views.ask(session, session.get_one(Run, run.id), ViewKind.LEARNING_CURVE)
 
 
 @pytest.mark.parametrize(("column", "value"), [("kind", "dance"), ("queue", "dance"), ("state", "dance")])

@@ -16,6 +16,7 @@ from models import comparison as comparisons
 from models import dataset as datasets
 from models import registry
 from models import run as runs
+from models import view as views
 from models.base import Base
 from models.comparison import Comparison
 from models.dataset import DatasetVersion, Membership
@@ -23,6 +24,7 @@ from models.reference import collect, collect_later, lock_files, named
 from models.registry import Backbone, ModelVersion, Quantised, Weights
 from models.run import Checkpoint, Fold
 from models.session import Database
+from models.view import View, ViewKind
 
 
 def name_all(session: Session, store: Store) -> dict[str, Digest]:
@@ -45,6 +47,8 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
     run.weights_sha256 = stored("run.weights_sha256")
     run.quantised_sha256 = stored("run.quantised_sha256")
     runs.succeed_run(session, run.id, {}, 1.0)
+    view, _ = views.ask(session, run, ViewKind.LEARNING_CURVE)
+    views.succeed(session, view.id, stored("view.sha256"), 1)
     runs.add_artifact(session, run.id, "report.json", stored("run_artifact.sha256"), 1, "application/json")
     runs.add_fold(session, records.fold(run.id, outcome_sha256=stored("fold.outcome_sha256")))
     runs.add_checkpoint(session, run.id, 0, 1, stored("checkpoint.sha256"), 1)
@@ -89,6 +93,7 @@ def test_files_are_kept_while_any_row_names_them_and_removed_after(database: Dat
             registry.Alias,
             ModelVersion,
             runs.RunArtifact,
+            View,
             Fold,
             Checkpoint,
             Membership,

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 from errors import RecipeInvalid
-from training.split import Fold, Indices, make_folds
+from training.split import Fold, Indices, make_folds, nested
 
 NONE = np.array([], dtype=np.intp)
 
@@ -176,3 +179,57 @@ def test_many_rare_labels_are_cut_where_they_can_be(seed: int) -> None:
     )
     assert all(needed[one.train].any(axis=0).all() for one in folds)
     assert all(200 < len(one.test) < 300 for one in folds)
+
+
+# --- parts of what a fold learns from -------------------------------------------------------------------------------
+
+FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0)
+
+
+def nested_parts(strata: Indices, groups: Indices, seed: int = 0) -> list[Indices]:
+    needed = (strata[:, None] == np.unique(strata)).astype(np.int8)
+    return nested(np.arange(len(strata)), strata, csr_array(needed), groups, FRACTIONS, seed)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(grouped_rows(), st.integers(0, 2**32 - 1))
+def test_parts_hold_all_smaller_ones_with_whole_groups_and_every_class(
+    drawn: tuple[Indices, Indices], seed: int
+) -> None:
+    strata, groups = drawn
+    parts = nested_parts(strata, groups, seed)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in nested_parts(strata, groups, seed)]
+    assert parts[-1].tolist() == list(range(len(strata)))
+    for smaller, larger in pairwise(parts):
+        assert set(smaller.tolist()) <= set(larger.tolist())
+    for part in parts:
+        assert not set(groups[part].tolist()) & set(np.delete(groups, part).tolist()), "no group is cut"
+        assert set(strata[part].tolist()) == set(strata.tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(20, 300), min_size=2, max_size=5), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_parts_have_their_share_of_each_class(sizes: list[int], largest: int, seed: int) -> None:
+    strata = np.repeat(np.arange(len(sizes)), sizes)
+    groups = np.concatenate([1000 * stratum + np.arange(size) // largest for stratum, size in enumerate(sizes)])
+    for fraction, part in zip(FRACTIONS, nested_parts(strata, groups, seed), strict=True):
+        for stratum, size in enumerate(sizes):
+            assert abs((strata[part] == stratum).sum() - fraction * size) <= largest
+
+
+def test_every_label_of_an_image_is_in_the_smallest_part() -> None:
+    random = np.random.default_rng(0)
+    has = random.random((200, 6)) < [0.9, 0.5, 0.2, 0.05, 0.02, 0.02]
+    strata = has.argmin(axis=1)
+    for seed in range(20):
+        smallest, *_ = nested(np.arange(200), strata, csr_array(has.astype(np.int8)), np.arange(200), (0.05,), seed)
+        assert (has[smallest].any(axis=0) == has.any(axis=0)).all() and len(smallest) < 30
+
+
+def test_parts_are_chosen_of_the_rows_that_are_given_alone() -> None:
+    strata, groups = np.arange(60) % 3, np.arange(60)
+    rows = np.arange(7, 60, 2)
+    needed = csr_array((strata[:, None] == np.arange(3)).astype(np.int8))
+    parts = nested(rows, strata, needed, groups, FRACTIONS, 1)
+    assert parts[-1].tolist() == rows.tolist() and set(parts[0].tolist()) < set(rows.tolist())
+    assert parts[1].tolist() != nested(rows, strata, needed, groups, FRACTIONS, 2)[1].tolist()

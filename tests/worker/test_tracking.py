@@ -282,6 +282,19 @@ def test_a_table_that_is_told_twice_is_shown_once(mlflow_url: str, case: Case, i
     assert len(seen(mlflow_url, case.name)["runs"]) == 3 and case.owed() == 0
 
 
+def test_a_file_that_came_after_the_end_is_shown_beside_the_others(mlflow_url: str, case: Case) -> None:
+    case.publish(mlflow_url)
+    before = seen(mlflow_url, case.name)
+    with case.database.writing() as session:
+        runs.add_artifact(session, case.run_id, "learning-curve.png", case.store.put(b"a picture"), 9, "image/png")
+        owe(session, case.run_id, "file", {"name": "learning-curve.png"})
+        owe(session, case.run_id, "file", {"name": "learning-curve.png"})
+    case.publish(mlflow_url)
+    after = seen(mlflow_url, case.name)
+    assert case.owed() == 0 and set(after["runs"][2][7]) - set(before["runs"][2][7]) == {"learning-curve.png"}
+    assert after["runs"][:2] == before["runs"][:2] and after["runs"][2][:7] == before["runs"][2][:7]
+
+
 @pytest.mark.slow
 def test_whichever_answer_is_lost_nothing_is_shown_twice(mlflow_url: str, relay: Relay, case: Case) -> None:
     case.publish(mlflow_url)

@@ -1,0 +1,131 @@
+"""Cuts and backbones are tried on a sample: real Keras networks, small images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import sample
+from experiments import Bench, Heard
+
+from artifacts import bundle as bundles
+from artifacts.catalogue import CATALOGUE, BackboneName
+from artifacts.defaults import ClassCount, fill
+from artifacts.manifest import Row
+from artifacts.recipe import BackboneChoice, Recipe, Task
+from training import backbones
+from training.bake_off import Pick, is_asked, settled
+
+OPEN: dict[str, Any] = {"features_from": "auto", "epochs": 4, "folds": {"k": 2}}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def rows(bench: Bench) -> list[Row]:
+    return bench.rows(sample.coloured(per_class=8))
+
+
+def test_every_cut_is_tried_and_the_best_is_served(bench: Bench, rows: list[Row]) -> None:
+    outcome, heard = bench.run(rows, **OPEN)
+    assert heard.stages[:2] == ["bake-off", "backbone"]
+    found = outcome.metrics["features"]
+    assert [one["features_from"] for one in found["tried"]] == list(CATALOGUE[BackboneName.VGG16].cuts)
+    assert [one["width"] for one in found["tried"]] == list(CATALOGUE[BackboneName.VGG16].cuts.values())
+    best = max(found["tried"], key=lambda one: one["score"])  # the first of equals
+    assert found["chosen"] == best and found["images"] == len(rows) and found["score"] == "accuracy"
+    bundle = bundles.load(bench.store.read(outcome.bundle))
+    assert bundle.layers[0].kernel.shape[0] == best["width"]
+    report = outcome.files["report.md"][0].decode()
+    assert "## Where features come from" in report and f"`{best['features_from']}` of VGG16 was chosen" in report
+
+
+def test_a_run_that_was_interrupted_keeps_to_its_choice(bench: Bench, rows: list[Row]) -> None:
+    bench.run(rows, **OPEN)
+    assert bench.known.pick is not None
+    other = next(one for one in bench.known.pick["tried"] if one != bench.known.pick["chosen"])
+    bench.known.pick = bench.known.pick | {"chosen": other}
+    heard = Heard()
+    outcome, _ = bench.run(rows, heard, **OPEN)
+    assert "bake-off" not in heard.stages
+    assert outcome.metrics["features"]["chosen"] == other
+    assert bundles.load(bench.store.read(outcome.bundle)).layers[0].kernel.shape[0] == other["width"]
+
+
+def test_the_folds_of_a_bake_off_are_not_those_of_the_run(bench: Bench, rows: list[Row]) -> None:
+    fixed, _ = bench.run(rows, **OPEN | {"features_from": "block1"})
+    chosen, _ = bench.run(rows, **OPEN)
+    if chosen.metrics["features"]["chosen"]["features_from"] == "block1":
+        assert chosen.metrics["loss"] == fixed.metrics["loss"]  # the choice changed nothing of the measurement
+    scores = {one["features_from"]: one["score"] for one in chosen.metrics["features"]["tried"]}
+    assert scores["block1"] is not None
+
+
+def test_all_cuts_share_one_pass_and_are_those_that_are_served() -> None:
+    weights = backbones.random_weights(BackboneName.RESNET50)
+    cuts = list(CATALOGUE[BackboneName.RESNET50].cuts)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    together = backbones.probe(BackboneName.RESNET50, cuts, 32, weights).predict_on_batch(images)
+    for cut, features in zip(cuts, together, strict=True):
+        alone = backbones.backbone(BackboneName.RESNET50, cut, 32, weights)(images)["features"]
+        assert features == pytest.approx(keras.ops.convert_to_numpy(alone), rel=1e-4, abs=1e-6)
+
+
+def test_one_cut_is_as_good_as_several() -> None:
+    weights = backbones.random_weights(BackboneName.VGG16)
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    (alone,) = backbones.probe(BackboneName.VGG16, ["block2"], 32, weights).predict_on_batch(images)
+    assert np.asarray(alone).shape == (1, 128)
+
+
+def test_a_choice_is_kept_as_it_was_and_settles_the_recipe() -> None:
+    facts = {
+        "chosen": {"backbone": "vgg19", "features_from": "block4", "image_size": 48, "width": 512, "score": 0.9},
+        "weights": "0" * 64,
+        "score": "accuracy",
+        "images": 900,
+        "folds": 3,
+        "tried": [],
+    }
+    assert Pick.of(facts).facts(Task.MULTICLASS) == facts
+    recipe = Recipe.model_validate({"backbone": "auto", "features_from": "auto"})
+    assert is_asked(recipe) and not is_asked(Recipe())
+    done = settled(recipe, facts)
+    assert (done.backbone, done.features_from, done.image_size) == (BackboneChoice.VGG19, "block4", 48)
+    assert not is_asked(done) and settled(recipe, None) == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        ({"mode": "fine-tuning", "features_from": "auto"}, "features_from"),
+        ({"mode": "fine-tuning", "backbone": "auto"}, "backbone"),
+        ({"backbone": "auto", "features_from": "block1"}, "features_from"),
+        ({"backbone": "auto", "image_size": 16}, "image_size"),
+        ({"backbone": "vgg16", "features_from": "auto", "image_size": 16}, "image_size"),
+        ({"features_from": "auto", "image_size": [224, 200]}, "image_size"),
+        ({"features_from": "auto", "unfreeze": "block1"}, "unfreeze"),
+    ],
+)
+def test_what_cannot_be_left_open_is_refused(recipe: dict[str, Any], field: str) -> None:
+    from errors import RecipeInvalid
+
+    counts = [ClassCount("a", 9, 9), ClassCount("b", 9, 9)]
+    with pytest.raises(RecipeInvalid) as refused:
+        fill(Recipe.model_validate(recipe), Task.BINARY, counts)
+    assert refused.value.field == field
+
+
+def test_what_is_left_open_stays_open_until_a_worker_has_tried() -> None:
+    counts = [ClassCount("a", 9, 9), ClassCount("b", 9, 9)]
+    filled = fill(Recipe.model_validate({"backbone": "auto"}), Task.BINARY, counts)
+    assert (filled.backbone, filled.features_from, filled.image_size) == (BackboneChoice.AUTO, None, None)
+    assert fill(filled, Task.BINARY, counts) == filled
+    filled = fill(Recipe.model_validate({"backbone": "vgg16", "features_from": "auto"}), Task.BINARY, counts)
+    assert (filled.features_from, filled.image_size) == ("auto", 224)
