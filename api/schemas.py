@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
 from artifacts.catalogue import BackboneName
-from artifacts.layers import NetworkRecipe
+from artifacts.layers import NetworkRecipe, Sides
 from artifacts.layout import Split
 from artifacts.recipe import NAME_PATTERN, Recipe, Task
 from models.comparison import ComparisonState

@@ -212,15 +212,15 @@ def backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:
 
 
 def probe(name: BackboneName, cuts: Sequence[str], size: int, weights: bytes) -> Any:
-    """Return a Keras model from uint8 images [N, size, size, 3] to the features [N, D] at each of several cuts."""
+    """Return a Keras model from uint8 images [N, size, size, 3] to a dict of the features [N, D] at each cut."""
     full = network(name, size)
     load_weights(full, weights)
     full.trainable = False
-    trunk = keras.Model(full.input, [cut_layer(full, name, cut).output for cut in cuts])
+    trunk = keras.Model(full.input, {cut: cut_layer(full, name, cut).output for cut in cuts})
     images = keras.Input((size, size, 3), dtype="uint8")
     maps = trunk(preprocessed(images, CATALOGUE[name].preprocessing), training=False)
-    several = maps if isinstance(maps, list | tuple) else [maps]
-    return keras.Model(images, [keras.layers.GlobalAveragePooling2D()(one) for one in several])
+    features = {cut: keras.layers.GlobalAveragePooling2D(name=cut)(maps[cut]) for cut in cuts}
+    return keras.Model(images, features)
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,12 @@ def bake_off(
         cuts = _cuts(recipe, name)
         decoder = Decoder(place.store, size, recipe.resize, place.image_limits, place.threads)
         model = backbones.probe(name, cuts, size, place.store.read(weights[name]))
-        parts: list[Sequence[Features]] = []
+        parts: list[Mapping[str, Features]] = []
         for of_batch, pixels in decoder.batches(names):
             parts.append(model.predict_on_batch(pixels))
             steps.done(len(of_batch))
-        for number, cut in enumerate(cuts):
-            features = np.concatenate([np.asarray(part[number], np.float32) for part in parts])
+        for cut in cuts:
+            features = np.concatenate([np.asarray(part[cut], np.float32) for part in parts])
             score = _score(recipe, task, outputs, features, targets.truth[tried_on], folds, steps)
             tried.append(Tasted(name, cut, size, features.shape[1], score))
     scored = [one for one in tried if one.score is not None]
@@ -183,8 +183,7 @@ def _sample(rows: Indices, targets: Targets, groups: Indices) -> Indices:
     """Return about as many rows as are tried on, with the same share of each stratum and whole groups only."""
     if len(rows) <= SAMPLE:
         return rows
-    (sample,) = nested(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)
-    return sample
+    return nested(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)[0]
 
 
 def _score(
