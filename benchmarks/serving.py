@@ -8,7 +8,7 @@ answered for so many seconds.
 
 The peers run in an environment of their own: `make bench-serving` makes it. Run as `python -m benchmarks.serving
 [--backbone xception] [--size 299] [--rounds 3] [--seconds 15] [--clients 1 8 32] [--heads 1000]
-[--peers .cache/peers/bin/python] [--data archive.zip] [--overload 600]`.
+[--peers .cache/peers/bin/python] [--peer-models 40] [--data archive.zip] [--overload 600]`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _OURS = "Espalier"
 _AIMS = {_OURS: "1.2 at 8", f"{_OURS} bfloat16": "2 at 8", f"{_OURS} int8": "3 at 8"}
 _FILES = 64
 _PEERS = Path(__file__).parent / "peers"
-_START_WITHIN_S = 180.0
+_START_WITHIN_S = 1200.0
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=1000)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--peers", type=Path)
+    parser.add_argument("--peer-models", type=int, default=0)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--overload", type=float, default=0.0)
     wanted = parser.parse_args()
@@ -299,6 +300,9 @@ def main() -> None:
             "alone_ms": alone_ms(given, files[0], size),
         }
         figures |= on_ours(ours, port, wanted, files)
+        if wanted.peers and wanted.peer_models:
+            litserve = next(server for server in servers if server.name == "LitServe")
+            figures["many_models_of_a_peer"] = of_a_peer(litserve, port, wanted.peer_models, files, wanted.seconds)
     report(f"serving-{wanted.backbone.value}", figures)
     show(figures, found, bare, wanted.clients)
 
@@ -369,9 +373,25 @@ def peers(wanted: argparse.Namespace, size: int, port: int, files: Sequence[byte
     ]
 
 
-def _json(file: bytes) -> bytes:
+def _json(file: bytes, model: int = 0) -> bytes:
     """Return a file as LitServe is sent it."""
-    return post("/predict", json.dumps({"image": base64.b64encode(file).decode()}).encode(), "application/json")
+    body = {"image": base64.b64encode(file).decode(), "model": model}
+    return post("/predict", json.dumps(body).encode(), "application/json")
+
+
+def of_a_peer(litserve: Server, port: int, models: int, files: Sequence[bytes], seconds: float) -> dict[str, Any]:
+    """Measure many models as LitServe has them, each a network of its own: memory and requests a second."""
+    figures: dict[str, Any] = {"models": models}
+    for count in (1, models):
+        requests = [_json(files[number % len(files)], number % count) for number in range(max(count, len(files)))]
+        several = replace(litserve, environment=litserve.environment | {"PEER_MODELS": str(count)}, requests=requests)
+        with running(several, port) as process:
+            load(port, requests, 8, 3600.0, most=max(count, 16))  # each once
+            figures[str(count)] = {
+                "per_second": round(load(port, requests, 8, seconds).per_second, 2),
+                "memory_mb": round(resident_mb(process)),
+            }
+    return figures
 
 
 def show(
@@ -405,6 +425,11 @@ def show(
     rows.append((f"{many['models']} models on one backbone against one", against_one, "0.95, +150 MB"))
     seen = f"seen after {alias['seen_after_s']['max']:.2f} s at most, {alias['failed']} requests failed"
     rows.append((f"an alias moved {alias['moves']} times under load", seen, "1 s, 0"))
+    if "many_models_of_a_peer" in figures:
+        peer = figures["many_models_of_a_peer"]
+        one, several = peer["1"], peer[str(peer["models"])]
+        said = f"{several['per_second'] / one['per_second']:.2f}, {several['memory_mb'] - one['memory_mb']:+,} MB"
+        rows.append((f"{peer['models']} models in LitServe, a network each, against one", said, ""))
     table(rows, f"{len(os.sched_getaffinity(0))} processors ({processor()})")
 
 

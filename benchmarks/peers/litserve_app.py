@@ -11,16 +11,25 @@ class Classifier(litserve.LitAPI):
     """Decodes on the way in, predicts a batch."""
 
     def setup(self, device):
-        """Load the network in the worker."""
-        self.network = network.Network()
+        """Load the networks in the worker: a model is a network of its own."""
+        self.networks = [network.Network() for _ in range(network.MODELS)]
 
     def decode_request(self, request):
-        """Return the pixels of the file that was sent as base64 in JSON."""
-        return network.decode(base64.b64decode(request["image"]))
+        """Return the model and the pixels of the file that was sent as base64 in JSON."""
+        return request.get("model", 0), network.decode(base64.b64decode(request["image"]))
+
+    def batch(self, inputs):
+        """Return a batch as it is: its rows may belong to several models."""
+        return inputs
 
     def predict(self, x):
-        """Return probabilities for a batch."""
-        return self.network.predict(list(x))
+        """Return probabilities for a batch, model by model."""
+        found = [None] * len(x)
+        for model in {model for model, _ in x}:
+            rows = [row for row, (of, _) in enumerate(x) if of == model]
+            for row, output in zip(rows, self.networks[model].predict([x[row][1] for row in rows]), strict=True):
+                found[row] = output
+        return found
 
     def encode_response(self, output):
         """Return one answer."""

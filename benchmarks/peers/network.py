@@ -16,6 +16,7 @@ from PIL import Image
 SIZE = int(os.environ["PEER_SIZE"])
 BATCH = int(os.environ["PEER_BATCH"])
 CLASSES = 10
+MODELS = int(os.environ.get("PEER_MODELS", "1"))
 
 _NETWORKS = {
     "vgg16": (keras.applications.VGG16, keras.applications.vgg16.preprocess_input),
