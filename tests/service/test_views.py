@@ -98,3 +98,34 @@ def test_a_network_that_has_learned_is_looked_at_too_until_its_images_are_delete
     until(lambda: not file.exists(), within_s=60)
     gone = service.http.get(url, params={"image": image, "layer": "block1_conv2"})
     assert gone.status_code == 409 and "deleted with its images" in gone.json()["detail"]
+
+
+@pytest.mark.slow
+def test_layers_of_a_network_from_scratch_have_the_names_of_its_recipe(
+    service: Service, colours: dict[str, Any]
+) -> None:
+    layers = [
+        {"type": "convolution", "name": "edges", "filters": 6},
+        {"type": "pooling"},
+        {"type": "global_average"},
+    ]
+    recipe = {
+        "mode": "from-scratch",
+        "network": {"kind": "cnn", "layers": layers},
+        "image_size": [24, 16],
+        "epochs": 2,
+        "folds": {"k": 2},
+    }
+    answer = service.http.post("/api/v1/runs", json={"dataset": colours["id"], "name": "grown", "recipe": recipe})
+    assert answer.status_code == 202, answer.text
+    run = service.settled(f"/api/v1/runs/{answer.json()['id']}")
+    assert run["state"] == "succeeded", run
+    url = f"/api/v1/runs/{run['id']}/activations"
+    assert shown(service, url).json()["layers"] == [
+        {"name": "edges", "height": 22, "width": 14, "channels": 6},
+        {"name": "pooling_1", "height": 11, "width": 7, "channels": 6},
+    ]
+    image = service.http.get(f"/api/v1/datasets/{colours['id']}/images").json()["items"][0]["image"]
+    picture = shown(service, url, image=image, layer="edges")
+    assert Image.open(io.BytesIO(picture.content)).size == (3 * 66, 2 * 66)
+    assert service.http.get(f"/api/v1/runs/{run['id']}/learning-curve").status_code == 409
