@@ -10,15 +10,19 @@ import httpx2
 import mlflow
 import numpy as np
 import pytest
+import sample
 from PIL import Image
 from running import Service
+from waiting import until
+
+from artifacts.store import Store, digest_of
 
 
 def shown(service: Service, url: str, **params: str) -> httpx2.Response:
     """Return what is at `url` once it is computed, asking again when it says so."""
-    until = time.monotonic() + 300
+    deadline = time.monotonic() + 300
     while (answer := service.http.get(url, params=params)).status_code == 202:
-        assert answer.json()["state"] in ("queued", "running") and time.monotonic() < until
+        assert answer.json()["state"] in ("queued", "running") and time.monotonic() < deadline
         assert 0 <= answer.json()["progress"]["fraction"] <= 1
         time.sleep(min(2, int(answer.headers["Retry-After"])))
     return answer
@@ -72,3 +76,56 @@ def test_a_learning_curve_ends_in_the_score_of_its_run_and_mlflow_shows_it(
 
     told = service.until(f"/api/v1/runs/{trained['id']}", is_told)
     assert "learning-curve.png" in [file["name"] for file in told["files"]]
+
+
+@pytest.mark.slow
+def test_a_network_that_has_learned_is_looked_at_too_until_its_images_are_deleted(service: Service) -> None:
+    dataset = service.upload("looked-at", sample.zipped(sample.coloured(per_class=8, classes=2, seed=7)))["id"]
+    tuning = {"mode": "fine-tuning", "fine_tune": {"epochs": 1, "warmup_epochs": 0}, "augmentation": None}
+    run = service.train(dataset, "looked-at", **tuning)
+    assert run["state"] == "succeeded", run
+    answer = service.http.get(f"/api/v1/runs/{run['id']}/learning-curve")
+    assert answer.status_code == 409 and "fine-tuning" in answer.json()["detail"]
+
+    url = f"/api/v1/runs/{run['id']}/activations"
+    image = service.http.get(f"/api/v1/datasets/{dataset}/images").json()["items"][0]["image"]
+    picture = shown(service, url, image=image, layer="block1_conv2")
+    assert picture.status_code == 200, picture.text
+    file = Store(service.var / "store").place(digest_of(picture.content))
+    assert file.read_bytes() == picture.content
+
+    assert service.http.delete(f"/api/v1/datasets/{dataset}").status_code == 204
+    until(lambda: not file.exists(), within_s=60)
+    gone = service.http.get(url, params={"image": image, "layer": "block1_conv2"})
+    assert gone.status_code == 409 and "deleted with its images" in gone.json()["detail"]
+
+
+@pytest.mark.slow
+def test_layers_of_a_network_from_scratch_have_the_names_of_its_recipe(
+    service: Service, colours: dict[str, Any]
+) -> None:
+    layers = [
+        {"type": "convolution", "name": "edges", "filters": 6},
+        {"type": "pooling"},
+        {"type": "global_average"},
+    ]
+    recipe = {
+        "mode": "from-scratch",
+        "network": {"kind": "cnn", "layers": layers},
+        "image_size": [24, 16],
+        "epochs": 2,
+        "folds": {"k": 2},
+    }
+    answer = service.http.post("/api/v1/runs", json={"dataset": colours["id"], "name": "grown", "recipe": recipe})
+    assert answer.status_code == 202, answer.text
+    run = service.settled(f"/api/v1/runs/{answer.json()['id']}")
+    assert run["state"] == "succeeded", run
+    url = f"/api/v1/runs/{run['id']}/activations"
+    assert shown(service, url).json()["layers"] == [
+        {"name": "edges", "height": 22, "width": 14, "channels": 6},
+        {"name": "pooling_1", "height": 11, "width": 7, "channels": 6},
+    ]
+    image = service.http.get(f"/api/v1/datasets/{colours['id']}/images").json()["items"][0]["image"]
+    picture = shown(service, url, image=image, layer="edges")
+    assert Image.open(io.BytesIO(picture.content)).size == (3 * 66, 2 * 66)
+    assert service.http.get(f"/api/v1/runs/{run['id']}/learning-curve").status_code == 409

@@ -11,10 +11,11 @@ import records
 from PIL import Image
 
 from artifacts import manifest
+from artifacts.defaults import ClassCount, fill
 from artifacts.headline import HEADLINES
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import ClassCount, Recipe, Task, fill
+from artifacts.recipe import Recipe, Task
 from training import evaluate
 from training.compare import OutOfFold
 from training.learn import Plan
