@@ -66,7 +66,9 @@ def test_branches_are_joined_by_name() -> None:
 
 def test_a_layer_that_cannot_follow_is_named() -> None:
     conv = {"type": "convolution", "filters": 4}
-    refused = _refusal(_cnn({"type": "pooling", "size": 3}, {**conv, "name": "large", "kernel": 9}, {"type": "flatten"}))
+    refused = _refusal(
+        _cnn({"type": "pooling", "size": 3}, {**conv, "name": "large", "kernel": 9}, {"type": "flatten"})
+    )
     assert refused.field == "network.layers.1.kernel"
     assert "'large'" in refused.detail and "9×9" in refused.detail and "5×5" in refused.detail
     assert "Nothing would be left" in _refusal(_cnn({"type": "pooling", "size": 17}, {"type": "flatten"})).detail
@@ -74,7 +76,9 @@ def test_a_layer_that_cannot_follow_is_named() -> None:
     assert "at the end" in _refusal(_cnn(conv)).detail
     assert "at least one layer" in _refusal(_cnn()).detail
     assert _refusal(_cnn({"type": "flatten"}, conv)).field == "network.layers.1.inputs"
-    assert _refusal(_cnn({**conv, "name": "a"}, {"type": "flatten", "inputs": ["b"]})).field == "network.layers.1.inputs"
+    assert (
+        _refusal(_cnn({**conv, "name": "a"}, {"type": "flatten", "inputs": ["b"]})).field == "network.layers.1.inputs"
+    )
     assert _refusal(_cnn({**conv, "name": "a"}, {"type": "flatten", "name": "a"})).field == "network.layers.1.name"
     assert "None does" in _refusal(_cnn(conv, {"type": "flatten", "inputs": ["input"]})).detail
     joined = _refusal(_cnn(conv, {"type": "add", "inputs": ["convolution_1", "input"]}, {"type": "flatten"}))
