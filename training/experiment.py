@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,8 +91,7 @@ class Outcome:
 def run(order: Order, place: Place, registry: Registry, report: Reporter) -> Outcome:
     """Train and measure a model: a head on a frozen backbone, or the backbone with it."""
     experiment = Experiment(order, place, registry, report)
-    outcomes = [experiment.learn_fold(number) for number in range(len(experiment.folds))]
-    return experiment.finish(outcomes)
+    return experiment.finish(experiment.learn_folds(range(len(experiment.folds))))
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,37 @@ class Experiment:
         """Learn without a fold's test images, then measure on them."""
         self._report.stage("folds")
         started = time.perf_counter()
-        fold = self.folds[number]
         part = self._report.part(number, self._learner.plan.epochs)
-        lesson = Lesson(fold.train, fold.validation, self._learner.plan, _seed(self._order.recipe, number))
-        learned = self._learner.learn(lesson, part, part)
+        learned = self._learner.learn(self._lesson(number, self._learner), part, part)
+        return self._end_fold(number, learned, part, started)
+
+    def learn_folds(self, numbers: Sequence[int]) -> list[FoldOutcome]:
+        """Do what `learn_fold` does with several folds, side by side if the learner can; they end in any order.
+
+        A fold's seconds are then its share of the time: each moment is divided among the folds that still learn.
+        """
+        learner = self._learner
+        if not isinstance(learner, Frozen) or not learner.learns_abreast:
+            return [self.learn_fold(number) for number in numbers]
+        self._report.stage("folds")
+        parts = [self._report.part(number, learner.plan.epochs) for number in numbers]
+        lessons = [(self._lesson(number, learner), part, part) for number, part in zip(numbers, parts, strict=True)]
+        found: dict[int, FoldOutcome] = {}
+        share_s, since = 0.0, time.perf_counter()
+        for place, learned in learner.learn_many(lessons):
+            now = time.perf_counter()
+            share_s, since = share_s + (now - since) / (len(parts) - len(found)), now
+            found[place] = self._end_fold(numbers[place], learned, parts[place], now - share_s)
+        return [found[place] for place in range(len(parts))]
+
+    def _lesson(self, number: int, learner: Learner) -> Lesson:
+        """Return what is to be learned in a fold."""
+        fold = self.folds[number]
+        return Lesson(fold.train, fold.validation, learner.plan, _seed(self._order.recipe, number))
+
+    def _end_fold(self, number: int, learned: Learned, part: Part, started: float) -> FoldOutcome:
+        """Measure on a fold's test images, and tell that it ended."""
+        fold = self.folds[number]
         logits = {self._trunk.precision: _finite(learned.logits(fold.test))}
         if self._tuned is not None:
             epochs = float(len(learned.history))
@@ -325,14 +352,10 @@ class Experiment:
     def _score(self, trunk: Trunk, report: Report) -> float:
         """Return the headline score of heads on a frozen network, out of fold."""
         learner = Frozen(self._order.recipe, self._task, self._outputs, trunk.features, self._truth)
-        epochs = learner.plan.epochs
-        logits = []
-        for fold in self.folds:
-            listener = _Trial(fold.number * epochs, len(self.folds) * epochs, report)
-            seed = _seed(self._order.recipe, fold.number)
-            lesson = Lesson(fold.train, fold.validation, learner.plan, seed)
-            logits.append(_finite(learner.learn(lesson, listener, NoKeeper()).logits(fold.test)))
-        return self._headline(logits)
+        trials = _Trials(learner.plan.epochs, len(self.folds), report)
+        lessons = [(self._lesson(fold.number, learner), trials.of(fold.number), NoKeeper()) for fold in self.folds]
+        learned = dict(learner.learn_many(lessons))
+        return self._headline([_finite(learned[fold.number].logits(fold.test)) for fold in self.folds])
 
     def _headline(self, logits: Sequence[Float32]) -> float:
         """Return the task's headline score of the logits of every fold."""
@@ -417,20 +440,31 @@ def _one_of(number: int, count: int, report: Reporter) -> Report:
     return lambda done, total: report.images(number * total + done, count * total)
 
 
-class _Trial:
-    """Hears of one of many fits, and says how far all of them are."""
+class _Trials:
+    """Says how far many fits are together, whether they go on side by side or one after the other."""
 
-    def __init__(self, before: int, total: int, report: Report) -> None:
-        self._before = before
-        self._total = total
+    def __init__(self, epochs: int, count: int, report: Report) -> None:
+        self._done = [0] * count
+        self._total = epochs * count
         self._report = report
+
+    def of(self, number: int) -> _Trial:
+        """Return who hears of one of them."""
+        return _Trial(partial(self._hear, number))
+
+    def _hear(self, number: int, epochs: float) -> None:
+        self._done[number] = int(epochs)
+        self._report(sum(self._done), self._total)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Hears of one fit how many epochs are done."""
+
+    batch: Callable[[float], None]
 
     def epoch(self, number: int, metrics: Epoch) -> None:
         """Hear of a finished epoch."""
-
-    def batch(self, epochs: float) -> None:
-        """Hear how many epochs are done."""
-        self._report(self._before + int(epochs), self._total)
 
 
 def _material(
