@@ -6,7 +6,7 @@ same steps. Both train every epoch, so that they do the same work, in pairs that
 scikit-learn's `LogisticRegression` minimises C * sum(cross-entropy) + ||W||²/2 over standardised features, which is
 C * n times our mean(cross-entropy) + l2 * ||W||² where C = 1 / (2 * l2 * n), for n rows. It is stopped at the first
 iteration at which this loss is no greater than that of our head on the same training rows: equal loss, not equal
-weights. Ours is stochastic and may still be above the least loss after its last epoch.
+weights. Ours is stochastic and may still be above the least loss after its last epoch. Both compute on one thread.
 
 Run as `python -m benchmarks.heads [--pairs 3] [--epochs 60]`.
 """
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from artifacts.features import Features
 from artifacts.recipe import Recipe, Task
@@ -29,7 +30,7 @@ from benchmarks.figures import report, spread
 from inference import heads
 from training.epochs import Passage
 from training.fit import Fit, Scaler, fit
-from training.fit_many import Wanted, fit_many
+from training.fit_many import Wanted, fit_many, grid
 from training.split import Fold, Indices, make_folds
 
 K, CLASSES = 5, 10
@@ -90,7 +91,8 @@ class Rival:
 
     def fit_all(self) -> list[Any]:
         """Fit all heads."""
-        return [self._fit(one, iterations) for one, iterations in zip(self._wanted, self.iterations, strict=True)]
+        with threadpool_limits(1):
+            return [self._fit(one, iterations) for one, iterations in zip(self._wanted, self.iterations, strict=True)]
 
     def _needed(self, one: Wanted, loss: float) -> int:
         """Return the first iteration whose loss is no greater."""
@@ -137,11 +139,8 @@ def compared(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence
     """Measure one size, with heads of each strength of the penalty."""
     features, truth = drawn(rows, width)
     recipe = Recipe(early_stopping=None)
-    wanted = [
-        Wanted(fold.train, fold.validation, epochs, fold.number, l2, QUIET)
-        for fold in folded(truth)
-        for l2 in strengths
-    ]
+    folds = [Wanted(fold.train, fold.validation, epochs, fold.number, 0.0, QUIET) for fold in folded(truth)]
+    wanted = grid(folds, strengths)
     given = recipe, features, truth
     rival = Rival(features, truth, wanted, side_by_side(*given, wanted))
     loop, many, scikit = [], [], []

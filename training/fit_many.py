@@ -10,7 +10,7 @@ same rule, and an end of its own. What is left between the two is rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -31,7 +31,7 @@ from training.rules import Rule, Steps, rule
 from training.split import Indices
 from training.targets import Truth
 
-# Weights and gradients of the heads in one array should stay in a processor's own cache.
+# Weights and batches of the heads in one array should stay in a processor's own cache.
 _TOGETHER_BYTES = 2**20
 # Standardised rows are kept as long as there is this much room; of folds beyond it, each batch is standardised anew.
 _HELD_BYTES = 2**30
@@ -63,6 +63,11 @@ class Wanted:
     seed: int
     l2: float
     passage: Passage
+
+
+def grid(wanted: Sequence[Wanted], strengths: Sequence[float]) -> list[Wanted]:
+    """Return each of the heads with each strength of the penalty, the strengths of one head in a row."""
+    return [replace(one, l2=l2) for one in wanted for l2 in strengths]
 
 
 def is_linear(recipe: HeadRecipe) -> bool:
@@ -356,7 +361,9 @@ def _stacked(heads: Sequence[_Head], batch_size: int, loss: Loss, update: Rule) 
     """Return the heads in stacks that are no larger than is good, those with the most batches first."""
     if not heads:
         return []
-    together = max(1, _TOGETHER_BYTES // sum(array.nbytes for array in heads[0].state))
+    batch_size = min(batch_size, max(len(head.fold.train) for head in heads))
+    one_bytes = sum(array.nbytes for array in heads[0].state) + 4 * batch_size * len(heads[0].state[0])
+    together = max(1, _TOGETHER_BYTES // one_bytes)
     ordered = sorted(heads, key=lambda head: -head.batches)
     return [
         _Stack(ordered[start : start + together], batch_size, loss, update)
