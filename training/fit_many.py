@@ -114,7 +114,7 @@ def fit_many(
     stacks = _stacked(heads, recipe.batch_size, loss, update)
     libraries = ThreadpoolController()
     while heads:
-        # Threads that share a product this small wait for each other longer than it takes: beside other work, 20 times.
+        # Threads that share a product this small wait for each other longer than it takes: beside other work, 10 times.
         # What has diverged is told by its loss.
         with libraries.limit(limits=1, user_api="blas"), np.errstate(over="ignore", invalid="ignore"):
             for stack in stacks:
