@@ -53,6 +53,7 @@ check: $(VENV)/dev ## check format, types, floors, compose file and images
 bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their baselines
 	python -m benchmarks.extraction
 	python -m benchmarks.folds
+	python -m benchmarks.heads
 	python -m benchmarks.tuning
 
 # LitServe and BentoML run in an environment of their own, with what they bring along.

@@ -260,6 +260,12 @@ class Recipe(Part):
         assert self.backbone is not None, "A network from scratch has no backbone. This is a bug."
         return CATALOGUE[BackboneName(self.backbone.value)]
 
+    @property
+    def known_head(self) -> HeadRecipe:
+        """The head of a filled recipe that has one."""
+        assert self.head is not None, "A network from scratch has no head of its own. This is a bug."
+        return self.head
+
     def flat(self) -> dict[str, Any]:
         """Return every value by its path, such as `head.l2`."""
         return flat(self.model_dump(mode="json"))

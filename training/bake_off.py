@@ -23,12 +23,12 @@ from errors import RecipeInvalid, TrainingDiverged
 from training import backbones, evaluate
 from training.arrays import Report
 from training.checkpoint import NoKeeper
-from training.epochs import Epoch
 from training.learn import Frozen, Lesson
 from training.pixels import Decoder
 from training.prepare import Place
 from training.split import Fold, Indices, make_folds, nested
 from training.targets import Targets
+from training.trials import Trial
 
 SAMPLE = 1000
 """About so many images are tried on."""
@@ -197,15 +197,18 @@ def _score(
 ) -> float | None:
     """Return the headline score of heads on features, out of fold; None if one is not a number."""
     learner = Frozen(recipe, task, outputs, features, truth)
+    lessons = [
+        (Lesson(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved), NoKeeper())
+        for fold in folds
+    ]
     logits: Float32 = np.full((1, len(features), outputs), np.nan, dtype=np.float32)
-    for fold in folds:
-        lesson = Lesson(fold.train, fold.validation, learner.plan, _SEED + fold.number)
-        try:
-            logits[0, fold.test] = learner.learn(lesson, _Heard(steps), NoKeeper()).logits(fold.test)
-        except TrainingDiverged:
-            return None
-        finally:
-            steps.done(_FIT)
+    try:
+        for place, learned in learner.learn_many(lessons):
+            logits[0, folds[place].test] = learned.logits(folds[place].test)
+    except TrainingDiverged:
+        return None
+    finally:
+        steps.done(len(folds) * _FIT)
     if not np.isfinite(logits).all():
         return None
     statistics = evaluate.mean_statistics(task, truth, logits).sum(axis=0)
@@ -213,7 +216,7 @@ def _score(
 
 
 # A fit takes about as long as so many images take in a small network; only the bar's evenness depends on it.
-_FIT = 50
+_FIT = 20
 
 
 class _Steps:
@@ -224,21 +227,11 @@ class _Steps:
         self._total = total
         self._done = 0
 
+    def moved(self, epochs: float) -> None:
+        """Hear that the work moves."""
+        self._report(self._done, self._total)
+
     def done(self, count: int) -> None:
         """Hear that some steps more are done."""
         self._done = min(self._total, self._done + count)
         self._report(self._done, self._total)
-
-
-class _Heard:
-    """Hears of a fit, and says that the work moves."""
-
-    def __init__(self, steps: _Steps) -> None:
-        self._steps = steps
-
-    def epoch(self, number: int, metrics: Epoch) -> None:
-        """Hear of a finished epoch."""
-
-    def batch(self, epochs: float) -> None:
-        """Hear how many epochs are done."""
-        self._steps.done(0)

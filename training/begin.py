@@ -27,7 +27,6 @@ from training.augment import contact_sheet
 from training.bake_off import Pick
 from training.checkpoint import NoKeeper
 from training.deliver import Taught, golden_images, spread
-from training.epochs import Epoch
 from training.extract import Extraction, add_up
 from training.finetune import Material
 from training.learn import Frozen, Growing, Learner, Lesson, Tuning
@@ -36,6 +35,7 @@ from training.precision import Choice, Tried, candidates, choose, image_ms
 from training.prepare import Networks, Place, Registry, Trunk, size_of, square_of
 from training.split import Indices, make_folds
 from training.targets import targets_of
+from training.trials import Trials
 
 
 class Told(Protocol):
@@ -304,15 +304,18 @@ class _Beginning:
 
     def _score(self, trunk: Trunk, report: Report) -> float:
         """Return the headline score of heads on a frozen network, out of fold."""
-        learner = self._heads(trunk)
-        epochs = learner.plan.epochs
-        logits = []
-        for fold in self._data.folds:
-            listener = _Trial(fold.number * epochs, len(self._data.folds) * epochs, report)
-            seed = seed_of(self._data.recipe, fold.number)
-            lesson = Lesson(fold.train, fold.validation, learner.plan, seed)
-            logits.append(finite(learner.learn(lesson, listener, NoKeeper()).logits(fold.test)))
-        return self._data.headline(logits)
+        data, learner = self._data, self._heads(trunk)
+        trials = Trials(learner.plan.epochs, len(data.folds), report)
+        lessons = [
+            (
+                Lesson(fold.train, fold.validation, learner.plan, seed_of(data.recipe, fold.number)),
+                trials.of(fold.number),
+                NoKeeper(),
+            )
+            for fold in data.folds
+        ]
+        learned = dict(learner.learn_many(lessons))
+        return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
     def _material(self, pixels: Pixels) -> Material:
         """Return what the learning part reads: without augmentation, the frozen part is gone through only once."""
@@ -347,22 +350,6 @@ _SHOWN = 8
 def _one_of(number: int, count: int, report: Told) -> Report:
     """Return who is told of one of several passes of the same length, and tells how far all of them are."""
     return lambda done, total: report.images(number * total + done, count * total)
-
-
-class _Trial:
-    """Hears of one of many fits, and says how far all of them are."""
-
-    def __init__(self, before: int, total: int, report: Report) -> None:
-        self._before = before
-        self._total = total
-        self._report = report
-
-    def epoch(self, number: int, metrics: Epoch) -> None:
-        """Hear of a finished epoch."""
-
-    def batch(self, epochs: float) -> None:
-        """Hear how many epochs are done."""
-        self._report(self._before + int(epochs), self._total)
 
 
 def finite(logits: Float32) -> Float32:

@@ -125,7 +125,7 @@ def train(
         if stopping is not None and since.watched is not None:
             stopping.go_on_from(since.watched)
     batches.begin(len(history))
-    callbacks: list[Any] = [_Watch(history, len(batches), passage)]
+    callbacks: list[Any] = [Watch(history, len(batches), passage)]
     if stopping is not None:
         callbacks += stopping.callbacks
     callbacks.append(_Offering(history, epochs, stopping, passage.offer))  # last: it must see what the others decided
@@ -174,9 +174,7 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
     def begin(self, epoch: int) -> None:
         """Take the order of an epoch, counted from 0."""
         self._epoch = epoch
-        self._order = self._rows
-        if self._seed is not None:
-            self._order = np.random.default_rng((self._seed, epoch)).permutation(self._rows)
+        self._order = self._rows if self._seed is None else shuffled(self._rows, self._seed, epoch)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._batch_size)
@@ -187,6 +185,11 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
 
     def on_epoch_end(self) -> None:
         self.begin(self._epoch + 1)
+
+
+def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:
+    """Return rows in the order of an epoch, counted from 0; equally many others are shuffled alike."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 # --- snapshots -------------------------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ class Beat(keras.callbacks.Callback):  # type: ignore[misc]
         self._passage.on_batch(float(self._epochs))
 
 
-class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
+class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     """Keeps the history, tells each epoch, and ends a training that has diverged."""
 
     def __init__(self, history: list[Epoch], batches: int, passage: Passage) -> None:

@@ -95,8 +95,8 @@ def tune(
     Raises:
         TrainingDiverged: the loss is not a number any more.
     """
-    assert recipe.fine_tune is not None and recipe.head is not None
-    activation = recipe.head.activation
+    assert recipe.fine_tune is not None
+    activation = recipe.known_head.activation
     keras.utils.set_random_seed(seed)
     network, model, served = build(recipe, weights, material, head, seed)
     learned = head.unit(targets) if head.unit else targets
@@ -133,7 +133,7 @@ def tune(
 def build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: int) -> tuple[Any, Any, Any]:
     """Return the whole network, the model that learns (from the material to logits) and its head."""
     backbone = recipe.known_backbone
-    assert recipe.features_from and recipe.unfreeze and recipe.head
+    assert recipe.features_from and recipe.unfreeze
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
         parts = backbones.halves(backbone.name, boundary, recipe.features_from, square_of(recipe), weights)
@@ -149,7 +149,7 @@ def build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: i
             x = parts.front(x)
     x = parts.rest(x)
     features = Standardise(head.scaler)(x)
-    top = fit.head(recipe.head, features.shape[1], head.layers[-1].bias.shape[0])
+    top = fit.head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
     top.set_weights(head.weights)
     return parts.full, keras.Model(inputs, top(features)), top
 

@@ -90,8 +90,7 @@ def fit(
     scaler = Scaler.of(features, train)
     unit = Scaler.of(targets, train) if task is Task.REGRESSION else None
     learned = unit(targets) if unit else targets
-    assert recipe.head is not None
-    model = head(recipe.head, features.shape[1], outputs)
+    model = head(recipe.known_head, features.shape[1], outputs)
     batches = Rows(features, learned, train, recipe.batch_size, seed, scaler)
     model.compile(
         optimizer=optimizer(recipe.optimizer),
@@ -111,7 +110,7 @@ def fit(
         validation_batch_size=1024,
     )
     weights = model.get_weights()
-    return Fit(dense_layers(weights, recipe.head.activation, scaler, unit), scaler, unit, weights, trained)
+    return Fit(dense_layers(weights, recipe.known_head.activation, scaler, unit), scaler, unit, weights, trained)
 
 
 @dataclass(frozen=True)

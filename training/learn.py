@@ -6,7 +6,7 @@ A learner is asked once per fold and once for the final model; it sees row numbe
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from training.epochs import Epoch, Passage, Snapshot
 from training.evaluate import median_epoch
 from training.finetune import Material, tune
 from training.fit import Fit, fit
+from training.fit_many import Wanted, fit_many, is_linear
 from training.scratch import grow
 from training.split import Indices
 from training.targets import Truth
@@ -140,7 +141,7 @@ def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
     return Plan(head, median_epoch(tuned) if 2 * len(tuned) > len(kept) else 0)
 
 
-class Watch:
+class Validation:
     """Measures what early stopping watches, without any penalty."""
 
     def __init__(self, recipe: Recipe, task: Task, targets: Truth) -> None:
@@ -165,20 +166,42 @@ class Frozen:
         self._outputs = outputs
         self._features = features
         self._targets = targets
-        self.validation = Watch(recipe, task, targets)
+        self.validation = Validation(recipe, task, targets)
         self.plan = Plan(recipe.epochs)
 
     def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
         """Learn a head."""
-        return self.of_head(self.fit_head(lesson, listener, keeper), lesson.validation)
+        ((_, learned),) = self.learn_many([(lesson, listener, keeper)])
+        return learned
+
+    @property
+    def learns_abreast(self) -> bool:
+        """Whether several lessons are learned side by side, which takes a fraction of the time."""
+        return is_linear(self._recipe.known_head)
+
+    def learn_many(self, lessons: Sequence[tuple[Lesson, Listener, Keeper]]) -> Iterator[tuple[int, Learned]]:
+        """Learn a head of each lesson; give its place among them and what was learned, as soon as it was."""
+        if not self.learns_abreast:
+            for place, (lesson, listener, keeper) in enumerate(lessons):
+                yield place, self.of_head(self.fit_head(lesson, listener, keeper), lesson.validation)
+            return
+        wanted = [
+            Wanted(
+                lesson.train,
+                lesson.validation,
+                lesson.plan.head,
+                lesson.seed,
+                self._recipe.known_head.l2,
+                _passage(listener, keeper),
+            )
+            for lesson, listener, keeper in lessons
+        ]
+        fits = fit_many(self._recipe, self._task, self._outputs, self._features, self._targets, wanted)
+        for place, head in fits:
+            yield place, self.of_head(head, wanted[place].validation)
 
     def fit_head(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Fit:
-        """Fit the recipe's head on the rows' features."""
-
-        def offer(take: Callable[[], Snapshot]) -> None:
-            keeper.offer(lambda: Checkpoint(None, take()))
-
-        since = keeper.found.snapshot if keeper.found else None
+        """Fit the recipe's head on the rows' features, by itself."""
         return fit(
             self._recipe,
             self._task,
@@ -189,7 +212,7 @@ class Frozen:
             lesson.validation,
             epochs=lesson.plan.head,
             seed=lesson.seed,
-            passage=Passage(listener.epoch, listener.batch, offer, since),
+            passage=_passage(listener, keeper),
         )
 
     def of_head(self, head: Fit, validation: Indices) -> Learned:
@@ -202,6 +225,15 @@ class Frozen:
         trained = head.trained
         phase = Phase(HEAD, len(trained.history), trained.best_epoch, trained.stopped, value)
         return Learned((phase,), trained.history, trained.best_epoch, trained.stopped, head.layers, None, logits)
+
+
+def _passage(listener: Listener, keeper: Keeper) -> Passage:
+    """Return how a head that learns stands to those who hear of it and keep it."""
+
+    def offer(take: Callable[[], Snapshot]) -> None:
+        keeper.offer(lambda: Checkpoint(None, take()))
+
+    return Passage(listener.epoch, listener.batch, offer, keeper.found.snapshot if keeper.found else None)
 
 
 class Tuning:
@@ -279,7 +311,7 @@ class Growing:
         self._outputs = outputs
         self._pixels = pixels
         self._targets = targets
-        self._validation = Watch(recipe, task, targets)
+        self._validation = Validation(recipe, task, targets)
         self.plan = Plan(0, recipe.epochs)
 
     def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:

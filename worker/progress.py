@@ -10,7 +10,10 @@ from typing import Any
 from artifacts.recipe import Mode
 
 Said = Mapping[str, Any]
-"""What a job last said: stage, share of it from 0 to 1, eta_s; of a fold also its number, epoch, epochs, spent_s."""
+"""What a job last said: stage, share of it from 0 to 1, eta_s; of a fold also its number, epoch, epochs, spent_s.
+
+One that learns several folds side by side says how many as `folds`, and the sum of their shares.
+"""
 
 # Shares of the whole that were typical; only the bar's evenness depends on them, the ETA is measured.
 _STAGES: Mapping[Mode, Mapping[str, float]] = {
@@ -70,7 +73,7 @@ def whole(mode: Mode, folds: int, ended_s: Sequence[float], said: Sequence[Said]
     if stage == "folds":
         shown = min(parts, key=lambda one: one.get("fold") or 0)
         share = (len(ended_s) + sum(one["share"] for one in parts)) / folds
-        eta_s = _eta_of_folds_s(folds - len(ended_s) - len(parts), ended_s, parts)
+        eta_s = _eta_of_folds_s(folds - len(ended_s) - sum(map(_folds_of, parts)), ended_s, parts)
     start, end = starts[stage], starts[names[names.index(stage) + 1]]
     fold = shown.get("fold")
     return {
@@ -93,5 +96,11 @@ def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[Said
     if not known:
         return None
     typical_s = statistics.fmean(ended_s or [one["spent_s"] / max(one["share"], 1e-9) for one in known])
-    left_s = [max(0.0, typical_s - one["spent_s"]) if ended_s else one["eta_s"] for one in known]
+    left_s = [
+        max(0.0, typical_s - one["spent_s"]) if ended_s and _folds_of(one) == 1 else one["eta_s"] for one in known
+    ]
     return float(max(left_s) + math.ceil(max(0, waiting) / len(parts)) * typical_s + typical_s)
+
+
+def _folds_of(said: Said) -> int:
+    return int(said.get("folds", 1))

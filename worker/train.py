@@ -240,7 +240,7 @@ class _Conversation:
         self._epochs: list[dict[str, Any]] = []
         self._folds: list[Message] = []
         self._said: dict[str, Any] | None = None
-        self._checkpoint: Message | None = None
+        self._checkpoints: list[Message] = []
         self._others: list[Callable[[Session], None]] = []
         self._is_unsure = False
 
@@ -302,7 +302,7 @@ class _Conversation:
             case "fold":
                 self._folds.append(message)
             case "checkpoint":
-                self._checkpoint = message
+                self._checkpoints.append(message)
             case "extraction":
                 extraction = message["extraction"]
                 self._others.append(partial(runs.note_extraction, run_id=self._work.subject_id, extraction=extraction))
@@ -318,19 +318,19 @@ class _Conversation:
 
     def _write(self) -> None:
         """Write what was noted, if there is anything."""
-        if self._epochs or self._folds or self._said or self._checkpoint or self._others:
+        if self._epochs or self._folds or self._said or self._checkpoints or self._others:
             self._is_unsure = True
             self._work.write(self._change)
             self._is_unsure = False
-            if self._folds or self._checkpoint:
+            if self._folds or self._checkpoints:
                 self._work.job.attempt = 1
-            self._epochs, self._folds, self._said, self._checkpoint, self._others = [], [], None, None, []
+            self._epochs, self._folds, self._said, self._checkpoints, self._others = [], [], None, [], []
             self._writes += 1
             self._written_at = self._work.clock.now()
 
     def _change(self, session: Session) -> None:
         """Write it, and that attempts count from where the work stands now."""
-        if self._keep(session) and (self._folds or self._checkpoint):
+        if self._keep(session) and (self._folds or self._checkpoints):
             session.get_one(Job, self._work.lease.job_id).attempt = 1
 
     def _keep(self, session: Session) -> bool:
@@ -350,8 +350,8 @@ class _Conversation:
         for message in self._folds:
             runs.add_fold(session, _fold(run.id, message))
             _end_of_fold(session, self._store, run.id, message)
-        if self._checkpoint is not None:
-            _add_checkpoint(session, self._store, run.id, self._checkpoint)
+        for message in self._checkpoints:
+            _add_checkpoint(session, self._store, run.id, message)
         job.progress = {"writes": self._writes, "said": self._said or before["said"]}
         session.flush()
         if self._said is not None:

@@ -29,8 +29,13 @@ from models.session import Database
 
 pytestmark = pytest.mark.slow
 
-# Long enough to be cut off in the middle of a fold, several checkpoints after its beginning.
-LONG: dict[str, Any] = {"epochs": 150, "early_stopping": None, "optimizer": {"learning_rate": 0.001}}
+# Long enough to be cut off in the middle of a fold, several checkpoints after its beginning: not a linear head.
+LONG: dict[str, Any] = {
+    "head": {"hidden": [8]},
+    "epochs": 150,
+    "early_stopping": None,
+    "optimizer": {"learning_rate": 0.001},
+}
 TUNING: dict[str, Any] = {
     "mode": "fine-tuning",
     "features_from": "block2",

@@ -182,9 +182,8 @@ def test_a_run_that_diverges_says_what_to_change(service: Service, colours: dict
 
 
 def test_a_running_run_is_cancelled_within_seconds(service: Service, colours: dict[str, Any]) -> None:
-    run = service.train(
-        colours["id"], "endless", wait=False, epochs=10_000, early_stopping=None, optimizer={"learning_rate": 1e-6}
-    )
+    head = {"hidden": [8]}  # a linear one would be quick
+    run = service.train(colours["id"], "endless", wait=False, head=head, epochs=10_000, early_stopping=None)
     url = f"/api/v1/runs/{run['id']}"
     service.until(url, lambda found: found["progress"]["epoch"] is not None)
     started = time.monotonic()

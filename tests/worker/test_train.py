@@ -165,6 +165,16 @@ def test_progress_is_that_of_the_whole_run(case: Case, say: Say) -> None:
     assert case.run().extraction == EXTRACTION
 
 
+def test_progress_of_folds_that_one_child_learns_side_by_side_is_that_of_all_of_them(case: Case, say: Say) -> None:
+    side_by_side = {**PROGRESS, "folds": 2, "share": 0.5 + 0.25, "spent_s": 3.0, "eta_s": 5.0}
+    say({"type": "progress", "state": side_by_side}, apart_s=1.2)
+    with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
+        case.train.run(work)
+    progress = case.run().progress
+    assert progress["fraction"] == pytest.approx(0.6 + 0.35 * 0.75 / 2)
+    assert progress["eta_s"] == pytest.approx(5.0 + 3.0 / 0.75), "the rest of both, and the final fit"
+
+
 @pytest.mark.parametrize("says", [True, False], ids=["alive", "silent"])
 def test_a_long_epoch_is_only_stopped_if_nothing_moves(case: Case, say: Say, start_loop: StartLoop, says: bool) -> None:
     alive = {"type": "alive", "step_s": 0.01}
@@ -312,6 +322,18 @@ def test_what_a_child_kept_when_its_worker_was_told_to_end_is_written(
     assert case.run().state is RunState.QUEUED
     assert case.checkpoints() == {0: [kept["sha256"]]}
     assert [payload["epoch"] for kind, payload in case.events() if kind is EventKind.EPOCH] == [7]
+
+
+def test_of_folds_that_are_learned_side_by_side_each_is_kept_when_the_worker_is_told_to_end(
+    case: Case, say: Say, start_loop: StartLoop
+) -> None:
+    kept = [case.checkpoint(number, 7) for number in range(2)]
+    say({"type": "progress", "state": PROGRESS}, on_drain=kept)
+    loop = start_loop(case.database, case.train)
+    until(lambda: case.run().progress.get("stage") == "folds")
+    loop.drain()
+    loop.join(20)
+    assert case.checkpoints() == {number: [message["sha256"]] for number, message in enumerate(kept)}
 
 
 def test_a_fold_that_ends_while_its_worker_is_told_to_end_is_done(

@@ -23,6 +23,7 @@ from artifacts.shared import open_store
 from artifacts.store import Digest, Store, StoreAddress
 from errors import Corrupt, DiskFull, NotFound, OutOfMemory, StoreUnavailable
 from worker import weights
+from worker.inside.abreast import Abreast
 from worker.inside.channel import Channel
 from worker.weights import Source
 
@@ -96,12 +97,9 @@ class _Desk:
             case "final":
                 self._finish(order, [self._outcome(order, number) for number in folds])
             case "all":
-                known = order["outcomes"]
-                done = [
-                    self._outcome(order, number) if str(number) in known else self._experiment.learn_fold(number)
-                    for number in folds
-                ]
-                self._finish(order, done)
+                left = [number for number in folds if str(number) not in order["outcomes"]]
+                learned = dict(zip(left, self._experiment.learn_folds(left), strict=True))
+                self._finish(order, [learned.get(number) or self._outcome(order, number) for number in folds])
 
     def _finish(self, order: Mapping[str, Any], outcomes: Sequence[FoldOutcome]) -> None:
         from training.extract import Extraction
@@ -174,6 +172,7 @@ class _Reporter:
         self._stage = ""
         self._entered = time.monotonic()
         self._pulse = _Pulse(channel)
+        self._abreast = Abreast()
 
     def follow(self, order: Mapping[str, Any]) -> None:
         """Report from now on about what this order asks for."""
@@ -195,10 +194,12 @@ class _Reporter:
     def part(self, number: int | None, epochs: int) -> _Part:
         found = self._order["checkpoints"].get("final" if number is None else str(number), [])
         keeper = _Keeper(self._channel, self._store, self.marked, number, found, self._order["checkpoint_share"])
-        self._channel.on_drain(keeper.flush)
-        return _Part(self._channel, number, epochs, keeper, self._pulse, self._say)
+        self._abreast.begin(number, epochs, _epochs_of(keeper.found), keeper.flush)
+        self._channel.on_drain(self._abreast.flush)
+        return _Part(self._channel, number, keeper, self._pulse, self._abreast, self._say)
 
     def fold(self, outcome: FoldOutcome) -> None:
+        self._abreast.end(outcome.result.number)
         self._channel.send("fold", result=asdict(outcome.result), outcome=self._store.put(outcome.dump()))
 
     def file(self, name: str, data: bytes, media_type: str) -> None:
@@ -236,19 +237,17 @@ class _Part:
         self,
         channel: Channel,
         number: int | None,
-        epochs: int,
         keeper: _Keeper,
         pulse: _Pulse,
+        abreast: Abreast,
         say: Callable[..., None],
     ) -> None:
         self._channel = channel
         self._number = number
-        self._epochs = epochs
         self._keeper = keeper
         self._pulse = pulse
+        self._abreast = abreast
         self._say = say
-        self._begun_at = time.monotonic()
-        self._begun_epochs = _epochs_of(keeper.found)
 
     @property
     def found(self) -> Checkpoint | None:
@@ -262,17 +261,7 @@ class _Part:
 
     def batch(self, epochs: float) -> None:
         self._pulse.beat()
-        spent_s = time.monotonic() - self._begun_at
-        new = epochs - self._begun_epochs
-        self._say(
-            stage="final" if self._number is None else "folds",
-            fold=self._number,
-            share=min(1.0, epochs / self._epochs),
-            epoch=min(int(epochs) + 1, self._epochs),
-            epochs=self._epochs,
-            spent_s=spent_s,
-            eta_s=max(0.0, self._epochs - epochs) * spent_s / new if new > 0 else None,
-        )
+        self._say(**self._abreast.move(self._number, epochs))
 
 
 class _Keeper:
