@@ -108,7 +108,7 @@ def _left_open(recipe: Recipe) -> dict[str, object]:
 
 
 _OF_BACKBONES = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")
-# The learning rate of the delta rule on pixels from 0 to 1.
+# The learning rate of the delta rule on pixels from -1 to 1.
 _DELTA_RATE = 0.01
 
 

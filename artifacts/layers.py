@@ -232,7 +232,7 @@ class NetworkRecipe(Part):
 
 
 def default_layers(kind: NetworkKind, height: int, width: int) -> tuple[Layer, ...]:
-    """Return layers that suit images of so many pixels: a CNN halves its maps up to three times."""
+    """Return layers that suit images of so many pixels: a CNN halves its maps until they are small."""
     match kind:
         case NetworkKind.PERCEPTRON:
             return ()
@@ -240,18 +240,17 @@ def default_layers(kind: NetworkKind, height: int, width: int) -> tuple[Layer, .
             return (FullyConnected(units=128), Dropout(rate=0.2))
         case NetworkKind.CNN:
             layers: list[Layer] = []
-            filters, side = 32, min(height, width)
+            filters, side = 16, min(height, width)
             while True:
                 layers.append(Convolution(filters=filters, padding=Padding.SAME))
-                if side < _LEAST_POOLED or filters > _WIDEST:
+                if side <= _SMALL:
                     break
                 layers.append(Pooling())
-                filters, side = 2 * filters, side // 2
-            return (*layers, GlobalAverage(), Dropout(rate=0.2))
+                filters, side = min(2 * filters, _WIDEST), side // 2
+            return (*layers, Flatten(), Dropout(rate=0.3), FullyConnected(units=64))
 
 
-# Maps whose side is smaller are not halved again; nor are those behind so many filters.
-_LEAST_POOLED, _WIDEST = 8, 128
+_SMALL, _WIDEST = 8, 64
 
 
 def named(layers: Sequence[Layer]) -> tuple[Layer, ...]:

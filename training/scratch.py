@@ -1,7 +1,7 @@
 """Networks that begin with random weights: a perceptron, layers of units, or convolutions, learning from pixels.
 
-Pixels are scaled to numbers from 0 to 1. The output layer stands apart: with the layers before it exported as a network
-and it as the head, what was learned is served as every other model.
+Pixels are scaled to numbers from -1 to 1: around zero, learning begins at once. The output layer stands apart: with the
+layers before it exported as a network and it as the head, what was learned is served as every other model.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def _wanted(truth: Any, logits: Any) -> Any:
 
 
 def scaled(images: Any, channels: int) -> Any:
-    """Return images [N, H, W, 3] of values from 0 to 255 as float32 from 0 to 1, in colours or [N, H, W, 1]."""
-    colours = keras.ops.cast(images, "float32") / 255.0
+    """Return images [N, H, W, 3] of values from 0 to 255 as float32 from -1 to 1, in colours or [N, H, W, 1]."""
+    colours = keras.ops.cast(images, "float32") / 127.5 - 1.0
     if channels == 3:
         return colours
     return keras.ops.sum(colours * np.array(_BRIGHTNESS, np.float32), axis=-1, keepdims=True)

@@ -79,7 +79,7 @@ def test_a_network_from_scratch_is_shown_layer_by_layer(client: TestClient) -> N
     }
 
 
-@pytest.mark.parametrize(("kind", "sides", "layers"), [("perceptron", 32, 1), ("mlp", 32, 3), ("cnn", 64, 9)])
+@pytest.mark.parametrize(("kind", "sides", "layers"), [("perceptron", 32, 1), ("mlp", 32, 3), ("cnn", 64, 10)])
 def test_layers_and_size_have_defaults(client: TestClient, kind: str, sides: int, layers: int) -> None:
     shown = preview(client, network={"kind": kind}).json()
     assert shown["input"] == [sides, sides, 3]

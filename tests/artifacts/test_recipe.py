@@ -417,7 +417,7 @@ SCRATCH: dict[str, Any] = {"mode": "from-scratch"}
 def test_a_network_from_scratch_is_a_small_cnn_by_default() -> None:
     filled = fill(Recipe.model_validate(SCRATCH), Task.MULTICLASS, THREE)
     assert filled.network is not None and filled.network.kind == "cnn" and filled.image_size == 64
-    assert [layer.type for layer in filled.network.layers or ()][-3:] == ["convolution", "global_average", "dropout"]
+    assert [layer.type for layer in filled.network.layers or ()][-4:] == ["convolution", "flatten", "dropout", "dense"]
     absent = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")
     assert [getattr(filled, name) for name in absent] == [None] * len(absent)
     assert fill(filled, Task.MULTICLASS, THREE) == filled

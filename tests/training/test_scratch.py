@@ -31,8 +31,9 @@ from training.stochastic import StochasticPooling
 
 SILENT = Passage(lambda number, epoch: None)
 # The four pictures of two pixels, in black and white.
-INPUTS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-PIXELS = np.repeat(INPUTS[:, None, :, None] * 255, 3, axis=3).astype(np.uint8)
+BITS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+PIXELS = np.repeat(BITS[:, None, :, None] * 255, 3, axis=3).astype(np.uint8)
+INPUTS = 2.0 * BITS - 1.0  # as a network sees black and white
 AND, OR, XOR = np.array([0, 0, 0, 1]), np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0])
 ALL, NONE = np.arange(4), np.array([], dtype=np.intp)
 
@@ -75,7 +76,7 @@ def test_a_perceptron_learns_by_the_delta_rule(threshold: str, seed: int) -> Non
     random = np.random.default_rng(seed)
     greys, truth = random.integers(0, 256, (6, 1, 2, 1), dtype=np.uint8), random.permutation([0, 0, 0, 1, 1, 1])
     grown = learn(perceptron(threshold), truth, epochs=5, pixels=np.repeat(greys, 3, axis=3))
-    inputs = greys.reshape(6, 2) / 255
+    inputs = greys.reshape(6, 2) / 127.5 - 1
     w, b = np.zeros(2), 0.0
     for row in order_of(6, epochs=5):
         z = w @ inputs[row] + b
@@ -237,8 +238,12 @@ def test_a_network_of_every_layer_is_exported_as_keras_has_it(channels: int, tmp
     assert exported.width == 8 and exported.largest_relative_difference < 1e-5
 
 
+_AVERAGED = [{"type": "global_average"}, {"type": "dropout"}]
+
+
 def test_features_are_the_mean_of_the_maps_before_the_last_global_average() -> None:
-    network = filled_network(NetworkRecipe(), 32, 32)
+    layers = _LAYERS.validate_python([{"type": "convolution", "filters": 256, "stride": 8}, *_AVERAGED])
+    network = filled_network(NetworkRecipe(layers=layers), 32, 32)
     body = scratch._body(network, 32)
     model = scratch.network(network, 32, backbones.dump_weights(body))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
@@ -279,14 +284,14 @@ def test_two_hidden_units_learn_xor_of_pictures_of_two_pixels(bench: Bench) -> N
     outcome, heard = bench.run(
         rows,
         mode="from-scratch",
-        network={"kind": "mlp", "channels": 1, "layers": [{"type": "dense", "units": 2, "activation": "sigmoid"}]},
+        network={"kind": "mlp", "channels": 1, "layers": [{"type": "dense", "units": 2, "activation": "tanh"}]},
         image_size=[1, 2],
         optimizer={"name": "adam", "learning_rate": 0.1},
         batch_size=4,
-        epochs=100,
+        epochs=60,
         early_stopping=None,
         folds={"k": 2},
-        seed=10,  # with two hidden units, every second start ends in a local minimum
+        seed=4,  # with two hidden units, every second start ends in a local minimum
     )
     assert heard.stages == ["pixels", "folds", "final", "export", "bundle"]
     assert outcome.metrics["accuracy"] == 1.0
