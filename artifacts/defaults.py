@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from artifacts.catalogue import ALL, CATALOGUE
 from artifacts.layers import NetworkKind, NetworkRecipe, Threshold, sides
-from artifacts.networks import default_size, filled_network
+from artifacts.networks import default_size, filled_network, table
 from artifacts.recipe import (
     AUTO,
     Augmentation,
@@ -58,7 +58,7 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int 
     from_scratch = recipe.mode is Mode.FROM_SCRATCH
     return recipe.model_copy(
         update={
-            **(_filled_network(recipe, chosen) if from_scratch else _filled_backbone(recipe)),
+            **(_filled_network(recipe, chosen, classes) if from_scratch else _filled_backbone(recipe)),
             "task": TaskChoice(chosen.value),
             "folds": recipe.folds.model_copy(update={"k": _filled_k(recipe.folds.k, classes, groups)}),
         }
@@ -110,9 +110,11 @@ def _left_open(recipe: Recipe) -> dict[str, object]:
 _OF_BACKBONES = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")
 # The learning rate of the delta rule on pixels from -1 to 1.
 _DELTA_RATE = 0.01
+# Values of an image that neighbours are found by: those of all training images are in memory once.
+MOST_COMPARED = 16_384
 
 
-def _filled_network(recipe: Recipe, task: Task) -> dict[str, object]:
+def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> dict[str, object]:
     """Return what concerns a network from scratch, filled in. Raises RecipeInvalid."""
     _see_absent(recipe, _OF_BACKBONES, "a network from scratch has no backbone and no head beside its own")
     network = recipe.network or NetworkRecipe()
@@ -126,7 +128,18 @@ def _filled_network(recipe: Recipe, task: Task) -> dict[str, object]:
         raise RecipeInvalid(
             "loss", f"Expected 'auto' for task {task.value!r}: only outputs of sigmoids can have another."
         )
-    return {**filled, "image_size": size, "network": filled_network(network, *sides(size))}
+    outputs = 1 if task in (Task.BINARY, Task.REGRESSION) else len(classes)
+    network = filled_network(network, *sides(size), outputs)
+    (features,) = table(network, *sides(size))[-1].shape
+    if recipe.neighbours and features > MOST_COMPARED:
+        raise RecipeInvalid(
+            "neighbours",
+            f"Expected false: images would be compared by {features:,} values each, and {MOST_COMPARED:,} are allowed. "
+            "Use layers that end in fewer.",
+        )
+    if recipe.precision is not PrecisionChoice.FLOAT32 and network.kind is NetworkKind.PERCEPTRON:
+        raise RecipeInvalid("precision", "Expected 'float32': a perceptron has no layers before its output.")
+    return {**filled, "image_size": size, "network": network}
 
 
 def _filled_perceptron(recipe: Recipe, network: NetworkRecipe, task: Task) -> NetworkRecipe:

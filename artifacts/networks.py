@@ -30,6 +30,7 @@ from artifacts.layers import (
     NetworkRecipe,
     Padding,
     Pooling,
+    PoolingKind,
     Rectifier,
     SeparableConvolution,
     Sum,
@@ -43,6 +44,9 @@ from errors import RecipeInvalid
 MOST_PARAMETERS = 100_000_000
 MOST_VALUES = 64_000_000
 """Of one layer for one image: 256 MB, before it is multiplied by the batch."""
+
+MOST_PLACES = 64
+"""Of a window that stochastic pooling draws from: each of its places is a copy of the map."""
 
 Shape = tuple[int, ...]
 """Height, width and channels of maps, or the number of values in a row."""
@@ -137,8 +141,11 @@ def default_size(kind: NetworkKind) -> int:
     return 64 if kind is NetworkKind.CNN else 32
 
 
-def filled_network(network: NetworkRecipe, height: int, width: int) -> NetworkRecipe:
-    """Return the network with its layers, each named, for images of so many pixels. Raises RecipeInvalid."""
+def filled_network(network: NetworkRecipe, height: int, width: int, outputs: int | None = None) -> NetworkRecipe:
+    """Return the network with its layers, each named, for images of so many pixels.
+
+    With `outputs`, the values of its output layer, that counts among its parameters. Raises RecipeInvalid.
+    """
     if network.kind is NetworkKind.PERCEPTRON and network.layers:
         raise RecipeInvalid(
             "network.layers", "Expected none: a perceptron is one layer from pixels to output. Use kind 'mlp' or 'cnn'."
@@ -151,7 +158,7 @@ def filled_network(network: NetworkRecipe, height: int, width: int) -> NetworkRe
         if layer.type not in allowed:
             raise _refusal(number, layer, f"Expected {', '.join(allowed)} in a network of kind {network.kind.value!r}.")
     network = network.model_copy(update={"layers": layers})
-    table(network, height, width)
+    table(network, height, width, outputs)
     return network
 
 
@@ -331,6 +338,13 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
             left, seen = _slid(one, size, stride, layer.padding)
             if min(left) < 1:
                 raise refuse(f"{_too_large('window', size, (height, width))} Nothing would be left.", "size")
+            places = prod(size) * prod(left) * channels
+            if layer.kind is PoolingKind.STOCHASTIC and (prod(size) > MOST_PLACES or places > MOST_VALUES):
+                raise refuse(
+                    f"Expected windows of at most {MOST_PLACES} pixels, and {MOST_VALUES:,} values in all of them, to "
+                    f"draw from. Received {prod(size)} and {places:,}.",
+                    "size",
+                )
             warning = _border(one, size, stride) if layer.padding is Padding.VALID else None
             return Row(*about, (*left, channels), receptive_field=seen, warning=warning)
         case ZeroPadding():

@@ -22,7 +22,7 @@ def difference_titles(recipes: Sequence[Json]) -> list[str]:
 
 def _told(recipes: Sequence[Json]) -> list[list[str]]:
     """Return what differs among the recipes that have it: a mode brings fields along that others have not."""
-    every = [flat(recipe) for recipe in recipes]
+    every = _values(recipes)
     titles: list[list[str]] = [[] for _ in recipes]
     for name in _names(every):
         if len({_shown(values[name]) for values in every if values.get(name) is not None}) > 1:
@@ -39,7 +39,7 @@ def _told(recipes: Sequence[Json]) -> list[list[str]]:
 
 def _all_told(recipes: Sequence[Json]) -> list[list[str]]:
     """Return every value that is not the same in all recipes."""
-    every = [flat(recipe) for recipe in recipes]
+    every = _values(recipes)
     differing = [
         name
         for name in _names(every)
@@ -52,13 +52,30 @@ def _names(every: Sequence[Json]) -> list[str]:
     return list(dict.fromkeys(name for values in every for name in values))
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, Sequence) and value and all(isinstance(part, Mapping) and "type" in part for part in value):
-        return " ".join(map(_layer, value))
-    return value if isinstance(value, str) else json.dumps(value)
+def _values(recipes: Sequence[Json]) -> list[dict[str, Any]]:
+    """Return every value of each recipe by its path: of layers their chain, and what each has if all chains are one."""
+    every = [flat(recipe) for recipe in recipes]
+    layers = [values.pop(_LAYERS, None) for values in every]
+    chains = [None if one is None else " ".join(map(_layer, one)) for one in layers]
+    is_one = len({chain for chain in chains if chain is not None}) == 1
+    for values, chain, one in zip(every, chains, layers, strict=True):
+        if chain is not None:
+            values[_LAYERS] = chain
+        for layer in one or () if is_one else ():
+            values |= {
+                f"{layer['name']}.{name}": value for name, value in layer.items() if name not in ("name", "type")
+            }
+    return every
+
+
+_LAYERS = "network.layers"
 
 
 def _layer(layer: Json) -> str:
-    """Return a layer of a network in a word, such as `convolution-32`."""
+    """Return a layer of a network in a word: its name, and how many filters or units it has."""
     width = layer.get("filters") or layer.get("units")
-    return f"{layer['type']}-{width}" if width else str(layer["type"])
+    return f"{layer['name']}({width})" if width else str(layer["name"])
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from artifacts.layers import NetworkKind
 from artifacts.recipe import Mode
 from artifacts.store import Digest
 from errors import NotReady
@@ -33,7 +34,7 @@ _UNDER_WAY = 1
 
 def submit(session: Session, run: Run) -> Job:
     """Owe the training of a queued run, anew or for the first time."""
-    queue = workers.training_queue(session, Mode(run.recipe["mode"]))
+    queue = workers.training_queue(session, _learns_layers(run))
     job = jobs.add_job(session, run.project_id, JobKind.TRAIN, queue, run.id)
     run.job_id = job.id
     return job
@@ -42,8 +43,16 @@ def submit(session: Session, run: Run) -> Job:
 def is_fanned_out(run: Run) -> bool:
     """Say whether the folds of a run are jobs of their own.
 
-    Where only heads learn, a fold takes less than another process needs to start.
+    Where only heads learn, or a perceptron, a fold takes less than another process needs to start.
     """
+    return _learns_layers(run)
+
+
+def _learns_layers(run: Run) -> bool:
+    """Say whether more learns than one layer."""
+    network = run.recipe.get("network")
+    if network is not None and network["kind"] == NetworkKind.PERCEPTRON:
+        return False
     return Mode(run.recipe["mode"]) is not Mode.FEATURE_EXTRACTION
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from sqlalchemy import String, delete, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from artifacts.recipe import Mode
 from models.base import Base, Json, now
 from models.job import Job, JobState, Queue
 
@@ -48,10 +47,9 @@ def count_serving(session: Session, queue: Queue) -> int:
     return sum(queue in worker.queues for worker in seen)
 
 
-def training_queue(session: Session, mode: Mode) -> Queue:
-    """Return where a run of a mode belongs: one whose network learns on a GPU if a worker with one was seen lately."""
-    learns = mode is not Mode.FEATURE_EXTRACTION
-    return Queue.GPU if learns and count_serving(session, Queue.GPU) else Queue.CPU
+def training_queue(session: Session, learns_layers: bool) -> Queue:
+    """Return where a run belongs: on a GPU if its layers learn and a worker with one has been seen lately."""
+    return Queue.GPU if learns_layers and count_serving(session, Queue.GPU) else Queue.CPU
 
 
 def hand_over_unserved(session: Session) -> int:

@@ -188,14 +188,20 @@ class Bench:
         self.known.exports[key] = self.store.put(onnx)
         return self.known.exports[key]
 
-    def run(self, rows: list[Row], heard: Heard | None = None, **change: Any) -> tuple[Outcome, Heard]:
+    def run(
+        self,
+        rows: list[Row],
+        heard: Heard | None = None,
+        candidates: dict[BackboneName, Digest] | None = None,
+        **change: Any,
+    ) -> tuple[Outcome, Heard]:
         labels = sorted({label for row in rows for label in row.labels})
         counts = [ClassCount(label, 99, 99) for label in labels]
         base = {} if change.get("mode") == "from-scratch" else QUICK
         recipe = fill(Recipe.model_validate(base | change), task_of(rows, labels), counts, groups=99)
         heard = heard or Heard()
-        weights = self.weights_of(recipe.backbone) if recipe.backbone else None
-        order = Order(recipe, self.store.put(manifest.dump(rows)), labels, weights)
+        weights = self.weights_of(recipe.known_backbone.name) if recipe.backbone and not candidates else None
+        order = Order(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
         return experiment.run(order, self.place, self.known, heard), heard
 
     def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from training.targets import Targets
 from training.trials import Trial
 
 SAMPLE = 1000
-"""About so many images are tried on."""
+"""About so many images are tried on; more if there are many classes, of each of which every fold needs some."""
 FOLDS = 3
 # Folds of their own: not those of the run, whatever its seed.
 _SEED = 7
@@ -131,6 +132,7 @@ def bake_off(
     Raises:
         RecipeInvalid: the images are too small for every backbone.
     """
+    report(0, 1)
     tried_on = _sample(rows, targets, groups)
     folds = make_folds(
         np.arange(len(tried_on)),
@@ -183,7 +185,24 @@ def _sample(rows: Indices, targets: Targets, groups: Indices) -> Indices:
     """Return about as many rows as are tried on, with the same share of each stratum and whole groups only."""
     if len(rows) <= SAMPLE:
         return rows
-    return nested(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)[0]
+    sample = nested(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)[0]
+    # Folds need a rare class in several of them, and its share of the sample would be one group.
+    strata = np.unique(targets.strata[rows], return_inverse=True)[1]
+    having = [rows[strata == stratum] for stratum in range(strata.max() + 1)]
+    labels = targets.needed.tocsc()
+    is_folded = np.zeros(len(groups), dtype=bool)
+    is_folded[rows] = True
+    for start, end in pairwise(labels.indptr.tolist()):
+        of_label = labels.indices[start:end]
+        having.append(of_label[is_folded[of_label]])
+    is_taken = np.zeros(int(groups.max()) + 1, dtype=bool)
+    is_taken[groups[sample]] = True
+    for one in having:
+        inside = np.unique(groups[one])
+        lacking = FOLDS - int(is_taken[inside].sum())
+        if lacking > 0:
+            is_taken[inside[~is_taken[inside]][:lacking]] = True
+    return rows[is_taken[groups[rows]]]
 
 
 def _score(

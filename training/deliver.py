@@ -105,7 +105,7 @@ class Taught:
                 else:
                     path.write_bytes(self._in(precision, exported.onnx, train, report))
                     engine = OpenVinoEngine(path, precision, self._place.threads)
-                found[precision] = heads.logits(learned.layers, features(engine, self._pixels, rows, report))
+                found[precision] = logits(engine, learned.layers, self._pixels, rows, report)
         return found
 
     def serve(self, final: Learned, train: Indices, scores: Mapping[Precision, float], report: Report) -> Served:
@@ -158,6 +158,15 @@ class Taught:
     def _export(self, weights: bytes) -> Exported:
         """Export a network that has learned, checked against Keras on images of the data set."""
         return export(self._rebuild(weights), self._place.threads, self._pixels[spread(len(self._pixels), _CHECKED)])
+
+
+def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: Report) -> Float32:
+    """Return float32 [len(rows), outputs] for rows of images uint8 [N, H, W, 3], a few at a time."""
+    found = []
+    for start in range(0, len(rows), BATCH):
+        found.append(heads.logits(layers, engine.features(pixels[rows[start : start + BATCH]])))
+        report(min(start + BATCH, len(rows)), len(rows))
+    return np.concatenate(found)
 
 
 def features(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Features:

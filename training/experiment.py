@@ -14,7 +14,6 @@ from artifacts.bundle import Float32
 from artifacts.neighbours import Directions, keep
 from artifacts.recipe import Precision
 from artifacts.store import Digest
-from inference import heads
 from training import deliver, describe, evaluate
 from training.begin import Data, Order, Told, begin, finite, pick, seed_of
 from training.checkpoint import Keeper
@@ -167,8 +166,7 @@ class Experiment:
             logits = final.logits(held_out)
             if served.precision is not course.precision:
                 assert course.pixels is not None
-                features = deliver.features(served.engine, course.pixels, held_out, self._report.images)
-                logits = heads.logits(final.layers, features)
+                logits = deliver.logits(served.engine, final.layers, course.pixels, held_out, self._report.images)
             metrics["test"] = evaluate.held_out(task, labels, truth[held_out], data.groups[held_out], logits)
         if served.export is not None:
             metrics["export"] = served.export

@@ -9,7 +9,7 @@ same rule, and an end of its own. What is left between the two is rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -168,8 +168,15 @@ class _Folds:
             _Standardised(features, validation, scaler, is_held),
             learned(train),
             learned(validation),
-            np.array([weights[one] if weights else 1.0 for one in targets[train].tolist()], dtype=np.float32),
+            _importance(targets[train], weights),
         )
+
+
+def _importance(classes: Truth, weights: Mapping[int, float] | None) -> Float32:
+    """Return the weight of each row, float32 [n]."""
+    if weights is None:
+        return np.ones(len(classes), dtype=np.float32)
+    return np.array([weights[one] for one in classes.tolist()], dtype=np.float32)
 
 
 @dataclass(frozen=True)

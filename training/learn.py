@@ -157,6 +157,11 @@ class Validation:
         return score["accuracy" if self.is_accuracy else "loss"]
 
 
+# Weights of one head (measured: up to 20,480), and of all that are learned at once: each is held some ten times, for
+# its optimizer, its best epoch and a snapshot.
+_LARGEST_ABREAST, _WEIGHTS_ABREAST = 262_144, 16_000_000
+
+
 class Frozen:
     """Learns a head on features that were computed once."""
 
@@ -176,8 +181,15 @@ class Frozen:
 
     @property
     def learns_abreast(self) -> bool:
-        """Whether several lessons are learned side by side, which takes a fraction of the time."""
-        return is_linear(self._recipe.known_head)
+        """Whether several lessons are learned side by side, which takes a fraction of the time.
+
+        Not with heads so large that Keras has the better of it, with all processors in one product.
+        """
+        return is_linear(self._recipe.known_head) and self._weights <= _LARGEST_ABREAST
+
+    @property
+    def _weights(self) -> int:
+        return int(self._features.shape[1]) * self._outputs
 
     def learn_many(self, lessons: Sequence[tuple[Lesson, Listener, Keeper]]) -> Iterator[tuple[int, Learned]]:
         """Learn a head of each lesson; give its place among them and what was learned, as soon as it was."""
@@ -185,20 +197,22 @@ class Frozen:
             for place, (lesson, listener, keeper) in enumerate(lessons):
                 yield place, self.of_head(self.fit_head(lesson, listener, keeper), lesson.validation)
             return
-        wanted = [
-            Wanted(
-                lesson.train,
-                lesson.validation,
-                lesson.plan.head,
-                lesson.seed,
-                self._recipe.known_head.l2,
-                _passage(listener, keeper),
-            )
-            for lesson, listener, keeper in lessons
-        ]
-        fits = fit_many(self._recipe, self._task, self._outputs, self._features, self._targets, wanted)
-        for place, head in fits:
-            yield place, self.of_head(head, wanted[place].validation)
+        at_once = max(1, _WEIGHTS_ABREAST // self._weights)
+        for start in range(0, len(lessons), at_once):
+            wanted = [
+                Wanted(
+                    lesson.train,
+                    lesson.validation,
+                    lesson.plan.head,
+                    lesson.seed,
+                    self._recipe.known_head.l2,
+                    _passage(listener, keeper),
+                )
+                for lesson, listener, keeper in lessons[start : start + at_once]
+            ]
+            fits = fit_many(self._recipe, self._task, self._outputs, self._features, self._targets, wanted)
+            for place, head in fits:
+                yield start + place, self.of_head(head, wanted[place].validation)
 
     def fit_head(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Fit:
         """Fit the recipe's head on the rows' features, by itself."""

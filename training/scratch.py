@@ -252,7 +252,7 @@ def _body(recipe: NetworkRecipe, size: Sides) -> Any:
             maps[layer.name] = maps[layer.inputs[0]]
         last = layer.name
     features = found[last]
-    one_place = keras.layers.Reshape((1, 1, features.shape[-1]), name="maps")
+    one_place = keras.layers.Reshape((1, 1, features.shape[-1]), name="Maps")  # no name of a recipe's
     return keras.Model(pixels, [features, maps[last] if last in maps else one_place(features)], name="body")
 
 

@@ -24,10 +24,12 @@ class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
         self._seeds = keras.random.SeedGenerator()
 
     def call(self, maps: Any, training: bool = False) -> Any:
-        values = keras.ops.relu(self._windows(maps))
-        if not training:
-            total = keras.ops.sum(values, axis=0)
-            return keras.ops.sum(keras.ops.square(values), axis=0) / keras.ops.where(total > 0, total, 1.0)
+        positive = keras.ops.relu(maps)
+        if not training:  # sum(a²) / sum(a); both means are over the same places
+            pool = {"pool_size": self._size, "strides": self._stride, "padding": self._padding}
+            mean = keras.ops.average_pool(positive, **pool)
+            return keras.ops.average_pool(keras.ops.square(positive), **pool) / keras.ops.where(mean > 0, mean, 1.0)
+        values = self._windows(positive)
         # the first place where the running sum passes a point between zero and the whole sum
         running = keras.ops.cumsum(values, axis=0)
         point = keras.random.uniform(keras.ops.shape(running[-1]), dtype=values.dtype, seed=self._seeds) * running[-1]

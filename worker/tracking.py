@@ -423,7 +423,7 @@ def _name(run: Run) -> str:
     recipe = run.recipe
     mode = recipe["mode"].split("-")[-1]
     network = recipe.get("network")
-    what = network["kind"] if network else f"{recipe['backbone']}-{recipe['features_from']}"
+    what = network["kind"] if network else f"{recipe['backbone']}-{recipe['features_from'] or 'last'}"
     return f"{what}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
 
 

@@ -449,6 +449,8 @@ def test_filling_a_filled_network_changes_nothing(kind: str) -> None:
         ({"network": {"kind": "mlp", "threshold": "step"}}, "network.threshold"),
         ({"network": {"layers": [{"type": "convolution", "filters": 2}]}}, "network.layers[0]"),
         ({"loss": "mean_squared_error"}, "loss"),
+        ({"network": {"kind": "perceptron"}, "precision": "int8"}, "precision"),
+        ({"network": {"kind": "perceptron"}, "image_size": 128, "neighbours": True}, "neighbours"),
     ],
 )
 def test_what_a_network_from_scratch_has_not_is_refused(recipe: dict[str, Any], field: str) -> None:
@@ -472,3 +474,18 @@ def test_what_only_a_network_from_scratch_has_is_refused(recipe: dict[str, Any],
     with pytest.raises(RecipeInvalid) as refused:
         fill(Recipe.model_validate(recipe), Task.MULTICLASS, THREE)
     assert refused.value.field == field
+
+
+def test_the_output_layer_counts_among_the_parameters() -> None:
+    many = [ClassCount(str(number), 9, 9) for number in range(1000)]
+    recipe = Recipe.model_validate(SCRATCH | {"network": {"kind": "perceptron"}, "image_size": 1024})
+    fill(recipe, Task.MULTICLASS, THREE)
+    with pytest.raises(RecipeInvalid, match="parameters"):
+        fill(recipe, Task.MULTICLASS, many)
+
+
+def test_stochastic_pooling_has_windows_that_can_be_drawn_from() -> None:
+    layers = [{"type": "pooling", "kind": "stochastic", "size": 9}, {"type": "flatten"}]
+    with pytest.raises(RecipeInvalid) as refused:
+        fill(Recipe.model_validate(SCRATCH | {"network": {"layers": layers}}), Task.MULTICLASS, THREE)
+    assert refused.value.field == "network.layers[0].size"

@@ -38,3 +38,18 @@ def test_a_part_that_one_recipe_has_not_is_told() -> None:
 def test_titles_that_would_be_the_same_tell_everything() -> None:
     odd = [{"mode": "a", "weights": None}, {"mode": "a", "weights": "b"}, {"mode": "a", "weights": "b", "seed": 1}]
     assert difference_titles(odd) == ["weights=null", "weights=b", "weights=b, seed=1"]
+
+
+def test_networks_are_told_apart_by_what_differs_in_their_layers() -> None:
+    def cnn(**pooling: Any) -> dict[str, Any]:
+        layers = [{"type": "convolution", "filters": 8}, {"type": "pooling", **pooling}, {"type": "flatten"}]
+        return {"mode": "from-scratch", "network": {"layers": layers}}
+
+    found = titles(cnn(), cnn(kind="average"), cnn(kind="stochastic"))
+    assert found == ["pooling_1.kind=max", "pooling_1.kind=average", "pooling_1.kind=stochastic"]
+    found = titles(cnn(), cnn() | {"network": {"kind": "cnn"}})
+    assert found[0] == "network.layers=convolution_1(8) pooling_1 flatten_1"
+    assert found[1].startswith("network.layers=convolution_1(16) pooling_1 convolution_2(32)")
+    wide = cnn()
+    wide["network"]["layers"][0]["kernel"] = 5
+    assert titles(cnn(), wide) == ["convolution_1.kernel=3", "convolution_1.kernel=5"]

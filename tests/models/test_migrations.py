@@ -59,6 +59,7 @@ def test_a_schema_without_views_keeps_all_else(database: Database) -> None:
         jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.FOLD, Queue.CPU, run.id)
         owe(session, run.id, "file", {"name": "learning-curve.png"})
         owe(session, run.id, "finished", {})
+        run.features_choice = {"weights": "0" * 64}
     downgrade(database, "0005")
     assert "view" not in inspect(database.engine).get_table_names()
     with database.reading() as session:
@@ -68,7 +69,9 @@ def test_a_schema_without_views_keeps_all_else(database: Database) -> None:
         jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.VIEW, Queue.CPU, "view_1")
     upgrade(database)
     with database.writing() as session:
-        views.ask(session, session.get_one(Run, run.id), ViewKind.LEARNING_CURVE)
+        again = session.get_one(Run, run.id)
+        assert again.features_choice is None and again.recipe == run.recipe
+        views.ask(session, again, ViewKind.LEARNING_CURVE)
 
 
 @pytest.mark.parametrize(("column", "value"), [("kind", "dance"), ("queue", "dance"), ("state", "dance")])

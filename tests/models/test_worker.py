@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
+import pytest
 import records
 from sqlalchemy import update
 
-from artifacts.recipe import Mode
 from models import job as jobs
+from models import parts
 from models import worker as workers
 from models.base import now
 from models.job import Job, JobKind, JobState, Queue
+from models.run import Run
 from models.session import Database
 from models.worker import UNSEEN_S, Worker
 
@@ -33,26 +36,40 @@ def see(database: Database, *queues: Queue, ago_s: float = 0.0) -> None:
         session.execute(update(Worker).values(looked_at=now() - timedelta(seconds=ago_s)))
 
 
-def wanted_queue(database: Database, mode: Mode) -> Queue:
+def wanted_queue(database: Database, *, learns_layers: bool) -> Queue:
     with database.reading() as session:
-        return workers.training_queue(session, mode)
+        return workers.training_queue(session, learns_layers)
 
 
-def test_fine_tuning_goes_to_a_gpu_where_one_is_served(database: Database) -> None:
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+def test_a_network_that_learns_goes_to_a_gpu_where_one_is_served(database: Database) -> None:
+    assert wanted_queue(database, learns_layers=True) is Queue.CPU
     see(database, Queue.GPU)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.GPU
-    assert wanted_queue(database, Mode.FEATURE_EXTRACTION) is Queue.CPU
+    assert wanted_queue(database, learns_layers=True) is Queue.GPU
+    assert wanted_queue(database, learns_layers=False) is Queue.CPU
     see(database, Queue.GPU, ago_s=UNSEEN_S + 1)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+    assert wanted_queue(database, learns_layers=True) is Queue.CPU
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_fanned_out"),
+    [
+        ({"mode": "feature-extraction", "network": None}, False),
+        ({"mode": "feature-extraction"}, False),  # as versions wrote it that knew no networks from scratch
+        ({"mode": "fine-tuning"}, True),
+        ({"mode": "from-scratch", "network": {"kind": "cnn"}}, True),
+        ({"mode": "from-scratch", "network": {"kind": "perceptron"}}, False),
+    ],
+)
+def test_folds_are_jobs_of_their_own_where_layers_learn(recipe: dict[str, Any], is_fanned_out: bool) -> None:
+    assert parts.is_fanned_out(Run(recipe=recipe)) is is_fanned_out
 
 
 def test_a_worker_serves_what_it_said_last_and_one_whose_clock_is_ahead_is_not_waited_for(database: Database) -> None:
     see(database, Queue.GPU, ago_s=-6 * 3600)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+    assert wanted_queue(database, learns_layers=True) is Queue.CPU
     see(database, Queue.GPU)
     see(database, Queue.CPU, Queue.INGEST)
-    assert wanted_queue(database, Mode.FINE_TUNING) is Queue.CPU
+    assert wanted_queue(database, learns_layers=True) is Queue.CPU
 
 
 def test_what_waits_for_a_gpu_that_is_gone_goes_to_the_processors(database: Database) -> None:

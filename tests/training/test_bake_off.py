@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sample
 from experiments import Bench, Heard
+from scipy.sparse import csr_array
 
 from artifacts import bundle as bundles
 from artifacts.catalogue import CATALOGUE, BackboneName
@@ -17,7 +18,9 @@ from artifacts.defaults import ClassCount, fill
 from artifacts.manifest import Row
 from artifacts.recipe import BackboneChoice, Recipe, Task
 from training import backbones
-from training.bake_off import Pick, is_asked, settled
+from training.bake_off import FOLDS, Pick, _sample, is_asked, settled
+from training.split import make_folds
+from training.targets import Targets
 
 OPEN: dict[str, Any] = {"features_from": "auto", "epochs": 4, "folds": {"k": 2}}
 
@@ -58,13 +61,43 @@ def test_a_run_that_was_interrupted_keeps_to_its_choice(bench: Bench, rows: list
     assert bundles.load(bench.store.read(outcome.bundle)).layers[0].kernel.shape[0] == other["width"]
 
 
-def test_the_folds_of_a_bake_off_are_not_those_of_the_run(bench: Bench, rows: list[Row]) -> None:
-    fixed, _ = bench.run(rows, **OPEN | {"features_from": "block1"})
+def test_the_choice_changes_nothing_of_the_measurement(bench: Bench, rows: list[Row]) -> None:
     chosen, _ = bench.run(rows, **OPEN)
-    if chosen.metrics["features"]["chosen"]["features_from"] == "block1":
-        assert chosen.metrics["loss"] == fixed.metrics["loss"]  # the choice changed nothing of the measurement
-    scores = {one["features_from"]: one["score"] for one in chosen.metrics["features"]["tried"]}
-    assert scores["block1"] is not None
+    cut = chosen.metrics["features"]["chosen"]["features_from"]
+    fixed, _ = bench.run(rows, **OPEN | {"features_from": cut})
+    assert chosen.metrics["loss"] == fixed.metrics["loss"]
+    assert chosen.metrics["per_class"] == fixed.metrics["per_class"]
+
+
+def test_a_rare_class_is_in_every_fold_of_a_sample() -> None:
+    labels = np.repeat([0, 1, 2], [3000, 4, 1996])
+    targets = Targets(labels, labels, csr_array(np.eye(3, dtype=np.int8)[labels]))
+    everything = np.arange(len(labels))
+    sample = _sample(everything, targets, everything)
+    counts = np.bincount(labels[sample])
+    assert counts[1] == FOLDS and 900 < len(sample) < 1100
+    folds = make_folds(
+        np.arange(len(sample)),
+        labels[sample],
+        targets.needed[sample],
+        sample,
+        np.array([], dtype=np.intp),
+        k=FOLDS,
+        repeats=1,
+        validation_fraction=0.15,
+        seed=0,
+    )
+    assert all(1 in labels[sample][fold.train] for fold in folds)
+
+
+def test_of_several_backbones_those_whose_weights_are_here_are_tried(bench: Bench, rows: list[Row]) -> None:
+    candidates = {name: bench.weights_of(name) for name in (BackboneName.VGG16, BackboneName.VGG19)}
+    outcome, _ = bench.run(rows, candidates=candidates, **OPEN | {"backbone": "auto"})
+    found = outcome.metrics["features"]
+    assert [one["backbone"] for one in found["tried"]] == ["vgg16"] * 5 + ["vgg19"] * 5
+    assert found["weights"] == candidates[BackboneName(found["chosen"]["backbone"])]
+    bundle = bundles.load(bench.store.read(outcome.bundle))
+    assert bundle.layers[0].kernel.shape[0] == found["chosen"]["width"]
 
 
 def test_all_cuts_share_one_pass_and_are_those_that_are_served() -> None:

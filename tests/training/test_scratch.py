@@ -24,8 +24,10 @@ from artifacts.networks import filled_network
 from artifacts.recipe import Recipe, Task
 from inference import heads
 from inference.engine import OpenVinoEngine
+from inference.look import Insight
 from training import backbones, scratch
 from training.epochs import Epoch, Passage
+from training.export import export
 from training.scratch import Grown, grow
 from training.stochastic import StochasticPooling
 
@@ -228,8 +230,6 @@ EVERY_LAYER = [
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_network_of_every_layer_is_exported_as_keras_has_it(channels: int, tmp_path: Path) -> None:
-    from training.export import export
-
     network = filled_network(NetworkRecipe(layers=_LAYERS.validate_python(EVERY_LAYER), channels=channels), 24, 20)
     keras.utils.set_random_seed(1)
     weights = backbones.dump_weights(scratch._body(network, (24, 20)))
@@ -239,6 +239,31 @@ def test_a_network_of_every_layer_is_exported_as_keras_has_it(channels: int, tmp
 
 
 _AVERAGED = [{"type": "global_average"}, {"type": "dropout"}]
+
+
+def test_what_each_layer_sees_is_what_keras_computes(tmp_path: Path) -> None:
+    network = filled_network(NetworkRecipe(layers=_LAYERS.validate_python(EVERY_LAYER)), 24, 20)
+    body = scratch._body(network, (24, 20))
+    for layer in body.layers:  # so that BatchNorm changes something
+        layer.set_weights([np.random.default_rng(2).uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
+    path = tmp_path / "network.onnx"
+    path.write_bytes(export(scratch.network(network, (24, 20), backbones.dump_weights(body)), threads=2).onnx)
+    insight = Insight(path, 2)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    seen = {layer.name: insight.maps(pixels, layer.name) for layer in insight.layers}
+    assert {"pooling_1", "pooling_2", "pooling_3", "right", "add_1", "concatenate_1"} <= set(seen)
+    for name, maps in seen.items():
+        by_keras = keras.Model(body.input, body.get_layer(name).output)(scratch.scaled(pixels[None], 3))
+        assert maps == pytest.approx(keras.ops.convert_to_numpy(by_keras)[0], abs=1e-4), name
+
+
+def test_a_layer_may_have_any_name() -> None:
+    names = ["maps", "body", "images", "features"]
+    layers = [{"type": "convolution", "filters": 2, "name": names[0]}, {"type": "pooling", "name": names[1]}]
+    layers += [{"type": "flatten", "name": names[2]}, {"type": "dense", "units": 3, "name": names[3]}]
+    network = filled_network(NetworkRecipe(layers=_LAYERS.validate_python(layers)), 8, 8)
+    model = scratch.network(network, 8, backbones.dump_weights(scratch._body(network, 8)))
+    assert model(np.zeros((1, 8, 8, 3), np.uint8))["features"].shape == (1, 3)
 
 
 def test_features_are_the_mean_of_the_maps_before_the_last_global_average() -> None:
@@ -365,6 +390,8 @@ def test_a_cnn_is_served_in_int8_if_that_is_as_good(bench: Bench) -> None:
     outcome, _ = bench.run(rows, **CNN, precision="int8")
     tried = {one["precision"]: one["score"] for one in outcome.metrics["precision"]["tried"]}
     assert tried.keys() == {"float32", "int8"}
+    outcome, _ = bench.run(rows, **CNN | {"network": {"kind": "mlp"}}, precision="int8")
+    assert {one["precision"] for one in outcome.metrics["precision"]["tried"]} == {"float32", "int8"}
 
 
 def test_a_network_learns_tags_and_numbers(bench: Bench) -> None:

@@ -41,6 +41,10 @@ class Abreast:
         if part is not None:
             self._ended += part.done - part.begun
 
+    def count(self) -> int:
+        """Return how many parts are being learned."""
+        return len(self._parts)
+
     def flush(self) -> None:
         """Have each part keep how far it is."""
         for part in list(self._parts.values()):

@@ -154,7 +154,11 @@ class _Desk:
             image_limits=limits,
             threads=given["threads"],
         )
-        candidates = {BackboneName(name): Digest(sha256) for name, sha256 in given["candidates"].items()}
+        candidates = {
+            BackboneName(name): Digest(sha256)
+            for name, sha256 in given["candidates"].items()
+            if self._store.has(Digest(sha256))
+        }
         order = Order(self._recipe, Digest(given["manifest"]), given["labels"], self._weights, candidates)
         return Experiment(order, place, _Registry(self._channel), self._reporter)
 
@@ -193,7 +197,8 @@ class _Reporter:
 
     def part(self, number: int | None, epochs: int) -> _Part:
         found = self._order["checkpoints"].get("final" if number is None else str(number), [])
-        keeper = _Keeper(self._channel, self._store, self.marked, number, found, self._order["checkpoint_share"])
+        share = self._order["checkpoint_share"]
+        keeper = _Keeper(self._channel, self._store, self.marked, number, found, share, self._abreast.count)
         self._abreast.begin(number, epochs, _epochs_of(keeper.found), keeper.flush)
         self._channel.on_drain(self._abreast.flush)
         return _Part(self._channel, number, keeper, self._pulse, self._abreast, self._say)
@@ -275,9 +280,12 @@ class _Keeper:
         number: int | None,
         found: Sequence[str],
         share: float,
+        abreast: Callable[[], int],
     ) -> None:
+        """Keep checkpoints for a share of the time; all parts that are learned `abreast` have that share together."""
         from training import checkpoint
 
+        self._abreast = abreast
         self._channel = channel
         self._store = store
         self._number = number
@@ -322,7 +330,8 @@ class _Keeper:
             epochs = _epochs_of(pending)
             self._channel.send("checkpoint", fold=self._number, epochs=epochs, sha256=digest, size_bytes=len(data))
             self._written_at = time.monotonic()
-            self._pause_s = max(_WRITE_EVERY_S, (self._written_at - started) / self._share)
+            cost_s = self._written_at - started
+            self._pause_s = max(_WRITE_EVERY_S, cost_s / self._share) * max(1, self._abreast())
 
     def _find(self, digests: Sequence[str]) -> Checkpoint | None:
         """Return the newest checkpoint that is whole and fits."""
