@@ -81,8 +81,7 @@ def test_the_documented_surface_is_the_reviewed_one(client: TestClient) -> None:
 
 def test_values_that_do_not_work_yet_are_not_offered(client: TestClient) -> None:
     parts = client.get("/openapi.json").json()["components"]["schemas"]
-    assert parts["Mode"]["enum"] == ["feature-extraction", "fine-tuning"]
-    assert "network" not in parts["Recipe"]["properties"]
+    assert parts["Mode"]["enum"] == ["feature-extraction", "fine-tuning", "from-scratch"]
 
 
 def test_a_run_is_queued_with_every_default_filled_in(
@@ -97,10 +96,12 @@ def test_a_run_is_queued_with_every_default_filled_in(
         "backbone": "xception",
         "weights": "imagenet",
         "features_from": "block14",
+        "network": None,
         "image_size": 299,
         "resize": "squash",
         "task": "multiclass",
         "head": {"hidden": [], "activation": "relu", "dropout": 0.0, "l2": 0.0001},
+        "loss": "auto",
         "optimizer": {"name": "adam", "learning_rate": 0.001},
         "batch_size": 32,
         "epochs": 100,
@@ -142,7 +143,13 @@ def test_fine_tuning_wakes_the_worker_with_a_gpu_if_there_is_one(
         ({"weights": "../x"}, "recipe.weights"),
         ({"mode": "fine-tuning", "unfreeze": "block15"}, "recipe.unfreeze"),
         ({"unfreeze": "block14"}, "recipe.unfreeze"),
-        ({"mode": "from-scratch"}, "recipe.mode"),
+        ({"mode": "distillation"}, "recipe.mode"),
+        ({"mode": "from-scratch", "backbone": "vgg16"}, "recipe.backbone"),
+        (
+            {"mode": "from-scratch", "network": {"layers": [{"type": "flatten"}, {"type": "pooling"}]}},
+            "recipe.network.layers[1].inputs",
+        ),
+        ({"backbone": "auto"}, "recipe.weights"),
         ({"precision": "int4"}, "recipe.precision"),
         ({"precision": "bfloat16", "recalibrate": True}, "recipe.recalibrate"),
         ({"augmentation": {"flip": True}}, "recipe.augmentation"),

@@ -10,11 +10,13 @@ from sqlalchemy.exc import IntegrityError, StatementError
 from artifacts.catalogue import BackboneName
 from models import job as jobs
 from models import registry
+from models import view as views
 from models.base import Base, new_id
 from models.dataset import Dataset
 from models.job import JobKind, Queue
 from models.registry import Backbone, Weights
 from models.session import Database
+from models.view import ViewKind
 
 NOON_IN_ROME = datetime(2024, 7, 1, 12, 30, 15, 123456, tzinfo=timezone(timedelta(hours=2)))
 
@@ -52,12 +54,13 @@ def test_no_enum_column_takes_another_word(database: Database) -> None:
         for column in owner.columns
         if isinstance(column.type, Enum)
     ]
-    assert len(columns) == 11
+    assert len(columns) == 13
     with database.writing() as session:
         version = records.ready_version(session, images=[records.accepted("daisy/1.png")])
         run = records.queued_run(session, version)
         jobs.add_job(session, run.project_id, JobKind.TRAIN, Queue.CPU, run.id)
         records.queued_comparison(session, version)
+        views.ask(session, run, ViewKind.LAYERS)
         registry.set_weights(
             session, Weights(network=BackboneName.VGG16, name="mine", sha256=records.digest("weights"), source={})
         )

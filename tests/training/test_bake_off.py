@@ -61,6 +61,7 @@ def test_a_run_that_was_interrupted_keeps_to_its_choice(bench: Bench, rows: list
     assert bundles.load(bench.store.read(outcome.bundle)).layers[0].kernel.shape[0] == other["width"]
 
 
+@pytest.mark.slow
 def test_the_choice_changes_nothing_of_the_measurement(bench: Bench, rows: list[Row]) -> None:
     chosen, _ = bench.run(rows, **OPEN)
     cut = chosen.metrics["features"]["chosen"]["features_from"]
@@ -90,6 +91,7 @@ def test_a_rare_class_is_in_every_fold_of_a_sample() -> None:
     assert all(1 in labels[sample][fold.train] for fold in folds)
 
 
+@pytest.mark.slow
 def test_of_several_backbones_those_whose_weights_are_here_are_tried(bench: Bench, rows: list[Row]) -> None:
     candidates = {name: bench.weights_of(name) for name in (BackboneName.VGG16, BackboneName.VGG19)}
     outcome, _ = bench.run(rows, candidates=candidates, **OPEN | {"backbone": "auto"})
@@ -100,6 +102,7 @@ def test_of_several_backbones_those_whose_weights_are_here_are_tried(bench: Benc
     assert bundle.layers[0].kernel.shape[0] == found["chosen"]["width"]
 
 
+@pytest.mark.slow
 def test_all_cuts_share_one_pass_and_are_those_that_are_served() -> None:
     weights = backbones.random_weights(BackboneName.RESNET50)
     cuts = list(CATALOGUE[BackboneName.RESNET50].cuts)

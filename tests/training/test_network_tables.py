@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from artifacts.backbone_networks import backbone_layers
 from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.layers import INPUT, Layer, NetworkKind, NetworkRecipe, Padding, named, pair
+from artifacts.layers import INPUT, Layer, NetworkKind, NetworkRecipe, Padding, named, sides
 from artifacts.networks import Row, backbone_table, chain, filled_network, table
 from errors import RecipeInvalid
 from training import backbones
@@ -63,10 +63,10 @@ def _assert_same(layer: Any, row: Row, described: Any) -> None:
     assert row.name == layer.name or re.fullmatch(COUNTED, layer.name)
     match described.type:
         case "convolution" | "separable_convolution":
-            found = pair(described.kernel), pair(described.stride), described.padding
+            found = sides(described.kernel), sides(described.stride), described.padding
             assert found == (layer.kernel_size, layer.strides, layer.padding)
         case "pooling":
-            found = pair(described.size), pair(described.stride or described.size), described.padding
+            found = sides(described.size), sides(described.stride or described.size), described.padding
             assert found == (layer.pool_size, layer.strides, layer.padding)
             assert described.kind == POOLINGS[kind]
         case "activation":
@@ -113,8 +113,8 @@ def _keras_layer(layer: Layer, *, is_bare: bool) -> Any:
             activation = "linear" if is_bare else layer.activation.value
             return keras.layers.Conv2D(
                 layer.filters,
-                pair(layer.kernel),
-                strides=pair(layer.stride),
+                sides(layer.kernel),
+                strides=sides(layer.stride),
                 padding=layer.padding.value,
                 activation=activation,
                 name=name,
@@ -122,8 +122,8 @@ def _keras_layer(layer: Layer, *, is_bare: bool) -> Any:
             )
         case "pooling":
             kind = keras.layers.AveragePooling2D if is_bare else keras.layers.MaxPooling2D
-            stride = pair(layer.stride or layer.size)
-            return kind(pair(layer.size), strides=stride, padding=layer.padding.value, name=name)
+            stride = sides(layer.stride or layer.size)
+            return kind(sides(layer.size), strides=stride, padding=layer.padding.value, name=name)
         case "dropout":
             return keras.layers.Dropout(layer.rate, name=name)
         case "flatten":
@@ -234,17 +234,17 @@ def test_a_value_sees_the_pixels_of_its_receptive_field(
     row = [row for row in table(network, height, width) if len(row.shape) == 3][-1]
     outputs = _keras_network(network, height, width, is_bare=True)
     model = keras.Model(outputs[INPUT], outputs[row.name])
-    sides = (height, width)
+    whole = (height, width)
     for axis, span in enumerate((row.receptive_field.down, row.receptive_field.across)):
         place = data.draw(st.integers(0, row.shape[axis] - 1))
         # One image for each row of pixels (or column), in which it alone is not zero.
-        images = np.zeros((sides[axis], height, width, network.channels), np.float32)
-        np.moveaxis(images, 1 + axis, 1)[np.arange(sides[axis]), np.arange(sides[axis])] = 1
+        images = np.zeros((whole[axis], height, width, network.channels), np.float32)
+        np.moveaxis(images, 1 + axis, 1)[np.arange(whole[axis]), np.arange(whole[axis])] = 1
         answers = np.moveaxis(keras.ops.convert_to_numpy(model(images, training=False)), 1 + axis, 1)
         seen = np.flatnonzero(answers[:, place].any(axis=(1, 2)))
         first, last = span.first + place * span.jump, span.last + place * span.jump
         assert first <= seen[0] and seen[-1] <= last
-        if first >= 0 and last < sides[axis]:
+        if first >= 0 and last < whole[axis]:
             assert (seen[0], seen[-1]) == (first, last)
 
 

@@ -358,6 +358,7 @@ CNN = {
 }
 
 
+@pytest.mark.slow
 def test_a_cnn_goes_on_from_where_it_was_cut_off(bench: Bench) -> None:
     """What BatchNorm counts and what pooling and dropout draw goes on, too."""
     rows = bench.rows(sample.coloured(per_class=10))
@@ -394,6 +395,7 @@ def test_a_cnn_is_served_in_int8_if_that_is_as_good(bench: Bench) -> None:
     assert {one["precision"] for one in outcome.metrics["precision"]["tried"]} == {"float32", "int8"}
 
 
+@pytest.mark.slow
 def test_a_network_learns_tags_and_numbers(bench: Bench) -> None:
     files = sample.coloured(per_class=8)
     singles = bench.rows(files)
