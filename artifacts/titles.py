@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from artifacts.layers import NetworkKind
 from artifacts.recipe import flat
 
 Json = Mapping[str, Any]
@@ -39,7 +40,7 @@ def _told(recipes: Sequence[Json]) -> list[list[str]]:
 
 def _all_told(recipes: Sequence[Json]) -> list[list[str]]:
     """Return every value that is not the same in all recipes."""
-    every = _values(recipes)
+    every = [flat(recipe) for recipe in recipes]
     differing = [
         name
         for name in _names(every)
@@ -53,19 +54,42 @@ def _names(every: Sequence[Json]) -> list[str]:
 
 
 def _values(recipes: Sequence[Json]) -> list[dict[str, Any]]:
-    """Return every value of each recipe by its path: of layers their chain, and what each has if all chains are one."""
+    """Return every value of each recipe by its path, but for those that its kind of network has decided.
+
+    Of layers it is their chain, where networks of one kind and size have several, and else what each layer has.
+    """
     every = [flat(recipe) for recipe in recipes]
     layers = [values.pop(_LAYERS, None) for values in every]
-    chains = [None if one is None else " ".join(map(_layer, one)) for one in layers]
-    is_one = len({chain for chain in chains if chain is not None}) == 1
-    for values, chain, one in zip(every, chains, layers, strict=True):
-        if chain is not None:
-            values[_LAYERS] = chain
-        for layer in one or () if is_one else ():
-            values |= {
-                f"{layer['name']}.{name}": value for name, value in layer.items() if name not in ("name", "type")
-            }
+    chains: dict[tuple[str, str], set[str]] = {}
+    for values, one in zip(every, layers, strict=True):
+        if one is not None:
+            chains.setdefault(_alike(values), set()).add(_chain(one))
+    for values, one in zip(every, layers, strict=True):
+        if one is None:
+            continue
+        if len(chains[_alike(values)]) > 1:
+            values[_LAYERS] = _chain(one)
+        elif len(chains) == 1:
+            for layer in one:
+                told = {name: value for name, value in layer.items() if name not in ("name", "type")}
+                values |= {f"{layer['name']}.{name}": value for name, value in told.items()}
+        if values["network.kind"] == NetworkKind.PERCEPTRON:
+            for name in _DECIDED:
+                values.pop(name)
     return every
+
+
+# What a perceptron has by itself: image by image, by the delta rule.
+_DECIDED = ("batch_size", "optimizer.name", "optimizer.learning_rate")
+
+
+def _alike(values: Json) -> tuple[str, str]:
+    """Return what layers by default depend on."""
+    return values["network.kind"], str(values["image_size"])
+
+
+def _chain(layers: Sequence[Json]) -> str:
+    return " ".join(map(_layer, layers))
 
 
 _LAYERS = "network.layers"

@@ -53,3 +53,18 @@ def test_networks_are_told_apart_by_what_differs_in_their_layers() -> None:
     wide = cnn()
     wide["network"]["layers"][0]["kernel"] = 5
     assert titles(cnn(), wide) == ["convolution_1.kernel=3", "convolution_1.kernel=5"]
+
+
+def test_what_a_kind_of_network_decides_is_not_told() -> None:
+    scratch = {"mode": "from-scratch"}
+    kinds = [scratch | {"network": {"kind": kind}} for kind in ("perceptron", "mlp", "cnn")]
+    frozen = {"backbone": "vgg16", "image_size": 32}
+    assert titles(*kinds, scratch | {"image_size": 32}, frozen) == [
+        "from-scratch, network.kind=perceptron, image_size=32",
+        "from-scratch, network.kind=mlp, image_size=32",
+        "from-scratch, network.kind=cnn, image_size=64",
+        "from-scratch, network.kind=cnn, image_size=32",
+        "feature-extraction, image_size=32",
+    ]
+    rates = [kinds[0] | {"optimizer": {"name": "sgd", "learning_rate": rate}} for rate in (0.1, 0.2)]
+    assert len(set(titles(*rates))) == 2
