@@ -7,6 +7,7 @@ afterwards, on its own folds.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -51,18 +52,19 @@ class Tasted:
 
 @dataclass(frozen=True)
 class Pick:
-    """What was chosen, with its weights, and all that was tried on `images` images."""
+    """What was chosen, with its weights, and all that was tried on `images` images in so many seconds."""
 
     chosen: Tasted
     weights: Digest
     images: int
+    seconds: float
     tried: tuple[Tasted, ...]
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Pick:
         """Return what `facts` says."""
         tried = tuple(_tasted(one) for one in facts["tried"])
-        return cls(_tasted(facts["chosen"]), Digest(facts["weights"]), facts["images"], tried)
+        return cls(_tasted(facts["chosen"]), Digest(facts["weights"]), facts["images"], facts["seconds"], tried)
 
     def facts(self, task: Task) -> dict[str, Any]:
         """Return it as it is kept with the run."""
@@ -72,6 +74,7 @@ class Pick:
             "score": HEADLINES[task].metric,
             "images": self.images,
             "folds": FOLDS,
+            "seconds": self.seconds,
             "tried": [asdict(one) for one in self.tried],
         }
 
@@ -132,6 +135,7 @@ def bake_off(
     Raises:
         RecipeInvalid: the images are too small for every backbone.
     """
+    started = time.perf_counter()
     report(0, 1)
     tried_on = _sample(rows, targets, groups)
     folds = make_folds(
@@ -171,7 +175,8 @@ def bake_off(
         raise TrainingDiverged("No head learned on any cut. Lower optimizer.learning_rate.")
     sign = 1 if HEADLINES[task].is_greater_better else -1
     best = max(scored, key=lambda one: sign * (one.score or 0.0))  # the first of equals: the earliest cut costs least
-    return Pick(best, weights[best.backbone], len(tried_on), tuple(tried))
+    spent_s = round(time.perf_counter() - started, 3)
+    return Pick(best, weights[best.backbone], len(tried_on), spent_s, tuple(tried))
 
 
 def _cuts(recipe: Recipe, name: BackboneName) -> list[str]:

@@ -46,7 +46,7 @@ class Part(Listener, Keeper, Protocol):
 class Outcome:
     """What a run leaves: digests of stored files, and numbers.
 
-    `training_s` are the seconds of extraction, folds and final fit together. `files` holds what is kept with the run
+    `training_s` are the seconds of a bake-off, extraction, folds and final fit together. `files` holds what is kept with the run
     under a name: bytes and media type.
     """
 
@@ -203,7 +203,11 @@ class Experiment:
             bundle=place.store.put(bundle.dump()),
             backbone=served.backbone,
             metrics=metrics,
-            training_s=extraction.seconds + folds_s + time.perf_counter() - started,
+            training_s=(self._pick.seconds if self._pick else 0.0)
+            + extraction.seconds
+            + folds_s
+            + time.perf_counter()
+            - started,
             files=files
             | {
                 "out-of-fold.safetensors": (self._out_of_fold_file(out_of_fold), "application/octet-stream"),

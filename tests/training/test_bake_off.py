@@ -128,6 +128,7 @@ def test_a_choice_is_kept_as_it_was_and_settles_the_recipe() -> None:
         "score": "accuracy",
         "images": 900,
         "folds": 3,
+        "seconds": 4.5,
         "tried": [],
     }
     assert Pick.of(facts).facts(Task.MULTICLASS) == facts
