@@ -46,8 +46,8 @@ class Part(Listener, Keeper, Protocol):
 class Outcome:
     """What a run leaves: digests of stored files, and numbers.
 
-    `training_s` are the seconds of a bake-off, extraction, folds and final fit together. `files` holds what is kept with the run
-    under a name: bytes and media type.
+    `training_s` are the seconds of a bake-off, extraction, folds and final fit together. `files` holds what is kept
+    with the run under a name: bytes and media type.
     """
 
     bundle: Digest
@@ -198,16 +198,14 @@ class Experiment:
             served.choice,
             self._pick,
         )
-        folds_s = sum(outcome.result.seconds for outcome in outcomes)
+        before_s = extraction.seconds + sum(outcome.result.seconds for outcome in outcomes)
+        if self._pick is not None:
+            before_s += self._pick.seconds
         return Outcome(
             bundle=place.store.put(bundle.dump()),
             backbone=served.backbone,
             metrics=metrics,
-            training_s=(self._pick.seconds if self._pick else 0.0)
-            + extraction.seconds
-            + folds_s
-            + time.perf_counter()
-            - started,
+            training_s=before_s + time.perf_counter() - started,
             files=files
             | {
                 "out-of-fold.safetensors": (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
