@@ -133,7 +133,7 @@ def test_a_perceptron_of_numbers_is_linear() -> None:
 @pytest.mark.parametrize("threshold", ["step", "sigmoid"])
 @pytest.mark.parametrize(("truth", "is_learned"), [(AND, True), (OR, True), (XOR, False)])
 def test_a_perceptron_learns_and_and_or_but_not_xor(threshold: str, truth: Any, is_learned: bool) -> None:
-    grown = learn(perceptron(threshold), truth, epochs=60)
+    grown = learn(perceptron(threshold), truth, epochs=20)
     assert (np.array_equal(grown.logits(ALL)[:, 0] >= 0, truth == 1)) is is_learned
 
 
@@ -304,6 +304,7 @@ def served(bench: Bench, bundle: Bundle, files: list[bytes], limits: Any) -> Any
     return heads.logits(bundle.layers, engine.features(seen))
 
 
+@pytest.mark.slow
 def test_two_hidden_units_learn_xor_of_pictures_of_two_pixels(bench: Bench) -> None:
     rows = pictures(bench, XOR, copies=6)
     outcome, heard = bench.run(
