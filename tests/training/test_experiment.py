@@ -27,7 +27,7 @@ from inference.explain import Explanation
 from inference.neighbours import nearest
 from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
-from training import deliver, evaluate, experiment
+from training import begin, deliver, evaluate
 from training.epochs import Passage
 from training.fit import fit
 from training.split import make_folds
@@ -425,7 +425,7 @@ def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
 ) -> None:
     monkeypatch.setattr(OpenVinoEngine, "precisions", staticmethod(lambda: [Precision.FLOAT32, Precision.INT8]))
     times = {Precision.FLOAT32: 9.0, Precision.INT8: 3.0}
-    monkeypatch.setattr(experiment, "image_ms", lambda engines, golden, alive: {one: times[one] for one in engines})
+    monkeypatch.setattr(begin, "image_ms", lambda engines, golden, alive: {one: times[one] for one in engines})
     rows = bench.rows(sample.coloured(per_class=10))
     outcome, heard = bench.run(rows, precision="auto")
     assert heard.stages == ["backbone", "quantise", "features", "precision", "folds", "final", "bundle"]
