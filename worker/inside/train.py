@@ -280,7 +280,7 @@ class _Keeper:
         number: int | None,
         found: Sequence[str],
         share: float,
-        abreast: Callable[[], int],
+        abreast: Callable[[], int] = lambda: 1,
     ) -> None:
         """Keep checkpoints for a share of the time; all parts that are learned `abreast` have that share together."""
         from training import checkpoint
