@@ -169,7 +169,7 @@ def _see_absent(recipe: Recipe, names: Sequence[str], reason: str) -> None:
 
 
 def _is_given(recipe: Recipe, name: str) -> bool:
-    """Say whether a field was asked for, and is not its default."""
+    """Say whether a field was asked for, even if as its default."""
     return name in recipe.model_fields_set
 
 

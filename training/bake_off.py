@@ -80,21 +80,12 @@ class Pick:
 
     def settled(self, recipe: Recipe) -> Recipe:
         """Return the recipe with what was chosen in place of `auto`."""
-        return settled(recipe, self.facts(Task(recipe.task.value)))
-
-
-def settled(recipe: Recipe, facts: Mapping[str, Any] | None) -> Recipe:
-    """Return a recipe with what `Pick.facts` says in place of `auto`; without facts as it is."""
-    if facts is None:
-        return recipe
-    chosen = facts["chosen"]
-    return recipe.model_copy(
-        update={
-            "backbone": BackboneChoice(chosen["backbone"]),
-            "features_from": chosen["features_from"],
-            "image_size": chosen["image_size"],
+        chosen = {
+            "backbone": BackboneChoice(self.chosen.backbone.value),
+            "features_from": self.chosen.features_from,
+            "image_size": self.chosen.image_size,
         }
-    )
+        return recipe.model_copy(update=chosen)
 
 
 def _tasted(facts: Mapping[str, Any]) -> Tasted:
@@ -235,8 +226,7 @@ def _score(
         steps.done(len(folds) * _FIT)
     if not np.isfinite(logits).all():
         return None
-    statistics = evaluate.mean_statistics(task, truth, logits).sum(axis=0)
-    return float(evaluate.scores(task, statistics)[HEADLINES[task].metric])
+    return evaluate.headline(task, truth, logits)
 
 
 # A fit takes about as long as so many images take in a small network; only the bar's evenness depends on it.

@@ -13,7 +13,6 @@ import numpy as np
 from artifacts import manifest
 from artifacts.bundle import Float32
 from artifacts.catalogue import BackboneName
-from artifacts.headline import HEADLINES
 from artifacts.images import Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
@@ -125,8 +124,7 @@ class Data:
     def headline(self, logits: Sequence[Float32]) -> float:
         """Return the task's headline score of the logits of every fold."""
         rows = self.trained_on
-        of_images = evaluate.mean_statistics(self.task, self.truth[rows], self.out_of_fold(logits)[:, rows])
-        return float(evaluate.scores(self.task, of_images.sum(axis=0))[HEADLINES[self.task].metric])
+        return evaluate.headline(self.task, self.truth[rows], self.out_of_fold(logits)[:, rows])
 
 
 @dataclass(frozen=True)

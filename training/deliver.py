@@ -7,7 +7,7 @@ fold, on images that neither its training nor its calibration has seen.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Served:
     export: dict[str, Any] | None = None
 
 
-Frozen = Callable[[Precision, Indices, Report], Digest]
+StillFrozen = Callable[[Precision, Indices, Report], Digest]
 """Gives the network that stayed frozen in a precision, calibrated on some rows if need be."""
 
 
@@ -69,7 +69,7 @@ class Taught:
         pixels: Pixels,
         place: Place,
         rebuild: Callable[[bytes], Any],
-        frozen: Frozen | None,
+        frozen: StillFrozen | None,
     ) -> None:
         """Know how networks come back from their weights, and what is served where none has learned.
 
@@ -162,20 +162,19 @@ class Taught:
 
 def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: Report) -> Float32:
     """Return float32 [len(rows), outputs] for rows of images uint8 [N, H, W, 3], a few at a time."""
-    found = []
-    for start in range(0, len(rows), BATCH):
-        found.append(heads.logits(layers, engine.features(pixels[rows[start : start + BATCH]])))
-        report(min(start + BATCH, len(rows)), len(rows))
-    return np.concatenate(found)
+    return np.concatenate([heads.logits(layers, part) for part in _by_batch(engine, pixels, rows, report)])
 
 
 def features(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Features:
     """Return float32 [len(rows), D] for rows of images uint8 [N, H, W, 3], a few at a time."""
-    found = []
+    return np.concatenate(list(_by_batch(engine, pixels, rows, report)))
+
+
+def _by_batch(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Iterator[Features]:
     for start in range(0, len(rows), BATCH):
-        found.append(engine.features(pixels[rows[start : start + BATCH]]))
-        report(start + len(found[-1]), len(rows))
-    return np.concatenate(found)
+        found = engine.features(pixels[rows[start : start + BATCH]])
+        report(start + len(found), len(rows))
+        yield found
 
 
 def spread(count: int, most: int) -> Indices:

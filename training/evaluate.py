@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from artifacts.bundle import Float32
+from artifacts.headline import HEADLINES
 from artifacts.recipe import Task
 from inference import heads
 from training import resample
@@ -83,6 +84,11 @@ def statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
         axis=1,
         dtype=np.float64,
     )
+
+
+def headline(task: Task, truth: Truth, logits: Float32) -> float:
+    """Return the task's headline score of logits float32 [repeats, N, outputs], out of fold."""
+    return float(scores(task, mean_statistics(task, truth, logits).sum(axis=0))[HEADLINES[task].metric])
 
 
 def mean_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:

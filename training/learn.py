@@ -242,7 +242,7 @@ class Frozen:
 
 
 def _passage(listener: Listener, keeper: Keeper) -> Passage:
-    """Return how a head that learns stands to those who hear of it and keep it."""
+    """Return how a training with one phase stands to those who hear of it and keep it."""
 
     def offer(take: Callable[[], Snapshot]) -> None:
         keeper.offer(lambda: Checkpoint(None, take()))
@@ -330,10 +330,6 @@ class Growing:
 
     def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
         """Learn all layers."""
-
-        def offer(take: Callable[[], Snapshot]) -> None:
-            keeper.offer(lambda: Checkpoint(None, take()))
-
         gc.collect()  # the network of the fold before, which holds itself in cycles
         grown = grow(
             self._recipe,
@@ -345,7 +341,7 @@ class Growing:
             lesson.validation,
             epochs=lesson.plan.network,
             seed=lesson.seed,
-            passage=Passage(listener.epoch, listener.batch, offer, keeper.found.snapshot if keeper.found else None),
+            passage=_passage(listener, keeper),
         )
         went = grown.trained
         value = self._validation(grown.logits, lesson.validation)

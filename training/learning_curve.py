@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from errors import TrainingDiverged
 from training import evaluate, power_law, resample
 from training.checkpoint import NoKeeper
 from training.compare import OutOfFold
-from training.epochs import Epoch
 from training.learn import Frozen, Lesson, Plan
 from training.picture import png
 from training.power_law import LEAST_POINTS, PowerLaw
@@ -33,6 +33,7 @@ from training.precision import MARGIN, RELATIVE_MARGIN
 from training.resample import Float64
 from training.split import Indices, nested, set_aside
 from training.targets import Targets, targets_of
+from training.trials import Trial
 
 FRACTIONS = (0.1, 0.2, 0.4, 0.7)
 """Of what a fold learns from; all of it is what the run has measured itself."""
@@ -176,7 +177,7 @@ def _answers(
     for number in wanted:
         logits = np.full(measured.logits.shape, np.nan, dtype=np.float32)
         for part in (parts[number] for parts in folds):
-            listener = _Listener(done / total, part.images / total / learner.plan.epochs, report)
+            listener = Trial(partial(_tell, report, done / total, part.images / total / learner.plan.epochs))
             answered = learner.learn(part.lesson, listener, NoKeeper()).logits(part.test)
             if not np.isfinite(answered).all():
                 raise TrainingDiverged(
@@ -188,6 +189,11 @@ def _answers(
             report(done / total)
         yield FRACTIONS[number], sizes[number], logits
     yield 1.0, sizes[-1], measured.logits
+
+
+def _tell(report: Share, before: float, an_epoch: float, epochs: float) -> None:
+    """Say how far all fits are when one has done so many epochs."""
+    report(before + epochs * an_epoch)
 
 
 def _parts(subject: Subject, targets: Targets, groups: Indices, plan: Plan, repeat: int, number: int) -> list[_Part]:
@@ -217,22 +223,6 @@ def _rows_to_watch(subject: Subject, groups: Indices) -> Indices:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-class _Listener:
-    """Hears of one of many fits, and says how far all of them are."""
-
-    def __init__(self, before: float, an_epoch: float, report: Share) -> None:
-        self._before = before
-        self._an_epoch = an_epoch
-        self._report = report
-
-    def epoch(self, number: int, metrics: Epoch) -> None:
-        """Hear of a finished epoch."""
-
-    def batch(self, epochs: float) -> None:
-        """Hear how many epochs are done."""
-        self._report(self._before + epochs * self._an_epoch)
 
 
 # --- law -------------------------------------------------------------------------------------------------------------

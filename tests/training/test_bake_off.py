@@ -18,7 +18,7 @@ from artifacts.defaults import ClassCount, fill
 from artifacts.manifest import Row
 from artifacts.recipe import BackboneChoice, Recipe, Task
 from training import backbones
-from training.bake_off import FOLDS, Pick, _sample, is_asked, settled
+from training.bake_off import FOLDS, Pick, _sample, is_asked
 from training.split import make_folds
 from training.targets import Targets
 
@@ -134,9 +134,9 @@ def test_a_choice_is_kept_as_it_was_and_settles_the_recipe() -> None:
     assert Pick.of(facts).facts(Task.MULTICLASS) == facts
     recipe = Recipe.model_validate({"backbone": "auto", "features_from": "auto"})
     assert is_asked(recipe) and not is_asked(Recipe())
-    done = settled(recipe, facts)
+    done = Pick.of(facts).settled(recipe)
     assert (done.backbone, done.features_from, done.image_size) == (BackboneChoice.VGG19, "block4", 48)
-    assert not is_asked(done) and settled(recipe, None) == recipe
+    assert not is_asked(done)
 
 
 @pytest.mark.parametrize(
