@@ -71,10 +71,13 @@ class Insight:
         """Return what a layer makes of an image uint8 [H, W, 3], float32 [h, w, channels]."""
         wanted = self._outputs[layer]
         model = self._model.clone()
+        rest = model.get_results()
         model.add_outputs(wanted.tensor)
+        for result in rest:  # what comes after the layer is neither compiled nor computed
+            model.remove_result(result)
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": self._threads}
         network = self._core.compile_model(model, "CPU", options)
-        found = network(np.ascontiguousarray(pixels)[None])[network.output(wanted.tensor)]
+        found = network(np.ascontiguousarray(pixels)[None])[network.output(0)]
         order = [wanted.axes.index(axis) for axis in _IMAGE_AXES]
         maps: Features = np.asarray(found, dtype=np.float32).transpose(order)[0]
         return maps

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 # Long enough to be cut off in the middle of a fold, several checkpoints after its beginning: not a linear head.
 LONG: dict[str, Any] = {
     "head": {"hidden": [8]},
-    "epochs": 150,
+    "epochs": 80,
     "early_stopping": None,
     "optimizer": {"learning_rate": 0.001},
 }

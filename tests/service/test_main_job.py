@@ -98,6 +98,7 @@ def test_three_ways_to_send_an_image_give_one_answer(service: Service, trained: 
             assert prediction["probability"] == pytest.approx(first, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_later_run_makes_a_version_and_an_alias_chooses_between_them(
     service: Service, colours: dict[str, Any], trained: dict[str, Any]
 ) -> None:

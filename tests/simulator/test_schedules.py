@@ -29,7 +29,7 @@ from worker.process import Message
 from worker.sweeper import Sweeper
 from worker.train import Train
 
-QUICK, ALL, TOGETHER = 40, 1000, 40
+QUICK, ALL, TOGETHER = 20, 1000, 20
 # Enough for each broken core below, whatever a change of the simulator makes of the seeds.
 MANY = 400
 

@@ -222,6 +222,7 @@ def test_a_snapshot_of_other_code_is_not_gone_on_from() -> None:
     assert tuned.trained == unbroken.trained
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
     trial = Trial(
         recipe(

@@ -94,6 +94,7 @@ def test_where_every_group_is_large_the_smallest_is_watched() -> None:
         assert len(one.validation) == np.bincount(groups[rest])[np.unique(groups[rest])].min()
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_groups_of_a_thousand_classes_are_folded_evenly() -> None:
     strata = np.arange(100_000) % 1000
     groups = np.arange(100_000)

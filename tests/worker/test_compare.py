@@ -205,6 +205,7 @@ def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop
     assert case.owed() == sorted((case.run_ids[number], "comparison") for number in (0, 2))
 
 
+@pytest.mark.slow
 def test_a_bundle_that_this_machine_does_not_serve_is_compared_but_not_timed(case: Case, start_loop: StartLoop) -> None:
     with case.database.reading() as session:
         version = registry.find_run_version(session, case.run_ids[0])
