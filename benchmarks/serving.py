@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,8 +91,10 @@ def running(server: Server, port: int) -> Iterator[psutil.Process]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{server.name} did not start")
                 time.sleep(0.5)
-            if load(port, server.requests[:1], 1, 0.2).statuses.keys() != {200}:
-                raise RuntimeError(f"{server.name} does not answer")
+            # Whoever asks while a network is still read is told to come again.
+            while (found := load(port, server.requests[:1], 1, 0.2)).statuses.keys() != {200}:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{server.name} does not answer: {found.figures()}")
             yield psutil.Process(process.pid)
         finally:
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -337,16 +340,26 @@ def on_ours(ours: Server, port: int, wanted: argparse.Namespace, files: Sequence
         with running(eager, port) as process:
             capacity = load(port, ours.requests, 8, seconds).per_second
             clients = max(16, int(4 * capacity * 5))  # some of them are always free
-            begin_mb = resident_mb(process)
-            flood = load(port, ours.requests, clients, wanted.overload, per_second=2 * capacity)
+            with ThreadPoolExecutor(1) as watching:
+                memory = watching.submit(watch, process, wanted.overload)
+                flood = load(port, ours.requests, clients, wanted.overload, per_second=2 * capacity)
             figures["overload"] = {
                 "clients": clients,
                 "capacity_per_s": capacity,
                 **flood.figures(),
                 "longest_s": round(max(flood.took_s), 2),
-                "memory_mb": [round(begin_mb), round(resident_mb(process))],
+                "memory_mb": memory.result(),
             }
     return figures
+
+
+def watch(process: psutil.Process, seconds: float, times: int = 10) -> list[int]:
+    """Return the resident memory at the beginning and after each of so many parts of a time, in MB."""
+    found = [round(resident_mb(process))]
+    for _ in range(times):
+        time.sleep(0.99 * seconds / times)  # over before the load is
+        found.append(round(resident_mb(process)))
+    return found
 
 
 _FIVE_SECONDS = {"ESPALIER_PREDICT_DEADLINE_S": "5"}

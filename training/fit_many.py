@@ -107,10 +107,10 @@ def fit_many(
 
     loss, update = _LOSSES[task], rule(recipe.optimizer)
     folds = _Folds(recipe, task, features, targets)
-    heads = [
-        _Head(place, one, folds.of(one), first_weights(one.seed), update.begin, recipe)
-        for place, one in enumerate(wanted)
-    ]
+    heads: list[_Head] = []
+    for place, one in enumerate(wanted):
+        heads.append(_Head(place, one, folds.of(one), first_weights(one.seed), update.begin, recipe))
+        heads[-1].heard(0)  # to standardise a million rows takes a while
     stacks = _stacked(heads, recipe.batch_size, loss, update)
     libraries = ThreadpoolController()
     while heads:

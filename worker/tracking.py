@@ -232,6 +232,8 @@ class _Page:
             metrics = [_metric(name, value, at, 0) for name, value in summary.items()]
             self._client.log_batch(self.run_id, metrics=metrics)
             self._client.set_tag(self.run_id, _NOTE, _note(facts))
+            if run.features_choice is not None:
+                self._name_choice(run.features_choice["chosen"])
             self._log_files(store)
             self._register()
         self._client.set_terminated(self.run_id, _STATUS[run.state], end_time=_milliseconds(run.finished_at))
@@ -304,6 +306,12 @@ class _Page:
             run_name=name,
         )
         return str(created.info.run_id)
+
+    def _name_choice(self, chosen: dict[str, Any]) -> None:
+        """Show what `auto` came to: parameters are what was asked for, and cannot be changed."""
+        self._client.update_run(self.run_id, name=_name(self._facts.run))
+        for part in ("backbone", "features_from"):
+            self._client.set_tag(self.run_id, f"espalier.{part}", chosen[part])
 
     def _log_dataset(self) -> None:
         import mlflow.data.meta_dataset
@@ -423,7 +431,8 @@ def _name(run: Run) -> str:
     recipe = run.recipe
     mode = recipe["mode"].split("-")[-1]
     network = recipe.get("network")
-    what = network["kind"] if network else f"{recipe['backbone']}-{recipe['features_from'] or 'last'}"
+    backbone = run.features_choice["chosen"] if run.features_choice else recipe
+    what = network["kind"] if network else f"{backbone['backbone']}-{backbone['features_from'] or 'last'}"
     return f"{what}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
 
 

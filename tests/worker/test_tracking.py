@@ -298,6 +298,18 @@ def test_a_file_that_came_after_the_end_is_shown_beside_the_others(mlflow_url: s
     assert after["runs"][:2] == before["runs"][:2] and after["runs"][2][:7] == before["runs"][2][:7]
 
 
+def test_what_was_left_open_is_shown_as_what_was_chosen(mlflow_url: str, case: Case) -> None:
+    with case.database.writing() as session:
+        chosen = {"backbone": "vgg16", "features_from": "block3"}
+        session.get_one(Run, case.run_id).features_choice = {"chosen": chosen}
+    case.publish(mlflow_url)
+    client = mlflow.MlflowClient(mlflow_url)
+    with case.database.reading() as session:
+        shown = client.get_run(str(session.get_one(Run, case.run_id).mlflow_run_id))
+    assert shown.info.run_name.startswith("vgg16-block3-extraction-")
+    assert {name: shown.data.tags[f"espalier.{name}"] for name in chosen} == chosen
+
+
 @pytest.mark.slow
 def test_whichever_answer_is_lost_nothing_is_shown_twice(mlflow_url: str, relay: Relay, case: Case) -> None:
     case.publish(mlflow_url)
