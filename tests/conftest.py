@@ -120,7 +120,8 @@ def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[D
     name = f"test_{secrets.token_hex(6)}"
     # `database` fills it; PostgreSQL can only be asked for a copy when a database is made.
     is_copy = "database" in request.fixturenames
-    like = f" TEMPLATE {request.getfixturevalue('migrated_template')}" if is_copy else ""
+    # Files are copied in half the time that writing them anew takes, as long as no disk is waited for.
+    like = f" TEMPLATE {request.getfixturevalue('migrated_template')} STRATEGY FILE_COPY" if is_copy else ""
     with _administering(request.getfixturevalue("postgresql_url")) as admin:
         admin.execute(text(f"CREATE DATABASE {name}{like}"))
         database = Database(admin.engine.url.set(database=name))
