@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,15 @@ def running(server: Server, port: int) -> Iterator[psutil.Process]:
                 time.sleep(0.5)
             # Whoever asks while a network is still read is told to come again.
             while (found := load(port, server.requests[:1], 1, 0.2)).statuses.keys() != {200}:
-                if process.poll() is not None or time.monotonic() > deadline:
+                if found.statuses.keys() - {200, 503} or found.broken or time.monotonic() > deadline:
                     raise RuntimeError(f"{server.name} does not answer: {found.figures()}")
+                time.sleep(0.5)
             yield psutil.Process(process.pid)
         finally:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.terminate()
+            with suppress(psutil.NoSuchProcess):  # it did not start
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.terminate()
+            process.terminate()
             process.wait(30)
 
 
@@ -242,7 +245,11 @@ def moved_alias(port: int, requests: Sequence[bytes], clients: int, seconds: flo
 
 def resident_mb(process: psutil.Process) -> float:
     """Return the memory of a process and those below it."""
-    return float(sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])) / 2**20
+    found = 0
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            found += one.memory_info().rss
+    return found / 2**20
 
 
 def main() -> None:

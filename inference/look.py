@@ -44,9 +44,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Output:
-    """Where a layer's output is to be found, and which of its axes is which: some order of NHWC."""
+    """What a layer gives, and which of its axes is which: some order of NHWC."""
 
-    tensor: str
+    tensor: Any
     axes: str
 
 
@@ -64,17 +64,14 @@ class Insight:
         self.layers: list[Layer] = []
         for name, (output, axes) in _layers(self._model).items():
             sides = dict(zip(axes, output.get_shape(), strict=True))
-            self._outputs[name] = _Output(_name(output), axes)
+            self._outputs[name] = _Output(output, axes)
             self.layers.append(Layer(name, sides["H"], sides["W"], sides["C"]))
 
     def maps(self, pixels: Pixels, layer: str) -> Features:
         """Return what a layer makes of an image uint8 [H, W, 3], float32 [h, w, channels]."""
         wanted = self._outputs[layer]
-        model = self._model.clone()
-        rest = model.get_results()
-        model.add_outputs(wanted.tensor)
-        for result in rest:  # what comes after the layer is neither compiled nor computed
-            model.remove_result(result)
+        # What comes after the layer is neither compiled nor computed.
+        model = openvino.Model([wanted.tensor], self._model.get_parameters(), layer)
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": self._threads}
         network = self._core.compile_model(model, "CPU", options)
         found = network(np.ascontiguousarray(pixels)[None])[network.output(0)]

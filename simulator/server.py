@@ -13,6 +13,7 @@ import psycopg
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 
+import models.every  # noqa: F401  (all tables, to be emptied)
 from models.base import Base
 from simulator.baton import Baton
 from simulator.ground import prepare

@@ -232,8 +232,8 @@ class _Page:
             metrics = [_metric(name, value, at, 0) for name, value in summary.items()]
             self._client.log_batch(self.run_id, metrics=metrics)
             self._client.set_tag(self.run_id, _NOTE, _note(facts))
-            if run.features_choice is not None:
-                self._name_choice(run.features_choice["chosen"])
+            if "features" in run.metrics:
+                self._name_choice(run.metrics["features"]["chosen"])
             self._log_files(store)
             self._register()
         self._client.set_terminated(self.run_id, _STATUS[run.state], end_time=_milliseconds(run.finished_at))
@@ -309,7 +309,7 @@ class _Page:
 
     def _name_choice(self, chosen: dict[str, Any]) -> None:
         """Show what `auto` came to: parameters are what was asked for, and cannot be changed."""
-        self._client.update_run(self.run_id, name=_name(self._facts.run))
+        self._client.update_run(self.run_id, name=_name(self._facts.run, chosen))
         for part in ("backbone", "features_from"):
             self._client.set_tag(self.run_id, f"espalier.{part}", chosen[part])
 
@@ -427,12 +427,12 @@ def experiment_url(base: str, experiment_id: str, run_id: str) -> str:
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def _name(run: Run) -> str:
-    recipe = run.recipe
+def _name(run: Run, chosen: dict[str, Any] | None = None) -> str:
+    """Return the name of a run's page; `chosen` is what its recipe left open."""
+    recipe = run.recipe | (chosen or {})
     mode = recipe["mode"].split("-")[-1]
     network = recipe.get("network")
-    backbone = run.features_choice["chosen"] if run.features_choice else recipe
-    what = network["kind"] if network else f"{backbone['backbone']}-{backbone['features_from'] or 'last'}"
+    what = network["kind"] if network else f"{recipe['backbone']}-{recipe['features_from'] or 'last'}"
     return f"{what}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
 
 
@@ -487,6 +487,8 @@ def _shared_view(headline: Headline) -> dict[str, Any]:
             "params.`backbone`",
             "params.`features_from`",
             "params.`weights`",
+            "tags.`espalier.backbone`",
+            "tags.`espalier.features_from`",
         ],
     }
 

@@ -30,6 +30,7 @@ def test_maps_are_what_a_layer_makes_of_the_image_channels_last(insight: Insight
     np.testing.assert_allclose(insight.maps(PIXELS, "first"), first, rtol=1e-5)
     pool = first.reshape(4, 2, 4, 2, 4).max(axis=(1, 3))
     np.testing.assert_allclose(insight.maps(PIXELS, "pool"), pool, rtol=1e-5)
+    np.testing.assert_allclose(insight.maps(PIXELS, "first"), first, rtol=1e-5, err_msg="asked again")
 
 
 def test_a_layer_that_is_not_there_has_no_maps(insight: Insight) -> None:

@@ -16,7 +16,7 @@ from inference.engine import OpenVinoEngine
 from training import backbones
 
 QUICK = [(BackboneName.VGG16, "block1")]
-SLOW = [(name, entry.last_cut) for name, entry in CATALOGUE.items()]
+SLOW = [*((name, entry.last_cut) for name, entry in CATALOGUE.items()), (BackboneName.RESNET50, "conv2")]
 
 
 @pytest.mark.parametrize(("name", "cut"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
