@@ -148,7 +148,9 @@ def note_end(session: Session, run_id: str) -> Job | None:
         comparison.state = ComparisonState.RUNNING
         if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # the run was tried again while the table was made
             return None
-        return jobs.add_job(session, comparison.project_id, JobKind.COMPARE, Queue.CPU, comparison.id)
+        return jobs.add_job(
+            session, comparison.project_id, JobKind.COMPARE, Queue.CPU, comparison.id, priority=jobs.UNDER_WAY
+        )
     if RunState.FAILED in states:
         error = NothingToCompare("No run of the comparison succeeded; each of them says why.")
         _end(comparison, ComparisonState.FAILED, error.record())

@@ -28,9 +28,6 @@ from models.run import Fold, Run, RunState
 
 TRAINING = (JobKind.TRAIN, JobKind.FOLD, JobKind.FINAL)
 
-# A run that has begun goes on before another one begins: its worker has everything at hand.
-_UNDER_WAY = 1
-
 
 def submit(session: Session, run: Run) -> Job:
     """Owe the training of a queued run, anew or for the first time."""
@@ -200,5 +197,12 @@ def _is_worked_on(session: Session, run: Run) -> bool:
 def _owe(session: Session, job: Job, kind: JobKind, index: int = 0) -> Job:
     parent_id = job.parent_id or job.id
     return jobs.add_job(
-        session, job.project_id, kind, job.queue, job.subject_id, index=index, parent_id=parent_id, priority=_UNDER_WAY
+        session,
+        job.project_id,
+        kind,
+        job.queue,
+        job.subject_id,
+        index=index,
+        parent_id=parent_id,
+        priority=jobs.UNDER_WAY,
     )

@@ -123,7 +123,8 @@ def ask(session: Session, run: Run, kind: ViewKind, key: str = "") -> tuple[View
     view = View(run_id=run.id, kind=kind, key=key)
     session.add(view)
     session.flush()
-    return view, jobs.add_job(session, run.project_id, JobKind.VIEW, kind.queue, view.id)
+    job = jobs.add_job(session, run.project_id, JobKind.VIEW, kind.queue, view.id, priority=jobs.UNDER_WAY)
+    return view, job
 
 
 def tell_failure(session: Session, view_id: str) -> dict[str, Any] | None:

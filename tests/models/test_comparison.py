@@ -94,6 +94,19 @@ def test_the_run_that_ends_last_makes_the_table_due(database: Database, last: st
     assert look(database, comparison_id).state is ComparisonState.RUNNING
 
 
+def test_the_table_is_made_before_a_run_that_waited_longer(database: Database) -> None:
+    other_id, _ = new_comparison_of_its_own(database)
+    comparison_id, made = new_comparison_of_its_own(database)
+    for run_id in made:
+        end(database, run_id, "succeeded")
+    with database.writing() as session:
+        job = jobs.claim(session, [Queue.CPU], "here")
+        assert job is not None and (job.kind, job.subject_id) == (JobKind.COMPARE, comparison_id)
+        following = jobs.claim(session, [Queue.CPU], "here")
+        assert following is not None and following.kind is JobKind.TRAIN
+    assert look(database, other_id).state is ComparisonState.QUEUED
+
+
 @pytest.mark.parametrize("how", [*ENDS])
 def test_a_run_that_is_tried_again_while_the_table_is_made_owes_no_second_one(database: Database, how: str) -> None:
     comparison_id, (first, second) = new_comparison(database)

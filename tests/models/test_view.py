@@ -53,6 +53,17 @@ def delete(database: Database) -> None:
         datasets.delete_dataset(records.dataset_of(session, version))
 
 
+def test_a_view_is_made_before_a_run_that_waited_longer(database: Database) -> None:
+    with database.writing() as session:
+        run = records.running_run(session, records.ready_version(session))
+        older = jobs.add_job(session, run.project_id, JobKind.TRAIN, ViewKind.LEARNING_CURVE.queue, run.id)
+        run_id = runs.succeed_run(session, run.id, {}, 1.0).id
+    view_id, _ = ask(database, run_id, ViewKind.LEARNING_CURVE, "")
+    with database.writing() as session:
+        claimed = [jobs.claim(session, [ViewKind.LEARNING_CURVE.queue], "here") for _ in range(2)]
+        assert [job.subject_id for job in claimed if job] == [view_id, older.subject_id]
+
+
 def test_whoever_asks_first_owes_the_job_and_all_others_find_the_view(database: Database) -> None:
     run_id = finished_run(database)
     view_id, is_owed = ask(database, run_id)
