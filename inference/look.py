@@ -46,7 +46,7 @@ class Layer:
 class _Output:
     """What a layer gives, and which of its axes is which: some order of NHWC."""
 
-    tensor: Any
+    output: Any
     axes: str
 
 
@@ -71,7 +71,7 @@ class Insight:
         """Return what a layer makes of an image uint8 [H, W, 3], float32 [h, w, channels]."""
         wanted = self._outputs[layer]
         # What comes after the layer is neither compiled nor computed.
-        model = openvino.Model([wanted.tensor], self._model.get_parameters(), layer)
+        model = openvino.Model([wanted.output], self._model.get_parameters(), layer)
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": self._threads}
         network = self._core.compile_model(model, "CPU", options)
         found = network(np.ascontiguousarray(pixels)[None])[network.output(0)]

@@ -40,8 +40,6 @@ MAX_ATTEMPTS = 3
 """How often a job is begun before it counts as failed."""
 ENDLESS = (JobKind.PURGE, JobKind.PUBLISH)
 """Jobs that are begun as often as it takes: what MLflow is owed stays owed, and a purge can always go on."""
-
-
 UNDER_WAY = 1
 """Priority of what goes on with something that has begun, or that somebody waits for: before a run that has not."""
 
