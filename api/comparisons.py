@@ -83,8 +83,11 @@ def cancel_comparison(given: ServicesDep, principal: PrincipalDep, comparison_id
     """End a comparison with its unfinished runs; asking twice, or too late, changes nothing."""
     with given.database.writing() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
-        comparisons.request_cancel(session, comparison.id)
-        return _comparison_out(session, comparison)
+        due = comparisons.request_cancel(session, comparison.id)
+        shown = _comparison_out(session, comparison)
+    if due is not None:
+        given.bell.ring(due.queue, due.id)
+    return shown
 
 
 @router.get("/{comparison_id}/picture", response_class=FileResponse)

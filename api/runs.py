@@ -106,6 +106,7 @@ def retry_run(response: Response, given: ServicesDep, principal: PrincipalDep, r
     with given.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         job = parts.retry(session, run)
+        comparisons.note_retry(session, run_id)
         shown = _run_out(session, given, run)
         once.keep(session, shown, None)
     given.bell.ring(job.queue, job.id)

@@ -204,7 +204,7 @@ def _filled_tuning(recipe: Recipe, cut: str) -> dict[str, object]:
         )
     return {
         "augmentation": recipe.augmentation if "augmentation" in recipe.model_fields_set else _LITTLE,
-        "unfreeze": unfreeze,
+        "unfreeze": unfreeze if backbone.cut_before(unfreeze) else ALL,  # nothing is before the first cut
         "fine_tune": recipe.fine_tune or FineTune(),
     }
 

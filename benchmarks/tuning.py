@@ -44,7 +44,7 @@ from benchmarks.ground import Ground, ground
 from benchmarks.networks import NONE, fine_tuning, first_head, multiply_adds
 from inference.engine import OpenVinoEngine
 from training import backbones, finetune
-from training.arrays import Maps, load_maps
+from training.arrays import Maps, load_maps, maps_bytes
 from training.epochs import Epoch, Passage, Rows
 from training.finetune import Material
 from training.fit import Fit
@@ -101,7 +101,10 @@ class Trial:
         space = FeatureSpace(IMAGE_RULE, size, Resize.SQUASH, given.backbone, Precision.FLOAT32)
         digests = [row.sha256 for row in given.rows]
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            yield load_maps(digests, given.pixels, self.engine, space, Path(folder), lambda done, total: None)
+            size_bytes = maps_bytes(given.pixels, self.engine)
+            maps = load_maps(digests, given.pixels, self.engine, space, Path(folder), size_bytes, lambda *done: None)
+            assert maps is not None, "The disk has no room for the maps."
+            yield maps
 
     def ours(self, material: Material, train: Indices, validation: Indices) -> Timed:
         """Fine-tune as the service does."""

@@ -1,6 +1,7 @@
 """Comparisons: several recipes on the same folds, one run each, and the table that they end in. Measures nothing.
 
 queued → running → succeeded | failed | cancelled
+           ↖ a failed run is tried again ↙
 
 Whichever of its runs ends last owes the job that makes the table, in the transaction that ends the run. A comparison's
 row is always locked last, after a job's and a run's: whoever ends runs at the same moment waits here and nowhere else.
@@ -99,6 +100,12 @@ def find_comparison(session: Session, run_id: str) -> tuple[Comparison, int] | N
     return found and (found.Comparison, found.position)
 
 
+def get_files(session: Session, comparison_id: str) -> list[Digest]:
+    """Return the files that a comparison has: none before there is a table."""
+    comparison = session.get_one(Comparison, comparison_id)
+    return [Digest(file) for file in (comparison.picture_sha256, comparison.report_sha256) if file]
+
+
 def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
     """Say whether a comparison on one of these data set versions has not ended."""
     states = (ComparisonState.QUEUED, ComparisonState.RUNNING)
@@ -139,32 +146,36 @@ def note_end(session: Session, run_id: str) -> Job | None:
     nothing to compare, and the comparison ends here.
     """
     comparison = _locked_of(session, run_id)
-    if comparison is None or comparison.state.is_final:
-        return None
-    states = [run.state for run in get_runs(session, comparison.id)]
-    if not all(state.is_final for state in states):
-        return None
-    if RunState.SUCCEEDED in states:
+    return None if comparison is None else _see_end(session, comparison)
+
+
+def note_retry(session: Session, run_id: str) -> None:
+    """Open the comparison of a run that is tried again, if the run has one; its table stays until there is another."""
+    comparison = _locked_of(session, run_id)
+    if comparison is not None and comparison.state in (ComparisonState.SUCCEEDED, ComparisonState.FAILED):
         comparison.state = ComparisonState.RUNNING
-        if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # the run was tried again while the table was made
-            return None
-        return jobs.add_job(
-            session, comparison.project_id, JobKind.COMPARE, Queue.CPU, comparison.id, priority=jobs.UNDER_WAY
-        )
-    if RunState.FAILED in states:
-        error = NothingToCompare("No run of the comparison succeeded; each of them says why.")
-        _end(comparison, ComparisonState.FAILED, error.record())
-    else:
-        _end(comparison, ComparisonState.CANCELLED)
-    return None
+        comparison.error = comparison.finished_at = None
 
 
 def succeed_comparison(
     session: Session, comparison_id: str, table: dict[str, Any], picture: Digest, report: Digest
 ) -> bool:
-    """Close a comparison with its table; return False if somebody closed it before."""
+    """Close a comparison with its table.
+
+    Return False if somebody closed it before, or if a run that was tried again since is not in it: another table is
+    made then, or will be when that run ends.
+    """
     comparison = _locked(session, comparison_id)
     if comparison.state.is_final:
+        return False
+    query = select(ComparisonRun.position, Run.state).join(Run, Run.id == ComparisonRun.run_id)
+    found = session.execute(query.where(ComparisonRun.comparison_id == comparison_id))
+    states = {row.position: row.state for row in found}
+    if not all(state.is_final for state in states.values()):
+        return False
+    succeeded = {position for position, state in states.items() if state is RunState.SUCCEEDED}
+    if not succeeded <= {row["position"] for row in table["rows"]}:
+        _owe_table(session, comparison)
         return False
     comparison.table = table
     comparison.picture_sha256, comparison.report_sha256 = picture, report
@@ -182,18 +193,61 @@ def cancel_comparison(session: Session, comparison_id: str) -> None:
     _close(session, comparison_id, ComparisonState.CANCELLED)
 
 
-def request_cancel(session: Session, comparison_id: str) -> None:
-    """Ask every unfinished run of a comparison to end and close it; asked too late, nothing changes."""
+def request_cancel(session: Session, comparison_id: str) -> Job | None:
+    """Ask every unfinished run of a comparison to end and close it; asked too late, nothing changes.
+
+    One that has a table, since a run of it is tried again, gets another when that has ended: return the job that makes
+    it, if it is due now.
+    """
     for run in get_runs(session, comparison_id):
         parts.request_cancel(session, run.id)
+    comparison = _locked(session, comparison_id)
+    if comparison.table is not None:
+        return _see_end(session, comparison)
     jobs.request_cancel(session, comparison_id, JobKind.COMPARE)
     cancel_comparison(session, comparison_id)
+    return None
+
+
+def _see_end(session: Session, comparison: Comparison) -> Job | None:
+    """Do what is due when all runs of a comparison have ended, if they have."""
+    if comparison.state.is_final:
+        return None
+    states = [run.state for run in get_runs(session, comparison.id)]
+    if not all(state.is_final for state in states):
+        return None
+    if RunState.SUCCEEDED in states:
+        comparison.state = ComparisonState.RUNNING
+        if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # the run was tried again while the table was made
+            return None
+        return _owe_table(session, comparison)
+    if RunState.FAILED in states:
+        error = NothingToCompare("No run of the comparison succeeded; each of them says why.")
+        _end(comparison, ComparisonState.FAILED, error.record())
+    else:
+        _end(comparison, ComparisonState.CANCELLED)
+    return None
 
 
 def _close(session: Session, comparison_id: str, state: ComparisonState, error: dict[str, Any] | None = None) -> None:
     comparison = _locked(session, comparison_id)
     if not comparison.state.is_final:
         _end(comparison, state, error)
+
+
+def _owe_table(session: Session, comparison: Comparison) -> Job:
+    """Owe a table, numbered so that one may be owed while the job of the one before is not closed yet."""
+    query = select(func.count()).where(Job.kind == JobKind.COMPARE, Job.subject_id == comparison.id)
+    number = session.scalar(query) or 0
+    return jobs.add_job(
+        session,
+        comparison.project_id,
+        JobKind.COMPARE,
+        Queue.CPU,
+        comparison.id,
+        index=number,
+        priority=jobs.UNDER_WAY,
+    )
 
 
 def _end(comparison: Comparison, state: ComparisonState, error: dict[str, Any] | None = None) -> None:

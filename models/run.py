@@ -327,9 +327,13 @@ def set_progress(session: Session, run_id: str, state: dict[str, Any]) -> None:
 
 
 def note_extraction(session: Session, run_id: str, extraction: dict[str, Any]) -> None:
-    """Keep what a run had to compute; an attempt that goes on from an earlier one finds it computed."""
+    """Keep what a run had to compute; an attempt that goes on from an earlier one finds it computed.
+
+    Of the seconds the most count: fine-tuning tells of features first, then of all that it had to compute.
+    """
     run = session.get_one(Run, run_id)
-    run.extraction = run.extraction or extraction
+    earlier = run.extraction or extraction
+    run.extraction = earlier | {"seconds": max(earlier["seconds"], extraction["seconds"])}
 
 
 def halve_batch(session: Session, run_id: str) -> None:

@@ -27,6 +27,9 @@ _WAYS_OF_A_RUN = {
 _WAYS_OF_A_COMPARISON = {
     "queued": ("running", "failed", "cancelled"),
     "running": ("succeeded", "failed", "cancelled"),
+    # A failed run of it is tried again.
+    "succeeded": ("running",),
+    "failed": ("running",),
 }
 
 
@@ -91,6 +94,7 @@ class Seen:
     events: Mapping[str, int] = field(default_factory=dict)
     owed: frozenset[Owed] = frozenset()
     comparisons: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, str] = field(default_factory=dict)
     compared: Mapping[str, str] = field(default_factory=dict)
     files: frozenset[str] = frozenset()
 
@@ -136,6 +140,7 @@ def look(query: Query) -> Seen:
         events=_count_events(query("SELECT run_id, count(*), max(seq) FROM run_event GROUP BY run_id")),
         owed=frozenset(Owed(*row) for row in owed),
         comparisons=dict(query("SELECT id, state FROM comparison")),  # type: ignore[arg-type]
+        tables=dict(query('SELECT id, CAST("table" AS TEXT) FROM comparison WHERE "table" IS NOT NULL')),  # type: ignore[arg-type]
         compared=dict(query("SELECT run_id, comparison_id FROM comparison_run")),  # type: ignore[arg-type]
         files=frozenset(row[0] for row in query(_FILES)),
     )
@@ -293,6 +298,9 @@ def _judge_comparison(comparison_id: str, before: Seen, after: Seen) -> None:
     if state not in _OVER and all(run in _OVER for run in mine):
         left = [job for job in after.jobs.values() if job.subject_id == comparison_id and not job.is_over]
         _must(len(left) == 1, f"a comparison is lost: {comparison_id} has {len(left)} jobs left")
+    if state == "succeeded":
+        rows = len(json.loads(after.tables[comparison_id])["rows"])
+        _must(rows == mine.count("succeeded"), f"a run that succeeded is not in its table: {comparison_id}")
 
 
 def _changes(before: Seen, after: Seen) -> list[str]:

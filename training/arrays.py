@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -59,8 +61,14 @@ def load_pixels(digests: Sequence[Digest], decoder: Decoder, folder: Path, repor
 
 
 def load_maps(
-    digests: Sequence[Digest], pixels: Pixels, engine: OpenVinoEngine, space: FeatureSpace, folder: Path, report: Report
-) -> Maps:
+    digests: Sequence[Digest],
+    pixels: Pixels,
+    engine: OpenVinoEngine,
+    space: FeatureSpace,
+    folder: Path,
+    room_bytes: int,
+    report: Report,
+) -> Maps | None:
     """Return the maps of images at an engine's cut.
 
     Args:
@@ -69,17 +77,33 @@ def load_maps(
         engine: the frozen part of a network.
         space: what its maps depend on besides the image.
         folder: where such files are kept.
+        room_bytes: how large their file may be.
         report: called with (done, total) after each batch.
 
     Returns:
-        float32 [N, h, w, C], read-only and mapped into memory.
+        float32 [N, h, w, C], read-only and mapped into memory; None if there is no room for them, or if they are not
+        there and would take more than half of what the disk has left.
 
     Raises:
         DiskFull: the file does not fit.
     """
-    shape = (len(pixels), *engine.maps(pixels[:1]).shape[1:])
+    shape, size_bytes = _maps_shape(pixels, engine), maps_bytes(pixels, engine)
+    key = ("maps", space.name, *digests)
+    folder.mkdir(parents=True, exist_ok=True)
+    left_bytes = size_bytes if _file(key, folder).exists() else shutil.disk_usage(folder).free // 2
+    if size_bytes > min(room_bytes, left_bytes):
+        return None
     batches = (engine.maps(pixels[start : start + _MAPS_BATCH]) for start in range(0, len(pixels), _MAPS_BATCH))
-    return _load(("maps", space.name, *digests), folder, np.dtype(np.float32), shape, batches, report)
+    return _load(key, folder, np.dtype(np.float32), shape, batches, report)
+
+
+def maps_bytes(pixels: Pixels, engine: OpenVinoEngine) -> int:
+    """Return how many bytes the maps of images uint8 [N, H, W, 3] take."""
+    return math.prod(_maps_shape(pixels, engine)) * np.dtype(np.float32).itemsize
+
+
+def _maps_shape(pixels: Pixels, engine: OpenVinoEngine) -> tuple[int, ...]:
+    return (len(pixels), *engine.maps(pixels[:1]).shape[1:])
 
 
 def _load(
@@ -91,7 +115,7 @@ def _load(
     report: Report,
 ) -> npt.NDArray[Any]:
     """Return the rows of a file that an earlier call left, or of one that is written from batches now."""
-    place = folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:32] + _SUFFIX)
+    place = _file(key, folder)
     kept = _mapped(place, dtype, shape)
     if kept is not None:
         return kept
@@ -110,6 +134,10 @@ def _load(
             return np.memmap(file, dtype=dtype, mode="r", shape=shape)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _file(key: Sequence[Any], folder: Path) -> Path:
+    return folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:32] + _SUFFIX)
 
 
 def _mapped(place: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any] | None:

@@ -21,7 +21,7 @@ from artifacts.store import Digest
 from errors import TrainingDiverged
 from inference.engine import OpenVinoEngine
 from training import backbones, bake_off, evaluate, scratch
-from training.arrays import Report, drop_unused, load_maps, load_pixels
+from training.arrays import Report, drop_unused, load_maps, load_pixels, maps_bytes
 from training.augment import contact_sheet
 from training.bake_off import Pick
 from training.checkpoint import NoKeeper
@@ -139,6 +139,7 @@ class Course:
         pixels: uint8 [N, H, W, 3]; None where only features are read.
         taught: brings networks that have learned to where they answer; None if none does.
         choice: what was tried for the precision of a frozen network, if there was anything to choose.
+        notes: what a person should know of it, in sentences.
     """
 
     learner: Learner
@@ -148,6 +149,7 @@ class Course:
     pixels: Pixels | None = None
     taught: Taught | None = None
     choice: Choice | None = None
+    notes: Sequence[str] = ()
 
 
 def pick(data: Data, order: Order, place: Place, registry: Registry, told: Told) -> Pick | None:
@@ -232,12 +234,14 @@ class _Beginning:
     def tuning(self) -> Course:
         """Return the course of a backbone that learns with its head."""
         data, place, told, recipe = self._data, self._place, self._told, self._data.recipe
+        started = time.perf_counter()
         pixels = _pixels(data, place, told)
         source = Loaded(data.digests, pixels)
         told.stage("backbone")
         trunk, _ = self._trunk([Precision.FLOAT32], source)
-        told.stage("activations")
-        material = self._material(pixels)
+        material, notes = self._material(pixels)
+        extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
+        told.extracted(extraction)
         head = self._heads(trunk)
         learner = Tuning(recipe, data.task, head, place.store.read(self._weights), material, data.truth)
 
@@ -251,7 +255,7 @@ class _Beginning:
             return self._networks.quantised(trunk.backbone, [data.digests[row] for row in train], source, report)
 
         taught = Taught(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
-        return Course(learner, trunk.precision, trunk.extraction, trunk, pixels, taught)
+        return Course(learner, trunk.precision, extraction, trunk, pixels, taught, notes=notes)
 
     def _heads(self, trunk: Trunk) -> Frozen:
         data = self._data
@@ -315,17 +319,29 @@ class _Beginning:
         learned = dict(learner.learn_many(lessons))
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
-    def _material(self, pixels: Pixels) -> Material:
-        """Return what the learning part reads: without augmentation, the frozen part is gone through only once."""
-        recipe, networks = self._data.recipe, self._networks
+    def _material(self, pixels: Pixels) -> tuple[Material, Sequence[str]]:
+        """Return what the learning part reads, and what to know of it.
+
+        Without augmentation the frozen part is gone through only once, if there is room for what it gives.
+        """
+        place, networks, recipe = self._place, self._networks, self._data.recipe
         boundary = recipe.known_backbone.cut_before(recipe.unfreeze or "")
         if boundary is None or recipe.augmentation is not None:
-            return Material(pixels, are_maps=False)
+            return Material(pixels, are_maps=False), ()
         frozen = networks.exported(boundary)
         engine = networks.engine(frozen, Precision.FLOAT32)
+        self._told.stage("activations")
         space = networks.space(frozen, Precision.FLOAT32)
-        maps = load_maps(self._data.digests, pixels, engine, space, self._place.pixels, self._told.images)
-        return Material(maps, are_maps=True)
+        room_bytes = place.pixels_bytes - pixels.nbytes
+        maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._told.images)
+        if maps is not None:
+            return Material(maps, are_maps=True), ()
+        note = (
+            f"The layers before `{recipe.unfreeze}` were gone through in every epoch: what they give of all images "
+            f"takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which ESPALIER_PIXELS_BYTES or the disk has no "
+            "room."
+        )
+        return Material(pixels, are_maps=False), (note,)
 
 
 def _pixels(data: Data, place: Place, told: Told) -> Pixels:
@@ -353,7 +369,7 @@ def _one_of(number: int, count: int, report: Told) -> Report:
 def finite(logits: Float32) -> Float32:
     """Return logits that are numbers all. Raises TrainingDiverged."""
     if not np.isfinite(logits).all():
-        raise TrainingDiverged("What was learned answers with infinite numbers. Lower optimizer.learning_rate.")
+        raise TrainingDiverged("What was learned answers with infinite numbers. Lower the learning rate.")
     return logits
 
 

@@ -96,7 +96,7 @@ class Taught:
         One that has learned is calibrated on the rows that it learned from, one that stayed frozen is what all share.
         """
         found: dict[Precision, Float32] = {}
-        exported = self._export(learned.network()) if learned.network and self._others else None
+        exported = self._export(learned.network(), rows) if learned.network and self._others else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             for precision in self._others:
@@ -108,17 +108,20 @@ class Taught:
                 found[precision] = logits(engine, learned.layers, self._pixels, rows, report)
         return found
 
-    def serve(self, final: Learned, train: Indices, scores: Mapping[Precision, float], report: Report) -> Served:
+    def serve(
+        self, final: Learned, train: Indices, shown: Indices, scores: Mapping[Precision, float], report: Report
+    ) -> Served:
         """Return what is served, given the score of each precision on the folds.
 
         Args:
             final: what was learned from everything.
             train: the rows that a network may be calibrated on.
+            shown: rows that the exported network is compared with Keras on.
             scores: the task's headline score, out of fold; of the precisions that all machines had which trained folds.
             report: called with (done, total) images.
         """
         store = self._place.store
-        exported = self._export(final.network()) if final.network else None
+        exported = self._export(final.network(), shown) if final.network else None
         found: dict[Precision, Digest] = {}
         for precision in [Precision.FLOAT32, *(other for other in self._others if other in scores)]:
             found[precision] = (
@@ -129,7 +132,7 @@ class Taught:
         engines = {precision: self._engine(digest, precision) for precision, digest in found.items()}
         choice = self._choose(scores, engines, report) if self._others else None
         chosen = choice.precision if choice else Precision.FLOAT32
-        facts = exported.facts() if exported else None
+        facts = exported.facts() | self._answers(final, engines[Precision.FLOAT32], shown) if exported else None
         return Served(chosen, found[chosen], engines[chosen], choice, facts)
 
     def _choose(self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine], report: Report) -> Choice:
@@ -155,9 +158,24 @@ class Taught:
     def _engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
         return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
 
-    def _export(self, weights: bytes) -> Exported:
-        """Export a network that has learned, checked against Keras on images of the data set."""
-        return export(self._rebuild(weights), self._place.threads, self._pixels[spread(len(self._pixels), _CHECKED)])
+    def _export(self, weights: bytes, shown: Indices) -> Exported:
+        """Export a network that has learned, checked against Keras on some of the rows."""
+        return export(self._rebuild(weights), self._place.threads, self._pixels[_some(shown)])
+
+    def _answers(self, final: Learned, engine: Engine, shown: Indices) -> dict[str, Any]:
+        """Return how far the answers of an exported network are from Keras', probabilities or numbers, on some rows."""
+        rows, task = _some(shown), self._task
+        ours = np.asarray(heads.logits(final.layers, engine.features(self._pixels[rows])), np.float64)
+        theirs = np.asarray(final.logits(rows), np.float64)
+        otherwise = 0
+        if task is not Task.REGRESSION:
+            ours, theirs = heads.probabilities(task, ours), heads.probabilities(task, theirs)
+            otherwise = int((heads.answers(task, ours) != heads.answers(task, theirs)).sum())
+        return {
+            "images": len(rows),
+            "largest_difference_of_an_answer": float(np.abs(ours - theirs).max()),
+            "answered_otherwise": otherwise,
+        }
 
 
 def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: Report) -> Float32:
@@ -175,6 +193,10 @@ def _by_batch(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> 
         found = engine.features(pixels[rows[start : start + BATCH]])
         report(start + len(found), len(rows))
         yield found
+
+
+def _some(rows: Indices) -> Indices:
+    return rows[spread(len(rows), _CHECKED)]
 
 
 def spread(count: int, most: int) -> Indices:

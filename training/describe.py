@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 
 from artifacts import networks
 from artifacts.bundle import Float32
-from artifacts.catalogue import CATALOGUE
+from artifacts.catalogue import ALL, CATALOGUE
 from artifacts.headline import HEADLINES
 from artifacts.layers import NetworkKind, sides
-from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
+from artifacts.recipe import EarlyStopping, Mode, Precision, PrecisionChoice, Recipe, Task
 from training.bake_off import FOLDS, Pick
 from training.epochs import Epoch
 from training.extract import Extraction
-from training.learn import NETWORK, Plan
+from training.learn import DIVERGED, NETWORK, Plan
 from training.outcome import FoldResult
 from training.picture import png
 from training.precision import MARGIN, RELATIVE_MARGIN, Choice
@@ -45,6 +45,7 @@ class Description:
     precision: Precision
     choice: Choice | None
     pick: Pick | None
+    notes: Sequence[str]
 
 
 def verdict(task: Task, metrics: dict[str, Any]) -> str:
@@ -77,7 +78,8 @@ def report(run: Description) -> str:
         f"- Interval: {metrics['interval']}.",
         *_tuning(run),
         *_precision(run),
-        f"- {overfitting(run.folds)}",
+        *(f"- {note}" for note in run.notes),
+        f"- {overfitting(run.folds, recipe.early_stopping)}",
     ]
     headline = HEADLINES[run.task]
     if "test" in metrics:
@@ -189,20 +191,43 @@ def _tuning(run: Description) -> list[str]:
     recipe = run.recipe
     if recipe.mode is not Mode.FINE_TUNING or recipe.fine_tune is None:
         return []
-    kept = sum(fold.metrics["kept"] == NETWORK for fold in run.folds)
     lines = [
-        f"- Fine-tuning: layers from `{recipe.unfreeze}` on, learning rate {recipe.fine_tune.learning_rate:g}, after "
-        f"the head had learned alone; it validated better than the frozen network in {kept} of {len(run.folds)} folds."
+        f"- Fine-tuning: {'all layers' if recipe.unfreeze == ALL else f'layers from `{recipe.unfreeze}` on'}, learning "
+        f"rate {recipe.fine_tune.learning_rate:g}, after the head had learned alone; {outcome(run.folds)}."
     ]
     if run.plan.network:
-        difference = run.metrics["export"]["largest_relative_difference"]
+        export = run.metrics["export"]
         lines.append(
-            f"- The network learned on all images for {run.plan.network} epochs; as it is exported in float32, its "
-            f"features differ from Keras' by at most {difference:.1g} of the largest, on images of this data set."
+            f"- The network learned on all images for {run.plan.network} epochs. As it is exported in float32, on "
+            f"{export['images']} images of this data set its features differ from Keras' by at most "
+            f"{export['largest_relative_difference']:.1g} of the largest, and its answers by "
+            f"{export['largest_difference_of_an_answer']:.1g}; {export['answered_otherwise']} are another label."
         )
     else:
         lines.append("- The frozen network is what is served, since fine-tuning did not help most folds.")
     return lines
+
+
+def outcome(folds: Sequence[FoldResult]) -> str:
+    """Return how the network that learned did against the frozen one, in the folds of a fine-tuning."""
+    phases = [fold.metrics["phases"] for fold in folds]
+    diverged = sum(network["stopped"] == DIVERGED for _, network in phases)
+    is_watched = [head["validation"] is not None for head, _ in phases]
+    better = sum(watched and fold.metrics["kept"] == NETWORK for watched, fold in zip(is_watched, folds, strict=True))
+    said = []
+    if any(is_watched):
+        said.append(f"it validated better than the frozen network in {better} of {sum(is_watched)} folds")
+    if not all(is_watched):
+        said.append(
+            f"in {len(folds) - sum(is_watched)} of {len(folds)} folds nothing was watched that could have told whether "
+            "it became better"
+        )
+    if diverged:
+        said.append(
+            f"in {diverged} of {len(folds)} folds its loss was no number any more, and the frozen network was kept: "
+            "lower `fine_tune.learning_rate`"
+        )
+    return "; ".join(said)
 
 
 def _precision(run: Description) -> list[str]:
@@ -232,28 +257,39 @@ def _precision(run: Description) -> list[str]:
 _RISE = 0.02
 
 
-def overfitting(folds: Sequence[FoldResult]) -> str:
+def overfitting(folds: Sequence[FoldResult], early_stopping: EarlyStopping | None) -> str:
     """Return in one sentence whether the folds went on to learn their training images by heart."""
     watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
     if not watched:
         return "Nothing watched the folds while they learned, so overfitting could not be seen."
     rising = [fold for fold in watched if _rises(fold.history)]
-    gaps = [fold.metrics["gap"] for fold in watched]
-    gap = f"at the best epochs validation loss was {np.median(gaps):.3f} above training loss (median)"
+    gaps = [fold.metrics["gap"] for fold in watched if "gap" in fold.metrics]
+    gap = f"; at the best epochs validation loss was {np.median(gaps):.3f} above training loss (median)" if gaps else ""
     if not rising:
-        return f"No fold overfitted: validation loss did not rise while training loss fell; {gap}."
-    epochs = sorted(int(np.argmin([epoch["val_loss"] for epoch in fold.history])) + 1 for fold in rising)
-    when = f"epoch {epochs[0]}" if epochs[0] == epochs[-1] else f"epochs {epochs[0]} to {epochs[-1]}"
+        return f"No fold overfitted: validation loss did not rise while training loss fell{gap}."
+    least = [_least(fold.history) + 1 for fold in rising]
+    when = f"epoch {min(least)}" if min(least) == max(least) else f"epochs {min(least)} to {max(least)}"
+    later = sum(fold.best_epoch > epoch for fold, epoch in zip(rising, least, strict=True))
+    if not later:
+        kept = "what was learned after that was dropped"
+    elif early_stopping is None:
+        kept = f"{later} of them kept what was learned after that, since early stopping is off"
+    else:
+        kept = f"{later} of them kept a later epoch, as `early_stopping` asks for"
     return (
         f"Validation loss rose from {when} on while training loss fell, in {len(rising)} of {len(watched)} folds, and "
-        f"what was learned after that was dropped; {gap}."
+        f"{kept}{gap}."
     )
 
 
+def _least(history: Sequence[Epoch]) -> int:
+    """Return the epoch of the least validation loss, counted from 0."""
+    return int(np.argmin([epoch["val_loss"] for epoch in history]))
+
+
 def _rises(history: Sequence[Epoch]) -> bool:
-    losses = [epoch["val_loss"] for epoch in history]
-    best = int(np.argmin(losses))
-    return losses[-1] > losses[best] * (1 + _RISE) and history[-1]["loss"] < history[best]["loss"]
+    best, last = history[_least(history)], history[-1]
+    return last["val_loss"] > best["val_loss"] * (1 + _RISE) and last["loss"] < best["loss"]
 
 
 def _confused(run: Description, most: int = 10) -> list[tuple[int, str, str]]:

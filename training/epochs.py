@@ -14,10 +14,15 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.layers import Sides, sides
 from artifacts.recipe import EarlyStopping, Target
 from errors import TrainingDiverged
 from training.split import Indices
 from training.targets import Truth
+
+LEARNING_RATE = "optimizer.learning_rate"
+# Images that are answered at once at most, and their pixels: a layer of 64 channels holds 256 MiB of so many.
+_ANSWERED_AT_ONCE, _ANSWERED_PLACES = 256, 2**20
 
 Epoch = dict[str, float]
 Arrays = list[npt.NDArray[Any]]
@@ -98,6 +103,7 @@ def train(
     early_stopping: EarlyStopping | None,
     class_weight: Mapping[int, float] | None,
     passage: Passage,
+    rate: str = LEARNING_RATE,
     **options: Any,
 ) -> Trained:
     """Train a compiled Keras model, from the beginning or from a snapshot of it.
@@ -110,6 +116,7 @@ def train(
         early_stopping: when to end before; without validation data it is ignored.
         class_weight: weight of each class.
         passage: what to go on from, and who hears how it goes.
+        rate: the field of a recipe that has the learning rate.
         options: more for Keras' `fit`.
 
     Raises:
@@ -125,7 +132,7 @@ def train(
         if stopping is not None and since.watched is not None:
             stopping.go_on_from(since.watched)
     batches.begin(len(history))
-    callbacks: list[Any] = [Watch(history, len(batches), passage)]
+    callbacks: list[Any] = [Watch(history, len(batches), passage, rate)]
     if stopping is not None:
         callbacks += stopping.callbacks
     callbacks.append(_Offering(history, epochs, stopping, passage.offer))  # last: it must see what the others decided
@@ -185,6 +192,15 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
 
     def on_epoch_end(self) -> None:
         self.begin(self._epoch + 1)
+
+
+def predict_batch(size: Sides, batch_size: int) -> int:
+    """Return how many images to answer at once: those of a training step, or more where images are small.
+
+    Training at a batch takes more memory than answering it, so that one that fits, or was halved until it did, fits.
+    """
+    height, width = sides(size)
+    return max(batch_size, min(_ANSWERED_AT_ONCE, _ANSWERED_PLACES // (height * width)))
 
 
 def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:
@@ -265,11 +281,12 @@ class Beat(keras.callbacks.Callback):  # type: ignore[misc]
 class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     """Keeps the history, tells each epoch, and ends a training that has diverged."""
 
-    def __init__(self, history: list[Epoch], batches: int, passage: Passage) -> None:
+    def __init__(self, history: list[Epoch], batches: int, passage: Passage, rate: str = LEARNING_RATE) -> None:
         super().__init__()
         self._history = history
         self._batches = batches
         self._passage = passage
+        self._rate = rate
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._passage.on_batch(len(self._history) + (batch + 1) / self._batches)
@@ -280,9 +297,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         if not all(map(np.isfinite, metrics.values())):
-            raise TrainingDiverged(
-                f"The loss is no longer a number after epoch {epoch + 1}. Lower optimizer.learning_rate."
-            )
+            raise TrainingDiverged(f"The loss is no longer a number after epoch {epoch + 1}. Lower {self._rate}.")
         self._history.append(metrics)
         self._passage.on_epoch(epoch + 1, metrics)
 
@@ -310,7 +325,7 @@ class Stopping:
 
     def __init__(self, recipe: EarlyStopping) -> None:
         self._patience = _Patience(recipe)
-        self._target = _TargetReached(recipe.target) if recipe.target else None
+        self._target = _TargetReached(recipe.target, self._patience) if recipe.target else None
 
     @property
     def callbacks(self) -> list[Any]:
@@ -357,6 +372,10 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
                 weights[place] = value
             self.best_weights = weights
 
+    def keep(self, epoch: int) -> None:
+        """Keep the present epoch, counted from 0, whatever was better."""
+        self.best_epoch, self.best_weights = epoch, self.model.get_weights()
+
     def watched(self) -> Watched:
         weights = [self.best_weights[place] for place in self._learned_places()]
         return Watched(float(self.best), int(self.best_epoch), int(self.wait), weights)
@@ -368,9 +387,12 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
 
 
 class _TargetReached(keras.callbacks.Callback):  # type: ignore[misc]
-    def __init__(self, target: Target) -> None:
+    """Ends a training at its target and keeps that epoch, though what is monitored may have been better before."""
+
+    def __init__(self, target: Target, patience: _Patience) -> None:
         super().__init__()
         self._target = target
+        self._patience = patience
         self.was_reached = False
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -378,4 +400,5 @@ class _TargetReached(keras.callbacks.Callback):  # type: ignore[misc]
         is_accuracy = self._target.metric.value.endswith("accuracy")
         if value >= self._target.value if is_accuracy else value <= self._target.value:
             self.was_reached = True
+            self._patience.keep(epoch)
             self.model.stop_training = True

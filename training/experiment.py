@@ -12,7 +12,7 @@ from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import Float32
 from artifacts.neighbours import Directions, keep
-from artifacts.recipe import Precision
+from artifacts.recipe import ClassWeights, Precision
 from artifacts.store import Digest
 from training import deliver, describe, evaluate
 from training.begin import Data, Order, Told, begin, finite, pick, seed_of
@@ -149,7 +149,7 @@ class Experiment:
         part = self._report.part(None, plan.epochs)
         nothing = np.array([], dtype=np.intp)
         everything = np.union1d(trained_on, data.watched)
-        lesson = Lesson(everything, nothing, plan, seed_of(recipe, len(self.folds)))
+        lesson = Lesson(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
         final = course.learner.learn(lesson, part, part)
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
@@ -197,6 +197,7 @@ class Experiment:
             served.precision,
             served.choice,
             self._pick,
+            course.notes,
         )
         before_s = extraction.seconds + sum(outcome.result.seconds for outcome in outcomes)
         if self._pick is not None:
@@ -227,7 +228,9 @@ class Experiment:
             for precision in Precision
             if all(precision in outcome.logits for outcome in outcomes)
         }
-        return course.taught.serve(final, self._data.trained_on, scores, self._report.images)
+        data = self._data
+        shown = data.held_out if len(data.held_out) else data.trained_on
+        return course.taught.serve(final, data.trained_on, shown, scores, self._report.images)
 
     def _neighbours(self, served: Served, rows: Indices) -> bytes:
         """Return the file of the rows' images as the network that is served sees them."""
@@ -268,6 +271,6 @@ class Experiment:
             metrics["phases"] = [asdict(phase) for phase in learned.phases]
             metrics["kept"] = learned.kept
         best = learned.history[learned.best_epoch - 1]
-        if "val_loss" in best:
+        if "val_loss" in best and self._data.recipe.class_weights is ClassWeights.NONE:  # else of two scales
             metrics["gap"] = best["val_loss"] - best["loss"]
         return metrics

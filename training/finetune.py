@@ -21,7 +21,7 @@ from artifacts.recipe import FineTune, Recipe, Task
 from training import backbones, fit
 from training.arrays import Maps
 from training.augment import augmenter
-from training.epochs import Beat, Passage, Rows, Trained
+from training.epochs import Beat, Passage, Rows, Trained, predict_batch
 from training.epochs import train as epoch_by_epoch
 from training.fit import Fit, Scaler
 from training.prepare import square_of
@@ -30,7 +30,6 @@ from training.targets import Truth
 
 # Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
 CLIP_NORM = 1.0
-_PREDICT_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ def tune(
     keras.utils.set_random_seed(seed)
     network, model, served = build(recipe, weights, material, head, seed)
     learned = head.unit(targets) if head.unit else targets
+    at_once = predict_batch(square_of(recipe), recipe.batch_size)
     batches = Rows(material.rows, learned, train, recipe.batch_size, seed)
     model.compile(
         optimizer=fit.optimizer(recipe.optimizer, schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM),
@@ -110,15 +110,16 @@ def tune(
     trained = epoch_by_epoch(
         model,
         batches,
-        Rows(material.rows, learned, validation, _PREDICT_BATCH, None) if len(validation) else None,
+        Rows(material.rows, learned, validation, at_once, None) if len(validation) else None,
         epochs=epochs,
         early_stopping=recipe.early_stopping,
         class_weight=fit.class_weights(targets[train], recipe.class_weights),
         passage=passage,
+        rate="fine_tune.learning_rate",
     )
 
     def logits(rows: Indices) -> Float32:
-        asked = Rows(material.rows, learned, rows, _PREDICT_BATCH, None)
+        asked = Rows(material.rows, learned, rows, at_once, None)
         found: Float32 = model.predict(asked, callbacks=[Beat(passage, len(trained.history))], verbose=0)
         return head.unit.undone(found) if head.unit else found.astype(np.float32)
 

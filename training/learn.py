@@ -14,6 +14,7 @@ from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
 from artifacts.images import Pixels
 from artifacts.recipe import Monitor, Recipe, Task
+from errors import TrainingDiverged
 from inference import heads
 from training import evaluate
 from training.checkpoint import Checkpoint, Keeper
@@ -27,6 +28,8 @@ from training.split import Indices
 from training.targets import Truth
 
 HEAD, NETWORK = "head", "network"
+# How a phase ended whose loss was no number any more; for other ends see `training.epochs.Trained`.
+DIVERGED = "diverged"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of learning: `head` or `network`; `validation` is the plain value of what early stopping watches."""
+    """One part of learning: `head` or `network`; `validation` is the plain value of what early stopping watches.
+
+    That is None where nothing is watched, and where the network diverged.
+    """
 
     name: str
     epochs: int
@@ -93,12 +99,14 @@ class Lesson:
         validation: rows that early stopping watches; if there are none, every planned epoch is trained.
         plan: epochs at most.
         seed: the same seed teaches the same on the same machine.
+        is_final: whether what is learned is served, rather than measured.
     """
 
     train: Indices
     validation: Indices
     plan: Plan
     seed: int
+    is_final: bool = False
 
 
 class Listener(Protocol):
@@ -251,7 +259,10 @@ def _passage(listener: Listener, keeper: Keeper) -> Passage:
 
 
 class Tuning:
-    """Learns a head on frozen features first, then the network with it, and keeps what validates better."""
+    """Learns a head on frozen features first, then the network with it, and keeps what validates better.
+
+    Where the network diverges the head is kept, except in the final model: raises TrainingDiverged.
+    """
 
     def __init__(
         self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: Material, targets: Truth
@@ -282,25 +293,32 @@ class Tuning:
         def offer(take: Callable[[], Snapshot]) -> None:
             keeper.offer(lambda: Checkpoint(fitted, take()))
 
+        heard = list(since.history) if since else []
+
+        def hear(number: int, epoch: Epoch) -> None:
+            heard[number - 1 :] = [epoch]
+            listener.epoch(trained + number, epoch)
+
         gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
-        tuned = tune(
-            self._recipe,
-            self._task,
-            self._weights,
-            self._material,
-            head,
-            self._targets,
-            lesson.train,
-            lesson.validation,
-            epochs=lesson.plan.network,
-            seed=lesson.seed,
-            passage=Passage(
-                lambda number, epoch: listener.epoch(trained + number, epoch),
-                lambda epochs: listener.batch(trained + epochs),
-                offer,
-                since,
-            ),
-        )
+        try:
+            tuned = tune(
+                self._recipe,
+                self._task,
+                self._weights,
+                self._material,
+                head,
+                self._targets,
+                lesson.train,
+                lesson.validation,
+                epochs=lesson.plan.network,
+                seed=lesson.seed,
+                passage=Passage(hear, lambda epochs: listener.batch(trained + epochs), offer, since),
+            )
+        except TrainingDiverged:
+            if lesson.is_final:  # what the folds measured was a network that learned
+                raise
+            phases = (*before.phases, Phase(NETWORK, len(heard), len(heard), DIVERGED, None))
+            return replace(before, phases=phases, history=[*head.trained.history, *heard])
         value = self._frozen.validation(tuned.logits, lesson.validation)
         went = tuned.trained
         phases = (*before.phases, Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value))

@@ -207,9 +207,7 @@ def _parts(subject: Subject, targets: Targets, groups: Indices, plan: Plan, repe
     for rows in nested(rest, strata, needed, groups, [*FRACTIONS, 1.0], seed):
         aside = watched
         if share:
-            # So few groups that one of each stratum would be more than the share: any will do.
-            is_enough = share * len(np.unique(groups[rows])) >= len(np.unique(strata[rows]))
-            aside = set_aside(rows, strata if is_enough else np.zeros_like(strata), needed, groups, share, seed)
+            aside = set_aside(rows, strata, needed, groups, share, seed)
         lesson = Lesson(np.setdiff1d(rows, aside), aside, plan, seed)
         found.append(_Part(repeat, lesson, test, len(rows)))
     return found

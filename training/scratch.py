@@ -39,7 +39,7 @@ from artifacts.networks import chain
 from artifacts.recipe import Loss, Recipe, Task
 from training import backbones, fit
 from training.augment import augmenter
-from training.epochs import Beat, Passage, Rows, Trained
+from training.epochs import Beat, Passage, Rows, Trained, predict_batch
 from training.epochs import train as epoch_by_epoch
 from training.fit import Scaler
 from training.prepare import size_of
@@ -49,7 +49,6 @@ from training.targets import Truth
 
 # How much of each colour the eye sees (ITU-R BT.601).
 _BRIGHTNESS = (0.299, 0.587, 0.114)
-_PREDICT_BATCH = 256
 # A step without convolutions takes a fraction of what it costs to leave the compiled graph after each.
 _STEPS_PER_EXECUTION = 64
 
@@ -108,6 +107,7 @@ def grow(
     body = _body(recipe.network, size_of(recipe))
     top = _output(recipe.network, outputs)
     model = _learner(recipe, body, top, seed)
+    at_once = predict_batch(size_of(recipe), recipe.batch_size)
     batches = Rows(pixels, learned, train, recipe.batch_size, seed)
     model.compile(
         optimizer=fit.optimizer(recipe.optimizer),
@@ -119,7 +119,7 @@ def grow(
     trained = epoch_by_epoch(
         model,
         batches,
-        Rows(pixels, learned, validation, _PREDICT_BATCH, None) if len(validation) else None,
+        Rows(pixels, learned, validation, at_once, None) if len(validation) else None,
         epochs=epochs,
         early_stopping=recipe.early_stopping,
         class_weight=fit.class_weights(targets[train], recipe.class_weights),
@@ -127,7 +127,7 @@ def grow(
     )
 
     def logits(rows: Indices) -> Float32:
-        asked = Rows(pixels, learned, rows, _PREDICT_BATCH, None)
+        asked = Rows(pixels, learned, rows, at_once, None)
         found: Float32 = model.predict(asked, callbacks=[Beat(passage, len(trained.history))], verbose=0)
         return unit.undone(found) if unit else found.astype(np.float32)
 

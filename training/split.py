@@ -228,8 +228,10 @@ def set_aside(
     """Return about `fraction` of the rows of each stratum, whole groups only.
 
     Every label keeps at least one group to train on, so that a label of one group gives none. Where every group is too
-    large, the smallest is taken.
+    large, the smallest is taken. Where one group of each stratum would be more than the fraction, any will do.
     """
+    if fraction * len(np.unique(groups[rows])) < len(np.unique(strata[rows])):
+        strata = np.zeros_like(strata)
     random = np.random.default_rng(seed)
     members = _members(rows, strata, groups)
     groups_of: dict[int, list[int]] = defaultdict(list)

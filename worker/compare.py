@@ -82,10 +82,12 @@ class Compare(Handler):
         }
 
     def _complete(self, session: Session, comparison_id: str, outcome: Message) -> None:
-        """Close the comparison with its table, unless it was cancelled while this was measured."""
+        """Close the comparison with its table, unless it was cancelled or a run tried again while this was measured."""
         picture, report = Digest(outcome["picture"]), Digest(outcome["report"])
-        if not comparisons.succeed_comparison(session, comparison_id, outcome["table"], picture, report):
-            collect(session, self._store, [picture, report])
+        earlier = comparisons.get_files(session, comparison_id)
+        is_shown = comparisons.succeed_comparison(session, comparison_id, outcome["table"], picture, report)
+        collect(session, self._store, earlier if is_shown else [picture, report])
+        if not is_shown:
             return
         for run in comparisons.get_runs(session, comparison_id):
             if run.state is RunState.SUCCEEDED:

@@ -38,6 +38,7 @@ from worker.work import Complete, Handler, Work
 _NOTE = "mlflow.note.content"
 # Files that only the service reads, and large.
 _NOT_SHOWN = ("neighbours.safetensors",)
+_OF_A_ROW = {"espalier.best_of", "espalier.difference_to_best", "espalier.p_value"}
 _NOTE_CHARACTERS = 20_000
 _VIEW = "espalier"
 _STATUS = {RunState.SUCCEEDED: "FINISHED", RunState.FAILED: "FAILED", RunState.CANCELLED: "KILLED"}
@@ -254,6 +255,9 @@ class _Page:
             tags["espalier.p_value"] = f"{row['difference']['p_value']:.3g}"
         for name, value in tags.items():
             self._client.set_tag(self.run_id, name, value)
+        told = self._client.get_run(self.run_id).data.tags
+        for name in told.keys() & _OF_A_ROW - tags.keys():  # of an earlier table
+            self._client.delete_tag(self.run_id, name)
 
     def add_file(self, store: Store, name: str) -> None:
         """Show a file that was made of the run after its end."""

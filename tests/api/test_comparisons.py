@@ -179,8 +179,12 @@ def test_a_finished_comparison_shows_its_table_its_picture_and_its_report(
             {"position": 0, "score": 0.8, "ci95": [0.7, 0.85], "difference": difference, **size},
         ],
     }
+    comparison_id = url.rsplit("/", 1)[-1]
     with services.database.writing() as session:
-        comparisons.succeed_comparison(session, url.rsplit("/", 1)[-1], table, picture, report)
+        for run in comparisons.get_runs(session, comparison_id):
+            runs.start_run(session, run.id)
+            runs.succeed_run(session, run.id, {}, 1.0)
+        assert comparisons.succeed_comparison(session, comparison_id, table, picture, report)
     found = client.get(url).json()
     assert (found["state"], found["best"], found["verdict"]) == ("succeeded", 1, "The second.")
     assert [(row["score"], row["difference"]) for row in found["rows"]] == [(0.8, difference), (0.9, None)]

@@ -376,9 +376,14 @@ def test_the_last_block_is_where_features_are_taken_from() -> None:
     assert tuned(features_from="block3").unfreeze == "block3"
 
 
-@pytest.mark.parametrize("unfreeze", ["block1", "block5", "all"])
+@pytest.mark.parametrize("unfreeze", ["block2", "block5", "all"])
 def test_a_network_may_learn_from_any_cut_on(unfreeze: str) -> None:
     assert tuned(unfreeze=unfreeze).unfreeze == unfreeze
+
+
+@pytest.mark.parametrize(("backbone", "first"), [("vgg16", "block1"), ("xception", "block2"), ("resnet50", "conv2")])
+def test_from_the_first_cut_on_is_all(backbone: str, first: str) -> None:
+    assert tuned(backbone=backbone, unfreeze=first).unfreeze == "all"
 
 
 @pytest.mark.parametrize(("unfreeze", "features_from"), [("block9", None), ("block5", "block4")])

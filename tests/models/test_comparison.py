@@ -14,6 +14,7 @@ from artifacts.recipe import Recipe
 from errors import NotFound
 from models import comparison as comparisons
 from models import job as jobs
+from models import parts
 from models import run as runs
 from models.comparison import Comparison, ComparisonState
 from models.job import Job, JobKind, JobState, Queue
@@ -42,7 +43,8 @@ def end(database: Database, run_id: str, how: str) -> Job | None:
         comparisons.note_start(session, run_id)
     with database.writing() as session:
         ENDS[how](session, run_id)
-        records.job_of(session, run_id).state = JobState(how)
+        last = session.scalars(select(Job).where(Job.subject_id == run_id).order_by(Job.id)).all()[-1]
+        last.state = JobState(how)
         return comparisons.note_end(session, run_id)
 
 
@@ -53,7 +55,7 @@ def look(database: Database, comparison_id: str) -> Comparison:
 
 def compare_jobs(database: Database) -> list[JobState]:
     with database.reading() as session:
-        return list(session.scalars(select(Job.state).where(Job.kind == JobKind.COMPARE)))
+        return list(session.scalars(select(Job.state).where(Job.kind == JobKind.COMPARE).order_by(Job.id)))
 
 
 def test_a_comparison_begins_with_a_queued_run_and_a_job_for_each_recipe(database: Database) -> None:
@@ -183,7 +185,7 @@ def test_a_table_closes_a_comparison_once(database: Database) -> None:
     for run_id in made:
         end(database, run_id, "succeeded")
     with database.writing() as session:
-        table = {"best": 1}
+        table = {"best": 1, "rows": rows(0, 1)}
         assert comparisons.succeed_comparison(session, comparison_id, table, digest("picture"), digest("report"))
     with database.writing() as session:
         assert not comparisons.succeed_comparison(session, comparison_id, {}, digest("other"), digest("other"))
@@ -191,8 +193,108 @@ def test_a_table_closes_a_comparison_once(database: Database) -> None:
         comparisons.cancel_comparison(session, comparison_id)
         comparisons.request_cancel(session, comparison_id)
     found = look(database, comparison_id)
-    assert (found.state, found.table, found.error) == (ComparisonState.SUCCEEDED, {"best": 1}, None)
+    assert (found.state, found.table, found.error) == (ComparisonState.SUCCEEDED, table, None)
     assert (found.picture_sha256, found.report_sha256) == (digest("picture"), digest("report"))
+
+
+def rows(*positions: int) -> list[dict[str, int]]:
+    """Return the rows of a table."""
+    return [{"position": position} for position in positions]
+
+
+def compared(database: Database, comparison_id: str, name: str, *positions: int) -> bool:
+    """Give a comparison a table, as the job that made it does."""
+    with database.writing() as session:
+        (job,) = session.scalars(select(Job).where(Job.kind == JobKind.COMPARE, Job.state == JobState.QUEUED))
+        table = {"name": name, "rows": rows(*positions)}
+        done = comparisons.succeed_comparison(session, comparison_id, table, digest(name), digest(name))
+        job.state = JobState.SUCCEEDED
+        return done
+
+
+def try_again(database: Database, run_id: str) -> None:
+    with database.writing() as session:
+        parts.retry(session, runs.get_run(session, PRINCIPAL, run_id))
+        comparisons.note_retry(session, run_id)
+
+
+def test_a_failed_run_that_is_tried_again_comes_into_the_table(database: Database) -> None:
+    comparison_id, (first, second) = new_comparison(database)
+    end(database, first, "succeeded")
+    end(database, second, "failed")
+    assert compared(database, comparison_id, "one", 0)
+    try_again(database, second)
+    found = look(database, comparison_id)
+    assert (found.state, found.finished_at) == (ComparisonState.RUNNING, None)
+    assert found.table is not None and found.table["name"] == "one", "it is shown until there is another"
+    assert end(database, second, "succeeded") is not None
+    assert compared(database, comparison_id, "both", 0, 1)
+    found = look(database, comparison_id)
+    assert found.state is ComparisonState.SUCCEEDED and found.table is not None and found.table["name"] == "both"
+    assert found.report_sha256 == digest("both")
+
+
+def test_a_run_that_is_tried_again_may_give_a_comparison_something_to_compare(database: Database) -> None:
+    comparison_id, made = new_comparison(database)
+    for run_id in made:
+        end(database, run_id, "failed")
+    try_again(database, made[1])
+    found = look(database, comparison_id)
+    assert (found.state, found.error) == (ComparisonState.RUNNING, None)
+    assert end(database, made[1], "succeeded") is not None
+    assert compared(database, comparison_id, "one", 1)
+
+
+def test_a_table_without_a_run_that_succeeded_meanwhile_is_made_anew(database: Database) -> None:
+    comparison_id, (first, second) = new_comparison(database)
+    end(database, first, "succeeded")
+    end(database, second, "failed")
+    try_again(database, second)  # while the table is made
+    assert end(database, second, "succeeded") is None
+    assert not compared(database, comparison_id, "one", 0)
+    assert look(database, comparison_id).state is ComparisonState.RUNNING
+    assert compare_jobs(database) == [JobState.SUCCEEDED, JobState.QUEUED]
+    assert compared(database, comparison_id, "both", 0, 1)
+
+
+def test_a_table_waits_for_a_run_that_is_tried_again_meanwhile(database: Database) -> None:
+    comparison_id, (first, second) = new_comparison(database)
+    end(database, first, "succeeded")
+    end(database, second, "failed")
+    try_again(database, second)
+    assert not compared(database, comparison_id, "one", 0)
+    assert look(database, comparison_id).state is ComparisonState.RUNNING
+    assert end(database, second, "failed") is not None
+    assert compared(database, comparison_id, "one", 0)
+
+
+def test_cancelling_what_is_tried_again_leaves_what_has_been_compared(database: Database) -> None:
+    comparison_id, (first, second, third) = new_comparison(database, 3)
+    end(database, first, "succeeded")
+    end(database, second, "failed")
+    end(database, third, "failed")
+    assert compared(database, comparison_id, "one", 0)
+    try_again(database, second)
+    try_again(database, third)
+    assert end(database, third, "succeeded") is None
+    with database.writing() as session:
+        due = comparisons.request_cancel(session, comparison_id)
+        assert due is not None and due.kind is JobKind.COMPARE
+    assert look(database, comparison_id).state is ComparisonState.RUNNING
+    assert compared(database, comparison_id, "two", 0, 2)
+    with database.writing() as session:
+        assert comparisons.request_cancel(session, comparison_id) is None, "it is over"
+    found = look(database, comparison_id)
+    assert found.state is ComparisonState.SUCCEEDED and found.table is not None and found.table["name"] == "two"
+
+
+def test_a_cancelled_comparison_stays_so_whatever_is_tried_again(database: Database) -> None:
+    comparison_id, (first, _) = new_comparison(database)
+    end(database, first, "failed")
+    with database.writing() as session:
+        comparisons.request_cancel(session, comparison_id)
+    try_again(database, first)
+    assert look(database, comparison_id).state is ComparisonState.CANCELLED
 
 
 def test_cancelling_ends_what_waits_and_asks_what_runs_to_end(database: Database) -> None:
@@ -222,5 +324,6 @@ def test_a_comparison_is_active_until_it_has_its_table(database: Database) -> No
     with database.writing() as session:
         assert not runs.is_any_active(session, [version]) and comparisons.is_any_active(session, [version])
         assert not comparisons.is_any_active(session, ["dsv_other"])
-        comparisons.succeed_comparison(session, comparison_id, {}, digest("picture"), digest("report"))
+        table = {"rows": rows(0, 1)}
+        comparisons.succeed_comparison(session, comparison_id, table, digest("picture"), digest("report"))
         assert not comparisons.is_any_active(session, [version])

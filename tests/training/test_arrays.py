@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from artifacts.store import Digest, Store
 from errors import Corrupt
 from inference.engine import OpenVinoEngine
 from training import backbones
-from training.arrays import drop_unused, load_maps, load_pixels
+from training.arrays import drop_unused, load_maps, load_pixels, maps_bytes
 from training.export import export
 from training.pixels import Decoder
 
@@ -83,7 +85,9 @@ def test_what_a_killed_process_left_unfinished_goes_once_nobody_writes_to_it(tmp
 
 
 @pytest.mark.slow
-def test_maps_are_computed_once_and_another_network_has_others(store: Store, tmp_path: Path) -> None:
+def test_maps_are_computed_once_where_there_is_room_and_another_network_has_others(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = digests(store, 70)
     pixels = load_pixels(rows, Decoder(store, 32, Resize.SQUASH, ImageLimits(), 2), tmp_path, lambda *done: None)
     weights = backbones.random_weights(BackboneName.VGG16)
@@ -93,10 +97,18 @@ def test_maps_are_computed_once_and_another_network_has_others(store: Store, tmp
         engine = OpenVinoEngine(store.path(backbone), Precision.FLOAT32, 2)
         space = FeatureSpace(IMAGE_RULE, 32, Resize.SQUASH, backbone, Precision.FLOAT32)
         told: list[tuple[int, int]] = []
-        maps = load_maps(rows, pixels, engine, space, tmp_path, lambda *done, told=told: told.append(done))
+        size_bytes = maps_bytes(pixels, engine)
+        assert load_maps(rows, pixels, engine, space, tmp_path, size_bytes - 1, lambda *done: None) is None
+        maps = load_maps(rows, pixels, engine, space, tmp_path, size_bytes, lambda *done, told=told: told.append(done))
+        assert maps is not None and maps.nbytes == size_bytes
         assert told == [(64, 70), (70, 70)]
         expected = np.asarray(model(pixels)["maps"])
         assert maps.shape == expected.shape
         assert (np.abs(maps - expected) <= np.maximum(1e-3, 1e-3 * np.abs(expected))).all()
-        again = load_maps(rows, pixels, engine, space, tmp_path, lambda *done, told=told: told.append(done))
-        assert np.array_equal(again, maps) and len(told) == 2
+        with monkeypatch.context() as full:
+            full.setattr(shutil, "disk_usage", lambda folder, free=size_bytes: SimpleNamespace(free=free))
+            again = load_maps(
+                rows, pixels, engine, space, tmp_path, size_bytes, lambda *done, told=told: told.append(done)
+            )
+            assert again is not None and np.array_equal(again, maps) and len(told) == 2
+            assert load_maps(rows[:-1], pixels[:-1], engine, space, tmp_path, size_bytes, lambda *done: None) is None

@@ -268,7 +268,9 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
     outcome, heard = bench.run(rows, **TUNING, augmentation=None)
     assert heard.stages == ["pixels", "backbone", "features", "activations", "folds", "final", "export", "bundle"]
     assert outcome.backbone not in bench.known.exports.values()
-    assert outcome.metrics["export"]["largest_relative_difference"] < 1e-4
+    export = outcome.metrics["export"]
+    assert export["largest_relative_difference"] < 1e-4 and 0 < export["largest_difference_of_an_answer"] < 1e-3
+    assert (export["images"], export["answered_otherwise"]) == (16, 0)
     for result in heard.folds:
         head, network = result.metrics["phases"]
         assert (head["name"], network["name"]) == ("head", "network")
@@ -310,7 +312,7 @@ def test_fine_tuning_varies_its_images_unless_told_otherwise_and_shows_how(bench
     rows = bench.rows(sample.coloured(per_class=6))
     _, heard = bench.run(rows, **TUNING)
     assert heard.files["augmentations.png"].startswith(b"\x89PNG")
-    assert "activations" in heard.stages
+    assert "activations" not in heard.stages, "images that are varied have no activations to keep"
 
 
 @pytest.mark.slow

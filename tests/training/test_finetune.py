@@ -10,19 +10,22 @@ import keras
 import numpy as np
 import pytest
 import sample
+from experiments import Kept
 
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.defaults import ClassCount, fill
 from artifacts.images import Pixels
 from artifacts.recipe import Precision, Recipe, Task
 from benchmarks.networks import calibrated
+from errors import TrainingDiverged
 from inference import heads
 from inference.engine import OpenVinoEngine
-from training import backbones, finetune
+from training import backbones, epochs, finetune, learn
 from training.epochs import Epoch, Passage, Snapshot
 from training.export import export
 from training.finetune import Material, Tuned, tune
 from training.fit import Fit, fit
+from training.learn import Lesson
 from training.split import Indices
 from training.targets import Truth
 
@@ -72,7 +75,7 @@ class Trial:
         self.head: Fit = fit(
             wanted,
             task,
-            3 if targets is None else targets.shape[1],
+            3 if targets is None else 1 if targets.ndim == 1 else targets.shape[1],
             self.features,
             self.truth,
             self.rows,
@@ -143,10 +146,11 @@ def test_an_untrained_network_answers_as_the_head_on_frozen_features_did() -> No
     ("task", "targets"),
     [
         (Task.REGRESSION, 1900.0 + 10 * (np.arange(COUNT) % 3)[:, None]),
+        (Task.BINARY, (np.arange(COUNT) % 3 > 0).astype(np.int64)),
         (Task.MULTILABEL, np.stack([np.arange(COUNT) % 3 > 0, np.arange(COUNT) % 3 < 2], axis=1).astype(np.float32)),
     ],
 )
-def test_numbers_and_labels_are_tuned_too_and_answered_as_keras_does(task: Task, targets: Truth) -> None:
+def test_numbers_sides_and_labels_are_tuned_too_and_answered_as_keras_does(task: Task, targets: Truth) -> None:
     trial = Trial(recipe(fine_tune={"learning_rate": 1e-6, "epochs": 2}), task=task, targets=targets)
     assert trial.recipe.features_from and trial.recipe.image_size
     tuned = trial.tune(epochs=2)
@@ -203,13 +207,30 @@ def test_the_loss_falls_and_every_epoch_is_told() -> None:
 
 @pytest.mark.slow
 def test_long_predictions_show_that_they_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "_PREDICT_BATCH", 8)
+    monkeypatch.setattr(epochs, "_ANSWERED_AT_ONCE", 8)
     beats: list[float] = []
     trial = Trial(recipe())
     tuned = trial.tune(epochs=2, passage=Passage(lambda number, metrics: None, beats.append))
     beats.clear()
     tuned.logits(trial.rows)
     assert beats == [2.0] * -(-COUNT // 8)
+
+
+@pytest.mark.slow
+def test_classes_weigh_what_they_are_given_while_the_network_learns() -> None:
+    few = np.arange(0, COUNT, 3)[1:]  # one image of the first class is left to learn from
+    train = np.setdiff1d(np.arange(COUNT), few)
+    rates = {"fine_tune": {"learning_rate": 1e-12, "epochs": 1}, "head": {"l2": 0.0}}
+    plain, weighed = (
+        Trial(recipe(**rates, class_weights=weights), head_epochs=1).tune(train=train, validation=NONE, epochs=1)
+        for weights in ("none", "auto")
+    )
+    logits = plain.logits(train)
+    truth = train % 3
+    losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(train)), truth]
+    weights = len(train) / (3 * np.bincount(truth))
+    assert plain.trained.history[0]["loss"] == pytest.approx(losses.mean(), rel=1e-3)
+    assert weighed.trained.history[0]["loss"] == pytest.approx((losses * weights[truth]).mean(), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -270,6 +291,24 @@ def test_every_backbone_is_fine_tuned_from_its_last_block(name: BackboneName) ->
     tuned = trial.tune(trial.maps(), epochs=1)
     found = changed(trial.weights, tuned.network(), trial.recipe)
     assert any(found.values()) and not all(found.values())
+
+
+@pytest.mark.slow
+def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> None:
+    trial = Trial(recipe())
+    broken = Material(np.full_like(trial.maps().rows, np.nan, dtype=np.float32), are_maps=True)
+    frozen = learn.Frozen(trial.recipe, trial.task, 3, trial.features, trial.truth)
+    learner = learn.Tuning(trial.recipe, trial.task, frozen, trial.weights, broken, trial.truth)
+    plan = replace(learner.plan, head=2)
+    fold = Lesson(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
+    heard = Kept(0, None, lambda part, checkpoint: False)
+    learned = learner.learn(fold, heard, heard)
+    head, network = learned.phases
+    assert (learned.kept, learned.best_epoch) == ("head", head.best_epoch)
+    assert (network.stopped, network.epochs, network.validation) == ("diverged", 0, None)
+    assert len(learned.history) == head.epochs and np.isfinite(learned.logits(trial.rows)).all()
+    with pytest.raises(TrainingDiverged, match=r"fine_tune\.learning_rate"):
+        learner.learn(replace(fold, validation=NONE, is_final=True), heard, heard)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

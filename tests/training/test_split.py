@@ -167,6 +167,15 @@ def test_numbers_need_no_class_to_be_trained_on() -> None:
     assert all(len(one.train) and len(one.validation) for one in folds)
 
 
+@pytest.mark.parametrize(("images", "strata"), [(10, 8), (20, 10), (30, 10), (30, 25), (100, 10)])
+def test_few_images_are_mostly_trained_on_whatever_kinds_there_are(images: int, strata: int) -> None:
+    everything, kinds = np.arange(images), np.arange(images) % strata
+    nothing = np.zeros((images, 0), dtype=bool)
+    folds = make_folds(everything, kinds, nothing, everything, NONE, k=5, repeats=1, validation_fraction=0.15, seed=0)
+    for one in folds:
+        assert len(one.validation) and len(one.train) >= 3 * len(one.validation)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_many_rare_labels_are_cut_where_they_can_be(seed: int) -> None:
     random = np.random.default_rng(seed)
