@@ -80,7 +80,10 @@ def get_comparison(given: ServicesDep, principal: PrincipalDep, comparison_id: s
 
 @router.post("/{comparison_id}/cancel", status_code=202)
 def cancel_comparison(given: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
-    """End a comparison with its unfinished runs; asking twice, or too late, changes nothing."""
+    """End a comparison with its unfinished runs; asking twice, or too late, changes nothing.
+
+    One that has a table, since a run of it is tried again, gets its last one when that run has ended.
+    """
     with given.database.writing() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
         due = comparisons.request_cancel(session, comparison.id)

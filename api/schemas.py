@@ -459,9 +459,9 @@ class ComparisonRow(Schema):
     difference: DifferenceOut | None
     """Null for the best."""
     training_s: float | None
-    """From start to end, with the features that no run had computed before."""
+    """From start to end, with what no run had computed before."""
     extraction_s: float | None
-    """The part of it that features took."""
+    """The part of it before the first epoch: features, and where a network learns its pixels and activations."""
     predict_ms: float | None
     """For one decoded image on the machine that compared: the backbone and the head."""
     backbone_bytes: int | None
@@ -471,7 +471,10 @@ class ComparisonRow(Schema):
 
 
 class ComparisonOut(Schema):
-    """A comparison; `best` is the position of the row with the best score."""
+    """A comparison; `best` is the position of the row with the best score.
+
+    While a run of a finished one is tried again it is running, and shows the table that it had.
+    """
 
     id: str
     dataset: str

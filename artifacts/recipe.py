@@ -159,7 +159,7 @@ class Target(Part):
 
 
 class EarlyStopping(Part):
-    """When a fit ends before its last epoch; the weights of its best epoch are restored."""
+    """When a fit ends before its last epoch; the weights of its best epoch are restored, or of that at its target."""
 
     monitor: Monitor = Monitor.VAL_LOSS
     patience: Annotated[int, Field(ge=0, le=10_000)] = 5
@@ -240,7 +240,8 @@ class Recipe(Part):
     """Fine-tuning has by default a little rotation, zoom and brightness; `null` leaves images as they are. Features of
     a frozen backbone are computed once per image, so there is nothing to augment."""
     unfreeze: str | None = None
-    """Fine-tuning only: the first cut that learns, or `all`; by default the last block of the network."""
+    """Fine-tuning only: the first cut that learns, or `all`, which is what the first cut of a network means; by default
+    the last block of the network."""
     fine_tune: FineTune | None = None
     """Fine-tuning only: the second phase."""
     class_weights: ClassWeights = ClassWeights.NONE

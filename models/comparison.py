@@ -184,26 +184,32 @@ def succeed_comparison(
 
 
 def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any]) -> None:
-    """Close a comparison with what went wrong; one that is closed stays as it is."""
-    _close(session, comparison_id, ComparisonState.FAILED, error)
+    """Close a comparison with what went wrong with its table; one that is closed stays as it is.
+
+    One whose run is tried again just now stays open: that run's end makes another table due. A table that it has from
+    before stays.
+    """
+    comparison = _locked(session, comparison_id)
+    if all(run.state.is_final for run in get_runs(session, comparison_id)):
+        _close(comparison, ComparisonState.FAILED, error)
 
 
 def cancel_comparison(session: Session, comparison_id: str) -> None:
     """Close a comparison because somebody asked for it; one that is closed stays as it is."""
-    _close(session, comparison_id, ComparisonState.CANCELLED)
+    _close(_locked(session, comparison_id), ComparisonState.CANCELLED)
 
 
 def request_cancel(session: Session, comparison_id: str) -> Job | None:
     """Ask every unfinished run of a comparison to end and close it; asked too late, nothing changes.
 
-    One that has a table, since a run of it is tried again, gets another when that has ended: return the job that makes
-    it, if it is due now.
+    One that has a table, since a run of it is tried again, gets its last one when that has ended: return the job that
+    makes it, if it is due now.
     """
     for run in get_runs(session, comparison_id):
         parts.request_cancel(session, run.id)
-    comparison = _locked(session, comparison_id)
-    if comparison.table is not None:
-        return _see_end(session, comparison)
+    # Not locked yet: a job comes before it. A table that is closed with in between has closed its job, too.
+    if session.get_one(Comparison, comparison_id, populate_existing=True).table is not None:
+        return _see_end(session, _locked(session, comparison_id))
     jobs.request_cancel(session, comparison_id, JobKind.COMPARE)
     cancel_comparison(session, comparison_id)
     return None
@@ -229,8 +235,7 @@ def _see_end(session: Session, comparison: Comparison) -> Job | None:
     return None
 
 
-def _close(session: Session, comparison_id: str, state: ComparisonState, error: dict[str, Any] | None = None) -> None:
-    comparison = _locked(session, comparison_id)
+def _close(comparison: Comparison, state: ComparisonState, error: dict[str, Any] | None = None) -> None:
     if not comparison.state.is_final:
         _end(comparison, state, error)
 

@@ -298,6 +298,8 @@ def _judge_comparison(comparison_id: str, before: Seen, after: Seen) -> None:
     if state not in _OVER and all(run in _OVER for run in mine):
         left = [job for job in after.jobs.values() if job.subject_id == comparison_id and not job.is_over]
         _must(len(left) == 1, f"a comparison is lost: {comparison_id} has {len(left)} jobs left")
+    if state == "failed":
+        _must(all(run in _OVER for run in mine), f"a comparison failed before its runs were over: {comparison_id}")
     if state == "succeeded":
         rows = len(json.loads(after.tables[comparison_id])["rows"])
         _must(rows == mine.count("succeeded"), f"a run that succeeded is not in its table: {comparison_id}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ QUICK: dict[str, Any] = {
     "optimizer": {"learning_rate": 0.05},
     "folds": {"k": 3},
 }
+
+SPENT_S = 10_000.0
 
 
 @dataclass
@@ -205,7 +207,10 @@ class Bench:
         return experiment.run(order, self.place, self.known, heard), heard
 
     def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:
-        """Run an experiment that is cut off at (part, phase, epochs of it), and goes on from what it had kept."""
+        """Run an experiment that is cut off at (part, phase, epochs of it), and goes on from what it had kept.
+
+        What was kept of a part says that it took SPENT_S.
+        """
         left = set(cuts)
         since: dict[int | None, Checkpoint] = {}
 
@@ -220,7 +225,7 @@ class Bench:
             try:
                 outcome, _ = self.run(rows, Heard(since=since, is_cut=is_cut), **change)
             except Interrupted as cut:
-                since[cut.part] = kept(cut.checkpoint)
+                since[cut.part] = replace(kept(cut.checkpoint), seconds=SPENT_S)
             else:
                 assert not left, f"never came to {left}"
                 return outcome

@@ -18,7 +18,6 @@ from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
 from artifacts.store import Digest
-from errors import TrainingDiverged
 from inference.engine import OpenVinoEngine
 from training import backbones, bake_off, evaluate, scratch
 from training.arrays import Report, drop_unused, load_maps, load_pixels, maps_bytes
@@ -26,6 +25,7 @@ from training.augment import contact_sheet
 from training.bake_off import Pick
 from training.checkpoint import NoKeeper
 from training.deliver import Taught, golden_images, spread
+from training.epochs import finite
 from training.extract import Extraction, add_up
 from training.finetune import Material
 from training.learn import Frozen, Growing, Learner, Lesson, Tuning
@@ -200,6 +200,8 @@ def _growing(data: Data, place: Place, told: Told) -> Course:
     started = time.perf_counter()
     pixels = _pixels(data, place, told)
     considered = candidates(recipe.precision, OpenVinoEngine.precisions())
+    extraction = Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3))
+    told.extracted(extraction)
 
     def rebuild(weights: bytes) -> Any:
         return scratch.network(network, size_of(recipe), weights)
@@ -207,7 +209,7 @@ def _growing(data: Data, place: Place, told: Told) -> Course:
     return Course(
         Growing(recipe, data.task, data.outputs, pixels, data.truth),
         Precision.FLOAT32,
-        Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3)),
+        extraction,
         pixels=pixels,
         taught=Taught(recipe, data.task, considered, pixels, place, rebuild, frozen=None),
     )
@@ -337,9 +339,9 @@ class _Beginning:
         if maps is not None:
             return Material(maps, are_maps=True), ()
         note = (
-            f"The layers before `{recipe.unfreeze}` were gone through in every epoch: what they give of all images "
-            f"takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which ESPALIER_PIXELS_BYTES or the disk has no "
-            "room."
+            f"The layers before `{recipe.unfreeze}` were gone through in every epoch, where the final network learned: "
+            f"what they give of all images takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which "
+            "ESPALIER_PIXELS_BYTES or the disk has no room."
         )
         return Material(pixels, are_maps=False), (note,)
 
@@ -364,13 +366,6 @@ _SHOWN = 8
 def _one_of(number: int, count: int, report: Told) -> Report:
     """Return who is told of one of several passes of the same length, and tells how far all of them are."""
     return lambda done, total: report.images(number * total + done, count * total)
-
-
-def finite(logits: Float32) -> Float32:
-    """Return logits that are numbers all. Raises TrainingDiverged."""
-    if not np.isfinite(logits).all():
-        raise TrainingDiverged("What was learned answers with infinite numbers. Lower the learning rate.")
-    return logits
 
 
 def _rows_in(splits: Sequence[Split], wanted: Split) -> Indices:

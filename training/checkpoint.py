@@ -32,10 +32,12 @@ class Checkpoint:
     Attributes:
         head: the head that has learned on frozen features; None while it still learns.
         snapshot: of the head while it learns, then of the network; None before the network's first epoch has ended.
+        seconds: how long it took to come here, by all who learned; whoever keeps it fills that in.
     """
 
     head: Fit | None
     snapshot: Snapshot | None
+    seconds: float = 0.0
 
 
 class Keeper(Protocol):
@@ -69,7 +71,7 @@ def mark(belongs: Mapping[str, Any]) -> str:
 def dump(checkpoint: Checkpoint, mark: str) -> bytes:
     """Return a checkpoint as a file."""
     arrays: Tensors = {}
-    values: dict[str, Any] = {"mark": mark}
+    values: dict[str, Any] = {"mark": mark, "seconds": checkpoint.seconds}
     if checkpoint.head is not None:
         values["head"] = _dump_fit(checkpoint.head, arrays)
     if checkpoint.snapshot is not None:
@@ -86,6 +88,7 @@ def load(data: bytes, mark: str) -> Checkpoint | None:
         return Checkpoint(
             _load_fit(values["head"], arrays) if "head" in values else None,
             _load_snapshot(values["snapshot"], arrays) if "snapshot" in values else None,
+            values["seconds"],
         )
     except UNREADABLE:
         return None

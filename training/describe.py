@@ -14,7 +14,7 @@ from artifacts.bundle import Float32
 from artifacts.catalogue import ALL, CATALOGUE
 from artifacts.headline import HEADLINES
 from artifacts.layers import NetworkKind, sides
-from artifacts.recipe import EarlyStopping, Mode, Precision, PrecisionChoice, Recipe, Task
+from artifacts.recipe import ClassWeights, Mode, Precision, PrecisionChoice, Recipe, Task
 from training.bake_off import FOLDS, Pick
 from training.epochs import Epoch
 from training.extract import Extraction
@@ -79,7 +79,7 @@ def report(run: Description) -> str:
         *_tuning(run),
         *_precision(run),
         *(f"- {note}" for note in run.notes),
-        f"- {overfitting(run.folds, recipe.early_stopping)}",
+        f"- {overfitting(run.folds, recipe)}",
     ]
     headline = HEADLINES[run.task]
     if "test" in metrics:
@@ -197,11 +197,13 @@ def _tuning(run: Description) -> list[str]:
     ]
     if run.plan.network:
         export = run.metrics["export"]
+        otherwise = export["answered_otherwise"]
         lines.append(
             f"- The network learned on all images for {run.plan.network} epochs. As it is exported in float32, on "
             f"{export['images']} images of this data set its features differ from Keras' by at most "
-            f"{export['largest_relative_difference']:.1g} of the largest, and its answers by "
-            f"{export['largest_difference_of_an_answer']:.1g}; {export['answered_otherwise']} are another label."
+            f"{export['largest_relative_difference']:.1g} of the largest, and its answers from those of the network "
+            f"that learned by at most {export['largest_difference_of_an_answer']:.2g}"
+            f"{'' if run.task is Task.REGRESSION else f'; {otherwise} are another label'}."
         )
     else:
         lines.append("- The frozen network is what is served, since fine-tuning did not help most folds.")
@@ -216,7 +218,7 @@ def outcome(folds: Sequence[FoldResult]) -> str:
     better = sum(watched and fold.metrics["kept"] == NETWORK for watched, fold in zip(is_watched, folds, strict=True))
     said = []
     if any(is_watched):
-        said.append(f"it validated better than the frozen network in {better} of {sum(is_watched)} folds")
+        said.append(f"it validated at least as well as the frozen network in {better} of {sum(is_watched)} folds")
     if not all(is_watched):
         said.append(
             f"in {len(folds) - sum(is_watched)} of {len(folds)} folds nothing was watched that could have told whether "
@@ -257,13 +259,14 @@ def _precision(run: Description) -> list[str]:
 _RISE = 0.02
 
 
-def overfitting(folds: Sequence[FoldResult], early_stopping: EarlyStopping | None) -> str:
+def overfitting(folds: Sequence[FoldResult], recipe: Recipe) -> str:
     """Return in one sentence whether the folds went on to learn their training images by heart."""
     watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
     if not watched:
         return "Nothing watched the folds while they learned, so overfitting could not be seen."
     rising = [fold for fold in watched if _rises(fold.history)]
-    gaps = [fold.metrics["gap"] for fold in watched if "gap" in fold.metrics]
+    # Losses whose classes are weighed are of another scale.
+    gaps = [fold.metrics["gap"] for fold in watched] if recipe.class_weights is ClassWeights.NONE else []
     gap = f"; at the best epochs validation loss was {np.median(gaps):.3f} above training loss (median)" if gaps else ""
     if not rising:
         return f"No fold overfitted: validation loss did not rise while training loss fell{gap}."
@@ -272,7 +275,7 @@ def overfitting(folds: Sequence[FoldResult], early_stopping: EarlyStopping | Non
     later = sum(fold.best_epoch > epoch for fold, epoch in zip(rising, least, strict=True))
     if not later:
         kept = "what was learned after that was dropped"
-    elif early_stopping is None:
+    elif recipe.early_stopping is None:
         kept = f"{later} of them kept what was learned after that, since early stopping is off"
     else:
         kept = f"{later} of them kept a later epoch, as `early_stopping` asks for"

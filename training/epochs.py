@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.bundle import Float32
 from artifacts.layers import Sides, sides
 from artifacts.recipe import EarlyStopping, Target
 from errors import TrainingDiverged
@@ -195,12 +196,20 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
 
 
 def predict_batch(size: Sides, batch_size: int) -> int:
-    """Return how many images to answer at once: those of a training step, or more where images are small.
+    """Return how many images to answer at once: those of a training step, or up to four times as many small ones.
 
-    Training at a batch takes more memory than answering it, so that one that fits, or was halved until it did, fits.
+    Training keeps what every layer gives and answering does not, so that what fits takes more; and where memory ran
+    out all the same, half the batch answers half as many.
     """
     height, width = sides(size)
-    return max(batch_size, min(_ANSWERED_AT_ONCE, _ANSWERED_PLACES // (height * width)))
+    return max(batch_size, min(_ANSWERED_AT_ONCE, 4 * batch_size, _ANSWERED_PLACES // (height * width)))
+
+
+def finite(logits: Float32, rate: str = LEARNING_RATE) -> Float32:
+    """Return logits that are numbers all. Raises TrainingDiverged; `rate` is the field that has the learning rate."""
+    if not np.isfinite(logits).all():
+        raise TrainingDiverged(f"What was learned answers with infinite numbers. Lower {rate}.")
+    return logits
 
 
 def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:

@@ -12,12 +12,13 @@ from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import Float32
 from artifacts.neighbours import Directions, keep
-from artifacts.recipe import ClassWeights, Precision
+from artifacts.recipe import Precision
 from artifacts.store import Digest
 from training import deliver, describe, evaluate
-from training.begin import Data, Order, Told, begin, finite, pick, seed_of
+from training.begin import Data, Order, Told, begin, pick, seed_of
 from training.checkpoint import Keeper
 from training.deliver import Served
+from training.epochs import finite
 from training.extract import Extraction
 from training.fit import Scaler
 from training.learn import Frozen, Learned, Learner, Lesson, Listener, final_plan
@@ -83,8 +84,8 @@ class Experiment:
     def learn_fold(self, number: int) -> FoldOutcome:
         """Learn without a fold's test images, then measure on them."""
         self._report.stage("folds")
-        started = time.perf_counter()
         part = self._report.part(number, self._course.learner.plan.epochs)
+        started = time.perf_counter() - _spent_s(part)
         learned = self._course.learner.learn(self._lesson(number, self._course.learner), part, part)
         return self._end_fold(number, learned, part, started)
 
@@ -104,7 +105,7 @@ class Experiment:
         for place, learned in learner.learn_many(lessons):
             now = time.perf_counter()
             share_s, since = share_s + (now - since) / (len(parts) - len(found)), now
-            found[place] = self._end_fold(numbers[place], learned, parts[place], now - share_s)
+            found[place] = self._end_fold(numbers[place], learned, parts[place], now - share_s - _spent_s(parts[place]))
         return [found[place] for place in range(len(parts))]
 
     def _lesson(self, number: int, learner: Learner) -> Lesson:
@@ -147,6 +148,7 @@ class Experiment:
         self._report.stage("final")
         plan = final_plan([outcome.phases for outcome in outcomes], [outcome.kept for outcome in outcomes])
         part = self._report.part(None, plan.epochs)
+        started -= _spent_s(part)
         nothing = np.array([], dtype=np.intp)
         everything = np.union1d(trained_on, data.watched)
         lesson = Lesson(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
@@ -271,6 +273,11 @@ class Experiment:
             metrics["phases"] = [asdict(phase) for phase in learned.phases]
             metrics["kept"] = learned.kept
         best = learned.history[learned.best_epoch - 1]
-        if "val_loss" in best and self._data.recipe.class_weights is ClassWeights.NONE:  # else of two scales
+        if "val_loss" in best:
             metrics["gap"] = best["val_loss"] - best["loss"]
         return metrics
+
+
+def _spent_s(part: Keeper) -> float:
+    """Return how long others have learned what a part goes on from."""
+    return part.found.seconds if part.found else 0.0

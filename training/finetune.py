@@ -30,6 +30,7 @@ from training.targets import Truth
 
 # Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
 CLIP_NORM = 1.0
+RATE = "fine_tune.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def tune(
         early_stopping=recipe.early_stopping,
         class_weight=fit.class_weights(targets[train], recipe.class_weights),
         passage=passage,
-        rate="fine_tune.learning_rate",
+        rate=RATE,
     )
 
     def logits(rows: Indices) -> Float32:

@@ -18,9 +18,9 @@ from errors import TrainingDiverged
 from inference import heads
 from training import evaluate
 from training.checkpoint import Checkpoint, Keeper
-from training.epochs import Epoch, Passage, Snapshot
+from training.epochs import Epoch, Passage, Snapshot, finite
 from training.evaluate import median_epoch
-from training.finetune import Material, tune
+from training.finetune import RATE, Material, tune
 from training.fit import Fit, fit
 from training.fit_many import Wanted, fit_many, is_linear
 from training.scratch import grow
@@ -30,6 +30,8 @@ from training.targets import Truth
 HEAD, NETWORK = "head", "network"
 # How a phase ended whose loss was no number any more; for other ends see `training.epochs.Trained`.
 DIVERGED = "diverged"
+# Images that show whether a network without validation images still answers with numbers.
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Plan:
 class Phase:
     """One part of learning: `head` or `network`; `validation` is the plain value of what early stopping watches.
 
-    That is None where nothing is watched, and where the network diverged.
+    That is None where nothing is watched. Where the network diverged, too, and its best epoch is the last before that.
     """
 
     name: str
@@ -314,6 +316,8 @@ class Tuning:
                 seed=lesson.seed,
                 passage=Passage(hear, lambda epochs: listener.batch(trained + epochs), offer, since),
             )
+            if not len(lesson.validation):  # no loss is told after the last step
+                finite(tuned.logits(lesson.train[:_LOOKED_AT]), RATE)
         except TrainingDiverged:
             if lesson.is_final:  # what the folds measured was a network that learned
                 raise

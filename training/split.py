@@ -220,6 +220,8 @@ def _can_be_trained_on(parts: list[Indices], needed: csr_array) -> bool:
 
 # A group may bring this many times what is wanted of a stratum; one that brings more would leave too little to learn.
 _OVERSHOOT = 1.5
+# One group of each stratum is worth this share of all groups, though less was asked for; but no more.
+_MOST_ASIDE = 0.25
 
 
 def set_aside(
@@ -228,9 +230,9 @@ def set_aside(
     """Return about `fraction` of the rows of each stratum, whole groups only.
 
     Every label keeps at least one group to train on, so that a label of one group gives none. Where every group is too
-    large, the smallest is taken. Where one group of each stratum would be more than the fraction, any will do.
+    large, the smallest is taken. Where one group of each stratum would be far more than the fraction, any will do.
     """
-    if fraction * len(np.unique(groups[rows])) < len(np.unique(strata[rows])):
+    if len(np.unique(strata[rows])) > max(fraction, _MOST_ASIDE) * len(np.unique(groups[rows])):
         strata = np.zeros_like(strata)
     random = np.random.default_rng(seed)
     members = _members(rows, strata, groups)

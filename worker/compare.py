@@ -19,7 +19,7 @@ from models.comparison import Comparison
 from models.dataset import DatasetVersion
 from models.job import Job
 from models.outbox import owe
-from models.reference import collect
+from models.reference import collect_later
 from models.run import Run, RunState
 from worker.process import Child, Died, Message, Talking, store_keys
 from worker.work import Complete, Handler, Work
@@ -86,7 +86,7 @@ class Compare(Handler):
         picture, report = Digest(outcome["picture"]), Digest(outcome["report"])
         earlier = comparisons.get_files(session, comparison_id)
         is_shown = comparisons.succeed_comparison(session, comparison_id, outcome["table"], picture, report)
-        collect(session, self._store, earlier if is_shown else [picture, report])
+        collect_later(session, self._store, earlier if is_shown else [picture, report])
         if not is_shown:
             return
         for run in comparisons.get_runs(session, comparison_id):

@@ -132,6 +132,32 @@ def test_cancelling_the_last_queued_run_makes_the_table_due_and_rings(
     assert client.get(f"/api/v1/comparisons/{found['id']}").json()["dataset"] == dataset, "it outlives its data set"
 
 
+def test_cancelling_what_is_tried_again_keeps_the_table_and_rings_for_the_last_one(
+    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+) -> None:
+    found = start(client, dataset, TWO).json()
+    url = f"/api/v1/comparisons/{found['id']}"
+    first, second = (row["run"] for row in found["rows"])
+    with services.database.writing() as session:
+        for run_id, end in ((first, runs.succeed_run), (second, runs.fail_run)):
+            runs.start_run(session, run_id)
+            records.job_of(session, run_id).state = JobState.SUCCEEDED
+            end(session, run_id, {"code": "crashed", "detail": "It died."}, *([1.0] if run_id == first else []))
+        job = comparisons.note_end(session, second)
+        assert job is not None
+        table = {"rows": [{"position": 0, "score": 0.9}]}
+        picture, report = services.store.put(b"picture"), services.store.put(b"report")
+        assert comparisons.succeed_comparison(session, found["id"], table, picture, report)
+        job.state = JobState.SUCCEEDED
+    assert client.post(f"/api/v1/runs/{second}/retry").status_code == 202
+    shown = client.get(url).json()
+    assert (shown["state"], shown["rows"][0]["score"], shown["progress"]["stage"]) == ("running", 0.9, "training")
+    before = len(rung)
+    shown = client.post(f"{url}/cancel").json()
+    assert (shown["state"], shown["rows"][0]["score"], shown["progress"]["stage"]) == ("running", 0.9, "comparing")
+    assert len(rung) == before + 1 and client.get(f"{url}/picture").content == b"picture"
+
+
 def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
     client: TestClient, services: Services, dataset: str
 ) -> None:

@@ -243,3 +243,18 @@ def test_a_file_of_a_run_replaces_the_one_of_its_name(database: Database) -> Non
     with database.reading() as session:
         files = [(file.name, file.sha256, file.size_bytes) for file in runs.get_artifacts(session, run_id)]
         assert files == [("confusion.png", digest("picture"), 20), ("report.json", digest("second"), 30)]
+
+
+def test_what_was_computed_is_kept_from_the_first_attempt_and_its_longest_time(database: Database) -> None:
+    told = [
+        {"images": 9, "computed": 9, "cached": 0, "seconds": 2.0},
+        {"images": 9, "computed": 9, "cached": 0, "seconds": 5.0},
+        {"images": 9, "computed": 0, "cached": 9, "seconds": 0.5},
+    ]
+    with database.writing() as session:
+        run_id = new_run(session).id
+    for extraction in told:
+        with database.writing() as session:
+            runs.note_extraction(session, run_id, extraction)
+    with database.reading() as session:
+        assert runs.get_run(session, PRINCIPAL, run_id).extraction == told[1]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from artifacts.recipe import EarlyStopping
+from artifacts.recipe import ClassWeights, EarlyStopping, Recipe
 from training.describe import outcome, overfitting
 from training.epochs import Epoch
 from training.outcome import FoldResult
 
 FALLING = (0.9, 0.5, 0.3, 0.2)
-WATCHED = EarlyStopping()
+WATCHED, UNWATCHED = Recipe(), Recipe(early_stopping=None)
 
 
 def fold(
@@ -40,7 +40,7 @@ def test_training_loss_must_fall_meanwhile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folds", "early_stopping", "expected"),
+    ("folds", "recipe", "expected"),
     [
         (
             [fold((0.9, 0.6, 0.7, 0.8), 2), fold((0.9, 0.6, 0.5, 0.4), 4)],
@@ -54,27 +54,24 @@ def test_training_loss_must_fall_meanwhile() -> None:
         ),
         (
             [fold((0.9, 0.6, 0.7, 0.8), 4), fold((0.9, 0.6, 0.7, 0.8), 2)],
-            EarlyStopping(monitor="val_accuracy"),
+            Recipe(early_stopping=EarlyStopping(monitor="val_accuracy")),
             "in 2 of 2 folds, and 1 of them kept a later epoch, as `early_stopping` asks for; ",
         ),
         (
             [fold((0.9, 0.6, 0.7, 0.8), 4)],
-            None,
+            UNWATCHED,
             "in 1 of 1 folds, and 1 of them kept what was learned after that, since early stopping is off; ",
         ),
     ],
 )
-def test_when_it_began_and_what_became_of_the_rest(
-    folds: list[FoldResult], early_stopping: EarlyStopping | None, expected: str
-) -> None:
-    assert expected in overfitting(folds, early_stopping)
+def test_when_it_began_and_what_became_of_the_rest(folds: list[FoldResult], recipe: Recipe, expected: str) -> None:
+    assert expected in overfitting(folds, recipe)
 
 
 def test_losses_of_two_scales_have_no_gap_and_unwatched_folds_nothing() -> None:
-    weighed = fold((0.9, 0.6, 0.7, 0.8), 2)
-    del weighed.metrics["gap"]
-    assert overfitting([weighed], WATCHED).endswith("was dropped.")
-    assert overfitting([fold(None, 4)], None).startswith("Nothing watched the folds")
+    weighed = Recipe(class_weights=ClassWeights.AUTO)
+    assert overfitting([fold((0.9, 0.6, 0.7, 0.8), 2)], weighed).endswith("was dropped.")
+    assert overfitting([fold(None, 4)], UNWATCHED).startswith("Nothing watched the folds")
 
 
 def tuned(kept: str, head: float | None, network: float | None, stopped: str = "epochs") -> FoldResult:
@@ -87,7 +84,7 @@ def tuned(kept: str, head: float | None, network: float | None, stopped: str = "
     [
         (
             [tuned("network", 0.5, 0.4), tuned("head", 0.5, 0.6)],
-            "it validated better than the frozen network in 1 of 2 folds",
+            "it validated at least as well as the frozen network in 1 of 2 folds",
         ),
         (
             [tuned("network", None, None)] * 2,
@@ -95,8 +92,8 @@ def tuned(kept: str, head: float | None, network: float | None, stopped: str = "
         ),
         (
             [tuned("head", 0.5, None, "diverged"), tuned("network", 0.5, 0.4)],
-            "it validated better than the frozen network in 1 of 2 folds; in 1 of 2 folds its loss was no number any "
-            "more, and the frozen network was kept: lower `fine_tune.learning_rate`",
+            "it validated at least as well as the frozen network in 1 of 2 folds; in 1 of 2 folds its loss was no "
+            "number any more, and the frozen network was kept: lower `fine_tune.learning_rate`",
         ),
     ],
 )

@@ -69,7 +69,7 @@ def test_without_a_target_the_best_epoch_by_what_is_watched_is_kept() -> None:
 
 @pytest.mark.parametrize(
     ("size", "batch_size", "expected"),
-    [(32, 16, 256), (32, 512, 512), (224, 32, 32), (299, 16, 16), ((512, 2), 8, 256)],
+    [(32, 128, 256), (32, 16, 64), (32, 512, 512), (224, 32, 32), (224, 4, 16), (299, 16, 16), ((2048, 2), 64, 256)],
 )
 def test_no_more_is_answered_at_once_than_training_or_small_images_allow(
     size: Sides, batch_size: int, expected: int

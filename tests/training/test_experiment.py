@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sample
-from experiments import AUGMENTATION, QUICK, Bench, Heard
+from experiments import AUGMENTATION, QUICK, SPENT_S, Bench, Heard
 from exporting import Exports
 from safetensors.numpy import load as load_tensors
 
@@ -28,6 +29,7 @@ from inference.neighbours import nearest
 from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
 from training import begin, deliver, evaluate
+from training.arrays import load_pixels
 from training.epochs import Passage
 from training.fit import fit
 from training.split import make_folds
@@ -106,6 +108,8 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(bench: Bench) -> None:
     broken = bench.run_with_cuts(rows, cuts, **change)
     assert broken.metrics == unbroken.metrics
     assert broken.bundle == unbroken.bundle
+    parts = len({part for part, _, _ in cuts})
+    assert parts * SPENT_S < broken.training_s < (parts + 1) * SPENT_S, "seconds of all who learned"
 
 
 @pytest.mark.slow
@@ -282,6 +286,26 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
     assert np.mean(right) > 0.9
     assert heard.parts[0].done == sorted(heard.parts[0].done) and heard.parts[0].done[-1] == heard.folds[0].epochs
     assert "Fine-tuning: layers from `block3` on" in outcome.files["report.md"][0].decode()
+
+
+@pytest.mark.slow
+def test_where_activations_have_no_room_the_frozen_part_learns_along_and_the_seconds_of_all_count(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = bench.rows(sample.coloured(per_class=6))
+    roomy, _ = bench.run(rows, **TUNING, augmentation=None)
+
+    def load_slowly(*given: Any) -> Any:
+        time.sleep(2)
+        return load_pixels(*given)
+
+    monkeypatch.setattr(begin, "load_pixels", load_slowly)
+    bench.place = replace(bench.place, pixels_bytes=2 * len(rows) * 32 * 32 * 3)
+    outcome, heard = bench.run(rows, **TUNING, augmentation=None)
+    assert heard.extraction is not None and heard.extraction.seconds > 2 and outcome.training_s > 2
+    told = "were gone through in every epoch"
+    assert told in outcome.files["report.md"][0].decode() and told not in roomy.files["report.md"][0].decode()
+    assert outcome.metrics["loss"] == pytest.approx(roomy.metrics["loss"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -176,6 +176,13 @@ def test_few_images_are_mostly_trained_on_whatever_kinds_there_are(images: int, 
         assert len(one.validation) and len(one.train) >= 3 * len(one.validation)
 
 
+def test_both_of_two_classes_are_watched_though_groups_are_few() -> None:
+    groups = np.repeat(np.arange(10), 100)
+    strata = groups % 2
+    for one in fold(strata, groups, k=5):
+        assert set(strata[one.validation].tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_many_rare_labels_are_cut_where_they_can_be(seed: int) -> None:
     random = np.random.default_rng(seed)

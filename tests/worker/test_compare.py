@@ -29,7 +29,7 @@ from artifacts.store import Digest, Store
 from errors import Crashed
 from models import comparison as comparisons
 from models import job as jobs
-from models import registry
+from models import parts, registry
 from models import run as runs
 from models.comparison import Comparison, ComparisonState
 from models.job import Job, JobKind, JobState
@@ -38,6 +38,7 @@ from models.run import RunState
 from models.session import Database
 from worker.compare import OUT_OF_FOLD, Compare
 from worker.train import Train
+from worker.work import Complete
 
 ERROR = Crashed("It died.")
 OUTCOME: dict[str, Any] = {
@@ -239,6 +240,52 @@ def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, sa
     assert (found.state, found.table) == (ComparisonState.CANCELLED, None)
     assert not case.store.has(message["picture"]) and not case.store.has(message["report"])
     assert case.owed() == []
+
+
+def lose(database: Database, complete: Complete) -> None:
+    """Make a change whose commit fails."""
+    with database.writing() as session:
+        complete(session)
+        raise ConnectionError
+
+
+def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(case: Case, say: Say) -> None:
+    table = {"rows": [{"position": 0}, {"position": 2}], "verdict": "equal"}
+    told = [
+        {"type": "outcome", "table": table, "picture": case.store.put(name), "report": case.store.put(name + b".md")}
+        for name in (b"first", b"second")
+    ]
+    for number, message in enumerate(told):
+        say(message)
+        with claimed_work(case.database) as work:
+            complete = Compare(case.store, 1).run(work)
+            with pytest.raises(ConnectionError):
+                lose(case.database, complete)
+            shown = case.comparison()
+            assert shown.picture_sha256 == (told[0]["picture"] if number else None)
+            assert all(case.store.has(one[file]) for one in told for file in ("picture", "report"))
+            with case.database.writing() as session:
+                complete(session)
+                jobs.finish(session, work.lease, JobState.SUCCEEDED)
+        assert case.comparison().picture_sha256 == message["picture"]
+        with case.database.writing() as session:
+            comparison = session.get_one(Comparison, case.comparison_id)
+            comparison.state = ComparisonState.RUNNING
+            assert number or comparisons.note_end(session, case.run_ids[0]) is not None
+    assert [case.store.has(one[file]) for one in told for file in ("picture", "report")] == [False, False, True, True]
+
+
+def test_a_table_that_fails_while_a_run_is_tried_again_leaves_the_comparison_open(case: Case) -> None:
+    with case.database.writing() as session:
+        parts.retry(session, runs.get_run(session, PRINCIPAL, case.run_ids[1]))
+        comparisons.note_retry(session, case.run_ids[1])
+    with case.database.writing() as session:
+        Compare(case.store, 1).failed(session, records.job_of(session, case.comparison_id), ERROR)
+        jobs.request_cancel(session, case.comparison_id, JobKind.COMPARE)
+    assert case.comparison().state is ComparisonState.RUNNING
+    with case.database.writing() as session:
+        runs.fail_run(session, case.run_ids[1], ERROR.record())
+        assert comparisons.note_end(session, case.run_ids[1]) is not None
 
 
 def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, say: Say) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -292,7 +292,7 @@ class _Keeper:
         self._share = share
         self._mark = checkpoint.mark({**marked, "part": number})
         self._lock = threading.Lock()
-        self._taken_at = self._written_at = time.monotonic()
+        self._began_at = self._taken_at = self._written_at = time.monotonic()
         self._pending: Checkpoint | None = None
         self._pause_s = _WRITE_EVERY_S
         self.found = self._find(found)
@@ -302,8 +302,10 @@ class _Keeper:
         now = time.monotonic()
         if now - self._taken_at < _TAKE_EVERY_S * (self._share < 1):
             return
+        spent_s = self.found.seconds if self.found else 0.0
+        spent_s += (now - self._began_at) / max(1, self._abreast())
         with self._lock:
-            self._pending = take()
+            self._pending = replace(take(), seconds=spent_s)
         self._taken_at = time.monotonic()
         if now - self._written_at >= self._pause_s * (self._share < 1):
             self._write()
