@@ -55,6 +55,7 @@ bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their
 	python -m benchmarks.folds
 	python -m benchmarks.heads
 	python -m benchmarks.tuning
+	python -m benchmarks.freed_memory
 
 # LitServe and BentoML run in an environment of their own, with what they bring along.
 PEERS := .cache/peers

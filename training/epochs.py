@@ -18,6 +18,7 @@ from artifacts.bundle import Float32
 from artifacts.layers import Sides, sides
 from artifacts.recipe import EarlyStopping, Target
 from errors import TrainingDiverged
+from training import memory
 from training.split import Indices
 from training.targets import Truth
 
@@ -133,7 +134,7 @@ def train(
         if stopping is not None and since.watched is not None:
             stopping.go_on_from(since.watched)
     batches.begin(len(history))
-    callbacks: list[Any] = [Watch(history, len(batches), passage, rate)]
+    callbacks: list[Any] = [Watch(history, len(batches), passage, rate), _Memory()]
     if stopping is not None:
         callbacks += stopping.callbacks
     callbacks.append(_Offering(history, epochs, stopping, passage.offer))  # last: it must see what the others decided
@@ -309,6 +310,17 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
             raise TrainingDiverged(f"The loss is no longer a number after epoch {epoch + 1}. Lower {self._rate}.")
         self._history.append(metrics)
         self._passage.on_epoch(epoch + 1, metrics)
+
+
+class _Memory(keras.callbacks.Callback):  # type: ignore[misc]
+    """Has the process keep freed memory once the first batch was read."""
+
+    is_kept = False
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if not self.is_kept:
+            memory.keep_freed()
+            self.is_kept = True
 
 
 class _Offering(keras.callbacks.Callback):  # type: ignore[misc]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import platform
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -21,6 +18,7 @@ from artifacts.images import Pixels
 from artifacts.recipe import Precision
 from errors import EspalierError
 from inference.engine import TOLERANCE, OpenVinoEngine
+from training import memory
 
 # Part of a backbone's key: a change in how networks are exported makes new backbones and leaves the old ones in use.
 EXPORT_VERSION = 1
@@ -91,5 +89,4 @@ def _collecting(every: int = 200) -> Iterator[None]:
         gc.set_threshold(*usual)
         gc.collect()  # what the exporter left; before all the rest can be looked through again, which takes seconds
         gc.unfreeze()
-        if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)  # else the process keeps what it has freed
+        memory.give_back_freed()

@@ -18,6 +18,7 @@ from artifacts.recipe import (
 )
 from errors import TrainingDiverged
 from inference import heads
+from training import memory
 from training.epochs import Passage, Rows
 from training.fit import Fit, Scaler, class_weights, fit
 from training.split import Indices
@@ -170,6 +171,14 @@ def test_patience_ends_a_fit_and_the_best_weights_are_kept() -> None:
     probabilities = heads.probabilities(Task.MULTICLASS, heads.logits(result.layers, features[rows]))
     loss = -np.log(probabilities[np.arange(rows.sum()), truth[rows]]).mean()
     assert loss == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_freed_memory_is_kept_once_the_first_batch_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(memory, "keep_freed", lambda: told.append("kept"))
+    passage = Passage(lambda number, metrics: told.append("epoch"), lambda epochs: told.append("batch"))
+    fitted(quick(), *clouds(), epochs=2, passage=passage)
+    assert told.count("kept") == 1 and told.index("kept") == told.index("batch") + 1 < told.index("epoch")
 
 
 def test_a_target_that_is_reached_ends_a_fit() -> None:
