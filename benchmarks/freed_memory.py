@@ -1,8 +1,8 @@
 """What it costs that TensorFlow has glibc give freed memory back at once: fine-tuning with and without our cure.
 
 TensorFlow sets glibc's M_TRIM_THRESHOLD to 128 KiB when it first reads from a generator, as Keras does for a
-`PyDataset`; `training.memory.keep_freed` undoes it after the first batch. In pairs, in one process: VGG16 from block3
-at 32 px, batch 16, on maps computed once. Each side's first epoch, in which Keras traces, does not count.
+`PyDataset`; `training.memory.keep_freed` undoes it after the first batch. In pairs, each side in a fresh process: VGG16
+from block3 at 32 px, batch 16, on maps computed once. The first epoch, in which Keras traces, does not count.
 
 Run as `python -m benchmarks.freed_memory [--images 160] [--pairs 3] [--epochs 3]`.
 """
@@ -10,31 +10,66 @@ Run as `python -m benchmarks.freed_memory [--images 160] [--pairs 3] [--epochs 3
 from __future__ import annotations
 
 import argparse
-import ctypes
+import multiprocessing
 import resource
 import time
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from artifacts.catalogue import BackboneName
-from artifacts.recipe import Task
 from benchmarks.figures import processor, report, spread, table
-from benchmarks.networks import NONE, fine_tuning, first_head
-from training import backbones, finetune, memory
-from training.epochs import Passage
-from training.finetune import Material
 
 SIZE, BATCH = 32, 16
-# Of malloc.h, and what TensorFlow sets; glibc's other threshold stays where it was once one of them is set.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, TENSORFLOWS = -1, -3, 128 * 1024
 
 
-def give_back_at_once() -> None:
-    """Set what TensorFlow sets."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, TENSORFLOWS)
-    libc.mallopt(M_TRIM_THRESHOLD, TENSORFLOWS)
+@dataclass(frozen=True)
+class Side:
+    """What an epoch took: seconds, and pages from the system. `greatest_bytes` is the most that the process had."""
+
+    seconds: float
+    pages: float
+    greatest_bytes: int
+
+
+def side(is_kept: bool, images: int, epochs: int) -> Side:
+    """Measure with or without the cure."""
+    from artifacts.catalogue import BackboneName
+    from artifacts.recipe import Task
+    from benchmarks.networks import NONE, fine_tuning, first_head
+    from training import backbones, finetune, memory
+    from training.epochs import Passage
+    from training.finetune import Material
+
+    if not is_kept:
+        memory.keep_freed = lambda: None
+    recipe = fine_tuning(BackboneName.VGG16, "block3", SIZE, BATCH, 1 + epochs)
+    weights = backbones.random_weights(BackboneName.VGG16)
+    pixels = np.random.default_rng(0).integers(0, 256, (images, SIZE, SIZE, 3), dtype=np.uint8)
+    rows = np.arange(images)
+    whole, cut = (backbones.backbone(BackboneName.VGG16, name, SIZE, weights) for name in ("block5", "block2"))
+    head = first_head(recipe, whole.predict(pixels, verbose=0)["features"], rows % 10)
+    material = Material(cut.predict(pixels, verbose=0)["maps"], are_maps=True)
+    seen: list[tuple[float, int]] = []
+
+    def look(number: int, metrics: dict[str, float]) -> None:
+        seen.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
+
+    finetune.tune(
+        recipe,
+        Task.MULTICLASS,
+        weights,
+        material,
+        head,
+        rows % 10,
+        rows,
+        NONE,
+        epochs=1 + epochs,
+        seed=0,
+        passage=Passage(look),
+    )
+    (began, pages_before), (ended, pages) = seen[0], seen[-1]
+    greatest_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Side((ended - began) / epochs, (pages - pages_before) / epochs, greatest_bytes)
 
 
 def main() -> None:
@@ -44,42 +79,22 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3, help="epochs that are timed, after the first")
     wanted = parser.parse_args()
-    recipe = fine_tuning(BackboneName.VGG16, "block3", SIZE, BATCH, 1 + wanted.epochs)
-    weights = backbones.random_weights(BackboneName.VGG16)
-    pixels = np.random.default_rng(0).integers(0, 256, (wanted.images, SIZE, SIZE, 3), dtype=np.uint8)
-    rows = np.arange(wanted.images)
-    truth = rows % 10
-    whole, cut = (backbones.backbone(BackboneName.VGG16, name, SIZE, weights) for name in ("block5", "block2"))
-    head = first_head(recipe, whole.predict(pixels, verbose=0)["features"], truth)
-    material = Material(cut.predict(pixels, verbose=0)["maps"], are_maps=True)
-    keep_freed = memory.keep_freed
-
-    def epochs(cure: Any) -> tuple[float, float]:
-        """Return the seconds of an epoch and the pages that it took from the system."""
-        memory.keep_freed = cure
-        seen: list[tuple[float, int]] = []
-
-        def look(number: int, metrics: dict[str, float]) -> None:
-            seen.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
-
-        options = {"epochs": 1 + wanted.epochs, "seed": 0, "passage": Passage(look)}
-        finetune.tune(recipe, Task.MULTICLASS, weights, material, head, truth, rows, NONE, **options)
-        (began, faults_before), (ended, faults) = seen[0], seen[-1]
-        return (ended - began) / wanted.epochs, (faults - faults_before) / wanted.epochs
-
-    pairs = [(epochs(give_back_at_once), epochs(keep_freed)) for _ in range(wanted.pairs)]
-    ratios = spread([without[0] / cured[0] for without, cured in pairs])
-    faults = [float(np.median([pair[side][1] for pair in pairs])) for side in (0, 1)]
-    figures = {
-        "images": wanted.images,
-        "batch": BATCH,
-        "seconds_epoch_without": spread([without[0] for without, _ in pairs]),
-        "seconds_epoch": spread([cured[0] for _, cured in pairs]),
-        "ratio": ratios,
-        "pages_epoch_without": faults[0],
-        "pages_epoch": faults[1],
-    }
-    report("freed_memory", figures)
+    sides: dict[bool, list[Side]] = {False: [], True: []}
+    for number in range(wanted.pairs):
+        for is_kept in (False, True) if number % 2 == 0 else (True, False):
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                sides[is_kept].append(fresh.apply(side, (is_kept, wanted.images, wanted.epochs)))
+    ratios = spread([without.seconds / kept.seconds for without, kept in zip(sides[False], sides[True], strict=True)])
+    report(
+        "freed_memory",
+        {
+            "images": wanted.images,
+            "batch": BATCH,
+            "without": [asdict(one) for one in sides[False]],
+            "with": [asdict(one) for one in sides[True]],
+            "ratio": ratios,
+        },
+    )
     what = f"{ratios['median']:.2f} ({ratios['min']:.2f} to {ratios['max']:.2f} in {wanted.pairs} pairs)"
     table([("an epoch of fine-tuning without keeping freed memory against with it", what, "-")], processor())
 

@@ -183,20 +183,27 @@ def succeed_comparison(
     return True
 
 
-def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any]) -> None:
+def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any], since: datetime) -> None:
     """Close a comparison with what went wrong with its table; one that is closed stays as it is.
 
-    One whose run is tried again just now stays open: that run's end makes another table due. A table that it has from
-    before stays.
+    One whose run was tried again stays open: that run's end makes another table due, or has come after the table was
+    begun (`since`), and another is made now. A table that it has from before stays.
     """
     comparison = _locked(session, comparison_id)
-    if all(run.state.is_final for run in get_runs(session, comparison_id)):
-        _close(comparison, ComparisonState.FAILED, error)
+    made = get_runs(session, comparison_id)
+    if comparison.state.is_final or not all(run.state.is_final for run in made):
+        return
+    if any(run.state is RunState.SUCCEEDED and run.finished_at and run.finished_at > since for run in made):
+        _owe_table(session, comparison)
+        return
+    _end(comparison, ComparisonState.FAILED, error)
 
 
 def cancel_comparison(session: Session, comparison_id: str) -> None:
     """Close a comparison because somebody asked for it; one that is closed stays as it is."""
-    _close(_locked(session, comparison_id), ComparisonState.CANCELLED)
+    comparison = _locked(session, comparison_id)
+    if not comparison.state.is_final:
+        _end(comparison, ComparisonState.CANCELLED)
 
 
 def request_cancel(session: Session, comparison_id: str) -> Job | None:
@@ -233,11 +240,6 @@ def _see_end(session: Session, comparison: Comparison) -> Job | None:
     else:
         _end(comparison, ComparisonState.CANCELLED)
     return None
-
-
-def _close(comparison: Comparison, state: ComparisonState, error: dict[str, Any] | None = None) -> None:
-    if not comparison.state.is_final:
-        _end(comparison, state, error)
 
 
 def _owe_table(session: Session, comparison: Comparison) -> Job:

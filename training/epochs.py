@@ -149,6 +149,7 @@ def train(
         verbose=0,
         **options,
     )
+    memory.give_back_freed()
     return Trained(
         history=history,
         best_epoch=stopping.best_epoch if stopping else len(history),

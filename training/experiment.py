@@ -26,6 +26,9 @@ from training.outcome import FoldOutcome, FoldResult
 from training.prepare import Place, Registry
 from training.split import Fold, Indices
 
+# Images that show whether what is served answers with numbers.
+_LOOKED_AT = 16
+
 
 class Reporter(Told, Protocol):
     """Who is told how far the experiment is, and keeps what it can go on from."""
@@ -153,6 +156,7 @@ class Experiment:
         everything = np.union1d(trained_on, data.watched)
         lesson = Lesson(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
         final = course.learner.learn(lesson, part, part)
+        finite(final.logits(everything[:_LOOKED_AT]))  # nothing has watched the last step
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
         results = [self._as_served(outcome, served.precision) for outcome in outcomes]

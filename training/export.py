@@ -80,6 +80,7 @@ def _collecting(every: int = 200) -> Iterator[None]:
     By number and not by time: a busy machine takes no more memory than an idle one (2.9 GB both; by time up to 5).
     """
     gc.freeze()  # what is here already is not looked through each time, which would take longer than the export
+    memory.give_back_freed()
     gc.collect()  # nothing is old now: Python looks through the old only when the new comes to a quarter of it
     usual = gc.get_threshold()
     gc.set_threshold(every, 1, 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# What is freed is kept up to so many bytes; larger pieces than the latter, glibc's greatest, are given back each time.
+# So much freed memory stays at the end of a heap; pieces larger than the latter, glibc's greatest, go back at once.
 _KEPT_BYTES, _PIECE_BYTES = 512 * 2**20, 32 * 2**20
 
 

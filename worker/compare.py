@@ -57,7 +57,7 @@ class Compare(Handler):
         return lambda session: self._complete(session, work.subject_id, done)
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
-        comparisons.fail_comparison(session, job.subject_id, error.record())
+        comparisons.fail_comparison(session, job.subject_id, error.record(), since=job.started_at or job.created_at)
 
     def cancelled(self, session: Session, job: Job) -> None:
         comparisons.cancel_comparison(session, job.subject_id)

@@ -16,6 +16,7 @@ from models import comparison as comparisons
 from models import job as jobs
 from models import parts
 from models import run as runs
+from models.base import now
 from models.comparison import Comparison, ComparisonState
 from models.job import Job, JobKind, JobState, Queue
 from models.project import Principal
@@ -189,7 +190,7 @@ def test_a_table_closes_a_comparison_once(database: Database) -> None:
         assert comparisons.succeed_comparison(session, comparison_id, table, digest("picture"), digest("report"))
     with database.writing() as session:
         assert not comparisons.succeed_comparison(session, comparison_id, {}, digest("other"), digest("other"))
-        comparisons.fail_comparison(session, comparison_id, {})
+        comparisons.fail_comparison(session, comparison_id, {}, since=now())
         comparisons.cancel_comparison(session, comparison_id)
         comparisons.request_cancel(session, comparison_id)
     found = look(database, comparison_id)

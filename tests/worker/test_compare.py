@@ -288,6 +288,22 @@ def test_a_table_that_fails_while_a_run_is_tried_again_leaves_the_comparison_ope
         assert comparisons.note_end(session, case.run_ids[1]) is not None
 
 
+def test_a_table_that_fails_is_made_anew_if_a_run_has_succeeded_meanwhile(case: Case) -> None:
+    with claimed_work(case.database) as work:
+        with case.database.writing() as session:
+            parts.retry(session, runs.get_run(session, PRINCIPAL, case.run_ids[1]))
+            comparisons.note_retry(session, case.run_ids[1])
+            add_run(case, session, case.run_ids[1], wrong=2)
+        with case.database.writing() as session:
+            Compare(case.store, 1).failed(session, work.job, ERROR)
+            jobs.finish(session, work.lease, JobState.FAILED)
+    assert case.comparison().state is ComparisonState.RUNNING
+    with claimed_work(case.database) as work, case.database.writing() as session:
+        Compare(case.store, 1).failed(session, work.job, ERROR)
+        jobs.finish(session, work.lease, JobState.FAILED)
+    assert case.comparison().state is ComparisonState.FAILED
+
+
 def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, say: Say) -> None:
     say({"type": "error", "error": ERROR.record()})
     with case.database.writing() as session:

@@ -122,16 +122,21 @@ def test_after_a_checkpoint_that_did_not_fit_the_disk_is_left_alone_for_a_while(
     assert tried == [1] and kept._pause_s == train._DISK_PAUSE_S
 
 
-def test_the_seconds_of_all_attempts_add_up(tmp_path: Path) -> None:
+def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_learn(tmp_path: Path) -> None:
     store, said = Store(tmp_path / "store"), Said()
     kept: list[str] = []
-    for spent_s, expected_s in ((100.0, 100.0), (50.0, 150.0)):
-        attempt = keeper(store, said, kept[-1:])
-        attempt._began_at -= spent_s
+    for abreast, spent_s, expected_s in ((1, 100.0, 100.0), (2, 60.0, 130.0), (1, 10.0, 140.0)):
+        attempt = _Keeper(said, store, MARKED, 0, kept[-1:], share=1.0, abreast=lambda count=abreast: count)
+        attempt._counted_at -= spent_s
         offered(attempt, 1)
         kept = [told["sha256"] for told in said.checkpoints()]
         found = keeper(store, said, kept[-1:]).found
         assert found is not None and found.seconds == pytest.approx(expected_s, abs=5)
+    attempt._abreast = lambda: 3
+    attempt._counted_at -= 90.0
+    offered(attempt, 2)
+    found = keeper(store, said, [said.checkpoints()[-1]["sha256"]]).found
+    assert found is not None and found.seconds == pytest.approx(170, abs=5)
 
 
 def test_a_harmed_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:

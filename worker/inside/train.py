@@ -292,20 +292,22 @@ class _Keeper:
         self._share = share
         self._mark = checkpoint.mark({**marked, "part": number})
         self._lock = threading.Lock()
-        self._began_at = self._taken_at = self._written_at = time.monotonic()
+        self._counted_at = self._taken_at = self._written_at = time.monotonic()
         self._pending: Checkpoint | None = None
         self._pause_s = _WRITE_EVERY_S
         self.found = self._find(found)
+        self._spent_s = self.found.seconds if self.found else 0.0
 
     def offer(self, take: Callable[[], Checkpoint]) -> None:
         """Take the state of an epoch, and write it if it is time."""
         now = time.monotonic()
+        # Each moment is divided among those that learn just now.
+        self._spent_s += (now - self._counted_at) / max(1, self._abreast())
+        self._counted_at = now
         if now - self._taken_at < _TAKE_EVERY_S * (self._share < 1):
             return
-        spent_s = self.found.seconds if self.found else 0.0
-        spent_s += (now - self._began_at) / max(1, self._abreast())
         with self._lock:
-            self._pending = replace(take(), seconds=spent_s)
+            self._pending = replace(take(), seconds=self._spent_s)
         self._taken_at = time.monotonic()
         if now - self._written_at >= self._pause_s * (self._share < 1):
             self._write()
