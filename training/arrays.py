@@ -87,7 +87,8 @@ def load_maps(
     Raises:
         DiskFull: the file does not fit.
     """
-    shape, size_bytes = _maps_shape(pixels, engine), maps_bytes(pixels, engine)
+    shape = _maps_shape(pixels, engine)
+    size_bytes = _maps_bytes(shape)
     key = ("maps", space.name, *digests)
     folder.mkdir(parents=True, exist_ok=True)
     left_bytes = size_bytes if _file(key, folder).exists() else shutil.disk_usage(folder).free // 2
@@ -99,7 +100,11 @@ def load_maps(
 
 def maps_bytes(pixels: Pixels, engine: OpenVinoEngine) -> int:
     """Return how many bytes the maps of images uint8 [N, H, W, 3] take."""
-    return math.prod(_maps_shape(pixels, engine)) * np.dtype(np.float32).itemsize
+    return _maps_bytes(_maps_shape(pixels, engine))
+
+
+def _maps_bytes(shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(np.float32).itemsize
 
 
 def _maps_shape(pixels: Pixels, engine: OpenVinoEngine) -> tuple[int, ...]:

@@ -21,13 +21,10 @@ from training.deliver import Served
 from training.epochs import finite
 from training.extract import Extraction
 from training.fit import Scaler
-from training.learn import Frozen, Learned, Learner, Lesson, Listener, final_plan
+from training.learn import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, final_plan
 from training.outcome import FoldOutcome, FoldResult
 from training.prepare import Place, Registry
 from training.split import Fold, Indices
-
-# Images that show whether what is served answers with numbers.
-_LOOKED_AT = 16
 
 
 class Reporter(Told, Protocol):
@@ -156,7 +153,7 @@ class Experiment:
         everything = np.union1d(trained_on, data.watched)
         lesson = Lesson(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
         final = course.learner.learn(lesson, part, part)
-        finite(final.logits(everything[:_LOOKED_AT]))  # nothing has watched the last step
+        finite(final.logits(everything[:LOOKED_AT]))  # nothing has watched the last step
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
         results = [self._as_served(outcome, served.precision) for outcome in outcomes]

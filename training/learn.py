@@ -30,8 +30,8 @@ from training.targets import Truth
 HEAD, NETWORK = "head", "network"
 # How a phase ended whose loss was no number any more; for other ends see `training.epochs.Trained`.
 DIVERGED = "diverged"
-# Images that show whether a network without validation images still answers with numbers.
-_LOOKED_AT = 16
+# Images that show whether what nothing watched in its last step still answers with numbers.
+LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ class Tuning:
                 passage=Passage(hear, lambda epochs: listener.batch(trained + epochs), offer, since),
             )
             if not len(lesson.validation):  # no loss is told after the last step
-                finite(tuned.logits(lesson.train[:_LOOKED_AT]), RATE)
+                finite(tuned.logits(lesson.train[:LOOKED_AT]), RATE)
         except TrainingDiverged:
             if lesson.is_final:  # what the folds measured was a network that learned
                 raise
