@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from errors import NotReady, RecipeInvalid
 from models import comparison as comparisons
 from models import dataset as datasets
 from models import registry
+from models.base import now
 from models.comparison import Comparison
 from models.dataset import DatasetVersion
 from models.project import scope
@@ -204,12 +206,24 @@ def _progress(comparison: Comparison, made: Sequence[Run]) -> ComparisonProgress
 
 
 def _eta_s(stage: str, made: Sequence[Run], running: Sequence[Run]) -> float | None:
-    """Return the seconds that are left: those of the running runs, and for each that waits as long as others took."""
+    """Return the seconds that are left, None if unknown: those of the running runs, and of each that waits.
+
+    One that waits takes as long as others of its mode that ended, or that run now and foretell their end.
+    """
     if stage not in ("training", "queued"):
         return None
-    took = [(run.finished_at - run.started_at).total_seconds() for run in made if run.finished_at and run.started_at]
-    waiting = sum(run.state is RunState.QUEUED for run in made)
     left = [run.progress["eta_s"] for run in running]
-    if None in left or (waiting and not took):
+    if None in left:
         return None
-    return float(sum(left) + (waiting * statistics.fmean(took) if waiting else 0))
+    takes: defaultdict[str, list[float]] = defaultdict(list)
+    for run in made:
+        if run.started_at and run.finished_at:
+            takes[run.recipe["mode"]].append((run.finished_at - run.started_at).total_seconds())
+    ended = set(takes)
+    for run in running:
+        if run.started_at and run.recipe["mode"] not in ended:
+            takes[run.recipe["mode"]].append((now() - run.started_at).total_seconds() + run.progress["eta_s"])
+    waiting = [run.recipe["mode"] for run in made if run.state is RunState.QUEUED]
+    if any(mode not in takes for mode in waiting):
+        return None
+    return float(sum(left) + sum(statistics.fmean(takes[mode]) for mode in waiting))

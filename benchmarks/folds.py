@@ -29,6 +29,7 @@ from training.begin import Order
 from training.checkpoint import NoKeeper
 from training.epochs import Epoch
 from training.extract import Extraction
+from training.learn import Plan
 from training.outcome import FoldOutcome
 from training.prepare import BackboneKey, Place
 from training.split import make_folds
@@ -78,7 +79,7 @@ class Silent:
     def extracted(self, extraction: Extraction) -> None:
         self.extraction_s = extraction.seconds
 
-    def part(self, number: int | None, epochs: int) -> SilentPart:
+    def part(self, number: int | None, plan: Plan) -> SilentPart:
         return SilentPart()
 
     def fold(self, outcome: FoldOutcome) -> None: ...
@@ -92,6 +93,8 @@ class SilentPart(NoKeeper):
     def epoch(self, number: int, metrics: Epoch) -> None: ...
 
     def batch(self, epochs: float) -> None: ...
+
+    def unfrozen(self, epochs: int) -> None: ...
 
 
 def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:

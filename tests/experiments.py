@@ -23,6 +23,7 @@ from training.checkpoint import Checkpoint
 from training.epochs import Epoch
 from training.experiment import Outcome
 from training.extract import Extraction
+from training.learn import Plan
 from training.outcome import FoldOutcome, FoldResult
 from training.prepare import BackboneKey, Place
 
@@ -98,6 +99,7 @@ class Kept:
         self.found = found
         self.epochs: list[int] = []
         self.done: list[float] = []
+        self.unfrozen_after: int | None = None
         self._is_cut = is_cut
 
     def epoch(self, number: int, metrics: Epoch) -> None:
@@ -105,6 +107,9 @@ class Kept:
 
     def batch(self, epochs: float) -> None:
         self.done.append(epochs)
+
+    def unfrozen(self, epochs: int) -> None:
+        self.unfrozen_after = epochs
 
     def offer(self, take: Callable[[], Checkpoint]) -> None:
         checkpoint = take()
@@ -134,7 +139,7 @@ class Heard:
     def extracted(self, extraction: Extraction) -> None:
         self.extraction = extraction
 
-    def part(self, number: int | None, epochs: int) -> Kept:
+    def part(self, number: int | None, plan: Plan) -> Kept:
         self.parts[number] = Kept(number, self.since.get(number), self.is_cut)
         return self.parts[number]
 

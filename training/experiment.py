@@ -21,7 +21,7 @@ from training.deliver import Served
 from training.epochs import finite
 from training.extract import Extraction
 from training.fit import Scaler
-from training.learn import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, final_plan
+from training.learn import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, Plan, final_plan
 from training.outcome import FoldOutcome, FoldResult
 from training.prepare import Place, Registry
 from training.split import Fold, Indices
@@ -30,8 +30,8 @@ from training.split import Fold, Indices
 class Reporter(Told, Protocol):
     """Who is told how far the experiment is, and keeps what it can go on from."""
 
-    def part(self, number: int | None, epochs: int) -> Part:
-        """Begin a fold, or the final fit (None), of `epochs` epochs at most; return who hears of it and keeps it."""
+    def part(self, number: int | None, plan: Plan) -> Part:
+        """Begin a fold, or the final fit (None), of so many epochs at most; return who hears of it and keeps it."""
         ...
 
     def fold(self, outcome: FoldOutcome) -> None:
@@ -84,7 +84,7 @@ class Experiment:
     def learn_fold(self, number: int) -> FoldOutcome:
         """Learn without a fold's test images, then measure on them."""
         self._report.stage("folds")
-        part = self._report.part(number, self._course.learner.plan.epochs)
+        part = self._report.part(number, self._course.learner.plan)
         started = time.perf_counter() - _spent_s(part)
         learned = self._course.learner.learn(self._lesson(number, self._course.learner), part, part)
         return self._end_fold(number, learned, part, started)
@@ -98,7 +98,7 @@ class Experiment:
         if not isinstance(learner, Frozen) or not learner.learns_abreast:
             return [self.learn_fold(number) for number in numbers]
         self._report.stage("folds")
-        parts = [self._report.part(number, learner.plan.epochs) for number in numbers]
+        parts = [self._report.part(number, learner.plan) for number in numbers]
         lessons = [(self._lesson(number, learner), part, part) for number, part in zip(numbers, parts, strict=True)]
         found: dict[int, FoldOutcome] = {}
         share_s, since = 0.0, time.perf_counter()
@@ -147,7 +147,7 @@ class Experiment:
         started = time.perf_counter()
         self._report.stage("final")
         plan = final_plan([outcome.phases for outcome in outcomes], [outcome.kept for outcome in outcomes])
-        part = self._report.part(None, plan.epochs)
+        part = self._report.part(None, plan)
         started -= _spent_s(part)
         nothing = np.array([], dtype=np.intp)
         everything = np.union1d(trained_on, data.watched)

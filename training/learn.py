@@ -122,6 +122,10 @@ class Listener(Protocol):
         """Hear how many epochs are done, the present one in part."""
         ...
 
+    def unfrozen(self, epochs: int) -> None:
+        """Hear that after so many epochs of the head the network learns along: each takes far longer from now on."""
+        ...
+
 
 class Learner(Protocol):
     """Something that learns from rows."""
@@ -301,6 +305,7 @@ class Tuning:
             heard[number - 1 :] = [epoch]
             listener.epoch(trained + number, epoch)
 
+        listener.unfrozen(trained)
         gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
         try:
             tuned = tune(

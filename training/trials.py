@@ -34,3 +34,6 @@ class Trial:
 
     def epoch(self, number: int, metrics: Epoch) -> None:
         """Hear of a finished epoch."""
+
+    def unfrozen(self, epochs: int) -> None:
+        """Hear that the network learns along."""

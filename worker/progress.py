@@ -74,6 +74,8 @@ def whole(mode: Mode, folds: int, ended_s: Sequence[float], said: Sequence[Said]
         shown = min(parts, key=lambda one: one.get("fold") or 0)
         share = (len(ended_s) + sum(one["share"] for one in parts)) / folds
         eta_s = _eta_of_folds_s(folds - len(ended_s) - sum(map(_folds_of, parts)), ended_s, parts)
+    elif stage == "final" and eta_s is None and ended_s:
+        eta_s = _rest_s(shown, statistics.fmean(ended_s))
     start, end = starts[stage], starts[names[names.index(stage) + 1]]
     fold = shown.get("fold")
     return {
@@ -92,14 +94,19 @@ def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[Said
 
     Until a fold has ended, as if none stopped early.
     """
-    known = [one for one in parts if one.get("eta_s") is not None]
-    if not known:
+    foretold = [one for one in parts if one.get("eta_s") is not None]
+    typical = ended_s or [(one["spent_s"] + one["eta_s"]) / _folds_of(one) for one in foretold]
+    if not typical:
         return None
-    typical_s = statistics.fmean(ended_s or [one["spent_s"] / max(one["share"], 1e-9) for one in known])
-    left_s = [
-        max(0.0, typical_s - one["spent_s"]) if ended_s and _folds_of(one) == 1 else one["eta_s"] for one in known
-    ]
-    return float(max(left_s) + math.ceil(max(0, waiting) / len(parts)) * typical_s + typical_s)
+    typical_s = statistics.fmean(typical)
+    left_s = [_rest_s(one, typical_s) for one in parts if ended_s and _folds_of(one) == 1]
+    left_s += [one["eta_s"] for one in foretold if not ended_s or _folds_of(one) > 1]
+    return float(max(left_s, default=0.0) + math.ceil(max(0, waiting) / len(parts)) * typical_s + typical_s)
+
+
+def _rest_s(said: Said, typical_s: float) -> float:
+    """Return what is left of a part that should take as long as those that have ended."""
+    return max(0.0, typical_s - float(said.get("spent_s", 0.0)))
 
 
 def _folds_of(said: Said) -> int:

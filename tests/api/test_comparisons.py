@@ -12,6 +12,7 @@ from api.deps import Services
 from artifacts.recipe import Task
 from models import comparison as comparisons
 from models import run as runs
+from models.base import now
 from models.comparison import Comparison
 from models.dataset import DatasetVersion
 from models.job import JobState
@@ -167,9 +168,11 @@ def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
     with services.database.writing() as session:
         runs.start_run(session, first)
         comparisons.note_start(session, first)
-        runs.set_progress(session, first, runs.progress("folds", 0.5, eta_s=3.0))
     shown = client.get(url).json()
-    assert (shown["state"], shown["progress"]["eta_s"]) == ("running", None), "nobody knows how long the others take"
+    assert (shown["state"], shown["progress"]["eta_s"]) == ("running", None), "nobody knows how long it takes"
+    with services.database.writing() as session:
+        runs.set_progress(session, first, runs.progress("folds", 0.5, eta_s=1000.0))
+    assert 4000 <= client.get(url).json()["progress"]["eta_s"] < 4100, "the others will take as long"
     with services.database.writing() as session:
         runs.note_extraction(session, first, {"seconds": 1.5})
         run = runs.succeed_run(session, first, {}, 1.0)
@@ -182,6 +185,27 @@ def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
     assert progress["eta_s"] == pytest.approx(3 + 2 * took)
     row = client.get(url).json()["rows"][0]
     assert (row["training_s"], row["extraction_s"]) == (1.0, 1.5)
+
+
+def test_a_run_that_waits_is_foretold_by_those_of_its_own_mode_alone(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    tuning = {"mode": "fine-tuning", "unfreeze": "block5"}
+    found = start(client, dataset, [{}, tuning, {**tuning, "unfreeze": "block4"}]).json()
+    url = f"/api/v1/comparisons/{found['id']}"
+    first, second, _ = (row["run"] for row in found["rows"])
+    with services.database.writing() as session:
+        runs.start_run(session, first)
+        comparisons.note_start(session, first)
+        runs.succeed_run(session, first, {}, 1.0)
+    assert client.get(url).json()["progress"]["eta_s"] is None, "a frozen network says nothing of those that learn"
+    with services.database.writing() as session:
+        started_at = runs.start_run(session, second).started_at
+        runs.set_progress(session, second, runs.progress("folds", 0.5, eta_s=1000.0))
+    assert started_at is not None
+    before = now()
+    eta_s = client.get(url).json()["progress"]["eta_s"]
+    assert 2000 + (before - started_at).total_seconds() <= eta_s <= 2000 + (now() - started_at).total_seconds()
 
 
 def test_a_finished_comparison_shows_its_table_its_picture_and_its_report(

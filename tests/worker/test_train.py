@@ -35,6 +35,7 @@ from models.session import Database
 from worker.inside.channel import Channel
 from worker.inside.train import _Pulse
 from worker.loop import Loop
+from worker.progress import whole
 from worker.train import Train, _answer
 from worker.work import Bench, Complete, Stopped, Work
 
@@ -468,6 +469,16 @@ def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) 
     progress = tuning.run().progress
     assert progress["fraction"] == pytest.approx(0.1 + 0.7 * (0.5 + 0.25) / 2)
     assert progress["fold"] == 1 and progress["eta_s"] == pytest.approx(3.0 + (2.0 + 4.0) / 2)
+
+
+def test_folds_that_ended_foretell_those_that_do_not_know_yet_and_the_final_fit() -> None:
+    head = {**PROGRESS, "eta_s": None, "spent_s": 4.0}
+    assert whole(Mode.FINE_TUNING, 3, [], [head])["eta_s"] is None, "the network has not begun"
+    assert whole(Mode.FINE_TUNING, 3, [10.0], [head])["eta_s"] == pytest.approx(6.0 + 10.0 + 10.0)
+    final = {**head, "stage": "final", "fold": None}
+    assert whole(Mode.FINE_TUNING, 3, [10.0, 10.0, 13.0], [final])["eta_s"] == pytest.approx(11.0 - 4.0)
+    late = {**final, "spent_s": 20.0}
+    assert whole(Mode.FINE_TUNING, 3, [10.0, 10.0, 13.0], [late])["eta_s"] == 0.0
 
 
 def test_a_fold_that_fails_ends_the_run_and_the_other_folds(tuning: Case, say: Say, start_loop: StartLoop) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
     from training.experiment import Experiment, Outcome
     from training.extract import Extraction
+    from training.learn import Plan
     from training.outcome import FoldOutcome
     from training.prepare import BackboneKey
 
@@ -195,11 +196,11 @@ class _Reporter:
     def extracted(self, extraction: Extraction) -> None:
         self._channel.send("extraction", extraction=asdict(extraction))
 
-    def part(self, number: int | None, epochs: int) -> _Part:
+    def part(self, number: int | None, plan: Plan) -> _Part:
         found = self._order["checkpoints"].get("final" if number is None else str(number), [])
         share = self._order["checkpoint_share"]
         keeper = _Keeper(self._channel, self._store, self.marked, number, found, share, self._abreast.count)
-        self._abreast.begin(number, epochs, _epochs_of(keeper.found), keeper.flush)
+        self._abreast.begin(number, plan.head, plan.network, _epochs_of(keeper.found), keeper.flush)
         self._channel.on_drain(self._abreast.flush)
         return _Part(self._channel, number, keeper, self._pulse, self._abreast, self._say)
 
@@ -267,6 +268,9 @@ class _Part:
     def batch(self, epochs: float) -> None:
         self._pulse.beat()
         self._say(**self._abreast.move(self._number, epochs))
+
+    def unfrozen(self, epochs: int) -> None:
+        self._say(**self._abreast.unfreeze(self._number, epochs), at_once=True)
 
 
 class _Keeper:
