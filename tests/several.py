@@ -50,7 +50,9 @@ class Several:
 
     def client(self) -> httpx2.Client:
         """Return a client of one connection, and so of one process."""
-        return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", limits=httpx2.Limits(max_connections=1))
+        return httpx2.Client(
+            base_url=f"http://127.0.0.1:{self.port}", limits=httpx2.Limits(max_connections=1), timeout=60
+        )
 
     def post(self, path: str, content: bytes) -> httpx2.Response:
         """Return the answer of whichever process takes a new connection."""
@@ -96,6 +98,7 @@ def several(folder: Path) -> Iterator[Several]:
         "ESPALIER_API_PORT": str(port),
         "ESPALIER_API_PROCESSES": "2",
         "ESPALIER_FREE_DISK_BYTES": "0",
+        "ESPALIER_PREDICT_DEADLINE_S": "30",
         "TMPDIR": str(folder / "tmp"),
     }
     supervisor = psutil.Popen(

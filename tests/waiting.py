@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T | None], within_s: float = 20.0) -> T:
+def until(condition: Callable[[], T | None], within_s: float = 120.0) -> T:
     """Return the condition's value as soon as it is true; fail if it never is."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):

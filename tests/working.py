@@ -31,7 +31,7 @@ from worker.train import TrainingPlace
 from worker.weights import Source
 from worker.work import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 
-QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=30.0)
+QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=300.0)
 # A holder that gives no sign of life, as one whose process was stopped.
 FROZEN = replace(QUICK, renew_every_s=1000.0, cancel_every_s=1000.0)
 
@@ -183,7 +183,7 @@ class Hands(Handler):
 
 def work_on(work: Work) -> None:
     """Move until there is a reason to stop."""
-    until(lambda: _go_on(work), within_s=60)
+    until(lambda: _go_on(work), within_s=120)
 
 
 def _go_on(work: Work) -> bool:
@@ -224,7 +224,7 @@ def look(database: Database, job_id: str) -> Job:
         return session.get_one(Job, job_id)
 
 
-def settled(database: Database, job_id: str, state: JobState, within_s: float = 20.0) -> Job:
+def settled(database: Database, job_id: str, state: JobState, within_s: float = 120.0) -> Job:
     """Return a job once it is in a state."""
     until(lambda: look(database, job_id).state is state, within_s)
     return look(database, job_id)

@@ -19,7 +19,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         running = service.processes()
         service.process.send_signal(signal.SIGINT)
         service.process.wait(60)
-        _, alive = psutil.wait_procs(running, timeout=5)
+        _, alive = psutil.wait_procs(running, timeout=60)
         assert not alive and service.processes() == [], "Ctrl-C left something"
 
 

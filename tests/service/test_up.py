@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ import pytest
 import sample
 from buckets import Bucket
 from running import ROOT, Service, free_port, started
+from waiting import until
 
 
 def up(var: Path, start: str = "ops.up", **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"ESPALIER_VAR": str(var), "ESPALIER_API_PORT": str(free_port())} | settings
+    ports = {name: str(free_port()) for name in ("ESPALIER_API_PORT", "ESPALIER_MLFLOW_PORT")}
+    environment = os.environ | {"ESPALIER_VAR": str(var)} | ports | settings
     return subprocess.run(
-        [sys.executable, "-m", start], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", start], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
     )
 
 
@@ -65,16 +66,10 @@ def test_a_bucket_that_does_not_let_us_in_is_told_at_once(tmp_path: Path, bucket
 def test_what_dies_is_restarted_and_the_service_answers_again(
     service: Service, trained: dict[str, Any], name: str
 ) -> None:
-    def found() -> list[psutil.Process]:
-        return [process for process in service.processes() if name in " ".join(process.cmdline())]
-
-    [victim, *_] = found()
+    [victim, *_] = service.all_of(name)
     victim.send_signal(signal.SIGKILL)
-    psutil.wait_procs([victim], timeout=10)
-    deadline = time.monotonic() + 40
-    while not (service.is_ready() and any(process.pid != victim.pid for process in found())):
-        assert time.monotonic() < deadline, f"{name} was not restarted"
-        time.sleep(0.3)
+    psutil.wait_procs([victim], timeout=60)
+    until(lambda: service.is_ready() and any(process.pid != victim.pid for process in service.all_of(name)))
     answer = service.http.post("/api/v1/models/colours/predict", content=sample.png(1))
     assert answer.status_code == 200
 
@@ -86,14 +81,14 @@ def test_a_run_whose_worker_is_killed_ends_as_it_would_have(
     run = service.train(colours["id"], "killed", wait=False)
     url = f"/api/v1/runs/{run['id']}"
     service.until(url, lambda found: found["state"] == "running")
-    [worker, *_] = [process for process in service.processes() if "worker.app" in " ".join(process.cmdline())]
+    worker = service.find("worker.app")
     child = worker.children()
     worker.send_signal(signal.SIGKILL)
     ended = service.settled(url)
     assert ended["state"] == "succeeded"
     assert ended["metrics"] == trained["metrics"], "the same seed on the same images"
     assert ended["model"] == {"name": "killed", "version": 1}
-    _, alive = psutil.wait_procs(child, timeout=5)
+    _, alive = psutil.wait_procs(child, timeout=60)
     assert not alive, "the child must not outlive its worker"
 
 
