@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import records
 from records import PRINCIPAL, digest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from artifacts.recipe import Recipe
 from errors import NotFound
 from models import comparison as comparisons
 from models import job as jobs
-from models import parts
+from models import outbox, parts
 from models import run as runs
 from models.base import now
 from models.comparison import Comparison, ComparisonState
@@ -57,6 +57,29 @@ def look(database: Database, comparison_id: str) -> Comparison:
 def compare_jobs(database: Database) -> list[JobState]:
     with database.reading() as session:
         return list(session.scalars(select(Job.state).where(Job.kind == JobKind.COMPARE).order_by(Job.id)))
+
+
+@pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)  # SQLite lets one write at a time
+def test_a_cancelled_run_waits_for_a_table_that_is_written_and_the_table_not_for_it(database: Database) -> None:
+    comparison_id, [run_id, *_] = new_comparison(database)
+    is_held = threading.Event()
+
+    def cancel() -> None:
+        with database.writing() as session:
+            runs.lock_run(session, run_id)
+            is_held.set()
+            comparisons.cancel_comparison(session, comparison_id)
+
+    with ThreadPoolExecutor(1) as pool, database.writing() as session:
+        comparisons.note_start(session, run_id)  # holds the comparison
+        cancelled = pool.submit(cancel)
+        assert is_held.wait(60)
+        session.execute(text("SET LOCAL lock_timeout = '20s'"))
+        outbox.owe(session, run_id, "compared", {})  # its row names the run that is held
+        session.flush()
+        session.commit()
+        cancelled.result(60)
+    assert look(database, comparison_id).state is ComparisonState.CANCELLED
 
 
 def test_a_comparison_begins_with_a_queued_run_and_a_job_for_each_recipe(database: Database) -> None:
