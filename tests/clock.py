@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from worker.work import Clock
+
 
 class ByHand:
     """Time that passes when it is told to, or where it is slept away; stands in for the module `time`, too."""
@@ -16,3 +20,15 @@ class ByHand:
     def sleep(self, seconds: float) -> None:
         """Let time pass."""
         self._at_s += seconds
+
+    def of_worker(self, sleep: Callable[[float], None] | None = None) -> Clock:
+        """Return this clock for a worker on a single thread: whoever holds a lease looks when a test has it look."""
+        return Clock(now=self.monotonic, sleep=sleep or self.sleep, thread=lambda run, name: _NoThread())
+
+
+class _NoThread:
+    def start(self) -> None:
+        """Do nothing."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Do nothing."""
