@@ -114,7 +114,8 @@ def queued(database: Database, store: Store, folder: Path, recipe: Recipe) -> Ca
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", recipe)
         job = parts.submit(session, run)
-        return Case(database, store, Train(store, training_place(folder)), run.id, job.id)
+        train = Train(store, training_place(folder), drain_within_s=600.0)  # a child is done long before
+        return Case(database, store, train, run.id, job.id)
 
 
 @pytest.fixture
@@ -339,9 +340,8 @@ def test_the_last_two_checkpoints_of_a_part_are_kept_and_go_with_its_end(case: C
 
 
 def test_what_a_child_kept_when_its_worker_was_told_to_end_is_written(
-    case: Case, say: Say, start_loop: StartLoop, tmp_path: Path
+    case: Case, say: Say, start_loop: StartLoop
 ) -> None:
-    case.train = Train(case.store, training_place(tmp_path), drain_within_s=600.0)  # the child is done long before
     kept = case.checkpoint(0, 7)
     epoch = {"type": "epoch", "fold": 0, "epoch": 7, "metrics": {}}
     say({"type": "progress", "state": PROGRESS}, on_drain=[epoch, kept])
