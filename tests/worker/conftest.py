@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from working import QUICK, Outage, Say, StartLoop
 
+from models import job as jobs
 from models.job import JobKind, Queue
 from models.session import Database
 from worker.loop import Loop
@@ -64,7 +65,19 @@ def start_loop() -> Iterator[StartLoop]:
     for loop in loops:
         loop.drain()
     for loop in loops:
-        loop.join(20)
+        loop.join(60)
+
+
+@pytest.fixture
+def long_back_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], float]:
+    """Have a job that failed for now wait so long that only a test makes it due; return how long, by its attempts."""
+
+    def back_off_s(attempt: int) -> float:
+        return 1000.0 * attempt
+
+    monkeypatch.setattr(jobs, "BACK_OFF_S", 10_000.0)  # what is to wait longer than this counts as due
+    monkeypatch.setattr(jobs, "back_off_s", back_off_s)
+    return back_off_s
 
 
 @pytest.fixture

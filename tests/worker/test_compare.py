@@ -191,7 +191,7 @@ def case(sqlite: Database, store: Store) -> Case:
 @EACH_STORE_SLOWLY
 def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop) -> None:
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
-    settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=60)
+    settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=180)
     found = case.comparison()
     assert found.state is ComparisonState.SUCCEEDED and found.table is not None
     assert (found.table["metric"], found.table["best"]) == ("accuracy", 2)
@@ -215,7 +215,7 @@ def test_a_bundle_that_this_machine_does_not_serve_is_compared_but_not_timed(cas
     bundle.chmod(0o600)
     bundle.write_bytes(bundle.read_bytes()[:-1] + b"x")
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
-    settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=60)
+    settled(case.database, case.job_id, JobState.SUCCEEDED, within_s=180)
     table = case.comparison().table
     assert table is not None
     assert [row["predict_ms"] is None for row in table["rows"]] == [True, False]
@@ -322,12 +322,12 @@ def test_a_comparison_fails_with_what_its_child_said(case: Case, say: Say, start
 
 
 def test_cancelling_stops_the_child(case: Case, say: Say, start_loop: StartLoop) -> None:
-    say({"type": "alive"}, outcome(case), apart_s=20.0)
+    say({"type": "alive"}, outcome(case), apart_s=600.0)
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
     settled(case.database, case.job_id, JobState.RUNNING)
     with case.database.writing() as session:
         comparisons.request_cancel(session, case.comparison_id)
-    settled(case.database, case.job_id, JobState.CANCELLED, within_s=15)
+    settled(case.database, case.job_id, JobState.CANCELLED)
     assert case.comparison().state is ComparisonState.CANCELLED
 
 

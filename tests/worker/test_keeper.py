@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from buckets import Bucket, Line
+from clock import ByHand
 
 from artifacts.store import Digest, Store, Writer
 from training.checkpoint import Checkpoint
@@ -122,21 +123,25 @@ def test_after_a_checkpoint_that_did_not_fit_the_disk_is_left_alone_for_a_while(
     assert tried == [1] and kept._pause_s == train._DISK_PAUSE_S
 
 
-def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_learn(tmp_path: Path) -> None:
+def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ByHand()
+    monkeypatch.setattr(train, "time", clock)
     store, said = Store(tmp_path / "store"), Said()
     kept: list[str] = []
     for abreast, spent_s, expected_s in ((1, 100.0, 100.0), (2, 60.0, 130.0), (1, 10.0, 140.0)):
         attempt = _Keeper(said, store, MARKED, 0, kept[-1:], share=1.0, abreast=lambda count=abreast: count)
-        attempt._counted_at -= spent_s
+        clock.sleep(spent_s)
         offered(attempt, 1)
         kept = [told["sha256"] for told in said.checkpoints()]
         found = keeper(store, said, kept[-1:]).found
-        assert found is not None and found.seconds == pytest.approx(expected_s, abs=5)
+        assert found is not None and found.seconds == pytest.approx(expected_s)
     attempt._abreast = lambda: 3
-    attempt._counted_at -= 90.0
+    clock.sleep(90.0)
     offered(attempt, 2)
     found = keeper(store, said, [said.checkpoints()[-1]["sha256"]]).found
-    assert found is not None and found.seconds == pytest.approx(170, abs=5)
+    assert found is not None and found.seconds == pytest.approx(170.0)
 
 
 def test_a_harmed_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:

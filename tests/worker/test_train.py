@@ -5,19 +5,20 @@ from __future__ import annotations
 import io
 import json
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import records
+from clock import ByHand
 from cutting import cut_off
+from resting import has_ended
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from waiting import until
-from working import QUICK, Forgetful, Say, StartLoop, claimed_work, settled, sweep_twice, training_place
+from working import QUICK, Forgetful, Say, StartLoop, claimed_work, look, settled, sweep_twice, training_place
 
 from artifacts.catalogue import BackboneName
 from artifacts.recipe import Mode, Recipe, TaskChoice
@@ -32,9 +33,11 @@ from models.reference import unnamed
 from models.registry import ModelVersion, Quantised, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
+from worker.inside import train as inside_train
 from worker.inside.channel import Channel
 from worker.inside.train import _Pulse
 from worker.loop import Loop
+from worker.process import Child, Message
 from worker.progress import whole
 from worker.train import Train, _answer
 from worker.work import Bench, Complete, Stopped, Work
@@ -111,7 +114,8 @@ def queued(database: Database, store: Store, folder: Path, recipe: Recipe) -> Ca
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", recipe)
         job = parts.submit(session, run)
-        return Case(database, store, Train(store, training_place(folder)), run.id, job.id)
+        train = Train(store, training_place(folder), drain_within_s=600.0)  # a child is done long before
+        return Case(database, store, train, run.id, job.id)
 
 
 @pytest.fixture
@@ -156,7 +160,7 @@ def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, sa
 
 
 def test_progress_is_that_of_the_whole_run(case: Case, say: Say) -> None:
-    say({"type": "progress", "state": PROGRESS}, {"type": "extraction", "extraction": EXTRACTION}, apart_s=1.2)
+    say({"type": "progress", "state": PROGRESS}, {"type": "extraction", "extraction": EXTRACTION})
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     progress = case.run().progress
@@ -168,7 +172,7 @@ def test_progress_is_that_of_the_whole_run(case: Case, say: Say) -> None:
 
 def test_progress_of_folds_that_one_child_learns_side_by_side_is_that_of_all_of_them(case: Case, say: Say) -> None:
     side_by_side = {**PROGRESS, "folds": 2, "share": 0.5 + 0.25, "spent_s": 3.0, "eta_s": 5.0}
-    say({"type": "progress", "state": side_by_side}, apart_s=1.2)
+    say({"type": "progress", "state": side_by_side}, {"type": "extraction", "extraction": EXTRACTION})
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     progress = case.run().progress
@@ -176,34 +180,63 @@ def test_progress_of_folds_that_one_child_learns_side_by_side_is_that_of_all_of_
     assert progress["eta_s"] == pytest.approx(5.0 + 3.0 / 0.75), "the rest of both, and the final fit"
 
 
-@pytest.mark.parametrize("says", [True, False], ids=["alive", "silent"])
-def test_a_long_epoch_is_only_stopped_if_nothing_moves(case: Case, say: Say, start_loop: StartLoop, says: bool) -> None:
-    alive = {"type": "alive", "step_s": 0.01}
-    if says:
-        say(*[alive] * 10, OUTCOME, apart_s=0.3)
-    else:
-        say(alive, OUTCOME, apart_s=3.0)
+def late(clock: ByHand, *gaps_s: float) -> Callable[[Mapping[str, str]], Child]:
+    """Start children whose messages come so long one after the other, by a clock that only this moves."""
+    left = iter(gaps_s)
+
+    class Late(Child):
+        def receive(self, work: Work, idle: Callable[[], None] = lambda: None) -> Message | None:
+            clock.sleep(next(left))
+            work._holder.look()
+            return super().receive(work, idle)
+
+    return lambda environment: Late(environment=environment)
+
+
+def done_late(case: Case, folder: Path, *gaps_s: float) -> Job:
+    """Do the job with a child that is late, where nothing may stand still for longer than 1.5 s; return the job."""
+    clock = ByHand()
+    handlers = dict.fromkeys(JobKind, Train(case.store, training_place(folder), late(clock, *gaps_s)))
+    loop = Loop(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
+    assert loop.work()
+    return look(case.database, case.job_id)
+
+
+def test_a_long_epoch_is_not_stopped_while_it_moves(case: Case, say: Say, tmp_path: Path) -> None:
+    say(*[{"type": "alive", "step_s": 0.01}] * 10, OUTCOME)
+    assert done_late(case, tmp_path, *[1.4] * 11).state is JobState.SUCCEEDED
+
+
+def test_a_long_epoch_is_stopped_if_nothing_moves(case: Case, say: Say, start_loop: StartLoop) -> None:
+    say({"type": "alive", "step_s": 0.01}, OUTCOME, apart_s=600.0)
     start_loop(case.database, case.train, timings=replace(QUICK, stall_s=1.5))
-    job = settled(case.database, case.job_id, JobState.SUCCEEDED if says else JobState.FAILED)
-    assert (job.error or {}).get("code") == (None if says else "stalled")
+    job = settled(case.database, case.job_id, JobState.FAILED)
+    assert (job.error or {})["code"] == "stalled"
 
 
-def test_steps_that_take_long_are_waited_for(case: Case, say: Say, start_loop: StartLoop) -> None:
-    say({"type": "alive", "step_s": 1.0}, OUTCOME, apart_s=3.0)
-    start_loop(case.database, case.train, timings=replace(QUICK, stall_s=1.5))
-    settled(case.database, case.job_id, JobState.SUCCEEDED)
+@pytest.mark.parametrize(
+    ("gap_s", "state"), [(9.9, JobState.SUCCEEDED), (10.1, JobState.FAILED)], ids=["waited for", "stalled"]
+)
+def test_steps_that_take_long_are_waited_for(
+    case: Case, say: Say, tmp_path: Path, gap_s: float, state: JobState
+) -> None:
+    say({"type": "alive", "step_s": 1.0}, OUTCOME)
+    job = done_late(case, tmp_path, 1.4, gap_s)
+    assert job.state is state
+    assert (job.error or {}).get("code") == (None if state is JobState.SUCCEEDED else "stalled")
 
 
-def test_a_child_says_at_most_once_a_second_that_it_lives_and_what_a_step_takes() -> None:
-    said = io.StringIO()
+def test_a_child_says_at_most_once_a_second_that_it_lives_and_what_a_step_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, said = ByHand(), io.StringIO()
+    monkeypatch.setattr(inside_train, "time", clock)
     pulse = _Pulse(Channel(io.StringIO(), said))
-    until = time.monotonic() + 2.5
-    while time.monotonic() < until:
-        time.sleep(0.05)
+    for _ in range(11):
+        clock.sleep(0.25)
         pulse.beat()
     messages = [json.loads(line) for line in said.getvalue().splitlines()]
-    assert [message["type"] for message in messages] == ["alive"] * 2
-    assert all(0.05 <= message["step_s"] < 0.2 for message in messages)
+    assert messages == [{"type": "alive", "step_s": 0.25}] * 2
 
 
 def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) -> None:
@@ -310,14 +343,13 @@ def test_what_a_child_kept_when_its_worker_was_told_to_end_is_written(
     case: Case, say: Say, start_loop: StartLoop
 ) -> None:
     kept = case.checkpoint(0, 7)
-    say({"type": "alive", "step_s": 0.1}, on_drain=[{"type": "epoch", "fold": 0, "epoch": 7, "metrics": {}}, kept])
+    epoch = {"type": "epoch", "fold": 0, "epoch": 7, "metrics": {}}
+    say({"type": "progress", "state": PROGRESS}, on_drain=[epoch, kept])
     loop = start_loop(case.database, case.train)
-    settled(case.database, case.job_id, JobState.RUNNING)
-    time.sleep(1.0)
-    started = time.monotonic()
+    until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
-    loop.join(20)
-    assert time.monotonic() - started < 5
+    loop.join(60)
+    assert has_ended(loop)
     job = settled(case.database, case.job_id, JobState.QUEUED)
     assert job.attempt == 0, "the attempt does not count"
     assert case.run().state is RunState.QUEUED
@@ -333,7 +365,7 @@ def test_of_folds_that_are_learned_side_by_side_each_is_kept_when_the_worker_is_
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
-    loop.join(20)
+    loop.join(60)
     assert case.checkpoints() == {number: [message["sha256"]] for number, message in enumerate(kept)}
 
 
@@ -346,7 +378,7 @@ def test_a_fold_that_ends_while_its_worker_is_told_to_end_is_done(
     loop = start_loop(tuning.database, tuning.train, kind=JobKind.FOLD)
     until(lambda: tuning.run().progress.get("stage") == "folds")
     loop.drain()
-    loop.join(20)
+    loop.join(60)
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 1)] and tuning.jobs(JobState.FAILED) == []
     say(tuning.fold(1))
     tuning.do()
@@ -362,7 +394,7 @@ def test_a_run_that_ends_while_its_worker_is_told_to_end_lacks_nothing(
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
-    loop.join(20)
+    loop.join(60)
     run = case.run()
     assert run.state is RunState.SUCCEEDED and run.extraction == EXTRACTION
     with case.database.reading() as session:
@@ -414,15 +446,13 @@ def test_a_child_computes_on_as_many_threads_as_its_place_says(case: Case, say: 
 def test_a_child_that_cannot_be_told_is_ended_all_the_same(
     case: Case, say: Say, start_loop: StartLoop, tmp_path: Path
 ) -> None:
-    case.train = Train(case.store, training_place(tmp_path), drain_within_s=1.0)
-    say({"type": "alive", "step_s": 0.1}, OUTCOME, apart_s=60.0)
+    case.train = Train(case.store, training_place(tmp_path), drain_within_s=0.5)
+    say({"type": "progress", "state": PROGRESS}, OUTCOME, apart_s=600.0)
     loop = start_loop(case.database, case.train)
-    settled(case.database, case.job_id, JobState.RUNNING)
-    time.sleep(1.0)
-    started = time.monotonic()
+    until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
-    loop.join(20)
-    assert time.monotonic() - started < 5
+    loop.join(60)
+    assert has_ended(loop)
     settled(case.database, case.job_id, JobState.QUEUED)
 
 
@@ -463,7 +493,7 @@ def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) 
         job = jobs.claim(session, [Queue.CPU], "elsewhere")
         assert job is not None and job.index == 0
         session.get_one(Job, job.id).progress = {"writes": 1, "said": PROGRESS}
-    say({"type": "progress", "state": other}, apart_s=1.5)
+    say({"type": "progress", "state": other}, {"type": "extraction", "extraction": EXTRACTION})
     with claimed_work(tuning.database) as work, pytest.raises(Crashed, match="without a result"):
         tuning.train.run(work)
     progress = tuning.run().progress
@@ -614,7 +644,7 @@ def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) ->
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FINAL, 0)]
 
 
@@ -686,7 +716,7 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say
                     if tuning.jobs(JobState.RUNNING):
                         assert sweep_twice(tuning.database, tuning.train) == 1
                 else:
-                    time.sleep(0.5)  # the child that says what it is told has ended, and is not kept
+                    loop._bench.clear()  # the child has said what it was told to, and can do no other part
                     return
 
         say({"type": "prepared"})

@@ -54,6 +54,7 @@ class Abreast:
     Its time counts from when the first of those that are there began.
     """
 
+    now: Callable[[], float] = time.monotonic
     _parts: dict[int | None, _Part] = field(default_factory=dict)
     _ended: float = 0.0
     _begun_at: float = 0.0
@@ -70,7 +71,7 @@ class Abreast:
             flush: keeps how far it is.
         """
         if not self._parts:
-            self._ended, self._begun_at = 0.0, time.monotonic()
+            self._ended, self._begun_at = 0.0, self.now()
             self._counted_since = self._begun_at
         # Without a head that learns alone the network learns from the beginning.
         self._parts[number] = _Part(head, network, done, done, flush, unfrozen_after=None if head else 0)
@@ -80,7 +81,7 @@ class Abreast:
         part = self._parts[number]
         part.unfrozen_after = epochs
         part.begun = part.done = max(part.done, float(epochs))
-        self._ended, self._counted_since = 0.0, time.monotonic()
+        self._ended, self._counted_since = 0.0, self.now()
         return self.move(number, part.done)
 
     def end(self, number: int | None) -> None:
@@ -102,7 +103,7 @@ class Abreast:
         """Note how many epochs of a part are done; return how far all are, as `worker.progress` hears it."""
         self._parts[number].done = epochs
         parts = self._parts.values()
-        now = time.monotonic()
+        now = self.now()
         new = self._ended + sum(part.done - part.begun for part in parts)
         left = sum(part.left for part in parts)
         is_known = new > 0 and all(part.is_foreseeable for part in parts)
