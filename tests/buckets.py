@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,8 @@ from unittest.mock import patch
 import boto3
 import obstore
 import pytest
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
@@ -69,6 +72,12 @@ class Bucket:
     def write(self, digest: Digest, data: bytes) -> None:
         """Write other bytes under a digest, as a broken disk of the server would."""
         obstore.put(self._direct(), f"some/where/{digest[:2]}/{digest}", data)
+
+    def age(self, *digests: Digest) -> None:
+        """Have files been written two days ago."""
+        of_server = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[self.name].keys
+        for digest in digests:
+            of_server[f"some/where/{digest[:2]}/{digest}"].last_modified -= timedelta(days=2)
 
     def _keys(self) -> list[str]:
         found = [meta["path"] for page in obstore.list(self._direct()) for meta in page]
