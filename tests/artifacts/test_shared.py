@@ -300,7 +300,7 @@ def test_a_process_that_dies_in_the_middle_of_an_upload_leaves_no_file(bucket: B
     line.hangs = True
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, told)], cwd=ROOT)
     until(lambda: [path for path in (bucket.folder / "incoming").glob("*") if path.stat().st_size == len(LARGE)])
-    time.sleep(0.3)  # until the first parts are on their way
+    until(lambda: line.in_flight)
     process.send_signal(signal.SIGKILL)
     process.wait()
     line.mend()

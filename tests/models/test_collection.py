@@ -125,7 +125,7 @@ def test_a_file_that_is_just_being_named_stays(database: Database, store: Clocke
         with pytest.raises(TimeoutError):  # it waits for the lock
             collected.result(timeout=0.5)
         session.commit()
-        assert collected.result(timeout=10) == NOTHING
+        assert collected.result(timeout=120) == NOTHING
     assert store.has(file)
 
 

@@ -385,7 +385,7 @@ def test_a_job_that_is_given_back_in_this_moment_is_cancelled_nevertheless(datab
         with pytest.raises(TimeoutError):
             ended.result(timeout=0.3)
         session.commit()
-        assert ended.result(timeout=10) == 1
+        assert ended.result(timeout=120) == 1
     assert look(database, job.id).state is JobState.CANCELLED
 
 
