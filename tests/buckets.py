@@ -9,11 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import boto3
 import obstore
 import pytest
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
@@ -67,6 +73,12 @@ class Bucket:
         """Write other bytes under a digest, as a broken disk of the server would."""
         obstore.put(self._direct(), f"some/where/{digest[:2]}/{digest}", data)
 
+    def age(self, *digests: Digest) -> None:
+        """Have files been written two days ago."""
+        of_server = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[self.name].keys
+        for digest in digests:
+            of_server[f"some/where/{digest[:2]}/{digest}"].last_modified -= timedelta(days=2)
+
     def _keys(self) -> list[str]:
         found = [meta["path"] for page in obstore.list(self._direct()) for meta in page]
         return [key for key in found if not key.endswith("in-use")]
@@ -77,12 +89,23 @@ class Bucket:
 
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    """Run an S3 server and yield its address."""
+    """Run an S3 server and yield its address.
+
+    It looks after one request at a time, once the request is read: moto drops a file that is written anew while it is
+    still being told of, and that answer is status 500.
+    """
+    one_by_one, respond = threading.Lock(), S3Response._key_response
+
+    def respond_alone(self: S3Response, *request: Any) -> Any:
+        with one_by_one:
+            return respond(self, *request)
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with patch.object(S3Response, "_key_response", respond_alone):
+        server.start()
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+        server.stop()
 
 
 def make_bucket(endpoint: str, folder: Path) -> Bucket:
@@ -102,7 +125,11 @@ def make_bucket(endpoint: str, folder: Path) -> Bucket:
 
 @dataclass
 class Line:
-    """A line to a server: whole, slow, cut after some bytes in a direction, or carrying nothing at all."""
+    """A line to a server: whole, slow, cut after some bytes in a direction, or carrying nothing at all.
+
+    It counts what it is asked to carry: `requests`, those that it is cut for among them, and those `in_flight`, which
+    came and of whose answer nothing has.
+    """
 
     server: str
     up_bytes: float = float("inf")
@@ -112,6 +139,9 @@ class Line:
     carried: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
 
     def __post_init__(self) -> None:
+        self.requests = 0
+        self._counting = threading.Lock()
+        self._asking: set[socket.socket] = set()
         self._open: list[socket.socket] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._over = threading.Event()
@@ -121,6 +151,10 @@ class Line:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._asking)
 
     def cut(self, up_bytes: float = 0, down_bytes: float = 0) -> None:
         """End what goes on after so many more bytes in each direction, and whatever begins later."""
@@ -146,6 +180,8 @@ class Line:
             if self._over.is_set():
                 return
             if not (self.up_bytes and self.down_bytes):
+                with self._counting:
+                    self.requests += 1
                 near.close()
                 continue
             host, port = self.server.removeprefix("http://").split(":")
@@ -157,6 +193,7 @@ class Line:
     def _carry(self, one: socket.socket, other: socket.socket, way: str) -> None:
         with contextlib.suppress(OSError):
             while data := one.recv(65536):
+                self._count(one if way == "up" else other, way)
                 while self.hangs and not self._over.is_set():
                     time.sleep(0.01)
                 time.sleep(self.delay_s)
@@ -165,6 +202,17 @@ class Line:
                     break
                 self.carried[way] += len(data)
                 other.sendall(data)
+        with self._counting:
+            self._asking -= {one, other}
         for end in (one, other):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def _count(self, near: socket.socket, way: str) -> None:
+        """See a request begin or its answer: a connection carries one after the other, each in one piece or several."""
+        with self._counting:
+            if way == "down":
+                self._asking.discard(near)
+            elif near not in self._asking:
+                self._asking.add(near)
+                self.requests += 1

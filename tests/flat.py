@@ -39,7 +39,7 @@ class Loads:
     def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
         self.seen.append(path.name)
         if path.name in self.held:
-            assert self.gate.wait(30)
+            assert self.gate.wait(120)
         return FlatEngine()
 
 

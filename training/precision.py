@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,13 +79,16 @@ def is_as_good(task: Task, score: float, reference: float) -> bool:
 
 
 def image_ms(
-    engines: Mapping[Precision, Engine], golden: Pixels, alive: Callable[[], None] = lambda: None
+    engines: Mapping[Precision, Engine],
+    golden: Pixels,
+    alive: Callable[[], None] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> dict[Precision, float]:
     """Return the milliseconds that each engine takes per image of a small batch, measured in turn on this machine.
 
-    `alive` is called after each batch.
+    `alive` is called after each batch; `now` is the clock.
     """
     pixels = np.repeat(golden, _TIMED_IMAGES, axis=0)
     calls = [lambda engine=engine: engine.features(pixels) for engine in engines.values()]
-    times = medians_ms(calls, _ROUNDS, _ROUNDS_WITHIN_S, alive)
+    times = medians_ms(calls, _ROUNDS, _ROUNDS_WITHIN_S, alive, now)
     return {precision: time / len(pixels) for precision, time in zip(engines, times, strict=True)}

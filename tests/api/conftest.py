@@ -27,7 +27,7 @@ def database_url(tmp_path: Path, migrated_file: Path) -> str:
 @pytest.fixture
 def settings(tmp_path: Path, database_url: str) -> Settings:
     limits = {"free_disk_bytes": 0, "archive_bytes": 1_000_000, "predict_bytes": 200_000, "image_bytes": 50_000}
-    return Settings(var=tmp_path / "var", DATABASE_URL=database_url, **limits)
+    return Settings(var=tmp_path / "var", DATABASE_URL=database_url, predict_deadline_s=30, **limits)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from inference.engine import Engine, FlatEngine
 from settings import Settings
 
 WARM, COLD = "/api/v1/models/warm/predict", "/api/v1/models/cold/predict"
+HURRY = {"predict_deadline_s": 0.5}
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def loads(client: TestClient, services: Services, settings: Settings) -> Iterato
         add_model(services, name, flat_bundle(backbone))
         if name == "cold":
             found.held.add(backbone)
-    serve(client, settings.model_copy(update={"predict_deadline_s": 0.5}), found)
+    serve(client, settings, found)
     yield found
     found.gate.set()
 
@@ -156,28 +158,27 @@ def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClie
 # --- what waits ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(client: TestClient, loads: Loads) -> None:
+def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(
+    client: TestClient, loads: Loads, settings: Settings
+) -> None:
+    serve(client, settings.model_copy(update=HURRY), loads)
     for _ in range(3):
         started = time.monotonic()
         answer = client.post(COLD, content=PNG)
         assert (answer.status_code, answer.json()["type"].rsplit(":")[-1]) == (504, "deadline-exceeded")
-        assert 0.4 < time.monotonic() - started < 5
+        assert time.monotonic() - started > 0.4
     loads.gate.set()
-    assert client.post(COLD, content=PNG).status_code == 200
+    until(lambda: client.post(COLD, content=PNG).status_code == 200)
     assert len(loads.seen) == 1
 
 
-def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, loads: Loads, settings: Settings) -> None:
-    serve(client, settings.model_copy(update={"predict_deadline_s": 20.0}), loads)
+def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, loads: Loads) -> None:
     with ThreadPoolExecutor(60) as pool:
         waiting = [pool.submit(client.post, COLD, content=PNG) for _ in range(60)]
-        while not loads.seen:
-            time.sleep(0.01)
-        started = time.monotonic()
+        until(lambda: loads.seen)
         assert client.post(WARM, content=PNG).status_code == 200
         assert client.get("/readyz").status_code == 200
         assert client.get("/api/v1/models").status_code == 200
-        assert time.monotonic() - started < 10
         assert not any(one.done() for one in waiting)
         loads.gate.set()
         assert {one.result().status_code for one in waiting} == {200}
@@ -196,7 +197,9 @@ def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
     assert client.post(COLD, content=PNG).status_code == 200
 
 
-def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Loads) -> None:
+def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Loads, settings: Settings) -> None:
+    serve(client, settings.model_copy(update=HURRY), loads)
+
     async def receive() -> dict[str, Any]:
         if not sent:
             sent.append(b"half")
@@ -252,18 +255,24 @@ def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, lo
 
 
 class Slow(FlatEngine):
-    """An engine that takes a while for each image once it is told to."""
+    """An engine that takes a while for each image, and waits for its gate, which is open at first."""
 
     seconds = 0.0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Event()
+        self.gate.set()
+
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
         time.sleep(self.seconds * len(images))
+        assert self.gate.wait(120)
         return super().run(images, wants_maps=wants_maps)
 
 
 @pytest.fixture
-def slow(client: TestClient, services: Services, settings: Settings) -> Iterator[Slow]:
-    """The engine of a model `slow`, with a deadline of half a second. It took 0.1 s an image when it was loaded."""
+def slow(client: TestClient, services: Services, settings: Settings, request: pytest.FixtureRequest) -> Iterator[Slow]:
+    """The engine of a model `slow`, served with what settings are given. It took 0.1 s an image when it was loaded."""
     engine = Slow()
     engine.seconds = 0.1
 
@@ -272,28 +281,34 @@ def slow(client: TestClient, services: Services, settings: Settings) -> Iterator
             return engine
 
     add_model(services, "slow", flat_bundle(services.store.put(b"slow")))
-    serve(client, settings.model_copy(update={"predict_deadline_s": 0.5}), One())
+    serve(client, settings.model_copy(update=getattr(request, "param", {})), One())
     until(lambda: client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200)
     engine.seconds = 0.0
     yield engine
-    engine.seconds = 0.0
+    engine.gate.set()
 
 
+@pytest.mark.parametrize("slow", [HURRY], indirect=True, ids=["hurry"])
 def test_what_could_not_be_answered_in_time_is_turned_away_and_told_when_to_come_back(
     client: TestClient, slow: Slow
 ) -> None:
     desk: Desk = client.app.state.desk  # type: ignore[attr-defined]
     [loaded] = desk._shelf.loaded()
-    slow.seconds = 2.0
-    loaded.batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), 1e9).result(10)  # measured
-    slow.seconds = 0.4
+    slow.seconds = 1.0
+    loaded.batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), 1e9).result(120)  # measured
+    until(lambda: loaded.batcher.wait_s() == 0.0)
+    assert loaded.batcher.wait_s(1) > 0.25
+    slow.seconds = 0.0
+    slow.gate.clear()
+    blocked = loaded.batcher.submit(np.zeros((3, 8, 8, 3), np.uint8), 1e9)
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: client.post("/api/v1/models/slow/predict", content=PNG), range(12)))
-    turned_away = [answer for answer in answers if answer.status_code == 503]
-    assert turned_away and {answer.status_code for answer in answers} <= {200, 503, 504}
-    for answer in turned_away:
+    for answer in answers:
+        assert answer.status_code == 503, answer.text
         assert answer.json()["type"].endswith(":overloaded") and answer.json()["retry_after_s"] > 0
         assert int(answer.headers["Retry-After"]) >= answer.json()["retry_after_s"]
+    assert not blocked.done()
+    slow.gate.set()
     until(lambda: client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200)
 
 
@@ -306,7 +321,7 @@ def test_the_answer_says_in_a_header_where_its_time_went(client: TestClient, loa
 def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: Slow) -> None:
     desk: Desk = client.app.state.desk  # type: ignore[attr-defined]
     [loaded] = desk._shelf.loaded()
-    slow.seconds = 0.15
+    slow.gate.clear()
     busy = [loaded.batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), 1e9) for _ in range(2)]
     seen = slow.images_seen
     messages = [{"type": "http.request", "body": PNG, "more_body": False}, {"type": "http.disconnect"}]
@@ -315,10 +330,11 @@ def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: S
         return messages.pop(0)
 
     assert ask(client, "POST", "/api/v1/models/slow/predict", receive) == (499, None)
+    slow.gate.set()
     for one in busy:
-        one.result(10)
+        one.result(120)
     assert client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200
-    assert slow.images_seen - seen <= 3, "the two that were there, and the last"
+    assert slow.images_seen - seen == 3, "the two that were there, and the last"
 
 
 # --- why -------------------------------------------------------------------------------------------------------------

@@ -249,7 +249,11 @@ PATHS = st.lists(PARTS, min_size=1, max_size=8).map("/".join)
 TREES = st.dictionaries(PATHS, st.binary(max_size=600), max_size=6)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(files=TREES)
 @pytest.mark.parametrize("pack", [zipped, tarred])
 def test_whatever_is_packed_comes_out_again(
@@ -901,7 +905,11 @@ WHOLE = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=5))
 @pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE.keys())
 def test_a_damaged_archive_is_refused_or_read_but_breaks_nothing(

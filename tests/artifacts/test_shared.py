@@ -69,10 +69,13 @@ def test_files_are_brought_here_together_and_not_twice(bucket: Bucket, line: Lin
     here = bucket.store()
     files = [here.put(bytes([number]) * 100) for number in range(32)]
     far = bucket.seen_from(tmp_path / "far", line.endpoint).store()
-    line.delay_s = 0.05  # a tenth of a second for a file and its answer
-    started = time.monotonic()
-    far.bring(files * 2)
-    assert time.monotonic() - started < 2.0, "one by one it would be more than three seconds"
+    line.hangs = True
+    with ThreadPoolExecutor(1) as pool:
+        bringing = pool.submit(far.bring, files * 2)
+        until(lambda: line.in_flight == shared._FILES_AT_ONCE > 1)
+        line.mend()
+        bringing.result()
+    assert line.requests == len(files)
     line.cut()
     far.bring(files)
     assert [far.read(file) for file in files] == [bytes([number]) * 100 for number in range(32)]
@@ -260,24 +263,23 @@ def test_what_lies_here_is_read_while_the_bucket_is_away(far: SharedStore, line:
     assert far.place(digest).exists()
 
 
-def test_a_bucket_that_is_away_is_told_within_seconds(far: SharedStore, line: Line) -> None:
+def test_a_bucket_that_is_away_is_told_after_a_few_tries(far: SharedStore, line: Line) -> None:
     line.cut()
-    started = time.monotonic()
     with pytest.raises(StoreUnavailable):
         far.read(digest_of(DATA))
-    assert time.monotonic() - started < 5
+    assert 0 < line.requests <= 1 + shared._RETRIES
+    assert shared._RETRY_WITHIN_S <= 5, "and within seconds"
 
 
 @pytest.mark.slow
-def test_a_bucket_that_hangs_is_told_too(far: SharedStore, line: Line) -> None:
+def test_a_bucket_that_hangs_is_told_after_the_first_wait(far: SharedStore, line: Line) -> None:
     line.hangs = True
-    started = time.monotonic()
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(far.read, digest_of(DATA)), pool.submit(far.put, DATA)]
         for one in asked:
             with pytest.raises(StoreUnavailable):
-                one.result()
-            assert time.monotonic() - started < shared.CONNECT_S + shared.STALL_S + 5
+                one.result(shared.STALL_S + 120)
+    assert line.requests == len(asked), "none is tried once more"
     line.mend()
 
 
@@ -298,7 +300,7 @@ def test_a_process_that_dies_in_the_middle_of_an_upload_leaves_no_file(bucket: B
     line.hangs = True
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, told)], cwd=ROOT)
     until(lambda: [path for path in (bucket.folder / "incoming").glob("*") if path.stat().st_size == len(LARGE)])
-    time.sleep(0.3)  # until the first parts are on their way
+    until(lambda: line.in_flight)
     process.send_signal(signal.SIGKILL)
     process.wait()
     line.mend()

@@ -215,11 +215,11 @@ def started(image: str, folder: Path, **settings: str) -> Iterator[subprocess.Po
         assert process.poll() is None
     finally:
         process.terminate()
-        process.wait(40)
+        process.wait(60)
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request(method, path, body)
         answer = connection.getresponse()
@@ -230,7 +230,7 @@ def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[i
         connection.close()
 
 
-def until(port: int, path: str, is_so: Any, within_s: float = 60) -> Mapping[str, Any]:
+def until(port: int, path: str, is_so: Any, within_s: float = 180) -> Mapping[str, Any]:
     deadline = time.monotonic() + within_s
     while True:
         status, found = ask(port, "GET", path)

@@ -214,9 +214,10 @@ def test_a_job_that_is_given_back_for_later_waits(database: Database) -> None:
     before = now()
     with database.writing() as session:
         jobs.give_back(session, lease, delay_s=30)
+    after = now()
     assert claim(database) is None
     due = look(database, job.id).next_attempt_at
-    assert due is not None and timedelta(seconds=29) < due - before < timedelta(seconds=40)
+    assert due is not None and before <= due - timedelta(seconds=30) <= after
 
 
 def test_a_job_that_should_be_cancelled_is_not_queued_again(database: Database) -> None:
@@ -384,7 +385,7 @@ def test_a_job_that_is_given_back_in_this_moment_is_cancelled_nevertheless(datab
         with pytest.raises(TimeoutError):
             ended.result(timeout=0.3)
         session.commit()
-        assert ended.result(timeout=10) == 1
+        assert ended.result(timeout=120) == 1
     assert look(database, job.id).state is JobState.CANCELLED
 
 

@@ -168,5 +168,5 @@ def test_a_file_that_is_just_being_named_is_not_removed(database: Database, stor
         with pytest.raises(TimeoutError):  # it waits for the lock
             removed.result(timeout=0.3)
         session.commit()
-        removed.result(timeout=10)
+        removed.result(timeout=120)
     assert store.has(file)
