@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from training import checkpoint as checkpoints
 from training.begin import Order
 from training.checkpoint import Checkpoint
 from training.epochs import Epoch
-from training.experiment import Outcome
+from training.experiment import Experiment, Outcome
 from training.extract import Extraction
 from training.learn import Plan
 from training.outcome import FoldOutcome, FoldResult
@@ -202,22 +202,28 @@ class Bench:
         candidates: dict[BackboneName, Digest] | None = None,
         **change: Any,
     ) -> tuple[Outcome, Heard]:
+        heard = heard or Heard()
+        return experiment.run(self._order(rows, candidates, change), self.place, self.known, heard), heard
+
+    def _order(
+        self, rows: list[Row], candidates: dict[BackboneName, Digest] | None, change: Mapping[str, Any]
+    ) -> Order:
         labels = sorted({label for row in rows for label in row.labels})
         counts = [ClassCount(label, 99, 99) for label in labels]
         base = {} if change.get("mode") == "from-scratch" else QUICK
-        recipe = fill(Recipe.model_validate(base | change), task_of(rows, labels), counts, groups=99)
-        heard = heard or Heard()
+        recipe = fill(Recipe.model_validate({**base, **change}), task_of(rows, labels), counts, groups=99)
         weights = self.weights_of(recipe.known_backbone.name) if recipe.backbone and not candidates else None
-        order = Order(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
-        return experiment.run(order, self.place, self.known, heard), heard
+        return Order(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
 
     def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:
         """Run an experiment that is cut off at (part, phase, epochs of it), and goes on from what it had kept.
 
-        What was kept of a part says that it took SPENT_S.
+        What was kept of a part says that it took SPENT_S; a fold that has ended is not learned again.
         """
         left = set(cuts)
         since: dict[int | None, Checkpoint] = {}
+        ended: list[FoldOutcome] = []
+        order = self._order(rows, None, change)
 
         def is_cut(part: int | None, checkpoint: Checkpoint) -> bool:
             epochs = len(checkpoint.snapshot.history) if checkpoint.snapshot else 0
@@ -228,7 +234,9 @@ class Bench:
 
         while True:
             try:
-                outcome, _ = self.run(rows, Heard(since=since, is_cut=is_cut), **change)
+                found = Experiment(order, self.place, self.known, Heard(outcomes=ended, since=since, is_cut=is_cut))
+                found.learn_folds(sorted(set(range(len(found.folds))) - {one.result.number for one in ended}))
+                outcome = found.finish(sorted(ended, key=lambda one: one.result.number))
             except Interrupted as cut:
                 since[cut.part] = replace(kept(cut.checkpoint), seconds=SPENT_S)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from experiments import Kept
 
 from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.defaults import ClassCount, fill
+from artifacts.features import Features
 from artifacts.images import Pixels
 from artifacts.recipe import Precision, Recipe, Task
 from benchmarks.networks import calibrated
@@ -58,6 +60,16 @@ def pictures(size: int) -> tuple[Pixels, Indices]:
     return np.stack(squares), np.arange(COUNT) % 3
 
 
+@lru_cache(maxsize=1)
+def beginning(name: BackboneName, cut: str, size: int) -> tuple[bytes, Features]:
+    """Return weights of a network, and its features of `pictures` at a cut; most tests begin with the same ones."""
+    pixels, _ = pictures(size)
+    weights = calibrated(name, pixels)
+    features = np.asarray(backbones.backbone(name, cut, size, weights)(pixels)["features"])
+    features.flags.writeable = False
+    return weights, features
+
+
 class Trial:
     """A network, a head that has learned on its frozen features, and what is needed to go on from there."""
 
@@ -68,9 +80,7 @@ class Trial:
         self.recipe, self.task = wanted, task
         self.pixels, classes = pictures(wanted.image_size)
         self.truth = classes if targets is None else targets
-        self.weights = calibrated(wanted.backbone, self.pixels)
-        network = backbones.backbone(wanted.backbone, wanted.features_from, wanted.image_size, self.weights)
-        self.features = np.asarray(network(self.pixels)["features"])
+        self.weights, self.features = beginning(wanted.backbone, wanted.features_from, wanted.image_size)
         self.rows = np.arange(COUNT)
         self.head: Fit = fit(
             wanted,
