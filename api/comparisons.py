@@ -37,6 +37,9 @@ router = APIRouter(prefix="/api/v1/comparisons", tags=["comparisons"], route_cla
 # What recipes must share to be tested on the same images.
 _SHARED = ("seed", "folds.k", "folds.repeats", "task")
 
+# Before them a run knows only how long its present stage takes.
+_FORETOLD_IN = ("folds", "final")
+
 
 @router.post("", status_code=202)
 def start_comparison(
@@ -206,24 +209,26 @@ def _progress(comparison: Comparison, made: Sequence[Run]) -> ComparisonProgress
 
 
 def _eta_s(stage: str, made: Sequence[Run], running: Sequence[Run]) -> float | None:
-    """Return the seconds that are left, None if unknown: those of the running runs, and of each that waits.
-
-    One that waits takes as long as others of its mode that ended, or that run now and foretell their end.
-    """
+    """Return the seconds that are left, None if unknown: as many runs go on as run now, and take as long as others."""
     if stage not in ("training", "queued"):
         return None
     left = [run.progress["eta_s"] for run in running]
-    if None in left:
-        return None
-    takes: defaultdict[str, list[float]] = defaultdict(list)
-    for run in made:
-        if run.started_at and run.finished_at:
-            takes[run.recipe["mode"]].append((run.finished_at - run.started_at).total_seconds())
-    ended = set(takes)
-    for run in running:
-        if run.started_at and run.recipe["mode"] not in ended:
-            takes[run.recipe["mode"]].append((now() - run.started_at).total_seconds() + run.progress["eta_s"])
+    typical_s = _typical_s(made)
     waiting = [run.recipe["mode"] for run in made if run.state is RunState.QUEUED]
-    if any(mode not in takes for mode in waiting):
+    if None in left or any(mode not in typical_s for mode in waiting):
         return None
-    return float(sum(left) + sum(statistics.fmean(takes[mode]) for mode in waiting))
+    together_s = sum(left) + sum(typical_s[mode] for mode in waiting)
+    return float(max([*left, together_s / max(1, len(running))]))
+
+
+def _typical_s(made: Sequence[Run]) -> dict[str, float]:
+    """Return for each mode what its runs take: those that succeeded, or else those that can foretell their end."""
+    ended, foretold = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    for run in made:
+        mode = run.recipe["mode"]
+        if run.state is RunState.SUCCEEDED and run.started_at and run.finished_at:
+            ended[mode].append((run.finished_at - run.started_at).total_seconds())
+        left_s = run.progress["eta_s"] if run.progress["stage"] in _FORETOLD_IN else None
+        if run.state is RunState.RUNNING and run.started_at and left_s is not None:
+            foretold[mode].append((now() - run.started_at).total_seconds() + left_s)
+    return {mode: statistics.fmean(takes) for mode, takes in (foretold | ended).items()}

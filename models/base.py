@@ -16,8 +16,8 @@ from sqlalchemy.orm import DeclarativeBase
 wall_clock: ContextVar[Callable[[], datetime]] = ContextVar("wall_clock", default=lambda: datetime.now(UTC))
 """What `now` reads: a simulation gives each of its machines a clock of its own."""
 
-FOR_CHANGE = {"key_share": True}
-"""How a row is held that will be changed, not deleted: others may still add rows that name it, as the outbox does."""
+NO_KEY_UPDATE = {"key_share": True}
+"""`FOR NO KEY UPDATE`: a row is held to be changed, not deleted; others may still add rows that name it (outbox)."""
 
 Json = JSON().with_variant(JSONB(), "postgresql")
 

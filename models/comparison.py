@@ -23,7 +23,7 @@ from errors import NotFound, NothingToCompare
 from models import job as jobs
 from models import parts
 from models import run as runs
-from models.base import FOR_CHANGE, Base, new_id, now, text_enum
+from models.base import NO_KEY_UPDATE, Base, new_id, now, text_enum
 from models.job import Job, JobKind, Queue
 from models.project import Principal, owner, scope
 from models.run import Run, RunState
@@ -263,7 +263,7 @@ def _end(comparison: Comparison, state: ComparisonState, error: dict[str, Any] |
 
 def _locked(session: Session, comparison_id: str) -> Comparison:
     """Return a comparison whose row is held until the transaction ends, as it stands then."""
-    return session.get_one(Comparison, comparison_id, with_for_update=FOR_CHANGE, populate_existing=True)
+    return session.get_one(Comparison, comparison_id, with_for_update=NO_KEY_UPDATE, populate_existing=True)
 
 
 def _locked_of(session: Session, run_id: str) -> Comparison | None:

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from artifacts.recipe import Recipe
 from artifacts.store import Digest
 from errors import NotFound
-from models.base import FOR_CHANGE, Base, Json, new_id, now, text_enum
+from models.base import NO_KEY_UPDATE, Base, Json, new_id, now, text_enum
 from models.project import Principal, owner, scope
 
 FINAL_PART = -1
@@ -232,7 +232,7 @@ def create_run(session: Session, principal: Principal, version_id: str, name: st
 
 def lock_run(session: Session, run_id: str) -> Run:
     """Return a run whose row is held until the transaction ends, as it stands then."""
-    return session.get_one(Run, run_id, with_for_update=FOR_CHANGE, populate_existing=True)
+    return session.get_one(Run, run_id, with_for_update=NO_KEY_UPDATE, populate_existing=True)
 
 
 def start_run(session: Session, run_id: str) -> Run:
@@ -254,7 +254,7 @@ def requeue_run(session: Session, run_id: str, stage: str = "queued") -> None:
 def reopen_run(session: Session, run_id: str) -> Run:
     """Put a failed run back in line."""
     session.execute(delete(Fold).where(Fold.run_id == run_id, Fold.outcome_sha256.is_(None)))  # of an older version
-    again = {"error": None, "finished_at": None, "progress": progress(stage="queued")}
+    again = {"error": None, "started_at": None, "finished_at": None, "progress": progress(stage="queued")}
     return _change(session, run_id, RunState.QUEUED, again)
 
 

@@ -55,7 +55,8 @@ _STAGES: Mapping[Mode, Mapping[str, float]] = {
 def whole(mode: Mode, folds: int, ended_s: Sequence[float], said: Sequence[Said]) -> dict[str, Any]:
     """Return the progress of a run: stage, fraction from 0 to 1, fold (from 1), folds, epoch, epochs, eta_s.
 
-    The ETA is measured: until a fold's first epoch has ended it is that of the present stage alone, or None.
+    The ETA is measured: until a fold has begun to count its epochs it is that of the present stage alone, or None. A
+    final fit that does not count them yet takes as long as a fold.
 
     Args:
         mode: how the run learns; it says which stages there are.
@@ -75,7 +76,7 @@ def whole(mode: Mode, folds: int, ended_s: Sequence[float], said: Sequence[Said]
         share = (len(ended_s) + sum(one["share"] for one in parts)) / folds
         eta_s = _eta_of_folds_s(folds - len(ended_s) - sum(map(_folds_of, parts)), ended_s, parts)
     elif stage == "final" and eta_s is None and ended_s:
-        eta_s = _rest_s(shown, statistics.fmean(ended_s))
+        eta_s = _rest_s(shown, statistics.fmean(ended_s), has_ended=True)
     start, end = starts[stage], starts[names[names.index(stage) + 1]]
     fold = shown.get("fold")
     return {
@@ -94,19 +95,26 @@ def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[Said
 
     Until a fold has ended, as if none stopped early.
     """
-    foretold = [one for one in parts if one.get("eta_s") is not None]
-    typical = ended_s or [(one["spent_s"] + one["eta_s"]) / _folds_of(one) for one in foretold]
+    typical = ended_s or [
+        (one["spent_s"] + one["eta_s"]) / _folds_of(one) for one in parts if one.get("eta_s") is not None
+    ]
     if not typical:
         return None
     typical_s = statistics.fmean(typical)
-    left_s = [_rest_s(one, typical_s) for one in parts if ended_s and _folds_of(one) == 1]
-    left_s += [one["eta_s"] for one in foretold if not ended_s or _folds_of(one) > 1]
-    return float(max(left_s, default=0.0) + math.ceil(max(0, waiting) / len(parts)) * typical_s + typical_s)
+    left_s = max(_rest_s(one, typical_s, has_ended=bool(ended_s)) for one in parts)
+    return float(left_s + math.ceil(max(0, waiting) / len(parts)) * typical_s + typical_s)
 
 
-def _rest_s(said: Said, typical_s: float) -> float:
-    """Return what is left of a part that should take as long as those that have ended."""
-    return max(0.0, typical_s - float(said.get("spent_s", 0.0)))
+def _rest_s(said: Said, typical_s: float, *, has_ended: bool) -> float:
+    """Return what is left of a part: what is left of a typical one, or what it says itself where that says more.
+
+    Folds that have ended say it better than one that cannot know whether it will stop early. Of several side by side
+    and of one that takes longer than others it is the other way round.
+    """
+    own_s, spent_s = said.get("eta_s"), float(said.get("spent_s", 0.0))
+    if own_s is not None and (not has_ended or _folds_of(said) > 1 or spent_s > typical_s):
+        return float(own_s)
+    return max(0.0, _folds_of(said) * typical_s - spent_s)
 
 
 def _folds_of(said: Said) -> int:

@@ -171,8 +171,16 @@ def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
     shown = client.get(url).json()
     assert (shown["state"], shown["progress"]["eta_s"]) == ("running", None), "nobody knows how long it takes"
     with services.database.writing() as session:
+        runs.set_progress(session, first, runs.progress("features", 0.5, eta_s=1000.0))
+    assert client.get(url).json()["progress"]["eta_s"] is None, "that is the present stage alone"
+    with services.database.writing() as session:
         runs.set_progress(session, first, runs.progress("folds", 0.5, eta_s=1000.0))
-    assert 4000 <= client.get(url).json()["progress"]["eta_s"] < 4100, "the others will take as long"
+        started_at = session.get_one(Run, first).started_at
+    assert started_at is not None
+    before = now()
+    eta_s = client.get(url).json()["progress"]["eta_s"]
+    low, high = (4000 + 3 * (moment - started_at).total_seconds() for moment in (before, now()))
+    assert low <= eta_s <= high, "the others will take as long"
     with services.database.writing() as session:
         runs.note_extraction(session, first, {"seconds": 1.5})
         run = runs.succeed_run(session, first, {}, 1.0)
@@ -206,6 +214,27 @@ def test_a_run_that_waits_is_foretold_by_those_of_its_own_mode_alone(
     before = now()
     eta_s = client.get(url).json()["progress"]["eta_s"]
     assert 2000 + (before - started_at).total_seconds() <= eta_s <= 2000 + (now() - started_at).total_seconds()
+
+
+def test_a_run_that_failed_foretells_nothing_and_two_at_once_take_half_as_long(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    found = start(client, dataset, [*TWO, {"epochs": 3}, {"epochs": 4}]).json()
+    url = f"/api/v1/comparisons/{found['id']}"
+    first, second, third, _ = (row["run"] for row in found["rows"])
+    with services.database.writing() as session:
+        runs.start_run(session, first)
+        comparisons.note_start(session, first)
+        runs.fail_run(session, first, {"code": "crashed", "detail": "It died."})
+        started_at = runs.start_run(session, second).started_at
+        runs.set_progress(session, second, runs.progress("folds", 0.5, eta_s=1000.0))
+        runs.start_run(session, third)
+        runs.set_progress(session, third, runs.progress("folds", 0.5, eta_s=1000.0))
+    assert started_at is not None
+    before = now()
+    eta_s = client.get(url).json()["progress"]["eta_s"]
+    low, high = (1500 + (moment - started_at).total_seconds() / 2 for moment in (before, now()))
+    assert low - 1 <= eta_s <= high, "one waits, and both go on"
 
 
 def test_a_finished_comparison_shows_its_table_its_picture_and_its_report(

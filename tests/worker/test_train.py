@@ -511,6 +511,19 @@ def test_folds_that_ended_foretell_those_that_do_not_know_yet_and_the_final_fit(
     assert whole(Mode.FINE_TUNING, 3, [10.0, 10.0, 13.0], [late])["eta_s"] == 0.0
 
 
+def test_a_fold_that_does_not_know_yet_takes_as_long_as_one_that_does() -> None:
+    nearly = {**PROGRESS, "spent_s": 990.0, "eta_s": 10.0}
+    begun = {**PROGRESS, "fold": 1, "spent_s": 20.0, "eta_s": None}
+    assert whole(Mode.FINE_TUNING, 2, [], [nearly, begun])["eta_s"] == pytest.approx(980.0 + 1000.0)
+    brought = {**PROGRESS, "spent_s": 900.0, "eta_s": 100.0}  # a checkpoint had most of it
+    assert whole(Mode.FINE_TUNING, 3, [], [brought])["eta_s"] == pytest.approx(100.0 + 2 * 1000.0 + 1000.0)
+
+
+def test_a_fold_that_takes_longer_than_others_is_believed() -> None:
+    slow = {**PROGRESS, "fold": 1, "spent_s": 30.0, "eta_s": 7.0}
+    assert whole(Mode.FINE_TUNING, 2, [10.0], [slow])["eta_s"] == pytest.approx(7.0 + 10.0)
+
+
 def test_a_fold_that_fails_ends_the_run_and_the_other_folds(tuning: Case, say: Say, start_loop: StartLoop) -> None:
     say({"type": "prepared"})
     tuning.do()

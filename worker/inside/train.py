@@ -191,7 +191,8 @@ class _Reporter:
         share = done / total if total else 1.0
         spent_s = time.monotonic() - self._entered
         self._pulse.beat()
-        self._say(stage=self._stage, share=share, eta_s=spent_s * (1 - share) / share if share else None)
+        if share:  # at 0 it only lives: the stage itself has said that it began
+            self._say(stage=self._stage, share=share, eta_s=spent_s * (1 - share) / share)
 
     def extracted(self, extraction: Extraction) -> None:
         self._channel.send("extraction", extraction=asdict(extraction))
@@ -200,7 +201,14 @@ class _Reporter:
         found = self._order["checkpoints"].get("final" if number is None else str(number), [])
         share = self._order["checkpoint_share"]
         keeper = _Keeper(self._channel, self._store, self.marked, number, found, share, self._abreast.count)
-        self._abreast.begin(number, plan.head, plan.network, _epochs_of(keeper.found), keeper.flush)
+        self._abreast.begin(
+            number,
+            plan.head,
+            plan.network,
+            keeper.flush,
+            done=_epochs_of(keeper.found),
+            brought_s=keeper.found.seconds if keeper.found else 0.0,
+        )
         self._channel.on_drain(self._abreast.flush)
         return _Part(self._channel, number, keeper, self._pulse, self._abreast, self._say)
 
