@@ -38,6 +38,11 @@ KEYS = {"AWS_ACCESS_KEY_ID": "the-key-of-a-test", "AWS_SECRET_ACCESS_KEY": "the-
 _REGION = "eu-central-1"
 
 
+def _key(digest: Digest) -> str:
+    """Return under which key a file of a store lies."""
+    return f"some/where/{digest[:2]}/{digest}"
+
+
 @dataclass
 class Bucket:
     """A bucket on a server of this machine, and the folder of the machine that uses it."""
@@ -71,13 +76,13 @@ class Bucket:
 
     def write(self, digest: Digest, data: bytes) -> None:
         """Write other bytes under a digest, as a broken disk of the server would."""
-        obstore.put(self._direct(), f"some/where/{digest[:2]}/{digest}", data)
+        obstore.put(self._direct(), _key(digest), data)
 
     def age(self, *digests: Digest) -> None:
         """Have files been written two days ago."""
         of_server = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[self.name].keys
         for digest in digests:
-            of_server[f"some/where/{digest[:2]}/{digest}"].last_modified -= timedelta(days=2)
+            of_server[_key(digest)].last_modified -= timedelta(days=2)
 
     def _keys(self) -> list[str]:
         found = [meta["path"] for page in obstore.list(self._direct()) for meta in page]

@@ -37,6 +37,7 @@ def resting_loop(database: Database, handler: Handler) -> Iterator[Loop]:
     finally:
         loop.drain()
         loop.join(60)
+    assert has_ended(loop)
 
 
 def has_ended(loop: Loop) -> bool:

@@ -33,7 +33,9 @@ QUICK = {
 
 # Below those that the system gives to connections, any of which could take one before its server does; each process of
 # a test session has its own.
-_PORTS = itertools.count(10_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:]) + os.getpid() % 1_000)
+_PORTS = itertools.count(
+    10_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw10")[2:]) % 11) + os.getpid() % 1_000
+)
 
 
 def free_port() -> int:

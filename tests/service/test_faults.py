@@ -265,7 +265,7 @@ def until_answered(ask: Callable[[], httpx2.Response]) -> httpx2.Response:
 
 
 @ON_ANY_DATABASE
-def test_a_frozen_broker_costs_seconds(ground: Ground) -> None:
+def test_a_frozen_broker_costs_no_run(ground: Ground) -> None:
     broker = ground.service.find("valkey-server")
     broker.suspend()
     try:

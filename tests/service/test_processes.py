@@ -72,15 +72,17 @@ def test_two_processes_follow_an_alias_count_together_and_end_without_a_lost_req
     database.close()
     with several(tmp_path) as api, ThreadPoolExecutor(1) as pool:
         with api.clients() as clients:
-            has_moved = threading.Event()
+            is_over = threading.Event()
             flood = pool.submit(
-                load, api.port, [REQUEST], 6, 300.0, keeps_bodies=True, is_over=lambda _: has_moved.is_set()
+                load, api.port, [REQUEST], 6, 300.0, keeps_bodies=True, is_over=lambda _: is_over.is_set()
             )
             asked = 0
-            for version in (2, 1, 2):
-                time.sleep(0.5)
-                asked += move(clients, version)
-            has_moved.set()
+            try:
+                for version in (2, 1, 2):
+                    time.sleep(0.5)
+                    asked += move(clients, version)
+            finally:
+                is_over.set()
             assert clients.keys() == {answering(client) for client in clients.values()}, "the same connections"
             found: Load = flood.result()
             assert found.statuses.keys() == {200} and found.broken == found.refused == 0, found.figures()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,6 +25,7 @@ def answering_version(service: Service) -> int:
 def test_neither_a_moved_alias_nor_an_api_that_is_told_to_end_costs_a_request(
     service: Service, colours: dict[str, Any]
 ) -> None:
+    is_over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         for cut in ("block1", "block2"):  # on two networks
             assert service.train(colours["id"], "asked-for", features_from=cut)["state"] == "succeeded"
@@ -31,13 +33,23 @@ def test_neither_a_moved_alias_nor_an_api_that_is_told_to_end_costs_a_request(
         assert load(service.port, [request], 1, 1.0).statuses[200]
 
         flood = pool.submit(
-            load, service.port, [request], 8, 300.0, keeps_bodies=True, is_over=lambda found: found.refused > 8
+            load,
+            service.port,
+            [request],
+            8,
+            300.0,
+            keeps_bodies=True,
+            is_over=lambda found: found.refused > 8 or is_over.is_set(),
         )
-        for version in (2, 1, 2):
-            time.sleep(1.0)
-            service.http.put("/api/v1/models/asked-for/aliases/champion", json={"version": version})
-            until(lambda version=version: answering_version(service) == version)
-            assert answering_version(service) == version, "there is no way back"
+        try:
+            for version in (2, 1, 2):
+                time.sleep(1.0)
+                service.http.put("/api/v1/models/asked-for/aliases/champion", json={"version": version})
+                until(lambda version=version: answering_version(service) == version)
+                assert answering_version(service) == version, "there is no way back"
+        except BaseException:
+            is_over.set()
+            raise
         service.find("api.app").terminate()
         found: Load = flood.result()
         assert found.statuses.keys() == {200} and found.broken == 0, found.figures()

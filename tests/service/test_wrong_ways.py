@@ -160,11 +160,15 @@ def test_a_version_or_alias_that_does_not_exist_is_told(service: Service, traine
     assert service.http.put("/api/v1/models/colours/aliases/Not-OK", json={"version": 1}).status_code == 422
 
 
-def test_without_network_a_run_says_within_seconds_what_to_do(service: Service, colours: dict[str, Any]) -> None:
+def test_without_network_a_run_says_what_to_do_before_it_computes_anything(
+    service: Service, colours: dict[str, Any]
+) -> None:
     run = service.train(colours["id"], "unreachable", weights="imagenet")
     assert run["state"] == "failed"
-    told = [event["stage"] for kind, event in service.events(run["id"]) if kind == "progress"]
-    assert set(told) <= {"starting", "weights"}, "nothing was computed before"
+    told = service.events(run["id"])
+    assert [event["state"] for kind, event in told if kind == "state"] == ["queued", "running", "failed"]
+    assert {event["stage"] for kind, event in told if kind == "progress"} <= {"starting", "weights"}
+    assert run["extraction"] is None and run["folds"] == []
     assert run["error"]["type"].endswith(":weights-unavailable")
     for way_out in ("network access", "make weights BACKBONE=vgg16", "ESPALIER_WEIGHTS_URL", "'random'"):
         assert way_out in run["error"]["detail"]

@@ -285,7 +285,10 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.9
-    assert heard.parts[0].done == sorted(heard.parts[0].done) and heard.parts[0].done[-1] == heard.folds[0].epochs
+    part = heard.parts[0]
+    assert part.done == sorted(part.done) and part.done[-1] == heard.folds[0].epochs
+    of_head = heard.folds[0].metrics["phases"][0]["epochs"]
+    assert part.unfrozen_after == of_head, "whoever foretells the end must know that epochs take longer now"
     assert "Fine-tuning: layers from `block3` on" in outcome.files["report.md"][0].decode()
 
 

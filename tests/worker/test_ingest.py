@@ -643,6 +643,8 @@ def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, be
         version_id, _ = begin(slow, slow_set(scans=20_000))
         assert is_there.wait(120)
         clock.sleep(QUICK.stall_s + 1)
+        lease = f"lease-{intake.job(version_id).id}"  # who holds it looks once more, and then no longer
+        until(lambda: lease not in {thread.name for thread in threading.enumerate()})
     settled(intake.database, intake.job(version_id).id, JobState.FAILED)
     version = intake.version(version_id)
     assert version.state is DatasetState.REJECTED and version.error is not None

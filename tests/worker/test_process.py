@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import array
 import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -380,15 +383,22 @@ def test_half_an_order_from_a_worker_that_died_ends_the_child(sidecar: Sidecar) 
     os.close(outgoing)
 
 
+def unread_bytes(child: Child) -> int:
+    """Return how much waits in a child's pipe."""
+    found = array.array("i", [0])
+    fcntl.ioctl(child._incoming, termios.FIONREAD, found)
+    return found[0]
+
+
 def test_a_stopped_child_hands_over_what_nobody_has_heard(order: Order) -> None:
     # 3,200 messages: more than wait in the queue, so the child's pipe fills up behind it.
     archive = sample.zipped({f"{name}/{number}.png": b"no image" for name in "ab" for number in range(800)})
     with Child(order(archive)) as child:
-        until(child._messages.full)
+        until(lambda: child._messages.full() and unread_bytes(child) > 16_384)
         messages = child.stop()
         assert not is_alive(child.pid)
         assert child.stop() == []
-    assert messages[0]["type"] == "layout" and 1000 <= len(messages) < 3200
+    assert messages[0]["type"] == "layout" and 1100 < len(messages) < 3200
     assert [message["type"] for message in messages[1:5]] == ["reading", "refused"] * 2
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -342,9 +342,8 @@ def test_whichever_answer_is_lost_nothing_is_shown_twice(
         assert seen(mlflow_url, again.name) == undisturbed, f"the answer to change {lost} was lost"
 
 
-def test_a_run_is_told_once_mlflow_is_back(
-    mlflow_url: str, relay: Relay, case: Case, start_loop: StartLoop, long_back_off: Callable[[int], float]
-) -> None:
+@pytest.mark.usefixtures("long_back_off")
+def test_a_run_is_told_once_mlflow_is_back(mlflow_url: str, relay: Relay, case: Case, start_loop: StartLoop) -> None:
     relay.loses_from = 1
     with case.database.writing() as session:
         assert add_publish_jobs(session) == 1
@@ -391,8 +390,9 @@ def test_the_end_of_a_run_that_is_tried_again_is_told_at_its_next_end(
     assert shown() == "FAILED"
 
 
+@pytest.mark.usefixtures("long_back_off")
 def test_a_run_whose_report_is_gone_is_told_of_again_by_the_same_job(
-    mlflow_url: str, case: Case, start_loop: StartLoop, long_back_off: Callable[[int], float]
+    mlflow_url: str, case: Case, start_loop: StartLoop
 ) -> None:
     case.store.delete(digest_of(b"# Report"))
     start_loop(case.database, Publish(case.store, _place(mlflow_url)), kind=JobKind.PUBLISH, queue=Queue.TRACKING)

@@ -33,13 +33,14 @@ from models.reference import unnamed
 from models.registry import ModelVersion, Quantised, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
+from worker import app as worker_app
 from worker.inside import train as inside_train
 from worker.inside.channel import Channel
 from worker.inside.train import _Pulse
 from worker.loop import Loop
 from worker.process import Child, Message
 from worker.progress import whole
-from worker.train import Train, _answer
+from worker.train import DRAIN_WITHIN_S, Train, _answer
 from worker.work import Bench, Complete, Stopped, Work
 
 FOLD = {"epochs": 3, "best_epoch": 2, "stopped": "epochs", "metrics": {"accuracy": 0.5}, "history": [], "seconds": 2.0}
@@ -114,6 +115,7 @@ def queued(database: Database, store: Store, folder: Path, recipe: Recipe) -> Ca
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", recipe)
         job = parts.submit(session, run)
+        assert DRAIN_WITHIN_S < worker_app._DRAIN_S, "a worker hears what its child says at the end"
         train = Train(store, training_place(folder), drain_within_s=600.0)  # a child is done long before
         return Case(database, store, train, run.id, job.id)
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -364,11 +364,11 @@ def test_many_addresses_behind_a_wall_do_not_add_up(place: Place, monkeypatch: p
             waiting.setblocking(False)
             waiting.connect_ex(walled.getsockname())
         address = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", walled.getsockname())
-        left = [address] * 400
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: iter(left.pop, None))
+        tried = count(1)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (address for _ in islice(tried, 400)))
         place.source = replace(place.source, url="http://weights.invalid", connect_s=0.3)
         assert "no connection within 0.6 s" in place.refusal()
-        assert left, "most of them were not even tried"
+        assert next(tried) < 16, "most of them were not even tried"
 
 
 @pytest.mark.parametrize("url", ["", "no address", "ftp://weights.invalid", "http://:80", "http://[::1", "http://a:b"])
