@@ -10,7 +10,7 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sqlalchemy import create_engine, text
 from waiting import until
 
 from artifacts.store import Digest, Store
+from errors import Unavailable
 from models import run as runs
 from models.job import Job, JobState
 from models.session import Database
@@ -105,6 +106,21 @@ class Ground:
     def checkpoints(self, run: str) -> dict[int, list[Digest]]:
         with self.database.reading() as session:
             return runs.get_checkpoints(session, run)
+
+    def freeze(self, processes: Sequence[psutil.Process]) -> bool:
+        """Stop processes; on SQLite return False, and they go on, if one was just writing and nobody else could."""
+        for process in processes:
+            process.suspend()
+        if not self.database.is_sqlite:
+            return True
+        try:
+            with self.database.writing() as session:
+                session.connection()  # takes the lock
+        except Unavailable:
+            for process in reversed(processes):
+                process.resume()
+            return False
+        return True
 
     def trainer(self) -> psutil.Process:
         """Return the process that trains."""
@@ -196,8 +212,7 @@ def test_a_worker_that_is_told_to_end_keeps_how_far_it_is_and_the_attempt_does_n
 def test_a_frozen_worker_is_replaced_and_writes_nothing_when_it_wakes(ground: Ground) -> None:
     run = ground.begin("feature-extraction", "frozen")
     frozen = [ground.trainer(), ground.service.find("worker.app")]
-    for process in frozen:
-        process.suspend()
+    until(lambda: ground.freeze(frozen))
     try:
         with ground.service.another_worker():
             ended = ground.check("feature-extraction", run)
