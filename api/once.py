@@ -85,4 +85,5 @@ def once(request: Request, given: ServicesDep, principal: PrincipalDep, key: Key
         yield Once(given, principal, key, address)
 
 
-OnceDep = Annotated[Once, Depends(once)]
+# The key is free before the answer leaves: whoever has the answer may ask again at once.
+OnceDep = Annotated[Once, Depends(once, scope="function")]

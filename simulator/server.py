@@ -22,6 +22,8 @@ from simulator.luck import Luck
 # Waiting in a circle costs real time until the server notices; and nothing here is worth waiting for a disk.
 _OPTIONS = "-c timezone=utc -c synchronous_commit=off -c deadlock_timeout=20ms"
 _CONNECTIONS = 50
+# What makes a SELECT wait for others.
+_LOCKS = ("FOR UPDATE", "FOR NO KEY UPDATE", "advisory")
 # The data set that every schedule begins with, and what the migrations themselves wrote.
 _KEPT = {"dataset", "dataset_version", "image", "membership", "project", "registry_revision"}
 
@@ -93,8 +95,7 @@ class Statement:
 
 
 def _may_wait(statement: str) -> bool:
-    is_plain = statement.startswith("SELECT") and "FOR UPDATE" not in statement and "advisory" not in statement
-    return not is_plain
+    return not statement.startswith("SELECT") or any(lock in statement for lock in _LOCKS)
 
 
 def _engine(address: URL) -> Engine:

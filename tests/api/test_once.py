@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -104,6 +105,38 @@ def test_a_refused_request_leaves_its_key_free(client: TestClient, dataset: str)
     assert client.post("/api/v1/runs", json=order, headers=KEY).status_code == 404
     order["dataset"] = dataset
     assert client.post("/api/v1/runs", json=order, headers=KEY).status_code == 202
+
+
+@pytest.mark.parametrize(("which", "status"), [("unknown", 404), ("ready", 202)])
+def test_a_key_is_free_before_its_answer_leaves(
+    client: TestClient, services: Services, dataset: str, monkeypatch: pytest.MonkeyPatch, which: str, status: int
+) -> None:
+    held: list[str] = []
+    when_answered: list[list[str]] = []
+    exclusive = services.database.exclusive
+
+    @contextmanager
+    def watched(name: str) -> Iterator[bool]:
+        held.append(name)
+        try:
+            with exclusive(name) as is_held:
+                yield is_held
+        finally:
+            held.remove(name)
+
+    async def answering(scope: Any, receive: Any, send: Any) -> None:
+        async def pass_on(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                when_answered.append([*held])
+            await send(message)
+
+        await client.app(scope, receive, pass_on)
+
+    monkeypatch.setattr(services.database, "exclusive", watched)
+    order = {"dataset": dataset if which == "ready" else "ds_unknown", "name": "m"}
+    answer = TestClient(answering, base_url=str(client.base_url)).post("/api/v1/runs", json=order, headers=KEY)
+    assert answer.status_code == status, answer.text
+    assert when_answered == [[]]
 
 
 def test_a_key_means_nothing_any_more_after_a_week(send: Send, services: Services) -> None:
