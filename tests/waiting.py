@@ -16,3 +16,15 @@ def until(condition: Callable[[], T | None], within_s: float = 120.0) -> T:
         assert time.monotonic() < deadline, f"still not so after {within_s:g} s"
         time.sleep(0.01)
     return value
+
+
+def until_no(error: type[Exception], ask: Callable[[], T]) -> T:
+    """Ask again until that error stays away; return the answer."""
+
+    def answers() -> list[T]:
+        try:
+            return [ask()]
+        except error:
+            return []
+
+    return until(answers)[0]

