@@ -48,7 +48,7 @@ check: $(VENV)/dev ## check format, types, floors, compose file and images
 	mypy
 	lint-imports --no-logo --cache-dir .cache/import-linter
 	check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml docker-compose.gpu.yml
-	hadolint images/*.Dockerfile
+	hadolint deploy/images/*.Dockerfile
 
 bench: $(VENV)/dev ## measure extraction, training and fine-tuning against their baselines
 	python -m benchmarks.extraction
@@ -69,7 +69,7 @@ $(PEERS)/installed: benchmarks/peers/requirements.txt
 
 MINUTES ?= 10
 soak: $(VENV)/dev ## train under fire and account for every run (MINUTES=10)
-	@python -m ops.soak --minutes "$(MINUTES)"
+	@PYTHONPATH=tests python -m soak.run --minutes "$(MINUTES)"
 
 lock: $(VENV)/dev ## compile requirements/*.txt anew from pyproject.toml, for all platforms, with hashes
 	@mkdir -p requirements

@@ -15,8 +15,8 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator, model_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from artifacts.archive import ArchiveLimits
+from artifacts.bucket_store import parse_url
 from artifacts.images import ImageLimits
-from artifacts.shared import parse_url
 from artifacts.store import StoreAddress
 
 GIB = 1024**3

@@ -16,30 +16,18 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
 import logs
-from api import (
-    comparisons,
-    datasets,
-    events,
-    networks,
-    openapi,
-    operations,
-    predictions,
-    problems,
-    processes,
-    registry,
-    runs,
-    views,
-)
-from api.deps import Services
-from api.door import Door, Ending
-from api.listening import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
+from api import openapi, problems, processes
+from api.dependencies import Services
 from api.metrics import Metrics, shared_folder
-from api.predictions import Desk
+from api.middleware import Door, Ending
+from api.routes import comparisons, datasets, events, models, networks, operations, predictions, runs, views
+from api.routes.predictions import Desk
+from api.socket_drain import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
 from api.switchboard import Switchboard
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from bell import Bell, CeleryBell, EagerBell
 from errors import EngineMissing, StoreRefused
-from inference.choice import loader
+from inference.engine_choice import loader
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
@@ -102,7 +90,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         ending=ending,
     )
     app.state.desk = desk
-    for part in (datasets, runs, views, events, networks, comparisons, registry, predictions, operations):
+    for part in (datasets, runs, views, events, networks, comparisons, models, predictions, operations):
         app.include_router(part.router)
     patch_fastapi(app)
     problems.install(app)

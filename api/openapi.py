@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from api import problems
-from api.door import OPEN
+from api.middleware import OPEN
 from api.schemas import Problem
 
 _ERRORS = {"422": "The request cannot be used as it is.", "4XX": "The request is refused.", "5XX": "It failed here."}

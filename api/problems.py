@@ -101,7 +101,7 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
 
 
 def request_id(request: Request) -> str:
-    """Return the id that `api.door` gave the request."""
+    """Return the id that `api.middleware` gave the request."""
     return str(request.scope.get("state", {}).get("request_id", ""))
 
 

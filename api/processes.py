@@ -23,7 +23,7 @@ import uvicorn
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from api import metrics
-from api.listening import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
+from api.socket_drain import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
 from settings import Settings
 
 # Libraries take 3 s to load, and many times that on a busy machine; nobody is held to hang before.

@@ -7,15 +7,15 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
 
-from artifacts.catalogue import BackboneName
-from artifacts.layers import NetworkRecipe, Sides
 from artifacts.layout import Split
-from artifacts.recipe import NAME_PATTERN, Recipe, Task
 from models.comparison import ComparisonState
 from models.dataset import DatasetState
 from models.job import Queue
 from models.run import RunState
 from models.view import ViewState
+from recipes.catalogue import BackboneName
+from recipes.layers import NetworkRecipe, Sides
+from recipes.recipe import NAME_PATTERN, Recipe, Task
 
 Item = TypeVar("Item")
 

@@ -1,1 +1,1 @@
-"""What it is made of: files named by digest, their formats, the catalogue, recipes. Knows no SQL and no network."""
+"""Stored files: by digest, in a folder or a bucket, with their formats; archives, images and bundles. Knows no SQL."""

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from artifacts.images import Pixels
-from artifacts.layers import Activation, Sides, sides
-from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Digest, parse_digest
 from artifacts.tensors import UNREADABLE, dump, load_values
 from artifacts.tensors import load as load_tensors
 from errors import BundleRefused
+from recipes.layers import Activation, Sides, sides
+from recipes.recipe import Precision, Resize, Task
 
 FORMAT = 1
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.layers import Sides
-from artifacts.recipe import Precision, Resize
 from artifacts.store import Digest, disk_errors
+from recipes.layers import Sides
+from recipes.recipe import Precision, Resize
 
 Features = npt.NDArray[np.float32]
 

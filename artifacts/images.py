@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from artifacts.layers import Sides, sides
-from artifacts.recipe import Resize
 from errors import ImageRefused
+from recipes.layers import Sides, sides
+from recipes.recipe import Resize
 
 IMAGE_RULE = 1
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from artifacts.recipe import Task
 from errors import LayoutUnknown, Refused
+from recipes.recipe import Task
 
 LABELS_FILE = "labels.csv"
 

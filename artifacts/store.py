@@ -1,7 +1,7 @@
 """Files named by the SHA-256 of what is in them, in a folder. Knows nothing of what the bytes mean, nor of buckets.
 
 A file is written under a temporary name, synced, then renamed: a digest either names the whole file or nothing.
-`artifacts.shared` keeps them in a bucket behind the same methods.
+`artifacts.bucket_store` keeps them in a bucket behind the same methods.
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ import shutil
 import time
 from pathlib import Path
 
-from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.features import FeatureCache, FeatureSpace
 from artifacts.images import IMAGE_RULE
-from artifacts.recipe import Precision, Resize
 from benchmarks.figures import report, spread
 from benchmarks.ground import LIMITS, ground
 from inference.engine import OpenVinoEngine
-from training.extract import extract
-from training.pixels import BATCH, Decoder
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.recipe import Precision, Resize
+from training.data.extraction import extract
+from training.data.pixels import BATCH, Decoder
 
 
 def main() -> None:

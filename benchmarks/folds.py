@@ -18,21 +18,22 @@ import keras
 import numpy as np
 
 from artifacts import manifest
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.defaults import ClassCount, fill
-from artifacts.recipe import Recipe, Task
 from artifacts.store import Digest
 from benchmarks.figures import report
 from benchmarks.ground import LIMITS, Ground, ground
-from training import backbones, experiment
-from training.begin import Order
-from training.checkpoint import NoKeeper
-from training.epochs import Epoch
-from training.extract import Extraction
-from training.learn import Plan
-from training.outcome import FoldOutcome
-from training.prepare import BackboneKey, Place
-from training.split import make_folds
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.defaults import ClassCount, fill
+from recipes.recipe import Recipe, Task
+from training import experiment
+from training.data.extraction import Extraction
+from training.data.split import make_folds
+from training.fitting.checkpoint import NoKeeper
+from training.fitting.fold_outcome import FoldOutcome
+from training.fitting.learners import Plan
+from training.fitting.training_loop import Epoch
+from training.networks import backbones
+from training.networks.network_files import BackboneKey, Place
+from training.setup import Order
 
 K = 5
 TIMED_EPOCHS = 2

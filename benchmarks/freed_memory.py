@@ -1,8 +1,9 @@
 """What it costs that TensorFlow has glibc give freed memory back at once: fine-tuning with and without our cure.
 
 TensorFlow sets glibc's M_TRIM_THRESHOLD to 128 KiB when it first reads from a generator, as Keras does for a
-`PyDataset`; `training.memory.keep_freed` undoes it after the first batch. In pairs, each side in a fresh process: VGG16
-from block3 at 32 px, batch 16, on maps computed once. The first epoch, in which Keras traces, does not count.
+`PyDataset`; `training.networks.freed_memory.keep_freed` undoes it after the first batch. In pairs, each side in a
+fresh process: VGG16 from block3 at 32 px, batch 16, on maps computed once. The first epoch, in which Keras traces, does
+not count.
 
 Run as `python -m benchmarks.freed_memory [--images 160] [--pairs 3] [--epochs 3]`.
 """
@@ -33,16 +34,17 @@ class Side:
 
 def side(is_kept: bool, images: int, epochs: int) -> Side:
     """Measure with or without the cure."""
-    from artifacts.catalogue import BackboneName
-    from artifacts.recipe import Task
-    from benchmarks.networks import NONE, fine_tuning, first_head
-    from training import backbones, finetune, memory
-    from training.epochs import Passage
-    from training.finetune import Material
+    from benchmarks.networks import NONE, fine_tuning_case, first_head
+    from recipes.catalogue import BackboneName
+    from recipes.recipe import Task
+    from training.fitting import fine_tuning
+    from training.fitting.fine_tuning import Material
+    from training.fitting.training_loop import Passage
+    from training.networks import backbones, freed_memory
 
     if not is_kept:
-        memory.keep_freed = lambda: None
-    recipe = fine_tuning(BackboneName.VGG16, "block3", SIZE, BATCH, 1 + epochs)
+        freed_memory.keep_freed = lambda: None
+    recipe = fine_tuning_case(BackboneName.VGG16, "block3", SIZE, BATCH, 1 + epochs)
     weights = backbones.random_weights(BackboneName.VGG16)
     pixels = np.random.default_rng(0).integers(0, 256, (images, SIZE, SIZE, 3), dtype=np.uint8)
     rows = np.arange(images)
@@ -54,7 +56,7 @@ def side(is_kept: bool, images: int, epochs: int) -> Side:
     def look(number: int, metrics: dict[str, float]) -> None:
         seen.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 
-    finetune.tune(
+    fine_tuning.tune(
         recipe,
         Task.MULTICLASS,
         weights,

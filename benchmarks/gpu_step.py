@@ -23,13 +23,13 @@ try:
     import jax
     import keras
 
-    from artifacts.catalogue import ALL, CATALOGUE, BackboneName
-    from artifacts.recipe import Task
     from benchmarks.figures import report, spread, table
-    from benchmarks.networks import NONE, calibrated, fine_tuning, first_head, multiply_adds
-    from training import backbones
-    from training.epochs import Passage
-    from training.finetune import Material, tune
+    from benchmarks.networks import NONE, calibrated, fine_tuning_case, first_head, multiply_adds
+    from recipes.catalogue import ALL, CATALOGUE, BackboneName
+    from recipes.recipe import Task
+    from training.fitting.fine_tuning import Material, tune
+    from training.fitting.training_loop import Passage
+    from training.networks import backbones
 except ImportError as error:
     sys.exit(
         f"{error}. Install jax (for the GPU: jax[cuda13]), keras, h5py, pillow, pydantic and safetensors, and run this "
@@ -82,7 +82,7 @@ def images_per_s(
     """Return the images a second of each epoch but the first, by the service's own fine-tuning."""
     keras.utils.clear_session()
     gc.collect()
-    recipe = fine_tuning(name, ALL, pixels.shape[1], batch, 1 + epochs)
+    recipe = fine_tuning_case(name, ALL, pixels.shape[1], batch, 1 + epochs)
     targets = np.arange(len(pixels)) % CLASSES
     width = CATALOGUE[name].cuts[CATALOGUE[name].last_cut]
     features = np.random.default_rng(0).normal(size=(len(pixels), width)).astype(np.float32)

@@ -16,21 +16,21 @@ from sqlalchemy.orm import Session
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits, open_archive
-from artifacts.catalogue import BackboneName
-from artifacts.defaults import ClassCount
 from artifacts.images import ImageLimits, Pixels, decode, encode
 from artifacts.layout import Split, from_folders
 from artifacts.manifest import Row
-from artifacts.recipe import Resize, Task
 from artifacts.store import Digest, Store
 from benchmarks.networks import calibrated
 from errors import Refused
 from models import dataset as datasets
 from models.dataset import DatasetVersion
 from models.project import Principal
-from training import backbones
-from training.export import export
-from training.split import Indices
+from recipes.catalogue import BackboneName
+from recipes.defaults import ClassCount
+from recipes.recipe import Resize, Task
+from training.data.split import Indices
+from training.networks import backbones
+from training.networks.export import export
 
 LIMITS = ImageLimits()
 _CALIBRATED = 32

@@ -1,7 +1,8 @@
 """Linear heads of all folds side by side against fold by fold, and against a loop of scikit-learn at equal loss.
 
-Fold by fold is `training.fit.fit`: Keras, traced anew for each head. Side by side is `training.fit_many.fit_many`: the
-same steps. Both train every epoch, so that they do the same work, in pairs that take turns; figures are medians.
+Fold by fold is `training.fitting.head_fit.fit`: Keras, traced anew for each head. Side by side is
+`training.fitting.linear_heads.fit_many`: the same steps. Both train every epoch, so that they do the same work, in
+pairs that take turns; figures are medians.
 
 scikit-learn's `LogisticRegression` minimises C * sum(cross-entropy) + ||W||²/2 over standardised features, which is
 C * n times our mean(cross-entropy) + l2 * ||W||² where C = 1 / (2 * l2 * n), for n rows. It is stopped at the first
@@ -25,13 +26,13 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from artifacts.features import Features
-from artifacts.recipe import Recipe, Task
 from benchmarks.figures import report, spread
 from inference import heads
-from training.epochs import Passage
-from training.fit import Fit, Scaler, fit
-from training.fit_many import Wanted, fit_many, grid
-from training.split import Fold, Indices, make_folds
+from recipes.recipe import Recipe, Task
+from training.data.split import Fold, Indices, make_folds
+from training.fitting.head_fit import Fit, Scaler, fit
+from training.fitting.linear_heads import Wanted, fit_many, grid
+from training.fitting.training_loop import Passage
 
 K, CLASSES = 5, 10
 GRID = (1e-6, 1e-4, 1e-2)

@@ -23,13 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from artifacts.catalogue import BackboneName
-from artifacts.defaults import ClassCount, fill
-from artifacts.recipe import FineTune, Folds, Mode, Recipe, Task
 from artifacts.store import Store
 from benchmarks.figures import processor, report, spread, table
 from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
-from models import parts, registry
+from models import registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
 from models.job import JobKind, Queue
@@ -38,14 +35,17 @@ from models.registry import Weights
 from models.session import Database
 from ops.migrate import upgrade
 from ops.up import mlflow_answers, mlflow_server
+from recipes.catalogue import BackboneName
+from recipes.defaults import ClassCount, fill
+from recipes.recipe import FineTune, Folds, Mode, Recipe, Task
 from settings import Settings
+from worker.child.weights import Source
+from worker.child_process import computing_threads
+from worker.handlers.tracking import Publish, TrackingPlace
+from worker.handlers.train import Train, TrainingPlace
+from worker.lease import Handler, Timings
 from worker.loop import Loop
-from worker.process import computing_threads
 from worker.sweeper import Sweeper
-from worker.tracking import Publish, TrackingPlace
-from worker.train import Train, TrainingPlace
-from worker.weights import Source
-from worker.work import Handler, Timings
 
 NETWORK = BackboneName.VGG16
 CUT = "block5"
@@ -77,9 +77,9 @@ def bare(order: dict[str, Any]) -> None:
     """Train the folds and print their seconds. Runs in a process of its own."""
     os.environ |= computing_threads(order["threads"])
     from benchmarks.folds import Known, Silent
-    from training.begin import Order
     from training.experiment import Experiment
-    from training.prepare import Place
+    from training.networks.network_files import Place
+    from training.setup import Order
 
     place = Place(
         store=Store(Path(order["store"])),
@@ -135,7 +135,7 @@ class Service:
         """Train a run; return the seconds of its folds."""
         with self.database.writing() as session:
             run = runs.create_run(session, Principal(), self.version_id, "bench", recipe)
-            parts.submit(session, run)
+            run_jobs.submit(session, run)
         for loop in self._loops:
             loop.ring()
         while True:

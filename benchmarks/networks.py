@@ -7,15 +7,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.defaults import ClassCount, fill
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.recipe import FineTune, Mode, Recipe, Task
-from training import backbones, fit
-from training.epochs import Passage
-from training.fit import Fit
-from training.split import Indices
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.defaults import ClassCount, fill
+from recipes.recipe import FineTune, Mode, Recipe, Task
+from training.data.split import Indices
+from training.fitting import head_fit
+from training.fitting.head_fit import Fit
+from training.fitting.training_loop import Passage
+from training.networks import backbones
 
 NONE = np.array([], dtype=np.intp)
 # So small that what random weights have learned follows from the data, not from rounding.
@@ -37,7 +38,7 @@ def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
     return backbones.dump_weights(network)
 
 
-def fine_tuning(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> Recipe:
+def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> Recipe:
     """Return a recipe that fine-tunes without augmentation and without an early end."""
     recipe = Recipe(
         mode=Mode.FINE_TUNING,
@@ -54,7 +55,7 @@ def fine_tuning(name: BackboneName, unfreeze: str, size: int, batch_size: int, e
 
 def first_head(recipe: Recipe, features: Features, targets: Indices) -> Fit:
     """Return a head that has learned a little, to go on from."""
-    return fit.fit(
+    return head_fit.fit(
         recipe,
         Task.MULTICLASS,
         int(targets.max()) + 1,

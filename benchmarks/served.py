@@ -19,21 +19,22 @@ from typing import Any
 import numpy as np
 
 from artifacts.bundle import Bundle, Dense, Float32
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.defaults import ClassCount, fill
 from artifacts.images import IMAGE_RULE
-from artifacts.recipe import Mode, Precision, Recipe, Resize, Task
 from benchmarks.figures import processor, report, table
 from benchmarks.ground import LIMITS, Ground, ground
-from benchmarks.networks import NONE, fine_tuning, first_head
+from benchmarks.networks import NONE, fine_tuning_case, first_head
 from inference import heads
 from inference.engine import OpenVinoEngine
 from inference.predictor import ClassPrediction
 from inference.shelf import Shelf
-from training import backbones, finetune, scratch
-from training.epochs import Passage
-from training.export import export
-from training.finetune import Material
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.defaults import ClassCount, fill
+from recipes.recipe import Mode, Precision, Recipe, Resize, Task
+from training.fitting import fine_tuning, from_scratch
+from training.fitting.fine_tuning import Material
+from training.fitting.training_loop import Passage
+from training.networks import backbones
+from training.networks.export import export
 
 _BATCH = 16
 _AT_ONCE = 32
@@ -54,12 +55,12 @@ class Subject:
 def tuned(given: Ground, wanted: argparse.Namespace) -> Subject:
     """Fine-tune a backbone."""
     cut = CATALOGUE[wanted.backbone].last_cut
-    recipe = fine_tuning(wanted.backbone, wanted.unfreeze or cut, wanted.size, _BATCH, wanted.epochs)
+    recipe = fine_tuning_case(wanted.backbone, wanted.unfreeze or cut, wanted.size, _BATCH, wanted.epochs)
     frozen = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
     features = frozen.features(given.pixels)
     head = first_head(recipe, features, given.truth)
     everything = np.arange(len(given.truth))
-    learned = finetune.tune(
+    learned = fine_tuning.tune(
         recipe,
         Task.MULTICLASS,
         given.store.read(given.weights),
@@ -88,7 +89,7 @@ def grown(given: Ground, wanted: argparse.Namespace) -> Subject:
     recipe = fill(Recipe(mode=Mode.FROM_SCRATCH, image_size=wanted.size), Task.MULTICLASS, counts)
     assert recipe.network is not None
     everything = np.arange(len(given.truth))
-    learned = scratch.grow(
+    learned = from_scratch.grow(
         recipe,
         Task.MULTICLASS,
         len(given.labels),
@@ -101,7 +102,7 @@ def grown(given: Ground, wanted: argparse.Namespace) -> Subject:
         passage=_NOBODY,
     )
     by_keras = heads.probabilities(Task.MULTICLASS, learned.logits(everything)).astype(np.float32)
-    network = scratch.network(recipe.network, wanted.size, learned.network())
+    network = from_scratch.network(recipe.network, wanted.size, learned.network())
     return Subject(
         "CNN from scratch", by_keras, network, learned.layers, {"largest_probability": float(by_keras.max())}
     )

@@ -36,11 +36,7 @@ import psutil
 
 from artifacts import images
 from artifacts.bundle import Bundle, Dense
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.defaults import ClassCount, fill
 from artifacts.images import IMAGE_RULE
-from artifacts.layers import Activation
-from artifacts.recipe import Precision, Recipe, Resize, Task
 from artifacts.store import Digest
 from benchmarks.figures import processor, report, spread, table
 from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
@@ -53,7 +49,11 @@ from models import run as runs
 from models.project import Principal
 from models.session import Database
 from ops.migrate import upgrade
-from training.quantise import quantise
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.defaults import ClassCount, fill
+from recipes.layers import Activation
+from recipes.recipe import Precision, Recipe, Resize, Task
+from training.networks.quantisation import quantise
 
 _OURS = "Espalier"
 # What each is to reach against the best of the others with 8 clients.

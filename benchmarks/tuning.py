@@ -1,8 +1,9 @@
 """Fine-tuning against the bare `keras.Model.fit`: what our step costs, and what computing the frozen part once saves.
 
-The step: `training.finetune.tune` on maps at the cut, against `fit` on the same array with the same layers, optimizer
-and loss, in interleaved pairs. The cut: `tune` on maps that the engine computes in one pass, against `fit` through the
-whole network with the layers before the cut frozen; each fold is a pair, with the same rows in the same order. The
+The step: `training.fitting.fine_tuning.tune` on maps at the cut, against `fit` on the same array with
+the same layers, optimizer and loss, in interleaved pairs. The cut: `tune` on maps that the engine computes in one pass,
+against `fit` through the whole network with the layers before the cut frozen;
+each fold is a pair, with the same rows in the same order. The
 first epoch of each run, in which Keras builds and traces, counts on neither side; exporting the frozen part neither.
 
 What the cut can save at most follows from multiply-adds. Let one image cost f forward through the frozen part and r
@@ -35,21 +36,22 @@ from typing import Any
 import keras
 import numpy as np
 
-from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.features import FeatureSpace
 from artifacts.images import IMAGE_RULE
-from artifacts.recipe import Precision, Recipe, Resize, Task
 from benchmarks.figures import processor, report, spread, table
 from benchmarks.ground import Ground, ground
-from benchmarks.networks import NONE, fine_tuning, first_head, multiply_adds
+from benchmarks.networks import NONE, fine_tuning_case, first_head, multiply_adds
 from inference.engine import OpenVinoEngine
-from training import backbones, finetune
-from training.arrays import Maps, load_maps, maps_bytes
-from training.epochs import Epoch, Passage, Rows
-from training.finetune import Material
-from training.fit import Fit
-from training.prepare import square_of
-from training.split import Fold, Indices, make_folds
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.recipe import Precision, Recipe, Resize, Task
+from training.data.arrays import Maps, load_maps, maps_bytes
+from training.data.split import Fold, Indices, make_folds
+from training.fitting import fine_tuning
+from training.fitting.fine_tuning import Material
+from training.fitting.head_fit import Fit
+from training.fitting.training_loop import Epoch, Passage, Rows
+from training.networks import backbones
+from training.networks.network_files import square_of
 
 BATCH = 32
 SEED = 0
@@ -86,7 +88,7 @@ class Trial:
 
     def __init__(self, case: Case, given: Ground, epochs: int) -> None:
         self.given = given
-        self.recipe: Recipe = fine_tuning(case.backbone, case.unfreeze, case.size, BATCH, epochs)
+        self.recipe: Recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
         self.weights = given.store.read(given.weights)
         self.engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
         whole = backbones.backbone(case.backbone, CATALOGUE[case.backbone].last_cut, case.size, self.weights)
@@ -110,7 +112,7 @@ class Trial:
         """Fine-tune as the service does."""
         _drop_networks()
         ends: list[float] = []
-        tuned = finetune.tune(
+        tuned = fine_tuning.tune(
             self.recipe,
             Task.MULTICLASS,
             self.weights,
@@ -130,10 +132,10 @@ class Trial:
         assert self.recipe.fine_tune is not None
         _drop_networks()
         keras.utils.set_random_seed(SEED)
-        _, model, _ = finetune.build(self.recipe, self.weights, material, self.head, SEED)
-        schedule = finetune.schedule(self.recipe.fine_tune, steps)
+        _, model, _ = fine_tuning.build(self.recipe, self.weights, material, self.head, SEED)
+        schedule = fine_tuning.schedule(self.recipe.fine_tune, steps)
         model.compile(
-            keras.optimizers.Adam(schedule, global_clipnorm=finetune.CLIP_NORM),
+            keras.optimizers.Adam(schedule, global_clipnorm=fine_tuning.CLIP_NORM),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
             jit_compile=False,

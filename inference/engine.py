@@ -14,8 +14,8 @@ import openvino
 
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.recipe import Precision
 from errors import PrecisionUnsupported
+from recipes.recipe import Precision
 
 # What is quantised is so in the file; what is not, such as the mean over all places, is computed in float32.
 _HINTS = {Precision.FLOAT32: "f32", Precision.BFLOAT16: "bf16", Precision.INT8: "f32"}

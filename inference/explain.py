@@ -18,9 +18,9 @@ from PIL import Image
 from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.layers import Activation, Sides, sides
 from errors import RequestInvalid
 from inference.heads import ACTIVATIONS
+from recipes.layers import Activation, Sides, sides
 
 # A picture of fewer places tells nothing.
 LEAST_SIDE = 4

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
-from artifacts.layers import Activation
-from artifacts.recipe import Task
+from recipes.layers import Activation
+from recipes.recipe import Task
 
 Floating = TypeVar("Floating", np.float32, np.float64)
 

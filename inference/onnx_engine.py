@@ -1,6 +1,6 @@
 """Runs an exported backbone by ONNX Runtime, on an NVIDIA GPU where there is one. Knows no heads, batching or settings.
 
-Importing this needs a package that the service starts without: `inference.choice` does so when it is wanted.
+Importing this needs a package that the service starts without: `inference.engine_choice` does so when it is wanted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import onnxruntime
 
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.recipe import Precision
 from errors import OutOfMemory, PrecisionUnsupported
+from recipes.recipe import Precision
 
 CUDA, PROCESSOR = "CUDAExecutionProvider", "CPUExecutionProvider"
 

@@ -15,7 +15,6 @@ from artifacts.bundle import Bundle, Float32
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.neighbours import Neighbours
-from artifacts.recipe import Task
 from artifacts.store import Digest
 from errors import BundleRefused, Corrupt, DeadlineExceeded, ImageRefused, NotFound, RequestInvalid
 from inference import explain, heads
@@ -23,6 +22,7 @@ from inference.batcher import Asked, Batcher, Computed
 from inference.engine import TOLERANCE
 from inference.explain import Explanation
 from inference.neighbours import Neighbour, nearest, sheet
+from recipes.recipe import Task
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import numpy as np
 from artifacts import bundle as bundles
 from artifacts.bundle import Bundle
 from artifacts.images import Pixels
-from artifacts.recipe import Precision
 from artifacts.store import Digest, Store
 from errors import Unavailable
 from inference.batcher import Batcher, best_batch, time_batches
 from inference.engine import Engine, OpenVinoEngine
 from inference.predictor import Predictor
+from recipes.recipe import Precision
 
 # What a network takes where that cannot be measured: its weights as read and as laid out.
 _MEMORY_PER_FILE_BYTE = 2

@@ -8,7 +8,6 @@ from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import JSON, Connection
 
-import models.every  # noqa: F401
 from models.base import Base, Utc
 from models.session import Database
 from settings import Settings

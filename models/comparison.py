@@ -17,16 +17,16 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, String, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from artifacts.recipe import Recipe
 from artifacts.store import Digest
 from errors import NotFound, NothingToCompare
 from models import job as jobs
-from models import parts
 from models import run as runs
+from models import run_jobs
 from models.base import NO_KEY_UPDATE, Base, new_id, now, text_enum
 from models.job import Job, JobKind, Queue
 from models.project import Principal, owner, scope
 from models.run import Run, RunState
+from recipes.recipe import Recipe
 
 
 class ComparisonState(StrEnum):
@@ -127,7 +127,7 @@ def create_comparison(
     for position, recipe in enumerate(recipes):
         run = runs.create_run(session, principal, version_id, name, recipe)
         session.add(ComparisonRun(comparison_id=comparison.id, position=position, run_id=run.id))
-        added.append(parts.submit(session, run))
+        added.append(run_jobs.submit(session, run))
     session.flush()
     return comparison, added
 
@@ -213,7 +213,7 @@ def request_cancel(session: Session, comparison_id: str) -> Job | None:
     makes it, if it is due now.
     """
     for run in get_runs(session, comparison_id):
-        parts.request_cancel(session, run.id)
+        run_jobs.request_cancel(session, run.id)
     # Not locked yet: a job comes before it. A table that is closed with in between has closed its job, too.
     if session.get_one(Comparison, comparison_id, populate_existing=True).table is not None:
         return _see_end(session, _locked(session, comparison_id))

@@ -28,15 +28,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from artifacts.defaults import ClassCount
 from artifacts.images import ImageFacts
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Task
 from artifacts.store import Digest
 from errors import NameTaken, NotFound, NotReady, Refused
 from models.base import Base, Json, new_id, now, text_enum
 from models.project import Principal, owner, scope
+from recipes.defaults import ClassCount
+from recipes.recipe import Task
 
 REFUSED_SHOWN = 1000
 

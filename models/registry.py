@@ -13,11 +13,11 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey, String, UniqueConstraint, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from artifacts.catalogue import BackboneName
 from artifacts.store import Digest
 from errors import NotFound
 from models.base import Base, new_id, now, text_enum
 from models.project import Principal, owner, scope
+from recipes.catalogue import BackboneName
 
 CHAMPION = "champion"
 

@@ -17,11 +17,11 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey, Index, String, delete, func, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from artifacts.recipe import Recipe
 from artifacts.store import Digest
 from errors import NotFound
 from models.base import NO_KEY_UPDATE, Base, Json, new_id, now, text_enum
 from models.project import Principal, owner, scope
+from recipes.recipe import Recipe
 
 FINAL_PART = -1
 """The number of the final fit among the parts of a run, whose folds count from 0."""

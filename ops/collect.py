@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from artifacts.store import Store
 from errors import EspalierError
-from models import collection
-from models.collection import COLLECTION, Collected
+from models import garbage
+from models.garbage import COLLECTION, Collected
 from models.run import GOES_ON_FOR
 from models.session import Database
 from settings import Settings
@@ -20,11 +20,11 @@ MIB = 1024 * 1024
 def collect(database: Database, store: Store, older_than_s: float, *, dry_run: bool) -> str:
     """Collect; return what there is to say about it."""
     left = len(list(store.unfinished(older_than_s))) if dry_run else store.drop_unfinished(older_than_s)
-    copies = 0 if dry_run else collection.drop_copies(database, store, older_than_s)
+    copies = 0 if dry_run else garbage.drop_copies(database, store, older_than_s)
     with database.exclusive(COLLECTION) as is_held:
         if not is_held:
             return "A worker collects just now: see its log."
-        found = collection.collect(database, store, older_than_s, dry_run=dry_run)
+        found = garbage.collect(database, store, older_than_s, dry_run=dry_run)
     return _said(found, left, copies, older_than_s, dry_run=dry_run)
 
 

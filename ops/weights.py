@@ -8,15 +8,15 @@ import re
 import sys
 from pathlib import Path
 
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.recipe import IMAGENET, NAME_PATTERN, RANDOM
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from artifacts.store import Digest, Store
 from errors import StoreUnavailable, WeightsRefused
 from models import registry
 from models.registry import Weights
 from models.session import Database
 from ops.migrate import upgrade
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.recipe import IMAGENET, NAME_PATTERN, RANDOM
 from settings import Settings
 
 
@@ -25,7 +25,7 @@ def import_file(network: BackboneName, name: str, file: Path, store: Store, data
 
     Raises WeightsRefused.
     """
-    from training import backbones  # brings TensorFlow
+    from training.networks import backbones
 
     if not re.fullmatch(NAME_PATTERN, name) or name == RANDOM:
         raise WeightsRefused(f"Expected a name like 'cifar10-32' (not 'random'). Received {name!r}.")

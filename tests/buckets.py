@@ -23,7 +23,7 @@ from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
-from artifacts.shared import SharedStore
+from artifacts.bucket_store import SharedStore
 from artifacts.store import Digest, StoreAddress
 
 EACH_STORE = pytest.mark.parametrize("store", ["folder", "bucket"], indirect=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from worker.work import Clock
+from worker.lease import Clock
 
 
 class ByHand:

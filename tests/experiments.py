@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import manifest
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.defaults import ClassCount, fill
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Recipe, Task
 from artifacts.store import Digest, Store
-from training import backbones, experiment
-from training import checkpoint as checkpoints
-from training.begin import Order
-from training.checkpoint import Checkpoint
-from training.epochs import Epoch
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.defaults import ClassCount, fill
+from recipes.recipe import Recipe, Task
+from training import experiment
+from training.data.extraction import Extraction
 from training.experiment import Experiment, Outcome
-from training.extract import Extraction
-from training.learn import Plan
-from training.outcome import FoldOutcome, FoldResult
-from training.prepare import BackboneKey, Place
+from training.fitting import checkpoint as checkpoints
+from training.fitting.checkpoint import Checkpoint
+from training.fitting.fold_outcome import FoldOutcome, FoldResult
+from training.fitting.learners import Plan
+from training.fitting.training_loop import Epoch
+from training.networks import backbones
+from training.networks.network_files import BackboneKey, Place
+from training.setup import Order
 
 QUICK: dict[str, Any] = {
     "backbone": "vgg16",

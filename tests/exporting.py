@@ -6,9 +6,9 @@ import fcntl
 import json
 from pathlib import Path
 
-from artifacts.catalogue import CATALOGUE, BackboneName
-from training import backbones
-from training.export import Exported, export
+from recipes.catalogue import CATALOGUE, BackboneName
+from training.networks import backbones
+from training.networks.export import Exported, export
 
 
 class Exports:

@@ -10,18 +10,18 @@ import records
 import sample
 from fastapi.testclient import TestClient
 
-from api.deps import Services
-from api.predictions import Desk
+from api.dependencies import Services
+from api.routes.predictions import Desk
 from api.switchboard import Switchboard
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
-from artifacts.layers import Activation
-from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Digest
 from inference import heads
 from inference.engine import Engine, FlatEngine
 from inference.shelf import Shelf
 from models import registry
+from recipes.layers import Activation
+from recipes.recipe import Precision, Resize, Task
 from settings import Settings
 
 SIZE = 8

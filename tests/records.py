@@ -8,11 +8,9 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from artifacts.defaults import ClassCount
 from artifacts.images import ImageFacts
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Recipe, Task, TaskChoice
 from artifacts.store import Digest, digest_of
 from models import comparison as comparisons
 from models import dataset as datasets
@@ -24,6 +22,8 @@ from models.dataset import Accepted, Dataset, DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.project import Principal
 from models.run import Fold, Run
+from recipes.defaults import ClassCount
+from recipes.recipe import Recipe, Task, TaskChoice
 
 PRINCIPAL = Principal()
 RECIPE = Recipe(task=TaskChoice.BINARY)

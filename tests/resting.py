@@ -11,8 +11,8 @@ from working import QUICK
 
 from models.job import JobKind, Queue
 from models.session import Database
+from worker.lease import Clock, Handler
 from worker.loop import Loop
-from worker.work import Clock, Handler
 
 _LOOK_EVERY_S = 600.0
 

@@ -21,10 +21,10 @@ from running import ROOT, free_port
 from waiting import until
 
 from artifacts.bundle import Dense
-from artifacts.layers import Activation
 from artifacts.store import Store
 from models import registry
 from models.session import Database
+from recipes.layers import Activation
 
 
 def add_version(database: Database, store: Store, model: str, name: str) -> None:

@@ -25,11 +25,11 @@ from models.base import now
 from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
+from worker.child.weights import Source
+from worker.handlers.train import TrainingPlace
+from worker.lease import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 from worker.loop import Loop
 from worker.sweeper import Sweeper
-from worker.train import TrainingPlace
-from worker.weights import Source
-from worker.work import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 
 QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=300.0)
 # A holder that gives no sign of life, as one whose process was stopped.

@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 
 from artifacts.bundle import Float32
-from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.features import Features
-from artifacts.headline import HEADLINES
-from artifacts.recipe import AUTO, BackboneChoice, Recipe, Task
 from artifacts.store import Digest
 from errors import RecipeInvalid, TrainingDiverged
-from training import backbones, evaluate
-from training.arrays import Report
-from training.checkpoint import NoKeeper
-from training.learn import Frozen, Lesson
-from training.pixels import Decoder
-from training.prepare import Place
-from training.split import Fold, Indices, make_folds, nested
-from training.targets import Targets
-from training.trials import Trial
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.headline import HEADLINES
+from recipes.recipe import AUTO, BackboneChoice, Recipe, Task
+from training.data.arrays import Report
+from training.data.pixels import Decoder
+from training.data.split import Fold, Indices, make_folds, nested
+from training.data.targets import Targets
+from training.fitting.checkpoint import NoKeeper
+from training.fitting.learners import Frozen, Lesson
+from training.fitting.trials import Trial
+from training.networks import backbones
+from training.networks.network_files import Place
+from training.statistics import evaluation
 
 SAMPLE = 1000
 """About so many images are tried on; more if there are many classes, of each of which every fold needs some."""
@@ -226,7 +227,7 @@ def _score(
         steps.done(len(folds) * _FIT)
     if not np.isfinite(logits).all():
         return None
-    return evaluate.headline(task, truth, logits)
+    return evaluation.headline(task, truth, logits)
 
 
 # A fit takes about as long as so many images take in a small network; only the bar's evenness depends on it.

@@ -12,19 +12,21 @@ from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import Float32
 from artifacts.neighbours import Directions, keep
-from artifacts.recipe import Precision
 from artifacts.store import Digest
-from training import deliver, describe, evaluate
-from training.begin import Data, Order, Told, begin, pick, seed_of
-from training.checkpoint import Keeper
-from training.deliver import Served
-from training.epochs import finite
-from training.extract import Extraction
-from training.fit import Scaler
-from training.learn import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, Plan, final_plan
-from training.outcome import FoldOutcome, FoldResult
-from training.prepare import Place, Registry
-from training.split import Fold, Indices
+from recipes.recipe import Precision
+from training import delivery
+from training.data.extraction import Extraction
+from training.data.split import Fold, Indices
+from training.delivery import Served
+from training.fitting.checkpoint import Keeper
+from training.fitting.fold_outcome import FoldOutcome, FoldResult
+from training.fitting.head_fit import Scaler
+from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, Plan, final_plan
+from training.fitting.training_loop import finite
+from training.networks.network_files import Place, Registry
+from training.report import run_report
+from training.setup import Data, Order, Told, begin, pick, seed_of
+from training.statistics import evaluation
 
 
 class Reporter(Told, Protocol):
@@ -157,7 +159,7 @@ class Experiment:
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
         results = [self._as_served(outcome, served.precision) for outcome in outcomes]
-        metrics = evaluate.pooled(
+        metrics = evaluation.pooled(
             task,
             labels,
             truth[trained_on],
@@ -169,8 +171,8 @@ class Experiment:
             logits = final.logits(held_out)
             if served.precision is not course.precision:
                 assert course.pixels is not None
-                logits = deliver.logits(served.engine, final.layers, course.pixels, held_out, self._report.images)
-            metrics["test"] = evaluate.held_out(task, labels, truth[held_out], data.groups[held_out], logits)
+                logits = delivery.logits(served.engine, final.layers, course.pixels, held_out, self._report.images)
+            metrics["test"] = evaluation.held_out(task, labels, truth[held_out], data.groups[held_out], logits)
         if served.export is not None:
             metrics["export"] = served.export
         if self._pick is not None:
@@ -185,8 +187,8 @@ class Experiment:
             kept = self._neighbours(served, everything)
             neighbours = place.store.put(kept)
             files["neighbours.safetensors"] = kept, "application/octet-stream"
-        bundle = deliver.bundle(recipe, task, labels, served, final.layers, neighbours)
-        description = describe.Description(
+        bundle = delivery.bundle(recipe, task, labels, served, final.layers, neighbours)
+        description = run_report.Description(
             recipe,
             task,
             labels,
@@ -213,8 +215,8 @@ class Experiment:
             files=files
             | {
                 "out-of-fold.safetensors": (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
-                "report.md": (describe.report(description).encode(), "text/markdown"),
-                **{name: (picture, "image/png") for name, picture in describe.pictures(description).items()},
+                "report.md": (run_report.report(description).encode(), "text/markdown"),
+                **{name: (picture, "image/png") for name, picture in run_report.pictures(description).items()},
             },
         )
 
@@ -242,7 +244,7 @@ class Experiment:
             features = trunk.features[rows]
         else:
             assert pixels is not None
-            features = deliver.features(served.engine, pixels, rows, self._report.images)
+            features = delivery.features(served.engine, pixels, rows, self._report.images)
         scaler = Scaler.of(features, np.arange(len(features)))
         directions = Directions(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
         return keep([self._data.rows[row] for row in rows], features, directions).dump()
@@ -261,8 +263,8 @@ class Experiment:
 
     def _fold_metrics(self, fold: Fold, learned: Learned, logits: Mapping[Precision, Float32]) -> dict[str, Any]:
         scores = {
-            precision: evaluate.brief(
-                evaluate.score(self._data.task, self._data.labels, self._data.truth[fold.test], of_precision)
+            precision: evaluation.brief(
+                evaluation.score(self._data.task, self._data.labels, self._data.truth[fold.test], of_precision)
             )
             for precision, of_precision in logits.items()
         }

@@ -1,7 +1,7 @@
 """What more images would bring: heads that learn from a part of them, measured on the same test images of every fold.
 
 The parts of a fold hold each other, so that a point differs from the next one by what was added. What is foretold is
-the power law through the points (`training.power_law`). Exports nothing; sees features, never pixels.
+the power law through the points (`training.statistics.power_law`). Exports nothing; sees features, never pixels.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from matplotlib.figure import Figure
 from artifacts import manifest
 from artifacts.bundle import Float32
 from artifacts.features import Features
-from artifacts.headline import HEADLINES, Headline
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Recipe, Task
 from errors import TrainingDiverged
-from training import evaluate, power_law, resample
-from training.checkpoint import NoKeeper
-from training.compare import OutOfFold
-from training.learn import Frozen, Lesson, Plan
-from training.picture import png
-from training.power_law import LEAST_POINTS, PowerLaw
-from training.precision import MARGIN, RELATIVE_MARGIN
-from training.resample import Float64
-from training.split import Indices, nested, set_aside
-from training.targets import Targets, targets_of
-from training.trials import Trial
+from recipes.headline import HEADLINES, Headline
+from recipes.recipe import Recipe, Task
+from training.data.split import Indices, nested, set_aside
+from training.data.targets import Float64, Targets, targets_of
+from training.figures import png
+from training.fitting.checkpoint import NoKeeper
+from training.fitting.learners import Frozen, Lesson, Plan
+from training.fitting.trials import Trial
+from training.networks.precision import MARGIN, RELATIVE_MARGIN
+from training.statistics import evaluation, power_law, resampling
+from training.statistics.comparison import OutOfFold
+from training.statistics.power_law import LEAST_POINTS, PowerLaw
 
 FRACTIONS = (0.1, 0.2, 0.4, 0.7)
 """Of what a fold learns from; all of it is what the run has measured itself."""
 
 INTERVAL = (
-    f"{resample.DRAWS:,} draws of folds and of test images in them, or of groups where images belong together, the "
+    f"{resampling.DRAWS:,} draws of folds and of test images in them, or of groups where images belong together, the "
     "same for every point, and of what the law leaves unexplained; the law is fitted anew to each, the heads are not"
 )
 
@@ -132,9 +131,9 @@ def measure(subject: Subject, report: Share) -> Curve:
     points, statistics = [], []
     for fraction, images, logits in _answers(subject, task, targets, groups, report):
         found = logits[:, tested]
-        metrics = evaluate.summary(task, truth, groups_tested, found)
+        metrics = evaluation.summary(task, truth, groups_tested, found)
         points.append(Point(fraction, images, metrics[headline.metric], headline.interval(metrics)))
-        statistics.append(evaluate.mean_statistics(task, truth, found))
+        statistics.append(evaluation.mean_statistics(task, truth, found))
     law, twice = None, None
     if len(points) >= LEAST_POINTS:
         drawn = _drawn_scores(task, headline, statistics, groups_tested, subject.measured.folds[0][tested])
@@ -236,19 +235,19 @@ def _drawn_scores(
     """
     of_folds = [
         np.stack(
-            [resample.block_sums(of_images[fold_of == number], groups[fold_of == number]) for of_images in statistics]
+            [resampling.block_sums(of_images[fold_of == number], groups[fold_of == number]) for of_images in statistics]
         )
         for number in np.unique(fold_of)
     ]  # [P, groups, S] each
     random = np.random.default_rng(0)
     drawn = []
-    for _ in range(0, resample.DRAWS, _AT_ONCE):
+    for _ in range(0, resampling.DRAWS, _AT_ONCE):
         times = random.multinomial(len(of_folds), np.full(len(of_folds), 1 / len(of_folds)), size=_AT_ONCE)
         sums = np.zeros((len(statistics), _AT_ONCE, statistics[0].shape[1]))
         for number, blocks in enumerate(of_folds):
             among = blocks.shape[1]
             sums += random.multinomial(times[:, number] * among, np.full(among, 1 / among)).astype(float) @ blocks
-        drawn.append(evaluate.scores(task, sums)[headline.metric].T)
+        drawn.append(evaluation.scores(task, sums)[headline.metric].T)
     return np.concatenate(drawn)
 
 
@@ -285,9 +284,9 @@ def foretell(headline: Headline, points: Sequence[Point], drawn: Float64, blocks
         Twice(
             images=round(ends[1]),
             score=then,
-            ci95=resample.interval(foretold[:, 1], blocks),
+            ci95=resampling.interval(foretold[:, 1], blocks),
             change=then - now,
-            change_ci95=resample.interval(foretold[:, 1] - foretold[:, 0], blocks),
+            change_ci95=resampling.interval(foretold[:, 1] - foretold[:, 0], blocks),
         ),
     )
 

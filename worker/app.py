@@ -13,24 +13,24 @@ from celery import signals
 
 import bell
 import logs
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from artifacts.store import Store
 from errors import StoreRefused
 from models.job import JobKind, Queue
 from models.session import Database
 from settings import Settings
-from worker.collector import Collector
-from worker.compare import Compare
-from worker.ingest import Ingest, IngestLimits, Purge
+from worker.child.weights import Source
+from worker.child_process import clear_left_folders
+from worker.garbage_collector import Collector
+from worker.handlers.compare import Compare
+from worker.handlers.ingest import Ingest, IngestLimits, Purge
+from worker.handlers.tracking import Publish, TrackingPlace
+from worker.handlers.train import Train, TrainingPlace
+from worker.handlers.view import Look
+from worker.lease import Handler, Timings
 from worker.loop import Loop
-from worker.process import clear_left_folders
 from worker.sweeper import Sweeper
 from worker.tasks import add_task
-from worker.tracking import Publish, TrackingPlace
-from worker.train import Train, TrainingPlace
-from worker.view import Look
-from worker.weights import Source
-from worker.work import Handler, Timings
 
 log = structlog.get_logger()
 

@@ -16,7 +16,7 @@ from models import job as jobs
 from models import outbox
 from models.job import Job, JobKind, JobState, Lease, LeaseLost, Queue
 from models.session import Database
-from worker.work import DATABASE_PAUSE_S, Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.lease import DATABASE_PAUSE_S, Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 
 log = structlog.get_logger()
 

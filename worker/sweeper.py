@@ -11,7 +11,7 @@ from models import job as jobs
 from models import worker as workers
 from models.job import JobKind, JobState, Queue, Sighting
 from models.session import Database
-from worker.work import Clock, Handler, Timings
+from worker.lease import Clock, Handler, Timings
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_app
-from api.deps import Services
+from api.dependencies import Services
 from bell import EagerBell
 from settings import Settings
 

@@ -15,7 +15,7 @@ from asgi import ask
 from fastapi.testclient import TestClient
 from sqlalchemy import Connection, event
 
-from api.deps import Services
+from api.dependencies import Services
 from artifacts.store import digest_of
 from models.job import Queue
 

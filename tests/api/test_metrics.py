@@ -15,20 +15,20 @@ from fastapi.testclient import TestClient
 from flat import PNG, Loads, add_model, flat_bundle, serve
 from running import ROOT
 
-from api.deps import Services
+from api.dependencies import Services
 from api.metrics import FOLDER, MODELS, OTHERS, Metrics
-from artifacts.recipe import Precision
 from artifacts.store import digest_of
 from inference.batcher import Batcher
 from inference.engine import FlatEngine
 from inference.shelf import Loaded
+from recipes.recipe import Precision
 
 # Two processes that count and end, then what a third one tells, before and after the first is known to be dead.
 SEVERAL = """
 import os
 import numpy as np
 from api.metrics import Metrics, forget, shared_folder
-from artifacts.recipe import Precision
+from recipes.recipe import Precision
 from artifacts.store import digest_of
 from inference.batcher import Batcher
 from inference.engine import FlatEngine
@@ -135,7 +135,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(client: TestClient, servi
     add_model(services, "one", flat_bundle(services.store.put(b"a network")))
     client.post("/api/v1/models/one/predict", content=PNG)
     known = set(re.findall(r"^(espalier_\w+?)(?:\{| )", client.get("/metrics").text, re.MULTILINE))
-    dashboard = json.loads((ROOT / "dashboards" / "grafana.json").read_text())
+    dashboard = json.loads((ROOT / "deploy" / "dashboards" / "grafana.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(asked) >= 8
     for expression in asked:

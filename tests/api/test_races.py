@@ -18,12 +18,12 @@ from records import PRINCIPAL
 from sqlalchemy import event, select
 from waiting import until
 
-from api import events
-from api.deps import Services
+from api.dependencies import Services
+from api.routes import events
 from artifacts.store import digest_of
 from models import dataset as datasets
 from models import run as runs
-from models.reference import collect, lock_files
+from models.file_references import collect, lock_files
 from models.run import Run
 from models.session import Database
 

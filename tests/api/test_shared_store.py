@@ -10,7 +10,7 @@ from buckets import KEYS, Bucket, Line
 from fastapi.testclient import TestClient
 
 from api.app import create_app
-from api.deps import Services
+from api.dependencies import Services
 from artifacts.store import digest_of
 from errors import StoreRefused
 from settings import Settings

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from flat import PNG, Loads, add_model, flat_bundle, serve
 from waiting import until
 
-from api.deps import Services
+from api.dependencies import Services
 from api.switchboard import LOOK_EVERY_S, Switchboard
 from errors import NotFound, Unavailable
 from inference.shelf import Shelf

@@ -16,10 +16,10 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import FORMAT, Bundle, Dense, load
-from artifacts.layers import Activation
-from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import digest_of
 from errors import BundleRefused
+from recipes.layers import Activation
+from recipes.recipe import Precision, Resize, Task
 
 Tensors = dict[str, npt.NDArray[Any]]
 Manifest = dict[str, Any]

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifacts.features import SEGMENT_BYTES, FeatureCache, Features, FeatureSpace
-from artifacts.recipe import Precision, Resize
 from artifacts.store import Digest, digest_of
 from errors import DiskFull
+from recipes.recipe import Precision, Resize
 
 WIDTH = 5
 ENTRY_BYTES = 36  # 32 of the digest, 4 of the checksum

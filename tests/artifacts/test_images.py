@@ -23,8 +23,8 @@ from sample import jpeg, picture, png, zipped
 from working import slow_jpeg
 
 from artifacts.images import IMAGE_RULE, MIB, ImageFacts, ImageLimits, Pixels, decode, encode, inspect, thumbnail
-from artifacts.recipe import Resize
 from errors import ImageRefused
+from recipes.recipe import Resize
 
 ROOT = Path(__file__).parent.parent.parent
 LIMITS = ImageLimits()
@@ -627,7 +627,7 @@ FRUGAL = """
 import resource, sys
 from pathlib import Path
 from artifacts.images import ImageLimits, decode, inspect, thumbnail
-from artifacts.recipe import Resize
+from recipes.recipe import Resize
 from errors import ImageRefused
 
 pages = int(Path("/proc/self/statm").read_text().split()[0])

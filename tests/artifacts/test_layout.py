@@ -16,8 +16,8 @@ from sample import zipped
 
 from artifacts.archive import ArchiveLimits, open_archive
 from artifacts.layout import Layout, Sample, Split, check_class_names, from_folders, from_labels, labels_file
-from artifacts.recipe import Task
 from errors import LayoutUnknown, Refused
+from recipes.recipe import Task
 
 
 def labels_of(layout: Layout) -> dict[str, tuple[str, ...]]:

@@ -22,7 +22,7 @@ from buckets import EACH_STORE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from artifacts.store import Store, digest_of, disk_errors, parse_digest
 from errors import Corrupt, DiskFull, NotFound
 

@@ -372,7 +372,16 @@ def test_the_first_start_makes_a_role_that_cannot_open_our_database(postgresql_u
         connection.execute(text("CREATE DATABASE espalier"))
         try:
             subprocess.run(
-                [psql, "--no-psqlrc", "--quiet", "-v", "ON_ERROR_STOP=1", "-f", ROOT / "images/mlflow.sql", ours],
+                [
+                    psql,
+                    "--no-psqlrc",
+                    "--quiet",
+                    "-v",
+                    "ON_ERROR_STOP=1",
+                    "-f",
+                    ROOT / "deploy/images/mlflow.sql",
+                    ours,
+                ],
                 env={**os.environ, "MLFLOW_POSTGRES_PASSWORD": 'it\'s "odd"'},
                 check=True,
             )

@@ -39,7 +39,7 @@ class Instruction:
 
 
 def dockerfile(image: str) -> list[Instruction]:
-    lines = [line for line in (ROOT / f"images/{image}.Dockerfile").read_text().splitlines() if line[:1] != "#"]
+    lines = [line for line in (ROOT / f"deploy/images/{image}.Dockerfile").read_text().splitlines() if line[:1] != "#"]
     found: list[Instruction] = []
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
         if line.strip():

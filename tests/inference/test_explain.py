@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from artifacts.bundle import Dense
-from artifacts.layers import Activation
 from errors import RequestInvalid
 from inference import heads
 from inference.explain import CHANNELS, check_side, gradient, grid, heat, overlay
+from recipes.layers import Activation
 
 RANDOM = np.random.default_rng(5)
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts.bundle import Dense
-from artifacts.layers import Activation
-from artifacts.recipe import Task
 from inference import heads
+from recipes.layers import Activation
+from recipes.recipe import Task
 
 
 def dense(kernel: list[list[float]], bias: list[float], activation: Activation = Activation.LINEAR) -> Dense:

@@ -15,7 +15,7 @@ from artifacts.neighbours import Directions, Neighbours
 from artifacts.store import Digest
 from errors import Corrupt
 from inference.neighbours import nearest, sheet
-from training.fit import Scaler
+from training.fitting.head_fit import Scaler
 
 RANDOM = np.random.default_rng(2)
 

@@ -14,21 +14,21 @@ from onnx import TensorProto, helper
 from running import ROOT
 
 from artifacts.bundle import Bundle, Dense
-from artifacts.catalogue import BackboneName
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, Pixels
-from artifacts.layers import Activation
-from artifacts.recipe import Precision, Resize, Task
 from artifacts.store import Store
 from errors import EngineMissing, PrecisionUnsupported
 from inference import heads, onnx_engine
-from inference.choice import loader
 from inference.engine import TOLERANCE, Engine, OpenVinoEngine
+from inference.engine_choice import loader
 from inference.onnx_engine import CUDA, PROCESSOR, OnnxEngine, provider_options, runs_on
 from inference.shelf import Load, Shelf
-from training import backbones
-from training.export import export
-from training.quantise import quantise
+from recipes.catalogue import BackboneName
+from recipes.layers import Activation
+from recipes.recipe import Precision, Resize, Task
+from training.networks import backbones
+from training.networks.export import export
+from training.networks.quantisation import quantise
 
 SIZE = 32
 IMAGES: Pixels = np.random.default_rng(11).integers(0, 256, (9, SIZE, SIZE, 3), dtype=np.uint8)
@@ -121,7 +121,7 @@ def test_a_batch_that_there_is_no_room_for_is_told(network: Path) -> None:
 import resource, sys
 from pathlib import Path
 import numpy as np
-from artifacts.recipe import Precision
+from recipes.recipe import Precision
 from errors import OutOfMemory
 from inference.onnx_engine import OnnxEngine
 engine = OnnxEngine(Path(sys.argv[1]), Precision.FLOAT32, 1)
@@ -185,8 +185,8 @@ api.app.create_app(Settings(engine="onnxruntime"))
 @pytest.mark.parametrize(
     "imports",
     [
-        "from inference.choice import loader; loader('auto')",
-        "from training.quantise import _nncf; _nncf(); import nncf.onnx.engine",
+        "from inference.engine_choice import loader; loader('auto')",
+        "from training.networks.quantisation import _nncf; _nncf(); import nncf.onnx.engine",
     ],
 )
 def test_nothing_reports_home(tmp_path: Path, imports: str) -> None:

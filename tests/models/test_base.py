@@ -7,7 +7,6 @@ import records
 from sqlalchemy import Enum, func, select, table, text, update
 from sqlalchemy.exc import IntegrityError, StatementError
 
-from artifacts.catalogue import BackboneName
 from models import job as jobs
 from models import registry
 from models import view as views
@@ -17,6 +16,7 @@ from models.job import JobKind, Queue
 from models.registry import Backbone, Weights
 from models.session import Database
 from models.view import ViewKind
+from recipes.catalogue import BackboneName
 
 NOON_IN_ROME = datetime(2024, 7, 1, 12, 30, 15, 123456, tzinfo=timezone(timedelta(hours=2)))
 

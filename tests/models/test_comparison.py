@@ -10,11 +10,10 @@ from records import PRINCIPAL, digest
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from artifacts.recipe import Recipe
 from errors import NotFound
 from models import comparison as comparisons
 from models import job as jobs
-from models import outbox, parts
+from models import outbox, run_jobs
 from models import run as runs
 from models.base import now
 from models.comparison import Comparison, ComparisonState
@@ -22,6 +21,7 @@ from models.job import Job, JobKind, JobState, Queue
 from models.project import Principal
 from models.run import RunState
 from models.session import Database
+from recipes.recipe import Recipe
 
 ENDS: dict[str, Callable[[Session, str], object]] = {
     "succeeded": lambda session, run_id: runs.succeed_run(session, run_id, {}, 1.0),
@@ -238,7 +238,7 @@ def compared(database: Database, comparison_id: str, name: str, *positions: int)
 
 def try_again(database: Database, run_id: str) -> None:
     with database.writing() as session:
-        parts.retry(session, runs.get_run(session, PRINCIPAL, run_id))
+        run_jobs.retry(session, runs.get_run(session, PRINCIPAL, run_id))
         comparisons.note_retry(session, run_id)
 
 

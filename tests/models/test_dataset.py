@@ -5,15 +5,15 @@ import records
 from records import PRINCIPAL, accepted, digest
 from sqlalchemy import select
 
-from artifacts.defaults import ClassCount
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Task
 from errors import DatasetRefused, NameTaken, NotFound, NotReady, Refused
 from models import dataset as datasets
 from models.dataset import Accepted, Dataset, DatasetState, DatasetVersion, Image, Membership
 from models.project import Principal, Project
 from models.session import Database
+from recipes.defaults import ClassCount
+from recipes.recipe import Task
 
 
 def paths(database: Database, version_id: str) -> list[str]:

@@ -25,27 +25,27 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from simulator.databases import Given, Memory
+from simulator.invariants import Laws, Writer
+from simulator.stand_ins import MemoryStore
 from sqlalchemy import delete, select
 from working import WATCHING, training_place
 
-from artifacts.recipe import Folds, Mode, Recipe, TaskChoice
 from artifacts.store import Digest
 from errors import DiskFull, EspalierError, NotReady, OutOfMemory, TrainingDiverged, Unavailable
 from models import job as jobs
-from models import parts
 from models import run as runs
+from models import run_jobs
 from models.base import Base, wall_clock
 from models.job import MAX_ATTEMPTS, Job, JobKind, JobState, Lease, Queue
 from models.run import RunState
 from models.session import Database
-from simulator.ground import Given, Memory
-from simulator.laws import Laws, Writer
-from simulator.outside import MemoryStore
+from recipes.recipe import Folds, Mode, Recipe, TaskChoice
+from worker.child_process import Message
+from worker.handlers.train import Train
+from worker.lease import Bench, Clock, Complete, Holder, Reason, Stopped, Work
 from worker.loop import Loop
-from worker.process import Message
 from worker.sweeper import Sweeper
-from worker.train import Train
-from worker.work import Bench, Clock, Complete, Holder, Reason, Stopped, Work
 
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 STAY = ("project", "registry_revision")
@@ -75,7 +75,7 @@ class Life:
     state: RunState = RunState.QUEUED
     is_halved: bool = False
     folds: set[int] = field(default_factory=set)
-    parts: list[Part] = field(default_factory=list)
+    run_jobs: list[Part] = field(default_factory=list)
 
 
 class Told(Train):
@@ -136,7 +136,7 @@ class Lives(RuleBasedStateMachine):
         recipe = Recipe(task=TaskChoice.BINARY, mode=mode, folds=Folds(k=k))
         with self.database.writing() as session:
             run = runs.create_run(session, records.PRINCIPAL, self.version_id, "flowers", recipe)
-            parts.submit(session, run)
+            run_jobs.submit(session, run)
         self.laws.judge(Writer("order"))
         self.lives.append(Life(run.id, k, is_fanned_out))
         self._owe(self.lives[-1], JobKind.TRAIN)
@@ -146,7 +146,7 @@ class Lives(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         life = data.draw(st.sampled_from(self.lives))
         with self.database.writing() as session:
-            is_ended = parts.request_cancel(session, life.run_id)
+            is_ended = run_jobs.request_cancel(session, life.run_id)
         self.laws.judge(Writer("cancel", cancels=life.run_id))
         is_open = not life.state.is_final
         life.parts = [part for part in life.parts if part.job is not None]
@@ -163,7 +163,7 @@ class Lives(RuleBasedStateMachine):
 
         def retry() -> None:
             with self.database.writing() as session:
-                parts.retry(session, runs.get_run(session, records.PRINCIPAL, life.run_id))
+                run_jobs.retry(session, runs.get_run(session, records.PRINCIPAL, life.run_id))
 
         if life.state is not RunState.FAILED:
             with pytest.raises(NotReady):

@@ -7,7 +7,6 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-import models.every  # noqa: F401
 from models import comparison as comparisons
 from models import job as jobs
 from models import view as views

@@ -10,7 +10,6 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from artifacts.catalogue import BackboneName
 from artifacts.store import Digest
 from errors import NotFound
 from models import registry
@@ -18,6 +17,7 @@ from models import run as runs
 from models.project import Principal
 from models.registry import CHAMPION, Backbone, Model, ModelVersion, RegistryRevision, Weights
 from models.session import Database
+from recipes.catalogue import BackboneName
 
 
 def add_version(session: Session, run_id: str, name: str = "flowers") -> ModelVersion:

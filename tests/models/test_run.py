@@ -8,12 +8,12 @@ import records
 from records import PRINCIPAL, digest
 from sqlalchemy.orm import Session
 
-from artifacts.recipe import Recipe
 from errors import Crashed, NotFound
 from models import run as runs
 from models.project import Principal
 from models.run import FINAL_PART, EventKind, Run, RunState
 from models.session import Database
+from recipes.recipe import Recipe
 
 CHANGES: dict[str, Callable[[Session, str], object]] = {
     "running": runs.start_run,

@@ -17,8 +17,8 @@ from models import job as jobs
 from models import run as runs
 from models import view as views
 from models.dataset import DatasetVersion
+from models.file_references import named
 from models.job import Job, JobKind, JobState, Queue
-from models.reference import named
 from models.run import Run
 from models.session import Database
 from models.view import View, ViewKind, ViewState

@@ -17,7 +17,7 @@ from artifacts.store import Store
 from errors import Crashed
 from models import run as runs
 from models.base import now
-from models.collection import COLLECTION
+from models.garbage import COLLECTION
 from models.run import Run
 from models.session import Database
 from ops.migrate import upgrade

@@ -24,7 +24,7 @@ from working import QUICK as TIMINGS
 from working import make_due
 
 from api.app import create_app
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from models.job import Job, JobState, Queue
 from models.session import Database
 from ops.migrate import upgrade

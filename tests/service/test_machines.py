@@ -14,7 +14,7 @@ from running import QUICK
 from working import QUICK as TIMINGS
 
 from api.app import create_app
-from artifacts.shared import open_store
+from artifacts.bucket_store import open_store
 from models.job import Queue
 from models.session import Database
 from settings import Settings

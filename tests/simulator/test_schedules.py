@@ -11,24 +11,24 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.once import Once
+from api.idempotency import Once
 from models import comparison as comparisons
 from models import job as jobs
-from models import parts
 from models import run as runs
+from models import run_jobs
+from models.file_references import collect
 from models.job import Job, JobKind, JobState, Lease, Queue, Sighting
 from models.outbox import owe
-from models.reference import collect
 from models.run import Fold, Run
 from models.session import Database
-from simulator import crew
-from simulator.luck import Fault
+from simulator import workers
+from simulator.faults import Fault
+from simulator.postgresql import Server
 from simulator.schedule import Failed, Simulator
-from simulator.server import Server
-from worker import train
-from worker.process import Message
+from worker.child_process import Message
+from worker.handlers import train
+from worker.handlers.train import Train
 from worker.sweeper import Sweeper
-from worker.train import Train
 
 QUICK, ALL, TOGETHER = 20, 1000, 20
 # Enough for each broken core below, whatever a change of the simulator makes of the seeds.
@@ -123,22 +123,22 @@ def run_of_whatever_became_of_it(session: Session, job: Job) -> Run | None:
 
 
 def end_fold_and_forget_the_last(session: Session, job: Job, fold: Fold) -> Job | None:
-    if parts.run_of(session, job) is not None:
+    if run_jobs.run_of(session, job) is not None:
         runs.add_fold(session, fold)
     return None
 
 
 def end_fold_one_too_early(session: Session, job: Job, fold: Fold) -> Job | None:
-    run = parts.run_of(session, job)
+    run = run_jobs.run_of(session, job)
     if run is None:
         return None
     runs.add_fold(session, fold)
-    is_last = len(runs.get_folds(session, run.id)) == parts.count_folds(run) - 1
-    return parts._owe(session, job, JobKind.FINAL) if is_last else None
+    is_last = len(runs.get_folds(session, run.id)) == run_jobs.count_folds(run) - 1
+    return run_jobs._owe(session, job, JobKind.FINAL) if is_last else None
 
 
 def end_others_by_asking_them(session: Session, job: Job) -> int:
-    return jobs.request_cancel(session, job.subject_id, *parts.TRAINING)
+    return jobs.request_cancel(session, job.subject_id, *run_jobs.TRAINING)
 
 
 def give_back_all_the_same(session: Session, lease: Lease, *, delay_s: float = 0.0, counts: bool = True) -> JobState:
@@ -161,7 +161,7 @@ def owe_no_fold(session: Session, run_id: str, kind: str, payload: dict[str, obj
 def complete_all_the_same(self: Train, session: Session, job: Job, last: Message) -> None:
     match last["type"]:
         case "prepared":
-            parts.fan_out(session, job)
+            run_jobs.fan_out(session, job)
         case "fold":
             self._end_fold(session, job, last)
         case "outcome":
@@ -189,19 +189,19 @@ BROKEN = {
     "renew does not fence": Broken(jobs, "renew", renew_without_a_fence, "under a lease that was over", 12),
     "a take-over keeps the epoch": Broken(jobs, "take_over", take_over_in_the_same_epoch, "was not counted up"),
     "a claim keeps the epoch": Broken(jobs, "claim", claim_in_the_same_epoch, "a lease is given out twice"),
-    "completed unseen": Broken(parts, "run_of", run_of_whatever_became_of_it, "This is a bug|nobody needs it", 180),
-    "no fold is the last": Broken(parts, "end_fold", end_fold_and_forget_the_last, "a run is lost"),
-    "the last fold but one": Broken(parts, "end_fold", end_fold_one_too_early, "not given its folds|two final jobs"),
+    "completed unseen": Broken(run_jobs, "run_of", run_of_whatever_became_of_it, "This is a bug|nobody needs it", 180),
+    "no fold is the last": Broken(run_jobs, "end_fold", end_fold_and_forget_the_last, "a run is lost"),
+    "the last fold but one": Broken(run_jobs, "end_fold", end_fold_one_too_early, "not given its folds|two final jobs"),
     "parts linger": Broken(jobs, "end_others", end_others_by_asking_them, "UNIQUE constraint failed: job.kind", 2955),
     "given back though cancelled": Broken(jobs, "give_back", give_back_all_the_same, "its run was asked to end", 30),
     "completed though cancelled": Broken(Train, "_complete", complete_all_the_same, "asked to end|a run is lost", 80),
     "endless attempts": Broken(jobs, "attempts_are_used_up", lambda job: False, "more than 3 attempts", 140),
     "files go at once": Broken(train, "collect_later", collect, "a row names a file that is gone", 114),
-    "no end for MLflow": Broken(parts, "owe", owe_no_end, "MLflow is not owed the end"),
+    "no end for MLflow": Broken(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
     "no folds for MLflow": Broken(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
     "told twice": Broken(train._Conversation, "_change", change_once_more, "UNIQUE constraint failed: fold", 400),
     "nobody sweeps": Broken(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
-    "only bells wake": Broken(crew, "TIMINGS", replace(crew.TIMINGS, look_every_s=1e6), "for ever"),
+    "only bells wake": Broken(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
     "a comparison stays closed": Broken(comparisons, "note_retry", lambda *asked: None, "is not in its table", 160),
     "a request is done twice": Broken(Once, "earlier", lambda self, *asked: None, "UNIQUE constraint failed: answer"),
 }

@@ -13,14 +13,14 @@ from experiments import Bench, Heard
 from scipy.sparse import csr_array
 
 from artifacts import bundle as bundles
-from artifacts.catalogue import CATALOGUE, BackboneName
-from artifacts.defaults import ClassCount, fill
 from artifacts.manifest import Row
-from artifacts.recipe import BackboneChoice, Recipe, Task
-from training import backbones
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.defaults import ClassCount, fill
+from recipes.recipe import BackboneChoice, Recipe, Task
 from training.bake_off import FOLDS, Pick, _sample, is_asked
-from training.split import make_folds
-from training.targets import Targets
+from training.data.split import make_folds
+from training.data.targets import Targets
+from training.networks import backbones
 
 OPEN: dict[str, Any] = {"features_from": "auto", "epochs": 4, "folds": {"k": 2}}
 

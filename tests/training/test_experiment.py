@@ -18,22 +18,23 @@ from safetensors.numpy import load as load_tensors
 
 from artifacts import bundle as bundles
 from artifacts import images, neighbours
-from artifacts.catalogue import CATALOGUE, BackboneName
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Precision, Recipe, Task
 from inference import heads
 from inference.engine import OpenVinoEngine
 from inference.explain import Explanation
 from inference.neighbours import nearest
 from inference.predictor import LabelsPrediction, ValuePrediction
 from inference.shelf import Shelf
-from training import begin, deliver, evaluate
-from training.arrays import load_pixels
-from training.epochs import Passage
-from training.fit import fit
-from training.split import make_folds
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.recipe import Precision, Recipe, Task
+from training import delivery, setup
+from training.data.arrays import load_pixels
+from training.data.split import make_folds
+from training.fitting.head_fit import fit
+from training.fitting.training_loop import Passage
+from training.statistics import evaluation
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
     assert kept["logits"].shape == (1, 60, 3) and kept["logits"].dtype == np.float32
     ordered = sorted(rows, key=lambda row: row.path)
     truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
-    again = evaluate.score(Task.MULTICLASS, ["blue", "green", "red"], truth, kept["logits"][0])
+    again = evaluation.score(Task.MULTICLASS, ["blue", "green", "red"], truth, kept["logits"][0])
     assert again["confusion"] == outcome.metrics["confusion"]
     assert again["loss"] == pytest.approx(outcome.metrics["loss"])
 
@@ -68,7 +69,7 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.95
 
-    median = evaluate.median_epoch([result.best_epoch for result in heard.folds])
+    median = evaluation.median_epoch([result.best_epoch for result in heard.folds])
     assert heard.parts[None].epochs == list(range(1, median + 1))
     for name in ("confusion.png", "curves.png"):
         assert outcome.files[name][0].startswith(b"\x89PNG")
@@ -305,8 +306,8 @@ def test_where_activations_have_no_room_the_frozen_part_learns_along_and_the_sec
         ahead[0] = 3600.0
         return load_pixels(*given)
 
-    monkeypatch.setattr(begin, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead[0]))
-    monkeypatch.setattr(begin, "load_pixels", load_for_an_hour)
+    monkeypatch.setattr(setup, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead[0]))
+    monkeypatch.setattr(setup, "load_pixels", load_for_an_hour)
     bench.place = replace(bench.place, pixels_bytes=2 * len(rows) * 32 * 32 * 3)
     outcome, heard = bench.run(rows, **TUNING, augmentation=None)
     assert heard.extraction is not None and heard.extraction.seconds > 3600
@@ -460,7 +461,7 @@ def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
 ) -> None:
     monkeypatch.setattr(OpenVinoEngine, "precisions", staticmethod(lambda: [Precision.FLOAT32, Precision.INT8]))
     times = {Precision.FLOAT32: 9.0, Precision.INT8: 3.0}
-    monkeypatch.setattr(begin, "image_ms", lambda engines, golden, alive: {one: times[one] for one in engines})
+    monkeypatch.setattr(setup, "image_ms", lambda engines, golden, alive: {one: times[one] for one in engines})
     rows = bench.rows(sample.coloured(per_class=10))
     outcome, heard = bench.run(rows, precision="auto")
     assert heard.stages == ["backbone", "quantise", "features", "precision", "folds", "final", "bundle"]
@@ -489,7 +490,7 @@ def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
 def test_a_network_that_has_learned_answers_in_int8_if_it_is_as_good_on_held_out_rows(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, is_good: bool
 ) -> None:
-    monkeypatch.setattr(deliver, "is_as_good", lambda task, score, reference: is_good)
+    monkeypatch.setattr(delivery, "is_as_good", lambda task, score, reference: is_good)
     rows = bench.rows(sample.coloured(per_class=8))
     held = [replace(row, split=Split.TEST) for row in rows[::6]]
     rows = [row for row in rows if row.path not in {one.path for one in held}] + held

@@ -11,18 +11,18 @@ import records
 from PIL import Image
 
 from artifacts import manifest
-from artifacts.defaults import ClassCount, fill
-from artifacts.headline import HEADLINES
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.recipe import Recipe, Task
-from training import evaluate
-from training.compare import OutOfFold
-from training.learn import Plan
+from recipes.defaults import ClassCount, fill
+from recipes.headline import HEADLINES
+from recipes.recipe import Recipe, Task
+from training.data.split import make_folds
+from training.data.targets import targets_of
+from training.fitting.learners import Plan
 from training.learning_curve import FRACTIONS, Point, Subject, Twice, _drawn_scores, _parts, foretell, measure, said
 from training.learning_curve import _Part as Part
-from training.split import make_folds
-from training.targets import targets_of
+from training.statistics import evaluation
+from training.statistics.comparison import OutOfFold
 
 ACCURACY, ERROR = HEADLINES[Task.MULTICLASS], HEADLINES[Task.REGRESSION]
 RECIPE = {"backbone": "vgg16", "weights": "random", "image_size": 32, "epochs": 12, "folds": {"k": 2}}
@@ -80,7 +80,7 @@ def test_points_are_the_scores_of_heads_that_learned_from_a_part_and_of_the_run_
     assert 0.4 < curve.points[0].score < curve.points[3].score < 1
     for point in curve.points:
         assert point.ci95[0] <= point.score <= point.ci95[1]
-    assert curve.points[0].ci95 == evaluate.wilson(curve.points[0].score, 180)
+    assert curve.points[0].ci95 == evaluation.wilson(curve.points[0].score, 180)
     assert curve.law is not None and curve.twice is not None and curve.twice.images == 180
     assert done == sorted(done) and done[-1] == pytest.approx(1.0)
     picture = Image.open(io.BytesIO(curve.picture))
@@ -97,7 +97,7 @@ def test_the_same_run_has_the_same_curve() -> None:
 def test_scores_of_images_that_belong_together_have_wider_intervals() -> None:
     run = subject(120, group=5, folds={"k": 2, "repeats": 2}, early_stopping=None, epochs=3)
     least = measure(run, lambda share: None).points[0]
-    low, high = evaluate.wilson(least.score, 120)
+    low, high = evaluation.wilson(least.score, 120)
     assert least.ci95[1] - least.ci95[0] > high - low
 
 

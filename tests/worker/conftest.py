@@ -14,8 +14,8 @@ from working import QUICK, Outage, Say, StartLoop
 from models import job as jobs
 from models.job import JobKind, Queue
 from models.session import Database
+from worker.lease import Handler, Timings
 from worker.loop import Loop
-from worker.work import Handler, Timings
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ from models import outbox
 from models.base import now
 from models.job import MAX_ATTEMPTS, Job, JobKind, JobState, Lease, Queue
 from models.session import Database
+from worker.lease import DATABASE_PAUSE_S, Clock, Complete, Reason, Stopped, Timings, Work
 from worker.loop import Loop
-from worker.work import DATABASE_PAUSE_S, Clock, Complete, Reason, Stopped, Timings, Work
 
 LongBackOff = Callable[[int], float]
 

@@ -23,16 +23,16 @@ from artifacts.store import Digest, Store, digest_of
 from errors import EspalierError, StoreUnavailable
 from models import dataset as datasets
 from models import job as jobs
-from models import parts
 from models import run as runs
+from models import run_jobs
 from models.dataset import DatasetState, DatasetVersion
 from models.job import Job, JobKind, JobState, Queue
 from models.session import Database
-from worker.compare import Compare
-from worker.ingest import Ingest, IngestLimits, Purge
+from worker.child_process import store_keys
+from worker.handlers.compare import Compare
+from worker.handlers.ingest import Ingest, IngestLimits, Purge
+from worker.handlers.train import Train
 from worker.loop import Loop
-from worker.process import store_keys
-from worker.train import Train
 
 LIMITS = IngestLimits(ArchiveLimits(), ImageLimits(), classes=1000, decode_cpu_s=60, memory_bytes=1536 * 1024**2)
 
@@ -182,7 +182,7 @@ def test_an_archive_that_another_machine_received_is_read_here(
     api = Case(sqlite, bucket.seen_from(tmp_path / "api").store())
     version_id = api.upload(sample.coloured(per_class=3))
     worker = Case(sqlite, bucket.seen_from(tmp_path / "worker").store())
-    assert worker.work()
+    assert worker.lease()
     assert worker.version(version_id).state is DatasetState.READY
     assert worker.version(version_id).archive_sha256 is None and len(bucket.digests()) == 10
 
@@ -215,7 +215,7 @@ def test_a_training_child_is_given_the_keys_and_where_the_bucket_is(
     with sqlite.writing() as session:
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
-        job = parts.submit(session, run)
+        job = run_jobs.submit(session, run)
     train = Train(store, training_place(tmp_path))
     with sqlite.writing() as session:
         order = train._begin(session, session.get_one(Job, job.id))
@@ -239,7 +239,7 @@ def test_the_keys_stand_in_the_environment_of_a_child_that_needs_them(
     with sqlite.writing() as session:
         version = records.ready_version(session)
         if kind == "train":
-            parts.submit(session, runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE))
+            run_jobs.submit(session, runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE))
         else:
             comparison = records.queued_comparison(session, version)
             for job in session.scalars(select(Job)):
@@ -256,7 +256,7 @@ def test_a_run_waits_for_a_bucket_that_is_away(sqlite: Database, bucket: Bucket,
     with sqlite.writing() as session:
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
-        job = parts.submit(session, run)
+        job = run_jobs.submit(session, run)
     say({"type": "error", "error": StoreUnavailable("Away.").record()})
     train = Train(bucket.store(), training_place(tmp_path))
     assert Loop(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()

@@ -26,8 +26,8 @@ from models import job as jobs
 from models.job import Job, JobKind, JobState, Queue
 from models.session import Database
 from models.worker import Worker
+from worker.lease import Clock
 from worker.sweeper import Sweeper
-from worker.work import Clock
 
 
 def test_a_job_whose_renewals_move_is_not_taken_over(database: Database, start_loop: StartLoop) -> None:

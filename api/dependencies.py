@@ -1,0 +1,53 @@
+"""What routes are given: the parts of the process, and who asks.
+
+Both are coroutines, since FastAPI runs plain functions on threads, and these may all be taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from api import engine_probe
+from api.metrics import Metrics
+from api.middleware import Ending
+from api.switchboard import Switchboard
+from artifacts.store import Store
+from bell import Bell
+from inference.shelf import Shelf
+from models.project import Principal
+from models.session import Database
+from settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of one API process."""
+
+    settings: Settings
+    database: Database
+    store: Store
+    bell: Bell
+    shelf: Shelf
+    switchboard: Switchboard
+    metrics: Metrics
+    ending: Ending
+    probe_engine: Callable[[], str] = engine_probe.cpu
+
+
+async def services(request: Request) -> Services:
+    """Return the parts of this process."""
+    found: Services = request.app.state.services
+    return found
+
+
+async def principal() -> Principal:
+    """Return who asks; there is one project today."""
+    return Principal()
+
+
+ServicesDep = Annotated[Services, Depends(services)]
+PrincipalDep = Annotated[Principal, Depends(principal)]

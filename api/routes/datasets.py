@@ -1,0 +1,298 @@
+"""Routes of data sets: upload, look, delete. Opens no archive: that is a worker's job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import func, literal, or_, select
+from sqlalchemy.orm import Session
+
+from api import bodies, problems
+from api.dependencies import PrincipalDep, Services, ServicesDep
+from api.idempotency import Once, OnceDep
+from api.paging import CursorQuery, LimitQuery, page
+from api.schemas import (
+    ClassImages,
+    DatasetCreated,
+    DatasetOut,
+    DatasetVersionOut,
+    ImageOut,
+    IngestProgress,
+    Name,
+    Number,
+    Page,
+    RefusedFile,
+    TargetRange,
+)
+from artifacts import images
+from artifacts.store import Digest
+from errors import InUse, NotFound, Unavailable
+from models import comparison as comparisons
+from models import dataset as datasets
+from models import job as jobs
+from models import run as runs
+from models import view as views
+from models.dataset import Dataset, DatasetVersion, Image, Membership
+from models.file_references import collect, lock_files
+from models.job import JobKind, Queue
+from models.project import scope
+
+THUMBNAIL_SIDE = 160
+
+router = APIRouter(prefix="/api/v1/datasets", tags=["data sets"])
+
+_BINARY = {"type": "string", "format": "binary"}
+_ARCHIVE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": _BINARY},
+            "multipart/form-data": {
+                "schema": {"type": "object", "required": ["archive"], "properties": {"archive": _BINARY}}
+            },
+        },
+    }
+}
+
+
+@router.post("", status_code=202, openapi_extra=_ARCHIVE_BODY)
+async def upload(
+    request: Request,
+    response: Response,
+    given: ServicesDep,
+    principal: PrincipalDep,
+    name: Annotated[Name, Query()],
+    once: OnceDep,
+) -> DatasetCreated:
+    """Upload a zip, tar or tar.gz of images: one folder per class, or a labels.csv at its top."""
+    return await _take_in(
+        request,
+        response,
+        given,
+        once,
+        check=lambda session: datasets.check_name(session, principal, name),
+        find=lambda session: datasets.create_dataset(session, principal, name),
+    )
+
+
+@router.post("/{dataset_id}/versions", status_code=202, openapi_extra=_ARCHIVE_BODY)
+async def add_images(
+    request: Request,
+    response: Response,
+    given: ServicesDep,
+    principal: PrincipalDep,
+    dataset_id: str,
+    once: OnceDep,
+) -> DatasetCreated:
+    """Upload an archive of images to add. They and the present ones become a new version."""
+    return await _take_in(
+        request,
+        response,
+        given,
+        once,
+        check=lambda session: datasets.check_idle(session, datasets.get_dataset(session, principal, dataset_id)),
+        find=lambda session: datasets.get_dataset(session, principal, dataset_id, for_change=True),
+    )
+
+
+async def _take_in(
+    request: Request,
+    response: Response,
+    given: Services,
+    once: Once,
+    *,
+    check: Callable[[Session], None],
+    find: Callable[[Session], Dataset],
+) -> DatasetCreated:
+    """Receive an archive and owe its ingest as a version of the data set that `find` returns."""
+
+    def check_first() -> None:  # before gigabytes are sent for nothing
+        with given.database.reading() as session:
+            if not once.is_known(session):  # else it may be here already, as only its last byte will tell
+                check(session)
+
+    await run_in_threadpool(check_first)
+    settings = given.settings
+    archive = await bodies.receive_archive(request, given.store, settings.archive_bytes, settings.free_disk_bytes)
+    return await run_in_threadpool(_record, response, given, once, archive, find)
+
+
+def _record(
+    response: Response, given: Services, once: Once, archive: Digest, find: Callable[[Session], Dataset]
+) -> DatasetCreated:
+    """Write what an archive was sent for. If that fails, or was written before, the archive goes unless it is named."""
+    is_of_use = False
+    try:
+        earlier = once.earlier(DatasetCreated, archive, response)
+        if earlier is not None:
+            return earlier
+        with given.database.writing() as session:
+            lock_files(session)  # first: who finds the name taken removes the archive, which may be the very same one
+            dataset = find(session)
+            if not given.store.has(archive):
+                raise Unavailable("The archive was removed just when it had arrived. Send it again.")
+            version = datasets.add_version(session, dataset, archive)
+            job = jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
+            created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
+            location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
+            once.keep(session, created, location)
+        is_of_use = True
+    finally:
+        if not is_of_use:
+            with given.database.writing() as session:
+                collect(session, given.store, [archive])
+    given.bell.ring(Queue.INGEST, job.id)
+    return created
+
+
+@router.get("")
+def list_datasets(
+    given: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+) -> Page[DatasetOut]:
+    """List data sets, the newest first."""
+    with given.database.reading() as session:
+        query = select(Dataset).where(Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal))
+        rows, next_cursor = page(session, query, Dataset.id, lambda row: row.Dataset.id, limit, cursor)
+        return Page(items=[_dataset_out(session, row.Dataset) for row in rows], next_cursor=next_cursor)
+
+
+@router.get("/{dataset_id}")
+def get_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str) -> DatasetOut:
+    """Show a data set as its newest usable version."""
+    with given.database.reading() as session:
+        return _dataset_out(session, datasets.get_dataset(session, principal, dataset_id))
+
+
+@router.get("/{dataset_id}/images")
+def list_images(
+    given: ServicesDep,
+    principal: PrincipalDep,
+    dataset_id: str,
+    label: str | None = None,
+    version: Annotated[Number | None, Query()] = None,
+    limit: LimitQuery = 50,
+    cursor: CursorQuery = None,
+) -> Page[ImageOut]:
+    """List the images of a version by path, as its manifest does; with a label only those that have it."""
+    with given.database.reading() as session:
+        dataset = datasets.get_dataset(session, principal, dataset_id)
+        query = (
+            select(Membership, Image)
+            .join(Image, Image.id == Membership.image_id)
+            .where(Membership.version_id == datasets.ready_version(session, dataset, version).id)
+        )
+        if label:
+            among = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
+            joined = literal("|") + Membership.label + literal("|")
+            query = query.where(or_(Membership.label == label, among(joined, f"|{label}|") > 0))
+        order = datasets.path_order(session)
+        rows, next_cursor = page(session, query, order, lambda row: row.Membership.path, limit, cursor, ascending=True)
+        items = [_image_out(dataset.id, row.Membership, row.Image) for row in rows]
+        return Page(items=items, next_cursor=next_cursor)
+
+
+@router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
+def get_thumbnail(given: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
+    """Return a small WEBP of an image, upright and without its metadata."""
+    with given.database.reading() as session:
+        dataset = datasets.get_dataset(session, principal, dataset_id)
+        query = (
+            select(Image.sha256)
+            .join(Membership, Membership.image_id == Image.id)
+            .join(DatasetVersion, DatasetVersion.id == Membership.version_id)
+            .where(DatasetVersion.dataset_id == dataset.id, Image.sha256 == image)
+        )
+        digest = session.scalar(query.limit(1))
+    if digest is None:
+        raise NotFound(f"Data set {dataset.name!r} has no image {image!r}.")
+    data = images.thumbnail(given.store.read(Digest(digest)), THUMBNAIL_SIDE, given.settings.image_limits)
+    return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400, immutable"})
+
+
+@router.delete("/{dataset_id}", status_code=204)
+def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str) -> None:
+    """Delete a data set with its images. Runs and models that came of it stay."""
+    with given.database.writing() as session:
+        dataset = datasets.get_dataset(session, principal, dataset_id, for_change=True)
+        versions = [version.id for version in datasets.get_versions(session, dataset.id)]
+        if runs.is_any_active(session, versions):
+            raise InUse(f"A run on data set {dataset.name!r} is still active. Cancel it first, or wait for its end.")
+        if comparisons.is_any_active(session, versions):
+            raise InUse(
+                f"A comparison on data set {dataset.name!r} has not ended. Cancel it first, or wait for its end."
+            )
+        for version_id in versions:
+            if jobs.request_cancel(session, version_id, JobKind.INGEST):
+                datasets.withdraw(session, version_id)
+        views.request_cancel(session, versions)
+        datasets.delete_dataset(dataset)
+        job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)
+    given.bell.ring(Queue.INGEST, job.id)
+
+
+def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:
+    versions = datasets.get_versions(session, dataset.id)
+    shown = datasets.current_version(versions)
+    return DatasetOut(
+        id=dataset.id,
+        name=dataset.name,
+        state=shown.state,
+        task=shown.task,
+        images=shown.images,
+        classes=[ClassImages(name=count.name, images=count.images) for count in shown.class_counts],
+        target=TargetRange(**shown.target) if shown.target else None,
+        duplicates=shown.duplicates,
+        ignored=shown.ignored,
+        refused=_refused_out(shown),
+        refused_total=shown.refused_total,
+        version=shown.number,
+        versions=_versions_out(versions),
+        progress=_progress_out(shown.progress),
+        created_at=dataset.created_at,
+        error=problems.stored_problem(shown.error),
+    )
+
+
+def _versions_out(versions: Sequence[DatasetVersion]) -> list[DatasetVersionOut]:
+    return [
+        DatasetVersionOut(
+            version=version.number,
+            state=version.state,
+            images=version.images,
+            ignored=version.ignored,
+            refused=_refused_out(version),
+            refused_total=version.refused_total,
+            progress=_progress_out(version.progress),
+            error=problems.stored_problem(version.error),
+            created_at=version.created_at,
+        )
+        for version in versions
+    ]
+
+
+def _refused_out(version: DatasetVersion) -> list[RefusedFile]:
+    return [RefusedFile(**file) for file in version.refused]
+
+
+def _progress_out(progress: dict[str, Any] | None) -> IngestProgress | None:
+    return IngestProgress(**progress) if progress else None
+
+
+def _image_out(dataset_id: str, membership: Membership, image: Image) -> ImageOut:
+    return ImageOut(
+        image=image.sha256,
+        path=membership.path,
+        label=membership.label,
+        labels=membership.label.split("|") if membership.label else [],
+        target=membership.target,
+        group=membership.group,
+        split=membership.split,
+        width=image.width,
+        height=image.height,
+        format=image.format,
+        size_bytes=image.size_bytes,
+        thumbnail=f"/api/v1/datasets/{dataset_id}/images/{image.sha256}/thumbnail",
+    )

@@ -1,0 +1,79 @@
+"""The events of a run as they happen, over server-sent events. Reads rows; nothing is kept in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, HTTPException
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from api import problems
+from api.dependencies import PrincipalDep, Services, ServicesDep
+from api.schemas import LARGEST_NUMBER
+from errors import Unavailable
+from models import run as runs
+from models.run import EventKind, RunEvent
+
+_LOOK_EVERY_S = 0.5
+_AWAY_S = 2.0
+
+router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
+
+
+After = Annotated[int, Header(alias="Last-Event-ID", ge=0, le=LARGEST_NUMBER)]
+
+
+def run_with_events(given: ServicesDep, principal: PrincipalDep, run_id: str, after: After = 0) -> str:
+    """Return the id of a run that has events or will have them; a stream that has begun could not tell any more.
+
+    Raises NotFound, or HTTPException with 204 once a client has heard the last event: a browser asks again after
+    every end of a stream, unless it is told so.
+    """
+    with given.database.reading() as session:
+        run = runs.get_run(session, principal, run_id)
+        if run.state.is_final and after and not runs.get_events(session, run.id, after, limit=1):
+            raise HTTPException(204)
+        return run.id
+
+
+@router.get("/{run_id}/events", response_class=EventSourceResponse)
+async def stream_events(
+    given: ServicesDep,
+    run_id: Annotated[str, Depends(run_with_events)],
+    after: After = 0,
+) -> AsyncIterator[ServerSentEvent]:
+    """Stream `progress`, `epoch`, `fold` and `state` events until the run is over.
+
+    Starts from the first event, or after `Last-Event-ID`; answers 204 if that was the last one.
+    """
+    while True:
+        try:
+            events, is_over = await run_in_threadpool(_look, given, run_id, after)
+        except Unavailable:  # a browser that is turned away once does not come back
+            await asyncio.sleep(_AWAY_S)
+            continue
+        for event in events:
+            after = event.seq
+            yield ServerSentEvent(event=event.kind.value, id=str(event.seq), data=_payload(event))
+        if is_over and not events:
+            return
+        if not events:
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _look(given: Services, run_id: str, after: int) -> tuple[list[RunEvent], bool]:
+    """Return the next events, and whether the run is over."""
+    with given.database.reading() as session:
+        # The state first: on PostgreSQL a run may end between the two, and its last event must not be missed.
+        is_over = session.get_one(runs.Run, run_id).state.is_final
+        return list(runs.get_events(session, run_id, after)), is_over
+
+
+def _payload(event: RunEvent) -> dict[str, object]:
+    payload = {**event.payload, "at": event.at.isoformat()}
+    if event.kind is EventKind.STATE:
+        payload["error"] = problems.stored_problem(event.payload.get("error"))
+    return payload

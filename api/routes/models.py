@@ -1,0 +1,102 @@
+"""Routes of models: their versions and aliases. Predicts nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.bodies import JsonRoute
+from api.dependencies import PrincipalDep, ServicesDep
+from api.paging import CursorQuery, LimitQuery, page
+from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Number, Page
+from artifacts.store import Digest
+from models import registry
+from models.dataset import DatasetVersion
+from models.outbox import owe
+from models.project import scope
+from models.registry import Model, ModelVersion
+from models.run import Run
+from recipes.recipe import NAME_PATTERN
+
+router = APIRouter(prefix="/api/v1/models", tags=["models"], route_class=JsonRoute)
+
+AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
+
+
+@router.get("")
+def list_models(
+    given: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+) -> Page[ModelOut]:
+    """List models, the newest first."""
+    with given.database.reading() as session:
+        query = select(Model).where(scope(Model.project_id, principal))
+        rows, next_cursor = page(session, query, Model.id, lambda row: row.Model.id, limit, cursor)
+        return Page(items=[_model_out(session, row.Model) for row in rows], next_cursor=next_cursor)
+
+
+@router.get("/{name}")
+def get_model(given: ServicesDep, principal: PrincipalDep, name: str) -> ModelOut:
+    """Show a model with its versions and aliases."""
+    with given.database.reading() as session:
+        return _model_out(session, registry.get_model(session, principal, name))
+
+
+@router.get("/{name}/versions/{version}")
+def get_version(given: ServicesDep, principal: PrincipalDep, name: str, version: Number) -> ModelVersionOut:
+    """Show one version of a model."""
+    with given.database.reading() as session:
+        model = registry.get_model(session, principal, name)
+        found = registry.get_model_version(session, model, version)
+        return _version_out(session, found, registry.get_aliases(session, model.id).get(found.id, []))
+
+
+@router.put("/{name}/aliases/{alias}")
+def move_alias(
+    given: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, wanted: AliasRequest
+) -> AliasOut:
+    """Point an alias at a version. What cannot be served is refused, and the alias stays where it was.
+
+    `serving` is `old` while the version's backbone is being loaded: until then the version before it answers.
+    """
+    with given.database.reading() as session:
+        model = registry.get_model(session, principal, name)
+        version = registry.get_model_version(session, model, wanted.version)
+    bundle = Digest(version.bundle_sha256)
+    if given.shelf.predictor_if_warm(bundle, Digest(version.backbone_sha256)) is None:
+        given.shelf.check_files(bundle)
+    with given.database.writing() as session:
+        registry.move_alias(session, model, alias, version)
+        owe(session, version.run_id, "alias", {"alias": alias})
+    is_served = given.switchboard.serves(principal, name, alias, version.number)
+    return AliasOut(model=name, alias=alias, version=version.number, serving="new" if is_served else "old")
+
+
+def _model_out(session: Session, model: Model) -> ModelOut:
+    versions = registry.get_model_versions(session, model.id)
+    aliases = registry.get_aliases(session, model.id)
+    return ModelOut(
+        name=model.name,
+        versions=[_version_out(session, version, aliases.get(version.id, [])) for version in versions],
+        aliases={alias: version.number for version in versions for alias in aliases.get(version.id, [])},
+        created_at=model.created_at,
+    )
+
+
+def _version_out(session: Session, version: ModelVersion, aliases: list[str]) -> ModelVersionOut:
+    run = session.get_one(Run, version.run_id)
+    data = session.get_one(DatasetVersion, run.dataset_version_id)
+    return ModelVersionOut(
+        version=version.number,
+        run=run.id,
+        dataset=data.dataset_id,
+        dataset_version=data.number,
+        recipe=run.recipe,
+        metrics=run.metrics or {},
+        bundle=version.bundle_sha256,
+        backbone=version.backbone_sha256,
+        aliases=aliases,
+        created_at=version.created_at,
+    )

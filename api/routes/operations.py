@@ -1,0 +1,158 @@
+"""Routes for those who run the service: is it alive, is it ready, how busy is it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import redis
+import structlog
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from sqlalchemy import select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.dependencies import Services, ServicesDep
+from api.schemas import Check, Page, Readiness, WorkerOut
+from errors import EspalierError, Unavailable
+from models import job as jobs
+from models.base import now
+from models.worker import Worker
+
+log = structlog.get_logger()
+
+router = APIRouter(tags=["operations"])
+
+# A worker looks every few seconds; one that has not for this long is gone or hung.
+_WORKER_SEEN_S = 60
+_WORKERS_SHOWN = 200
+_DECISIVE = ("database", "schema", "disk", "engine", "process")
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """Answer, which shows that the process can."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", responses={503: {"model": Readiness}})
+def readyz(given: ServicesDep, response: Response) -> Readiness:
+    """Say part by part whether requests should be sent here."""
+    checks = {
+        "database": _checked(_database, given),
+        "schema": _checked(_schema, given),
+        "disk": _checked(_disk, given),
+        "process": _process(given),
+        "store": _checked(_store, given),
+        "engine": _checked(_engine, given),
+        "broker": _checked(_broker, given),
+        "workers": _checked(_workers, given),
+    }
+    ready = all(checks[name].ok for name in _DECISIVE)
+    response.status_code = 200 if ready else 503
+    return Readiness(ready=ready, checks=checks)
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(given: ServicesDep) -> Response:
+    """Return metrics in Prometheus' text format; those of jobs are left out while the database is away."""
+    counts = None
+    try:
+        with given.database.reading() as session:
+            counts = jobs.count_jobs(session)
+    except (Unavailable, SQLAlchemyError) as error:
+        log.warning("jobs not counted", error=str(error))
+    return Response(given.metrics.page(counts), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/api/v1/workers")
+def list_workers(given: ServicesDep) -> Page[WorkerOut]:
+    """List the workers of the last days, those that looked for work last first: which queues each of them serves."""
+    with given.database.reading() as session:
+        found = session.scalars(select(Worker).order_by(Worker.looked_at.desc()).limit(_WORKERS_SHOWN)).all()
+        alive_since = now() - timedelta(seconds=_WORKER_SEEN_S)
+        items = [
+            WorkerOut(
+                name=worker.name,
+                queues=worker.queues,
+                is_alive=worker.looked_at > alive_since,
+                started_at=worker.started_at,
+                looked_at=worker.looked_at,
+            )
+            for worker in found
+        ]
+    return Page(items=items, next_cursor=None)
+
+
+def _checked(check: Callable[[Services], Check], given: Services) -> Check:
+    try:
+        return check(given)
+    except EspalierError as error:
+        return Check(ok=False, detail=error.detail)
+    except Exception as error:  # whatever it is, this part does not work; anyone may read the answer, so no more of it
+        log.warning("check failed", check=check.__name__.strip("_"), exc_info=error)
+        return Check(ok=False, detail=f"{type(error).__name__}: the log has more")
+
+
+def _database(given: Services) -> Check:
+    with given.database.reading() as session:
+        session.execute(text("SELECT 1"))
+    return Check(ok=True, detail="answers")
+
+
+def _schema(given: Services) -> Check:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parents[2] / "migrations"))
+    wanted = ScriptDirectory.from_config(config).get_current_head()
+    with given.database.reading() as session:
+        found = MigrationContext.configure(session.connection()).get_current_revision()
+    detail = f"revision {found}" if found == wanted else f"revision {found}, expected {wanted}: run the migrations"
+    return Check(ok=found == wanted, detail=detail)
+
+
+def _disk(given: Services) -> Check:
+    free = shutil.disk_usage(given.store.root).free
+    return Check(ok=free > given.settings.free_disk_bytes, detail=f"{free / 1024**3:.1f} GiB free")
+
+
+def _process(given: Services) -> Check:
+    """Name the process, by which those that share a port are told apart."""
+    return Check(ok=not given.ending.is_near, detail="ends soon" if given.ending.is_near else f"{os.getpid()} goes on")
+
+
+def _store(given: Services) -> Check:
+    given.store.check()
+    return Check(ok=True, detail=given.store.address.url or "a folder of this machine")
+
+
+def _engine(given: Services) -> Check:
+    return Check(ok=True, detail=f"{given.probe_engine()}, {given.settings.engine_threads} threads")
+
+
+def _broker(given: Services) -> Check:
+    if given.settings.redis_url is None:
+        return Check(ok=False, detail="REDIS_URL is not set; workers look for jobs by themselves every few seconds")
+    try:
+        with redis.Redis.from_url(_redis_url(given.settings.redis_url), socket_timeout=1) as client:
+            client.ping()
+    except redis.RedisError as error:
+        return Check(ok=False, detail=f"{error}; workers look for jobs by themselves every few seconds")
+    return Check(ok=True, detail="answers")
+
+
+def _redis_url(url: str) -> str:
+    """Return the broker's address as the redis client writes it: Kombu names a unix socket differently."""
+    return url.replace("redis+socket://", "unix://", 1)
+
+
+def _workers(given: Services) -> Check:
+    with given.database.reading() as session:
+        recent = session.scalars(select(Worker).where(Worker.looked_at > now() - timedelta(seconds=_WORKER_SEEN_S)))
+        alive = [worker.name for worker in recent]
+    return Check(ok=bool(alive), detail=", ".join(alive) or "no worker has looked for jobs within a minute")

@@ -1,0 +1,92 @@
+"""Which stored files are still named by a row; those that are not can be collected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import structlog
+from sqlalchemy import func, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from artifacts.store import Digest, Store
+from errors import StoreUnavailable
+from models.comparison import Comparison
+from models.dataset import DatasetVersion, Image
+from models.registry import Backbone, ModelVersion, Quantised, Weights
+from models.run import Checkpoint, Fold, Run, RunArtifact
+from models.session import after_commit
+from models.view import View
+
+_COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], ...] = (
+    Image.sha256,
+    DatasetVersion.archive_sha256,
+    DatasetVersion.manifest_sha256,
+    RunArtifact.sha256,
+    Run.weights_sha256,
+    Run.quantised_sha256,
+    Fold.outcome_sha256,
+    Checkpoint.sha256,
+    Comparison.picture_sha256,
+    Comparison.report_sha256,
+    View.sha256,
+    ModelVersion.bundle_sha256,
+    ModelVersion.backbone_sha256,
+    Backbone.sha256,
+    Quantised.sha256,
+    Weights.sha256,
+)
+
+log = structlog.get_logger()
+
+_LOCK = 0x65737061  # any number that is only used here
+
+
+def collect(session: Session, store: Store, digests: Sequence[Digest]) -> bool:
+    """Remove those of the stored files that no row names.
+
+    Return False if the store is away: a state must not wait for that, and `models.garbage` finds them later.
+    """
+    try:
+        remove_unnamed(session, store, digests)
+    except StoreUnavailable as error:
+        log.warning("files not removed", files=len(digests), error=error.detail)
+        return False
+    return True
+
+
+def remove_unnamed(session: Session, store: Store, digests: Sequence[Digest]) -> list[Digest]:
+    """Remove those of the stored files that no row names, and return them. Raises StoreUnavailable."""
+    session.flush()
+    lock_files(session)
+    removed = unnamed(session, digests)
+    store.delete(*removed)
+    return removed
+
+
+def collect_later(session: Session, store: Store, digests: Sequence[Digest]) -> None:
+    """Do the same once the transaction is committed: a file that is gone cannot be rolled back."""
+    if digests:
+        after_commit(session, lambda own: collect(own, store, digests))
+
+
+def unnamed(session: Session, digests: Collection[Digest]) -> list[Digest]:
+    """Return those of the stored files that no row names."""
+    named = {
+        found for column in _COLUMNS for found in session.scalars(select(column).where(column.in_(digests)).distinct())
+    }
+    return [digest for digest in digests if digest not in named]
+
+
+def named(session: Session) -> set[Digest]:
+    """Return every file that a row names."""
+    found = (session.scalars(select(column).where(column.is_not(None)).distinct()) for column in _COLUMNS)
+    return {Digest(sha256) for column in found for sha256 in column if sha256 is not None}
+
+
+def lock_files(session: Session) -> None:
+    """Keep naming files and removing unnamed ones apart until the transaction ends.
+
+    SQLite has one writer at a time anyway; PostgreSQL gets an advisory lock.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(_LOCK)))

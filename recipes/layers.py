@@ -1,0 +1,275 @@
+"""What networks are made of: kinds of networks from scratch, their layers as a recipe says them, and sensible ones.
+
+The last few kinds of layers are in backbones alone (`recipes.backbone_layers`); no recipe can ask for them.
+Knows no shapes (`recipes.shapes` works them out) and builds nothing (`training.fitting.from_scratch` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+LAYER_NAME_PATTERN = r"^[a-z][a-z0-9_]{0,39}$"
+INPUT = "input"
+"""The name of what every network begins with: the pixels."""
+OUTPUT = "output"
+"""The name of the layer that every network ends in; it follows the task."""
+
+
+class Part(BaseModel):
+    """A part of what is asked for, parsed at the door."""
+
+    # JSON has no infinity: a database refuses to keep one that came in as 1e999.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Activation(StrEnum):
+    """What follows a layer."""
+
+    LINEAR = "linear"
+    RELU = "relu"
+    SIGMOID = "sigmoid"
+    TANH = "tanh"
+
+
+class NetworkKind(StrEnum):
+    """A textbook network: one layer (Rosenblatt 1958), layers of units, or convolutions."""
+
+    PERCEPTRON = "perceptron"
+    MLP = "mlp"
+    CNN = "cnn"
+
+
+class Threshold(StrEnum):
+    """What a perceptron compares its targets with while it learns: yes or no, or a probability."""
+
+    STEP = "step"
+    SIGMOID = "sigmoid"
+
+
+class Padding(StrEnum):
+    """`valid` leaves out what a window would need beyond the border, `same` adds zeros: side / stride, rounded up."""
+
+    VALID = "valid"
+    SAME = "same"
+
+
+class PoolingKind(StrEnum):
+    """What is taken from each window: its largest value, its mean, or one drawn by its size (Zeiler & Fergus 2013)."""
+
+    MAX = "max"
+    AVERAGE = "average"
+    STOCHASTIC = "stochastic"
+
+
+Side = Annotated[int, Field(ge=1, le=1024)]
+
+
+def _is_pair(value: object) -> str:
+    return "sides" if isinstance(value, list | tuple) else "side"
+
+
+# Told apart before they are looked at: else a bad number would be refused twice, once for being no pair.
+Sides = Annotated[Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Tag("sides")], Discriminator(_is_pair)]
+"""The side of a square in pixels, or height and width."""
+
+
+_Name = Annotated[str, Field(pattern=LAYER_NAME_PATTERN)]
+
+
+class _Layer(Part):
+    name: _Name | None = None
+    """By default the type and a number, such as `convolution_1`."""
+    inputs: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=16)] | None = None
+    """Names of the layers that it reads, or `input`; by default the one before it."""
+
+
+class Convolution(_Layer):
+    """Filters that slide over the map."""
+
+    type: Literal["convolution"] = "convolution"
+    filters: Annotated[int, Field(ge=1, le=4096)]
+    kernel: Sides = 3
+    stride: Sides = 1
+    padding: Padding = Padding.VALID
+    activation: Activation = Activation.RELU
+
+    has_bias: ClassVar[bool] = True
+
+
+class Pooling(_Layer):
+    """One value for each window of each channel."""
+
+    type: Literal["pooling"] = "pooling"
+    kind: PoolingKind = PoolingKind.MAX
+    size: Sides = 2
+    stride: Sides | None = None
+    """By default the size: windows that touch."""
+    padding: Padding = Padding.VALID
+
+
+class Dropout(_Layer):
+    """Sets a share of the values to zero while training."""
+
+    type: Literal["dropout"] = "dropout"
+    rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
+class Flatten(_Layer):
+    """All values of all maps in a row."""
+
+    type: Literal["flatten"] = "flatten"
+
+
+class GlobalAverage(_Layer):
+    """The mean of each channel."""
+
+    type: Literal["global_average"] = "global_average"
+
+
+class FullyConnected(_Layer):
+    """Units that each see all values."""
+
+    type: Literal["dense"] = "dense"
+    units: Annotated[int, Field(ge=1, le=16_384)]
+    activation: Activation = Activation.RELU
+
+
+class BatchNormalization(_Layer):
+    """Standardises each channel over the batch, and learns another mean and deviation."""
+
+    type: Literal["batch_normalization"] = "batch_normalization"
+
+    # Mean, variance, and what becomes of them: scale and offset.
+    numbers_per_channel: ClassVar[int] = 4
+
+
+class Sum(_Layer):
+    """The sum of branches of the same shape."""
+
+    type: Literal["add"] = "add"
+    activation: Activation = Activation.LINEAR
+
+
+class Concatenation(_Layer):
+    """The channels of branches, one after the other."""
+
+    type: Literal["concatenate"] = "concatenate"
+
+
+Layer = Annotated[
+    Convolution
+    | Pooling
+    | Dropout
+    | Flatten
+    | GlobalAverage
+    | FullyConnected
+    | BatchNormalization
+    | Sum
+    | Concatenation,
+    Field(discriminator="type"),
+]
+
+
+class BareConvolution(Convolution):
+    """A convolution without bias and activation, since BatchNorm follows. Backbones only."""
+
+    activation: Activation = Activation.LINEAR
+
+    has_bias: ClassVar[bool] = False
+
+
+class SeparableConvolution(_Layer):
+    """A filter for each channel, then one pixel of all channels at a time (Chollet 2017), no bias. Backbones only."""
+
+    type: Literal["separable_convolution"] = "separable_convolution"
+    filters: int
+    kernel: Sides = 3
+    stride: Sides = 1
+    padding: Padding = Padding.SAME
+
+
+class ZeroPadding(_Layer):
+    """Zeros around the map, so many on each side. Backbones only."""
+
+    type: Literal["zero_padding"] = "zero_padding"
+    width: int
+
+
+class Rectifier(_Layer):
+    """ReLU as a layer of its own. Backbones only."""
+
+    type: Literal["activation"] = "activation"
+
+
+class OffsetNormalization(BatchNormalization):
+    """BatchNorm that learns no scale. Backbones only."""
+
+    numbers_per_channel: ClassVar[int] = 3
+
+
+AnyLayer = Layer | SeparableConvolution | ZeroPadding | Rectifier
+"""A layer of any network, the special cases of a recipe's layers among them."""
+
+_Channels = Literal[1, 3]
+_MOST_LAYERS = 200
+
+
+class NetworkRecipe(Part):
+    """A network that begins with random weights. Its output layer follows the task and is not among the layers."""
+
+    kind: NetworkKind = NetworkKind.CNN
+    layers: Annotated[tuple[Layer, ...], Field(max_length=_MOST_LAYERS)] | None = None
+    """From the pixels to what the output layer reads; by default some that suit the kind and the image's size. A
+    perceptron has none."""
+    channels: _Channels = 3
+    """3 for colours, 1 for their brightness alone."""
+    threshold: Threshold | None = None
+    """Perceptron only: what follows its one layer while it learns, by default `sigmoid`."""
+
+
+def default_layers(kind: NetworkKind, height: int, width: int) -> tuple[Layer, ...]:
+    """Return layers that suit images of so many pixels: a CNN halves its maps until they are small."""
+    match kind:
+        case NetworkKind.PERCEPTRON:
+            return ()
+        case NetworkKind.MLP:
+            return (FullyConnected(units=128), Dropout(rate=0.2))
+        case NetworkKind.CNN:
+            layers: list[Layer] = []
+            filters, side = 16, min(height, width)
+            while True:
+                layers.append(Convolution(filters=filters, padding=Padding.SAME))
+                if side <= _SMALL:
+                    break
+                layers.append(Pooling())
+                filters, side = min(2 * filters, _WIDEST), side // 2
+            return (*layers, Flatten(), Dropout(rate=0.3), FullyConnected(units=64))
+
+
+_SMALL, _WIDEST = 8, 64
+
+
+def named(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return the layers, each with a name of its own and the names of what it reads."""
+    taken = {layer.name for layer in layers} | {INPUT}
+    found: list[Layer] = []
+    counts: dict[str, int] = {}
+    before = INPUT
+    for layer in layers:
+        name = layer.name
+        while name is None:
+            counts[layer.type] = counts.get(layer.type, 0) + 1
+            candidate = f"{layer.type}_{counts[layer.type]}"
+            name = candidate if candidate not in taken else None
+        found.append(layer.model_copy(update={"name": name, "inputs": layer.inputs or (before,)}))
+        before = name
+    return tuple(found)
+
+
+def sides(size: Sides) -> tuple[int, int]:
+    """Return height and width in pixels."""
+    return (size, size) if isinstance(size, int) else size

@@ -1,0 +1,174 @@
+"""Requests that are sent again with their `Idempotency-Key`, on each database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import records
+import sample
+from fastapi.testclient import TestClient
+from sqlalchemy import update
+
+from api.dependencies import Services
+from models.base import now
+from models.comparison import Comparison
+from models.dataset import Dataset, DatasetVersion
+from models.idempotency import Answer
+from models.run import Run
+from models.session import Database
+
+ARCHIVE = sample.zipped(sample.coloured(per_class=2))
+OTHER = sample.zipped(sample.coloured(per_class=2, seed=7))
+KEY = {"Idempotency-Key": '"8e03978e-40d5-43dd-bc93-6894a57f9324"'}
+
+Send = Callable[..., Any]
+
+
+@pytest.fixture
+def database_url(database: Database) -> str:
+    return database.engine.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def dataset(services: Services) -> str:
+    with services.database.writing() as session:
+        return records.dataset_of(session, records.ready_version(session, "ready")).id
+
+
+@pytest.fixture(params=["runs", "comparisons", "datasets"])
+def send(request: pytest.FixtureRequest, client: TestClient, dataset: str) -> Send:
+    """Send a request that creates something; with `other` one that creates something else."""
+
+    def make(other: bool = False, **headers: str) -> Any:
+        if request.param == "datasets":
+            content = OTHER if other else ARCHIVE
+            return client.post("/api/v1/datasets?name=new", content=content, headers=headers)
+        recipe = {"epochs": 3 if other else 2}
+        order: dict[str, Any] = {"dataset": dataset, "name": "m"}
+        order |= {"recipe": recipe} if request.param == "runs" else {"recipes": [recipe, {"epochs": 9}]}
+        return client.post(f"/api/v1/{request.param}", json=order, headers=headers)
+
+    return make
+
+
+def count(services: Services) -> dict[str, int]:
+    with services.database.reading() as session:
+        return {
+            record.__tablename__: records.count(session, record)
+            for record in (Run, Comparison, Dataset, DatasetVersion, Answer)
+        }
+
+
+def test_a_request_that_is_sent_again_is_answered_again_and_changes_nothing(
+    send: Send, services: Services, rung: list[tuple[str, str]]
+) -> None:
+    first = send(**KEY)
+    assert first.status_code == 202, first.text
+    before, bells = count(services), len(rung)
+    again = send(**KEY)
+    assert (again.status_code, again.json(), again.headers["location"]) == (
+        202,
+        first.json(),
+        first.headers["location"],
+    )
+    assert again.headers["idempotency-replayed"] == "true" and "idempotency-replayed" not in first.headers
+    assert count(services) == before and len(rung) == bells
+
+
+def test_a_key_with_another_request_is_refused(send: Send, services: Services) -> None:
+    send(**KEY)
+    before, files = count(services), sorted(services.store.digests())
+    refused = send(other=True, **KEY)
+    assert refused.status_code == 422 and refused.json()["type"].endswith(":key-reused")
+    assert count(services) == before and sorted(services.store.digests()) == files
+
+
+def test_the_same_request_is_refused_while_it_is_being_answered(send: Send, services: Services) -> None:
+    url = services.database.engine.url
+    elsewhere = Database(url)  # another process, as far as locks go on PostgreSQL
+    holder = services.database if services.database.is_sqlite else elsewhere
+    with holder.exclusive(f"idempotency {records.PRINCIPAL.project_id} {KEY['Idempotency-Key']}") as is_held:
+        assert is_held
+        refused = send(**KEY)
+        assert refused.status_code == 409 and refused.json()["type"].endswith(":in-flight")
+        assert send(**{"Idempotency-Key": "another"}).status_code == 202
+    elsewhere.close()
+    assert ":in-flight" not in send(other=True, **KEY).text
+
+
+def test_a_refused_request_leaves_its_key_free(client: TestClient, dataset: str) -> None:
+    order: dict[str, Any] = {"dataset": "ds_unknown", "name": "m"}
+    assert client.post("/api/v1/runs", json=order, headers=KEY).status_code == 404
+    order["dataset"] = dataset
+    assert client.post("/api/v1/runs", json=order, headers=KEY).status_code == 202
+
+
+@pytest.mark.parametrize(("which", "status"), [("unknown", 404), ("ready", 202)])
+def test_a_key_is_free_before_its_answer_leaves(
+    client: TestClient, services: Services, dataset: str, monkeypatch: pytest.MonkeyPatch, which: str, status: int
+) -> None:
+    held: list[str] = []
+    when_answered: list[list[str]] = []
+    exclusive = services.database.exclusive
+
+    @contextmanager
+    def watched(name: str) -> Iterator[bool]:
+        held.append(name)
+        try:
+            with exclusive(name) as is_held:
+                yield is_held
+        finally:
+            held.remove(name)
+
+    async def answering(scope: Any, receive: Any, send: Any) -> None:
+        async def pass_on(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                when_answered.append([*held])
+            await send(message)
+
+        await client.app(scope, receive, pass_on)
+
+    monkeypatch.setattr(services.database, "exclusive", watched)
+    order = {"dataset": dataset if which == "ready" else "ds_unknown", "name": "m"}
+    answer = TestClient(answering, base_url=str(client.base_url)).post("/api/v1/runs", json=order, headers=KEY)
+    assert answer.status_code == status, answer.text
+    assert when_answered == [[]]
+
+
+def test_a_key_means_nothing_any_more_after_a_week(send: Send, services: Services) -> None:
+    first = send(**KEY)
+    with services.database.writing() as session:
+        session.execute(update(Answer).values(created_at=now() - timedelta(days=7, seconds=1)))
+        session.execute(update(Dataset).values(name=Dataset.name + "-old"))
+    later = send(other=True, **KEY)
+    assert later.status_code == 202 and later.json()["id"] != first.json()["id"]
+
+
+def test_an_upload_whose_name_is_taken_is_refused_before_it_is_sent_unless_it_may_be_the_same(
+    client: TestClient,
+) -> None:
+    client.post("/api/v1/datasets?name=new", content=ARCHIVE)
+    refused = client.post("/api/v1/datasets?name=new", content=ARCHIVE, headers=KEY)
+    assert refused.status_code == 409 and refused.json()["type"].endswith(":name-taken")
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "caf\u00e9"])
+def test_a_key_that_is_none_is_refused(client: TestClient, dataset: str, key: str) -> None:
+    order = {"dataset": dataset, "name": "m"}
+    refused = client.post("/api/v1/runs", json=order, headers={"Idempotency-Key": key.encode("latin-1")})
+    assert refused.status_code == 422 and refused.json()["field"] == "Idempotency-Key"
+
+
+def test_the_same_version_is_added_once(client: TestClient, services: Services, dataset: str) -> None:
+    url = f"/api/v1/datasets/{dataset}/versions"
+    first = client.post(url, content=ARCHIVE, headers=KEY)
+    assert first.status_code == 202 and first.json()["version"] == 2
+    again = client.post(url, content=ARCHIVE, headers=KEY)
+    assert again.status_code == 202 and again.json() == first.json()
+    other = client.post(url, content=OTHER)
+    assert other.status_code == 409, "one version is under way"
+    assert count(services)["dataset_version"] == 2

@@ -1,0 +1,124 @@
+"""Chance, all of it from one seed: which faults a schedule has, how often each strikes, and how often each did."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Fault(StrEnum):
+    """What may go wrong, and what people do at a bad moment."""
+
+    # of a machine
+    CRASH = "worker crashed"
+    API_CRASH = "API crashed"
+    FREEZE = "machine frozen"
+    SLOW = "thread slow"
+    DRAIN = "worker drained"
+    JOIN = "worker joined"
+    CLOCK_JUMP = "monotonic clock jumped"
+    WALL_JUMP = "wall clock jumped"
+    # of the database
+    CUT_BEFORE = "connection cut before COMMIT"
+    CUT_AFTER = "answer to COMMIT lost"
+    CUT_READING = "connection cut while reading"
+    OUTAGE = "database away"
+    PARTITION = "one machine cut off"
+    DATABASE_FULL = "database full"
+    # of the broker
+    BELL_DROPPED = "bell dropped"
+    BELL_DOUBLED = "bell doubled"
+    BELL_LATE = "bell late"
+    BELL_TO_ALL = "bell to all"
+    # of the work
+    BROKEN = "work failed for good"
+    PASSING = "work failed for now"
+    MEMORY = "work out of memory"
+    DISK_FULL = "disk full"
+    STORE_AWAY = "store away"
+    HANG = "work hung"
+    MLFLOW_AWAY = "MLflow away"
+    MLFLOW_DEAF = "answer of MLflow lost"
+    # by people
+    CANCEL = "run cancelled"
+    CANCEL_ALL = "comparison cancelled"
+    RETRY = "run tried again"
+
+
+# How often each strikes where it can, in a schedule that has it: per transaction, per step of work, per bell and so on.
+_TYPICAL = {
+    Fault.CRASH: 0.008,
+    Fault.API_CRASH: 0.1,
+    Fault.FREEZE: 0.15,
+    Fault.SLOW: 0.03,
+    Fault.DRAIN: 0.1,
+    Fault.JOIN: 0.05,
+    Fault.CLOCK_JUMP: 0.1,
+    Fault.WALL_JUMP: 0.1,
+    Fault.CUT_BEFORE: 0.02,
+    Fault.CUT_AFTER: 0.03,
+    Fault.CUT_READING: 0.02,
+    Fault.OUTAGE: 0.06,
+    Fault.PARTITION: 0.08,
+    Fault.DATABASE_FULL: 0.05,
+    Fault.BELL_DROPPED: 0.4,
+    Fault.BELL_DOUBLED: 0.2,
+    Fault.BELL_LATE: 0.3,
+    Fault.BELL_TO_ALL: 0.2,
+    Fault.BROKEN: 0.05,
+    Fault.PASSING: 0.1,
+    Fault.MEMORY: 0.05,
+    Fault.DISK_FULL: 0.02,
+    Fault.STORE_AWAY: 0.02,
+    Fault.HANG: 0.02,
+    Fault.MLFLOW_AWAY: 0.2,
+    Fault.MLFLOW_DEAF: 0.2,
+    Fault.CANCEL: 0.4,
+    Fault.CANCEL_ALL: 0.4,
+    Fault.RETRY: 0.7,
+}
+
+
+class Luck:
+    """The chance of one schedule. Half the faults are off in it, so that it sees some of them often."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._rates = {
+            fault: rate * self._random.uniform(0.3, 3.0) if self._random.random() < 0.5 else 0.0
+            for fault, rate in _TYPICAL.items()
+        }
+        self.happened: Counter[Fault] = Counter()
+
+    def end(self) -> None:
+        """Let nothing go wrong any more."""
+        self._rates = dict.fromkeys(self._rates, 0.0)
+
+    def strikes(self, fault: Fault) -> bool:
+        """Say whether a fault happens here and now; if so it counts as having happened."""
+        rate = self._rates[fault]
+        if rate == 0.0 or self._random.random() >= rate:
+            return False
+        self.happened[fault] += 1
+        return True
+
+    def is_so(self, probability: float) -> bool:
+        """Throw a coin."""
+        return self._random.random() < probability
+
+    def seconds(self, low: float, high: float) -> float:
+        """Return a duration."""
+        return self._random.uniform(low, high)
+
+    def whole(self, low: int, high: int) -> int:
+        """Return a number from low to high, both included."""
+        return self._random.randint(low, high)
+
+    def one_of(self, things: Sequence[T]) -> T:
+        """Return one of some things."""
+        return self._random.choice(things)

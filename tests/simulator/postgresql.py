@@ -1,0 +1,101 @@
+"""PostgreSQL as the ground: transactions overlap, and whoever needs a row that another one holds really waits for it.
+
+Others may act between any two statements. Who waits for whom is the server's to say, and whom it sends away of those
+that wait in a circle; all else follows from the seed as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import psycopg
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+
+from models.base import Base
+from simulator.databases import prepare
+from simulator.faults import Luck
+from simulator.virtual_threads import Baton
+
+# Waiting in a circle costs real time until the server notices; and nothing here is worth waiting for a disk.
+_OPTIONS = "-c timezone=utc -c synchronous_commit=off -c deadlock_timeout=20ms"
+_CONNECTIONS = 50
+# What makes a SELECT wait for others.
+_LOCKS = ("FOR UPDATE", "FOR NO KEY UPDATE", "advisory")
+# The data set that every schedule begins with, and what the migrations themselves wrote.
+_KEPT = {"dataset", "dataset_version", "image", "membership", "project", "registry_revision"}
+
+
+class Server:
+    """An empty database of a PostgreSQL server, whose user may set what only an administrator may."""
+
+    def __init__(self, url: str | URL) -> None:
+        address = make_url(url).set(drivername="postgresql+psycopg")
+        self.engine = _engine(address)
+        self.dataset_id = prepare(self.engine)
+        self._watching = psycopg.connect(
+            address.set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
+        )
+        self._baton: Baton | None = None
+        self._luck: Luck | None = None
+        for name in ("do_execute", "do_executemany"):
+            event.listen(self.engine, name, self._listener(name), retval=True)
+
+    def begin(self, baton: Baton, luck: Luck) -> None:
+        emptied = ", ".join(f'"{name}"' for name in sorted(Base.metadata.tables.keys() - _KEPT))
+        self._watching.execute(f"TRUNCATE {emptied}")
+        self._baton, self._luck = baton, luck
+
+    def end(self) -> None:
+        self._baton = None
+
+    def query(self, statement: str) -> Iterable[Sequence[Any]]:
+        return self._watching.execute(statement).fetchall()
+
+    def close(self) -> None:
+        self._watching.close()
+        self.engine.dispose()
+
+    def _listener(self, name: str) -> Callable[..., bool]:
+        how = {"do_execute": "execute", "do_executemany": "executemany"}[name]
+
+        def act(cursor: Any, statement: str, parameters: Any, context: object) -> bool:
+            if self._baton is None or self._luck is None:
+                return False
+            if self._luck.is_so(0.5):
+                self._baton.wait(self._luck.seconds(0.0, 2.0 if self._luck.is_so(0.15) else 0.05))
+            call = Statement(self._watching, cursor.connection, lambda: getattr(cursor, how)(statement, parameters))
+            if _may_wait(statement):
+                self._baton.lend(call)
+            else:
+                call.make()
+            return True
+
+        return act
+
+
+class Statement:
+    """A statement on its way to the server; its number is that of the server's process."""
+
+    def __init__(self, watching: Any, connection: Any, make: Callable[[], object]) -> None:
+        self.number = int(connection.info.backend_pid)
+        self._watching = watching
+        self._make = make
+
+    def make(self) -> None:
+        self._make()
+
+    def blockers(self) -> set[int]:
+        return set(self._watching.execute("SELECT pg_blocking_pids(%s)", [self.number]).fetchone()[0])
+
+    def give_up(self) -> None:
+        self._watching.execute("SELECT pg_terminate_backend(%s)", [self.number])
+
+
+def _may_wait(statement: str) -> bool:
+    return not statement.startswith("SELECT") or any(lock in statement for lock in _LOCKS)
+
+
+def _engine(address: URL) -> Engine:
+    return create_engine(address, pool_size=_CONNECTIONS, connect_args={"options": _OPTIONS})

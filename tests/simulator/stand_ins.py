@@ -1,0 +1,373 @@
+"""What stands around the workers: a store, a broker, MLflow, and children that train nothing.
+
+Each says and keeps what the real one does, so that the code that talks with it is the real one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from artifacts.store import Digest, Store, digest_of
+from errors import DiskFull, EspalierError, StoreUnavailable, TrainingDiverged, Unavailable, from_record
+from simulator.faults import Fault
+from simulator.invariants import Broken
+from simulator.machine import Machine
+from worker.child_process import Died, Message
+from worker.handlers.compare import OUT_OF_FOLD
+from worker.handlers.tracking import Facts, OpenPages, TrackingPlace
+from worker.lease import Work
+
+# How often whoever listens to a child looks for reasons to stop.
+_POLL_S = 1.0
+_FOR_EVER_S = 1e9
+_KILLED = -9
+_SEGMENTATION_FAULT = -11
+
+
+# After these a child waits for an answer, and after those it is no more.
+_ASKS = ("find_backbone", "add_backbone")
+_NEVER_LAST = (*_ASKS, "error", "end")
+
+
+class MemoryStore(Store):
+    """Files by digest, in memory."""
+
+    def __init__(self) -> None:
+        self.root = Path("nowhere")
+        self._files: dict[Digest, bytes] = {}
+
+    def write(self, text: str) -> Digest:
+        """Store a text and return its digest."""
+        digest = digest_of(text.encode())
+        self._files[digest] = text.encode()
+        return digest
+
+    def has(self, digest: Digest) -> bool:
+        return digest in self._files
+
+    def read(self, digest: Digest) -> bytes:
+        return self._files[digest]
+
+    def delete(self, *digests: Digest) -> None:
+        for digest in digests:
+            self._files.pop(digest, None)
+
+    def digests(self) -> Iterator[Digest]:
+        return iter(sorted(self._files))
+
+
+# --- children ------------------------------------------------------------------------------------------------------
+
+Said = Iterator[tuple[float, Message | Exception]]
+"""What a child says, each after some seconds; an exception is its death."""
+
+
+class TrainingChild:
+    """Says what a child says that trains a run, and keeps files as it does. Lives on its worker's machine."""
+
+    def __init__(self, machine: Machine, store: MemoryStore) -> None:
+        self._machine = machine
+        self._luck = machine.world.luck
+        self._store = store
+        self._said: Said = iter(())
+        self._next: tuple[float, Message | Exception] | None = None
+        self._answer: Mapping[str, Any] = {}
+        self._subject_id = ""
+        self._part: int | None = None
+        self._is_hung = False
+        self._is_waiting = False
+
+    def __enter__(self) -> TrainingChild:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def is_alive(self) -> bool:
+        return True
+
+    def order(self, order: Mapping[str, Any]) -> None:
+        self._said, self._next, self._is_waiting = self._obey(order), None, False
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        self._answer, self._is_waiting = message, False
+
+    def receive(self, work: Work, idle: Callable[[], None] = lambda: None) -> Message | None:
+        self._subject_id = work.subject_id
+        while True:
+            work.check()
+            if not self._has_said(_POLL_S):
+                idle()
+                continue
+            work.moved()
+            said = self._take()
+            if isinstance(said, Exception):
+                raise said
+            if said["type"] == "error":
+                raise from_record(said["error"])
+            return None if said["type"] == "end" else said
+
+    def drain(self, within_s: float) -> list[Message]:
+        if self._is_hung:
+            self._machine.sleep(within_s)
+            return []
+        self._machine.sleep(self._luck.seconds(0.0, within_s))
+        kept = [self._checkpoint(self._part, 1)] if self._luck.is_so(0.5) else []
+        if self._luck.is_so(0.2):  # it was about to be done
+            kept += self._rest()
+        return kept
+
+    def _rest(self) -> list[Message]:
+        """Return all that is still to be said; nothing if it would ask, hang or die before it was done."""
+        rest: list[Message] = []
+        if self._is_waiting:
+            return rest
+        for message in itertools.chain([self._next[1]] if self._next else [], (said for _, said in self._said)):
+            if self._is_hung or isinstance(message, Exception) or message["type"] in _NEVER_LAST:
+                return []
+            rest.append(message)
+        return rest
+
+    def stop(self) -> object:
+        self._said, self._next = iter(()), None
+        return None
+
+    def _has_said(self, within_s: float) -> bool:
+        """Listen for so long at most; say whether there is a message."""
+        now = self._machine.world.baton.now
+        if self._next is None:
+            after_s, message = next(self._said)
+            self._next = now + after_s, message
+        self._machine.sleep(min(within_s, max(0.0, self._next[0] - now)))
+        return self._machine.world.baton.now >= self._next[0]
+
+    def _take(self) -> Message | Exception:
+        assert self._next is not None
+        said, self._next = self._next[1], None
+        self._is_waiting = not isinstance(said, Exception) and said["type"] in _ASKS
+        return said
+
+    # --- what it says -----------------------------------------------------------------------------------------------
+
+    def _obey(self, order: Mapping[str, Any]) -> Said:
+        recipe = order["experiment"]["recipe"]
+        folds = range(recipe["folds"]["k"] * recipe["folds"]["repeats"])
+        self._part = order["fold"]
+        match order["part"]:
+            case "prepare":
+                yield from self._prepare(order)
+                yield self._soon({"type": "prepared"})
+            case "fold":
+                yield from self._learn(order["fold"])
+                yield self._soon(self._fold(order, order["fold"]))
+            case "final":
+                self._see_outcomes(order, folds)
+                yield from self._finish(order)
+            case _:
+                yield from self._prepare(order)
+                for number in folds:
+                    if number not in order["outcomes"]:
+                        yield from self._learn(number)
+                        yield self._soon(self._fold(order, number))
+                yield from self._finish(order)
+
+    def _prepare(self, order: Mapping[str, Any]) -> Said:
+        yield from self._work("features")
+        if self._luck.is_so(0.3):
+            key = {"network": "vgg16", "weights": "0" * 64, "cut": "block5", "size": 224, "export_version": 1}
+            yield self._soon({"type": "find_backbone", "key": key})
+            if self._answer["digest"] is None:
+                export = self._store.write(f"export {self._luck.whole(0, 10**9)}")
+                yield self._soon({"type": "add_backbone", "key": key, "digest": export, "facts": {}})
+        extraction = {"images": 20, "computed": 20, "cached": 0, "seconds": 1.0}
+        yield self._soon({"type": "extraction", "extraction": extraction})
+
+    def _learn(self, number: int | None) -> Said:
+        """Train a part for some epochs."""
+        for epoch in range(1, self._luck.one_of([1, 1, 1, 2, 3]) + 1):
+            yield from self._work("final" if number is None else "folds", number)
+            yield self._at_once({"type": "epoch", "fold": number, "epoch": epoch, "metrics": {"loss": 1.0}})
+            if self._luck.is_so(0.4):
+                yield self._soon(self._checkpoint(number, epoch))
+
+    def _finish(self, order: Mapping[str, Any]) -> Said:
+        yield from self._learn(None)
+        table = {"name": OUT_OF_FOLD, "sha256": self._file("out of fold"), "size_bytes": 9, "media_type": "a/b"}
+        if self._luck.is_so(0.3):
+            yield self._soon({"type": "file", "file": table})
+        yield self._soon(
+            {
+                "type": "outcome",
+                "bundle": self._file("bundle"),
+                "backbone": self._file("backbone"),
+                "metrics": {"accuracy": 0.5},
+                "training_s": 1.0,
+                "files": [table],
+            }
+        )
+
+    def _work(self, stage: str, number: int | None = None) -> Said:
+        """Do something for a while; it may go wrong."""
+        state = {"stage": stage, "share": 0.5, "fold": number, "epoch": 1, "epochs": 3, "spent_s": 1.0, "eta_s": 1.0}
+        said = {"type": "progress", "state": state} if self._luck.is_so(0.5) else {"type": "alive", "step_s": 0.1}
+        yield self._luck.seconds(0.1, 6.0), said
+        luck = self._luck
+        if luck.strikes(Fault.HANG):
+            self._is_hung = True
+            yield _FOR_EVER_S, {"type": "alive", "step_s": 0.0}
+        if luck.strikes(Fault.BROKEN):
+            yield self._soon(_error(TrainingDiverged("The loss is no number.")))
+        if luck.strikes(Fault.MEMORY):
+            yield 0.1, Died(_KILLED, for_memory=True)
+        if luck.strikes(Fault.DISK_FULL):
+            yield self._soon(_error(DiskFull("No room.")))
+        if luck.strikes(Fault.STORE_AWAY):
+            yield self._soon(_error(StoreUnavailable("The bucket is away.")))
+        if luck.strikes(Fault.PASSING):
+            yield 0.1, Died(_SEGMENTATION_FAULT) if luck.is_so(0.5) else Unavailable("The weights are away.")
+
+    def _fold(self, order: Mapping[str, Any], number: int) -> Message:
+        batch = order["experiment"]["recipe"]["batch_size"]
+        outcome = self._store.write(f"{self._subject_id} fold {number} batch {batch}")
+        measured = {"epochs": 3, "best_epoch": 2, "stopped": "", "metrics": {}, "history": [], "seconds": 1.0}
+        return {"type": "fold", "result": {"number": number, **measured}, "outcome": outcome}
+
+    def _see_outcomes(self, order: Mapping[str, Any], folds: range) -> None:
+        """See that the end of a run is given every fold, and that all were trained alike."""
+        batch = order["experiment"]["recipe"]["batch_size"]
+        given = {number: self._store.read(digest).decode() for number, digest in order["outcomes"].items()}
+        wanted = {number: f"{self._subject_id} fold {number} batch {batch}" for number in folds}
+        if given != wanted:
+            raise Broken(f"the end of a run is not given its folds: {given}")
+
+    def _checkpoint(self, number: int | None, epochs: int) -> Message:
+        digest = self._file(f"checkpoint of part {number} at epoch {epochs}")
+        return {"type": "checkpoint", "fold": number, "epochs": epochs, "sha256": digest, "size_bytes": 9}
+
+    def _file(self, name: str) -> Digest:
+        """Store a file that no other attempt has."""
+        return self._store.write(f"{name} of {self._subject_id}, {self._luck.whole(0, 10**12)}")
+
+    def _at_once(self, message: Message) -> tuple[float, Message]:
+        return 0.0, message
+
+    def _soon(self, message: Message) -> tuple[float, Message]:
+        return self._luck.seconds(0.0, 0.5), message
+
+
+class ComparingChild(TrainingChild):
+    """Says what a child says that compares."""
+
+    def __init__(
+        self, machine: Machine, store: MemoryStore, order: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> None:
+        super().__init__(machine, store)
+        self.order(order)
+
+    def _obey(self, order: Mapping[str, Any]) -> Said:
+        for candidate in order["candidates"]:
+            for file in (candidate["bundle"], candidate["backbone"], candidate["out_of_fold"]):
+                if not self._store.has(file):
+                    raise Broken(f"a comparison is given a file that is gone: {file}")
+        for _ in range(self._luck.whole(1, 6)):
+            yield from self._work("comparing")
+        rows = [{"position": candidate["position"], "difference": None} for candidate in order["candidates"]]
+        yield self._soon(
+            {
+                "type": "outcome",
+                "table": {"rows": rows, "verdict": "equal"},
+                "picture": self._file("picture"),
+                "report": self._file("report"),
+            }
+        )
+        yield self._soon({"type": "end"})
+
+
+def _error(error: EspalierError) -> Message:
+    return {"type": "error", "error": error.record()}
+
+
+# --- MLflow --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shown:
+    """What MLflow shows of a run; `is_doubtful` once somebody told it who had lost his lease: it knows no fence."""
+
+    is_started: bool = False
+    folds: set[int] = field(default_factory=set)
+    state: str | None = None
+    is_compared: bool = False
+    is_doubtful: bool = False
+
+
+class Mlflow:
+    """What MLflow was told, by run."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, Shown] = {}
+
+    def pages(self, machine: Machine, is_held: Callable[[], bool]) -> OpenPages:
+        """Return how a machine reaches it; `is_held` says whether the present task still has its lease."""
+
+        @contextmanager
+        def reach(place: TrackingPlace) -> Iterator[Callable[[Facts], SimulatedPage]]:
+            yield partial(SimulatedPage, self, machine, is_held)
+
+        return reach
+
+
+class SimulatedPage:
+    """One run in the simulated MLflow."""
+
+    def __init__(self, mlflow: Mlflow, machine: Machine, is_held: Callable[[], bool], facts: Facts) -> None:
+        self.experiment_id = "1"
+        self.run_id = f"page of {facts.run.id}"
+        self._machine = machine
+        self._is_held = is_held
+        self._facts = facts
+        self._shown = mlflow.shown.setdefault(facts.run.id, Shown())
+        self._call(lambda: None)
+
+    def start(self) -> None:
+        self._call(lambda: setattr(self._shown, "is_started", True))
+
+    def add_fold(self, number: int) -> None:
+        if any(fold.number == number for fold in self._facts.folds):
+            self._call(lambda: self._shown.folds.add(number))
+
+    def finish(self, store: Store) -> None:
+        state = self._facts.run.state
+        if not state.is_final:
+            raise Broken(f"MLflow is told the end of a run that is {state.value}: {self._facts.run.id}")
+        self._call(lambda: setattr(self._shown, "state", state.value))
+
+    def compare(self, store: Store) -> None:
+        assert self._facts.comparison is not None and self._facts.comparison.report_sha256 is not None
+        store.read(Digest(self._facts.comparison.report_sha256))
+        self._call(lambda: setattr(self._shown, "is_compared", True))
+
+    def add_file(self, store: Store, name: str) -> None:
+        raise Broken(f"MLflow is told of a file that nobody asked for: {name}")
+
+    def move_alias(self, alias: str) -> None:
+        raise Broken(f"MLflow is told of an alias that nobody moved: {alias}")
+
+    def _call(self, effect: Callable[[], None]) -> None:
+        """Have MLflow do something; it may be away, and its answer may be lost."""
+        self._machine.step()
+        luck = self._machine.world.luck
+        if luck.strikes(Fault.MLFLOW_AWAY):
+            raise Unavailable("MLflow is away.")
+        self._shown.is_doubtful |= not self._is_held()
+        effect()
+        if luck.strikes(Fault.MLFLOW_DEAF):
+            raise Unavailable("MLflow's answer was lost.")

@@ -1,0 +1,61 @@
+"""Varies training images inside the training step, with Keras' layers; nothing of it is ever cached."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import keras
+import numpy as np
+from PIL import Image
+
+from artifacts.images import Pixels
+from recipes.layers import Sides, sides
+from recipes.recipe import Augmentation
+
+_SHEET_SIDE = 8
+
+
+def augmenter(recipe: Augmentation, size: Sides, seed: int) -> Any:
+    """Return a Keras model from images [N, H, W, 3] of values from 0 to 255 to varied ones.
+
+    It varies in training alone; what a rotation or a shift uncovers is filled with the mirrored image.
+    """
+    seeds = np.random.SeedSequence(seed).generate_state(6).tolist()
+    layers: list[Any] = []
+    if recipe.flip:
+        layers.append(keras.layers.RandomFlip("horizontal", seed=seeds[0]))
+    if recipe.rotate_degrees:
+        layers.append(keras.layers.RandomRotation(recipe.rotate_degrees / 360, fill_mode="reflect", seed=seeds[1]))
+    if recipe.zoom:
+        layers.append(keras.layers.RandomZoom(recipe.zoom, fill_mode="reflect", seed=seeds[2]))
+    if recipe.shift:
+        layers.append(keras.layers.RandomTranslation(recipe.shift, recipe.shift, fill_mode="reflect", seed=seeds[3]))
+    if recipe.contrast:
+        layers.append(keras.layers.RandomContrast(recipe.contrast, value_range=(0, 255), seed=seeds[4]))
+    if recipe.brightness:
+        layers.append(keras.layers.RandomBrightness(recipe.brightness, value_range=(0, 255), seed=seeds[5]))
+    varied = images = keras.Input((*sides(size), 3))
+    for layer in layers:
+        varied = layer(varied)
+    return keras.Model(images, varied, name="augmentation")
+
+
+def contact_sheet(recipe: Augmentation, images: Pixels, seed: int) -> bytes:
+    """Return a PNG: each row one image as it is, then as training sees it, each time anew.
+
+    Args:
+        recipe: how they are varied.
+        images: uint8 [N, H, W, 3].
+        seed: the same seed gives the same sheet.
+    """
+    count, height, width, _ = images.shape
+    vary = augmenter(recipe, (height, width), seed)
+    columns = [images]
+    for _ in range(_SHEET_SIDE - 1):
+        varied = keras.ops.convert_to_numpy(vary(images.astype(np.float32), training=True))
+        columns.append(np.clip(np.rint(varied), 0, 255).astype(np.uint8))
+    rows = [np.concatenate([column[row] for column in columns], axis=1) for row in range(count)]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(rows, axis=0)).save(buffer, "PNG")
+    return buffer.getvalue()

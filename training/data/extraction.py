@@ -1,0 +1,71 @@
+"""Features of images, each through the backbone at most once; decoding overlaps with the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from artifacts.features import FeatureCache
+from artifacts.store import Digest
+from inference.engine import Engine
+from training.data.pixels import Source
+
+_BATCHES_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How many different images a run has, how many of them went through the backbone, and how many were cached."""
+
+    images: int
+    computed: int
+    cached: int
+    seconds: float
+
+
+def add_up(parts: Sequence[Extraction]) -> Extraction:
+    """Return what the same images needed in several networks together, as images that went through each."""
+    return Extraction(
+        images=parts[0].images,
+        computed=sum(part.computed for part in parts),
+        cached=sum(part.cached for part in parts),
+        seconds=round(sum(part.seconds for part in parts), 3),
+    )
+
+
+def extract(
+    digests: Sequence[Digest],
+    engine: Engine,
+    cache: FeatureCache,
+    source: Source,
+    report: Callable[[int, int], None],
+) -> Extraction:
+    """Fill the cache with the features of every image.
+
+    Args:
+        digests: the images in the store.
+        engine: the backbone.
+        cache: where rows are looked up and kept.
+        source: where the pixels come from.
+        report: called with (done, total) after each batch.
+
+    Raises:
+        Corrupt: an image of the store cannot be decoded any more.
+    """
+    started = time.perf_counter()
+    missing = cache.missing(digests)
+    total = len(set(digests))
+    done = cached = total - len(missing)
+    report(done, total)
+    kept: list[tuple[Sequence[Digest], np.ndarray]] = []
+    for names, pixels in source.batches(missing):
+        kept.append((names, engine.features(pixels)))
+        done += len(names)
+        if len(kept) == _BATCHES_KEPT or done == total:  # a sync per batch would cost more than small batches do
+            cache.add([name for names, _ in kept for name in names], np.concatenate([rows for _, rows in kept]))
+            kept.clear()
+        report(done, total)
+    return Extraction(total, len(missing), cached, round(time.perf_counter() - started, 3))

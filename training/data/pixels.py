@@ -1,0 +1,81 @@
+"""Pixels of images: decoded from files while others are being used, or taken from an array."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from artifacts import images
+from artifacts.images import ImageLimits, Pixels
+from artifacts.store import Digest, Store
+from errors import Corrupt, ImageRefused
+from recipes.layers import Sides
+from recipes.recipe import Resize
+
+BATCH = 16
+_BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How the images of a run become pixels, all of one size."""
+
+    store: Store
+    size: Sides
+    resize: Resize
+    limits: ImageLimits
+    threads: int
+
+    def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
+        """Yield batches of (digests, uint8 [n, H, W, 3]) while later ones are being decoded.
+
+        Raises:
+            Corrupt: an image of the store cannot be decoded any more.
+        """
+        batches = deque(digests[start : start + BATCH] for start in range(0, len(digests), BATCH))
+        ahead: deque[tuple[Sequence[Digest], list[Future[Pixels]]]] = deque()
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="bring") as bringing,
+            ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool,
+        ):
+            while batches or ahead:
+                while batches and len(ahead) < _BATCHES_AHEAD:
+                    names = batches.popleft()
+                    brought = bringing.submit(self.store.bring, names)
+                    ahead.append((names, [pool.submit(self._decode, name, brought) for name in names]))
+                names, futures = ahead.popleft()
+                yield names, np.stack([future.result() for future in futures])
+
+    def _decode(self, digest: Digest, brought: Future[None]) -> Pixels:
+        brought.result()  # those of a batch together: one by one, each would be waited for
+        try:
+            return images.decode(self.store.read(digest), self.size, self.resize, self.limits)
+        except ImageRefused as error:
+            raise Corrupt(f"Image {digest} was accepted but cannot be decoded any more: {error.detail}") from error
+
+
+class Source(Protocol):
+    """Where the pixels of images come from."""
+
+    def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
+        """Yield batches of (digests, uint8 [n, H, W, 3])."""
+        ...
+
+
+class Loaded:
+    """Pixels that have been decoded before, row i for digest i."""
+
+    def __init__(self, digests: Sequence[Digest], pixels: Pixels) -> None:
+        self._rows = {digest: row for row, digest in enumerate(digests)}
+        self._pixels = pixels
+
+    def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
+        """Yield batches of (digests, uint8 [n, H, W, 3])."""
+        for start in range(0, len(digests), BATCH):
+            names = digests[start : start + BATCH]
+            yield names, self._pixels[[self._rows[name] for name in names]]

@@ -1,0 +1,240 @@
+"""What is served of a run: the network and the precision that answer, and the bundle. Trains nothing.
+
+A network that has learned is brought to other precisions afterwards. Whether it is still as good is measured in every
+fold, on images that neither its training nor its calibration has seen.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from artifacts.bundle import Bundle, Dense, Float32
+from artifacts.features import Features
+from artifacts.images import IMAGE_RULE, Pixels
+from artifacts.store import Digest
+from inference import heads
+from inference.engine import Engine, OpenVinoEngine
+from recipes.layers import Sides, sides
+from recipes.recipe import Precision, PrecisionChoice, Recipe, Task
+from training.data.arrays import Report
+from training.data.pixels import BATCH
+from training.data.split import Indices
+from training.fitting.learners import Learned
+from training.networks.export import Exported, export
+from training.networks.network_files import Place, sample, size_of
+from training.networks.precision import Choice, Tried, choose, image_ms, is_as_good
+from training.networks.quantisation import quantise
+
+# Images that a network that has learned is compared with Keras on.
+_CHECKED = 16
+
+
+@dataclass(frozen=True)
+class Served:
+    """What answers.
+
+    Attributes:
+        precision: of the engine.
+        backbone: the network.
+        engine: that runs it.
+        choice: what was tried for this precision, if there was anything to choose.
+        export: how far the exported network was from Keras, if it has learned.
+    """
+
+    precision: Precision
+    backbone: Digest
+    engine: OpenVinoEngine
+    choice: Choice | None = None
+    export: dict[str, Any] | None = None
+
+
+StillFrozen = Callable[[Precision, Indices, Report], Digest]
+"""Gives the network that stayed frozen in a precision, calibrated on some rows if need be."""
+
+
+class Taught:
+    """Networks that have learned, in the precisions that a run considers, float32 first."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        precisions: Sequence[Precision],
+        pixels: Pixels,
+        place: Place,
+        rebuild: Callable[[bytes], Any],
+        frozen: StillFrozen | None,
+    ) -> None:
+        """Know how networks come back from their weights, and what is served where none has learned.
+
+        Args:
+            recipe: filled.
+            task: what is predicted.
+            precisions: that are considered.
+            pixels: uint8 [N, H, W, 3], of every image.
+            place: where networks are kept and run.
+            rebuild: returns the Keras model from images to features for weights of `Learned.network`.
+            frozen: the network for what has stayed frozen; None if every network learns.
+        """
+        self._recipe = recipe
+        self._task = task
+        self._others = [precision for precision in precisions if precision is not Precision.FLOAT32]
+        self._pixels = pixels
+        self._place = place
+        self._rebuild = rebuild
+        self._frozen = frozen
+
+    def logits(self, learned: Learned, train: Indices, rows: Indices, report: Report) -> dict[Precision, Float32]:
+        """Return what a network answers for rows in every precision but float32.
+
+        One that has learned is calibrated on the rows that it learned from, one that stayed frozen is what all share.
+        """
+        found: dict[Precision, Float32] = {}
+        exported = self._export(learned.network(), rows) if learned.network and self._others else None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            for precision in self._others:
+                if exported is None:
+                    engine = self._engine(self._frozen_in(precision, train, report), precision)
+                else:
+                    path.write_bytes(self._in(precision, exported.onnx, train, report))
+                    engine = OpenVinoEngine(path, precision, self._place.threads)
+                found[precision] = logits(engine, learned.layers, self._pixels, rows, report)
+        return found
+
+    def serve(
+        self, final: Learned, train: Indices, shown: Indices, scores: Mapping[Precision, float], report: Report
+    ) -> Served:
+        """Return what is served, given the score of each precision on the folds.
+
+        Args:
+            final: what was learned from everything.
+            train: the rows that a network may be calibrated on.
+            shown: rows that the exported network is compared with Keras on.
+            scores: the task's headline score, out of fold; of the precisions that all machines had which trained folds.
+            report: called with (done, total) images.
+        """
+        store = self._place.store
+        exported = self._export(final.network(), shown) if final.network else None
+        found: dict[Precision, Digest] = {}
+        for precision in [Precision.FLOAT32, *(other for other in self._others if other in scores)]:
+            found[precision] = (
+                store.put(self._in(precision, exported.onnx, train, report))
+                if exported
+                else self._frozen_in(precision, train, report)
+            )
+        engines = {precision: self._engine(digest, precision) for precision, digest in found.items()}
+        choice = self._choose(scores, engines, report) if self._others else None
+        chosen = choice.precision if choice else Precision.FLOAT32
+        facts = exported.facts() | self._answers(final, engines[Precision.FLOAT32], shown) if exported else None
+        return Served(chosen, found[chosen], engines[chosen], choice, facts)
+
+    def _choose(self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine], report: Report) -> Choice:
+        times = image_ms(engines, golden_images(size_of(self._recipe)), lambda: report(0, 1))
+        tried = [Tried(precision, scores[precision], time) for precision, time in times.items()]
+        if self._recipe.precision is PrecisionChoice.AUTO:
+            return choose(self._task, tried)
+        wanted = Precision(self._recipe.precision.value)
+        good = is_as_good(self._task, scores[wanted], scores[Precision.FLOAT32])
+        return Choice(wanted if good else Precision.FLOAT32, tuple(tried))
+
+    def _in(self, precision: Precision, network: bytes, train: Indices, report: Report) -> bytes:
+        """Return the file of a network that has learned for a precision."""
+        if precision is not Precision.INT8:
+            return network
+        return quantise(network, self._pixels[sample(train, size_of(self._recipe))], report).onnx
+
+    def _frozen_in(self, precision: Precision, train: Indices, report: Report) -> Digest:
+        """Return the frozen network for a precision."""
+        assert self._frozen is not None
+        return self._frozen(precision, train, report)
+
+    def _engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
+        return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
+
+    def _export(self, weights: bytes, shown: Indices) -> Exported:
+        """Export a network that has learned, checked against Keras on some of the rows."""
+        return export(self._rebuild(weights), self._place.threads, self._pixels[_some(shown)])
+
+    def _answers(self, final: Learned, engine: Engine, shown: Indices) -> dict[str, Any]:
+        """Return how far the answers of an exported network are from Keras', probabilities or numbers, on some rows."""
+        rows, task = _some(shown), self._task
+        ours = np.asarray(heads.logits(final.layers, engine.features(self._pixels[rows])), np.float64)
+        theirs = np.asarray(final.logits(rows), np.float64)
+        otherwise = 0
+        if task is not Task.REGRESSION:
+            ours, theirs = heads.probabilities(task, ours), heads.probabilities(task, theirs)
+            otherwise = int((heads.answers(task, ours) != heads.answers(task, theirs)).sum())
+        return {
+            "images": len(rows),
+            "largest_difference_of_an_answer": float(np.abs(ours - theirs).max()),
+            "answered_otherwise": otherwise,
+        }
+
+
+def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: Report) -> Float32:
+    """Return float32 [len(rows), outputs] for rows of images uint8 [N, H, W, 3], a few at a time."""
+    return np.concatenate([heads.logits(layers, part) for part in _by_batch(engine, pixels, rows, report)])
+
+
+def features(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Features:
+    """Return float32 [len(rows), D] for rows of images uint8 [N, H, W, 3], a few at a time."""
+    return np.concatenate(list(_by_batch(engine, pixels, rows, report)))
+
+
+def _by_batch(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Iterator[Features]:
+    for start in range(0, len(rows), BATCH):
+        found = engine.features(pixels[rows[start : start + BATCH]])
+        report(start + len(found), len(rows))
+        yield found
+
+
+def _some(rows: Indices) -> Indices:
+    return rows[spread(len(rows), _CHECKED)]
+
+
+def spread(count: int, most: int) -> Indices:
+    """Return up to `most` row numbers, evenly over all."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
+
+
+def bundle(
+    recipe: Recipe,
+    task: Task,
+    labels: Sequence[str],
+    served: Served,
+    layers: tuple[Dense, ...],
+    neighbours: Digest | None,
+) -> Bundle:
+    """Return the bundle of a head on what is served, with the file of training images that it may show."""
+    golden_input = golden_images(size_of(recipe))
+    return Bundle(
+        task=task,
+        labels=tuple(labels),
+        backbone=served.backbone,
+        engine=served.engine.name,
+        precision=served.precision,
+        image_rule=IMAGE_RULE,
+        size=size_of(recipe),
+        resize=recipe.resize,
+        layers=layers,
+        golden_input=golden_input,
+        golden_output=heads.logits(layers, served.engine.features(golden_input)),
+        neighbours=neighbours,
+    )
+
+
+def golden_images(size: Sides) -> Pixels:
+    """Return an image that shows a broken engine: smooth slopes and hard edges in every channel, uint8 [1, H, W, 3]."""
+    height, width = sides(size)
+    y, x = np.mgrid[:height, :width]
+    slopes = np.stack([255 * x / width, 255 * y / height, 255 * (x / width + y / height) / 2], axis=-1)
+    edges = 64 * ((x * 8 // width + y * 8 // height) % 2)
+    image: Pixels = (slopes * 0.75 + edges[..., None]).astype(np.uint8)[None]
+    return image

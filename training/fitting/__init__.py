@@ -1,0 +1,1 @@
+"""Fitting: heads, fine-tuning and networks from scratch, epoch by epoch, with checkpoints."""

@@ -1,0 +1,134 @@
+"""What an interrupted fold goes on from, as one safetensors file: arrays and plain values, never code.
+
+A checkpoint belongs to one part of one run, its data and weights, and to the code that wrote it: its mark says which,
+and one of another mark is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import keras
+import numpy.typing as npt
+
+from artifacts import tensors
+from artifacts.tensors import UNREADABLE, Tensors
+from recipes.layers import Activation
+from training.fitting.head_fit import Fit, Scaler, dense_layers
+from training.fitting.training_loop import Arrays, Snapshot, Trained, Watched
+
+# Counted up by whoever changes what a training computes or what is kept of it.
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How far the learning of a fold is.
+
+    Attributes:
+        head: the head that has learned on frozen features; None while it still learns.
+        snapshot: of the head while it learns, then of the network; None before the network's first epoch has ended.
+        seconds: how long it took to come here, by all who learned; whoever keeps it fills that in.
+    """
+
+    head: Fit | None
+    snapshot: Snapshot | None
+    seconds: float = 0.0
+
+
+class Keeper(Protocol):
+    """Who keeps the checkpoints of one part of a run."""
+
+    @property
+    def found(self) -> Checkpoint | None:
+        """What to go on from; None to begin."""
+        ...
+
+    def offer(self, take: Callable[[], Checkpoint]) -> None:
+        """Hear that a checkpoint can be taken; it is the keeper's choice whether it is worth its time."""
+        ...
+
+
+class NoKeeper:
+    """Begins at the beginning and keeps nothing."""
+
+    found: Checkpoint | None = None
+
+    def offer(self, take: Callable[[], Checkpoint]) -> None:
+        """Keep nothing."""
+
+
+def mark(belongs: Mapping[str, Any]) -> str:
+    """Return what a checkpoint must carry to be of use for what these values, as for JSON, stand for."""
+    what = json.dumps([VERSION, keras.__version__, belongs], sort_keys=True)
+    return hashlib.sha256(what.encode()).hexdigest()[:32]
+
+
+def dump(checkpoint: Checkpoint, mark: str) -> bytes:
+    """Return a checkpoint as a file."""
+    arrays: Tensors = {}
+    values: dict[str, Any] = {"mark": mark, "seconds": checkpoint.seconds}
+    if checkpoint.head is not None:
+        values["head"] = _dump_fit(checkpoint.head, arrays)
+    if checkpoint.snapshot is not None:
+        values["snapshot"] = _dump_snapshot(checkpoint.snapshot, arrays)
+    return tensors.dump(values, arrays)
+
+
+def load(data: bytes, mark: str) -> Checkpoint | None:
+    """Return the checkpoint in a file; None if it is not whole or has another mark."""
+    try:
+        values, arrays = tensors.load(data)
+        if values["mark"] != mark:
+            return None
+        return Checkpoint(
+            _load_fit(values["head"], arrays) if "head" in values else None,
+            _load_snapshot(values["snapshot"], arrays) if "snapshot" in values else None,
+            values["seconds"],
+        )
+    except UNREADABLE:
+        return None
+
+
+def _dump_snapshot(snapshot: Snapshot, arrays: Tensors) -> dict[str, Any]:
+    _put(arrays, "variables", snapshot.variables)
+    _put(arrays, "optimizer", snapshot.optimizer)
+    values: dict[str, Any] = {"history": snapshot.history}
+    if snapshot.watched is not None:
+        _put(arrays, "watched", snapshot.watched.weights)
+        values["watched"] = {name: getattr(snapshot.watched, name) for name in ("best", "best_epoch", "wait")}
+    return values
+
+
+def _load_snapshot(values: Mapping[str, Any], arrays: Tensors) -> Snapshot:
+    watched = Watched(**values["watched"], weights=_all(arrays, "watched")) if "watched" in values else None
+    return Snapshot(values["history"], _all(arrays, "variables"), _all(arrays, "optimizer"), watched)
+
+
+def _dump_fit(fit: Fit, arrays: Tensors) -> dict[str, Any]:
+    _put(arrays, "head", fit.weights)
+    for name, scaler in (("scaler", fit.scaler), ("unit", fit.unit)):
+        if scaler is not None:
+            arrays |= {f"{name}.mean": scaler.mean, f"{name}.scale": scaler.scale}
+    return {"activation": fit.layers[0].activation, "trained": asdict(fit.trained)}
+
+
+def _load_fit(values: Mapping[str, Any], arrays: Tensors) -> Fit:
+    weights = _all(arrays, "head")
+    scaler = Scaler(arrays["scaler.mean"], arrays["scaler.scale"])
+    unit = Scaler(arrays["unit.mean"], arrays["unit.scale"]) if "unit.mean" in arrays else None
+    layers = dense_layers(weights, Activation(values["activation"]), scaler, unit)
+    return Fit(layers, scaler, unit, weights, Trained(**values["trained"]))
+
+
+def _put(arrays: Tensors, name: str, put: Iterable[npt.NDArray[Any]]) -> None:
+    arrays |= {f"{name}.{number}": array for number, array in enumerate(put)}
+
+
+def _all(arrays: Tensors, name: str) -> Arrays:
+    count = sum(key.startswith(f"{name}.") and key.removeprefix(f"{name}.").isdigit() for key in arrays)
+    return [arrays[f"{name}.{number}"] for number in range(count)]

@@ -1,0 +1,200 @@
+"""Fine-tunes a network: layers from a cut on learn together with a head that has learned before them.
+
+First the head on frozen features, then the network at a small learning rate: starting with both at once destroys what
+the network knew (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The learning rate rises from zero
+and falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm stays as it is: it runs as in inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from artifacts.bundle import Dense, Float32
+from artifacts.images import Pixels
+from recipes.recipe import FineTune, Recipe, Task
+from training.data.arrays import Maps
+from training.data.augmentation import augmenter
+from training.data.split import Indices
+from training.data.targets import Truth
+from training.fitting import head_fit
+from training.fitting.head_fit import Fit, Scaler
+from training.fitting.training_loop import Beat, Passage, Rows, Trained, predict_batch
+from training.fitting.training_loop import train as epoch_by_epoch
+from training.networks import backbones
+from training.networks.network_files import square_of
+
+# Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
+CLIP_NORM = 1.0
+RATE = "fine_tune.learning_rate"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the learning part of the network reads.
+
+    Attributes:
+        rows: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] at the cut, computed once.
+        are_maps: whether the frozen part has been gone through already.
+    """
+
+    rows: Pixels | Maps
+    are_maps: bool
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned network with its head.
+
+    Attributes:
+        trained: how it went.
+        layers: the head on raw features, standardisation folded in.
+        network: the weights of the whole network, as `backbones.dump_weights` returns them.
+        logits: float32 [n, outputs] for rows of the material, by Keras and without augmentation.
+    """
+
+    trained: Trained
+    layers: tuple[Dense, ...]
+    network: Callable[[], bytes]
+    logits: Callable[[Indices], Float32]
+
+
+def tune(
+    recipe: Recipe,
+    task: Task,
+    weights: bytes,
+    material: Material,
+    head: Fit,
+    targets: Truth,
+    train: Indices,
+    validation: Indices,
+    *,
+    epochs: int,
+    seed: int,
+    passage: Passage,
+) -> Tuned:
+    """Let a network learn from the recipe's cut on.
+
+    Args:
+        recipe: filled, with mode fine-tuning.
+        task: what is predicted.
+        weights: the network's weights before, from `backbones.dump_weights`.
+        material: what the learning part reads, row by row.
+        head: the head that has learned on frozen features.
+        targets: what is to be learned of each row, as `training.data.targets` has it.
+        train: rows to learn from.
+        validation: rows that early stopping watches; if empty, every epoch is trained.
+        epochs: epochs to train at most; the learning rate falls as if for all of the recipe's.
+        seed: the same seed gives the same network on the same machine.
+        passage: what to go on from, and who hears how it goes.
+
+    Raises:
+        TrainingDiverged: the loss is not a number any more.
+    """
+    assert recipe.fine_tune is not None
+    activation = recipe.known_head.activation
+    keras.utils.set_random_seed(seed)
+    network, model, served = build(recipe, weights, material, head, seed)
+    learned = head.unit(targets) if head.unit else targets
+    at_once = predict_batch(square_of(recipe), recipe.batch_size)
+    batches = Rows(material.rows, learned, train, recipe.batch_size, seed)
+    model.compile(
+        optimizer=head_fit.optimizer(
+            recipe.optimizer, schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM
+        ),
+        loss=head_fit.loss(task),
+        metrics=head_fit.accuracy(task),
+        jit_compile="auto" if _has_gpu() else False,  # compiling for a processor takes longer than it saves
+    )
+    trained = epoch_by_epoch(
+        model,
+        batches,
+        Rows(material.rows, learned, validation, at_once, None) if len(validation) else None,
+        epochs=epochs,
+        early_stopping=recipe.early_stopping,
+        class_weight=head_fit.class_weights(targets[train], recipe.class_weights),
+        passage=passage,
+        rate=RATE,
+    )
+
+    def logits(rows: Indices) -> Float32:
+        asked = Rows(material.rows, learned, rows, at_once, None)
+        found: Float32 = model.predict(asked, callbacks=[Beat(passage, len(trained.history))], verbose=0)
+        return head.unit.undone(found) if head.unit else found.astype(np.float32)
+
+    return Tuned(
+        trained=trained,
+        layers=head_fit.dense_layers(served.get_weights(), activation, head.scaler, head.unit),
+        network=lambda: backbones.dump_weights(network),
+        logits=logits,
+    )
+
+
+def build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: int) -> tuple[Any, Any, Any]:
+    """Return the whole network, the model that learns (from the material to logits) and its head."""
+    backbone = recipe.known_backbone
+    assert recipe.features_from and recipe.unfreeze
+    boundary = backbone.cut_before(recipe.unfreeze)
+    with _mixed_precision():
+        parts = backbones.halves(backbone.name, boundary, recipe.features_from, square_of(recipe), weights)
+    if material.are_maps:
+        x = inputs = keras.Input(material.rows.shape[1:])
+    else:
+        inputs = keras.Input(material.rows.shape[1:], dtype="uint8")
+        x = keras.ops.cast(inputs, "float32")
+        if recipe.augmentation is not None:
+            x = augmenter(recipe.augmentation, square_of(recipe), seed)(x)
+        x = backbones.preprocessed(x, backbone.preprocessing)
+        if parts.front is not None:
+            x = parts.front(x)
+    x = parts.rest(x)
+    features = Standardise(head.scaler)(x)
+    top = head_fit.head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
+    top.set_weights(head.weights)
+    return parts.full, keras.Model(inputs, top(features)), top
+
+
+class Standardise(keras.layers.Layer):  # type: ignore[misc]
+    """Standardises features [N, D] by numbers that stay as they are."""
+
+    def __init__(self, scaler: Scaler, **options: Any) -> None:
+        super().__init__(**options)
+        self._mean = scaler.mean.astype(np.float32)
+        self._scale = scaler.scale.astype(np.float32)
+
+    def call(self, features: Any) -> Any:
+        return (keras.ops.cast(features, "float32") - self._mean) * self._scale
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+
+def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
+    """Return the learning rate by step: a rise from zero, then a cosine to zero at the recipe's last epoch."""
+    warmup = min(recipe.warmup_epochs, recipe.epochs - 1) * steps_per_epoch
+    falling = recipe.epochs * steps_per_epoch - warmup
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(recipe.learning_rate, falling)
+    return keras.optimizers.schedules.CosineDecay(0.0, falling, warmup_target=recipe.learning_rate, warmup_steps=warmup)
+
+
+def _has_gpu() -> bool:
+    # The best kind there is: asking for "gpu" alone raises on JAX where there is none.
+    return not all(device.lower().startswith("cpu") for device in keras.distribution.list_devices())
+
+
+@contextmanager
+def _mixed_precision() -> Iterator[None]:
+    """Have the layers that are built in the block compute in bfloat16 on a GPU; their weights stay float32."""
+    before = keras.config.dtype_policy()
+    if _has_gpu():
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)

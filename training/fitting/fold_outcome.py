@@ -1,0 +1,63 @@
+"""What a fold leaves when it is done, in memory and as one safetensors file: numbers and logits, never code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from artifacts import tensors
+from artifacts.bundle import Float32
+from recipes.recipe import Precision
+from training.fitting.learners import Phase
+from training.fitting.training_loop import Epoch
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What one fold measured on its test images, and the seconds that it took."""
+
+    number: int
+    epochs: int
+    best_epoch: int
+    stopped: str
+    metrics: dict[str, Any]
+    history: list[Epoch]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FoldOutcome:
+    """All that the end of a run needs to know of a fold.
+
+    Attributes:
+        result: what it measured.
+        phases: what it trained.
+        kept: name of the phase that it kept.
+        logits: float32 [n, outputs] of its test images, in the order of their rows, in each precision that is
+            considered; the first one is what it learned in.
+    """
+
+    result: FoldResult
+    phases: Sequence[Phase]
+    kept: str
+    logits: Mapping[Precision, Float32]
+
+    def dump(self) -> bytes:
+        """Return it as a file."""
+        values = {
+            "result": asdict(self.result),
+            "phases": [asdict(phase) for phase in self.phases],
+            "kept": self.kept,
+        }
+        return tensors.dump(values, {f"logits.{precision}": logits for precision, logits in self.logits.items()})
+
+
+def load(data: bytes) -> FoldOutcome:
+    """Return the outcome that `dump` wrote."""
+    values, arrays = tensors.load(data)
+    phases = tuple(Phase(**phase) for phase in values["phases"])
+    if "logits" in arrays:  # written by a version that knew one precision
+        arrays[f"logits.{Precision.FLOAT32}"] = arrays["logits"]
+    logits = {precision: arrays[f"logits.{precision}"] for precision in Precision if f"logits.{precision}" in arrays}
+    return FoldOutcome(FoldResult(**values["result"]), phases, values["kept"], logits)

@@ -1,0 +1,376 @@
+"""The ways to learn: a head on features of a frozen network, its later layers as well, or a network from scratch.
+
+A learner is asked once per fold and once for the final model; it sees row numbers, never which images are being tested.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from artifacts.bundle import Dense, Float32
+from artifacts.features import Features
+from artifacts.images import Pixels
+from errors import TrainingDiverged
+from inference import heads
+from recipes.recipe import Monitor, Recipe, Task
+from training.data.split import Indices
+from training.data.targets import Truth
+from training.fitting.checkpoint import Checkpoint, Keeper
+from training.fitting.fine_tuning import RATE, Material, tune
+from training.fitting.from_scratch import grow
+from training.fitting.head_fit import Fit, fit
+from training.fitting.linear_heads import Wanted, fit_many, is_linear
+from training.fitting.training_loop import Epoch, Passage, Snapshot, finite
+from training.statistics import evaluation
+from training.statistics.evaluation import median_epoch
+
+HEAD, NETWORK = "head", "network"
+# How a phase ended whose loss was no number any more; for other ends see `training.fitting.training_loop.Trained`.
+DIVERGED = "diverged"
+# Images that show whether what nothing watched in its last step still answers with numbers.
+LOOKED_AT = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Epochs to train at most: of the head alone, and of the network with it (0: it stays frozen).
+
+    A network from scratch has no head that learns alone.
+    """
+
+    head: int
+    network: int = 0
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of both together."""
+        return self.head + self.network
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of learning: `head` or `network`; `validation` is the plain value of what early stopping watches.
+
+    That is None where nothing is watched. Where the network diverged, too, and its best epoch is the last before that.
+    """
+
+    name: str
+    epochs: int
+    best_epoch: int
+    stopped: str
+    validation: float | None
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a learner brings back from one set of training rows.
+
+    Attributes:
+        phases: what was trained, in order; the last one is not always the one that was kept.
+        history: metrics of each epoch of all phases, one after the other.
+        best_epoch: the epoch that was kept, counted from 1 through all phases.
+        stopped: why the phase that was kept ended.
+        layers: the head on raw features.
+        network: the weights of the network that has learned; None if it stayed frozen.
+        logits: float32 [n, outputs] for rows of the data set.
+    """
+
+    phases: tuple[Phase, ...]
+    history: list[Epoch]
+    best_epoch: int
+    stopped: str
+    layers: tuple[Dense, ...]
+    network: Callable[[], bytes] | None
+    logits: Callable[[Indices], Float32]
+
+    @property
+    def kept(self) -> str:
+        """Name of the phase that was kept."""
+        return HEAD if self.network is None else NETWORK
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is to be learned.
+
+    Attributes:
+        train: rows to learn from.
+        validation: rows that early stopping watches; if there are none, every planned epoch is trained.
+        plan: epochs at most.
+        seed: the same seed teaches the same on the same machine.
+        is_final: whether what is learned is served, rather than measured.
+    """
+
+    train: Indices
+    validation: Indices
+    plan: Plan
+    seed: int
+    is_final: bool = False
+
+
+class Listener(Protocol):
+    """Who hears how the learning of a fold goes."""
+
+    def epoch(self, number: int, metrics: Epoch) -> None:
+        """Hear of a finished epoch, counted from 1 through all phases."""
+        ...
+
+    def batch(self, epochs: float) -> None:
+        """Hear how many epochs are done, the present one in part."""
+        ...
+
+    def unfrozen(self, epochs: int) -> None:
+        """Hear that after so many epochs of the head the network learns along: each takes far longer from now on."""
+        ...
+
+
+class Learner(Protocol):
+    """Something that learns from rows."""
+
+    @property
+    def plan(self) -> Plan:
+        """What a fold trains at most."""
+        ...
+
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+        """Learn a lesson; one that was interrupted goes on from what the keeper found, and ends as if it never was."""
+        ...
+
+
+def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
+    """Return what the final model trains, without rows to stop by: the medians of the folds' best epochs.
+
+    Its network stays frozen if no more than half of the folds were better with one that learned.
+
+    Args:
+        phases: what each fold trained.
+        kept: name of the phase that each fold kept.
+    """
+    alone = [phase.best_epoch for fold in phases for phase in fold if phase.name == HEAD]
+    head = median_epoch(alone) if alone else 0
+    tuned = [fold[-1].best_epoch for fold, name in zip(phases, kept, strict=True) if name == NETWORK]
+    return Plan(head, median_epoch(tuned) if 2 * len(tuned) > len(kept) else 0)
+
+
+class Validation:
+    """Measures what early stopping watches, without any penalty."""
+
+    def __init__(self, recipe: Recipe, task: Task, targets: Truth) -> None:
+        self._task = task
+        self._targets = targets
+        self.is_accuracy = recipe.early_stopping is not None and recipe.early_stopping.monitor is Monitor.VAL_ACCURACY
+
+    def __call__(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
+        """Return it for the rows; None if there are none."""
+        if not len(rows):
+            return None
+        score = evaluation.brief_scores(self._task, self._targets[rows], logits(rows))
+        return score["accuracy" if self.is_accuracy else "loss"]
+
+
+# Weights of one head (measured: up to 20,480), and of all that are learned at once: each is held some ten times, for
+# its optimizer, its best epoch and a snapshot.
+_LARGEST_ABREAST, _WEIGHTS_ABREAST = 262_144, 16_000_000
+
+
+class Frozen:
+    """Learns a head on features that were computed once."""
+
+    def __init__(self, recipe: Recipe, task: Task, outputs: int, features: Features, targets: Truth) -> None:
+        self._recipe = recipe
+        self._task = task
+        self._outputs = outputs
+        self._features = features
+        self._targets = targets
+        self.validation = Validation(recipe, task, targets)
+        self.plan = Plan(recipe.epochs)
+
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+        """Learn a head."""
+        ((_, learned),) = self.learn_many([(lesson, listener, keeper)])
+        return learned
+
+    @property
+    def learns_abreast(self) -> bool:
+        """Whether several lessons are learned side by side, which takes a fraction of the time.
+
+        Not with heads so large that Keras has the better of it, with all processors in one product.
+        """
+        return is_linear(self._recipe.known_head) and self._weights <= _LARGEST_ABREAST
+
+    @property
+    def _weights(self) -> int:
+        return int(self._features.shape[1]) * self._outputs
+
+    def learn_many(self, lessons: Sequence[tuple[Lesson, Listener, Keeper]]) -> Iterator[tuple[int, Learned]]:
+        """Learn a head of each lesson; give its place among them and what was learned, as soon as it was."""
+        if not self.learns_abreast:
+            for place, (lesson, listener, keeper) in enumerate(lessons):
+                yield place, self.of_head(self.fit_head(lesson, listener, keeper), lesson.validation)
+            return
+        at_once = max(1, _WEIGHTS_ABREAST // self._weights)
+        for start in range(0, len(lessons), at_once):
+            wanted = [
+                Wanted(
+                    lesson.train,
+                    lesson.validation,
+                    lesson.plan.head,
+                    lesson.seed,
+                    self._recipe.known_head.l2,
+                    _passage(listener, keeper),
+                )
+                for lesson, listener, keeper in lessons[start : start + at_once]
+            ]
+            fits = fit_many(self._recipe, self._task, self._outputs, self._features, self._targets, wanted)
+            for place, head in fits:
+                yield start + place, self.of_head(head, wanted[place].validation)
+
+    def fit_head(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Fit:
+        """Fit the recipe's head on the rows' features, by itself."""
+        return fit(
+            self._recipe,
+            self._task,
+            self._outputs,
+            self._features,
+            self._targets,
+            lesson.train,
+            lesson.validation,
+            epochs=lesson.plan.head,
+            seed=lesson.seed,
+            passage=_passage(listener, keeper),
+        )
+
+    def of_head(self, head: Fit, validation: Indices) -> Learned:
+        """Return a fitted head as what was learned."""
+
+        def logits(rows: Indices) -> Float32:
+            return heads.logits(head.layers, self._features[rows])
+
+        value = self.validation(logits, validation)
+        trained = head.trained
+        phase = Phase(HEAD, len(trained.history), trained.best_epoch, trained.stopped, value)
+        return Learned((phase,), trained.history, trained.best_epoch, trained.stopped, head.layers, None, logits)
+
+
+def _passage(listener: Listener, keeper: Keeper) -> Passage:
+    """Return how a training with one phase stands to those who hear of it and keep it."""
+
+    def offer(take: Callable[[], Snapshot]) -> None:
+        keeper.offer(lambda: Checkpoint(None, take()))
+
+    return Passage(listener.epoch, listener.batch, offer, keeper.found.snapshot if keeper.found else None)
+
+
+class Tuning:
+    """Learns a head on frozen features first, then the network with it, and keeps what validates better.
+
+    Where the network diverges the head is kept, except in the final model: raises TrainingDiverged.
+    """
+
+    def __init__(
+        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: Material, targets: Truth
+    ) -> None:
+        assert recipe.fine_tune is not None
+        self._recipe = recipe
+        self._task = task
+        self._frozen = frozen
+        self._weights = weights
+        self._material = material
+        self._targets = targets
+        self.plan = Plan(recipe.epochs, recipe.fine_tune.epochs)
+
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+        """Learn a head, then the network."""
+        found = keeper.found
+        head = found.head if found else None
+        since = found.snapshot if found and head else None
+        if head is None:
+            head = self._frozen.fit_head(lesson, listener, keeper)
+        before = self._frozen.of_head(head, lesson.validation)
+        if not lesson.plan.network:
+            return before
+        fitted, trained = head, len(head.trained.history)
+        if since is None:
+            keeper.offer(lambda: Checkpoint(fitted, None))
+
+        def offer(take: Callable[[], Snapshot]) -> None:
+            keeper.offer(lambda: Checkpoint(fitted, take()))
+
+        heard = list(since.history) if since else []
+
+        def hear(number: int, epoch: Epoch) -> None:
+            heard[number - 1 :] = [epoch]
+            listener.epoch(trained + number, epoch)
+
+        listener.unfrozen(trained)
+        gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
+        try:
+            tuned = tune(
+                self._recipe,
+                self._task,
+                self._weights,
+                self._material,
+                head,
+                self._targets,
+                lesson.train,
+                lesson.validation,
+                epochs=lesson.plan.network,
+                seed=lesson.seed,
+                passage=Passage(hear, lambda epochs: listener.batch(trained + epochs), offer, since),
+            )
+            if not len(lesson.validation):  # no loss is told after the last step
+                finite(tuned.logits(lesson.train[:LOOKED_AT]), RATE)
+        except TrainingDiverged:
+            if lesson.is_final:  # what the folds measured was a network that learned
+                raise
+            phases = (*before.phases, Phase(NETWORK, len(heard), len(heard), DIVERGED, None))
+            return replace(before, phases=phases, history=[*head.trained.history, *heard])
+        value = self._frozen.validation(tuned.logits, lesson.validation)
+        went = tuned.trained
+        phases = (*before.phases, Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value))
+        history = [*head.trained.history, *went.history]
+        if self._is_better(before.phases[0].validation, value):
+            return replace(before, phases=phases, history=history)
+        best_epoch = trained + went.best_epoch
+        return Learned(phases, history, best_epoch, went.stopped, tuned.layers, tuned.network, tuned.logits)
+
+    def _is_better(self, one: float | None, other: float | None) -> bool:
+        if one is None or other is None:
+            return False
+        return one > other if self._frozen.validation.is_accuracy else one < other
+
+
+class Growing:
+    """Learns a network from scratch."""
+
+    def __init__(self, recipe: Recipe, task: Task, outputs: int, pixels: Pixels, targets: Truth) -> None:
+        self._recipe = recipe
+        self._task = task
+        self._outputs = outputs
+        self._pixels = pixels
+        self._targets = targets
+        self._validation = Validation(recipe, task, targets)
+        self.plan = Plan(0, recipe.epochs)
+
+    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+        """Learn all layers."""
+        gc.collect()  # the network of the fold before, which holds itself in cycles
+        grown = grow(
+            self._recipe,
+            self._task,
+            self._outputs,
+            self._pixels,
+            self._targets,
+            lesson.train,
+            lesson.validation,
+            epochs=lesson.plan.network,
+            seed=lesson.seed,
+            passage=_passage(listener, keeper),
+        )
+        went = grown.trained
+        value = self._validation(grown.logits, lesson.validation)
+        phase = Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value)
+        return Learned((phase,), went.history, went.best_epoch, went.stopped, grown.layers, grown.network, grown.logits)

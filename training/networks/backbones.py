@@ -1,0 +1,291 @@
+"""Builds the catalogue's networks in Keras, with their weights, cut where asked and with preprocessing inside.
+
+Weights travel as one safetensors file per network, in the order of the network's own `weights`; they do not depend on
+the input size. Foreign files are read array by array: nothing in them is ever run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from errors import WeightsRefused
+from recipes.catalogue import CATALOGUE, BackboneName, Preprocessing
+
+_BUILDERS: Mapping[BackboneName, Callable[..., Any]] = {
+    BackboneName.VGG16: keras.applications.VGG16,
+    BackboneName.VGG19: keras.applications.VGG19,
+    BackboneName.RESNET50: keras.applications.ResNet50,
+    BackboneName.INCEPTION_V3: keras.applications.InceptionV3,
+    BackboneName.XCEPTION: keras.applications.Xception,
+}
+
+# Blue, green, red means of ImageNet, as in the Caffe models that VGG and ResNet50 were converted from.
+_CAFFE_MEANS = (103.939, 116.779, 123.68)
+
+RANDOM_SEED = 0
+
+
+def network(name: BackboneName, size: int) -> Any:
+    """Return the Keras network without its top, randomly initialised, for float images [N, size, size, 3]."""
+    return _BUILDERS[name](include_top=False, weights=None, input_shape=(size, size, 3))
+
+
+def random_weights(name: BackboneName) -> bytes:
+    """Return random weights, the same on every call, so that models on random backbones share them too."""
+    keras.utils.set_random_seed(RANDOM_SEED)
+    return dump_weights(network(name, CATALOGUE[name].minimum_size))
+
+
+def dump_weights(model: Any) -> bytes:
+    """Return the weights of a network as safetensors, numbered in its order: Keras' names depend on what ran before."""
+    arrays = {
+        f"{number:04d}": np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
+        for number, variable in enumerate(model.weights)
+    }
+    return save_tensors(arrays)
+
+
+def load_weights(model: Any, data: bytes) -> None:
+    """Set the weights of a network from `dump_weights`. Raises WeightsRefused if any shape differs."""
+    try:
+        arrays = load_tensors(data)
+    except SafetensorError as error:
+        raise WeightsRefused(f"The weights cannot be read as safetensors: {error}.") from error
+    _set(model, [arrays[name] for name in sorted(arrays)])
+
+
+def import_weights(name: BackboneName, file: Path) -> bytes:
+    """Read weights that somebody else wrote, check every shape and return them as `dump_weights` does.
+
+    Args:
+        name: the network that the weights are for, without its top.
+        file: Keras weights (`.weights.h5`, or the older `.h5` of `save_weights`), or safetensors.
+
+    Raises:
+        WeightsRefused: the file holds more than weights, or does not fit the network.
+    """
+    model = network(name, CATALOGUE[name].minimum_size)
+    with file.open("rb") as stream:
+        head = stream.read(8)
+    if head == b"\x89HDF\r\n\x1a\n":
+        _load_hdf5(model, file)
+    elif len(head) == 8 and int.from_bytes(head, "little") < min(file.stat().st_size, 100_000_000):
+        load_weights(model, file.read_bytes())
+    else:
+        raise WeightsRefused(
+            "Expected weights alone, as .weights.h5, .h5 or .safetensors. Received something else: whole models, "
+            ".keras files and pickles can hold code and are not read. Save with model.save_weights()."
+        )
+    return dump_weights(model)
+
+
+def _load_hdf5(model: Any, file: Path) -> None:
+    try:
+        with h5py.File(file, "r") as content:
+            if "model_config" in content.attrs or _has(content, "model_weights"):
+                raise WeightsRefused(
+                    "Expected weights alone. Received a whole model, which can hold code. Save with "
+                    "model.save_weights()."
+                )
+            is_legacy = "layer_names" in content.attrs
+            _set(model, _legacy_arrays(content) if is_legacy else _keras3_arrays(model, content))
+    except WeightsRefused:
+        raise
+    except Exception as error:  # HDF5 raises whatever it stumbles over: OSError, KeyError, RuntimeError, MemoryError
+        raise WeightsRefused(f"The file cannot be read as HDF5: {str(error) or type(error).__name__}.") from error
+
+
+def _legacy_arrays(content: Any) -> list[Any]:
+    """Find the arrays of the older HDF5 layout: layers by name in order, each with its weights by name in order."""
+    arrays = []
+    for layer in content.attrs["layer_names"]:
+        group = _inside(content, layer)
+        arrays += [_array(group, weight) for weight in group.attrs["weight_names"]]
+    return arrays
+
+
+def _keras3_arrays(model: Any, content: Any) -> list[Any]:
+    """Find the arrays of a `.weights.h5`: `layers/<class>[_<n>]/vars/<i>`, numbered by class in the network's order."""
+    counts: dict[str, int] = {}
+    arrays = []
+    root = _inside(content, "layers") if _has(content, "layers") else content
+    for layer in model.layers:
+        kind = _snake_case(type(layer).__name__)
+        number = counts[kind] = counts.get(kind, -1) + 1
+        key = kind if number == 0 else f"{kind}_{number}"
+        for index in range(len(layer.weights)):
+            place = f"{key}/vars/{index}"
+            try:
+                arrays.append(_array(root, place))
+            except KeyError as error:
+                raise WeightsRefused(
+                    f"The file has no weights for layer {layer.name!r} ({place}): another network?"
+                ) from error
+    groups = [_inside(root, name) for name in root]
+    found = sum(len(_inside(group, "vars")) for group in groups if _has(group, "vars"))
+    if found != len(arrays):
+        raise WeightsRefused(f"Expected {len(arrays)} arrays for this network. Received {found}: another network?")
+    return arrays
+
+
+def _snake_case(name: str) -> str:
+    """Return a class name as Keras writes it in a file: `conv2d` for `Conv2D`, `batch_normalization`."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _has(group: Any, name: str) -> bool:
+    """Say whether a group has an entry; `in` would follow a link into another file to tell."""
+    return bool(group.id.links.exists(name.encode()))
+
+
+def _inside(group: Any, path: str | bytes) -> Any:
+    """Return what lies at a path below a group, following no link. Raises KeyError."""
+    for name in (path if isinstance(path, str) else path.decode()).split("/"):
+        if not _has(group, name):
+            raise KeyError(f"no {name} in {group.name}")
+        if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+            raise WeightsRefused(f"Expected the weights themselves. Received a link at {group.name}/{name}.")
+        group = group[name]
+    return group
+
+
+def _array(group: Any, path: str | bytes) -> Any:
+    """Return an array of an HDF5 file, not read yet."""
+    array = _inside(group, path)
+    if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
+        raise WeightsRefused(f"Expected the weights themselves. Received something else at {array.name!r}.")
+    return array
+
+
+def _set(model: Any, arrays: Sequence[Any]) -> None:
+    """Set the weights of a network from arrays of NumPy or HDF5; the latter are read once their shapes are right."""
+    if len(arrays) != len(model.weights):
+        raise WeightsRefused(
+            f"Expected the {len(model.weights)} arrays of {model.name} without its top. Received {len(arrays)}."
+        )
+    for variable, array in zip(model.weights, arrays, strict=True):
+        if tuple(variable.shape) != array.shape or array.dtype.kind != "f":
+            expected = f"{variable.path} as {tuple(variable.shape)}"
+            raise WeightsRefused(f"Expected {expected}. Received {array.shape} of {array.dtype}.")
+    values = [np.asarray(array) for array in arrays]
+    for variable, value in zip(model.weights, values, strict=True):
+        if not np.isfinite(value).all():
+            raise WeightsRefused(f"The weights of {variable.path} hold values that are no numbers.")
+    model.set_weights(values)
+
+
+def backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:
+    """Return the frozen network from pixels to features.
+
+    Args:
+        name: the network.
+        cut: the cut point that features are taken from; later layers are left out.
+        size: side of the images in pixels.
+        weights: the whole network's weights, from `dump_weights`.
+
+    Returns:
+        a Keras model from `images` uint8 [N, size, size, 3] to `{"features": float32 [N, D], "maps": float32
+        [N, h, w, D]}`; features are the mean of maps over height and width.
+    """
+    full = network(name, size)
+    load_weights(full, weights)
+    trunk = keras.Model(full.input, cut_layer(full, name, cut).output, name=f"{name}_{cut}")
+    trunk.trainable = False
+    images = keras.Input((size, size, 3), dtype="uint8", name="images")
+    maps = trunk(preprocessed(images, CATALOGUE[name].preprocessing), training=False)
+    features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
+    model = keras.Model(images, {"features": features, "maps": maps})
+    model(np.zeros((1, size, size, 3), np.uint8))  # an ONNX export of a model that was never called fails
+    return model
+
+
+def probe(name: BackboneName, cuts: Sequence[str], size: int, weights: bytes) -> Any:
+    """Return a Keras model from uint8 images [N, size, size, 3] to a dict of the features [N, D] at each cut."""
+    full = network(name, size)
+    load_weights(full, weights)
+    full.trainable = False
+    trunk = keras.Model(full.input, {cut: cut_layer(full, name, cut).output for cut in cuts})
+    images = keras.Input((size, size, 3), dtype="uint8")
+    maps = trunk(preprocessed(images, CATALOGUE[name].preprocessing), training=False)
+    features = {cut: keras.layers.GlobalAveragePooling2D(name=cut)(maps[cut]) for cut in cuts}
+    return keras.Model(images, features)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A network cut in two for fine-tuning; both halves share the layers of `full`.
+
+    Attributes:
+        full: the whole network without its top; its weights change as the rest learns.
+        front: from preprocessed images [N, size, size, 3] to maps; None if everything learns. Frozen.
+        rest: from the front's maps (or preprocessed images) to features [N, D]. All of it learns but BatchNorm.
+    """
+
+    full: Any
+    front: Any
+    rest: Any
+
+
+def halves(name: BackboneName, frozen_until: str | None, cut: str, size: int, weights: bytes) -> Halves:
+    """Return a network as a part that stays as it is and a part that learns.
+
+    Args:
+        name: the network.
+        frozen_until: the last cut of the frozen part; None if everything learns.
+        cut: the cut point that features are taken from.
+        size: side of the images in pixels.
+        weights: the whole network's weights, from `dump_weights`.
+    """
+    full = network(name, size)
+    load_weights(full, weights)
+    for layer in full.layers:
+        # Only a frozen one keeps its statistics: what a model was called with is forgotten where it is part of another.
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+    maps = cut_layer(full, name, cut).output
+    features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
+    if frozen_until is None:
+        return Halves(full, None, keras.Model(full.input, features))
+    boundary = cut_layer(full, name, frozen_until).output
+    front = keras.Model(full.input, boundary)
+    rest = keras.Model(boundary, features)
+    front.trainable = False
+    return Halves(full, front, rest)
+
+
+def preprocessed(images: Any, preprocessing: Preprocessing) -> Any:
+    """Return images [N, H, W, 3] of values from 0 to 255 as a network expects them."""
+    pixels = keras.ops.cast(images, "float32")
+    if preprocessing is Preprocessing.CAFFE:
+        return keras.ops.flip(pixels, axis=-1) - np.array(_CAFFE_MEANS, np.float32)
+    return pixels / 127.5 - 1.0
+
+
+def cut_layer(full: Any, name: BackboneName, cut: str) -> Any:
+    """Return the Keras layer of a network whose output a cut point names."""
+    match name:
+        case BackboneName.VGG16 | BackboneName.VGG19:
+            return full.get_layer(f"{cut}_pool")
+        case BackboneName.RESNET50:
+            blocks = {"conv2": 3, "conv3": 4, "conv4": 6, "conv5": 3}
+            return full.get_layer(f"{cut}_block{blocks[cut]}_out")
+        case BackboneName.INCEPTION_V3:
+            return full.get_layer(cut)
+        case BackboneName.XCEPTION:
+            if cut == "block14":
+                return full.get_layer("block14_sepconv2_act")
+            # Blocks 2 to 13 end in an addition, which Keras numbers by a global counter: go by order instead.
+            additions = [layer for layer in full.layers if isinstance(layer, keras.layers.Add)]
+            return additions[int(cut.removeprefix("block")) - 2]

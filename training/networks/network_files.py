@@ -1,0 +1,183 @@
+"""What all folds of a run read: networks as files of the store, each made only once, and features through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from artifacts.features import FeatureCache, Features, FeatureSpace
+from artifacts.images import IMAGE_RULE, ImageLimits
+from artifacts.store import Digest, Store
+from inference.engine import OpenVinoEngine
+from recipes.catalogue import BackboneName
+from recipes.layers import Sides
+from recipes.recipe import Precision, Recipe
+from training.data.arrays import Report
+from training.data.extraction import Extraction, extract
+from training.data.pixels import Source
+from training.data.split import Indices
+from training.networks import backbones
+from training.networks.export import EXPORT_VERSION, export
+from training.networks.quantisation import calibration_size, quantise
+
+# The sample that a network is calibrated on depends on the data set alone, whatever the recipe's seed.
+_SAMPLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment runs: folders, limits and threads.
+
+    `features` and `pixels` hold caches, the latter (with maps) up to about `pixels_bytes`.
+    """
+
+    store: Store
+    features: Path
+    pixels: Path
+    pixels_bytes: int
+    image_limits: ImageLimits
+    threads: int
+
+
+@dataclass(frozen=True)
+class BackboneKey:
+    """What an exported backbone was made from."""
+
+    network: BackboneName
+    weights: Digest
+    cut: str
+    size: int
+    export_version: int = EXPORT_VERSION
+
+
+class Registry(Protocol):
+    """What the outside knows of networks, and is told of new ones; and of what this run has settled on."""
+
+    def find_backbone(self, key: BackboneKey) -> Digest | None:
+        """Return the digest of the export that counts for a key, or None."""
+        ...
+
+    def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
+        """Tell of an export; return the digest that counts, which may be an earlier one's."""
+        ...
+
+    def find_quantised(self, backbone: Digest) -> Digest | None:
+        """Return the quantised copy of a backbone that this run is to use, or None if it is to make one."""
+        ...
+
+    def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
+        """Tell of a quantised copy; return the digest that counts for this run."""
+        ...
+
+    def find_pick(self) -> dict[str, Any] | None:
+        """Return where this run's features come from, if it has chosen before it was interrupted."""
+        ...
+
+    def set_pick(self, facts: dict[str, Any]) -> None:
+        """Tell where this run's features come from, and what was tried for that."""
+        ...
+
+    def find_choice(self) -> dict[str, Any] | None:
+        """Return what this run has found of precisions before it was interrupted, as `set_choice` was told."""
+        ...
+
+    def set_choice(self, facts: dict[str, Any]) -> None:
+        """Tell what this run has found of precisions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A network that stays frozen in one precision, and the features of every image through it, float32 [N, D]."""
+
+    precision: Precision
+    backbone: Digest
+    engine: OpenVinoEngine
+    features: Features
+    extraction: Extraction
+
+
+class Networks:
+    """The networks that a recipe needs."""
+
+    def __init__(self, recipe: Recipe, weights: Digest, place: Place, registry: Registry) -> None:
+        self._recipe = recipe
+        self._weights = weights
+        self._place = place
+        self._registry = registry
+
+    def exported(self, cut: str) -> Digest:
+        """Return the network up to a cut, exporting it if nobody has."""
+        recipe, store = self._recipe, self._place.store
+        backbone, size = recipe.known_backbone, square_of(recipe)
+        key = BackboneKey(backbone.name, self._weights, cut, size)
+        digest = self._registry.find_backbone(key)
+        if digest is None:
+            model = backbones.backbone(backbone.name, cut, size, store.read(self._weights))
+            made = export(model, self._place.threads)
+            digest = self._registry.add_backbone(key, store.put(made.onnx), made.facts())
+        return digest
+
+    def quantised(
+        self,
+        backbone: Digest,
+        images: Sequence[Digest],
+        source: Source,
+        report: Report,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Digest:
+        """Return the quantised copy of an exported network.
+
+        If nobody has made it, `begin` is called and it is calibrated on a sample of `images`.
+        """
+        digest = self._registry.find_quantised(backbone)
+        if digest is None:
+            begin()
+            store, size = self._place.store, size_of(self._recipe)
+            names = [images[row] for row in sample(np.arange(len(images)), size)]
+            pixels = np.concatenate([batch for _, batch in source.batches(names)])
+            made = quantise(store.read(backbone), pixels, report)
+            digest = self._registry.add_quantised(backbone, store.put(made.onnx), made.facts())
+        return digest
+
+    def engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
+        """Return an engine for a stored network. Raises PrecisionUnsupported."""
+        return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
+
+    def space(self, network: Digest, precision: Precision) -> FeatureSpace:
+        """Return what features through a network depend on."""
+        return FeatureSpace(IMAGE_RULE, size_of(self._recipe), self._recipe.resize, network, precision)
+
+    def trunk(
+        self, network: Digest, precision: Precision, images: Sequence[Digest], source: Source, report: Report
+    ) -> Trunk:
+        """Return a network with the features of every image, computing those that no run has computed before."""
+        engine = self.engine(network, precision)
+        width = self._recipe.known_backbone.cuts[self._recipe.features_from or ""]
+        cache = FeatureCache(self._place.features, self.space(network, precision), width)
+        extraction = extract(images, engine, cache, source, report)
+        cache.close()
+        return Trunk(precision, network, engine, cache.rows(images), extraction)
+
+
+def sample(rows: Indices, size: Sides) -> Indices:
+    """Return some of the rows, in their order, to calibrate a network for images of that size on."""
+    count = min(len(rows), calibration_size(size))
+    return np.sort(np.random.default_rng(_SAMPLE_SEED).choice(rows, count, replace=False))
+
+
+def size_of(recipe: Recipe) -> Sides:
+    """Return the size of a filled recipe's images in pixels."""
+    assert recipe.image_size is not None
+    return recipe.image_size
+
+
+def square_of(recipe: Recipe) -> int:
+    """Return the side of the images of a filled recipe that has a backbone, in pixels."""
+    size = size_of(recipe)
+    assert isinstance(size, int)
+    return size

@@ -1,0 +1,94 @@
+"""Which precision answers: the fastest whose score is as good as that of float32, as measured on the folds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from artifacts.images import Pixels
+from inference.engine import Engine
+from inference.timing import medians_ms
+from recipes.headline import HEADLINES
+from recipes.recipe import Precision, PrecisionChoice, Task
+
+MARGIN = 0.005
+"""How much a score that is better when greater, such as accuracy, may fall below that of float32."""
+RELATIVE_MARGIN = 0.01
+"""By which share of float32's an error may be above it."""
+
+_TIMED_IMAGES = 8
+_ROUNDS = 5
+_ROUNDS_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a precision came to: the task's headline score, out of fold, and the backbone's milliseconds per image."""
+
+    precision: Precision
+    score: float
+    image_ms: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The precision that was chosen, and all that were tried for that; float32 is always among them."""
+
+    precision: Precision
+    tried: tuple[Tried, ...]
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Choice:
+        """Return what `facts` says."""
+        tried = tuple(Tried(**one | {"precision": Precision(one["precision"])}) for one in facts["tried"])
+        return cls(Precision(facts["chosen"]), tried)
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        """Return it as it is kept with the run."""
+        return {
+            "chosen": self.precision.value,
+            "score": HEADLINES[task].metric,
+            "margin": RELATIVE_MARGIN if not HEADLINES[task].is_greater_better else MARGIN,
+            "tried": [asdict(one) for one in self.tried],
+        }
+
+
+def candidates(wanted: PrecisionChoice, available: Sequence[Precision]) -> list[Precision]:
+    """Return the precisions that a recipe has tried, float32 first: one, or for `auto` those of this machine."""
+    if wanted is not PrecisionChoice.AUTO:
+        return [Precision(wanted.value)]
+    return [Precision.FLOAT32, *(one for one in Precision if one in available and one is not Precision.FLOAT32)]
+
+
+def choose(task: Task, tried: Sequence[Tried]) -> Choice:
+    """Choose the fastest of those that are as good as float32."""
+    (reference,) = (one.score for one in tried if one.precision is Precision.FLOAT32)
+    good = [one for one in tried if is_as_good(task, one.score, reference)]
+    return Choice(min(good, key=lambda one: one.image_ms).precision, tuple(tried))
+
+
+def is_as_good(task: Task, score: float, reference: float) -> bool:
+    """Say whether a score is no worse than that of float32 by more than the margin."""
+    if HEADLINES[task].is_greater_better:
+        return score >= reference - MARGIN
+    return score <= reference * (1 + RELATIVE_MARGIN)
+
+
+def image_ms(
+    engines: Mapping[Precision, Engine],
+    golden: Pixels,
+    alive: Callable[[], None] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[Precision, float]:
+    """Return the milliseconds that each engine takes per image of a small batch, measured in turn on this machine.
+
+    `alive` is called after each batch; `now` is the clock.
+    """
+    pixels = np.repeat(golden, _TIMED_IMAGES, axis=0)
+    calls = [lambda engine=engine: engine.features(pixels) for engine in engines.values()]
+    times = medians_ms(calls, _ROUNDS, _ROUNDS_WITHIN_S, alive, now)
+    return {precision: time / len(pixels) for precision, time in zip(engines, times, strict=True)}

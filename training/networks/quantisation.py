@@ -1,0 +1,89 @@
+"""ONNX networks to int8 with NNCF, calibrated on images. Knows no store, no heads and no scores.
+
+Weights become integers, and so do activations within the bounds that they have on the calibration images. Everything
+else stays as it was exported: uint8 images in, `features` and `maps` out in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+
+from artifacts.images import Pixels
+from recipes.layers import Sides, sides
+from training.data.arrays import Report
+
+CALIBRATED_ON = 300
+_CALIBRATION_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised network, and what it was calibrated on."""
+
+    onnx: bytes
+    images: int
+    made_with: str
+
+    def facts(self) -> dict[str, Any]:
+        """Return all but the network itself."""
+        return {name: value for name, value in vars(self).items() if name != "onnx"}
+
+
+def calibration_size(size: Sides) -> int:
+    """Return how many images of `size` pixels a network is calibrated on at most; large ones take much memory."""
+    return max(1, min(CALIBRATED_ON, _CALIBRATION_BYTES // (3 * prod(sides(size)))))
+
+
+def quantise(network: bytes, images: Pixels, report: Report) -> Quantised:
+    """Quantise an exported network.
+
+    Args:
+        network: ONNX with one input, uint8 [N, H, W, 3].
+        images: uint8 [n, H, W, 3] to calibrate it on.
+        report: called with (done, total) images.
+    """
+    nncf = _nncf()
+    model = onnx.load_from_string(network)
+    name = model.graph.input[0].name
+
+    def fed() -> Iterator[Pixels]:
+        for number in range(len(images)):
+            report(number + 1, len(images))
+            yield images[number : number + 1]
+
+    made = nncf.quantize(
+        model,
+        nncf.Dataset(_Again(fed), lambda image: {name: image}),
+        # Symmetric weights, asymmetric activations: what follows no rectifier is negative, too.
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(images),
+    )
+    return Quantised(made.SerializeToString(), len(images), f"nncf {importlib.metadata.version('nncf')}")
+
+
+class _Again:
+    """An iterable that begins anew each time: NNCF goes through the images more than once."""
+
+    def __init__(self, images: Callable[[], Iterator[np.ndarray]]) -> None:
+        self._images = images
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self._images()
+
+
+def _nncf() -> Any:
+    """Import NNCF, which reports home unless it takes itself to be tested, and with it ONNX Runtime."""
+    os.environ |= {"NNCF_CI": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    return nncf

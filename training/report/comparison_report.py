@@ -1,0 +1,84 @@
+"""What a person reads of a comparison: its table as Markdown, and a picture. Compares nothing and loads no Keras."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from recipes.headline import Headline
+from training.figures import png
+from training.statistics.comparison import TEST, Difference
+
+_TITLE_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class Line:
+    """A recipe of the table; times in seconds and milliseconds, sizes in bytes."""
+
+    title: str
+    version: int
+    score: float
+    ci95: tuple[float, float]
+    difference: Difference | None
+    training_s: float
+    predict_ms: float | None
+    backbone_bytes: int
+    bundle_bytes: int
+
+
+def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, interval: str) -> str:
+    """Return the table as Markdown, in the order of `lines`."""
+    said = headline.said
+    text = [
+        f"# Comparison of {name}",
+        "",
+        verdict,
+        "",
+        f"| recipe | version | {headline.title} | 95 % interval | difference to the best | 95 % interval | p "
+        "| training | one prediction | backbone | bundle |",
+        "|---|--:|--:|---|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for line in lines:
+        apart = ("", "", "")
+        if line.difference is not None:
+            low, high = line.difference.ci95
+            apart = (said(line.difference.difference), f"{said(low)} to {said(high)}", f"{line.difference.p_value:.2g}")
+        text.append(
+            f"| {line.title} | {line.version} | {said(line.score)} | {said(line.ci95[0])} to {said(line.ci95[1])} "
+            f"| {' | '.join(apart)} | {line.training_s:,.1f} s | {_milliseconds(line.predict_ms)} "
+            f"| {line.backbone_bytes / 1e6:,.1f} MB | {line.bundle_bytes / 1e6:,.2f} MB |"
+        )
+    text += [
+        "",
+        f"- Interval of a score: {interval}.",
+        f"- {TEST}",
+        "- Training is from start to end; features that an earlier run had computed were not computed again.",
+        "- A prediction is one decoded image through backbone and head, the median on the machine that compared.",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "not served here" if value is None else f"{value:.2f} ms"
+
+
+def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
+    """Return the scores with their intervals as a PNG, in the order of `lines`; the first one is best."""
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    for place, line in enumerate(lines):
+        colour = "C0" if line.difference is None else "0.35"
+        axes.plot(line.ci95, [place, place], color=colour, linewidth=2)
+        axes.plot(line.score, place, "s", color=colour)
+    axes.axvline(lines[0].score, color="C0", alpha=0.4, linestyle=":")
+    # Not as formulas: a label may hold a $.
+    names = [textwrap.shorten(line.title, _TITLE_CHARACTERS, placeholder=" …") for line in lines]
+    axes.set_yticks(range(len(lines)), names, parse_math=False)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlabel(f"{headline.title}, 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    return png(figure)

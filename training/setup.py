@@ -1,0 +1,380 @@
+"""Begins a run: lays out its images and folds, and makes ready what all folds of its mode read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from artifacts import manifest
+from artifacts.bundle import Float32
+from artifacts.images import Pixels
+from artifacts.layout import Split
+from artifacts.manifest import Row
+from artifacts.store import Digest
+from inference.engine import OpenVinoEngine
+from recipes.catalogue import BackboneName
+from recipes.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
+from training import bake_off
+from training.bake_off import Pick
+from training.data.arrays import Report, drop_unused, load_maps, load_pixels, maps_bytes
+from training.data.augmentation import contact_sheet
+from training.data.extraction import Extraction, add_up
+from training.data.pixels import Decoder, Loaded, Source
+from training.data.split import Indices, make_folds
+from training.data.targets import targets_of
+from training.delivery import Taught, golden_images, spread
+from training.fitting import from_scratch
+from training.fitting.checkpoint import NoKeeper
+from training.fitting.fine_tuning import Material
+from training.fitting.learners import Frozen, Growing, Learner, Lesson, Tuning
+from training.fitting.training_loop import finite
+from training.fitting.trials import Trials
+from training.networks import backbones
+from training.networks.network_files import Networks, Place, Registry, Trunk, size_of, square_of
+from training.networks.precision import Choice, Tried, candidates, choose, image_ms
+from training.statistics import evaluation
+
+
+class Told(Protocol):
+    """Who is told how far the beginning is."""
+
+    def stage(self, name: str) -> None:
+        """Tell that a stage begins."""
+        ...
+
+    def images(self, done: int, total: int) -> None:
+        """Tell how many of its images, or epochs, the present stage has seen to."""
+        ...
+
+    def extracted(self, extraction: Extraction) -> None:
+        """Tell what extraction had to compute."""
+        ...
+
+    def file(self, name: str, data: bytes, media_type: str) -> None:
+        """Keep a file with the run, before its end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be done.
+
+    Attributes:
+        recipe: every default filled in.
+        manifest: the data set version, in the store.
+        labels: class names in the order of the outputs.
+        weights: the backbone's weights, in the store; None for a network from scratch, and where it is to be chosen.
+        candidates: the weights of the backbones that it is to be chosen among.
+    """
+
+    recipe: Recipe
+    manifest: Digest
+    labels: Sequence[str]
+    weights: Digest | None
+    candidates: Mapping[BackboneName, Digest] = field(default_factory=dict)
+
+
+class Data:
+    """The images of a data set version as a recipe sees them: what is to be learned of each, and who learns from it."""
+
+    def __init__(self, order: Order, place: Place) -> None:
+        recipe = self.recipe = order.recipe
+        self.labels = order.labels
+        self.rows: Sequence[Row] = manifest.load(place.store.read(order.manifest))
+        self.task = Task(recipe.task.value)
+        targets = self.targets = targets_of(self.task, order.labels, self.rows)
+        self.truth = targets.truth
+        belongs = manifest.group_rows(self.rows)
+        self.groups = np.array(belongs, dtype=np.intp)
+        split = manifest.splits_of(self.rows, belongs)
+        self.trained_on = _rows_in(split, Split.TRAIN)
+        self.watched = _rows_in(split, Split.VALIDATION)
+        self.held_out = _rows_in(split, Split.TEST)
+        self.folds = make_folds(
+            self.trained_on,
+            targets.strata,
+            targets.needed,
+            self.groups,
+            self.watched,
+            k=recipe.folds.k or 0,
+            repeats=recipe.folds.repeats,
+            validation_fraction=recipe.folds.validation_fraction if recipe.early_stopping else 0.0,
+            seed=recipe.seed,
+        )
+
+    @cached_property
+    def digests(self) -> list[Digest]:
+        """Of each row its image in the store."""
+        return [row.sha256 for row in self.rows]
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits."""
+        return 1 if self.task in (Task.BINARY, Task.REGRESSION) else len(self.labels)
+
+    def out_of_fold(self, logits: Sequence[Float32]) -> Float32:
+        """Return the logits of every fold as float32 [repeats, N, outputs], NaN for images that were in none."""
+        found = np.full((self.recipe.folds.repeats, len(self.rows), self.outputs), np.nan, dtype=np.float32)
+        for fold, of_fold in zip(self.folds, logits, strict=True):
+            found[fold.repeat, fold.test] = of_fold
+        return found
+
+    def headline(self, logits: Sequence[Float32]) -> float:
+        """Return the task's headline score of the logits of every fold."""
+        rows = self.trained_on
+        return evaluation.headline(self.task, self.truth[rows], self.out_of_fold(logits)[:, rows])
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the folds of a run learn, and what of it is served.
+
+    Attributes:
+        learner: learns from rows.
+        precision: that it learns in.
+        extraction: what had to be computed before.
+        trunk: the network that stays frozen, or that a head learned on first; None from scratch.
+        pixels: uint8 [N, H, W, 3]; None where only features are read.
+        taught: brings networks that have learned to where they answer; None if none does.
+        choice: what was tried for the precision of a frozen network, if there was anything to choose.
+        notes: what a person should know of it, in sentences.
+    """
+
+    learner: Learner
+    precision: Precision
+    extraction: Extraction
+    trunk: Trunk | None = None
+    pixels: Pixels | None = None
+    taught: Taught | None = None
+    choice: Choice | None = None
+    notes: Sequence[str] = ()
+
+
+def pick(data: Data, order: Order, place: Place, registry: Registry, told: Told) -> Pick | None:
+    """Return where features come from if a recipe leaves that open; a run that was interrupted keeps to its choice."""
+    recipe = data.recipe
+    if not bake_off.is_asked(recipe):
+        return None
+    known = registry.find_pick()
+    if known is not None:
+        return Pick.of(known)
+    told.stage("bake-off")
+    candidates = order.candidates
+    if order.weights is not None:
+        candidates = {recipe.known_backbone.name: order.weights}
+    found = bake_off.bake_off(
+        recipe,
+        data.task,
+        data.outputs,
+        data.targets,
+        data.groups,
+        data.trained_on,
+        data.digests,
+        candidates,
+        place,
+        told.images,
+    )
+    registry.set_pick(found.facts(data.task))
+    return found
+
+
+def begin(data: Data, weights: Digest | None, place: Place, registry: Registry, told: Told) -> Course:
+    """Make ready what all folds of a run read, of a recipe that leaves nothing open."""
+    if data.recipe.precision is not PrecisionChoice.AUTO:
+        OpenVinoEngine.check(Precision(data.recipe.precision.value))
+    match data.recipe.mode:
+        case Mode.FEATURE_EXTRACTION:
+            return _Beginning(data, weights, place, registry, told).frozen()
+        case Mode.FINE_TUNING:
+            return _Beginning(data, weights, place, registry, told).tuning()
+        case Mode.FROM_SCRATCH:
+            return _growing(data, place, told)
+
+
+def _growing(data: Data, place: Place, told: Told) -> Course:
+    """Return the course of a network from scratch."""
+    recipe, network = data.recipe, data.recipe.network
+    assert network is not None
+    started = time.perf_counter()
+    pixels = _pixels(data, place, told)
+    considered = candidates(recipe.precision, OpenVinoEngine.precisions())
+    extraction = Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3))
+    told.extracted(extraction)
+
+    def rebuild(weights: bytes) -> Any:
+        return from_scratch.network(network, size_of(recipe), weights)
+
+    return Course(
+        Growing(recipe, data.task, data.outputs, pixels, data.truth),
+        Precision.FLOAT32,
+        extraction,
+        pixels=pixels,
+        taught=Taught(recipe, data.task, considered, pixels, place, rebuild, frozen=None),
+    )
+
+
+class _Beginning:
+    """The beginning of a run on a backbone."""
+
+    def __init__(self, data: Data, weights: Digest | None, place: Place, registry: Registry, told: Told) -> None:
+        assert weights is not None
+        self._data, self._place, self._registry, self._told = data, place, registry, told
+        self._weights = weights
+        self._networks = Networks(data.recipe, weights, place, registry)
+        self._considered = candidates(data.recipe.precision, OpenVinoEngine.precisions())
+
+    def frozen(self) -> Course:
+        """Return the course of a head on a frozen backbone."""
+        recipe, place = self._data.recipe, self._place
+        source = Decoder(place.store, size_of(recipe), recipe.resize, place.image_limits, place.threads)
+        self._told.stage("backbone")
+        trunk, choice = self._trunk(self._considered, source)
+        return Course(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
+
+    def tuning(self) -> Course:
+        """Return the course of a backbone that learns with its head."""
+        data, place, told, recipe = self._data, self._place, self._told, self._data.recipe
+        started = time.perf_counter()
+        pixels = _pixels(data, place, told)
+        source = Loaded(data.digests, pixels)
+        told.stage("backbone")
+        trunk, _ = self._trunk([Precision.FLOAT32], source)
+        material, notes = self._material(pixels)
+        extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
+        told.extracted(extraction)
+        head = self._heads(trunk)
+        learner = Tuning(recipe, data.task, head, place.store.read(self._weights), material, data.truth)
+
+        def rebuild(weights: bytes) -> Any:
+            name = recipe.known_backbone.name
+            return backbones.backbone(name, recipe.features_from or "", square_of(recipe), weights)
+
+        def still_frozen(precision: Precision, train: Indices, report: Report) -> Digest:
+            if precision is not Precision.INT8:
+                return trunk.backbone
+            return self._networks.quantised(trunk.backbone, [data.digests[row] for row in train], source, report)
+
+        taught = Taught(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
+        return Course(learner, trunk.precision, extraction, trunk, pixels, taught, notes=notes)
+
+    def _heads(self, trunk: Trunk) -> Frozen:
+        data = self._data
+        return Frozen(data.recipe, data.task, data.outputs, trunk.features, data.truth)
+
+    def _trunk(self, precisions: Sequence[Precision], source: Source) -> tuple[Trunk, Choice | None]:
+        """Return the frozen network in the precision that heads are trained in, with the features of every image.
+
+        Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
+        """
+        data, report, networks, registry = self._data, self._told, self._networks, self._registry
+        recipe, digests = data.recipe, data.digests
+        choice: Choice | None = None
+        known = registry.find_choice() if len(precisions) > 1 else None
+        if known is not None:
+            choice = Choice.of(known)
+            precisions = [choice.precision]
+        exported = networks.exported(recipe.features_from or "")
+        started = time.perf_counter()
+        files = dict.fromkeys(precisions, exported)
+        if Precision.INT8 in files:
+            images = [digests[row] for row in data.trained_on]
+            files[Precision.INT8] = networks.quantised(
+                exported, images, source, report.images, begin=lambda: report.stage("quantise")
+            )
+        report.stage("features")
+        trunks = []
+        for number, (precision, network) in enumerate(files.items()):
+            told = _one_of(number, len(files), report)
+            trunks.append(networks.trunk(network, precision, digests, source, told))
+        extraction = add_up([trunk.extraction for trunk in trunks])
+        if len(trunks) > 1:
+            report.extracted(extraction)  # the trials that follow may be interrupted
+            report.stage("precision")
+            engines = {trunk.precision: trunk.engine for trunk in trunks}
+            times = image_ms(engines, golden_images(size_of(recipe)), lambda: report.images(0, 1))
+            tried = [
+                Tried(trunk.precision, self._score(trunk, _one_of(number, len(trunks), report)), times[trunk.precision])
+                for number, trunk in enumerate(trunks)
+            ]
+            choice = choose(data.task, tried)
+            registry.set_choice(choice.facts(data.task))
+        chosen = choice.precision if choice else precisions[0]
+        (trunk,) = (trunk for trunk in trunks if trunk.precision is chosen)
+        extraction = replace(extraction, seconds=round(time.perf_counter() - started, 3))
+        report.extracted(extraction)
+        return replace(trunk, extraction=extraction), choice
+
+    def _score(self, trunk: Trunk, report: Report) -> float:
+        """Return the headline score of heads on a frozen network, out of fold."""
+        data, learner = self._data, self._heads(trunk)
+        trials = Trials(learner.plan.epochs, len(data.folds), report)
+        lessons = [
+            (
+                Lesson(fold.train, fold.validation, learner.plan, seed_of(data.recipe, fold.number)),
+                trials.of(fold.number),
+                NoKeeper(),
+            )
+            for fold in data.folds
+        ]
+        learned = dict(learner.learn_many(lessons))
+        return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
+
+    def _material(self, pixels: Pixels) -> tuple[Material, Sequence[str]]:
+        """Return what the learning part reads, and what to know of it.
+
+        Without augmentation the frozen part is gone through only once, if there is room for what it gives.
+        """
+        place, networks, recipe = self._place, self._networks, self._data.recipe
+        boundary = recipe.known_backbone.cut_before(recipe.unfreeze or "")
+        if boundary is None or recipe.augmentation is not None:
+            return Material(pixels, are_maps=False), ()
+        frozen = networks.exported(boundary)
+        engine = networks.engine(frozen, Precision.FLOAT32)
+        self._told.stage("activations")
+        space = networks.space(frozen, Precision.FLOAT32)
+        room_bytes = place.pixels_bytes - pixels.nbytes
+        maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._told.images)
+        if maps is not None:
+            return Material(maps, are_maps=True), ()
+        note = (
+            f"The layers before `{recipe.unfreeze}` were gone through in every epoch, where the final network learned: "
+            f"what they give of all images takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which "
+            "ESPALIER_PIXELS_BYTES or the disk has no room."
+        )
+        return Material(pixels, are_maps=False), (note,)
+
+
+def _pixels(data: Data, place: Place, told: Told) -> Pixels:
+    """Return the pixels of every image, decoded once, and keep a picture of how they are varied."""
+    recipe = data.recipe
+    told.stage("pixels")
+    drop_unused(place.pixels, place.pixels_bytes)
+    decoder = Decoder(place.store, size_of(recipe), recipe.resize, place.image_limits, place.threads)
+    pixels = load_pixels(data.digests, decoder, place.pixels, told.images)
+    if recipe.augmentation is not None:
+        shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
+        told.file("augmentations.png", shown, "image/png")
+    return pixels
+
+
+# Images on the sheet of augmentations.
+_SHOWN = 8
+
+
+def _one_of(number: int, count: int, report: Told) -> Report:
+    """Return who is told of one of several passes of the same length, and tells how far all of them are."""
+    return lambda done, total: report.images(number * total + done, count * total)
+
+
+def _rows_in(splits: Sequence[Split], wanted: Split) -> Indices:
+    return np.flatnonzero(np.array([split is wanted for split in splits], dtype=bool))
+
+
+def seed_of(recipe: Recipe, number: int) -> int:
+    """Return the seed of a fold, or of the final fit, whose number follows the last fold's."""
+    return int(np.random.SeedSequence((recipe.seed, number)).generate_state(1)[0])

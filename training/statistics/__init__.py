@@ -1,0 +1,1 @@
+"""Numbers only: metrics, confidence intervals and paired comparisons. Knows no Keras."""

@@ -1,0 +1,269 @@
+"""The numbers that are printed: pooled over the folds, from logits of images that the fold did not train on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
+
+from artifacts.bundle import Float32
+from inference import heads
+from recipes.headline import HEADLINES
+from recipes.recipe import Task
+from training.data.split import Indices
+from training.data.targets import Float64, Truth
+from training.statistics import resampling
+
+INTERVAL = "Wilson, over images; not over retraining"
+_INTERVALS = {
+    Task.REGRESSION: "bootstrap, over images; not over retraining",
+    Task.MULTILABEL: "bootstrap (Wilson for accuracy), over images; not over retraining",
+}
+
+_IS_SHARE = ("accuracy",)
+"""Scores that are shares of images, for which there is a formula."""
+
+
+def wilson(share: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Return the score interval of a share of `count` trials (Wilson 1927), by default of 95 %."""
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    # at shares of 0 and 1 the bounds are the share itself, up to rounding
+    return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
+
+
+def wilson_over_groups(correct: npt.NDArray[np.float64], groups: Indices) -> tuple[float, float]:
+    """Return the interval of a share of images that come in groups: one person's pictures stand or fall together.
+
+    Wilson's interval for as many independent images as would vary as much as these do between groups, by the variance
+    of a share in a cluster sample (Cochran 1977, "Sampling Techniques", 3.12).
+
+    Args:
+        correct: share of right answers for each image, float64 [N] from 0 to 1.
+        groups: group of each image, int [N]; two groups or more.
+    """
+    share = float(correct.mean())
+    _, place = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(place)
+    deviations = np.bincount(place, weights=correct) - share * sizes
+    variance = len(sizes) / (len(sizes) - 1) * float(np.square(deviations).sum()) / len(correct) ** 2
+    if share in (0.0, 1.0):
+        return wilson(share, len(sizes))  # there is no variance to go by: count each group once
+    effective = share * (1 - share) / variance if variance > 0 else math.inf
+    return wilson(share, min(effective, len(correct)))
+
+
+def statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
+    """Return float64 [N, S]: numbers of each image whose sums over images give `scores`.
+
+    Args:
+        task: what is predicted.
+        truth: as `training.data.targets` has it.
+        logits: float32 [N, outputs]; for a regression the predicted numbers themselves.
+    """
+    if task is Task.REGRESSION:
+        centred = truth[:, 0] - truth[:, 0].mean()
+        error = logits[:, 0] - truth[:, 0]
+        return np.stack([np.ones(len(truth)), np.square(error), np.abs(error), centred, np.square(centred)], axis=1)
+    probabilities = heads.probabilities(task, logits)
+    answers = heads.answers(task, probabilities)
+    if task is not Task.MULTILABEL:
+        of_truth = probabilities[np.arange(len(truth)), truth]
+        return np.stack([np.ones(len(truth)), answers == truth, _surprise(of_truth)], axis=1).astype(np.float64)
+    has = truth > 0.5
+    right = (answers == has).all(axis=1)
+    surprise = _surprise(np.where(has, probabilities, 1 - probabilities)).mean(axis=1)
+    return np.concatenate(
+        [np.stack([np.ones(len(truth)), right, surprise], axis=1), answers & has, answers & ~has, ~answers & has],
+        axis=1,
+        dtype=np.float64,
+    )
+
+
+def headline(task: Task, truth: Truth, logits: Float32) -> float:
+    """Return the task's headline score of logits float32 [repeats, N, outputs], out of fold."""
+    return float(scores(task, mean_statistics(task, truth, logits).sum(axis=0))[HEADLINES[task].metric])
+
+
+def mean_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
+    """Return `statistics` float64 [N, S] as the mean over the repeats of logits float32 [repeats, N, outputs]."""
+    total = statistics(task, truth, logits[0])
+    for once in logits[1:]:
+        total += statistics(task, truth, once)
+    return total / len(logits)
+
+
+def _surprise(probabilities: Float64) -> Float64:
+    """Return the negative logarithm; as in scikit-learn's log loss, zero counts as the last bit of one."""
+    return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))
+
+
+def scores(task: Task, sums: Float64) -> dict[str, Float64]:
+    """Return scores by name, each [...], of sums [..., S] of `statistics` over images.
+
+    Classes: accuracy, and loss as the mean negative log-likelihood. Labels: the same, an image being right if all its
+    labels are and its loss the mean over labels; f1_macro is the mean F1 of the labels that occur in truth or answers,
+    f1_micro the F1 of all answers together. Numbers: rmse, mae, r2 = 1 - squared errors / squared deviations from the
+    mean (0 where all numbers are equal), and loss as the mean squared error.
+    """
+    count = sums[..., 0]
+    if task is Task.REGRESSION:
+        squares, absolute, centred, deviations = np.moveaxis(sums[..., 1:], -1, 0)
+        deviations = deviations - np.square(centred) / count
+        has_spread = deviations > 1e-12 * squares
+        r2 = 1 - np.divide(squares, deviations, out=np.ones_like(squares), where=has_spread)
+        return {"rmse": np.sqrt(squares / count), "mae": absolute / count, "r2": r2, "loss": squares / count}
+    found = {"accuracy": sums[..., 1] / count, "loss": sums[..., 2] / count}
+    if task is Task.MULTILABEL:
+        hits, false_alarms, misses = np.split(sums[..., 3:], 3, axis=-1)
+        # Labels that some images have or were answered: a draw or a fold without a rare one says nothing about it.
+        seen = (hits + false_alarms + misses > 0).sum(axis=-1)
+        found["f1_macro"] = _f1(hits, false_alarms, misses).sum(axis=-1) / np.maximum(seen, 1)
+        found["f1_micro"] = _f1(hits.sum(axis=-1), false_alarms.sum(axis=-1), misses.sum(axis=-1))
+    return found
+
+
+def _f1(hits: Float64, false_alarms: Float64, misses: Float64) -> Float64:
+    relevant = 2 * hits + false_alarms + misses
+    return np.divide(2 * hits, relevant, out=np.zeros_like(relevant), where=relevant > 0)
+
+
+def score(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> dict[str, Any]:
+    """Measure logits against the truth.
+
+    Args:
+        task: what is predicted.
+        labels: class names in the order of the outputs; none for a regression.
+        truth: as `training.data.targets` has it.
+        logits: float32 [N, outputs].
+
+    Returns:
+        `scores`, and for classes f1_macro, per_class and confusion (rows are the truth), for labels per_class; roc_auc
+        too for a binary task in which both classes occur.
+    """
+    metrics: dict[str, Any] = brief_scores(task, truth, logits)
+    if task is Task.REGRESSION:
+        return metrics
+    answers = heads.answers(task, heads.probabilities(task, logits))
+    classes = np.arange(len(labels))
+    precision, recall, f1, images = precision_recall_fscore_support(
+        truth.astype(np.intp), answers.astype(np.intp), labels=classes, average=None, zero_division=0.0
+    )
+    metrics["per_class"] = [
+        {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "images": int(n)}
+        for label, p, r, f, n in zip(labels, precision, recall, f1, images, strict=True)
+    ]
+    if task is Task.MULTILABEL:
+        return metrics
+    metrics["f1_macro"] = float(f1.mean())
+    metrics["confusion"] = confusion_matrix(truth, answers, labels=classes).tolist()
+    if task is Task.BINARY and len(np.unique(truth)) == 2:
+        metrics["roc_auc"] = float(roc_auc_score(truth, logits[:, 0]))
+    return metrics
+
+
+def brief_scores(task: Task, truth: Truth, logits: Float32) -> dict[str, float]:
+    """Return `scores` of all images together."""
+    found = scores(task, statistics(task, truth, logits).sum(axis=0))
+    return {name: float(value) for name, value in found.items()}
+
+
+def pooled(
+    task: Task,
+    labels: Sequence[str],
+    truth: Truth,
+    groups: Indices,
+    logits: Float32,
+    folds: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Measure out-of-fold logits as a whole.
+
+    Args:
+        task: what is predicted.
+        labels: class names in the order of the outputs; none for a regression.
+        truth: as `training.data.targets` has it.
+        groups: group of each image, int [N].
+        logits: float32 [repeats, N, outputs].
+        folds: scores of every fold of every repeat.
+
+    Returns:
+        what `score` returns over all repeats together (so that the confusion matrix is summed over repeats), with the
+        standard deviation over folds (`…_sd`) and the interval (`…_ci95`) of each score but the loss; where images
+        belong together, with the number of groups and the intervals over them (`…_ci95_groups`), too. More repeats
+        narrow no interval: they add no images.
+    """
+    repeats, count, _ = logits.shape
+    metrics = score(task, labels, np.concatenate([truth] * repeats), logits.reshape(repeats * count, -1))
+    for row in metrics.get("per_class", []):
+        row["images"] //= repeats
+    of_images = mean_statistics(task, truth, logits)
+    metrics |= _both_intervals(task, metrics, of_images, groups)
+    for name in _with_interval(task):
+        metrics[f"{name}_sd"] = float(np.std([fold[name] for fold in folds], ddof=1))
+    metrics["interval"] = _INTERVALS.get(task, INTERVAL)
+    return metrics
+
+
+def summary(task: Task, truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
+    """Return the `scores` of out-of-fold logits float32 [repeats, N, outputs] with their intervals, as `pooled` has."""
+    metrics: dict[str, Any] = brief_scores(
+        task, np.concatenate([truth] * len(logits)), logits.reshape(-1, logits.shape[2])
+    )
+    return metrics | _both_intervals(task, metrics, mean_statistics(task, truth, logits), groups)
+
+
+def held_out(task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
+    """Measure logits float32 [N, outputs] of images that no fit has seen.
+
+    Returns what `score` returns with the number of images; from two images on with the intervals of `pooled`, too.
+    """
+    metrics = score(task, labels, truth, logits) | {"images": len(truth)}
+    if len(truth) > 1:
+        metrics |= _both_intervals(task, metrics, statistics(task, truth, logits), groups)
+    return metrics
+
+
+def _both_intervals(task: Task, metrics: dict[str, Any], of_images: Float64, groups: Indices) -> dict[str, Any]:
+    """Return the intervals of scores over images and, where images belong together, over groups with their number."""
+    count = len(groups)
+    both: dict[str, Any] = {**_intervals(task, metrics, of_images, np.arange(count), "ci95")}
+    found = len(np.unique(groups))
+    if 1 < found < count:
+        both |= {"groups": found, **_intervals(task, metrics, of_images, groups, "ci95_groups")}
+    return both
+
+
+def _with_interval(task: Task) -> list[str]:
+    """Return the names of the scores that are given with their spread."""
+    return {Task.REGRESSION: ["rmse", "mae", "r2"], Task.MULTILABEL: ["f1_macro", "f1_micro", "accuracy"]}.get(
+        task, ["accuracy"]
+    )
+
+
+def _intervals(
+    task: Task, metrics: dict[str, Any], of_images: Float64, groups: Indices, suffix: str
+) -> dict[str, list[float]]:
+    """Return the interval of each score over groups: by formula where it is a share of images, else by drawing."""
+    names = _with_interval(task)
+    found: dict[str, tuple[float, float]] = {}
+    if set(names) - set(_IS_SHARE):
+        found = resampling.intervals(of_images, groups, lambda sums: scores(task, sums))
+    for name in set(names) & set(_IS_SHARE):
+        is_alone = len(np.unique(groups)) == len(groups)
+        found[name] = wilson(metrics[name], len(groups)) if is_alone else wilson_over_groups(of_images[:, 1], groups)
+    return {f"{name}_{suffix}": list(found[name]) for name in names}
+
+
+def brief(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of `score` that fit one line: without tables."""
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+def median_epoch(epochs: Sequence[int]) -> int:
+    """Return the median of the folds' best epochs, the later one of the middle pair."""
+    return int(np.sort(np.asarray(epochs))[len(epochs) // 2])

@@ -1,0 +1,1 @@
+"""One file for each kind of job: what the worker does before, during and after its child process."""

@@ -1,0 +1,527 @@
+"""Tells MLflow about runs, from what the database says it is still owed. The only file that knows MLflow.
+
+A run never waits for this and never fails because of it. Whatever is sent may be sent again after a crash or a
+time-out, so every step looks first whether MLflow has it: runs are found by their tags, metrics carry fixed times,
+files are overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
+
+from artifacts.store import Digest, Store
+from errors import Unavailable
+from models import comparison as comparisons
+from models import registry
+from models import run as runs
+from models.comparison import Comparison
+from models.dataset import Dataset, DatasetVersion
+from models.outbox import Outbox, owed
+from models.registry import ModelVersion
+from models.run import Fold, Run, RunArtifact, RunState
+from recipes.headline import HEADLINES, Headline
+from recipes.recipe import Task, flat
+from worker.lease import Complete, Handler, Work
+
+_NOTE = "mlflow.note.content"
+# Files that only the service reads, and large.
+_NOT_SHOWN = ("neighbours.safetensors",)
+_OF_A_ROW = {"espalier.best_of", "espalier.difference_to_best", "espalier.p_value"}
+_NOTE_CHARACTERS = 20_000
+_VIEW = "espalier"
+_STATUS = {RunState.SUCCEEDED: "FINISHED", RunState.FAILED: "FAILED", RunState.CANCELLED: "KILLED"}
+
+
+@dataclass(frozen=True)
+class TrackingPlace:
+    """Where MLflow is, how long one call to it may take, and where its readers find the API."""
+
+    url: str
+    timeout_s: float
+    api_url: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that MLflow is told about a run."""
+
+    run: Run
+    dataset: Dataset
+    version: DatasetVersion
+    folds: Sequence[Fold]
+    files: Sequence[RunArtifact]
+    model_version: ModelVersion | None
+    aliases: Sequence[str]
+    comparison: Comparison | None
+    position: int | None
+
+
+class Page(Protocol):
+    """One run as MLflow has it; every step may be taken again."""
+
+    experiment_id: str
+    run_id: str
+
+    def start(self) -> None: ...
+
+    def add_fold(self, number: int) -> None: ...
+
+    def finish(self, store: Store) -> None: ...
+
+    def compare(self, store: Store) -> None: ...
+
+    def add_file(self, store: Store, name: str) -> None: ...
+
+    def move_alias(self, alias: str) -> None: ...
+
+
+OpenPages = Callable[[TrackingPlace], AbstractContextManager[Callable[[Facts], Page]]]
+"""Reach MLflow, or what a simulation has in its place, and find the page of a run there."""
+
+
+@contextmanager
+def _pages(place: TrackingPlace) -> Iterator[Callable[[Facts], Page]]:
+    with _mlflow(place) as client:
+        yield lambda facts: _Page(client, facts, place)
+
+
+class Publish(Handler):
+    """The job that sends what MLflow is owed about one run."""
+
+    def __init__(self, store: Store, place: TrackingPlace, pages: OpenPages = _pages) -> None:
+        self._store = store
+        self._place = place
+        self._pages = pages
+
+    def run(self, work: Work) -> Complete:
+        """Send everything that is owed, in order."""
+        with work.database.reading() as session:
+            rows = owed(session, work.subject_id)
+        with self._pages(self._place) as page_of:
+            for row in rows:
+                with work.database.reading() as session:
+                    facts = _facts(session, work.subject_id)
+                page = page_of(facts)
+                match row.kind:
+                    case "started":
+                        page.start()
+                    case "fold":
+                        page.add_fold(row.payload["fold"])
+                    case "finished" if facts.run.state.is_final:  # else it was begun again, and owes another end
+                        page.finish(self._store)
+                    case "comparison":
+                        page.compare(self._store)
+                    case "file":
+                        page.add_file(self._store, row.payload["name"])
+                    case "alias":
+                        page.move_alias(row.payload["alias"])
+                work.write(partial(_settle, row=row, page=page))
+                work.moved()
+        return lambda session: None
+
+
+def _settle(session: Session, row: Outbox, page: Page) -> None:
+    session.execute(delete(Outbox).where(Outbox.id == row.id, Outbox.run_id == row.run_id))
+    run = session.get_one(Run, row.run_id)
+    run.mlflow_experiment_id, run.mlflow_run_id = page.experiment_id, page.run_id
+
+
+def _facts(session: Session, run_id: str) -> Facts:
+    run = session.get_one(Run, run_id)
+    version = session.get_one(DatasetVersion, run.dataset_version_id)
+    model_version = registry.find_run_version(session, run_id)
+    aliases = registry.get_aliases(session, model_version.model_id) if model_version else {}
+    comparison, position = comparisons.find_comparison(session, run_id) or (None, None)
+    return Facts(
+        run=run,
+        dataset=session.get_one(Dataset, version.dataset_id),
+        version=version,
+        folds=runs.get_folds(session, run_id),
+        files=runs.get_artifacts(session, run_id),
+        model_version=model_version,
+        aliases=aliases.get(model_version.id, []) if model_version else [],
+        comparison=comparison,
+        position=position,
+    )
+
+
+@contextmanager
+def _mlflow(place: TrackingPlace) -> Iterator[Any]:
+    """Yield a client whose every failure inside the block is Unavailable."""
+    # MLflow reads these at each call. Its own defaults retry for minutes, and even one retry sends a POST twice whose
+    # answer was lost: two runs in place of one. Imported late: it costs seconds and memory.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(place.timeout_s)))
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    import mlflow
+    import requests
+
+    try:
+        yield mlflow.MlflowClient(tracking_uri=place.url, registry_uri=place.url)
+    except (mlflow.MlflowException, requests.RequestException) as error:
+        raise Unavailable(f"MLflow at {place.url} does not take what it is sent: {error}") from error
+
+
+class _Page:
+    """One run in MLflow: a parent run, its folds, its model."""
+
+    def __init__(self, client: Any, facts: Facts, place: TrackingPlace) -> None:
+        self._client = client
+        self._facts = facts
+        self._place = place
+        self._headline = _headline(facts.run)
+        self.experiment_id = self._experiment()
+        self.run_id = self._run("summary", {})
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Show what the run is about to do, or that a failed one is tried again."""
+        facts = self._facts
+        shown = self._client.get_run(self.run_id)
+        if shown.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+            if _NOTE in shown.data.tags:
+                self._client.delete_tag(self.run_id, _NOTE)
+        params = flat(facts.run.recipe)
+        self._client.log_batch(self.run_id, params=[_param(name, value) for name, value in params.items()])
+        if facts.comparison is not None:
+            self._client.set_tag(self.run_id, "espalier.comparison", facts.comparison.id)
+        self._log_dataset()
+
+    def add_fold(self, number: int) -> None:
+        """Show one fold's curves, as a run below the parent."""
+        fold = next((fold for fold in self._facts.folds if fold.number == number), None)
+        if fold is None:  # the run was begun again meanwhile and will tell of this fold once more
+            return
+        run_id = self._run(f"fold-{number + 1}", {"mlflow.parentRunId": self.run_id})
+        at = _milliseconds(self._facts.run.created_at)  # the same when a run that was begun again tells it once more
+        metrics = [
+            _metric(_curve(name), value, at, step)
+            for step, epoch in enumerate(fold.history, start=1)
+            for name, value in epoch.items()
+        ]
+        metrics += [
+            _metric(f"test/{name}", value, at, 0) for name, value in fold.metrics.items() if isinstance(value, float)
+        ]
+        for start in range(0, len(metrics), 1000):  # MLflow takes no more at once
+            self._client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        self._client.set_terminated(run_id, "FINISHED")
+
+    def finish(self, store: Store) -> None:
+        """Show what came out."""
+        facts = self._facts
+        run = facts.run
+        if run.error is not None:
+            self._client.set_tag(self.run_id, _NOTE, f"**Failed:** {run.error['detail']}")
+        if run.metrics is not None:
+            at = _milliseconds(run.finished_at)
+            summary = _summary(self._headline, run.metrics)
+            metrics = [_metric(name, value, at, 0) for name, value in summary.items()]
+            self._client.log_batch(self.run_id, metrics=metrics)
+            self._client.set_tag(self.run_id, _NOTE, _note(facts))
+            if "features" in run.metrics:
+                self._name_choice(run.metrics["features"]["chosen"])
+            self._log_files(store)
+            self._register()
+        self._client.set_terminated(self.run_id, _STATUS[run.state], end_time=_milliseconds(run.finished_at))
+
+    def compare(self, store: Store) -> None:
+        """Show the table that the run stands in, and how far it is from the best."""
+        comparison = self._facts.comparison
+        if comparison is None or comparison.table is None or comparison.report_sha256 is None:
+            raise RuntimeError("A run owes a comparison that has no table. This is a bug.")
+        text = store.read(Digest(comparison.report_sha256)).decode()
+        self._client.log_text(self.run_id, text, "comparison.md")
+        row = next(row for row in comparison.table["rows"] if row["position"] == self._facts.position)
+        tags = {"espalier.verdict": comparison.table["verdict"]}
+        if row["difference"] is None:
+            tags["espalier.best_of"] = comparison.id
+        else:
+            tags["espalier.difference_to_best"] = f"{row['difference']['difference']:.6g}"
+            tags["espalier.p_value"] = f"{row['difference']['p_value']:.3g}"
+        for name, value in tags.items():
+            self._client.set_tag(self.run_id, name, value)
+        told = self._client.get_run(self.run_id).data.tags
+        for name in told.keys() & _OF_A_ROW - tags.keys():  # of an earlier table
+            self._client.delete_tag(self.run_id, name)
+
+    def add_file(self, store: Store, name: str) -> None:
+        """Show a file that was made of the run after its end."""
+        self._log_artifacts(store, [file for file in self._facts.files if file.name == name])
+
+    def move_alias(self, alias: str) -> None:
+        """Mirror an alias, if it still points at this run's version; our database decides."""
+        version = self._registered()
+        if version is not None and alias in self._facts.aliases:
+            self._client.set_registered_model_alias(self._facts.run.name, alias, version.version)
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _experiment(self) -> str:
+        """Return the experiment of the run's model, making it if need be, with its card up to date."""
+        name = self._facts.run.name
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            experiment_id = str(self._client.create_experiment(name))
+        else:
+            experiment_id = str(experiment.experiment_id)
+            if experiment.lifecycle_stage == "deleted":
+                self._client.restore_experiment(experiment_id)
+        tags = {
+            _NOTE: _card(self._facts, self._place.api_url),
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.experiment.primaryMetric.name": f"cv/{self._headline.metric}",
+            "mlflow.experiment.primaryMetric.greaterIsBetter": str(self._headline.is_greater_better),
+            f"mlflow.sharedViewState.{_VIEW}": json.dumps(_shared_view(self._headline)),
+        }
+        known = experiment.tags if experiment is not None else {}
+        for key, value in tags.items():
+            if known.get(key) != value:
+                self._client.set_experiment_tag(experiment_id, key, value)
+        return experiment_id
+
+    def _run(self, part: str, tags: dict[str, str]) -> str:
+        """Return the MLflow run for a part of this run, making it if MLflow has none."""
+        run = self._facts.run
+        wanted = f"tags.`espalier.run` = '{run.id}' and tags.`espalier.fold` = '{part}'"
+        found = self._client.search_runs([self.experiment_id], wanted, max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        mine = {"espalier.run": run.id, "espalier.fold": part, "mlflow.source.name": "espalier"}
+        name = _name(run) if part == "summary" else f"{_name(run)}-{part}"
+        created = self._client.create_run(
+            self.experiment_id,
+            start_time=_milliseconds(run.started_at or run.created_at),
+            tags={**mine, **tags},
+            run_name=name,
+        )
+        return str(created.info.run_id)
+
+    def _name_choice(self, chosen: dict[str, Any]) -> None:
+        """Show what `auto` came to: parameters are what was asked for, and cannot be changed."""
+        self._client.update_run(self.run_id, name=_name(self._facts.run, chosen))
+        for part in ("backbone", "features_from"):
+            self._client.set_tag(self.run_id, f"espalier.{part}", chosen[part])
+
+    def _log_dataset(self) -> None:
+        import mlflow.data.meta_dataset
+        from mlflow.data.http_dataset_source import HTTPDatasetSource
+        from mlflow.entities import DatasetInput, InputTag
+
+        facts = self._facts
+        source: Any = HTTPDatasetSource(f"{self._place.api_url}/api/v1/datasets/{facts.dataset.id}")  # type: ignore[no-untyped-call]
+        digest = (facts.version.manifest_sha256 or "")[:36]
+        name = f"{facts.dataset.name} v{facts.version.number}"
+        data: Any = mlflow.data.meta_dataset.MetaDataset(source, name, digest)  # type: ignore[abstract]
+        context = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(self.run_id, [DatasetInput(data._to_mlflow_entity(), [context])])
+
+    def _log_files(self, store: Store) -> None:
+        shown = [file for file in self._facts.files if file.name not in _NOT_SHOWN]
+        self._log_artifacts(store, sorted(shown, key=lambda file: file.name != "report.md"))
+        self._client.log_dict(self.run_id, self._facts.run.recipe, "recipe.json")
+        per_class = (self._facts.run.metrics or {}).get("per_class")
+        if per_class:
+            # As `log_table` writes it; that one appends when it is called again.
+            columns = ["label", "precision", "recall", "f1", "images"]
+            rows = [[row[column] for column in columns] for row in per_class]
+            self._client.log_dict(self.run_id, {"columns": columns, "data": rows}, "per_class.json")
+            logged = json.dumps([{"path": "per_class.json", "type": "table"}])
+            self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", logged)
+
+    def _log_artifacts(self, store: Store, files: Sequence[RunArtifact]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for file in files:
+                path = Path(folder) / file.name
+                path.write_bytes(store.read(Digest(file.sha256)))
+                self._client.log_artifact(self.run_id, str(path))
+
+    def _register(self) -> None:
+        """Mirror the model version, with its aliases, into MLflow's registry."""
+        from mlflow.exceptions import RestException
+
+        version = self._facts.model_version
+        if version is None:
+            return
+        name = self._facts.run.name
+        try:
+            self._client.create_registered_model(name)
+        except RestException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        registered = self._registered()
+        if registered is None:
+            model_id = self._logged_model(version)
+            registered = self._client.create_model_version(
+                name,
+                source=f"models:/{model_id}",
+                run_id=self.run_id,
+                tags={"espalier.version": str(version.number), "espalier.run": version.run_id},
+                model_id=model_id,
+                await_creation_for=0,  # there is no file to wait for
+            )
+        for alias in self._facts.aliases:
+            self._client.set_registered_model_alias(name, alias, registered.version)
+
+    def _registered(self) -> Any:
+        """Return MLflow's version of this run's model version, or None."""
+        version = self._facts.model_version
+        if version is None:
+            return None
+        found = self._client.search_model_versions(f"name = '{self._facts.run.name}' and run_id = '{self.run_id}'")
+        return found[0] if found else None
+
+    def _logged_model(self, version: ModelVersion) -> str:
+        """Return the id of MLflow's entry for what is served: code that asks Espalier, since we keep the weights."""
+        import mlflow.pyfunc
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema
+
+        name = self._facts.run.name
+        wanted = f"name = '{name}-v{version.number}' and tags.`espalier.run` = '{version.run_id}'"
+        found = self._client.search_logged_models([self.experiment_id], wanted, max_results=1)
+        model = (
+            found[0]
+            if found
+            else self._client.create_logged_model(
+                self.experiment_id,
+                name=f"{name}-v{version.number}",
+                source_run_id=self.run_id,
+                tags={"espalier.run": version.run_id, "espalier.bundle": version.bundle_sha256},
+                params={key: str(value) for key, value in flat(self._facts.run.recipe).items()},
+                model_type="regressor" if self._facts.run.recipe["task"] == Task.REGRESSION else "classifier",
+            )
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            mlflow.pyfunc.save_model(
+                Path(folder) / "model",
+                python_model=str(Path(__file__).with_name("registered_model.py")),
+                model_config={"url": self._place.api_url, "model": name, "version": version.number},
+                signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")])),
+                pip_requirements=[f"mlflow=={mlflow.__version__}"],
+            )
+            self._client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
+        self._client.finalize_logged_model(model.model_id, "READY")
+        outputs = self._client.get_run(self.run_id).outputs
+        if outputs is None or not outputs.model_outputs:  # MLflow refuses the same one again
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        return str(model.model_id)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def experiment_url(base: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of a run's page."""
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def _name(run: Run, chosen: dict[str, Any] | None = None) -> str:
+    """Return the name of a run's page; `chosen` is what its recipe left open."""
+    recipe = run.recipe | (chosen or {})
+    mode = recipe["mode"].split("-")[-1]
+    network = recipe.get("network")
+    what = network["kind"] if network else f"{recipe['backbone']}-{recipe['features_from'] or 'last'}"
+    return f"{what}-{mode}-{recipe['folds']['k']}fold-{run.id[-4:]}"
+
+
+def _card(facts: Facts, api_url: str) -> str:
+    """Return the card of the data set, as Markdown."""
+    version = facts.version
+    lines = [
+        f"# {facts.dataset.name}",
+        "",
+        f"{version.images:,} images, version {version.number}, {version.task.value if version.task else ''}; "
+        f"{version.duplicates:,} duplicates, {version.refused_total:,} refused.",
+        "",
+        f"[Data set]({api_url}/api/v1/datasets/{facts.dataset.id}) · [API]({api_url}/docs) · "
+        f"[runs with their scores](?viewStateShareKey={_VIEW})",
+        "",
+        *_contents(version),
+    ]
+    return "\n".join(lines)[:_NOTE_CHARACTERS]
+
+
+def _contents(version: DatasetVersion) -> list[str]:
+    """Return what a data set version has images of, as lines of Markdown."""
+    if version.target is not None:
+        return ["Numbers from {min:g} to {max:g}, {mean:g} in the mean.".format(**version.target)]
+    counts = (f"| {count.name} | {count.images:,} |" for count in version.class_counts)
+    return ["| class | images |", "|---|--:|", *counts]
+
+
+def _headline(run: Run) -> Headline:
+    return HEADLINES[Task(run.recipe["task"])]
+
+
+def _note(facts: Facts) -> str:
+    return (
+        f"**{_headline(facts.run).sentence(facts.run.metrics or {})}**, out of fold on {facts.dataset.name} version "
+        f"{facts.version.number}. See `report.md` under Artifacts."
+    )
+
+
+def _shared_view(headline: Headline) -> dict[str, Any]:
+    """Return the table of runs as it should open: best score first, only summaries."""
+    return {
+        "searchFilter": "tags.`espalier.fold` = 'summary'",
+        "orderByKey": f"metrics.`cv/{headline.metric}`",
+        "orderByAsc": not headline.is_greater_better,
+        "groupBy": None,
+        "selectedColumns": [
+            "attributes.`Source`",
+            f"metrics.`cv/{headline.metric}`",
+            f"metrics.`cv/{headline.metric}_low`",
+            f"metrics.`cv/{headline.metric}_high`",
+            "params.`backbone`",
+            "params.`features_from`",
+            "params.`weights`",
+            "tags.`espalier.backbone`",
+            "tags.`espalier.features_from`",
+        ],
+    }
+
+
+def _summary(headline: Headline, metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of the parent run: few, so that MLflow's page stays quick."""
+    summary = {f"cv/{name}": value for name, value in metrics.items() if isinstance(value, float)}
+    bounds = headline.interval(metrics)
+    summary[f"cv/{headline.metric}_low"], summary[f"cv/{headline.metric}_high"] = bounds
+    if "test" in metrics:
+        summary |= {f"test/{name}": value for name, value in metrics["test"].items() if isinstance(value, float)}
+    return summary
+
+
+def _curve(name: str) -> str:
+    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+
+
+def _param(name: str, value: Any) -> Any:
+    from mlflow.entities import Param
+
+    return Param(name, str(value))
+
+
+def _metric(name: str, value: float, timestamp_ms: int, step: int) -> Any:
+    from mlflow.entities import Metric
+
+    return Metric(name, value, timestamp_ms, step)
+
+
+def _milliseconds(moment: datetime | None) -> int:
+    return int(moment.timestamp() * 1000) if moment is not None else 0
