@@ -190,6 +190,11 @@ class Settings(BaseSettings):
             raise ValueError("Expected ESPALIER_RENEW_EVERY_S < ESPALIER_LET_GO_S < ESPALIER_LEASE_S.")
         return self
 
+    @property
+    def live_s(self) -> float:
+        """Seconds within which a worker must have been seen to have jobs sent to it: three of its sweeps."""
+        return 3 * self.look_every_s
+
     @cached_property
     def database(self) -> str:
         """The database's address."""

@@ -25,7 +25,8 @@ from api.routes.predictions import Desk
 from api.socket_drain import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
 from api.switchboard import Switchboard
 from artifacts.bucket_store import open_store
-from bell import Bell, CeleryBell, EagerBell
+from broker import CeleryBroker
+from dispatch import Dispatcher, NoDispatcher, ThreadDispatcher
 from errors import EngineMissing, StoreRefused
 from inference.engine_choice import loader
 from inference.shelf import Shelf
@@ -38,12 +39,12 @@ Every error is `application/problem+json` with a stable `type`.
 """
 
 
-def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
+def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> FastAPI:
     """Return the application.
 
     Args:
         settings: the process' settings.
-        bell: rings workers; by default through the broker, if there is one.
+        dispatcher: sends due jobs to workers; by default through the broker, if there is one.
 
     Raises StoreRefused if the bucket of stored files does not let this process in, EngineMissing.
     """
@@ -54,19 +55,23 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     metrics.watch(shelf.loaded)
     switchboard = Switchboard(database, shelf)
     desk = Desk(settings, shelf)
-    own_bell = CeleryBell(settings.redis_url) if bell is None and settings.redis_url else None
+    own_dispatcher: ThreadDispatcher | None = None
+    if dispatcher is None and settings.redis_url:
+        own_dispatcher = ThreadDispatcher(database, CeleryBroker(settings.redis_url), settings.live_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         switchboard.start()
         metrics.start()
+        if own_dispatcher is not None:
+            own_dispatcher.start()
         yield
         metrics.close()
         switchboard.close()
         desk.close()
         shelf.close()
-        if own_bell is not None:
-            own_bell.close()
+        if own_dispatcher is not None:
+            own_dispatcher.close()
         database.close()
 
     app = FastAPI(
@@ -83,7 +88,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         settings=settings,
         database=database,
         store=store,
-        bell=bell or own_bell or EagerBell(lambda queue, job_id: None),
+        dispatcher=dispatcher or own_dispatcher or NoDispatcher(),
         shelf=shelf,
         switchboard=switchboard,
         metrics=metrics,

@@ -16,7 +16,7 @@ from api.metrics import Metrics
 from api.middleware import Ending
 from api.switchboard import Switchboard
 from artifacts.store import Store
-from bell import Bell
+from dispatch import Dispatcher
 from inference.shelf import Shelf
 from models.project import Principal
 from models.session import Database
@@ -30,7 +30,7 @@ class Services:
     settings: Settings
     database: Database
     store: Store
-    bell: Bell
+    dispatcher: Dispatcher
     shelf: Shelf
     switchboard: Switchboard
     metrics: Metrics

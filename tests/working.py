@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from waiting import until
 
 from artifacts.images import ImageLimits
+from clock import Clock
 from errors import DiskFull, EspalierError, Unavailable
 from models import job as jobs
 from models.base import now
@@ -27,8 +28,8 @@ from models.registry import RegistryRevision
 from models.session import Database
 from worker.child.weights import Source
 from worker.handlers.train import TrainingPlace
-from worker.lease import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
-from worker.loop import Loop
+from worker.lease import Bench, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.local_worker import LocalWorker
 from worker.sweeper import Sweeper
 
 QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=300.0)
@@ -120,7 +121,7 @@ class StartLoop(Protocol):
         queue: Queue = Queue.CPU,
         timings: Timings = QUICK,
         worker: str = "here",
-    ) -> Loop: ...
+    ) -> LocalWorker: ...
 
 
 @contextmanager

@@ -60,8 +60,8 @@ def start_comparison(
         shown = _comparison_out(session, comparison)
         location = response.headers["Location"] = f"/api/v1/comparisons/{shown.id}"
         once.keep(session, shown, location)
-    for job in due:
-        given.bell.ring(job.queue, job.id)
+    if due:
+        given.dispatcher.request()
     return shown
 
 
@@ -94,7 +94,7 @@ def cancel_comparison(given: ServicesDep, principal: PrincipalDep, comparison_id
         due = comparisons.request_cancel(session, comparison.id)
         shown = _comparison_out(session, comparison)
     if due is not None:
-        given.bell.ring(due.queue, due.id)
+        given.dispatcher.request()
     return shown
 
 

@@ -135,7 +135,7 @@ def _record(
             if not given.store.has(archive):
                 raise Unavailable("The archive was removed just when it had arrived. Send it again.")
             version = datasets.add_version(session, dataset, archive)
-            job = jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
+            jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
             created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
             location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
             once.keep(session, created, location)
@@ -144,7 +144,7 @@ def _record(
         if not is_of_use:
             with given.database.writing() as session:
                 collect(session, given.store, [archive])
-    given.bell.ring(Queue.INGEST, job.id)
+    given.dispatcher.request()
     return created
 
 
@@ -229,8 +229,8 @@ def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str)
                 datasets.withdraw(session, version_id)
         views.request_cancel(session, versions)
         datasets.delete_dataset(dataset)
-        job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)
-    given.bell.ring(Queue.INGEST, job.id)
+        jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)
+    given.dispatcher.request()
 
 
 def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:

@@ -57,11 +57,11 @@ def start_run(
         version = datasets.ready_version(session, dataset, wanted.version)
         recipe = filled(session, wanted.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
-        job = run_jobs.submit(session, run)
+        run_jobs.submit(session, run)
         shown = _run_out(session, given, run)
         location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
         once.keep(session, shown, location)
-    given.bell.ring(job.queue, job.id)
+    given.dispatcher.request()
     return shown
 
 
@@ -93,7 +93,7 @@ def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunO
             due = comparisons.note_end(session, run_id)
         shown = _run_out(session, given, run)
     if due is not None:
-        given.bell.ring(due.queue, due.id)
+        given.dispatcher.request()
     return shown
 
 
@@ -105,11 +105,11 @@ def retry_run(response: Response, given: ServicesDep, principal: PrincipalDep, r
         return earlier
     with given.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
-        job = run_jobs.retry(session, run)
+        run_jobs.retry(session, run)
         comparisons.note_retry(session, run_id)
         shown = _run_out(session, given, run)
         once.keep(session, shown, None)
-    given.bell.ring(job.queue, job.id)
+    given.dispatcher.request()
     return shown
 
 

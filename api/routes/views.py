@@ -143,7 +143,7 @@ def _view(given: Services, run: Run, kind: ViewKind, key: str = "") -> View:
     with given.database.writing() as session:
         view, job = views.ask(session, run, kind, key)
     if job is not None:
-        given.bell.ring(job.queue, job.id)
+        given.dispatcher.request()
     return view
 
 

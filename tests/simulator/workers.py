@@ -17,7 +17,7 @@ from worker.handlers.compare import Compare
 from worker.handlers.tracking import Publish, TrackingPlace
 from worker.handlers.train import Train, TrainingPlace
 from worker.lease import Timings, Work
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 from worker.sweeper import Sweeper
 
 # In the proportions of `settings`, with fewer looks to the length of a lease: each is a transaction.
@@ -118,7 +118,7 @@ class SimulatedWorker:
         self._crew.world.baton.kill(self.machine.power)
 
 
-class WatchedLoop(Loop):
+class WatchedLoop(LocalWorker):
     """A loop of which the world knows under which lease it works."""
 
     def __init__(self, world: World, *given: Any) -> None:

@@ -15,7 +15,7 @@ from models import job as jobs
 from models.job import JobKind, Queue
 from models.session import Database
 from worker.lease import Handler, Timings
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def outage(database: Database) -> Iterator[Outage]:
 @pytest.fixture
 def start_loop() -> Iterator[StartLoop]:
     """Start loops that are drained at the end of the test."""
-    loops: list[Loop] = []
+    loops: list[LocalWorker] = []
 
     def start(
         database: Database,
@@ -55,8 +55,8 @@ def start_loop() -> Iterator[StartLoop]:
         queue: Queue = Queue.CPU,
         timings: Timings = QUICK,
         worker: str = "here",
-    ) -> Loop:
-        loop = Loop(database, queue, {kind: handler}, worker, timings)
+    ) -> LocalWorker:
+        loop = LocalWorker(database, queue, {kind: handler}, worker, timings)
         loops.append(loop)
         loop.start()
         return loop

