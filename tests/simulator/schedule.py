@@ -1,6 +1,6 @@
 """One schedule from its seed to its end: first things go wrong, then nothing does any more.
 
-Whatever is still owed then must get done, bells or not, and in a time that follows from the lengths of leases.
+Whatever is still owed then must get done, and in a time that follows from the lengths of leases.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from settings import Settings
-from simulator.clients import Api, Broker, Person
+from simulator.broker import SimulatedBroker
+from simulator.clients import Api, Person
 from simulator.databases import Ground, Memory
 from simulator.faults import Fault
 from simulator.invariants import Broken, RunRow
@@ -79,8 +80,9 @@ class _Schedule:
     def __init__(self, world: World, settings: Settings) -> None:
         self._world = world
         self._luck = world.luck
-        self._crew = Crew(world)
-        self._api = Api(world, Broker(world, self._crew), settings)
+        self._broker = SimulatedBroker(world)
+        self._crew = Crew(world, self._broker)
+        self._api = Api(world, self._broker, settings)
         self._people = [
             Person(world, self._api, number) for number in range(1, self._luck.one_of([1, 1, 1, 1, 2, 3]) + 1)
         ]
@@ -94,7 +96,7 @@ class _Schedule:
         if not self._is_over():
             self._world.say("from here on nothing goes wrong")
         self._luck.end()
-        self._world.away_until = self._world.full_until = 0.0
+        self._world.away_until = self._world.full_until = self._broker.away_until = 0.0
         calm_since = self._world.baton.now
         while not self._is_over():
             if self._world.baton.now - calm_since > _PATIENCE_S:
@@ -113,6 +115,12 @@ class _Schedule:
             if luck.strikes(Fault.OUTAGE):
                 world.away_until = world.baton.now + luck.seconds(1.0, 60.0)
                 world.say("the database is away")
+            if luck.strikes(Fault.BROKER_AWAY):
+                self._broker.away_until = world.baton.now + luck.seconds(1.0, 180.0)
+                world.say("the broker is away")
+            if luck.strikes(Fault.BROKER_EMPTIED):
+                self._broker.lose_all()
+                world.say("the broker lost its messages")
             if luck.strikes(Fault.DATABASE_FULL):
                 world.full_until = world.baton.now + luck.seconds(1.0, 100.0)
                 world.say("the database has no room")

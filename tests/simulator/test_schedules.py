@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+import models.worker
 from api.idempotency import Once
 from models import comparison as comparisons
 from models import job as jobs
@@ -114,8 +115,13 @@ def take_over_in_the_same_epoch(session: Session, sighting: Sighting) -> Job | N
     return _epoch_less_one(session, TAKE_OVER(session, sighting))
 
 
-def claim_in_the_same_epoch(session: Session, queues: list[Queue], owner: str) -> Job | None:
-    return _epoch_less_one(session, CLAIM(session, queues, owner))
+def claim_in_the_same_epoch(session: Session, job_id: str, queues: list[Queue], owner: str) -> Job | None:
+    return _epoch_less_one(session, CLAIM(session, job_id, queues, owner))
+
+
+def claim_whatever_its_state(session: Session, job_id: str, queues: list[Queue], owner: str) -> Job | None:
+    session.execute(update(Job).where(Job.id == job_id).values(state=JobState.QUEUED))
+    return CLAIM(session, job_id, queues, owner)
 
 
 def run_of_whatever_became_of_it(session: Session, job: Job) -> Run | None:
@@ -201,7 +207,11 @@ BROKEN = {
     "no folds for MLflow": Broken(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
     "told twice": Broken(train._Conversation, "_change", change_once_more, "UNIQUE constraint failed: fold", 400),
     "nobody sweeps": Broken(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
-    "only bells wake": Broken(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
+    "nobody makes up for lost messages": Broken(
+        workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever|not over"
+    ),
+    "a message is an order": Broken(jobs, "claim", claim_whatever_its_state, "running → |succeeded → |cancelled → "),
+    "jobs are sent to nobody": Broken(models.worker, "count_free", lambda session, live_s: {}, "for ever|not over"),
     "a comparison stays closed": Broken(comparisons, "note_retry", lambda *asked: None, "is not in its table", 160),
     "a request is done twice": Broken(Once, "earlier", lambda self, *asked: None, "UNIQUE constraint failed: answer"),
 }
