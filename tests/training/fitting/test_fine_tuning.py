@@ -308,7 +308,7 @@ def test_every_backbone_is_fine_tuned_from_its_last_block(name: BackboneName) ->
 @pytest.mark.slow
 def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> None:
     trial = Trial(recipe())
-    broken = FineTuningInputs(np.full_like(trial.maps().rows, np.nan, dtype=np.float32), are_maps=True)
+    broken = FineTuningInputs(np.full_like(trial.maps().array, np.nan, dtype=np.float32), are_maps=True)
     frozen = learners.Frozen(trial.recipe, trial.task, 3, trial.features, trial.truth)
     learner = learners.Tuning(trial.recipe, trial.task, frozen, trial.weights, broken, trial.truth)
     plan = replace(learner.plan, head=2)

@@ -20,7 +20,7 @@ from artifacts.images import decode
 from artifacts.manifest import Row
 from inference import heads
 from inference.engine import OpenVinoEngine
-from inference.layer_maps import Insight
+from inference.layer_maps import LayerReader
 from recipes.defaults import ClassCount, fill
 from recipes.layers import Layer, NetworkRecipe
 from recipes.recipe import Recipe, Task
@@ -251,7 +251,7 @@ def test_what_each_layer_sees_is_what_keras_computes(tmp_path: Path) -> None:
     path.write_bytes(
         export(scratch_networks.build_feature_network(network, (24, 20), backbones.dump_weights(body)), threads=2).onnx
     )
-    insight = Insight(path, 2)
+    insight = LayerReader(path, 2)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
     seen = {layer.name: insight.maps(pixels, layer.name) for layer in insight.layers}
     assert {"pooling_1", "pooling_2", "pooling_3", "right", "add_1", "concatenate_1"} <= set(seen)
