@@ -26,7 +26,7 @@ from training.fitting.checkpoint import Checkpoint
 from training.fitting.fold_outcome import FoldOutcome, FoldResult
 from training.fitting.learners import Plan
 from training.fitting.training_loop import Epoch
-from training.networks.network_files import BackboneKey, Place
+from training.networks.network_files import BackboneKey, Workspace
 from training.setup import Order
 
 QUICK: dict[str, Any] = {
@@ -75,10 +75,10 @@ class Known:
     def set_pick(self, facts: dict[str, Any]) -> None:
         self.pick = json.loads(json.dumps(facts))
 
-    def find_choice(self) -> dict[str, Any] | None:
+    def find_precision_decision(self) -> dict[str, Any] | None:
         return self.choice
 
-    def set_choice(self, facts: dict[str, Any]) -> None:
+    def set_precision_decision(self, facts: dict[str, Any]) -> None:
         self.choice = json.loads(json.dumps(facts))
 
 
@@ -177,7 +177,7 @@ class Bench:
     def __init__(self, folder: Path, exports: Exports, is_new: bool = False) -> None:
         self._exports = exports
         self.store = Store(folder / "store")
-        self.place = Place(
+        self.place = Workspace(
             store=self.store,
             features=folder / "features",
             pixels=folder / "pixels",
@@ -197,7 +197,7 @@ class Bench:
         if name not in self.weights:
             file = self._exports.weights(name)
             self.weights[name] = digest = digest_at(file)
-            place = self.store.place(digest)
+            place = self.store.path_for(digest)
             place.parent.mkdir(exist_ok=True)
             place.hardlink_to(file)
         return self.weights[name]

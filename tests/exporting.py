@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes.catalogue import CATALOGUE, BackboneName
 from training.networks import backbones
-from training.networks.export import Exported, export
+from training.networks.export import ExportedNetwork, export
 
 
 class Exports:
@@ -19,17 +19,17 @@ class Exports:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def get(self, name: BackboneName, cut: str) -> Exported:
+    def get(self, name: BackboneName, cut: str) -> ExportedNetwork:
         """Return a network up to a cut; it is exported if nobody has done so."""
         onnx, facts = (self._folder / f"{name.value}-{cut}.{kind}" for kind in ("onnx", "json"))
         with self._locked(f"{name.value}-{cut}"):
             if not facts.exists():
                 weights = self.weights(name).read_bytes()
-                model = backbones.backbone(name, cut, CATALOGUE[name].minimum_size, weights)
+                model = backbones.build_backbone(name, cut, CATALOGUE[name].minimum_size, weights)
                 exported = export(model, threads=2)
                 onnx.write_bytes(exported.onnx)
                 facts.write_text(json.dumps(exported.facts()))
-        return Exported(onnx=onnx.read_bytes(), **json.loads(facts.read_text()))
+        return ExportedNetwork(onnx=onnx.read_bytes(), **json.loads(facts.read_text()))
 
     def weights(self, name: BackboneName) -> Path:
         """Return the file of random weights of a network."""

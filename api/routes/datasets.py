@@ -36,7 +36,7 @@ from models import job as jobs
 from models import run as runs
 from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
-from models.file_references import collect, lock_files
+from models.file_references import lock_files, try_delete_unreferenced
 from models.job import JobKind, Queue
 from models.project import scope
 
@@ -143,7 +143,7 @@ def _record(
     finally:
         if not is_of_use:
             with given.database.writing() as session:
-                collect(session, given.store, [archive])
+                try_delete_unreferenced(session, given.store, [archive])
     given.bell.ring(Queue.INGEST, job.id)
     return created
 
@@ -226,7 +226,7 @@ def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str)
             )
         for version_id in versions:
             if jobs.request_cancel(session, version_id, JobKind.INGEST):
-                datasets.withdraw(session, version_id)
+                datasets.cancel_ingest(session, version_id)
         views.request_cancel(session, versions)
         datasets.delete_dataset(dataset)
         job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)

@@ -25,9 +25,9 @@ from api.schemas import ExplanationOut, NeighbourOut, Number, PredictionsOut, Pr
 from artifacts.images import Pixels
 from artifacts.store import Digest
 from errors import DeadlineExceeded, Overloaded, RequestInvalid, Unavailable
-from inference.batcher import Computed
+from inference.batcher import BackboneOutput
 from inference.explain import Explanation
-from inference.predictor import Explained, Prediction, Predictor, Timings
+from inference.predictor import ExplanationImage, Prediction, Predictor, Timings
 from inference.shelf import Shelf
 from models.registry import CHAMPION
 from recipes.recipe import NAME_PATTERN
@@ -130,7 +130,7 @@ class Answer:
     """What a request is answered."""
 
     predictions: list[Prediction]
-    explained: list[Explained] | None
+    explained: list[ExplanationImage] | None
     timings: Timings
 
 
@@ -191,7 +191,7 @@ class Desk:
             try:
                 computed = await in_time(asyncio.wrap_future(asked), until, deadline_s)
             finally:
-                asked.leave()  # does nothing to one that has ended
+                asked.abandon()  # does nothing to one that has ended
             computed_at = time.perf_counter()
             predictions = predictor.answer(computed.features)
             head_ms = 1000 * (time.perf_counter() - computed_at)
@@ -223,8 +223,13 @@ class Desk:
                 one.add_done_callback(_seen)
 
     async def _explain(
-        self, predictor: Predictor, wanted: Wanted, pixels: Pixels, computed: Computed, predictions: list[Prediction]
-    ) -> list[Explained]:
+        self,
+        predictor: Predictor,
+        wanted: Wanted,
+        pixels: Pixels,
+        computed: BackboneOutput,
+        predictions: list[Prediction],
+    ) -> list[ExplanationImage]:
         given = (wanted.kind, wanted.label, pixels, computed, predictions, self._settings.image_limits)
         return await asyncio.get_running_loop().run_in_executor(self._explainers, predictor.explain, *given)
 
@@ -353,7 +358,7 @@ async def predict(
     )
 
 
-def _explanation(explained: Explained) -> ExplanationOut:
+def _explanation(explained: ExplanationImage) -> ExplanationOut:
     found = explained.neighbours
     return ExplanationOut(
         label=explained.label,

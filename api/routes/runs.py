@@ -57,7 +57,7 @@ def start_run(
         version = datasets.ready_version(session, dataset, wanted.version)
         recipe = filled(session, wanted.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
-        job = run_jobs.submit(session, run)
+        job = run_jobs.queue_training(session, run)
         shown = _run_out(session, given, run)
         location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
         once.keep(session, shown, location)
@@ -90,7 +90,7 @@ def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunO
         run = runs.get_run(session, principal, run_id)
         due = None
         if run_jobs.request_cancel(session, run_id):
-            due = comparisons.note_end(session, run_id)
+            due = comparisons.on_run_ended(session, run_id)
         shown = _run_out(session, given, run)
     if due is not None:
         given.bell.ring(due.queue, due.id)
@@ -106,7 +106,7 @@ def retry_run(response: Response, given: ServicesDep, principal: PrincipalDep, r
     with given.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         job = run_jobs.retry(session, run)
-        comparisons.note_retry(session, run_id)
+        comparisons.on_run_retried(session, run_id)
         shown = _run_out(session, given, run)
         once.keep(session, shown, None)
     given.bell.ring(job.queue, job.id)
@@ -167,7 +167,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
     if recipe.backbone is None or recipe.weights is None:  # `fill` refuses what must not be null
         return
     if recipe.backbone is BackboneChoice.AUTO:
-        if not registry.weights_named(session, recipe.weights):
+        if not registry.find_weights_by_name(session, recipe.weights):
             raise RecipeInvalid(
                 "weights",
                 f"Expected weights that are here for one backbone at least, to choose among. Received "
