@@ -27,7 +27,7 @@ from api.version_resolver import VersionResolver
 from artifacts.bucket_store import open_store
 from bell import Bell, CeleryBell, EagerBell
 from errors import EngineMissing, StoreRefused
-from inference.engine_choice import loader
+from inference.engine_choice import choose_engine_loader
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
@@ -49,7 +49,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     """
     database = Database(settings.database)
     store = open_store(settings.store)
-    shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, loader(settings.engine))
+    shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, choose_engine_loader(settings.engine))
     metrics, shutdown = Metrics(shared_folder()), ShutdownState()
     metrics.watch(shelf.loaded)
     version_resolver = VersionResolver(database, shelf)
@@ -161,7 +161,7 @@ def main() -> None:
             make_server().run()
         else:
             open_store(settings.store)  # so that what would end each of them is told once, and at once
-            loader(settings.engine)
+            choose_engine_loader(settings.engine)
             processes.run(settings, make_server)
     except (StoreRefused, EngineMissing) as error:
         sys.exit(error.detail)

@@ -66,11 +66,11 @@ class IdempotentRequest:
         """Keep what is answered, if the request has a key."""
         if self._key is not None:
             body = shown.model_dump(mode="json")
-            idempotency.keep_answer(session, self._principal, self._key, self._fingerprint, location, body)
+            idempotency.save_answer(session, self._principal, self._key, self._fingerprint, location, body)
 
     def is_known(self, session: Session) -> bool:
         """Say whether a request with this key was answered before; whether it was this one, `earlier` tells."""
-        return self._key is not None and idempotency.is_known(session, self._principal, self._key)
+        return self._key is not None and idempotency.has_answer(session, self._principal, self._key)
 
 
 def idempotent_request(

@@ -19,7 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from inference.batcher import Batcher
-from inference.shelf import Loaded
+from inference.shelf import LoadedBackbone
 from models.job import JobState, Queue
 
 # Names the folder; the library's own variable.
@@ -73,11 +73,11 @@ class Metrics:
         ).set(1)
         self._models: set[str] = set()
         self._engines = _Engines(self._registry, is_shared=folder is not None)
-        self._loaded: Callable[[], Sequence[Loaded]] = tuple
+        self._loaded: Callable[[], Sequence[LoadedBackbone]] = tuple
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, loaded: Callable[[], Sequence[Loaded]]) -> None:
+    def watch(self, loaded: Callable[[], Sequence[LoadedBackbone]]) -> None:
         """Tell of the backbones that `loaded` returns from now on."""
         self._loaded = loaded
 
@@ -184,7 +184,7 @@ class _Engines:
             multiprocess_mode="livemax",
         )
 
-    def refresh(self, loaded: Sequence[Loaded]) -> None:
+    def refresh(self, loaded: Sequence[LoadedBackbone]) -> None:
         """Count what was done since the last look, and tell what there is."""
         with self._lock:
             there = {one.batcher for one in loaded}

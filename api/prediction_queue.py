@@ -19,9 +19,9 @@ import numpy as np
 from artifacts.images import Pixels
 from artifacts.store import Digest
 from errors import DeadlineExceeded, Overloaded, Unavailable
-from inference.batcher import Computed
+from inference.batcher import BackboneOutput
 from inference.explain import Explanation
-from inference.predictor import Explained, Prediction, Predictor, Timings
+from inference.predictor import ExplanationImage, Prediction, Predictor, Timings
 from inference.shelf import Shelf
 from settings import Settings
 
@@ -102,7 +102,7 @@ class PredictionResult:
     """One prediction for each image, one explanation for each if asked for, and where the time went."""
 
     predictions: list[Prediction]
-    explanations: list[Explained] | None
+    explanations: list[ExplanationImage] | None
     timings: Timings
 
 
@@ -183,7 +183,7 @@ class PredictionQueue:
             try:
                 computed = await within_deadline(asyncio.wrap_future(pending), until, deadline_s)
             finally:
-                pending.leave()  # has no effect on one that has ended
+                pending.abandon()  # has no effect on one that has ended
             computed_at = time.perf_counter()
             predictions = predictor.answer(computed.features)
             head_ms = 1000 * (time.perf_counter() - computed_at)
@@ -219,9 +219,9 @@ class PredictionQueue:
         predictor: Predictor,
         explanation: ExplanationRequest,
         pixels: Pixels,
-        computed: Computed,
+        computed: BackboneOutput,
         predictions: list[Prediction],
-    ) -> list[Explained]:
+    ) -> list[ExplanationImage]:
         arguments = (
             explanation.kind,
             explanation.label,

@@ -135,7 +135,7 @@ class Service:
         """Train a run; return the seconds of its folds."""
         with self.database.writing() as session:
             run = runs.create_run(session, Principal(), self.version_id, "bench", recipe)
-            run_jobs.submit(session, run)
+            run_jobs.queue_training(session, run)
         for loop in self._loops:
             loop.ring()
         while True:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import Float32
-from artifacts.neighbours import Directions, keep
+from artifacts.neighbours import FeatureNormaliser, build_index
 from artifacts.store import Digest
 from recipes.recipe import Precision
 from training import delivery
@@ -246,8 +246,8 @@ class Experiment:
             assert pixels is not None
             features = delivery.features(served.engine, pixels, rows, self._report.images)
         scaler = Scaler.of(features, np.arange(len(features)))
-        directions = Directions(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
-        return keep([self._data.rows[row] for row in rows], features, directions).dump()
+        directions = FeatureNormaliser(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
+        return build_index([self._data.rows[row] for row in rows], features, directions).dump()
 
     def _as_served(self, outcome: FoldOutcome, precision: Precision) -> FoldResult:
         """Return what a fold measured, in the precision that is served."""

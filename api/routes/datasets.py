@@ -36,7 +36,7 @@ from models import job as jobs
 from models import run as runs
 from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
-from models.file_references import collect, lock_files
+from models.file_references import lock_files, try_delete_unreferenced
 from models.job import JobKind, Queue
 from models.project import scope
 
@@ -147,7 +147,7 @@ def _record(
     finally:
         if not is_of_use:
             with services.database.writing() as session:
-                collect(session, services.store, [archive])
+                try_delete_unreferenced(session, services.store, [archive])
     services.bell.ring(Queue.INGEST, job.id)
     return created
 
@@ -230,7 +230,7 @@ def delete_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: s
             )
         for version_id in versions:
             if jobs.request_cancel(session, version_id, JobKind.INGEST):
-                datasets.withdraw(session, version_id)
+                datasets.cancel_ingest(session, version_id)
         views.request_cancel(session, versions)
         datasets.delete_dataset(dataset)
         job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)

@@ -18,7 +18,7 @@ from api.prediction_queue import ExplanationRequest, retrieve_exception, within_
 from api.schemas import ExplanationOut, NeighbourOut, Number, PredictionsOut, PredictRequest, TimingsOut
 from errors import RequestInvalid
 from inference.explain import Explanation
-from inference.predictor import Explained
+from inference.predictor import ExplanationImage
 from models.registry import CHAMPION
 from recipes.recipe import NAME_PATTERN
 
@@ -135,7 +135,7 @@ async def predict(
     )
 
 
-def _explanation_out(explained: Explained) -> ExplanationOut:
+def _explanation_out(explained: ExplanationImage) -> ExplanationOut:
     found = explained.neighbours
     return ExplanationOut(
         label=explained.label,

@@ -57,7 +57,7 @@ def start_run(
         version = datasets.ready_version(session, dataset, wanted.version)
         recipe = filled(session, wanted.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
-        job = run_jobs.submit(session, run)
+        job = run_jobs.queue_training(session, run)
         shown = _run_out(session, services, run)
         location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
         idempotency.keep_answer(session, shown, location)
@@ -90,7 +90,7 @@ def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> R
         run = runs.get_run(session, principal, run_id)
         due = None
         if run_jobs.request_cancel(session, run_id):
-            due = comparisons.note_end(session, run_id)
+            due = comparisons.on_run_ended(session, run_id)
         shown = _run_out(session, services, run)
     if due is not None:
         services.bell.ring(due.queue, due.id)
@@ -108,7 +108,7 @@ def retry_run(
     with services.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         job = run_jobs.retry(session, run)
-        comparisons.note_retry(session, run_id)
+        comparisons.on_run_retried(session, run_id)
         shown = _run_out(session, services, run)
         idempotency.keep_answer(session, shown, None)
     services.bell.ring(job.queue, job.id)
@@ -169,7 +169,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
     if recipe.backbone is None or recipe.weights is None:  # `fill` refuses what must not be null
         return
     if recipe.backbone is BackboneChoice.AUTO:
-        if not registry.weights_named(session, recipe.weights):
+        if not registry.find_weights_by_name(session, recipe.weights):
             raise RecipeInvalid(
                 "weights",
                 f"Expected weights that are here for one backbone at least, to choose among. Received "

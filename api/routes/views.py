@@ -110,7 +110,7 @@ def _image(session: Session, run: Run, image: str | None) -> Digest:
     """Return an image of the run's data set version. Raises RequestInvalid, NotFound, or NotReady if it is deleted."""
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     if session.get_one(Dataset, version.dataset_id).deleted_at is not None:
-        raise NotReady(views.DELETED)
+        raise NotReady(views.DATASET_DELETED)
     listing = f"GET /api/v1/datasets/{version.dataset_id}/images?version={version.number} lists"
     if image is None:
         raise RequestInvalid(f"image: Expected one of the images that {listing}. Received none.", field="image")
@@ -134,14 +134,14 @@ def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
         view = views.find_view(session, run.id, kind, key)
     if view is not None and view.state is ViewState.FAILED:
         with services.database.writing() as session:
-            error = views.tell_failure(session, view.id)
+            error = views.pop_failure(session, view.id)
         if error is not None:
             raise _failure(error)
         view = None
     if view is not None:
         return view
     with services.database.writing() as session:
-        view, job = views.ask(session, run, kind, key)
+        view, job = views.request_view(session, run, kind, key)
     if job is not None:
         services.bell.ring(job.queue, job.id)
     return view

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from exporting import Exports
 
-from inference.layer_maps import Insight
+from inference.layer_maps import LayerReader
 from recipes.catalogue import CATALOGUE, BackboneName
 from training.networks import backbones, quantisation
 
@@ -30,7 +30,7 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
 ) -> None:
     path = tmp_path / "network.onnx"
     path.write_bytes(exports.get(name, cut).onnx)
-    insight = Insight(path, 2)
+    insight = LayerReader(path, 2)
     size = CATALOGUE[name].minimum_size
     full = backbones.network(name, size)
     backbones.load_weights(full, backbones.random_weights(name))
@@ -54,9 +54,9 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
 def test_a_quantised_network_has_the_same_layers(exports: Exports, tmp_path: Path) -> None:
     plain, path = exports.get(*QUICK).onnx, tmp_path / "network.onnx"
     path.write_bytes(plain)
-    before = Insight(path, 2)
+    before = LayerReader(path, 2)
     path.write_bytes(quantisation.quantise(plain, images(32, 20), lambda done, total: None).onnx)
-    after = Insight(path, 2)
+    after = LayerReader(path, 2)
     assert after.layers == before.layers
     for layer in before.layers:
         exact, rounded = (insight.maps(images(32)[0], layer.name) for insight in (before, after))

@@ -46,7 +46,7 @@ class Decoder:
             while batches or ahead:
                 while batches and len(ahead) < _BATCHES_AHEAD:
                     names = batches.popleft()
-                    brought = bringing.submit(self.store.bring, names)
+                    brought = bringing.submit(self.store.prefetch, names)
                     ahead.append((names, [pool.submit(self._decode, name, brought) for name in names]))
                 names, futures = ahead.popleft()
                 yield names, np.stack([future.result() for future in futures])

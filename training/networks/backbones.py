@@ -121,7 +121,7 @@ def _keras3_arrays(model: Any, content: Any) -> list[Any]:
     arrays = []
     root = _inside(content, "layers") if _has(content, "layers") else content
     for layer in model.layers:
-        kind = _snake_case(type(layer).__name__)
+        kind = snake_case(type(layer).__name__)
         number = counts[kind] = counts.get(kind, -1) + 1
         key = kind if number == 0 else f"{kind}_{number}"
         for index in range(len(layer.weights)):
@@ -139,7 +139,7 @@ def _keras3_arrays(model: Any, content: Any) -> list[Any]:
     return arrays
 
 
-def _snake_case(name: str) -> str:
+def snake_case(name: str) -> str:
     """Return a class name as Keras writes it in a file: `conv2d` for `Conv2D`, `batch_normalization`."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

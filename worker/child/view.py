@@ -41,23 +41,23 @@ def look(order: Mapping[str, Any], channel: Channel) -> None:
 
 def _layers(order: Mapping[str, Any], store: Store, bundle: Bundle) -> bytes:
     """Return the layers that can be looked at, as JSON."""
-    from inference.layer_maps import Insight
+    from inference.layer_maps import LayerReader
 
-    insight = Insight(store.verified_path(bundle.backbone), order["threads"])
+    insight = LayerReader(store.verified_path(bundle.backbone), order["threads"])
     return json.dumps([asdict(layer) for layer in insight.layers]).encode()
 
 
 def _activations(order: Mapping[str, Any], store: Store, bundle: Bundle) -> bytes:
     """Return the picture of what a layer makes of an image, as PNG."""
     from inference import explain
-    from inference.layer_maps import CHANNELS, Insight
+    from inference.layer_maps import CHANNELS, LayerReader
 
     image = Digest(order["image"])
     try:
         pixels = images.decode(store.read(image), bundle.size, bundle.resize, _limits(order))
     except ImageRefused as error:
         raise Corrupt(f"Image {image} was accepted but cannot be decoded any more: {error.detail}") from error
-    insight = Insight(store.verified_path(bundle.backbone), order["threads"])
+    insight = LayerReader(store.verified_path(bundle.backbone), order["threads"])
     return explain.grid(insight.maps(pixels, order["layer"]), CHANNELS)
 
 

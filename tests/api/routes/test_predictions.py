@@ -30,7 +30,7 @@ from artifacts.features import Features
 from artifacts.images import ImageLimits, Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.neighbours import Directions, keep
+from artifacts.neighbours import FeatureNormaliser, build_index
 from errors import Overloaded
 from inference import heads
 from inference.engine import Engine, FlatEngine
@@ -187,7 +187,7 @@ def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, lo
 def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
     client: TestClient, loads: Loads, services: Services
 ) -> None:
-    backbone = services.store.place(next(iter(loads.held)))  # type: ignore[arg-type]
+    backbone = services.store.path_for(next(iter(loads.held)))  # type: ignore[arg-type]
     kept = backbone.read_bytes()
     backbone.write_bytes(b"something else")
     answer = client.post(COLD, content=PNG)
@@ -415,8 +415,8 @@ def test_the_training_images_that_look_most_alike_are_shown_and_named(
     ]
     pixels = np.stack([images.decode(file, SIZE, Resize.SQUASH, ImageLimits()) for file in shown])
     features = FlatEngine().features(pixels)
-    directions = Directions(features.mean(axis=0), np.ones(48, np.float32))
-    kept = services.store.put(keep(rows, features, directions).dump())
+    directions = FeatureNormaliser(features.mean(axis=0), np.ones(48, np.float32))
+    kept = services.store.put(build_index(rows, features, directions).dump())
     bundle = replace(flat_bundle(services.store.put(b"a flat network")), neighbours=kept)
     add_model(services, "colours", bundle)
     serve(client, settings, loads)

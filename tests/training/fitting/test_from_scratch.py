@@ -20,7 +20,7 @@ from artifacts.images import decode
 from artifacts.manifest import Row
 from inference import heads
 from inference.engine import OpenVinoEngine
-from inference.layer_maps import Insight
+from inference.layer_maps import LayerReader
 from recipes.defaults import ClassCount, fill
 from recipes.layers import Layer, NetworkRecipe
 from recipes.recipe import Recipe, Task
@@ -249,7 +249,7 @@ def test_what_each_layer_sees_is_what_keras_computes(tmp_path: Path) -> None:
         layer.set_weights([np.random.default_rng(2).uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
     path = tmp_path / "network.onnx"
     path.write_bytes(export(from_scratch.network(network, (24, 20), backbones.dump_weights(body)), threads=2).onnx)
-    insight = Insight(path, 2)
+    insight = LayerReader(path, 2)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
     seen = {layer.name: insight.maps(pixels, layer.name) for layer in insight.layers}
     assert {"pooling_1", "pooling_2", "pooling_3", "right", "add_1", "concatenate_1"} <= set(seen)
