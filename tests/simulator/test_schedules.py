@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.idempotency import Once
+from api.idempotency import IdempotentRequest
 from models import comparison as comparisons
 from models import job as jobs
 from models import run as runs
@@ -207,7 +207,9 @@ BROKEN = {
     "nobody sweeps": Broken(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
     "only bells wake": Broken(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
     "a comparison stays closed": Broken(comparisons, "on_run_retried", lambda *asked: None, "is not in its table", 160),
-    "a request is done twice": Broken(Once, "earlier", lambda self, *asked: None, "UNIQUE constraint failed: answer"),
+    "a request is done twice": Broken(
+        IdempotentRequest, "find_answer", lambda self, *asked: None, "UNIQUE constraint failed: answer"
+    ),
 }
 
 
