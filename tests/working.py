@@ -130,7 +130,7 @@ def claimed_work(
 ) -> Iterator[Work]:
     """Claim the next job and hold it while a block runs, without a loop; the work itself may go `through` another."""
     with database.writing() as session:
-        job = jobs.claim(session, list(Queue), "here")
+        job = records.claim_next(session, list(Queue), "here")
     assert job is not None
     is_draining = (draining or threading.Event()).is_set
     bench = Bench()

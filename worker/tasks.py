@@ -18,6 +18,6 @@ def add_tasks(app: Celery, run: Callable[[str], Outcome]) -> None:
     """
     for kind in JobKind:
 
-        @app.task(name=task_name(kind.value), throws=(JobFailed,))  # type: ignore[untyped-decorator]
+        @app.task(name=task_name(kind.value), throws=(JobFailed,), shared=False)  # type: ignore[untyped-decorator]
         def do(job_id: str) -> str:
             return run(job_id).value

@@ -137,7 +137,7 @@ class Lives(RuleBasedStateMachine):
         recipe = Recipe(task=TaskChoice.BINARY, mode=mode, folds=Folds(k=k))
         with self.database.writing() as session:
             run = runs.create_run(session, records.PRINCIPAL, self.version_id, "flowers", recipe)
-            run_jobs.submit(session, run)
+            run_jobs.queue_training(session, run)
         self.laws.judge(Writer("order"))
         self.lives.append(Life(run.id, k, is_fanned_out))
         self._owe(self.lives[-1], JobKind.TRAIN)
@@ -201,7 +201,7 @@ class Lives(RuleBasedStateMachine):
             if part.job is None and part.due_at <= self.now_s
         ]
         with self.database.writing() as session:
-            job = jobs.claim(session, [Queue.CPU], "here")
+            job = records.claim_next(session, [Queue.CPU], "here")
         self.laws.judge(Writer("claim"))
         if job is None:
             assert not due

@@ -70,8 +70,8 @@ def order(store: Store) -> Order:
 def endless(store: Store, order: Order) -> dict[str, Any]:
     """An order that takes for ever and burns nothing: its archive is a pipe that nobody writes to."""
     digest = digest_of(b"endless")
-    store.place(digest).parent.mkdir()
-    os.mkfifo(store.place(digest))
+    store.path_for(digest).parent.mkdir()
+    os.mkfifo(store.path_for(digest))
     return order(digest)
 
 
@@ -167,7 +167,7 @@ def test_a_child_that_breaks_is_a_crash(work: Work, order: Order) -> None:
 
 def test_an_error_arrives_as_the_class_it_was(work: Work, order: Order, store: Store) -> None:
     corrupt = store.put(sample.zipped(sample.coloured(1)))
-    store.place(corrupt).write_bytes(b"flipped")
+    store.path_for(corrupt).write_bytes(b"flipped")
     wrong: list[tuple[bytes | Digest, type[EspalierError], str]] = [
         (digest_of(b"never stored"), NotFound, "No stored file has the digest"),
         (corrupt, Corrupt, "is not what its digest says"),

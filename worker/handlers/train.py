@@ -21,7 +21,7 @@ from models import job as jobs
 from models import registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
-from models.file_references import collect_later, lock_files
+from models.file_references import delete_unreferenced_after_commit, lock_files
 from models.job import Job, JobKind, Queue
 from models.outbox import owe
 from models.project import Principal
@@ -103,24 +103,24 @@ class Train(Handler):
                 stage = "waiting-for-store"
             case _:
                 stage = "queued"
-        run_jobs.interrupt(session, job, stage)
+        run_jobs.mark_interrupted(session, job, stage)
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
-        if run_jobs.fail(session, job, error.record()):
-            comparisons.note_end(session, job.subject_id)
+        if run_jobs.mark_failed(session, job, error.record()):
+            comparisons.on_run_ended(session, job.subject_id)
 
     def ease(self, session: Session, job: Job) -> bool:
         """Begin the run anew at half the batch, once."""
-        useless = run_jobs.start_over(session, job)
+        useless = run_jobs.restart_with_half_batch(session, job)
         if useless is None:
             return False
-        collect_later(session, self._store, useless)
+        delete_unreferenced_after_commit(session, self._store, useless)
         return True
 
     def cancelled(self, session: Session, job: Job) -> None:
-        if run_jobs.cancel(session, job):
-            comparisons.note_end(session, job.subject_id)
-            collect_later(session, self._store, run_jobs.drop_leftovers(session, job.subject_id))
+        if run_jobs.mark_cancelled(session, job):
+            comparisons.on_run_ended(session, job.subject_id)
+            delete_unreferenced_after_commit(session, self._store, run_jobs.drop_leftovers(session, job.subject_id))
 
     # --- before -----------------------------------------------------------------------------------------------------
 
@@ -130,14 +130,16 @@ class Train(Handler):
 
     def _begin(self, session: Session, job: Job) -> dict[str, Any] | None:
         """Note that a part is worked on; return the order for the child, or None if there is nothing to do."""
-        run = run_jobs.begin(session, job)
+        run = run_jobs.mark_started(session, job)
         if run is None:
             return None
-        comparisons.note_start(session, run.id)
+        comparisons.on_run_started(session, run.id)
         version = session.get_one(DatasetVersion, run.dataset_version_id)
         backbone, candidates = run.recipe["backbone"], {}
         if run.weights_sha256 is None and backbone == AUTO:
-            candidates = {row.network: row.sha256 for row in registry.weights_named(session, run.recipe["weights"])}
+            candidates = {
+                row.network: row.sha256 for row in registry.find_weights_by_name(session, run.recipe["weights"])
+            }
         elif run.weights_sha256 is None and backbone is not None:
             known = registry.find_weights(session, BackboneName(backbone), run.recipe["weights"])
             run.weights_sha256 = known.sha256 if known else None
@@ -176,7 +178,7 @@ class Train(Handler):
         """Write what a part leaves, in the transaction that closes its job."""
         match last["type"]:
             case "prepared":
-                run_jobs.fan_out(session, job)
+                run_jobs.queue_folds(session, job)
             case "fold":
                 self._end_fold(session, job, last)
             case "outcome":
@@ -185,26 +187,26 @@ class Train(Handler):
             self.cancelled(session, job)
 
     def _end_fold(self, session: Session, job: Job, last: Message) -> None:
-        if run_jobs.run_of(session, job) is None:
-            collect_later(session, self._store, [Digest(last["outcome"])])
+        if run_jobs.lock_active_run(session, job) is None:
+            delete_unreferenced_after_commit(session, self._store, [Digest(last["outcome"])])
             return
-        run_jobs.end_fold(session, job, _fold(job.subject_id, last))
+        run_jobs.finish_fold(session, job, _fold(job.subject_id, last))
         _end_of_fold(session, self._store, job.subject_id, last)
 
     def _end_run(self, session: Session, job: Job, last: Message) -> None:
         """Close the run with its model version."""
-        run = run_jobs.succeed(session, job, last["metrics"], last["training_s"])
+        run = run_jobs.mark_succeeded(session, job, last["metrics"], last["training_s"])
         made = [Digest(last["bundle"]), Digest(last["backbone"]), *(Digest(file["sha256"]) for file in last["files"])]
         if run is None:
-            collect_later(session, self._store, made)
+            delete_unreferenced_after_commit(session, self._store, made)
             return
         for file in last["files"]:
             _add_file(session, run.id, file)
         registry.add_model_version(
             session, Principal(run.project_id), run.name, run.id, Digest(last["bundle"]), Digest(last["backbone"])
         )
-        comparisons.note_end(session, run.id)
-        collect_later(session, self._store, run_jobs.drop_leftovers(session, run.id))
+        comparisons.on_run_ended(session, run.id)
+        delete_unreferenced_after_commit(session, self._store, run_jobs.drop_leftovers(session, run.id))
 
 
 # What is written as soon as it is heard: others go on from it, or look at it.
@@ -221,7 +223,7 @@ def _part(job: Job, run: Run) -> str:
         case JobKind.FINAL:
             return "final"
         case _:
-            return "prepare" if run_jobs.is_fanned_out(run) else "all"
+            return "prepare" if run_jobs.has_fold_jobs(run) else "all"
 
 
 class _Conversation:
@@ -305,7 +307,9 @@ class _Conversation:
                 self._checkpoints.append(message)
             case "extraction":
                 extraction = message["extraction"]
-                self._others.append(partial(runs.note_extraction, run_id=self._work.subject_id, extraction=extraction))
+                self._others.append(
+                    partial(runs.record_extraction, run_id=self._work.subject_id, extraction=extraction)
+                )
             case "file":
                 self._others.append(partial(_add_file, run_id=self._work.subject_id, file=message["file"]))
             case _:
@@ -340,7 +344,7 @@ class _Conversation:
         """
         job = session.get_one(Job, self._work.lease.job_id)
         before = job.progress or {"writes": 0, "said": None}
-        run = run_jobs.run_of(session, job)
+        run = run_jobs.lock_active_run(session, job)
         if run is None or before["writes"] == self._writes:
             return False
         for change in self._others:
@@ -393,7 +397,7 @@ def _answer(session: Session, run_id: str, store: Store, asked: Message) -> dict
             )
             digest = Digest(registry.add_backbone(session, backbone).sha256)
             if digest != asked["digest"]:  # another run was quicker
-                collect_later(session, store, [Digest(asked["digest"])])
+                delete_unreferenced_after_commit(session, store, [Digest(asked["digest"])])
             return {"digest": digest}
         case "find_quantised" | "add_quantised":
             return {"digest": _settle_quantised(session, run_id, store, asked)}
@@ -425,15 +429,15 @@ def _settle_quantised(session: Session, run_id: str, store: Store, asked: Messag
     if asked["type"] == "add_quantised":
         made = Digest(asked["digest"])
         if settled is None:
-            newest = registry.find_quantised(session, backbone, image_rule)
+            newest = registry.find_quantised_backbone(session, backbone, image_rule)
             is_anew = is_anew or (newest is not None and not store.has(Digest(newest.sha256)))
             made_on = asked["facts"] | {"dataset_version": run.dataset_version_id}
-            row = registry.add_quantised(session, backbone, image_rule, made, made_on, is_anew=is_anew)
+            row = registry.add_quantised_backbone(session, backbone, image_rule, made, made_on, is_anew=is_anew)
             settled = Digest(row.sha256)
         if settled != made:  # another run, or another part of this one, was quicker
-            collect_later(session, store, [made])
+            delete_unreferenced_after_commit(session, store, [made])
     elif settled is None and not is_anew:
-        found = registry.find_quantised(session, backbone, image_rule)
+        found = registry.find_quantised_backbone(session, backbone, image_rule)
         settled = Digest(found.sha256) if found and store.has(Digest(found.sha256)) else None
     if not run.state.is_final:
         run.quantised_sha256 = settled
@@ -461,14 +465,14 @@ def _end_of_fold(session: Session, store: Store, run_id: str, message: Message) 
     """Owe what the end of a fold makes due, and drop what it makes useless."""
     number = message["result"]["number"]
     owe(session, run_id, "fold", {"fold": number})
-    collect_later(session, store, runs.drop_checkpoints(session, run_id, number))
+    delete_unreferenced_after_commit(session, store, runs.drop_checkpoints(session, run_id, number))
 
 
 def _add_checkpoint(session: Session, store: Store, run_id: str, message: Message) -> None:
     part = FINAL_PART if message["fold"] is None else message["fold"]
     digest = Digest(message["sha256"])
     useless = runs.add_checkpoint(session, run_id, part, message["epochs"], digest, message["size_bytes"])
-    collect_later(session, store, useless)
+    delete_unreferenced_after_commit(session, store, useless)
 
 
 def _add_file(session: Session, run_id: str, file: Mapping[str, Any]) -> None:

@@ -25,10 +25,10 @@ from errors import Crashed, OutOfMemory, Unavailable
 from models import job as jobs
 from models import registry, run_jobs
 from models import run as runs
-from models.file_references import unnamed
+from models.file_references import find_unreferenced
 from models.job import Job, JobKind, JobState, Queue
 from models.outbox import Outbox
-from models.registry import ModelVersion, Quantised, Weights
+from models.registry import ModelVersion, QuantisedBackbone, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
 from recipes.catalogue import BackboneName
@@ -114,7 +114,7 @@ def queued(database: Database, store: Store, folder: Path, recipe: Recipe) -> Ca
     with database.writing() as session:
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", recipe)
-        job = run_jobs.submit(session, run)
+        job = run_jobs.queue_training(session, run)
         assert DRAIN_WITHIN_S < worker_app._DRAIN_S, "a worker hears what its child says at the end"
         train = Train(store, training_place(folder), drain_within_s=600.0)  # a child is done long before
         return Case(database, store, train, run.id, job.id)
@@ -273,7 +273,7 @@ def test_all_parts_of_a_run_use_one_quantised_network_whatever_others_calibrate_
         run = runs.get_run(session, records.PRINCIPAL, case.run_id)
         anew = Recipe(**{**run.recipe, "precision": "int8", "recalibrate": True})
         other = runs.create_run(session, records.PRINCIPAL, run.dataset_version_id, "other", anew).id
-        (row,) = session.scalars(select(Quantised))
+        (row,) = session.scalars(select(QuantisedBackbone))
         assert row.manifest == {"images": 20, "dataset_version": run.dataset_version_id}
     assert ask("find", other) is None
     second, settled = made(b"second", other)
@@ -431,11 +431,11 @@ def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(tuning: 
     name(after)
     assert told() == before
     with tuning.database.reading() as session:
-        assert unnamed(session, [before, after]) == []
+        assert find_unreferenced(session, [before, after]) == []
     with tuning.database.writing() as session:
         assert run_jobs.drop_leftovers(session, tuning.run_id) == [before]
     with tuning.database.reading() as session:
-        assert unnamed(session, [before, after]) == [before]
+        assert find_unreferenced(session, [before, after]) == [before]
 
 
 def test_a_child_computes_on_as_many_threads_as_its_place_says(case: Case, say: Say, tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) 
     tuning.do()
     other = {**PROGRESS, "fold": 1, "share": 0.25, "spent_s": 1.0, "eta_s": 3.0}
     with tuning.database.writing() as session:
-        job = jobs.claim(session, [Queue.CPU], "elsewhere")
+        job = records.claim_next(session, [Queue.CPU], "elsewhere")
         assert job is not None and job.index == 0
         session.get_one(Job, job.id).progress = {"writes": 1, "said": PROGRESS}
     say({"type": "progress", "state": other}, {"type": "extraction", "extraction": EXTRACTION})
@@ -549,7 +549,7 @@ def test_a_fold_of_a_run_that_is_over_changes_nothing(tuning: Case, say: Say) ->
         complete = tuning.train.run(work)
         with tuning.database.writing() as session:
             other = session.scalars(select(Job).where(Job.kind == JobKind.FOLD, Job.index == 1)).one()
-            assert run_jobs.fail(session, other, {"code": "crashed", "detail": "elsewhere"})
+            assert run_jobs.mark_failed(session, other, {"code": "crashed", "detail": "elsewhere"})
         with tuning.database.writing() as session:
             complete(session)
     assert tuning.run().state is RunState.FAILED
@@ -609,10 +609,10 @@ def test_a_run_whose_end_came_before_it_was_cancelled_has_succeeded(case: Case, 
 def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(tuning: Case, say: Say) -> None:
     def change(session: Session) -> None:
         run_jobs.request_cancel(session, tuning.run_id)
-        assert run_jobs.start_over(session, session.get_one(Job, tuning.job_id)) is None
+        assert run_jobs.restart_with_half_batch(session, session.get_one(Job, tuning.job_id)) is None
 
     with tuning.database.writing() as session:
-        assert jobs.claim(session, [Queue.CPU], "here") is not None
+        assert records.claim_next(session, [Queue.CPU], "here") is not None
     with tuning.database.writing() as session:
         change(session)
     assert tuning.run().batch_size is None and tuning.jobs(JobState.QUEUED) == []
@@ -646,7 +646,7 @@ def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) ->
 
     def end(number: int) -> None:
         with tuning.database.writing() as session:
-            job = jobs.claim(session, [Queue.CPU], f"worker {number}")
+            job = records.claim_next(session, [Queue.CPU], f"worker {number}")
             assert job is not None
         together.wait()
         message = tuning.fold(job.index)
@@ -693,7 +693,7 @@ def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, 
     say({"type": "prepared"})
     tuning.do()
     with tuning.database.writing() as session:
-        elsewhere = jobs.claim(session, [Queue.CPU], "elsewhere")
+        elsewhere = records.claim_next(session, [Queue.CPU], "elsewhere")
     assert elsewhere is not None and elsewhere.index == 0
     out_of_memory(tuning, say, times=1)
     run = tuning.run()
