@@ -25,7 +25,7 @@ from training.fitting.fold_outcome import FoldOutcome, FoldResult
 from training.fitting.learners import Plan
 from training.fitting.training_loop import Epoch
 from training.networks import backbones
-from training.networks.network_files import BackboneKey, Place
+from training.networks.network_files import BackboneKey, Workspace
 from training.setup import Order
 
 QUICK: dict[str, Any] = {
@@ -71,10 +71,10 @@ class Known:
     def set_pick(self, facts: dict[str, Any]) -> None:
         self.pick = json.loads(json.dumps(facts))
 
-    def find_choice(self) -> dict[str, Any] | None:
+    def find_precision_decision(self) -> dict[str, Any] | None:
         return self.choice
 
-    def set_choice(self, facts: dict[str, Any]) -> None:
+    def set_precision_decision(self, facts: dict[str, Any]) -> None:
         self.choice = json.loads(json.dumps(facts))
 
 
@@ -169,7 +169,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "store")
-        self.place = Place(
+        self.place = Workspace(
             store=self.store,
             features=folder / "features",
             pixels=folder / "pixels",

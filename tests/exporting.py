@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.catalogue import CATALOGUE, BackboneName
 from training.networks import backbones
-from training.networks.export import Exported, export
+from training.networks.export import ExportedNetwork, export
 
 
 class Exports:
@@ -17,14 +17,14 @@ class Exports:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def get(self, name: BackboneName, cut: str) -> Exported:
+    def get(self, name: BackboneName, cut: str) -> ExportedNetwork:
         """Return a network up to a cut; it is exported if nobody has done so."""
         onnx, facts, lock = (self._folder / f"{name.value}-{cut}.{kind}" for kind in ("onnx", "json", "lock"))
         with lock.open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             if not facts.exists():
                 size = CATALOGUE[name].minimum_size
-                exported = export(backbones.backbone(name, cut, size, backbones.random_weights(name)), threads=2)
+                exported = export(backbones.build_backbone(name, cut, size, backbones.random_weights(name)), threads=2)
                 onnx.write_bytes(exported.onnx)
                 facts.write_text(json.dumps(exported.facts()))
-        return Exported(onnx=onnx.read_bytes(), **json.loads(facts.read_text()))
+        return ExportedNetwork(onnx=onnx.read_bytes(), **json.loads(facts.read_text()))

@@ -124,7 +124,7 @@ def test_no_number_of_models_makes_more_labels_than_are_allowed() -> None:
     metrics = Metrics()
     for number in range(MODELS + 50):
         for _ in range(2):
-            metrics.saw_prediction(f"model-{number}", 1, {})
+            metrics.count_prediction(f"model-{number}", 1, {})
     lines = [line for line in metrics.page(None).decode().splitlines() if line.startswith("espalier_predictions_total")]
     assert len(lines) == MODELS + 1
     assert f'espalier_predictions_total{{model="{OTHERS}"}} 100.0' in lines

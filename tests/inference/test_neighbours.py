@@ -29,7 +29,7 @@ def rows(count: int) -> list[Row]:
 
 def keep(rows: list[Row], features: Features) -> NeighbourIndex:
     """Keep images as a run does."""
-    scaler = Scaler.of(features, np.arange(len(features)))
+    scaler = Scaler.fit(features, np.arange(len(features)))
     directions = FeatureNormaliser(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
     return files.build_index(rows, features, directions)
 

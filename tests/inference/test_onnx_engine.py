@@ -40,7 +40,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """VGG16 at 32 pixels with random weights, as a run exports it."""
     name = BackboneName.VGG16
     path: Path = tmp_path_factory.mktemp("network") / "network.onnx"
-    model = backbones.backbone(name, request.param, SIZE, backbones.random_weights(name))
+    model = backbones.build_backbone(name, request.param, SIZE, backbones.random_weights(name))
     path.write_bytes(export(model, threads=2).onnx)
     return path
 

@@ -75,7 +75,7 @@ class Life:
     state: RunState = RunState.QUEUED
     is_halved: bool = False
     folds: set[int] = field(default_factory=set)
-    run_jobs: list[Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
 
 class Told(Train):

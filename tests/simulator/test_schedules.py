@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.idempotency import Once
+from api.idempotency import IdempotentRequest
 from models import comparison as comparisons
 from models import job as jobs
 from models import run as runs
@@ -220,7 +220,7 @@ BROKEN_CORES = {
         comparisons, "on_run_retried", lambda *asked: None, "is not in its table", 160
     ),
     "a request is done twice": BrokenCore(
-        Once, "earlier", lambda self, *asked: None, "UNIQUE constraint failed: answer"
+        IdempotentRequest, "find_answer", lambda self, *asked: None, "UNIQUE constraint failed: answer"
     ),
 }
 

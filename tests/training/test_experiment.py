@@ -32,7 +32,7 @@ from recipes.recipe import Precision, Recipe, Task
 from training import delivery, setup
 from training.data.arrays import load_pixels
 from training.data.split import make_folds
-from training.fitting.head_fit import fit
+from training.fitting.head_fit import fit_head
 from training.fitting.training_loop import Passage
 from training.statistics import evaluation
 
@@ -60,7 +60,7 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(bench: Bench) ->
     assert kept["logits"].shape == (1, 60, 3) and kept["logits"].dtype == np.float32
     ordered = sorted(rows, key=lambda row: row.path)
     truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
-    again = evaluation.score(Task.MULTICLASS, ["blue", "green", "red"], truth, kept["logits"][0])
+    again = evaluation.evaluate(Task.MULTICLASS, ["blue", "green", "red"], truth, kept["logits"][0])
     assert again["confusion"] == outcome.metrics["confusion"]
     assert again["loss"] == pytest.approx(outcome.metrics["loss"])
 
@@ -217,7 +217,7 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
         hidden = features.copy()
         hidden[fold.test] = np.nan
         seed = int(np.random.SeedSequence((recipe.seed, fold.number)).generate_state(1)[0])
-        alone = fit(
+        alone = fit_head(
             recipe,
             Task.MULTICLASS,
             3,

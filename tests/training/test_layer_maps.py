@@ -32,7 +32,7 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
     path.write_bytes(exports.get(name, cut).onnx)
     insight = LayerReader(path, 2)
     size = CATALOGUE[name].minimum_size
-    full = backbones.network(name, size)
+    full = backbones.build_network(name, size)
     backbones.load_weights(full, backbones.random_weights(name))
     layers = {layer.name: layer for layer in full.layers}
     named = [layer for layer in insight.layers if not NUMBERED.fullmatch(layer.name)]
@@ -40,7 +40,7 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
     assert insight.layers[-1].name == backbones.cut_layer(full, name, cut).name
     shown = [*named[:3], *named[3 : -1 : max(1, len(named) // 6)], named[-1]]
     pixels = images(size)
-    prepared = backbones.preprocessed(pixels, CATALOGUE[name].preprocessing)
+    prepared = backbones.preprocess(pixels, CATALOGUE[name].preprocessing)
     model = keras.Model(full.input, {layer.name: layers[layer.name].output for layer in shown})
     expected = {layer: keras.ops.convert_to_numpy(maps)[0] for layer, maps in model(prepared, training=False).items()}
     for layer in shown:

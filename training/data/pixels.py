@@ -22,7 +22,7 @@ _BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ImageDecoder:
     """How the images of a run become pixels, all of one size."""
 
     store: Store
@@ -59,7 +59,7 @@ class Decoder:
             raise Corrupt(f"Image {digest} was accepted but cannot be decoded any more: {error.detail}") from error
 
 
-class Source(Protocol):
+class PixelSource(Protocol):
     """Where the pixels of images come from."""
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
@@ -67,7 +67,7 @@ class Source(Protocol):
         ...
 
 
-class Loaded:
+class LoadedPixels:
     """Pixels that have been decoded before, row i for digest i."""
 
     def __init__(self, digests: Sequence[Digest], pixels: Pixels) -> None:

@@ -50,7 +50,7 @@ def layer_tables() -> str:
 
 
 def _table(name: BackboneName) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    network = backbones.network(name, CATALOGUE[name].minimum_size)
+    network = backbones.build_network(name, CATALOGUE[name].minimum_size)
     layers = sorted(network.layers, key=_created)
     names = {layers[0].name: INPUT, **_NAMES.get(name, _own_names)(layers[1:])}
     described = [_described(layer, names) for layer in layers[1:]]

@@ -22,7 +22,7 @@ from training.figures import png
 from training.fitting.fold_outcome import FoldResult
 from training.fitting.learners import DIVERGED, NETWORK, Plan
 from training.fitting.training_loop import Epoch
-from training.networks.precision import MARGIN, RELATIVE_MARGIN, Choice
+from training.networks.precision import MARGIN, RELATIVE_MARGIN, PrecisionDecision
 
 _CLASSES_WITH_NUMBERS = 25
 _LABELS_SHOWN = 60
@@ -43,7 +43,7 @@ class Description:
     plan: Plan
     extraction: Extraction
     precision: Precision
-    choice: Choice | None
+    choice: PrecisionDecision | None
     pick: Pick | None
     notes: Sequence[str]
 

@@ -42,8 +42,8 @@ def compare(order: Mapping[str, Any], channel: Channel) -> None:
     task = Task(candidates[0]["task"])
     headline = HEADLINES[task]
 
-    def out_of_fold(digest: str) -> comparing.OutOfFold:
-        return comparing.OutOfFold(**load_tensors(store.read(Digest(digest))))
+    def out_of_fold(digest: str) -> comparing.OutOfFoldLogits:
+        return comparing.OutOfFoldLogits(**load_tensors(store.read(Digest(digest))))
 
     entries = [
         comparing.Entry(

@@ -143,11 +143,11 @@ class _Desk:
         given = self._given
         # Imported here and now: TensorFlow takes seconds, and weights that cannot be had should be told before.
         from training.experiment import Experiment
-        from training.networks.network_files import Place
+        from training.networks.network_files import Workspace
         from training.setup import Order
 
         limits = ImageLimits(**{**given["image_limits"], "formats": tuple(given["image_limits"]["formats"])})
-        place = Place(
+        place = Workspace(
             store=self._store,
             features=Path(given["features"]),
             pixels=Path(given["pixels"]),
@@ -406,9 +406,9 @@ class _Registry:
     def set_pick(self, facts: dict[str, Any]) -> None:
         self._channel.ask("set_pick", pick=facts)
 
-    def find_choice(self) -> dict[str, Any] | None:
+    def find_precision_decision(self) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self._channel.ask("find_choice")["choice"]
         return found
 
-    def set_choice(self, facts: dict[str, Any]) -> None:
+    def set_precision_decision(self, facts: dict[str, Any]) -> None:
         self._channel.ask("set_choice", choice=facts)

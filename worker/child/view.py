@@ -70,7 +70,7 @@ def _learning_curve(order: Mapping[str, Any], store: Store, bundle: Bundle, chan
 
     from recipes.headline import HEADLINES
     from training import learning_curve
-    from training.statistics.comparison import OutOfFold
+    from training.statistics.comparison import OutOfFoldLogits
 
     said = _Said(channel)
     said.begin(0.0, _FEATURES_SHARE)
@@ -80,7 +80,7 @@ def _learning_curve(order: Mapping[str, Any], store: Store, bundle: Bundle, chan
         labels=order["labels"],
         rows=rows,
         features=_features(order, store, bundle, [row.sha256 for row in rows], said),
-        measured=OutOfFold(**load_tensors(measured)),
+        measured=OutOfFoldLogits(**load_tensors(measured)),
     )
     said.begin(_FEATURES_SHARE, 1.0)
     found = learning_curve.measure(subject, said.say)
@@ -108,7 +108,7 @@ def _features(
     from artifacts.features import FeatureCache, FeatureSpace
     from inference.engine import OpenVinoEngine
     from training.data.extraction import extract
-    from training.data.pixels import Decoder
+    from training.data.pixels import ImageDecoder
 
     width = bundle.layers[0].kernel.shape[0]
     space = FeatureSpace(IMAGE_RULE, bundle.size, bundle.resize, bundle.backbone, bundle.precision)
@@ -116,7 +116,7 @@ def _features(
     try:
         if cache.missing(digests):
             engine = OpenVinoEngine(store.verified_path(bundle.backbone), bundle.precision, order["threads"])
-            decoder = Decoder(store, bundle.size, bundle.resize, _limits(order), order["threads"])
+            decoder = ImageDecoder(store, bundle.size, bundle.resize, _limits(order), order["threads"])
             extract(digests, engine, cache, decoder, lambda done, total: said.say(done / total))
         return cache.rows(digests)
     finally:
