@@ -169,7 +169,7 @@ def test_the_end_of_a_run_is_not_missed_when_it_falls_into_a_look(services: Serv
 
     # After the first statement of the look, before the second.
     event.listen(services.database.engine, "after_cursor_execute", end)
-    found, is_over = events._look(services, run_id, after=2)
+    found, is_over = events._read_events(services, run_id, after=2)
     assert found or not is_over, "the stream would end without its last event"
-    found, _ = events._look(services, run_id, after=2)
+    found, _ = events._read_events(services, run_id, after=2)
     assert [one.payload["state"] for one in found] == ["cancelled"]

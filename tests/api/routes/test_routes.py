@@ -475,7 +475,7 @@ def test_a_process_that_ends_soon_is_not_ready_and_has_its_clients_leave(
     client: TestClient, services: Services
 ) -> None:
     assert "connection" not in client.get("/healthz").headers
-    services.ending.is_near = True
+    services.shutdown.is_draining = True
     answer = client.get("/readyz")
     assert answer.status_code == 503 and answer.json()["checks"]["process"] == {"ok": False, "detail": "ends soon"}
     assert client.get("/healthz").headers["connection"] == "close"
