@@ -7,8 +7,8 @@ from functools import partial
 
 from models.job import Queue
 from simulator.faults import Fault
-from simulator.virtual_threads import Flag
-from simulator.world import World
+from simulator.simulation import Simulation
+from simulator.virtual_threads import VirtualEvent
 
 _LATE_S = 60.0
 _FETCH_EVERY_S = 5.0
@@ -21,10 +21,10 @@ class BrokerAway(Exception):
 class SimulatedBroker:
     """Holds messages by queue, in their order."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
         self._waiting: dict[str, list[str]] = {queue.value: [] for queue in Queue}
-        self._has_arrived = Flag(world.baton)
+        self._has_arrived = VirtualEvent(simulation.scheduler)
         self.away_until = 0.0
 
     # --- as dispatchers see it ---------------------------------------------------------------------------------------
@@ -37,12 +37,12 @@ class SimulatedBroker:
     def send(self, queue: str, kind: str, job_id: str) -> None:
         """Take a message in, perhaps."""
         self._reach()
-        luck = self._world.luck
-        if luck.strikes(Fault.MESSAGE_LOST):
+        chance = self._simulation.chance
+        if chance.strikes(Fault.MESSAGE_LOST):
             return
-        for _ in range(2 if luck.strikes(Fault.MESSAGE_DOUBLED) else 1):
-            if luck.strikes(Fault.MESSAGE_LATE):
-                self._world.people(partial(self._deliver_late, queue, job_id), "message")
+        for _ in range(2 if chance.strikes(Fault.MESSAGE_DOUBLED) else 1):
+            if chance.strikes(Fault.MESSAGE_LATE):
+                self._simulation.spawn(partial(self._deliver_late, queue, job_id), "message")
             else:
                 self._deliver(queue, job_id)
 
@@ -53,7 +53,7 @@ class SimulatedBroker:
 
     def fetch(self, queues: Sequence[Queue]) -> str | None:
         """Return the job id of the next message of some queues; None if there was none for a while."""
-        if self._world.baton.now >= self.away_until:
+        if self._simulation.scheduler.now >= self.away_until:
             for queue in queues:
                 if self._waiting[queue.value]:
                     return self._waiting[queue.value].pop(0)
@@ -69,7 +69,7 @@ class SimulatedBroker:
             waiting.clear()
 
     def _reach(self) -> None:
-        if self._world.baton.now < self.away_until:
+        if self._simulation.scheduler.now < self.away_until:
             raise BrokerAway("The broker does not answer.")
 
     def _deliver(self, queue: str, job_id: str) -> None:
@@ -77,5 +77,5 @@ class SimulatedBroker:
         self._has_arrived.set()
 
     def _deliver_late(self, queue: str, job_id: str) -> None:
-        self._world.baton.wait(self._world.luck.seconds(0.0, _LATE_S))
+        self._simulation.scheduler.wait(self._simulation.chance.seconds(0.0, _LATE_S))
         self._deliver(queue, job_id)

@@ -13,8 +13,8 @@ from models.job import JobKind, Queue
 from simulator.broker import SimulatedBroker
 from simulator.faults import Fault
 from simulator.machine import Machine
+from simulator.simulation import Simulation
 from simulator.stand_ins import ComparingChild, TrainingChild
-from simulator.world import World
 from worker.child.weights import Source
 from worker.handlers.compare import Compare
 from worker.handlers.tracking import Publish, TrackingPlace
@@ -35,15 +35,15 @@ _PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, Source("", "", 1.0, 1.0), 1.
 class Crew:
     """All workers; those that die or are drained are followed by others, as supervisors see to."""
 
-    def __init__(self, world: World, broker: SimulatedBroker) -> None:
-        self.world = world
+    def __init__(self, simulation: Simulation, broker: SimulatedBroker) -> None:
+        self.simulation = simulation
         self.broker = broker
         self.workers: list[SimulatedWorker] = []
         self._numbers = 0
-        luck = world.luck
-        self.tracks = luck.is_so(0.25)
+        chance = simulation.chance
+        self.tracks = chance.happens(0.25)
         main = [Queue.CPU, Queue.TRACKING] if self.tracks else [Queue.CPU]
-        others = [luck.one_of([[Queue.CPU], [Queue.CPU], [Queue.GPU]]) for _ in range(luck.one_of([0, 1, 1, 2]))]
+        others = [chance.choice([[Queue.CPU], [Queue.CPU], [Queue.GPU]]) for _ in range(chance.choice([0, 1, 1, 2]))]
         for queues in [main, *others]:
             self.hire(queues)
 
@@ -59,35 +59,37 @@ class Crew:
         if gone not in self.workers:
             return
         self.workers.remove(gone)
-        if Queue.GPU in gone.queues and self.world.luck.is_so(0.3):
+        if Queue.GPU in gone.queues and self.simulation.chance.happens(0.3):
             return
 
         def hire() -> None:
-            self.world.baton.wait(self.world.luck.seconds(0.0, 40.0))
+            self.simulation.scheduler.wait(self.simulation.chance.seconds(0.0, 40.0))
             self.hire(gone.queues)
 
-        self.world.people(hire, "supervisor")
+        self.simulation.spawn(hire, "supervisor")
 
 
 class SimulatedWorker:
     """What `worker.app` has in a process, and a thread that fetches messages as Celery does."""
 
     def __init__(self, crew: Crew, name: str, queues: Sequence[Queue]) -> None:
-        world = crew.world
+        simulation = crew.simulation
         self.queues = queues
-        self.machine = machine = Machine(world, name, Fault.CRASH, lambda: crew.hire_later(self))
+        self.machine = machine = Machine(simulation, name, Fault.CRASH, lambda: crew.hire_later(self))
         self._crew = crew
-        train = Train(world.store, _PLACE, lambda environment: TrainingChild(machine, world.store))
-        compare = Compare(world.store, 1, partial(ComparingChild, machine, world.store))
-        pages = world.mlflow.pages(machine, world.is_held)
+        train = Train(simulation.store, _PLACE, lambda environment: TrainingChild(machine, simulation.store))
+        compare = Compare(simulation.store, 1, partial(ComparingChild, machine, simulation.store))
+        pages = simulation.mlflow.pages(machine, simulation.is_held)
         handlers = {
             **dict.fromkeys((JobKind.TRAIN, JobKind.FOLD, JobKind.FINAL), train),
             JobKind.COMPARE: compare,
-            JobKind.PUBLISH: Publish(world.store, TrackingPlace("", 1.0, ""), pages),
+            JobKind.PUBLISH: Publish(simulation.store, TrackingPlace("", 1.0, ""), pages),
         }
         clock, database = machine.clock, machine.database
         self._dispatcher = ThreadDispatcher(database, crew.broker, LIVE_S, clock)
-        self._runner = WatchedRunner(world, database, queues, handlers, name, TIMINGS, clock, self._dispatcher.request)
+        self._runner = WatchedRunner(
+            simulation, database, queues, handlers, name, TIMINGS, clock, self._dispatcher.request
+        )
         self._sweeper = Sweeper(database, queues, handlers, name, TIMINGS, clock, self._after_sweep)
         self._draining, self._is_idle = clock.flag(), clock.flag()
 
@@ -110,7 +112,7 @@ class SimulatedWorker:
             try:
                 self._runner.run(job_id)
             except (JobFailed, Unavailable, DiskFull) as error:
-                self._crew.world.say(f"{self.machine.name}: task failed: {error}")
+                self._crew.simulation.log(f"{self.machine.name}: task failed: {error}")
         self._is_idle.set()
 
     def _end(self) -> None:
@@ -118,8 +120,8 @@ class SimulatedWorker:
         self._runner.drain()
         self._is_idle.wait(_DRAIN_S)
         self._sweeper.stop()
-        self._crew.world.say(f"{self.machine.name} ends")
-        self._crew.world.baton.kill(self.machine.power)
+        self._crew.simulation.log(f"{self.machine.name} ends")
+        self._crew.simulation.scheduler.kill(self.machine.thread_group)
 
     def _after_sweep(self) -> None:
         self._runner.stop_idle_child(2 * TIMINGS.look_every_s)
@@ -127,15 +129,15 @@ class SimulatedWorker:
 
 
 class WatchedRunner(JobRunner):
-    """A runner of which the world knows under which lease it works."""
+    """A runner of which the simulation knows under which lease it works."""
 
-    def __init__(self, world: World, *given: Any) -> None:
+    def __init__(self, simulation: Simulation, *given: Any) -> None:
         super().__init__(*given)
-        self._world = world
+        self._simulation = simulation
 
     def see_through(self, work: Work) -> Outcome:
-        task, leases = self._world.baton.current, self._world.leases
-        holders = [other for other in task.power.tasks if other.parent is task]
+        task, leases = self._simulation.scheduler.current, self._simulation.leases
+        holders = [other for other in task.thread_group.threads if other.parent is task]
         leases |= dict.fromkeys([task, *holders], work.lease)
         try:
             return super().see_through(work)

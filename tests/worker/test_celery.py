@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,19 +153,17 @@ def test_task_events_tell_how_each_job_ended(broker_url: str) -> None:
     broker = CeleryBroker(broker_url)
     with serving(broker_url, run) as app, app.connection_for_read() as connection:
         receiver = app.events.Receiver(connection, handlers={"*": events.append})
+
+        def have_come(count: int, *kinds: str) -> bool:
+            with suppress(TimeoutError):
+                connection.drain_events(timeout=1)
+            return sum(event["type"] in kinds for event in events) >= count
+
         with receiver.consumer_context(wakeup=True):
+            until(lambda: have_come(1, "worker-heartbeat"))
             for job_id in ends:
                 broker.send("cpu", "train", job_id)
-
-            def heard() -> bool:
-                with connection.channel():
-                    try:
-                        connection.drain_events(timeout=1)
-                    except TimeoutError:
-                        pass
-                return sum(event["type"] in ("task-succeeded", "task-failed") for event in events) == len(ends)
-
-            until(heard)
+            until(lambda: have_come(len(ends), "task-succeeded", "task-failed"))
     succeeded = [event["result"] for event in events if event["type"] == "task-succeeded"]
     (failed,) = [event["exception"] for event in events if event["type"] == "task-failed"]
     assert succeeded == ["'succeeded'", "'cancelled'", "'given back'"]
@@ -282,9 +280,7 @@ def test_a_worker_ends_when_celery_asks_it_to(database: Database, broker_url: st
         assert session.scalars(select(Worker)).all() == []
 
 
-def test_a_bucket_that_refuses_the_worker_ends_it_with_the_reason(
-    tmp_path: Path, broker_url: str, s3_server: str
-) -> None:
+def test_a_bucket_that_refuses_a_worker_ends_it_and_says_why(tmp_path: Path, broker_url: str, s3_server: str) -> None:
     wrong = {"ESPALIER_STORE_URL": "s3://nobody/has/this", "ESPALIER_STORE_ENDPOINT": s3_server}
     wrong |= {"AWS_ACCESS_KEY_ID": "wrong", "AWS_SECRET_ACCESS_KEY": "wrong"}
     os.environ.update(wrong)

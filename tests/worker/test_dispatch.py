@@ -77,7 +77,7 @@ def test_a_job_is_sent_for_each_free_slot_and_none_ahead(database: Database, bro
 
 def test_what_becomes_urgent_goes_before_what_has_waited_longer(database: Database, broker: ListBroker) -> None:
     see(database, "one")
-    first, second, urgent = [add_job(database, f"run_{number}") for number in range(3)]
+    first, _, urgent = [add_job(database, f"run_{number}") for number in range(3)]
     claim(database, first, "one")
     assert dispatch(database, broker, LIVE_S) == 0
     with database.writing() as session:
