@@ -15,6 +15,7 @@ from artifacts.bundle import Float32
 from artifacts.images import Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from inference.engine import OpenVinoEngine
 from recipes.catalogue import BackboneName
@@ -23,7 +24,7 @@ from training import bake_off
 from training.bake_off import Pick
 from training.data.arrays import Report, drop_unused, load_maps, load_pixels, maps_bytes
 from training.data.augmentation import contact_sheet
-from training.data.extraction import Extraction, add_up
+from training.data.extraction import add_up
 from training.data.pixels import Decoder, Loaded, Source
 from training.data.split import Indices, make_folds
 from training.data.targets import targets_of
@@ -37,6 +38,7 @@ from training.fitting.trials import Trials
 from training.networks import backbones
 from training.networks.network_files import Networks, Place, Registry, Trunk, size_of, square_of
 from training.networks.precision import Choice, Tried, candidates, choose, image_ms
+from training.progress import Extraction
 from training.statistics import evaluation
 
 
@@ -55,7 +57,7 @@ class Told(Protocol):
         """Tell what extraction had to compute."""
         ...
 
-    def file(self, name: str, data: bytes, media_type: str) -> None:
+    def file(self, name: RunFile, data: bytes, media_type: str) -> None:
         """Keep a file with the run, before its end."""
         ...
 
@@ -358,7 +360,7 @@ def _pixels(data: Data, place: Place, told: Told) -> Pixels:
     pixels = load_pixels(data.digests, decoder, place.pixels, told.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
-        told.file("augmentations.png", shown, "image/png")
+        told.file(RunFile.AUGMENTATIONS, shown, "image/png")
     return pixels
 
 

@@ -23,7 +23,8 @@ from training.fitting.fine_tuning import RATE, Material, tune
 from training.fitting.from_scratch import grow
 from training.fitting.head_fit import Fit, fit
 from training.fitting.linear_heads import Wanted, fit_many, is_linear
-from training.fitting.training_loop import Epoch, Passage, Snapshot, finite
+from training.fitting.training_loop import Passage, Snapshot, finite
+from training.progress import Epoch
 from training.statistics import evaluation
 from training.statistics.evaluation import median_epoch
 

@@ -27,8 +27,9 @@ from training.data.split import Indices
 from training.data.targets import Float64, Truth
 from training.fitting import head_fit
 from training.fitting.head_fit import Fit, Scaler, class_weights, dense_layers
-from training.fitting.training_loop import Arrays, Epoch, Passage, Snapshot, Stopping, Trained, Watch, shuffled
+from training.fitting.training_loop import Arrays, Passage, Snapshot, Stopping, Trained, Watch, shuffled
 from training.fitting.update_rules import Rule, Steps, rule
+from training.progress import Epoch
 
 # Weights and batches of the heads in one array should stay in a processor's own cache.
 _TOGETHER_BYTES = 2**20

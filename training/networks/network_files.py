@@ -17,12 +17,13 @@ from recipes.catalogue import BackboneName
 from recipes.layers import Sides
 from recipes.recipe import Precision, Recipe
 from training.data.arrays import Report
-from training.data.extraction import Extraction, extract
+from training.data.extraction import extract
 from training.data.pixels import Source
 from training.data.split import Indices
 from training.networks import backbones
 from training.networks.export import EXPORT_VERSION, export
 from training.networks.quantisation import calibration_size, quantise
+from training.progress import Extraction
 
 # The sample that a network is calibrated on depends on the data set alone, whatever the recipe's seed.
 _SAMPLE_SEED = 0

@@ -28,9 +28,10 @@ from training.fitting import fine_tuning, learners, training_loop
 from training.fitting.fine_tuning import Material, Tuned, tune
 from training.fitting.head_fit import Fit, fit
 from training.fitting.learners import Lesson
-from training.fitting.training_loop import Epoch, Passage, Snapshot
+from training.fitting.training_loop import Passage, Snapshot
 from training.networks import backbones
 from training.networks.export import export
+from training.progress import Epoch
 
 NONE = np.array([], dtype=np.intp)
 COUNT = 24
