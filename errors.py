@@ -305,7 +305,7 @@ def _tree(root: type[EspalierError]) -> dict[str, type[EspalierError]]:
     return found
 
 
-def every_error() -> Mapping[str, type[EspalierError]]:
+def errors_by_code() -> Mapping[str, type[EspalierError]]:
     """Return each error class under its code."""
     return _tree(EspalierError)
 
@@ -313,7 +313,7 @@ def every_error() -> Mapping[str, type[EspalierError]]:
 def from_record(record: Mapping[str, Any]) -> EspalierError:
     """Rebuild the error that `EspalierError.record` wrote; an unknown code becomes `EspalierError`."""
     fields = dict(record)
-    kind = every_error().get(fields.pop("code", ""), EspalierError)
+    kind = errors_by_code().get(fields.pop("code", ""), EspalierError)
     error = kind.__new__(kind)
     EspalierError.__init__(error, fields.pop("detail", ""), **fields)
     if isinstance(error, RecipeInvalid):

@@ -19,15 +19,15 @@ import logs
 from api import openapi, problems, processes
 from api.dependencies import Services
 from api.metrics import Metrics, shared_folder
-from api.middleware import Door, Ending
+from api.middleware import RequestMiddleware, ShutdownState
+from api.prediction_queue import PredictionQueue
 from api.routes import comparisons, datasets, events, models, networks, operations, predictions, runs, views
-from api.routes.predictions import Desk
-from api.socket_drain import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
-from api.switchboard import Switchboard
+from api.socket_drain import ACCEPT_BACKLOG_S, DRAIN_S, stop_accepting
+from api.version_resolver import VersionResolver
 from artifacts.bucket_store import open_store
 from bell import Bell, CeleryBell, EagerBell
 from errors import EngineMissing, StoreRefused
-from inference.engine_choice import loader
+from inference.engine_choice import choose_engine_loader
 from inference.shelf import Shelf
 from models.session import Database
 from settings import Settings
@@ -49,21 +49,21 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     """
     database = Database(settings.database)
     store = open_store(settings.store)
-    shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, loader(settings.engine))
-    metrics, ending = Metrics(shared_folder()), Ending()
+    shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, choose_engine_loader(settings.engine))
+    metrics, shutdown = Metrics(shared_folder()), ShutdownState()
     metrics.watch(shelf.loaded)
-    switchboard = Switchboard(database, shelf)
-    desk = Desk(settings, shelf)
+    version_resolver = VersionResolver(database, shelf)
+    prediction_queue = PredictionQueue(settings, shelf)
     own_bell = CeleryBell(settings.redis_url) if bell is None and settings.redis_url else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        switchboard.start()
+        version_resolver.start()
         metrics.start()
         yield
         metrics.close()
-        switchboard.close()
-        desk.close()
+        version_resolver.close()
+        prediction_queue.close()
         shelf.close()
         if own_bell is not None:
             own_bell.close()
@@ -85,18 +85,18 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         store=store,
         bell=bell or own_bell or EagerBell(lambda queue, job_id: None),
         shelf=shelf,
-        switchboard=switchboard,
+        version_resolver=version_resolver,
+        prediction_queue=prediction_queue,
         metrics=metrics,
-        ending=ending,
+        shutdown=shutdown,
     )
-    app.state.desk = desk
     for part in (datasets, runs, views, events, networks, comparisons, models, predictions, operations):
         app.include_router(part.router)
     patch_fastapi(app)
     problems.install(app)
     key = settings.api_key.get_secret_value() if settings.api_key else None
     openapi.install(app, has_key=key is not None)
-    app.add_middleware(Door, hosts=settings.hosts, api_key=key, metrics=metrics, ending=ending)
+    app.add_middleware(RequestMiddleware, hosts=settings.hosts, api_key=key, metrics=metrics, shutdown=shutdown)
     return app
 
 
@@ -106,24 +106,26 @@ class _Server(uvicorn.Server):
     Ctrl-C ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, ending: Ending) -> None:
+    def __init__(self, config: uvicorn.Config, shutdown: ShutdownState) -> None:
         super().__init__(config)
-        self._ending = ending
+        self._shutdown = shutdown
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig != signal.SIGTERM:
             super().handle_exit(sig, frame)
-        elif not self._ending.is_near:  # else it was told twice, by a supervisor and by whoever told all processes
-            self._ending.is_near = True
-            threading.Timer(LEAVE_WITHIN_S, super().handle_exit, (sig, frame)).start()
+        elif (
+            not self._shutdown.is_draining
+        ):  # else it was told twice, by a supervisor and by whoever told all processes
+            self._shutdown.is_draining = True
+            threading.Timer(DRAIN_S, super().handle_exit, (sig, frame)).start()
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """End what was begun. A port of its own takes no more before that; one that is shared is the supervisor's."""
         if sockets is None:
             for server in self.servers:
                 for listening in server.sockets:
-                    take_no_more(listening.fileno())
-            await asyncio.sleep(TAKEN_WITHIN_S)
+                    stop_accepting(listening.fileno())
+            await asyncio.sleep(ACCEPT_BACKLOG_S)
         await super().shutdown(sockets)
 
 
@@ -147,7 +149,7 @@ def make_server() -> uvicorn.Server:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
     )
-    return _Server(config, app.state.services.ending)
+    return _Server(config, app.state.services.shutdown)
 
 
 def main() -> None:
@@ -159,7 +161,7 @@ def main() -> None:
             make_server().run()
         else:
             open_store(settings.store)  # so that what would end each of them is told once, and at once
-            loader(settings.engine)
+            choose_engine_loader(settings.engine)
             processes.run(settings, make_server)
     except (StoreRefused, EngineMissing) as error:
         sys.exit(error.detail)

@@ -115,12 +115,12 @@ def _check_disk(store: Store, needed_bytes: int) -> None:
 
 async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
     boundary = _boundary(request)
-    pieces = _gathered(request.stream())
+    pieces = _in_large_chunks(request.stream())
     if boundary is None:
         async for piece in pieces:
             yield piece
         return
-    form = _Form(boundary)
+    form = _MultipartForm(boundary)
     archive: int | None = None
     async for piece in pieces:
         for part, name, data in form.feed(piece):
@@ -139,7 +139,7 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
         )
 
 
-async def _gathered(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield the stream in larger pieces: one hop to a thread per mebibyte, not per packet."""
     buffer = bytearray()
     async for chunk in stream:
@@ -217,7 +217,7 @@ def _check_file(position: int, image: bytes, limit_bytes: int) -> None:
 
 
 def _multipart_images(body: bytes, boundary: bytes) -> list[bytes]:
-    form = _Form(boundary)
+    form = _MultipartForm(boundary)
     images: dict[int, bytearray] = {}
     for part, name, data in form.feed(body):
         if name == "images":
@@ -231,7 +231,7 @@ def _json_images(body: bytes) -> list[bytes]:
     except ValidationError as error:
         first = error.errors()[0]
         field = problems.field_path(first["loc"]) or "body"
-        expected, received = problems.said(first)
+        expected, received = problems.expected_and_received(first)
         raise RequestInvalid(f"{field}: {expected}. Received {received}.", field=field) from error
 
 
@@ -306,7 +306,7 @@ def _boundary(request: Request) -> bytes | None:
 
 
 @dataclass
-class _Form:
+class _MultipartForm:
     """A multipart body being parsed; nothing of it is kept but the name of the part under way."""
 
     boundary: bytes

@@ -13,8 +13,9 @@ from fastapi import Depends, Request
 
 from api import engine_probe
 from api.metrics import Metrics
-from api.middleware import Ending
-from api.switchboard import Switchboard
+from api.middleware import ShutdownState
+from api.prediction_queue import PredictionQueue
+from api.version_resolver import VersionResolver
 from artifacts.store import Store
 from bell import Bell
 from inference.shelf import Shelf
@@ -32,22 +33,23 @@ class Services:
     store: Store
     bell: Bell
     shelf: Shelf
-    switchboard: Switchboard
+    version_resolver: VersionResolver
+    prediction_queue: PredictionQueue
     metrics: Metrics
-    ending: Ending
+    shutdown: ShutdownState
     probe_engine: Callable[[], str] = engine_probe.cpu
 
 
-async def services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     """Return the parts of this process."""
     found: Services = request.app.state.services
     return found
 
 
-async def principal() -> Principal:
+async def get_principal() -> Principal:
     """Return who asks; there is one project today."""
     return Principal()
 
 
-ServicesDep = Annotated[Services, Depends(services)]
-PrincipalDep = Annotated[Principal, Depends(principal)]
+ServicesDep = Annotated[Services, Depends(get_services)]
+PrincipalDep = Annotated[Principal, Depends(get_principal)]

@@ -34,17 +34,17 @@ Key = Annotated[
 ]
 
 
-class Once:
+class IdempotentRequest:
     """One request with its key, if it has one."""
 
-    def __init__(self, given: Services, principal: Principal, key: str | None, address: str) -> None:
-        self._given = given
+    def __init__(self, services: Services, principal: Principal, key: str | None, address: str) -> None:
+        self._services = services
         self._principal = principal
         self._key = key
         self._address = address
         self._fingerprint = ""
 
-    def earlier(self, shape: type[Shape], payload: BaseModel | str | None, response: Response) -> Shape | None:
+    def find_answer(self, shape: type[Shape], payload: BaseModel | str | None, response: Response) -> Shape | None:
         """Return what this request was answered before; None if it is new or has no key.
 
         `payload` is its body, or what stands for it. Raises KeyReused if the key came with another request.
@@ -53,7 +53,7 @@ class Once:
             return None
         sent = payload.model_dump(mode="json", exclude_unset=True) if isinstance(payload, BaseModel) else payload
         self._fingerprint = hashlib.sha256(json.dumps([self._address, sent], sort_keys=True).encode()).hexdigest()
-        with self._given.database.reading() as session:
+        with self._services.database.reading() as session:
             answer = idempotency.find_answer(session, self._principal, self._key, self._fingerprint)
         if answer is None:
             return None
@@ -62,28 +62,30 @@ class Once:
             response.headers["Location"] = answer.location
         return shape.model_validate(answer.body)
 
-    def keep(self, session: Session, shown: BaseModel, location: str | None) -> None:
+    def keep_answer(self, session: Session, shown: BaseModel, location: str | None) -> None:
         """Keep what is answered, if the request has a key."""
         if self._key is not None:
             body = shown.model_dump(mode="json")
-            idempotency.keep_answer(session, self._principal, self._key, self._fingerprint, location, body)
+            idempotency.save_answer(session, self._principal, self._key, self._fingerprint, location, body)
 
     def is_known(self, session: Session) -> bool:
         """Say whether a request with this key was answered before; whether it was this one, `earlier` tells."""
-        return self._key is not None and idempotency.is_known(session, self._principal, self._key)
+        return self._key is not None and idempotency.has_answer(session, self._principal, self._key)
 
 
-def once(request: Request, given: ServicesDep, principal: PrincipalDep, key: Key = None) -> Iterator[Once]:
+def idempotent_request(
+    request: Request, services: ServicesDep, principal: PrincipalDep, key: Key = None
+) -> Iterator[IdempotentRequest]:
     """Hold the request's key until it is answered. Raises InFlight."""
     address = f"{request.method} {request.url.path}?{request.url.query}"
     if key is None:
-        yield Once(given, principal, None, address)
+        yield IdempotentRequest(services, principal, None, address)
         return
-    with given.database.exclusive(f"idempotency {principal.project_id} {key}") as is_held:
+    with services.database.exclusive(f"idempotency {principal.project_id} {key}") as is_held:
         if not is_held:
             raise InFlight(f"A request with the Idempotency-Key {key!r} is being answered. Try again in a moment.")
-        yield Once(given, principal, key, address)
+        yield IdempotentRequest(services, principal, key, address)
 
 
 # The key is free before the answer leaves: whoever has the answer may ask again at once.
-OnceDep = Annotated[Once, Depends(once, scope="function")]
+IdempotencyDep = Annotated[IdempotentRequest, Depends(idempotent_request, scope="function")]

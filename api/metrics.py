@@ -19,13 +19,13 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from inference.batcher import Batcher
-from inference.shelf import Loaded
+from inference.shelf import LoadedBackbone
 from models.job import JobState, Queue
 
 # Names the folder; the library's own variable.
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 # Other processes tell of this one's engines as they were at most so long ago.
-LOOK_EVERY_S = 1.0
+REFRESH_EVERY_S = 1.0
 # Models with a label of their own in each process; all others are one together, so that a thousand cost Prometheus no
 # more.
 MODELS = 200
@@ -73,11 +73,11 @@ class Metrics:
         ).set(1)
         self._models: set[str] = set()
         self._engines = _Engines(self._registry, is_shared=folder is not None)
-        self._loaded: Callable[[], Sequence[Loaded]] = tuple
+        self._loaded: Callable[[], Sequence[LoadedBackbone]] = tuple
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, loaded: Callable[[], Sequence[Loaded]]) -> None:
+    def watch(self, loaded: Callable[[], Sequence[LoadedBackbone]]) -> None:
         """Tell of the backbones that `loaded` returns from now on."""
         self._loaded = loaded
 
@@ -93,12 +93,12 @@ class Metrics:
         if self._thread is not None:
             self._thread.join()
 
-    def saw_request(self, method: str, route: str, status: int, seconds: float) -> None:
+    def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
 
-    def saw_prediction(self, model: str, images: int, timings_ms: Mapping[str, float]) -> None:
+    def count_prediction(self, model: str, images: int, timings_ms: Mapping[str, float]) -> None:
         """Count a prediction and where its time went."""
         if len(self._models) < MODELS:
             self._models.add(model)
@@ -109,7 +109,7 @@ class Metrics:
 
     def page(self, jobs: Mapping[tuple[Queue, JobState], int] | None) -> bytes:
         """Return the metrics as Prometheus reads them; without `jobs` those of jobs are left out."""
-        self._engines.look(self._loaded())
+        self._engines.refresh(self._loaded())
         registry = self._registry
         if self._folder is not None:
             registry = CollectorRegistry()
@@ -117,15 +117,15 @@ class Metrics:
         return generate_latest(registry) + _jobs_page(jobs)
 
     def _run(self) -> None:
-        while not self._is_over.wait(LOOK_EVERY_S):
+        while not self._is_over.wait(REFRESH_EVERY_S):
             try:
-                self._engines.look(self._loaded())
+                self._engines.refresh(self._loaded())
             except Exception:  # whatever it is, the next look may see more
                 log.exception("engines were not looked at")
 
 
 @dataclass
-class _Seen:
+class _BatcherCounts:
     """What had been counted of a batcher at the last look."""
 
     names: tuple[str, str]
@@ -141,7 +141,7 @@ class _Engines:
         labels = ["backbone", "precision"]
         self._is_shared = is_shared
         self._lock = threading.Lock()
-        self._seen: dict[Batcher, _Seen] = {}
+        self._seen: dict[Batcher, _BatcherCounts] = {}
         self._busy = Counter(
             "espalier_engine_busy_seconds", "Time that the engine computed.", labels, registry=registry
         )
@@ -184,7 +184,7 @@ class _Engines:
             multiprocess_mode="livemax",
         )
 
-    def look(self, loaded: Sequence[Loaded]) -> None:
+    def refresh(self, loaded: Sequence[LoadedBackbone]) -> None:
         """Count what was done since the last look, and tell what there is."""
         with self._lock:
             there = {one.batcher for one in loaded}
@@ -193,7 +193,7 @@ class _Engines:
                 self._forget(self._seen.pop(batcher).names)
             for one in loaded:
                 names = (one.digest[:12], one.precision.value)
-                self._seen.setdefault(one.batcher, _Seen(names))
+                self._seen.setdefault(one.batcher, _BatcherCounts(names))
                 self._count(one.batcher)
                 self._limit.labels(*names).set(one.batcher.limit)
                 self._queued.labels(*names).set(one.batcher.queued())
@@ -203,7 +203,7 @@ class _Engines:
 
     def _count(self, batcher: Batcher) -> None:
         seen = self._seen[batcher]
-        now = _Seen(seen.names, batcher.busy_s, batcher.batches, batcher.images)
+        now = _BatcherCounts(seen.names, batcher.busy_s, batcher.batches, batcher.images)
         self._busy.labels(*seen.names).inc(now.busy_s - seen.busy_s)
         self._batches.labels(*seen.names).inc(now.batches - seen.batches)
         self._images.labels(*seen.names).inc(now.images - seen.images)
@@ -218,7 +218,7 @@ class _Engines:
                 gauge.remove(*names)
 
 
-class _Told(Collector):
+class _FixedMetrics(Collector):
     """Metrics that are known when they are asked for."""
 
     def __init__(self, *told: Metric) -> None:
@@ -237,5 +237,5 @@ def _jobs_page(counts: Mapping[tuple[Queue, JobState], int] | None) -> bytes:
         for state in (JobState.QUEUED, JobState.RUNNING):
             told.add_metric([queue.value, state.value], counts.get((queue, state), 0))
     registry = CollectorRegistry()
-    registry.register(_Told(told))
+    registry.register(_FixedMetrics(told))
     return generate_latest(registry)

@@ -24,29 +24,29 @@ URL_BYTES = 8 * 1024
 HEADER_BYTES = 16 * 1024
 
 # Answered without a key: probes, and the documentation, which shows nothing that is not public.
-OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/swagger/", "/favicon.ico")
+PUBLIC_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json", "/swagger/", "/favicon.ico")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 log = structlog.get_logger()
 
 
-class Ending:
+class ShutdownState:
     """Whether this process ends soon: then every answer closes its connection, so that clients come back elsewhere."""
 
-    is_near = False
+    is_draining = False
 
 
-class Door:
+class RequestMiddleware:
     """The outermost middleware."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics, ending: Ending
+        self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics, shutdown: ShutdownState
     ) -> None:
         self._app = app
         self._hosts = hosts
         self._api_key = api_key
         self._metrics = metrics
-        self._ending = ending
+        self._shutdown = shutdown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,7 +64,7 @@ class Door:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                if self._ending.is_near:
+                if self._shutdown.is_draining:
                     headers["Connection"] = "close"
             await send(message)
 
@@ -77,7 +77,7 @@ class Door:
                     await self._app(scope, receive, watched)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._metrics.saw_request(scope["method"], route, status, time.perf_counter() - started)
+            self._metrics.count_request(scope["method"], route, status, time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> EspalierError | None:
         """Return why a request is turned away, or None."""
@@ -96,9 +96,9 @@ class Door:
                 f"Expected a Host of {', '.join(self._hosts)}. Received {host!r}. "
                 "Set ESPALIER_ALLOWED_HOSTS if the service has another name."
             )
-        if scope["method"] not in _SAFE and _is_from_elsewhere(headers, host):
+        if scope["method"] not in _SAFE and _is_cross_site(headers, host):
             return Forbidden("A page of another site may not send this request for you.")
-        if self._api_key is not None and not scope["path"].startswith(OPEN):
+        if self._api_key is not None and not scope["path"].startswith(PUBLIC_PATHS):
             return self._unauthorized(headers)
         return None
 
@@ -117,7 +117,7 @@ def _without_port(host: str) -> str:
     return name if separator and port.isdigit() and not name.endswith(":") else host
 
 
-def _is_from_elsewhere(headers: Headers, host: str) -> bool:
+def _is_cross_site(headers: Headers, host: str) -> bool:
     site = headers.get("sec-fetch-site")
     if site is not None and site not in ("same-origin", "none"):
         return True

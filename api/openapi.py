@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from api import problems
-from api.middleware import OPEN
+from api.middleware import PUBLIC_PATHS
 from api.schemas import Problem
 
 _ERRORS = {"422": "The request cannot be used as it is.", "4XX": "The request is refused.", "5XX": "It failed here."}
@@ -46,6 +46,6 @@ def _add_key(document: dict[str, Any]) -> None:
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"key": []}]
     for path, operations in document["paths"].items():
-        if path.startswith(OPEN):
+        if path.startswith(PUBLIC_PATHS):
             for operation in operations.values():
                 operation["security"] = []

@@ -11,7 +11,7 @@ from fastapi import Query
 from sqlalchemy import ColumnElement, Select, SQLColumnExpression
 from sqlalchemy.orm import Session
 
-from api.problems import shortened
+from api.problems import short_repr
 from errors import RequestInvalid
 
 Row = TypeVar("Row")
@@ -68,4 +68,4 @@ def _decode(cursor: str) -> str:
 
 
 def _not_ours(cursor: str) -> RequestInvalid:
-    return RequestInvalid(f"cursor: expected a next_cursor. Received {shortened(cursor)}.", field="cursor")
+    return RequestInvalid(f"cursor: expected a next_cursor. Received {short_repr(cursor)}.", field="cursor")

@@ -23,7 +23,7 @@ MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:espalier:problem:"
 RETRY_AFTER_S = 1
 # As nginx counts requests whose client did not wait for the answer; no standard has a number for it.
-CLIENT_LEFT = 499
+CLIENT_CLOSED_REQUEST = 499
 
 log = structlog.get_logger()
 
@@ -74,7 +74,7 @@ Problem = dict[str, Any]
 def problem(record: Mapping[str, Any]) -> Problem:
     """Return the problem object of an error's record, as `EspalierError.record` writes it."""
     fields = dict(record)
-    kind = errors.every_error().get(fields.pop("code"), EspalierError)
+    kind = errors.errors_by_code().get(fields.pop("code"), EspalierError)
     status, title = TABLE[kind]
     detail = fields.pop("detail")
     return {"type": TYPE_PREFIX + kind.code, "title": title, "status": status, "detail": detail, **fields}
@@ -132,7 +132,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         log.info("client left", path=request.url.path)
-        return Response(status_code=CLIENT_LEFT)  # read by nobody but the metrics
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # read by nobody but the metrics
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
@@ -145,23 +145,23 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
-def shortened(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return what was received in a form that fits into a sentence."""
     return _SHORT.repr(value)
 
 
-def said(error: ErrorDetails) -> tuple[str, str]:
+def expected_and_received(error: ErrorDetails) -> tuple[str, str]:
     """Return what one error of a validation expected and what it received."""
     if error["type"] == "json_invalid":
         return "Expected JSON", f"something else: {error['ctx']['error']}"
-    return error["msg"], "nothing" if error["type"] == "missing" else shortened(error["input"])
+    return error["msg"], "nothing" if error["type"] == "missing" else short_repr(error["input"])
 
 
 def _invalid(error: RequestValidationError) -> EspalierError:
     """Return what a failed validation says, with each field by the path that the client wrote."""
     found = []
     for item in error.errors():
-        message, received = said(item)
+        message, received = expected_and_received(item)
         found.append({"field": _field(item, error.body), "message": message, "received": received})
     first = found[0]
     detail = f"{first['field']}: {first['message']}. Received {first['received']}."

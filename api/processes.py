@@ -23,7 +23,7 @@ import uvicorn
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from api import metrics
-from api.socket_drain import LEAVE_WITHIN_S, TAKEN_WITHIN_S, take_no_more
+from api.socket_drain import ACCEPT_BACKLOG_S, DRAIN_S, stop_accepting
 from settings import Settings
 
 # Libraries take 3 s to load, and many times that on a busy machine; nobody is held to hang before.
@@ -107,9 +107,9 @@ class Supervisor(Multiprocess):
     def terminate_all(self) -> None:
         """Tell all to end. They go on for a moment; before the last of them goes, the port takes no more."""
         super().terminate_all()
-        time.sleep(LEAVE_WITHIN_S - TAKEN_WITHIN_S)
+        time.sleep(DRAIN_S - ACCEPT_BACKLOG_S)
         for shared in self.sockets:
-            take_no_more(shared.fileno())
+            stop_accepting(shared.fileno())
             shared.close()
 
     def handle_hup(self) -> None:

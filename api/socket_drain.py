@@ -15,16 +15,16 @@ from contextlib import suppress
 
 # A client that sends one request after the other comes to know within this that the service ends, and one that is idle
 # loses nothing.
-LEAVE_WITHIN_S = 1.0
+DRAIN_S = 1.0
 # Connections that wait are taken within this.
-TAKEN_WITHIN_S = 0.5
+ACCEPT_BACKLOG_S = 0.5
 
 _SO_ATTACH_FILTER = 26  # linux/asm-generic/socket.h
 # One instruction of the kernel's packet filter: of every packet keep nothing.
 _DROP = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
 
 
-def take_no_more(listening: int) -> None:
+def stop_accepting(listening: int) -> None:
     """Have the kernel answer nobody who wants to connect to a listening socket, in whatever processes it is open.
 
     `listening` is its file descriptor. Where the kernel cannot, all stays as it is.

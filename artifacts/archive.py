@@ -115,7 +115,7 @@ def is_litter(path: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _LITTER
 
 
-class _Index:
+class _EntryCollector:
     """The entries seen so far, with the limits that hold for all of them together."""
 
     def __init__(self, stored_bytes: int, limits: ArchiveLimits) -> None:
@@ -195,7 +195,7 @@ class ZipArchive:
             raise ArchiveRefused(f"The zip cannot be read: {error}. Pack it again.") from error
         self._path = path
         self._infos: dict[str, zipfile.ZipInfo] = {}
-        index = _Index(path.stat().st_size, limits)
+        index = _EntryCollector(path.stat().st_size, limits)
         with path.open("rb") as file:
             _check_headers(file, infos, directory)
         for info in infos:
@@ -329,7 +329,7 @@ class TarArchive:
         self._path = path
         self._limits = limits
         self._budget = _budget(path.stat().st_size, limits)
-        index = _Index(path.stat().st_size, limits)
+        index = _EntryCollector(path.stat().st_size, limits)
         self._names: dict[str, str] = {}
         for _, info in self._members():
             if info.isdir():
@@ -362,13 +362,13 @@ class TarArchive:
             is_gzip = sniff(file.read(262)) == "tar.gz"
             file.seek(0)
             with gzip.GzipFile(fileobj=file) if is_gzip else contextlib.nullcontext(file) as raw:
-                counted: Any = _Counted(raw, self._budget, self._limits)
+                counted: Any = _LimitedStream(raw, self._budget, self._limits)
                 try:
                     tar = tarfile.open(fileobj=counted, mode="r|", encoding="utf-8", tarinfo=_Header)  # noqa: SIM115
                     while (info := tar.next()) is not None:
                         yield tar, info
                         tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header it ever saw
-                    _see_end(tar)
+                    _check_end(tar)
                 except _TAR_ERRORS as error:
                     raise _tar_damaged(error) from error
 
@@ -399,7 +399,7 @@ def _check_size(info: tarfile.TarInfo, most: int) -> None:
         )
 
 
-def _see_end(tar: tarfile.TarFile) -> None:
+def _check_end(tar: tarfile.TarFile) -> None:
     """Read to the end of the stream, where gzip keeps its checksum; nothing may follow the last member."""
     stream: Any = tar.fileobj
     while rest := stream.read(tarfile.RECORDSIZE):
@@ -407,7 +407,7 @@ def _see_end(tar: tarfile.TarFile) -> None:
             raise ArchiveRefused("The tar goes on after its end. Pack everything into one.")
 
 
-class _Counted:
+class _LimitedStream:
     """A stream that refuses to give more than its budget, headers and padding included."""
 
     def __init__(self, raw: Any, budget: int, limits: ArchiveLimits) -> None:

@@ -25,7 +25,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
-from artifacts.store import Digest, Store, StoreAddress, Stored, digest_at, disk_errors, files_in, is_digest
+from artifacts.store import Digest, Store, StoreAddress, StoredFile, digest_at, disk_errors, files_in, is_digest
 from errors import Corrupt, NotFound, StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ _PARTS_AT_ONCE = 4
 _FILES_AT_ONCE = 8
 
 # What was found a moment ago stays, since whoever asked is about to open it.
-_JUST_USED_S = 60.0
-_FILLED = 0.9
-_LOOK_AFTER = 0.05
+_RECENTLY_USED_S = 60.0
+_TARGET_FILL = 0.9
+_CHECK_AFTER_SHARE = 0.05
 
 
 _URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]+[a-z0-9])(?:/(?P<prefix>.*?))?/?")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-_MARK = "in-use"
+_MARKER_KEY = "in-use"
 _REASON_LENGTH = 300
 
 
@@ -66,7 +66,7 @@ def open_store(address: StoreAddress) -> Store:
     """Open a store where it is said to be. Raises StoreRefused; a bucket that is away may come back later."""
     if address.url is None:
         return Store(Path(address.folder))
-    store = SharedStore(address)
+    store = BucketStore(address)
     try:
         store.check()
     except StoreUnavailable as error:
@@ -83,7 +83,7 @@ def parse_url(url: str) -> tuple[str, str]:
     return found["bucket"], found["prefix"] or ""
 
 
-class SharedStore(Store):
+class BucketStore(Store):
     """The files in a bucket, with those that were used last in a folder of this machine.
 
     Every method raises StoreUnavailable while the bucket is away that it needs; what lies in the folder needs none.
@@ -106,8 +106,8 @@ class SharedStore(Store):
     def check(self) -> None:
         """See that the bucket answers and lets us in; the first time, that it can be written."""
         try:
-            with self._asked():
-                obstore.get(self._bucket, _MARK).bytes()
+            with self._request_errors():
+                obstore.get(self._bucket, _MARKER_KEY).bytes()
         except NotFound:
             self.now()
 
@@ -117,56 +117,60 @@ class SharedStore(Store):
         """Say whether the file is in the bucket."""
         return self.find(digest) is not None
 
-    def find(self, digest: Digest) -> Stored | None:
+    def find(self, digest: Digest) -> StoredFile | None:
         try:
-            with self._asked():
+            with self._request_errors():
                 found = obstore.head(self._bucket, _key(digest))
         except NotFound:
             return None
-        return Stored(digest, found["size"], found["last_modified"].timestamp())
+        return StoredFile(digest, found["size"], found["last_modified"].timestamp())
 
     def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:
         """Yield those of the files that are not in the bucket."""
         wanted = list(digests)
-        for digest, has in zip(wanted, _side_by_side(self.has, wanted), strict=True):
+        for digest, has in zip(wanted, _map_concurrently(self.has, wanted), strict=True):
             if not has:
                 yield digest
 
-    def files(self) -> Iterator[Stored]:
+    def files(self) -> Iterator[StoredFile]:
         """Yield every file of the bucket, in the order of their digests."""
         pages = iter(obstore.list(self._bucket, chunk_size=1000))
         while True:
-            with self._asked():
+            with self._request_errors():
                 page = next(pages, None)
             if page is None:
                 return
             for found in page:
                 name = found["path"].rpartition("/")[2]
                 if is_digest(name):
-                    yield Stored(Digest(name), found["size"], found["last_modified"].timestamp())
+                    yield StoredFile(Digest(name), found["size"], found["last_modified"].timestamp())
 
     def path(self, digest: Digest) -> Path:
         """Return where the file lies on this machine, after downloading it if need be. Raises NotFound or Corrupt."""
-        if not self._use(digest):
+        if not self._touch_cached(digest):
             self._download(digest).close()
-        return self.place(digest)
+        return self.path_for(digest)
 
-    def bring(self, digests: Iterable[Digest]) -> None:
-        list(_side_by_side(self.path, [digest for digest in dict.fromkeys(digests) if not self._use(digest)]))
+    def prefetch(self, digests: Iterable[Digest]) -> None:
+        list(
+            _map_concurrently(
+                self.path, [digest for digest in dict.fromkeys(digests) if not self._touch_cached(digest)]
+            )
+        )
 
     def open(self, digest: Digest) -> BufferedReader:
-        while self._use(digest):
+        while self._touch_cached(digest):
             with contextlib.suppress(FileNotFoundError):  # it was dropped just when it was found
-                return self.place(digest).open("rb")
+                return self.path_for(digest).open("rb")
         return self._download(digest)
 
     def read(self, digest: Digest) -> bytes:
-        return self._unharmed(super().read, digest)
+        return self._read_or_refetch(super().read, digest)
 
     def verified_path(self, digest: Digest) -> Path:
-        return self._unharmed(super().verified_path, digest)
+        return self._read_or_refetch(super().verified_path, digest)
 
-    def _unharmed(self, read: Callable[[Digest], T], digest: Digest) -> T:
+    def _read_or_refetch(self, read: Callable[[Digest], T], digest: Digest) -> T:
         """Read a file, from the bucket if the copy on this machine is not what it was. Raises NotFound or Corrupt."""
         try:
             return read(digest)
@@ -178,12 +182,12 @@ class SharedStore(Store):
         """Download the file and return it open, since its name may be dropped at once. Raises NotFound or Corrupt."""
         with self._folder.writer() as writer:
             try:
-                with self._asked():
+                with self._request_errors():
                     pieces = iter(obstore.get(self._bucket, _key(digest)).stream(min_chunk_size=_CHUNK_BYTES))
             except NotFound:
                 raise NotFound(f"No stored file has the digest {digest}.") from None
             while True:
-                with self._asked():
+                with self._request_errors():
                     piece = next(pieces, None)
                 if piece is None:
                     break
@@ -202,18 +206,18 @@ class SharedStore(Store):
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def keep(self, temporary: Path, digest: Digest) -> None:
+    def add_file(self, temporary: Path, digest: Digest) -> None:
         """Upload a file that is written and synced, then name it by its digest. Raises DiskFull."""
         size_bytes = temporary.stat().st_size
         self._upload(temporary, digest)
-        self._folder.keep(temporary, digest)
+        self._folder.add_file(temporary, digest)
         self._make_room_for(size_bytes)
 
     def _upload(self, file: Path, digest: Digest) -> None:
         """Upload a file, even if it is there: that repairs it, and to a collection it is new again."""
         with file.open("rb") as stream:
             try:
-                with self._asked():
+                with self._request_errors():
                     obstore.put(
                         self._bucket,
                         _key(digest),
@@ -222,14 +226,14 @@ class SharedStore(Store):
                         max_concurrency=_PARTS_AT_ONCE,
                     )
             except NotFound as error:
-                raise self._away("it dropped what was uploaded") from error
+                raise self._unavailable("it dropped what was uploaded") from error
 
     @contextlib.contextmanager
-    def lend(self, digest: Digest) -> Iterator[Store]:
+    def lend_store(self, digest: Digest) -> Iterator[Store]:
         """Yield a folder of its own, which no other process makes room in and which goes at the end of the block."""
         lent = Store(self._incoming / secrets.token_hex(16))
         try:
-            place, found = lent.place(digest), self.path(digest)
+            place, found = lent.path_for(digest), self.path(digest)
             with disk_errors():
                 place.parent.mkdir()
                 os.link(found, place)
@@ -237,37 +241,37 @@ class SharedStore(Store):
         finally:
             shutil.rmtree(lent.root, ignore_errors=True)
 
-    def adopt(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
+    def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
         """Upload files that were put into a store that was lent, and yield each as soon as that is done.
 
         Those that were taken over before are passed over. Raises Corrupt if one is not what its digest says.
         """
 
-        def take_over(digest: Digest) -> Digest:
-            place = lent.place(digest)
+        def import_one(digest: Digest) -> Digest:
+            place = lent.path_for(digest)
             if place.exists():
                 if digest_at(place) != digest:
                     raise Corrupt(f"A file that was to be kept is not what its digest {digest} says.")
-                self.keep(place, digest)
+                self.add_file(place, digest)
             return digest
 
-        return _side_by_side(take_over, list(dict.fromkeys(digests)))
+        return _map_concurrently(import_one, list(dict.fromkeys(digests)))
 
     def now(self) -> float:
         """Return the time by the bucket's clock, which the stamp of something that is written there shows."""
-        with self._asked():
-            obstore.put(self._bucket, _MARK, b"This bucket holds files of Espalier, named by their SHA-256.\n")
-            return obstore.head(self._bucket, _MARK)["last_modified"].timestamp()
+        with self._request_errors():
+            obstore.put(self._bucket, _MARKER_KEY, b"This bucket holds files of Espalier, named by their SHA-256.\n")
+            return obstore.head(self._bucket, _MARKER_KEY)["last_modified"].timestamp()
 
     def delete(self, *digests: Digest) -> None:
         if digests:
-            with self._asked():
+            with self._request_errors():
                 obstore.delete(self._bucket, [_key(digest) for digest in digests])
             self.drop_cached(digests)
 
     # --- the folder --------------------------------------------------------------------------------------------------
 
-    def cached(self) -> Iterator[Stored]:
+    def cached(self) -> Iterator[StoredFile]:
         return files_in(self.root)
 
     def drop_cached(self, digests: Sequence[Digest]) -> None:
@@ -280,9 +284,9 @@ class SharedStore(Store):
         if held_bytes <= self._address.cache_bytes:
             return 0
         dropped = 0
-        just_now = time.time() - _JUST_USED_S
+        just_now = time.time() - _RECENTLY_USED_S
         for file in files:
-            if held_bytes <= _FILLED * self._address.cache_bytes or file.written_at > just_now:
+            if held_bytes <= _TARGET_FILL * self._address.cache_bytes or file.written_at > just_now:
                 break
             self.drop_cached([file.digest])
             held_bytes -= file.size_bytes
@@ -293,16 +297,16 @@ class SharedStore(Store):
         """Count what was added; look at the whole folder, which others fill too, once that is a part of the budget."""
         with self._lock:
             self._added_bytes += size_bytes
-            if self._added_bytes < _LOOK_AFTER * self._address.cache_bytes:
+            if self._added_bytes < _CHECK_AFTER_SHARE * self._address.cache_bytes:
                 return
             self._added_bytes = 0
         self.make_room()
 
-    def _use(self, digest: Digest) -> bool:
+    def _touch_cached(self, digest: Digest) -> bool:
         """Say whether the file lies in the folder, and note there that it is used."""
-        place = self.place(digest)
+        place = self.path_for(digest)
         try:
-            if place.stat().st_mtime < time.time() - _JUST_USED_S / 2:
+            if place.stat().st_mtime < time.time() - _RECENTLY_USED_S / 2:
                 os.utime(place)
         except FileNotFoundError:
             return False
@@ -311,7 +315,7 @@ class SharedStore(Store):
     # --- the bucket --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _asked(self) -> Iterator[None]:
+    def _request_errors(self) -> Iterator[None]:
         """Turn what goes wrong in a request into NotFound, StoreRefused or StoreUnavailable."""
         try:
             yield
@@ -328,9 +332,9 @@ class SharedStore(Store):
                 ) from error
             if isinstance(error, FileNotFoundError):
                 raise NotFound("The bucket has no such file.") from error
-            raise self._away(_reason(error)) from error
+            raise self._unavailable(_reason(error)) from error
 
-    def _away(self, reason: str) -> StoreUnavailable:
+    def _unavailable(self, reason: str) -> StoreUnavailable:
         return StoreUnavailable(
             f"The bucket {self._address.url} cannot be used just now: {reason}. See that its server runs and that this "
             "machine can reach it; what waits for it goes on by itself then."
@@ -369,7 +373,7 @@ def _reason(error: Exception) -> str:
     return first if len(first) <= _REASON_LENGTH else f"{first[:_REASON_LENGTH]}…"
 
 
-def _side_by_side(do: Callable[[Digest], T], digests: Sequence[Digest]) -> Iterator[T]:
+def _map_concurrently(do: Callable[[Digest], T], digests: Sequence[Digest]) -> Iterator[T]:
     """Yield what a function returns for each file, in their order; the rest is not begun once one fails."""
     pool = ThreadPoolExecutor(_FILES_AT_ONCE, "bucket")
     try:

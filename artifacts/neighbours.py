@@ -26,7 +26,7 @@ _KNOWN_BYTES = 512
 
 
 @dataclass(frozen=True)
-class Known:
+class TrainingImage:
     """A training image: its file, where it lay in the data set, and what it shows."""
 
     image: Digest
@@ -36,7 +36,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Directions:
+class FeatureNormaliser:
     """How features become directions: standardised, (features - mean) * scale, then of unit length.
 
     mean and scale are float32 [D].
@@ -54,12 +54,12 @@ class Directions:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class NeighbourIndex:
     """Training images that may be shown, and their directions, float16 [N, D]."""
 
-    known: Sequence[Known]
+    known: Sequence[TrainingImage]
     kept: npt.NDArray[np.float16]
-    directions: Directions
+    directions: FeatureNormaliser
 
     @property
     def size_bytes(self) -> int:
@@ -73,17 +73,19 @@ class Neighbours:
         return tensors.dump(values, arrays)
 
 
-def load(data: bytes) -> Neighbours:
+def load(data: bytes) -> NeighbourIndex:
     """Return what `dump` wrote. Raises Corrupt."""
     try:
         values, arrays = tensors.load(data)
-        known = [Known(Digest(image), path, tuple(labels), target) for image, path, labels, target in values["known"]]
-        return Neighbours(known, arrays["kept"], Directions(arrays["mean"], arrays["scale"]))
+        known = [
+            TrainingImage(Digest(image), path, tuple(labels), target) for image, path, labels, target in values["known"]
+        ]
+        return NeighbourIndex(known, arrays["kept"], FeatureNormaliser(arrays["mean"], arrays["scale"]))
     except tensors.UNREADABLE as error:
         raise Corrupt(f"The images that a model has kept cannot be read: {error}.") from error
 
 
-def keep(rows: Sequence[Row], features: Features, directions: Directions) -> Neighbours:
+def build_index(rows: Sequence[Row], features: Features, directions: FeatureNormaliser) -> NeighbourIndex:
     """Return what is kept of training images: of all, or of a sample evenly over them.
 
     Args:
@@ -93,5 +95,5 @@ def keep(rows: Sequence[Row], features: Features, directions: Directions) -> Nei
     """
     most = max(1, MOST_BYTES // (2 * features.shape[1]))
     kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.intp))
-    known = [Known(rows[row].sha256, rows[row].path, rows[row].labels, rows[row].target) for row in kept]
-    return Neighbours(known, directions.of(features[kept]).astype(np.float16), directions)
+    known = [TrainingImage(rows[row].sha256, rows[row].path, rows[row].labels, rows[row].target) for row in kept]
+    return NeighbourIndex(known, directions.of(features[kept]).astype(np.float16), directions)

@@ -67,7 +67,7 @@ class StoreAddress:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFile:
     """A stored file, and when it was written: seconds since 1970 by the clock of what keeps it."""
 
     digest: Digest
@@ -122,7 +122,7 @@ class Store:
                     yield left
 
     @contextlib.contextmanager
-    def lend(self, digest: Digest) -> Iterator[Store]:
+    def lend_store(self, digest: Digest) -> Iterator[Store]:
         """Yield a store for a process that is told a folder and nothing else; the file is in it.
 
         What that process puts there is this store's once it is taken over, by `adopt`.
@@ -130,13 +130,13 @@ class Store:
         self.path(digest)
         yield self
 
-    def adopt(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
+    def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
         """Take over files that were put into a store that was lent, and yield each as soon as it is kept."""
         yield from digests
 
     def has(self, digest: Digest) -> bool:
         """Say whether the file is here."""
-        return self.place(digest).exists()
+        return self.path_for(digest).exists()
 
     def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:
         """Yield those of the files that are not here."""
@@ -144,12 +144,12 @@ class Store:
 
     def path(self, digest: Digest) -> Path:
         """Return where the file lies on this machine. Raises NotFound."""
-        place = self.place(digest)
+        place = self.path_for(digest)
         if not place.exists():
             raise NotFound(f"No stored file has the digest {digest}.")
         return place
 
-    def bring(self, digests: Iterable[Digest]) -> None:
+    def prefetch(self, digests: Iterable[Digest]) -> None:
         """Have files lie on this machine, so that whoever reads them next waits for none. Raises NotFound."""
 
     def open(self, digest: Digest) -> BufferedReader:
@@ -169,44 +169,44 @@ class Store:
         with self.open(digest) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise _corrupt(digest)
-        return self.place(digest)
+        return self.path_for(digest)
 
     def delete(self, *digests: Digest) -> None:
         """Remove those of the files that are here."""
         for digest in digests:
-            self.place(digest).unlink(missing_ok=True)
+            self.path_for(digest).unlink(missing_ok=True)
 
     def digests(self) -> Iterator[Digest]:
         """Yield the digest of every stored file, in their order."""
         return (file.digest for file in self.files())
 
-    def files(self) -> Iterator[Stored]:
+    def files(self) -> Iterator[StoredFile]:
         """Yield every stored file, in the order of their digests."""
         return files_in(self.root)
 
-    def find(self, digest: Digest) -> Stored | None:
+    def find(self, digest: Digest) -> StoredFile | None:
         """Return what is known of a stored file; None if it is not here."""
         try:
-            status = self.place(digest).stat()
+            status = self.path_for(digest).stat()
         except FileNotFoundError:
             return None
-        return Stored(digest, status.st_size, status.st_mtime)
+        return StoredFile(digest, status.st_size, status.st_mtime)
 
     def now(self) -> float:
         """Return the time by the clock that stamps the files: on a network's file system that is not this machine's."""
         os.utime(self._incoming)
         return self._incoming.stat().st_mtime
 
-    def cached(self) -> Iterator[Stored]:
+    def cached(self) -> Iterator[StoredFile]:
         """Yield the files that lie on this machine as copies of what is kept elsewhere."""
         return iter(())
 
     def drop_cached(self, digests: Sequence[Digest]) -> None:
         """Remove copies from this machine."""
 
-    def keep(self, temporary: Path, digest: Digest) -> None:
+    def add_file(self, temporary: Path, digest: Digest) -> None:
         """Name a file that is written and synced by its digest. Raises DiskFull."""
-        place = self.place(digest)
+        place = self.path_for(digest)
         with disk_errors():
             if not place.parent.exists():
                 place.parent.mkdir(exist_ok=True)
@@ -214,7 +214,7 @@ class Store:
             os.replace(temporary, place)
             _sync_folder(place.parent)
 
-    def place(self, digest: Digest) -> Path:
+    def path_for(self, digest: Digest) -> Path:
         """Return where a file of this digest belongs, whether it is here or not."""
         return self.root / digest[:2] / digest
 
@@ -261,7 +261,7 @@ class Writer:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        self._store.keep(self._temporary, digest)
+        self._store.add_file(self._temporary, digest)
         return digest
 
     def discard(self) -> None:
@@ -282,14 +282,14 @@ def disk_errors() -> Iterator[None]:
         raise
 
 
-def files_in(root: Path) -> Iterator[Stored]:
+def files_in(root: Path) -> Iterator[StoredFile]:
     """Yield the files of a folder that are named by their digests, in the order of these."""
     for folder in sorted(root.glob("??")):
         for file in sorted(folder.iterdir()):
             if is_digest(file.name):
                 with contextlib.suppress(FileNotFoundError):  # removed just now
                     status = file.stat()
-                    yield Stored(Digest(file.name), status.st_size, status.st_mtime)
+                    yield StoredFile(Digest(file.name), status.st_size, status.st_mtime)
 
 
 def _touched_at(left: Path) -> float:

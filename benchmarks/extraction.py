@@ -18,7 +18,7 @@ from inference.engine import OpenVinoEngine
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.recipe import Precision, Resize
 from training.data.extraction import extract
-from training.data.pixels import BATCH, Decoder
+from training.data.pixels import BATCH, ImageDecoder
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
             started = time.perf_counter()
             space = FeatureSpace(IMAGE_RULE, wanted.size, Resize.SQUASH, given.backbone, Precision.FLOAT32)
             cache = FeatureCache(folder, space, CATALOGUE[wanted.backbone].cuts[cut])
-            decoder = Decoder(given.store, wanted.size, Resize.SQUASH, LIMITS, given.threads)
+            decoder = ImageDecoder(given.store, wanted.size, Resize.SQUASH, LIMITS, given.threads)
             extract(digests, engine, cache, decoder, lambda done, total: None)
             cache.close()
             whole.append(time.perf_counter() - started)

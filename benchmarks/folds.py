@@ -31,7 +31,7 @@ from training.fitting.checkpoint import NoKeeper
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.learners import Plan
 from training.networks import backbones
-from training.networks.network_files import BackboneKey, Place
+from training.networks.network_files import BackboneKey, Workspace
 from training.progress import Epoch, Extraction
 from training.setup import Order
 
@@ -62,10 +62,10 @@ class Known:
 
     def set_pick(self, facts: dict[str, Any]) -> None: ...
 
-    def find_choice(self) -> dict[str, Any] | None:
+    def find_precision_decision(self) -> dict[str, Any] | None:
         return None
 
-    def set_choice(self, facts: dict[str, Any]) -> None: ...
+    def set_precision_decision(self, facts: dict[str, Any]) -> None: ...
 
 
 class Silent:
@@ -106,7 +106,7 @@ def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
         [ClassCount(label, 100, 100) for label in given.labels],
     )
     version = given.store.put(manifest.dump(given.rows))
-    place = Place(
+    place = Workspace(
         store=given.store,
         features=given.folder / "features",
         pixels=given.folder / "pixels",
@@ -123,7 +123,7 @@ def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
 def tutorial(given: Ground, wanted: argparse.Namespace) -> float:
     """Return the seconds that the tutorial's loop would take for all epochs of all folds."""
     cut = CATALOGUE[wanted.backbone].last_cut
-    frozen = backbones.backbone(wanted.backbone, cut, wanted.size, given.store.read(given.weights))
+    frozen = backbones.build_backbone(wanted.backbone, cut, wanted.size, given.store.read(given.weights))
     pixels, truth = given.pixels, given.truth
     everything = np.arange(len(truth))
     folds = make_folds(

@@ -38,7 +38,7 @@ def side(is_kept: bool, images: int, epochs: int) -> Side:
     from recipes.catalogue import BackboneName
     from recipes.recipe import Task
     from training.fitting import fine_tuning
-    from training.fitting.fine_tuning import Material
+    from training.fitting.fine_tuning import FineTuningInputs
     from training.fitting.training_loop import Passage
     from training.networks import backbones, freed_memory
 
@@ -48,15 +48,15 @@ def side(is_kept: bool, images: int, epochs: int) -> Side:
     weights = backbones.random_weights(BackboneName.VGG16)
     pixels = np.random.default_rng(0).integers(0, 256, (images, SIZE, SIZE, 3), dtype=np.uint8)
     rows = np.arange(images)
-    whole, cut = (backbones.backbone(BackboneName.VGG16, name, SIZE, weights) for name in ("block5", "block2"))
+    whole, cut = (backbones.build_backbone(BackboneName.VGG16, name, SIZE, weights) for name in ("block5", "block2"))
     head = first_head(recipe, whole.predict(pixels, verbose=0)["features"], rows % 10)
-    material = Material(cut.predict(pixels, verbose=0)["maps"], are_maps=True)
+    material = FineTuningInputs(cut.predict(pixels, verbose=0)["maps"], are_maps=True)
     seen: list[tuple[float, int]] = []
 
     def look(number: int, metrics: dict[str, float]) -> None:
         seen.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 
-    fine_tuning.tune(
+    fine_tuning.fine_tune(
         recipe,
         Task.MULTICLASS,
         weights,

@@ -27,7 +27,7 @@ try:
     from benchmarks.networks import NONE, calibrated, fine_tuning_case, first_head, multiply_adds
     from recipes.catalogue import ALL, CATALOGUE, BackboneName
     from recipes.recipe import Task
-    from training.fitting.fine_tuning import Material, tune
+    from training.fitting.fine_tuning import FineTuningInputs, fine_tune
     from training.fitting.training_loop import Passage
     from training.networks import backbones
 except ImportError as error:
@@ -49,7 +49,7 @@ def measure(name: BackboneName, size: int, wanted: argparse.Namespace) -> dict[s
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
     weights = calibrated(name, pixels[:16])
-    forward = multiply_adds(backbones.network(name, size))
+    forward = multiply_adds(backbones.build_network(name, size))
     best: dict[str, Any] = {}
     batch = wanted.batch
     while batch <= LARGEST_BATCH:
@@ -87,11 +87,11 @@ def images_per_s(
     width = CATALOGUE[name].cuts[CATALOGUE[name].last_cut]
     features = np.random.default_rng(0).normal(size=(len(pixels), width)).astype(np.float32)
     ends: list[float] = []
-    tune(
+    fine_tune(
         recipe,
         Task.MULTICLASS,
         weights,
-        Material(pixels, are_maps=False),
+        FineTuningInputs(pixels, are_maps=False),
         first_head(recipe, features, targets),
         targets,
         np.resize(np.arange(len(pixels)), batch * steps),

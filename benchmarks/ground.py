@@ -63,7 +63,7 @@ def ground(name: BackboneName, cut: str, size: int, images: int, data: Path | No
         labels = sorted({row.labels[0] for row in rows})
         truth = np.array([labels.index(row.labels[0]) for row in rows])
         weights = store.put(calibrated(name, pixels[:_CALIBRATED]))
-        model = backbones.backbone(name, cut, size, store.read(weights))
+        model = backbones.build_backbone(name, cut, size, store.read(weights))
         backbone = store.put(export(model, threads).onnx)
         yield Ground(store, Path(folder), rows, pixels, truth, labels, weights, backbone, threads)
 

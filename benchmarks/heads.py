@@ -1,8 +1,8 @@
 """Linear heads of all folds side by side against fold by fold, and against a loop of scikit-learn at equal loss.
 
-Fold by fold is `training.fitting.head_fit.fit`: Keras, traced anew for each head. Side by side is
-`training.fitting.linear_heads.fit_many`: the same steps. Both train every epoch, so that they do the same work, in
-pairs that take turns; figures are medians.
+Fold by fold is `training.fitting.head_fit.fit_head`: Keras, which traces anew for each head. Side by side is
+`training.fitting.linear_heads.fit_linear_heads`, which takes the same steps. Both train every epoch, so that they do
+the same work. The two take turns in pairs; figures are medians.
 
 scikit-learn's `LogisticRegression` minimises C * sum(cross-entropy) + ||W||²/2 over standardised features, which is
 C * n times our mean(cross-entropy) + l2 * ||W||² where C = 1 / (2 * l2 * n), for n rows. It is stopped at the first
@@ -30,8 +30,8 @@ from benchmarks.figures import report, spread
 from inference import heads
 from recipes.recipe import Recipe, Task
 from training.data.split import Fold, Indices, make_folds
-from training.fitting.head_fit import Fit, Scaler, fit
-from training.fitting.linear_heads import Wanted, fit_many, grid
+from training.fitting.head_fit import FittedHead, Scaler, fit_head
+from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
 from training.fitting.training_loop import Passage
 
 K, CLASSES = 5, 10
@@ -57,10 +57,12 @@ def folded(truth: Indices) -> list[Fold]:
     return make_folds(rows, truth, labels, rows, rows[:0], k=K, repeats=1, validation_fraction=0.15, seed=0)
 
 
-def fold_by_fold(recipe: Recipe, features: Features, truth: Indices, wanted: Sequence[Wanted]) -> list[Fit]:
+def fold_by_fold(
+    recipe: Recipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
+) -> list[FittedHead]:
     """Fit each head by itself."""
     return [
-        fit(
+        fit_head(
             recipe.model_copy(update={"head": recipe.known_head.model_copy(update={"l2": one.l2})}),
             Task.MULTICLASS,
             CLASSES,
@@ -76,16 +78,20 @@ def fold_by_fold(recipe: Recipe, features: Features, truth: Indices, wanted: Seq
     ]
 
 
-def side_by_side(recipe: Recipe, features: Features, truth: Indices, wanted: Sequence[Wanted]) -> list[Fit]:
+def side_by_side(
+    recipe: Recipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
+) -> list[FittedHead]:
     """Fit all heads at once."""
-    fits = dict(fit_many(recipe, Task.MULTICLASS, CLASSES, features, truth, wanted))
+    fits = dict(fit_linear_heads(recipe, Task.MULTICLASS, CLASSES, features, truth, wanted))
     return [fits[place] for place in range(len(wanted))]
 
 
 class Rival:
     """A loop of scikit-learn over the folds, each stopped at the loss that our head has on its training rows."""
 
-    def __init__(self, features: Features, truth: Indices, wanted: Sequence[Wanted], ours: Sequence[Fit]) -> None:
+    def __init__(
+        self, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask], ours: Sequence[FittedHead]
+    ) -> None:
         self._features, self._truth, self._wanted = features, truth, wanted
         losses = [self._loss_of(one, fit.weights[0], fit.weights[1]) for one, fit in zip(wanted, ours, strict=True)]
         self.iterations = [self._needed(one, loss) for one, loss in zip(wanted, losses, strict=True)]
@@ -95,7 +101,7 @@ class Rival:
         with threadpool_limits(1):
             return [self._fit(one, iterations) for one, iterations in zip(self._wanted, self.iterations, strict=True)]
 
-    def _needed(self, one: Wanted, loss: float) -> int:
+    def _needed(self, one: LinearHeadTask, loss: float) -> int:
         """Return the first iteration whose loss is no greater."""
         for iterations in range(1, _MOST_ITERATIONS):
             fitted = self._fit(one, iterations)
@@ -103,22 +109,24 @@ class Rival:
                 return iterations
         raise AssertionError(f"Expected a loss of {loss} at most. Not in {_MOST_ITERATIONS} iterations.")
 
-    def _fit(self, one: Wanted, iterations: int) -> Any:
-        rows = Scaler.of(self._features, one.train)(self._features[one.train])
+    def _fit(self, one: LinearHeadTask, iterations: int) -> Any:
+        rows = Scaler.fit(self._features, one.train)(self._features[one.train])
         model = LogisticRegression(C=1 / (2 * one.l2 * len(one.train)), tol=0.0, max_iter=iterations)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # it is stopped on purpose
             return model.fit(rows, self._truth[one.train])
 
-    def _loss_of(self, one: Wanted, kernel: Any, bias: Any) -> float:
+    def _loss_of(self, one: LinearHeadTask, kernel: Any, bias: Any) -> float:
         """Return mean cross-entropy + l2 * ||W||² on the training rows."""
-        rows = Scaler.of(self._features, one.train)(self._features[one.train]).astype(np.float64)
+        rows = Scaler.fit(self._features, one.train)(self._features[one.train]).astype(np.float64)
         probabilities = heads.probabilities(Task.MULTICLASS, rows @ kernel.astype(np.float64) + bias)
         of_truth = probabilities[np.arange(len(rows)), self._truth[one.train]]
         return float(-np.log(of_truth).mean() + one.l2 * np.square(kernel, dtype=np.float64).sum())
 
 
-def differ(features: Features, wanted: Sequence[Wanted], one: Sequence[Fit], other: Sequence[Fit]) -> float:
+def differ(
+    features: Features, wanted: Sequence[LinearHeadTask], one: Sequence[FittedHead], other: Sequence[FittedHead]
+) -> float:
     """Return how much the out-of-fold probabilities of two fits of the same heads differ at most."""
     rows = np.arange(len(features))
     most = 0.0
@@ -140,8 +148,8 @@ def compared(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence
     """Measure one size, with heads of each strength of the penalty."""
     features, truth = drawn(rows, width)
     recipe = Recipe(early_stopping=None)
-    folds = [Wanted(fold.train, fold.validation, epochs, fold.number, 0.0, QUIET) for fold in folded(truth)]
-    wanted = grid(folds, strengths)
+    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, 0.0, QUIET) for fold in folded(truth)]
+    wanted = l2_grid(folds, strengths)
     given = recipe, features, truth
     rival = Rival(features, truth, wanted, side_by_side(*given, wanted))
     loop, many, scikit = [], [], []

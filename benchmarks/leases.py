@@ -78,10 +78,10 @@ def bare(order: dict[str, Any]) -> None:
     os.environ |= computing_threads(order["threads"])
     from benchmarks.folds import Known, Silent
     from training.experiment import Experiment
-    from training.networks.network_files import Place
+    from training.networks.network_files import Workspace
     from training.setup import Order
 
-    place = Place(
+    place = Workspace(
         store=Store(Path(order["store"])),
         features=Path(order["features"]),
         pixels=Path(order["pixels"]),
@@ -135,7 +135,7 @@ class Service:
         """Train a run; return the seconds of its folds."""
         with self.database.writing() as session:
             run = runs.create_run(session, Principal(), self.version_id, "bench", recipe)
-            run_jobs.submit(session, run)
+            run_jobs.queue_training(session, run)
         for loop in self._loops:
             loop.ring()
         while True:

@@ -14,7 +14,7 @@ from recipes.defaults import ClassCount, fill
 from recipes.recipe import FineTune, Mode, Recipe, Task
 from training.data.split import Indices
 from training.fitting import head_fit
-from training.fitting.head_fit import Fit
+from training.fitting.head_fit import FittedHead
 from training.fitting.training_loop import Passage
 from training.networks import backbones
 
@@ -29,12 +29,12 @@ def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
 
     Without, the features of a deep one are as small as 1e-10, and its gradients overflow.
     """
-    network = backbones.network(name, pixels.shape[1])
+    network = backbones.build_network(name, pixels.shape[1])
     backbones.load_weights(network, backbones.random_weights(name))
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.0
-    network(backbones.preprocessed(pixels, CATALOGUE[name].preprocessing), training=True)
+    network(backbones.preprocess(pixels, CATALOGUE[name].preprocessing), training=True)
     return backbones.dump_weights(network)
 
 
@@ -53,9 +53,9 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
     return fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
 
 
-def first_head(recipe: Recipe, features: Features, targets: Indices) -> Fit:
+def first_head(recipe: Recipe, features: Features, targets: Indices) -> FittedHead:
     """Return a head that has learned a little, to go on from."""
-    return head_fit.fit(
+    return head_fit.fit_head(
         recipe,
         Task.MULTICLASS,
         int(targets.max()) + 1,

@@ -31,9 +31,9 @@ from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.recipe import Mode, Precision, Recipe, Resize, Task
 from training.fitting import fine_tuning, from_scratch
-from training.fitting.fine_tuning import Material
+from training.fitting.fine_tuning import FineTuningInputs
 from training.fitting.training_loop import Passage
-from training.networks import backbones
+from training.networks import backbones, scratch_networks
 from training.networks.export import export
 
 _BATCH = 16
@@ -60,11 +60,11 @@ def tuned(given: Ground, wanted: argparse.Namespace) -> Subject:
     features = frozen.features(given.pixels)
     head = first_head(recipe, features, given.truth)
     everything = np.arange(len(given.truth))
-    learned = fine_tuning.tune(
+    learned = fine_tuning.fine_tune(
         recipe,
         Task.MULTICLASS,
         given.store.read(given.weights),
-        Material(given.pixels, are_maps=False),
+        FineTuningInputs(given.pixels, are_maps=False),
         head,
         given.truth,
         everything,
@@ -79,7 +79,7 @@ def tuned(given: Ground, wanted: argparse.Namespace) -> Subject:
         "unfreeze": recipe.unfreeze,
         "largest_change_of_a_probability_by_fine_tuning": float(np.abs(by_keras - before).max()),
     }
-    network = backbones.backbone(wanted.backbone, cut, wanted.size, learned.network())
+    network = backbones.build_backbone(wanted.backbone, cut, wanted.size, learned.network())
     return Subject(CATALOGUE[wanted.backbone].title, by_keras, network, learned.layers, facts)
 
 
@@ -89,7 +89,7 @@ def grown(given: Ground, wanted: argparse.Namespace) -> Subject:
     recipe = fill(Recipe(mode=Mode.FROM_SCRATCH, image_size=wanted.size), Task.MULTICLASS, counts)
     assert recipe.network is not None
     everything = np.arange(len(given.truth))
-    learned = from_scratch.grow(
+    learned = from_scratch.fit_from_scratch(
         recipe,
         Task.MULTICLASS,
         len(given.labels),
@@ -102,7 +102,7 @@ def grown(given: Ground, wanted: argparse.Namespace) -> Subject:
         passage=_NOBODY,
     )
     by_keras = heads.probabilities(Task.MULTICLASS, learned.logits(everything)).astype(np.float32)
-    network = from_scratch.network(recipe.network, wanted.size, learned.network())
+    network = scratch_networks.build_feature_network(recipe.network, wanted.size, learned.network())
     return Subject(
         "CNN from scratch", by_keras, network, learned.layers, {"largest_probability": float(by_keras.max())}
     )

@@ -1,10 +1,10 @@
 """Fine-tuning against the bare `keras.Model.fit`: what our step costs, and what computing the frozen part once saves.
 
-The step: `training.fitting.fine_tuning.tune` on maps at the cut, against `fit` on the same array with
-the same layers, optimizer and loss, in interleaved pairs. The cut: `tune` on maps that the engine computes in one pass,
-against `fit` through the whole network with the layers before the cut frozen;
-each fold is a pair, with the same rows in the same order. The
-first epoch of each run, in which Keras builds and traces, counts on neither side; exporting the frozen part neither.
+The step: `training.fitting.fine_tuning.fine_tune` on maps at the cut, against `fit` on the same array with the same
+layers, optimizer and loss, in interleaved pairs. The cut: `fine_tune` on maps that the engine computes in one pass,
+against `fit` through the whole network with the layers before the cut frozen. Each fold is a pair, with the same rows
+in the same order. Neither side counts the first epoch of each run, in which Keras builds and traces, nor the export of
+the frozen part.
 
 What the cut can save at most follows from multiply-adds. Let one image cost f forward through the frozen part and r
 through the part that learns. A training image costs the learning part 3r, since the backward pass needs the gradients
@@ -47,11 +47,11 @@ from recipes.recipe import Precision, Recipe, Resize, Task
 from training.data.arrays import Maps, load_maps, maps_bytes
 from training.data.split import Fold, Indices, make_folds
 from training.fitting import fine_tuning
-from training.fitting.fine_tuning import Material
-from training.fitting.head_fit import Fit
+from training.fitting.fine_tuning import FineTuningInputs
+from training.fitting.head_fit import FittedHead
 from training.fitting.training_loop import Passage, Rows
 from training.networks import backbones
-from training.networks.network_files import square_of
+from training.networks.network_files import image_side_of
 from training.progress import Epoch
 
 BATCH = 32
@@ -92,9 +92,9 @@ class Trial:
         self.recipe: Recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
         self.weights = given.store.read(given.weights)
         self.engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
-        whole = backbones.backbone(case.backbone, CATALOGUE[case.backbone].last_cut, case.size, self.weights)
+        whole = backbones.build_backbone(case.backbone, CATALOGUE[case.backbone].last_cut, case.size, self.weights)
         features = whole.predict(given.pixels, batch_size=BATCH, verbose=0)["features"]
-        self.head: Fit = first_head(self.recipe, features, given.truth)
+        self.head: FittedHead = first_head(self.recipe, features, given.truth)
 
     @contextmanager
     def maps(self) -> Iterator[Maps]:
@@ -109,11 +109,11 @@ class Trial:
             assert maps is not None, "The disk has no room for the maps."
             yield maps
 
-    def ours(self, material: Material, train: Indices, validation: Indices) -> Timed:
+    def ours(self, material: FineTuningInputs, train: Indices, validation: Indices) -> Timed:
         """Fine-tune as the service does."""
         _drop_networks()
         ends: list[float] = []
-        tuned = fine_tuning.tune(
+        tuned = fine_tuning.fine_tune(
             self.recipe,
             Task.MULTICLASS,
             self.weights,
@@ -128,7 +128,7 @@ class Trial:
         )
         return Timed(np.diff(ends).tolist(), tuned.trained.history)
 
-    def bare(self, material: Material, steps: int, **data: Any) -> Timed:
+    def bare(self, material: FineTuningInputs, steps: int, **data: Any) -> Timed:
         """Fine-tune the same layers by `fit` alone; `data` is what it learns from."""
         assert self.recipe.fine_tune is not None
         _drop_networks()
@@ -159,7 +159,7 @@ def step(trial: Trial, pairs: int) -> dict[str, Any]:
     ours, bare = [], []
     with trial.maps() as mapped:
         maps = np.array(mapped)
-        material = Material(maps, are_maps=True)
+        material = FineTuningInputs(maps, are_maps=True)
         for _ in range(pairs):
             ours.append(trial.ours(material, np.arange(len(maps)), NONE))
             bare.append(trial.bare(material, -(-len(maps) // BATCH), x=maps, y=truth, batch_size=BATCH))
@@ -182,9 +182,9 @@ def cut(trial: Trial, folds: Sequence[Fold]) -> dict[str, Any]:
     started = time.perf_counter()
     with trial.maps() as maps:
         once_s = time.perf_counter() - started
-        pixels = Material(given.pixels, are_maps=False)
+        pixels = FineTuningInputs(given.pixels, are_maps=False)
         for fold in folds:
-            cached.append(trial.ours(Material(maps, are_maps=True), fold.train, fold.test))
+            cached.append(trial.ours(FineTuningInputs(maps, are_maps=True), fold.train, fold.test))
             rows = Rows(given.pixels, given.truth, fold.train, BATCH, SEED)
             watched = (given.pixels[fold.test], given.truth[fold.test])
             plain.append(trial.bare(pixels, len(rows), x=rows, validation_data=watched, shuffle=False))
@@ -218,7 +218,7 @@ def _limit(trial: Trial, folds: Sequence[Fold], epochs: int) -> float:
     """Return what the cut saves at most, by the formula above."""
     recipe = trial.recipe
     assert recipe.unfreeze
-    whole = backbones.network(recipe.known_backbone.name, square_of(recipe))
+    whole = backbones.build_network(recipe.known_backbone.name, image_side_of(recipe))
     boundary = recipe.known_backbone.cut_before(recipe.unfreeze)
     assert boundary is not None
     front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.known_backbone.name, boundary).output)

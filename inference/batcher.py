@@ -43,7 +43,7 @@ _ENDING = "The network was put away, or the service is ending. Ask again in a mo
 
 
 @dataclass(frozen=True)
-class Computed:
+class BackboneOutput:
     """What the engine made of a request's images, and where the time went.
 
     Attributes:
@@ -59,14 +59,14 @@ class Computed:
     batch: int
 
 
-class Asked(Future[Computed]):
+class FeatureFuture(Future[BackboneOutput]):
     """The answer to a request, once it is there; it always ends."""
 
-    has_left = False
+    is_abandoned = False
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """Say that nobody waits any more: the engine sees none of its images that it has not begun with."""
-        self.has_left = True
+        self.is_abandoned = True
         self.cancel()
 
 
@@ -77,7 +77,7 @@ class _Request:
     pixels: Pixels
     wants_maps: bool
     until: float
-    future: Asked
+    future: FeatureFuture
     arrived: float
     is_taken: bool = False
     started: float | None = None
@@ -86,14 +86,14 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class _QueuedImage:
     """One image of a request."""
 
     request: _Request
     index: int
 
 
-class _Pace:
+class _WaitEstimator:
     """How long batches take: by size when nothing else ran, and how many times as long they take now.
 
     Images of a full batch take less time each than one alone does, so after a quiet hour the last batches say little
@@ -104,12 +104,12 @@ class _Pace:
         """Know the seconds of batches of up to `limit` by size; without any, the first one that is seen sets them."""
         self._limit = limit
         self._slowness = 1.0
-        self._alone_s = _by_size(timed, limit) if timed else []
+        self._alone_s = _seconds_by_size(timed, limit) if timed else []
 
-    def saw(self, images: int, seconds: float) -> None:
+    def update(self, images: int, seconds: float) -> None:
         """Learn from a batch."""
         if not self._alone_s:
-            self._alone_s = _by_size({images: seconds}, self._limit)
+            self._alone_s = _seconds_by_size({images: seconds}, self._limit)
         self._slowness = (1 - _NEWEST) * self._slowness + _NEWEST * seconds / self._alone_s[images]
 
     def seconds(self, images: int) -> float:
@@ -120,7 +120,7 @@ class _Pace:
         return self._slowness * (full * self._alone_s[self._limit] + self._alone_s[rest])
 
 
-def _by_size(timed: Mapping[int, float], limit: int) -> list[float]:
+def _seconds_by_size(timed: Mapping[int, float], limit: int) -> list[float]:
     """Return the seconds of a batch of each size from 0: between two timed ones on the line, else in proportion."""
     sizes = np.arange(1, limit + 1)
     known = sorted(timed)
@@ -150,13 +150,13 @@ class Batcher:
         self._now = now
         self.engine = engine.name
         self.limit = limit
-        self._waiting: deque[_Slot] = deque()
+        self._waiting: deque[_QueuedImage] = deque()
         self._changed = threading.Condition()
         # Whoever holds the first has a batch ready, whoever holds the second is in the engine: batches keep order.
         self._turnstile, self._engine_free = threading.Lock(), threading.Lock()
         self._is_closed = False
         self._in_engine = 0
-        self._pace = _Pace(timed or {}, limit)
+        self._pace = _WaitEstimator(timed or {}, limit)
         self.busy_s = 0.0
         self.batches = self.images = 0
         self._threads = [
@@ -165,20 +165,20 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> Asked:
+    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> FeatureFuture:
         """Ask for the features of images, uint8 [n, H, W, 3]; return a future that always ends.
 
         A future that is cancelled before the engine takes its images costs nothing. `until` is the moment, on this
         batcher's clock, after which nobody wants the answer: then the future ends with DeadlineExceeded. Other errors
         are Unavailable once this is closed, and whatever the engine raises.
         """
-        future = Asked()
+        future = FeatureFuture()
         request = _Request(pixels, wants_maps, until, future, self._now())
         with self._changed:
             if self._is_closed:
                 future.set_exception(Unavailable(_ENDING))
                 return future
-            self._waiting.extend(_Slot(request, index) for index in range(len(pixels)))
+            self._waiting.extend(_QueuedImage(request, index) for index in range(len(pixels)))
             self._changed.notify()
         return future
 
@@ -217,24 +217,24 @@ class Batcher:
 
     def _run(self) -> None:
         try:
-            while self._one_batch():
+            while self._run_batch():
                 pass
         finally:
             self._end()
 
-    def _one_batch(self) -> bool:
+    def _run_batch(self) -> bool:
         """See one batch through the engine; return False at the end."""
-        slots: list[_Slot] = []
+        slots: list[_QueuedImage] = []
         try:
             with contextlib.ExitStack() as engine:
                 with self._turnstile:
-                    self._take(slots)
+                    self._wait_for_images(slots)
                     if not slots:
                         return False
                     pixels = np.empty((self.limit, *slots[0].request.pixels.shape[1:]), np.uint8)
-                    _lay(slots, pixels)
+                    _copy_pixels(slots, pixels)
                     engine.enter_context(self._engine_free)
-                    self._top_up(slots, pixels)
+                    self._refill(slots, pixels)
                 if not slots:
                     return True
                 started = self._now()
@@ -243,7 +243,7 @@ class Batcher:
                 wants_maps = any(slot.request.wants_maps for slot in slots)
                 features, maps = self._engine.run(pixels[: len(slots)], wants_maps=wants_maps)
                 ended = self._now()
-            self._hand_out(slots, features, maps, started, ended)
+            self._resolve(slots, features, maps, started, ended)
         except BaseException as error:  # whatever it is, nobody waits for ever
             _fail([slot.request for slot in slots], error)
             if not isinstance(error, Exception):
@@ -261,13 +261,13 @@ class Batcher:
             left, self._waiting = self._waiting, deque()
         _fail([slot.request for slot in left], Unavailable(_ENDING))
 
-    def _take(self, slots: list[_Slot]) -> None:
+    def _wait_for_images(self, slots: list[_QueuedImage]) -> None:
         """Wait for images that are wanted, and take up to `limit`; take none at the end."""
         with self._changed:
-            while not self._add(slots) and not self._is_closed:
+            while not self._add_waiting(slots) and not self._is_closed:
                 self._changed.wait()
 
-    def _top_up(self, slots: list[_Slot], pixels: Pixels) -> None:
+    def _refill(self, slots: list[_QueuedImage], pixels: Pixels) -> None:
         """Drop what nobody wants any more, and fill up with what came while the engine was busy.
 
         Most pixels were laid out before that; copying one image takes some 30 µs at 299 pixels.
@@ -278,10 +278,10 @@ class Batcher:
             if len(kept) < len(slots):
                 slots[:] = [slots[place] for place in kept]
                 pixels[: len(kept)] = pixels[kept]
-            self._add(slots)
-        _lay(slots, pixels, len(kept))
+            self._add_waiting(slots)
+        _copy_pixels(slots, pixels, len(kept))
 
-    def _add(self, slots: list[_Slot]) -> bool:
+    def _add_waiting(self, slots: list[_QueuedImage]) -> bool:
         """Add waiting images that are wanted, up to `limit` of them together; the caller holds the lock."""
         before = len(slots)
         while self._waiting and len(slots) < self.limit:
@@ -300,7 +300,7 @@ class Batcher:
             return False
         request.is_taken = True
         now = self._now()
-        if future.has_left or now > request.until:
+        if future.is_abandoned or now > request.until:
             _fail(
                 [request],
                 DeadlineExceeded(
@@ -311,15 +311,15 @@ class Batcher:
             return False
         return True
 
-    def _hand_out(
-        self, slots: Sequence[_Slot], features: Features, maps: Maps | None, started: float, ended: float
+    def _resolve(
+        self, slots: Sequence[_QueuedImage], features: Features, maps: Maps | None, started: float, ended: float
     ) -> None:
         complete = []
         with self._changed:
             self.batches += 1
             self.images += len(slots)
             self.busy_s += ended - started
-            self._pace.saw(len(slots), ended - started)
+            self._pace.update(len(slots), ended - started)
             for place, slot in enumerate(slots):
                 request = slot.request
                 request.features[slot.index] = features[place]
@@ -329,17 +329,17 @@ class Batcher:
                     complete.append(request)
         for request in complete:
             with contextlib.suppress(InvalidStateError):  # it failed with another of its images
-                request.future.set_result(_computed(request, ended, len(slots)))
+                request.future.set_result(_backbone_output(request, ended, len(slots)))
 
 
-def _lay(slots: Sequence[_Slot], pixels: Pixels, begin: int = 0) -> None:
+def _copy_pixels(slots: Sequence[_QueuedImage], pixels: Pixels, begin: int = 0) -> None:
     """Copy images to their places, from the one at `begin` on."""
     for place in range(begin, len(slots)):
         pixels[place] = slots[place].request.pixels[slots[place].index]
 
 
-def _is_awaited(slot: _Slot) -> bool:
-    return not (slot.request.future.has_left or slot.request.future.done())
+def _is_awaited(slot: _QueuedImage) -> bool:
+    return not (slot.request.future.is_abandoned or slot.request.future.done())
 
 
 def _fail(requests: Iterable[_Request], error: BaseException) -> None:
@@ -348,10 +348,10 @@ def _fail(requests: Iterable[_Request], error: BaseException) -> None:
             request.future.set_exception(error)
 
 
-def _computed(request: _Request, ended: float, batch: int) -> Computed:
+def _backbone_output(request: _Request, ended: float, batch: int) -> BackboneOutput:
     assert request.started is not None
     order = range(len(request.pixels))
-    return Computed(
+    return BackboneOutput(
         features=np.stack([request.features[index] for index in order]),
         maps=np.stack([request.maps[index] for index in order]) if request.wants_maps else None,
         backbone_ms=1000 * (ended - request.started),

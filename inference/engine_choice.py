@@ -7,10 +7,10 @@ from typing import Literal
 
 from errors import EngineMissing
 from inference.engine import OpenVinoEngine
-from inference.shelf import Load
+from inference.shelf import EngineLoader
 
 
-def loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> Load:
+def choose_engine_loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> EngineLoader:
     """Return what loads networks; `auto` is ONNX Runtime where it finds a GPU with CUDA, else OpenVINO.
 
     Raises EngineMissing if ONNX Runtime is asked for and not installed.

@@ -50,7 +50,7 @@ class _Output:
     axes: str
 
 
-class Insight:
+class LayerReader:
     """A network, exported from Keras, whose layers can be looked at; computes in float32."""
 
     def __init__(self, network: Path, threads: int) -> None:
@@ -135,13 +135,13 @@ def _name(output: Any) -> str:
 
 def _layer(tensor: str) -> str | None:
     """Return the layer that a tensor belongs to: the innermost part of its path that counts calls."""
-    for part in _inside(tensor):
+    for part in _path_parts(tensor):
         called = _CALLED.fullmatch(part)
         if called is not None:
             return called["layer"]
     return None
 
 
-def _inside(tensor: str) -> Iterator[str]:
+def _path_parts(tensor: str) -> Iterator[str]:
     """Yield the parts of a path from within, without the operation itself and without the network as a whole."""
     yield from reversed(tensor.split("/")[1:-1])

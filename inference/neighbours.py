@@ -10,7 +10,7 @@ from PIL import Image
 
 from artifacts.features import Features
 from artifacts.images import Pixels
-from artifacts.neighbours import Known, Neighbours
+from artifacts.neighbours import NeighbourIndex, TrainingImage
 from artifacts.store import Digest
 
 COUNT = 3
@@ -27,11 +27,11 @@ _GONE = 128
 class Neighbour:
     """A training image and how near it is: the cosine of the angle between its features and the new image's."""
 
-    known: Known
+    known: TrainingImage
     similarity: float
 
 
-def nearest(neighbours: Neighbours, features: Features, count: int = COUNT) -> list[list[Neighbour]]:
+def nearest(neighbours: NeighbourIndex, features: Features, count: int = COUNT) -> list[list[Neighbour]]:
     """Return, for each image of features float32 [n, D], those nearest to it, the nearest first; fewer if not so many.
 
     A file that the data set has several times is shown once.
@@ -46,7 +46,7 @@ def nearest(neighbours: Neighbours, features: Features, count: int = COUNT) -> l
     return [_first(neighbours, column, count) for column in similarity.T.clip(-1, 1)]
 
 
-def _first(neighbours: Neighbours, similarity: Features, count: int) -> list[Neighbour]:
+def _first(neighbours: NeighbourIndex, similarity: Features, count: int) -> list[Neighbour]:
     found: dict[Digest, Neighbour] = {}
     for row in np.argsort(-similarity, kind="stable"):
         known = neighbours.known[row]

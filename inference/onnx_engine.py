@@ -82,7 +82,7 @@ class OnnxEngine:
                 f"The engine onnxruntime computes in {' or '.join(_HONOURED)}. Received a model of precision "
                 f"{precision}: serve it with ESPALIER_ENGINE=openvino."
             )
-        with _telling_of_memory("the network"):
+        with _out_of_memory_errors("the network"):
             self._session = _session(str(network), threads, provider_options(finds_cuda()))
         [given] = self._session.get_inputs()
         self._input = given.name
@@ -97,7 +97,7 @@ class OnnxEngine:
         Raises OutOfMemory if there is no room for so many images.
         """
         outputs = ["features", "maps"] if wants_maps else ["features"]
-        with _telling_of_memory(f"a batch of {len(images)} images"):
+        with _out_of_memory_errors(f"a batch of {len(images)} images"):
             features, *maps = self._session.run(outputs, {self._input: np.ascontiguousarray(images)})
         return features, maps[0] if maps else None
 
@@ -114,7 +114,7 @@ def _session(network: str | bytes, threads: int, providers: Sequence[Provider]) 
 
 
 @contextlib.contextmanager
-def _telling_of_memory(what: str) -> Iterator[None]:
+def _out_of_memory_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -14,11 +14,11 @@ from artifacts import images, neighbours
 from artifacts.bundle import Bundle, Float32
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
-from artifacts.neighbours import Neighbours
+from artifacts.neighbours import NeighbourIndex
 from artifacts.store import Digest
 from errors import BundleRefused, Corrupt, DeadlineExceeded, ImageRefused, NotFound, RequestInvalid
 from inference import explain, heads
-from inference.batcher import Asked, Batcher, Computed
+from inference.batcher import BackboneOutput, Batcher, FeatureFuture
 from inference.engine import TOLERANCE
 from inference.explain import Explanation
 from inference.neighbours import Neighbour, nearest, sheet
@@ -53,7 +53,7 @@ Prediction = ClassPrediction | LabelsPrediction | ValuePrediction
 
 
 @dataclass(frozen=True)
-class Explained:
+class ExplanationImage:
     """A PNG that explains the answer for one image; `label` is whose, if it is of one; the neighbours that it shows."""
 
     label: str | None
@@ -80,7 +80,7 @@ class Predictor:
     """
 
     def __init__(
-        self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes], grew: Callable[[], None]
+        self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes], on_growth: Callable[[], None]
     ) -> None:
         """See that this machine gives the golden output for the golden input. Raises BundleRefused.
 
@@ -88,9 +88,9 @@ class Predictor:
         """
         self._batcher = batcher
         self._read = read
-        self._grew = grew
+        self._on_growth = on_growth
         self._reading = threading.Lock()
-        self._neighbours: Neighbours | None = None
+        self._neighbours: NeighbourIndex | None = None
         self.bundle = bundle
         self._check()
         # Copies: a slice would hold the whole of what it was taken from.
@@ -134,7 +134,7 @@ class Predictor:
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
-    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> Asked | None:
+    def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> FeatureFuture | None:
         """Ask the backbone, as `Batcher.submit`; return None if this predictor was put away and another is needed."""
         asked = self._batcher.submit(pixels, until, wants_maps=wants_maps)
         return None if self._batcher.is_closed and asked.done() else asked
@@ -172,22 +172,22 @@ class Predictor:
         kind: Explanation,
         label: str | None,
         pixels: Pixels,
-        computed: Computed,
+        computed: BackboneOutput,
         predictions: list[Prediction],
         limits: ImageLimits,
-    ) -> list[Explained]:
+    ) -> list[ExplanationImage]:
         """Return a picture for each image, uint8 [n, H, W, 3], from what the backbone computed.
 
         A heat map is of the label that is asked for, or of the one that was answered (of several the likeliest).
         Raises RequestInvalid for a label that the model does not know, and for maps of too few places.
         """
         if kind is Explanation.NEIGHBOURS:
-            near = nearest(self._known(), computed.features)
-            return [self._shown(*one, limits) for one in zip(pixels, near, strict=True)]
+            near = nearest(self._neighbour_index(), computed.features)
+            return [self._neighbour_sheet(*one, limits) for one in zip(pixels, near, strict=True)]
         assert computed.maps is not None
         explain.check_side(computed.maps, self.bundle.size)
         if kind is Explanation.ACTIVATIONS:
-            return [Explained(None, explain.grid(maps)) for maps in computed.maps]
+            return [ExplanationImage(None, explain.grid(maps)) for maps in computed.maps]
         found = []
         for image, features, maps, prediction in zip(
             pixels, computed.features, computed.maps, predictions, strict=True
@@ -195,7 +195,7 @@ class Predictor:
             chosen = self._explained_label(label, prediction)
             output, sign = self._output(chosen)
             places = sign * explain.heat(self.bundle.layers, features, maps, output)
-            found.append(Explained(chosen, explain.overlay(image, places)))
+            found.append(ExplanationImage(chosen, explain.overlay(image, places)))
         return found
 
     def check_explains(self, kind: Explanation) -> None:
@@ -206,18 +206,18 @@ class Predictor:
                 field="explain",
             )
 
-    def _shown(self, image: Pixels, found: Sequence[Neighbour], limits: ImageLimits) -> Explained:
+    def _neighbour_sheet(self, image: Pixels, found: Sequence[Neighbour], limits: ImageLimits) -> ExplanationImage:
         picture = sheet(image, found, lambda known: self._read_pixels(known, limits))
-        return Explained(None, explain.png(np.asarray(picture)), found)
+        return ExplanationImage(None, explain.png(np.asarray(picture)), found)
 
-    def _known(self) -> Neighbours:
+    def _neighbour_index(self) -> NeighbourIndex:
         """Return the images that may be shown, read when they are first asked for."""
         with self._reading:
             if self._neighbours is None:
                 assert self.bundle.neighbours is not None
                 self._neighbours = neighbours.load(self._read(self.bundle.neighbours))
                 self.size_bytes += self._neighbours.size_bytes
-                self._grew()
+                self._on_growth()
             return self._neighbours
 
     def _read_pixels(self, image: Digest, limits: ImageLimits) -> Pixels | None:

@@ -34,7 +34,7 @@ _READ_EVERY_S = 0.01
 # Beside the arrays of a head: labels, the objects around them.
 _MODEL_BYTES = 4096
 
-Load = Callable[[Path, Precision, int], Engine]
+EngineLoader = Callable[[Path, Precision, int], Engine]
 Key = tuple[Digest, Precision]
 
 
@@ -56,7 +56,7 @@ class _Backbone:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedBackbone:
     """A backbone that is loaded, and how many models are on it."""
 
     digest: Digest
@@ -74,7 +74,7 @@ class Shelf:
         store: Store,
         threads: int,
         budget_bytes: int,
-        load: Load = OpenVinoEngine,
+        load: EngineLoader = OpenVinoEngine,
         resident_bytes: Callable[[], int] = resident_bytes,
     ) -> None:
         """Load with `load`; what a network takes is by how much `resident_bytes` of the process grows, if it tells."""
@@ -145,7 +145,7 @@ class Shelf:
         backbone = held or self._load_backbone(bundle)
         is_kept = False
         try:
-            predictor = Predictor(bundle, backbone.batcher, self._store.read, self._grew)
+            predictor = Predictor(bundle, backbone.batcher, self._store.read, self._on_growth)
             with self._lock:  # the backbone and its first model at once: one without models is the first to go
                 if self._is_closed:
                     raise Unavailable("The service is ending. Ask again in a moment.")
@@ -199,12 +199,12 @@ class Shelf:
             least = min(least, self._resident_bytes())
         return least
 
-    def loaded(self) -> list[Loaded]:
+    def loaded(self) -> list[LoadedBackbone]:
         """Return the backbones that are loaded."""
         with self._lock:
             models = Counter(_key(predictor.bundle) for predictor in self._models.values())
             return [
-                Loaded(*key, backbone.batcher, backbone.size_bytes, models[key])
+                LoadedBackbone(*key, backbone.batcher, backbone.size_bytes, models[key])
                 for key, backbone in self._backbones.items()
             ]
 
@@ -216,7 +216,7 @@ class Shelf:
         for backbone in backbones.values():
             backbone.batcher.close()
 
-    def _grew(self) -> None:
+    def _on_growth(self) -> None:
         with self._lock:
             self._make_room()
 

@@ -127,31 +127,31 @@ def create_comparison(
     for position, recipe in enumerate(recipes):
         run = runs.create_run(session, principal, version_id, name, recipe)
         session.add(ComparisonRun(comparison_id=comparison.id, position=position, run_id=run.id))
-        added.append(run_jobs.submit(session, run))
+        added.append(run_jobs.queue_training(session, run))
     session.flush()
     return comparison, added
 
 
-def note_start(session: Session, run_id: str) -> None:
+def on_run_started(session: Session, run_id: str) -> None:
     """Mark the comparison of a run that just started as running, if the run has one."""
-    comparison = _locked_of(session, run_id)
+    comparison = _lock_comparison_of(session, run_id)
     if comparison is not None and comparison.state is ComparisonState.QUEUED:
         comparison.state = ComparisonState.RUNNING
 
 
-def note_end(session: Session, run_id: str) -> Job | None:
+def on_run_ended(session: Session, run_id: str) -> Job | None:
     """See what the end of a run, in this transaction, means for its comparison, if the run has one.
 
     The last run to end makes the table due: return that job, None otherwise. Where no run has succeeded there is
     nothing to compare, and the comparison ends here.
     """
-    comparison = _locked_of(session, run_id)
-    return None if comparison is None else _see_end(session, comparison)
+    comparison = _lock_comparison_of(session, run_id)
+    return None if comparison is None else _finish_if_runs_ended(session, comparison)
 
 
-def note_retry(session: Session, run_id: str) -> None:
+def on_run_retried(session: Session, run_id: str) -> None:
     """Open the comparison of a run that is tried again, if the run has one; its table stays until there is another."""
-    comparison = _locked_of(session, run_id)
+    comparison = _lock_comparison_of(session, run_id)
     if comparison is not None and comparison.state in (ComparisonState.SUCCEEDED, ComparisonState.FAILED):
         comparison.state = ComparisonState.RUNNING
         comparison.error = comparison.finished_at = None
@@ -165,7 +165,7 @@ def succeed_comparison(
     Return False if somebody closed it before, or if a run that was tried again since is not in it: another table is
     made then, or will be when that run ends.
     """
-    comparison = _locked(session, comparison_id)
+    comparison = _lock(session, comparison_id)
     if comparison.state.is_final:
         return False
     query = select(ComparisonRun.position, Run.state).join(Run, Run.id == ComparisonRun.run_id)
@@ -175,7 +175,7 @@ def succeed_comparison(
         return False
     succeeded = {position for position, state in states.items() if state is RunState.SUCCEEDED}
     if not succeeded <= {row["position"] for row in table["rows"]}:
-        _owe_table(session, comparison)
+        _queue_table_job(session, comparison)
         return False
     comparison.table = table
     comparison.picture_sha256, comparison.report_sha256 = picture, report
@@ -189,19 +189,19 @@ def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any],
     One whose run was tried again stays open: that run's end makes another table due, or has come after the table was
     begun (`since`), and another is made now. A table that it has from before stays.
     """
-    comparison = _locked(session, comparison_id)
+    comparison = _lock(session, comparison_id)
     made = get_runs(session, comparison_id)
     if comparison.state.is_final or not all(run.state.is_final for run in made):
         return
     if any(run.state is RunState.SUCCEEDED and run.finished_at and run.finished_at > since for run in made):
-        _owe_table(session, comparison)
+        _queue_table_job(session, comparison)
         return
     _end(comparison, ComparisonState.FAILED, error)
 
 
 def cancel_comparison(session: Session, comparison_id: str) -> None:
     """Close a comparison because somebody asked for it; one that is closed stays as it is."""
-    comparison = _locked(session, comparison_id)
+    comparison = _lock(session, comparison_id)
     if not comparison.state.is_final:
         _end(comparison, ComparisonState.CANCELLED)
 
@@ -216,13 +216,13 @@ def request_cancel(session: Session, comparison_id: str) -> Job | None:
         run_jobs.request_cancel(session, run.id)
     # Not locked yet: a job comes before it. A table that is closed with in between has closed its job, too.
     if session.get_one(Comparison, comparison_id, populate_existing=True).table is not None:
-        return _see_end(session, _locked(session, comparison_id))
+        return _finish_if_runs_ended(session, _lock(session, comparison_id))
     jobs.request_cancel(session, comparison_id, JobKind.COMPARE)
     cancel_comparison(session, comparison_id)
     return None
 
 
-def _see_end(session: Session, comparison: Comparison) -> Job | None:
+def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | None:
     """Do what is due when all runs of a comparison have ended, if they have."""
     if comparison.state.is_final:
         return None
@@ -233,7 +233,7 @@ def _see_end(session: Session, comparison: Comparison) -> Job | None:
         comparison.state = ComparisonState.RUNNING
         if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # the run was tried again while the table was made
             return None
-        return _owe_table(session, comparison)
+        return _queue_table_job(session, comparison)
     if RunState.FAILED in states:
         error = NothingToCompare("No run of the comparison succeeded; each of them says why.")
         _end(comparison, ComparisonState.FAILED, error.record())
@@ -242,7 +242,7 @@ def _see_end(session: Session, comparison: Comparison) -> Job | None:
     return None
 
 
-def _owe_table(session: Session, comparison: Comparison) -> Job:
+def _queue_table_job(session: Session, comparison: Comparison) -> Job:
     """Owe a table, numbered so that one may be owed while the job of the one before is not closed yet."""
     query = select(func.count()).where(Job.kind == JobKind.COMPARE, Job.subject_id == comparison.id)
     number = session.scalar(query) or 0
@@ -261,11 +261,11 @@ def _end(comparison: Comparison, state: ComparisonState, error: dict[str, Any] |
     comparison.state, comparison.error, comparison.finished_at = state, error, now()
 
 
-def _locked(session: Session, comparison_id: str) -> Comparison:
+def _lock(session: Session, comparison_id: str) -> Comparison:
     """Return a comparison whose row is held until the transaction ends, as it stands then."""
     return session.get_one(Comparison, comparison_id, with_for_update=NO_KEY_UPDATE, populate_existing=True)
 
 
-def _locked_of(session: Session, run_id: str) -> Comparison | None:
+def _lock_comparison_of(session: Session, run_id: str) -> Comparison | None:
     found = session.scalar(select(ComparisonRun.comparison_id).where(ComparisonRun.run_id == run_id))
-    return None if found is None else _locked(session, found)
+    return None if found is None else _lock(session, found)

@@ -142,7 +142,7 @@ class Membership(Base):
 
 
 @dataclass(frozen=True)
-class Accepted:
+class IngestedImage:
     """An image that ingest took in: its row of the manifest, and what is known of its file."""
 
     row: Row
@@ -266,7 +266,7 @@ def start_ingest(session: Session, version_id: str) -> DatasetVersion:
     return version
 
 
-def wait_again(session: Session, version_id: str) -> None:
+def requeue_ingest(session: Session, version_id: str) -> None:
     """Put a version back in line after its attempt was interrupted."""
     session.execute(
         update(DatasetVersion)
@@ -275,7 +275,7 @@ def wait_again(session: Session, version_id: str) -> None:
     )
 
 
-def add_images(session: Session, project_id: str, version_id: str, accepted: Sequence[Accepted]) -> None:
+def add_images(session: Session, project_id: str, version_id: str, accepted: Sequence[IngestedImage]) -> None:
     """Add images and their membership in a version that is being ingested; those that are there stay as they are."""
     if not accepted:
         return
@@ -378,7 +378,7 @@ def mark_rejected(
     version.progress = None
 
 
-def withdraw(session: Session, version_id: str) -> None:
+def cancel_ingest(session: Session, version_id: str) -> None:
     """Close a version that waited for its ingest when its data set was deleted; a purge drops its archive."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.REJECTED
@@ -394,7 +394,7 @@ def set_progress(session: Session, version_id: str, progress: dict[str, Any]) ->
     session.get_one(DatasetVersion, version_id).progress = progress
 
 
-def closed_with_archive(session: Session) -> Sequence[str]:
+def find_leftover_archives(session: Session) -> Sequence[str]:
     """Return the versions whose ingest has ended and whose archive is still named, since its worker ended with it."""
     closed = (DatasetState.READY, DatasetState.REJECTED)
     query = select(DatasetVersion.id).where(
@@ -403,14 +403,14 @@ def closed_with_archive(session: Session) -> Sequence[str]:
     return session.scalars(query.order_by(DatasetVersion.id)).all()
 
 
-def forget_archive(session: Session, version_id: str) -> list[Digest]:
+def drop_archive(session: Session, version_id: str) -> list[Digest]:
     """Drop the archive of a closed version; return that file, if there is one."""
     version = session.get_one(DatasetVersion, version_id)
     archive, version.archive_sha256 = version.archive_sha256, None
     return [] if archive is None else [Digest(archive)]
 
 
-def forget_files(session: Session, dataset_id: str) -> list[Digest]:
+def drop_files(session: Session, dataset_id: str) -> list[Digest]:
     """Drop the manifests and waiting archives of a deleted data set; return those files."""
     digests = []
     for version in get_versions(session, dataset_id):

@@ -12,7 +12,7 @@ from artifacts.store import Digest, Store
 from errors import StoreUnavailable
 from models.comparison import Comparison
 from models.dataset import DatasetVersion, Image
-from models.registry import Backbone, ModelVersion, Quantised, Weights
+from models.registry import Backbone, ModelVersion, QuantisedBackbone, Weights
 from models.run import Checkpoint, Fold, Run, RunArtifact
 from models.session import after_commit
 from models.view import View
@@ -32,7 +32,7 @@ _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], 
     ModelVersion.bundle_sha256,
     ModelVersion.backbone_sha256,
     Backbone.sha256,
-    Quantised.sha256,
+    QuantisedBackbone.sha256,
     Weights.sha256,
 )
 
@@ -41,43 +41,43 @@ log = structlog.get_logger()
 _LOCK = 0x65737061  # any number that is only used here
 
 
-def collect(session: Session, store: Store, digests: Sequence[Digest]) -> bool:
+def try_delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest]) -> bool:
     """Remove those of the stored files that no row names.
 
     Return False if the store is away: a state must not wait for that, and `models.garbage` finds them later.
     """
     try:
-        remove_unnamed(session, store, digests)
+        delete_unreferenced(session, store, digests)
     except StoreUnavailable as error:
         log.warning("files not removed", files=len(digests), error=error.detail)
         return False
     return True
 
 
-def remove_unnamed(session: Session, store: Store, digests: Sequence[Digest]) -> list[Digest]:
+def delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest]) -> list[Digest]:
     """Remove those of the stored files that no row names, and return them. Raises StoreUnavailable."""
     session.flush()
     lock_files(session)
-    removed = unnamed(session, digests)
+    removed = find_unreferenced(session, digests)
     store.delete(*removed)
     return removed
 
 
-def collect_later(session: Session, store: Store, digests: Sequence[Digest]) -> None:
+def delete_unreferenced_after_commit(session: Session, store: Store, digests: Sequence[Digest]) -> None:
     """Do the same once the transaction is committed: a file that is gone cannot be rolled back."""
     if digests:
-        after_commit(session, lambda own: collect(own, store, digests))
+        after_commit(session, lambda own: try_delete_unreferenced(own, store, digests))
 
 
-def unnamed(session: Session, digests: Collection[Digest]) -> list[Digest]:
+def find_unreferenced(session: Session, digests: Collection[Digest]) -> list[Digest]:
     """Return those of the stored files that no row names."""
-    named = {
+    referenced = {
         found for column in _COLUMNS for found in session.scalars(select(column).where(column.in_(digests)).distinct())
     }
-    return [digest for digest in digests if digest not in named]
+    return [digest for digest in digests if digest not in referenced]
 
 
-def named(session: Session) -> set[Digest]:
+def referenced_files(session: Session) -> set[Digest]:
     """Return every file that a row names."""
     found = (session.scalars(select(column).where(column.is_not(None)).distinct()) for column in _COLUMNS)
     return {Digest(sha256) for column in found for sha256 in column if sha256 is not None}

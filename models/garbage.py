@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from artifacts.store import Digest, Store, Stored
+from artifacts.store import Digest, Store, StoredFile
 from models import dataset as datasets
 from models import idempotency, run_jobs
 from models import run as runs
-from models.file_references import lock_files, remove_unnamed, unnamed
+from models.file_references import delete_unreferenced, find_unreferenced, lock_files
 from models.session import Database
 
 T = TypeVar("T")
 
-COLLECTION = "collection"
+GARBAGE_COLLECTION = "collection"
 """The name that one process at a time holds, by `Database.exclusive`, to collect."""
 
 # Names are asked for so many at a time, and so many are removed while nobody else can name a file.
-_ASKED = 200
-_REMOVED = 25
+_LOOKUP_BATCH = 200
+_DELETE_BATCH = 25
 
 
 @dataclass(frozen=True)
-class Collected:
+class CollectionSummary:
     """What was removed: files with their bytes, runs that begin anew if they are tried again, and answers."""
 
     files: int
@@ -39,14 +39,14 @@ class Collected:
     answers: int
 
 
-def collect(
+def collect_garbage(
     database: Database,
     store: Store,
     older_than_s: float,
     is_over: Callable[[], bool] = lambda: False,
     *,
     dry_run: bool = False,
-) -> Collected:
+) -> CollectionSummary:
     """Remove what nothing needs any more; return what that was, or with `dry_run` what it would be.
 
     Files that only a failed run or a closed version names are counted once that is done. Raises Unavailable.
@@ -59,64 +59,64 @@ def collect(
         dry_run: whether to leave everything as it is.
     """
     with database.reading() as session:
-        failed = runs.failed_long_ago(session)
-        closed = datasets.closed_with_archive(session)
+        failed = runs.find_expired_failures(session)
+        closed = datasets.find_leftover_archives(session)
     if not dry_run:
         for version_id in closed:
             with database.writing() as session:
-                datasets.forget_archive(session, version_id)
-    forgotten = len(failed) if dry_run else sum(_forget(database, run_id) for run_id in failed)
+                datasets.drop_archive(session, version_id)
+    forgotten = len(failed) if dry_run else sum(_drop_resume_data(database, run_id) for run_id in failed)
     with database.writing() as session:
-        answers = idempotency.count_old(session) if dry_run else idempotency.drop_answers(session)
-    removed = list(_remove_loose(database, store, older_than_s, is_over, dry_run=dry_run))
-    return Collected(len(removed), sum(file.size_bytes for file in removed), forgotten, answers)
+        answers = idempotency.count_expired_answers(session) if dry_run else idempotency.drop_expired_answers(session)
+    removed = list(_delete_unreferenced_files(database, store, older_than_s, is_over, dry_run=dry_run))
+    return CollectionSummary(len(removed), sum(file.size_bytes for file in removed), forgotten, answers)
 
 
 def drop_copies(database: Database, store: Store, older_than_s: float) -> int:
     """Drop those of this machine's copies that no row names and nobody used for long; return how many."""
     dropped = 0
     limit = time.time() - older_than_s
-    for copies in _together((copy for copy in store.cached() if copy.written_at < limit), _ASKED):
+    for copies in _in_batches((copy for copy in store.cached() if copy.written_at < limit), _LOOKUP_BATCH):
         with database.reading() as session:
-            loose = unnamed(session, [copy.digest for copy in copies])
+            loose = find_unreferenced(session, [copy.digest for copy in copies])
         store.drop_cached(loose)
         dropped += len(loose)
     return dropped
 
 
-def _forget(database: Database, run_id: str) -> bool:
+def _drop_resume_data(database: Database, run_id: str) -> bool:
     """Forget what a failed run would go on from; return False if somebody tries it again just now."""
     with database.writing() as session:
-        if not runs.is_failed_long_ago(runs.lock_run(session, run_id)):
+        if not runs.is_expired_failure(runs.lock_run(session, run_id)):
             return False
         run_jobs.drop_leftovers(session, run_id)
     return True
 
 
-def _remove_loose(
+def _delete_unreferenced_files(
     database: Database, store: Store, older_than_s: float, is_over: Callable[[], bool], *, dry_run: bool
-) -> Iterator[Stored]:
+) -> Iterator[StoredFile]:
     """Remove the old files that no row names, and yield them."""
     limit = store.now() - older_than_s
-    for files in _together((file for file in store.files() if file.written_at < limit), _ASKED):
+    for files in _in_batches((file for file in store.files() if file.written_at < limit), _LOOKUP_BATCH):
         if is_over():
             return
         with database.reading() as session:
-            loose = unnamed(session, [file.digest for file in files])
-        for few in _together(loose, _REMOVED):
-            removed = few if dry_run else _remove(database, store, few, limit)
+            loose = find_unreferenced(session, [file.digest for file in files])
+        for few in _in_batches(loose, _DELETE_BATCH):
+            removed = few if dry_run else _delete_batch(database, store, few, limit)
             yield from (file for file in files if file.digest in removed)
 
 
-def _remove(database: Database, store: Store, digests: Sequence[Digest], limit: float) -> list[Digest]:
+def _delete_batch(database: Database, store: Store, digests: Sequence[Digest], limit: float) -> list[Digest]:
     """Remove files unless one was named or stored once more meanwhile; return those that are gone."""
     with database.writing() as session:
         lock_files(session)  # before they are looked at: nobody names one in between
         found = [store.find(digest) for digest in digests]
-        return remove_unnamed(session, store, [file.digest for file in found if file and file.written_at < limit])
+        return delete_unreferenced(session, store, [file.digest for file in found if file and file.written_at < limit])
 
 
-def _together(things: Iterable[T], most: int) -> Iterator[list[T]]:
+def _in_batches(things: Iterable[T], most: int) -> Iterator[list[T]]:
     """Yield things in lists of at most so many."""
     left = iter(things)
     while some := list(islice(left, most)):

@@ -16,7 +16,7 @@ from errors import KeyReused
 from models.base import Base, Json, now
 from models.project import Principal, owner
 
-KEPT = timedelta(days=7)
+KEPT_FOR = timedelta(days=7)
 
 
 class Answer(Base):
@@ -32,7 +32,7 @@ class Answer(Base):
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
 
 
-def is_known(session: Session, principal: Principal, key: str) -> bool:
+def has_answer(session: Session, principal: Principal, key: str) -> bool:
     """Say whether a request with this key was answered before."""
     return _find(session, principal, key) is not None
 
@@ -49,27 +49,27 @@ def find_answer(session: Session, principal: Principal, key: str, fingerprint: s
     return answer
 
 
-def keep_answer(
+def save_answer(
     session: Session, principal: Principal, key: str, fingerprint: str, location: str | None, body: dict[str, Any]
 ) -> None:
     """Keep what a request is answered, in the transaction that makes it true."""
-    drop_answers(session)
+    drop_expired_answers(session)
     session.add(Answer(project_id=principal.project_id, key=key, fingerprint=fingerprint, location=location, body=body))
     session.flush()
 
 
-def drop_answers(session: Session) -> int:
+def drop_expired_answers(session: Session) -> int:
     """Forget answers of long ago; return how many."""
-    dropped = session.execute(delete(Answer).where(Answer.created_at < now() - KEPT))
+    dropped = session.execute(delete(Answer).where(Answer.created_at < now() - KEPT_FOR))
     assert isinstance(dropped, CursorResult)
     return dropped.rowcount
 
 
-def count_old(session: Session) -> int:
+def count_expired_answers(session: Session) -> int:
     """Return how many answers are of long ago."""
-    return session.scalar(select(func.count()).select_from(Answer).where(Answer.created_at < now() - KEPT)) or 0
+    return session.scalar(select(func.count()).select_from(Answer).where(Answer.created_at < now() - KEPT_FOR)) or 0
 
 
 def _find(session: Session, principal: Principal, key: str) -> Answer | None:
     answer = session.get(Answer, (principal.project_id, key))
-    return None if answer is None or answer.created_at < now() - KEPT else answer
+    return None if answer is None or answer.created_at < now() - KEPT_FOR else answer

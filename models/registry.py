@@ -85,7 +85,7 @@ class Backbone(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
-class Quantised(Base):
+class QuantisedBackbone(Base):
     """A quantised copy of an exported network, for images of one rule.
 
     It is calibrated on the first data set that asks for it and serves all others, so that models go on to share it; a
@@ -251,13 +251,15 @@ def add_backbone(session: Session, backbone: Backbone) -> Backbone:
     return session.merge(backbone)
 
 
-def find_quantised(session: Session, backbone: Digest, image_rule: int) -> Quantised | None:
+def find_quantised_backbone(session: Session, backbone: Digest, image_rule: int) -> QuantisedBackbone | None:
     """Return the newest quantised copy of a network, or None if there is none yet."""
-    query = select(Quantised).where(Quantised.backbone_sha256 == backbone, Quantised.image_rule == image_rule)
-    return session.scalar(query.order_by(Quantised.generation.desc()).limit(1))
+    query = select(QuantisedBackbone).where(
+        QuantisedBackbone.backbone_sha256 == backbone, QuantisedBackbone.image_rule == image_rule
+    )
+    return session.scalar(query.order_by(QuantisedBackbone.generation.desc()).limit(1))
 
 
-def add_quantised(
+def add_quantised_backbone(
     session: Session,
     backbone: Digest,
     image_rule: int,
@@ -265,15 +267,15 @@ def add_quantised(
     manifest: dict[str, Any],
     *,
     is_anew: bool = False,
-) -> Quantised:
+) -> QuantisedBackbone:
     """Add a quantised copy of a network and return the one that counts: an earlier one, unless this was made anew."""
     _count_revision(session)  # serialises writers: the second one sees the first
-    newest = find_quantised(session, backbone, image_rule)
+    newest = find_quantised_backbone(session, backbone, image_rule)
     if newest is not None and (not is_anew or newest.sha256 == digest):
         return newest
     generation = newest.generation + 1 if newest else 1
     return session.merge(  # one that came out as an older one did becomes the newest
-        Quantised(
+        QuantisedBackbone(
             sha256=digest,
             backbone_sha256=backbone,
             image_rule=image_rule,
@@ -288,7 +290,7 @@ def find_weights(session: Session, network: BackboneName, name: str) -> Weights 
     return session.get(Weights, (network, name))
 
 
-def weights_named(session: Session, name: str) -> list[Weights]:
+def find_weights_by_name(session: Session, name: str) -> list[Weights]:
     """Return the weights that lie in the store under this name, of any network."""
     return list(session.scalars(select(Weights).where(Weights.name == name).order_by(Weights.network)))
 

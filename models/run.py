@@ -26,7 +26,7 @@ from recipes.recipe import Recipe
 FINAL_PART = -1
 """The number of the final fit among the parts of a run, whose folds count from 0."""
 
-GOES_ON_FOR = timedelta(days=7)
+RESUMABLE_FOR = timedelta(days=7)
 """How long after its failure a run can be tried again from where it was; later it begins anew."""
 
 # The last one, and the one before in case that one cannot be read.
@@ -176,7 +176,7 @@ def get_events(session: Session, run_id: str, after: int, limit: int = 500) -> S
     return session.scalars(query.order_by(RunEvent.seq).limit(limit)).all()
 
 
-def last_event(session: Session, run_id: str) -> int:
+def last_event_number(session: Session, run_id: str) -> int:
     """Return the number of a run's last event; 0 before the first."""
     return session.scalar(select(func.max(RunEvent.seq)).where(RunEvent.run_id == run_id)) or 0
 
@@ -198,7 +198,7 @@ def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
     )
 
 
-def failed_long_ago(session: Session) -> Sequence[str]:
+def find_expired_failures(session: Session) -> Sequence[str]:
     """Return the runs that failed long ago and still keep what they would go on from."""
     keeps = or_(
         Run.weights_sha256.is_not(None),
@@ -206,13 +206,13 @@ def failed_long_ago(session: Session) -> Sequence[str]:
         select(Checkpoint.run_id).where(Checkpoint.run_id == Run.id).exists(),
         select(Fold.run_id).where(Fold.run_id == Run.id, Fold.outcome_sha256.is_not(None)).exists(),
     )
-    query = select(Run.id).where(Run.state == RunState.FAILED, Run.finished_at < now() - GOES_ON_FOR, keeps)
+    query = select(Run.id).where(Run.state == RunState.FAILED, Run.finished_at < now() - RESUMABLE_FOR, keeps)
     return session.scalars(query.order_by(Run.id)).all()
 
 
-def is_failed_long_ago(run: Run) -> bool:
+def is_expired_failure(run: Run) -> bool:
     """Say whether a run failed so long ago that it would begin anew if it were tried again."""
-    return run.state is RunState.FAILED and run.finished_at is not None and run.finished_at < now() - GOES_ON_FOR
+    return run.state is RunState.FAILED and run.finished_at is not None and run.finished_at < now() - RESUMABLE_FOR
 
 
 def create_run(session: Session, principal: Principal, version_id: str, name: str, recipe: Recipe) -> Run:
@@ -294,7 +294,7 @@ def _change(session: Session, run_id: str, state: RunState, values: Mapping[str,
 
 def add_event(session: Session, run_id: str, kind: EventKind, payload: dict[str, Any]) -> None:
     """Append an event; the caller holds the run's row, so that numbers do not clash."""
-    seq = last_event(session, run_id) + 1
+    seq = last_event_number(session, run_id) + 1
     session.add(RunEvent(run_id=run_id, seq=seq, kind=kind, payload=payload))
     session.flush()
 
@@ -326,7 +326,7 @@ def set_progress(session: Session, run_id: str, state: dict[str, Any]) -> None:
     add_event(session, run_id, EventKind.PROGRESS, state)
 
 
-def note_extraction(session: Session, run_id: str, extraction: dict[str, Any]) -> None:
+def record_extraction(session: Session, run_id: str, extraction: dict[str, Any]) -> None:
     """Keep what a run had to compute; an attempt that goes on from an earlier one finds it computed.
 
     Of the seconds the most count: fine-tuning tells of features first, then of all that it had to compute.
@@ -352,19 +352,19 @@ def add_fold(session: Session, fold: Fold) -> None:
 
 def drop_folds(session: Session, run_id: str) -> list[Digest]:
     """Forget the folds of a run that begins anew; return the files that no fold names any more."""
-    dropped = _outcomes(session, run_id)
+    dropped = _outcome_files(session, run_id)
     session.execute(delete(Fold).where(Fold.run_id == run_id))
     return dropped
 
 
 def drop_outcomes(session: Session, run_id: str) -> list[Digest]:
     """Forget what only the end of a run needed of its folds; return the files that no fold names any more."""
-    dropped = _outcomes(session, run_id)
+    dropped = _outcome_files(session, run_id)
     session.execute(update(Fold).where(Fold.run_id == run_id).values(outcome_sha256=None))
     return dropped
 
 
-def _outcomes(session: Session, run_id: str) -> list[Digest]:
+def _outcome_files(session: Session, run_id: str) -> list[Digest]:
     return [Digest(fold.outcome_sha256) for fold in get_folds(session, run_id) if fold.outcome_sha256]
 
 

@@ -29,7 +29,7 @@ from recipes.recipe import Mode
 TRAINING = (JobKind.TRAIN, JobKind.FOLD, JobKind.FINAL)
 
 
-def submit(session: Session, run: Run) -> Job:
+def queue_training(session: Session, run: Run) -> Job:
     """Owe the training of a queued run, anew or for the first time."""
     queue = workers.training_queue(session, _learns_layers(run))
     job = jobs.add_job(session, run.project_id, JobKind.TRAIN, queue, run.id)
@@ -37,7 +37,7 @@ def submit(session: Session, run: Run) -> Job:
     return job
 
 
-def is_fanned_out(run: Run) -> bool:
+def has_fold_jobs(run: Run) -> bool:
     """Say whether the folds of a run are jobs of their own.
 
     Where only heads learn, or a perceptron, a fold takes less than another process needs to start.
@@ -58,7 +58,7 @@ def count_folds(run: Run) -> int:
     return int(run.recipe["folds"]["k"]) * int(run.recipe["folds"]["repeats"])
 
 
-def run_of(session: Session, job: Job) -> Run | None:
+def lock_active_run(session: Session, job: Job) -> Run | None:
     """Return a job's run, held until the transaction ends; None if it is over or has given the job's attempt up."""
     run = runs.lock_run(session, job.subject_id)
     return None if run.state.is_final or run.job_id not in (job.id, job.parent_id) else run
@@ -70,56 +70,56 @@ def get_progress(session: Session, run: Run) -> list[dict[str, Any]]:
     return [job.progress for job in jobs.worked_on(session, run.job_id) if job.progress is not None]
 
 
-def begin(session: Session, job: Job) -> Run | None:
+def mark_started(session: Session, job: Job) -> Run | None:
     """Note that one of a run's jobs is worked on; return the run, or None if the job has no part in it any more."""
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is None or run.state is RunState.RUNNING:
         return run
     owe(session, run.id, "started", {})
     return runs.start_run(session, run.id)
 
 
-def fan_out(session: Session, job: Job) -> list[Job]:
+def queue_folds(session: Session, job: Job) -> list[Job]:
     """Owe the folds of a run that its train job has made ready, or the final job if they are done; return the jobs."""
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is None:
         return []
     done = {fold.number for fold in runs.get_folds(session, run.id)}
     left = [number for number in range(count_folds(run)) if number not in done]
-    return [_owe(session, job, JobKind.FOLD, number) for number in left] or [_owe(session, job, JobKind.FINAL)]
+    return [_queue(session, job, JobKind.FOLD, number) for number in left] or [_queue(session, job, JobKind.FINAL)]
 
 
-def end_fold(session: Session, job: Job, fold: Fold) -> Job | None:
+def finish_fold(session: Session, job: Job, fold: Fold) -> Job | None:
     """Keep what a fold job measured, if it still has a part in its run; the last fold owes the final job."""
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is None:
         return None
     runs.add_fold(session, fold)
     if len(runs.get_folds(session, run.id)) < count_folds(run):
         return None
-    return _owe(session, job, JobKind.FINAL)
+    return _queue(session, job, JobKind.FINAL)
 
 
-def succeed(session: Session, job: Job, metrics: dict[str, Any], training_s: float) -> Run | None:
+def mark_succeeded(session: Session, job: Job, metrics: dict[str, Any], training_s: float) -> Run | None:
     """Close a run with what it measured; return None if the job has no part in it any more."""
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is None:
         return None
     owe(session, run.id, "finished", {})
     return runs.succeed_run(session, run.id, metrics, training_s)
 
 
-def interrupt(session: Session, job: Job, stage: str = "queued") -> None:
+def mark_interrupted(session: Session, job: Job, stage: str = "queued") -> None:
     """Note that one of a run's jobs is queued again; the run waits with it unless others are worked on."""
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is not None and run.state is RunState.RUNNING and not _is_worked_on(session, run):
         runs.requeue_run(session, run.id, stage)
 
 
-def fail(session: Session, job: Job, error: dict[str, Any]) -> bool:
+def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
     """Close a run because one of its jobs failed, and end the others; return whether the job could do that."""
     jobs.end_others(session, job)
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is None:
         return False
     runs.fail_run(session, run.id, error)
@@ -127,9 +127,9 @@ def fail(session: Session, job: Job, error: dict[str, Any]) -> bool:
     return True
 
 
-def cancel(session: Session, job: Job) -> bool:
+def mark_cancelled(session: Session, job: Job) -> bool:
     """Close a run whose job has ended because somebody asked for it; return whether the job could do that."""
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is None:
         return False
     jobs.request_cancel(session, run.id, *TRAINING)  # what the job has just made due itself
@@ -159,19 +159,19 @@ def drop_leftovers(session: Session, run_id: str) -> list[Digest]:
     )
 
 
-def start_over(session: Session, job: Job) -> list[Digest] | None:
+def restart_with_half_batch(session: Session, job: Job) -> list[Digest] | None:
     """Have a run whose job ran out of memory begin anew at half the batch; return the files that this makes useless.
 
     All folds must be trained alike, so those that have ended are trained again. None if it was halved before, if it is
     to end, or if the job has no part in the run any more.
     """
     jobs.end_others(session, job)
-    run = run_of(session, job)
+    run = lock_active_run(session, job)
     if run is None or run.batch_size is not None or jobs.is_cancel_requested(session, job.id):
         return None
     runs.halve_batch(session, run.id)
     runs.requeue_run(session, run.id)
-    submit(session, run)
+    queue_training(session, run)
     return runs.drop_folds(session, run.id) + runs.drop_checkpoints(session, run.id)
 
 
@@ -187,14 +187,14 @@ def retry(session: Session, run: Run) -> Job:
     if session.get_one(Dataset, version.dataset_id).deleted_at is not None:
         raise NotReady("The data set of this run was deleted, so that it cannot be trained again.")
     runs.reopen_run(session, run.id)
-    return submit(session, run)
+    return queue_training(session, run)
 
 
 def _is_worked_on(session: Session, run: Run) -> bool:
     return run.job_id is not None and bool(jobs.worked_on(session, run.job_id))
 
 
-def _owe(session: Session, job: Job, kind: JobKind, index: int = 0) -> Job:
+def _queue(session: Session, job: Job, kind: JobKind, index: int = 0) -> Job:
     parent_id = job.parent_id or job.id
     return jobs.add_job(
         session,

@@ -44,7 +44,7 @@ class Database:
             self._reader = _sqlite_engine(parsed, "BEGIN", busy_timeout_s)
         else:
             self._writer = self._reader = _postgresql_engine(parsed)
-        self._names = _FileNames(parsed) if self.is_sqlite else _AdvisoryNames(parsed)
+        self._locks = _FileLocks(parsed) if self.is_sqlite else _AdvisoryLocks(parsed)
 
     @property
     def engine(self) -> Engine:
@@ -69,11 +69,11 @@ class Database:
                 yield session
         except Unavailable:
             if session is not None:  # it may have been committed all the same
-                self._follow(session)
+                self._run_after_commit(session)
             raise
-        self._follow(session)
+        self._run_after_commit(session)
 
-    def _follow(self, session: Session) -> None:
+    def _run_after_commit(self, session: Session) -> None:
         """Do what was put off until after the commit; whoever asked for that must not hear of its own troubles."""
         for change in session.info.pop(_AFTER_COMMIT, ()):
             with suppress(Unavailable, DiskFull), self.writing() as own:
@@ -91,14 +91,14 @@ class Database:
         A process that dies lets go of what it held. Raises Unavailable while the database is away.
         """
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        with _reachable(), self._names.hold(number) as is_held:
+        with _reachable(), self._locks.hold(number) as is_held:
             yield is_held
 
     def close(self) -> None:
         """Close every connection."""
         self._writer.dispose()
         self._reader.dispose()
-        self._names.close()
+        self._locks.close()
 
 
 def after_commit(session: Session, change: Callable[[Session], object]) -> None:
@@ -110,7 +110,7 @@ def after_commit(session: Session, change: Callable[[Session], object]) -> None:
     session.info.setdefault(_AFTER_COMMIT, []).append(change)
 
 
-class _FileNames:
+class _FileLocks:
     """Names on a machine of its own: a name is one byte of a file, locked in the kernel. Threads share its locks."""
 
     def __init__(self, url: URL) -> None:
@@ -147,7 +147,7 @@ class _FileNames:
             self._file.close()
 
 
-class _AdvisoryNames:
+class _AdvisoryLocks:
     """Names on PostgreSQL: advisory locks of a session of their own, which go with it."""
 
     def __init__(self, url: URL) -> None:

@@ -25,7 +25,7 @@ from models.dataset import Dataset, DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.run import Run
 
-DELETED = "The data set of this run was deleted with its images, so that this cannot be computed any more."
+DATASET_DELETED = "The data set of this run was deleted with its images, so that this cannot be computed any more."
 
 
 class ViewKind(StrEnum):
@@ -106,7 +106,7 @@ def image_and_layer(view: View) -> tuple[Digest, str]:
 # --- asking --------------------------------------------------------------------------------------------------------
 
 
-def ask(session: Session, run: Run, kind: ViewKind, key: str = "") -> tuple[View, Job | None]:
+def request_view(session: Session, run: Run, kind: ViewKind, key: str = "") -> tuple[View, Job | None]:
     """Return a view, and the job that is owed for it now: None if somebody has asked for it before.
 
     Raises NotReady if it needs images whose data set was deleted.
@@ -117,7 +117,7 @@ def ask(session: Session, run: Run, kind: ViewKind, key: str = "") -> tuple[View
     if found is not None:
         return found, None
     if kind.needs_images and dataset.deleted_at is not None:
-        raise NotReady(DELETED)
+        raise NotReady(DATASET_DELETED)
     view = View(run_id=run.id, kind=kind, key=key)
     session.add(view)
     session.flush()
@@ -125,7 +125,7 @@ def ask(session: Session, run: Run, kind: ViewKind, key: str = "") -> tuple[View
     return view, job
 
 
-def tell_failure(session: Session, view_id: str) -> dict[str, Any] | None:
+def pop_failure(session: Session, view_id: str) -> dict[str, Any] | None:
     """Return why a view failed, and forget it, so that whoever asks again begins anew.
 
     None if somebody else was told at this moment.
@@ -140,7 +140,7 @@ def tell_failure(session: Session, view_id: str) -> dict[str, Any] | None:
 # --- changing, by the holder of its job ------------------------------------------------------------------------------
 
 
-def begin(session: Session, view_id: str) -> View | None:
+def start_view(session: Session, view_id: str) -> View | None:
     """Note that a view is worked on; None if nobody wants it any more."""
     view = _lock(session, view_id)
     if view is not None:
@@ -155,14 +155,14 @@ def set_progress(session: Session, view_id: str, progress: dict[str, Any]) -> No
         view.progress = progress
 
 
-def requeue(session: Session, view_id: str) -> None:
+def requeue_view(session: Session, view_id: str) -> None:
     """Put a view back in line."""
     view = _lock(session, view_id)
     if view is not None:
         view.state, view.progress = ViewState.QUEUED, None
 
 
-def succeed(session: Session, view_id: str, file: Digest, size_bytes: int) -> View | None:
+def succeed_view(session: Session, view_id: str, file: Digest, size_bytes: int) -> View | None:
     """Keep what was computed; None if nobody wants it any more, and what it shows goes with the images."""
     view = _lock(session, view_id)
     if view is None:
@@ -175,14 +175,14 @@ def succeed(session: Session, view_id: str, file: Digest, size_bytes: int) -> Vi
     return view
 
 
-def fail(session: Session, view_id: str, error: dict[str, Any]) -> None:
+def fail_view(session: Session, view_id: str, error: dict[str, Any]) -> None:
     """Note why a view could not be computed, for who asks next."""
     view = _lock(session, view_id)
     if view is not None:
         view.state, view.error, view.finished_at = ViewState.FAILED, error, now()
 
 
-def cancel(session: Session, view_id: str) -> None:
+def cancel_view(session: Session, view_id: str) -> None:
     """Forget a view whose computation was stopped because somebody asked for it."""
     session.execute(delete(View).where(View.id == view_id))
 
@@ -196,7 +196,7 @@ def request_cancel(session: Session, version_ids: Sequence[str]) -> None:
     unfinished = query.where(View.state.in_((ViewState.QUEUED, ViewState.RUNNING)))
     for view in session.scalars(unfinished.order_by(View.id)).all():
         if view.kind.needs_images and jobs.request_cancel(session, view.id, JobKind.VIEW):
-            cancel(session, view.id)
+            cancel_view(session, view.id)
 
 
 def drop_pictures(session: Session, version_ids: Sequence[str], limit: int) -> tuple[int, list[Digest]]:

@@ -9,8 +9,8 @@ from artifacts.bucket_store import open_store
 from artifacts.store import Store
 from errors import EspalierError
 from models import garbage
-from models.garbage import COLLECTION, Collected
-from models.run import GOES_ON_FOR
+from models.garbage import GARBAGE_COLLECTION, CollectionSummary
+from models.run import RESUMABLE_FOR
 from models.session import Database
 from settings import Settings
 
@@ -21,20 +21,20 @@ def collect(database: Database, store: Store, older_than_s: float, *, dry_run: b
     """Collect; return what there is to say about it."""
     left = len(list(store.unfinished(older_than_s))) if dry_run else store.drop_unfinished(older_than_s)
     copies = 0 if dry_run else garbage.drop_copies(database, store, older_than_s)
-    with database.exclusive(COLLECTION) as is_held:
+    with database.exclusive(GARBAGE_COLLECTION) as is_held:
         if not is_held:
             return "A worker collects just now: see its log."
-        found = garbage.collect(database, store, older_than_s, dry_run=dry_run)
+        found = garbage.collect_garbage(database, store, older_than_s, dry_run=dry_run)
     return _said(found, left, copies, older_than_s, dry_run=dry_run)
 
 
-def _said(found: Collected, left: int, copies: int, older_than_s: float, *, dry_run: bool) -> str:
+def _said(found: CollectionSummary, left: int, copies: int, older_than_s: float, *, dry_run: bool) -> str:
     lines = [
         f"{'Would remove' if dry_run else 'Removed'} {found.files:,} files that nothing names and that are older than "
         f"{older_than_s / 3600:g} h ({found.size_bytes / MIB:,.1f} MiB)",
         f"{left:,} that were never finished",
         f"{found.answers:,} answers to requests of long ago",
-        f"checkpoints of {found.runs:,} runs that failed more than {GOES_ON_FOR.days} days ago",
+        f"checkpoints of {found.runs:,} runs that failed more than {RESUMABLE_FOR.days} days ago",
     ]
     if copies:
         lines.append(f"{copies:,} of this machine's copies")

@@ -23,7 +23,7 @@ from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 
-from artifacts.bucket_store import SharedStore
+from artifacts.bucket_store import BucketStore
 from artifacts.store import Digest, StoreAddress
 
 EACH_STORE = pytest.mark.parametrize("store", ["folder", "bucket"], indirect=True)
@@ -58,9 +58,9 @@ class Bucket:
             str(self.folder), f"s3://{self.name}/some/where", self.endpoint, _REGION, cache_bytes=self.cache_bytes
         )
 
-    def store(self) -> SharedStore:
+    def store(self) -> BucketStore:
         """Open the store."""
-        return SharedStore(self.address)
+        return BucketStore(self.address)
 
     def seen_from(self, folder: Path, endpoint: str | None = None) -> Bucket:
         """Return the bucket as another machine sees it, which has nothing of it yet."""

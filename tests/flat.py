@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import sample
 from fastapi.testclient import TestClient
 
 from api.dependencies import Services
-from api.routes.predictions import Desk
-from api.switchboard import Switchboard
+from api.prediction_queue import PredictionQueue
+from api.version_resolver import VersionResolver
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
 from artifacts.store import Digest
@@ -83,7 +84,10 @@ def serve(client: TestClient, settings: Settings, loads: Loads) -> None:
     services: Services = client.app.state.services  # type: ignore[attr-defined]
     shelf = Shelf(services.store, 1, 10**9, loads)
     services.metrics.watch(shelf.loaded)
-    switchboard = Switchboard(services.database, shelf)
-    parts = {**vars(services), "settings": settings, "shelf": shelf, "switchboard": switchboard}
-    client.app.state.services = Services(**parts)  # type: ignore[attr-defined]
-    client.app.state.desk = Desk(settings, shelf)  # type: ignore[attr-defined]
+    client.app.state.services = replace(  # type: ignore[attr-defined]
+        services,
+        settings=settings,
+        shelf=shelf,
+        version_resolver=VersionResolver(services.database, shelf),
+        prediction_queue=PredictionQueue(settings, shelf),
+    )

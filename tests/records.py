@@ -18,7 +18,7 @@ from models import job as jobs
 from models import run as runs
 from models.base import Base
 from models.comparison import Comparison
-from models.dataset import Accepted, Dataset, DatasetVersion
+from models.dataset import Dataset, DatasetVersion, IngestedImage
 from models.job import Job, JobKind, Queue
 from models.project import Principal
 from models.run import Fold, Run
@@ -34,10 +34,10 @@ def digest(name: str) -> Digest:
     return digest_of(name.encode())
 
 
-def accepted(path: str, content: str | None = None, label: str = "daisy") -> Accepted:
+def accepted(path: str, content: str | None = None, label: str = "daisy") -> IngestedImage:
     """Return an image as ingest takes it in; the same content is the same file."""
     row = Row(path, digest(content or path), (label,), None, None, Split.TRAIN)
-    return Accepted(row, ImageFacts(40, 30, "PNG"), 123)
+    return IngestedImage(row, ImageFacts(40, 30, "PNG"), 123)
 
 
 def waiting_version(session: Session, name: str = "flowers") -> DatasetVersion:
@@ -55,7 +55,7 @@ def owe_ingest(session: Session, archive: Digest, name: str = "flowers") -> str:
     return version.id
 
 
-def make_ready(session: Session, version: DatasetVersion, images: Sequence[Accepted] = ()) -> DatasetVersion:
+def make_ready(session: Session, version: DatasetVersion, images: Sequence[IngestedImage] = ()) -> DatasetVersion:
     """Take a waiting version in, with these images."""
     datasets.start_ingest(session, version.id)
     datasets.add_images(session, PRINCIPAL.project_id, version.id, images)
@@ -75,7 +75,7 @@ def make_ready(session: Session, version: DatasetVersion, images: Sequence[Accep
     return version
 
 
-def ready_version(session: Session, name: str = "flowers", images: Sequence[Accepted] = ()) -> DatasetVersion:
+def ready_version(session: Session, name: str = "flowers", images: Sequence[IngestedImage] = ()) -> DatasetVersion:
     """Add a data set whose first version can be trained on."""
     return make_ready(session, waiting_version(session, name), images)
 

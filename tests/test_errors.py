@@ -22,11 +22,11 @@ from errors import (
     StoreRefused,
     StoreUnavailable,
     Unavailable,
-    every_error,
+    errors_by_code,
     from_record,
 )
 
-ALL = pytest.mark.parametrize("kind", every_error().values(), ids=list(every_error()))
+ALL = pytest.mark.parametrize("kind", errors_by_code().values(), ids=list(errors_by_code()))
 
 
 def descendants(kind: type[EspalierError]) -> list[type[EspalierError]]:
@@ -57,9 +57,9 @@ def test_the_tree_is_the_one_that_is_drawn() -> None:
 
 def test_no_two_errors_share_a_code() -> None:
     classes = descendants(EspalierError)
-    assert {kind.code: kind for kind in classes} == dict(every_error())
-    assert len(every_error()) == len(classes)
-    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in every_error())
+    assert {kind.code: kind for kind in classes} == dict(errors_by_code())
+    assert len(errors_by_code()) == len(classes)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in errors_by_code())
 
 
 @ALL
@@ -69,7 +69,7 @@ def test_each_error_says_in_its_docstring_what_happened(kind: type[EspalierError
 
 
 def test_only_what_may_pass_by_itself_is_transient() -> None:
-    assert {kind for kind in every_error().values() if kind.is_transient} == {
+    assert {kind for kind in errors_by_code().values() if kind.is_transient} == {
         Unavailable,
         StoreUnavailable,
         StoreRefused,
@@ -92,7 +92,7 @@ plain = st.none() | st.booleans() | st.integers() | st.text(max_size=10) | st.li
 
 
 @given(
-    st.sampled_from(sorted(every_error())),
+    st.sampled_from(sorted(errors_by_code())),
     st.text(),
     st.dictionaries(st.sampled_from(["image", "limit", "received", "field"]), plain),
 )

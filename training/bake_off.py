@@ -22,15 +22,15 @@ from errors import RecipeInvalid, TrainingDiverged
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.headline import HEADLINES
 from recipes.recipe import AUTO, BackboneChoice, Recipe, Task
-from training.data.arrays import Report
-from training.data.pixels import Decoder
-from training.data.split import Fold, Indices, make_folds, nested
+from training.data.arrays import ReportProgress
+from training.data.pixels import ImageDecoder
+from training.data.split import Fold, Indices, make_folds, nested_subsets
 from training.data.targets import Targets
 from training.fitting.checkpoint import NoKeeper
 from training.fitting.learners import Frozen, Lesson
 from training.fitting.trials import Trial
 from training.networks import backbones
-from training.networks.network_files import Place
+from training.networks.network_files import Workspace
 from training.statistics import evaluation
 
 SAMPLE = 1000
@@ -107,8 +107,8 @@ def bake_off(
     rows: Indices,
     digests: Sequence[Digest],
     weights: Mapping[BackboneName, Digest],
-    place: Place,
-    report: Report,
+    place: Workspace,
+    report: ReportProgress,
 ) -> Pick:
     """Try every cut that a recipe leaves open, and choose the one whose heads score best.
 
@@ -152,8 +152,8 @@ def bake_off(
         size = sizes[name]
         assert isinstance(size, int)
         cuts = _cuts(recipe, name)
-        decoder = Decoder(place.store, size, recipe.resize, place.image_limits, place.threads)
-        model = backbones.probe(name, cuts, size, place.store.read(weights[name]))
+        decoder = ImageDecoder(place.store, size, recipe.resize, place.image_limits, place.threads)
+        model = backbones.build_multi_cut_network(name, cuts, size, place.store.read(weights[name]))
         parts: list[Mapping[str, Features]] = []
         for of_batch, pixels in decoder.batches(names):
             parts.append(model.predict_on_batch(pixels))
@@ -182,7 +182,7 @@ def _sample(rows: Indices, targets: Targets, groups: Indices) -> Indices:
     """Return about as many rows as are tried on, with the same share of each stratum and whole groups only."""
     if len(rows) <= SAMPLE:
         return rows
-    sample = nested(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)[0]
+    sample = nested_subsets(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)[0]
     # Folds need a rare class in several of them, and its share of the sample would be one group.
     strata = np.unique(targets.strata[rows], return_inverse=True)[1]
     having = [rows[strata == stratum] for stratum in range(strata.max() + 1)]
@@ -227,7 +227,7 @@ def _score(
         steps.done(len(folds) * _FIT)
     if not np.isfinite(logits).all():
         return None
-    return evaluation.headline(task, truth, logits)
+    return evaluation.headline_score(task, truth, logits)
 
 
 # A fit takes about as long as so many images take in a small network; only the bar's evenness depends on it.
@@ -237,7 +237,7 @@ _FIT = 20
 class _Steps:
     """Says how far all of it is."""
 
-    def __init__(self, report: Report, total: int) -> None:
+    def __init__(self, report: ReportProgress, total: int) -> None:
         self._report = report
         self._total = total
         self._done = 0

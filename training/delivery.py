@@ -22,13 +22,19 @@ from inference import heads
 from inference.engine import Engine, OpenVinoEngine
 from recipes.layers import Sides, sides
 from recipes.recipe import Precision, PrecisionChoice, Recipe, Task
-from training.data.arrays import Report
+from training.data.arrays import ReportProgress
 from training.data.pixels import BATCH
 from training.data.split import Indices
 from training.fitting.learners import Learned
-from training.networks.export import Exported, export
-from training.networks.network_files import Place, sample, size_of
-from training.networks.precision import Choice, Tried, choose, image_ms, is_as_good
+from training.networks.export import ExportedNetwork, export
+from training.networks.network_files import Workspace, calibration_rows, image_size_of
+from training.networks.precision import (
+    PrecisionDecision,
+    PrecisionScore,
+    choose_precision,
+    is_as_good,
+    measure_image_ms,
+)
 from training.networks.quantisation import quantise
 
 # Images that a network that has learned is compared with Keras on.
@@ -50,11 +56,11 @@ class Served:
     precision: Precision
     backbone: Digest
     engine: OpenVinoEngine
-    choice: Choice | None = None
+    choice: PrecisionDecision | None = None
     export: dict[str, Any] | None = None
 
 
-StillFrozen = Callable[[Precision, Indices, Report], Digest]
+StillFrozen = Callable[[Precision, Indices, ReportProgress], Digest]
 """Gives the network that stayed frozen in a precision, calibrated on some rows if need be."""
 
 
@@ -67,7 +73,7 @@ class Taught:
         task: Task,
         precisions: Sequence[Precision],
         pixels: Pixels,
-        place: Place,
+        place: Workspace,
         rebuild: Callable[[bytes], Any],
         frozen: StillFrozen | None,
     ) -> None:
@@ -90,7 +96,9 @@ class Taught:
         self._rebuild = rebuild
         self._frozen = frozen
 
-    def logits(self, learned: Learned, train: Indices, rows: Indices, report: Report) -> dict[Precision, Float32]:
+    def logits(
+        self, learned: Learned, train: Indices, rows: Indices, report: ReportProgress
+    ) -> dict[Precision, Float32]:
         """Return what a network answers for rows in every precision but float32.
 
         One that has learned is calibrated on the rows that it learned from, one that stayed frozen is what all share.
@@ -109,7 +117,7 @@ class Taught:
         return found
 
     def serve(
-        self, final: Learned, train: Indices, shown: Indices, scores: Mapping[Precision, float], report: Report
+        self, final: Learned, train: Indices, shown: Indices, scores: Mapping[Precision, float], report: ReportProgress
     ) -> Served:
         """Return what is served, given the score of each precision on the folds.
 
@@ -135,22 +143,24 @@ class Taught:
         facts = exported.facts() | self._answers(final, engines[Precision.FLOAT32], shown) if exported else None
         return Served(chosen, found[chosen], engines[chosen], choice, facts)
 
-    def _choose(self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine], report: Report) -> Choice:
-        times = image_ms(engines, golden_images(size_of(self._recipe)), lambda: report(0, 1))
-        tried = [Tried(precision, scores[precision], time) for precision, time in times.items()]
+    def _choose(
+        self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine], report: ReportProgress
+    ) -> PrecisionDecision:
+        times = measure_image_ms(engines, golden_images(image_size_of(self._recipe)), lambda: report(0, 1))
+        tried = [PrecisionScore(precision, scores[precision], time) for precision, time in times.items()]
         if self._recipe.precision is PrecisionChoice.AUTO:
-            return choose(self._task, tried)
+            return choose_precision(self._task, tried)
         wanted = Precision(self._recipe.precision.value)
         good = is_as_good(self._task, scores[wanted], scores[Precision.FLOAT32])
-        return Choice(wanted if good else Precision.FLOAT32, tuple(tried))
+        return PrecisionDecision(wanted if good else Precision.FLOAT32, tuple(tried))
 
-    def _in(self, precision: Precision, network: bytes, train: Indices, report: Report) -> bytes:
+    def _in(self, precision: Precision, network: bytes, train: Indices, report: ReportProgress) -> bytes:
         """Return the file of a network that has learned for a precision."""
         if precision is not Precision.INT8:
             return network
-        return quantise(network, self._pixels[sample(train, size_of(self._recipe))], report).onnx
+        return quantise(network, self._pixels[calibration_rows(train, image_size_of(self._recipe))], report).onnx
 
-    def _frozen_in(self, precision: Precision, train: Indices, report: Report) -> Digest:
+    def _frozen_in(self, precision: Precision, train: Indices, report: ReportProgress) -> Digest:
         """Return the frozen network for a precision."""
         assert self._frozen is not None
         return self._frozen(precision, train, report)
@@ -158,7 +168,7 @@ class Taught:
     def _engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
         return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
 
-    def _export(self, weights: bytes, shown: Indices) -> Exported:
+    def _export(self, weights: bytes, shown: Indices) -> ExportedNetwork:
         """Export a network that has learned, checked against Keras on some of the rows."""
         return export(self._rebuild(weights), self._place.threads, self._pixels[_some(shown)])
 
@@ -178,17 +188,17 @@ class Taught:
         }
 
 
-def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: Report) -> Float32:
+def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: ReportProgress) -> Float32:
     """Return float32 [len(rows), outputs] for rows of images uint8 [N, H, W, 3], a few at a time."""
     return np.concatenate([heads.logits(layers, part) for part in _by_batch(engine, pixels, rows, report)])
 
 
-def features(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Features:
+def features(engine: Engine, pixels: Pixels, rows: Indices, report: ReportProgress) -> Features:
     """Return float32 [len(rows), D] for rows of images uint8 [N, H, W, 3], a few at a time."""
     return np.concatenate(list(_by_batch(engine, pixels, rows, report)))
 
 
-def _by_batch(engine: Engine, pixels: Pixels, rows: Indices, report: Report) -> Iterator[Features]:
+def _by_batch(engine: Engine, pixels: Pixels, rows: Indices, report: ReportProgress) -> Iterator[Features]:
     for start in range(0, len(rows), BATCH):
         found = engine.features(pixels[rows[start : start + BATCH]])
         report(start + len(found), len(rows))
@@ -213,7 +223,7 @@ def bundle(
     neighbours: Digest | None,
 ) -> Bundle:
     """Return the bundle of a head on what is served, with the file of training images that it may show."""
-    golden_input = golden_images(size_of(recipe))
+    golden_input = golden_images(image_size_of(recipe))
     return Bundle(
         task=task,
         labels=tuple(labels),
@@ -221,7 +231,7 @@ def bundle(
         engine=served.engine.name,
         precision=served.precision,
         image_rule=IMAGE_RULE,
-        size=size_of(recipe),
+        size=image_size_of(recipe),
         resize=recipe.resize,
         layers=layers,
         golden_input=golden_input,

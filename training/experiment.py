@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import Float32
-from artifacts.neighbours import Directions, keep
+from artifacts.neighbours import FeatureNormaliser, build_index
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from recipes.recipe import Precision
@@ -23,7 +23,7 @@ from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
 from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, Plan, final_plan
 from training.fitting.training_loop import finite
-from training.networks.network_files import Place, Registry
+from training.networks.network_files import Registry, Workspace
 from training.progress import Extraction, FoldResult
 from training.report import run_report
 from training.setup import Data, Order, Told, begin, pick, seed_of
@@ -61,7 +61,7 @@ class Outcome:
     files: dict[RunFile, tuple[bytes, str]] = field(default_factory=dict)
 
 
-def run(order: Order, place: Place, registry: Registry, report: Reporter) -> Outcome:
+def run(order: Order, place: Workspace, registry: Registry, report: Reporter) -> Outcome:
     """Train and measure a model: a head on a frozen backbone, the backbone with it, or a network from scratch."""
     experiment = Experiment(order, place, registry, report)
     return experiment.finish(experiment.learn_folds(range(len(experiment.folds))))
@@ -70,7 +70,7 @@ def run(order: Order, place: Place, registry: Registry, report: Reporter) -> Out
 class Experiment:
     """A recipe on a data set version: what all its folds read is computed when it is made."""
 
-    def __init__(self, order: Order, place: Place, registry: Registry, report: Reporter) -> None:
+    def __init__(self, order: Order, place: Workspace, registry: Registry, report: Reporter) -> None:
         self._place, self._report = place, report
         data = self._data = Data(order, place)
         weights = order.weights
@@ -160,7 +160,7 @@ class Experiment:
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
         results = [self._as_served(outcome, served.precision) for outcome in outcomes]
-        metrics = evaluation.pooled(
+        metrics = evaluation.evaluate_folds(
             task,
             labels,
             truth[trained_on],
@@ -173,7 +173,7 @@ class Experiment:
             if served.precision is not course.precision:
                 assert course.pixels is not None
                 logits = delivery.logits(served.engine, final.layers, course.pixels, held_out, self._report.images)
-            metrics["test"] = evaluation.held_out(task, labels, truth[held_out], data.groups[held_out], logits)
+            metrics["test"] = evaluation.evaluate_held_out(task, labels, truth[held_out], data.groups[held_out], logits)
         if served.export is not None:
             metrics["export"] = served.export
         if self._pick is not None:
@@ -246,9 +246,9 @@ class Experiment:
         else:
             assert pixels is not None
             features = delivery.features(served.engine, pixels, rows, self._report.images)
-        scaler = Scaler.of(features, np.arange(len(features)))
-        directions = Directions(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
-        return keep([self._data.rows[row] for row in rows], features, directions).dump()
+        scaler = Scaler.fit(features, np.arange(len(features)))
+        directions = FeatureNormaliser(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
+        return build_index([self._data.rows[row] for row in rows], features, directions).dump()
 
     def _as_served(self, outcome: FoldOutcome, precision: Precision) -> FoldResult:
         """Return what a fold measured, in the precision that is served."""
@@ -264,8 +264,8 @@ class Experiment:
 
     def _fold_metrics(self, fold: Fold, learned: Learned, logits: Mapping[Precision, Float32]) -> dict[str, Any]:
         scores = {
-            precision: evaluation.brief(
-                evaluation.score(self._data.task, self._data.labels, self._data.truth[fold.test], of_precision)
+            precision: evaluation.without_tables(
+                evaluation.evaluate(self._data.task, self._data.labels, self._data.truth[fold.test], of_precision)
             )
             for precision, of_precision in logits.items()
         }

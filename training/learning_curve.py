@@ -23,15 +23,15 @@ from artifacts.manifest import Row
 from errors import TrainingDiverged
 from recipes.headline import HEADLINES, Headline
 from recipes.recipe import Recipe, Task
-from training.data.split import Indices, nested, set_aside
-from training.data.targets import Float64, Targets, targets_of
+from training.data.split import Indices, nested_subsets, set_aside
+from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
 from training.fitting.checkpoint import NoKeeper
 from training.fitting.learners import Frozen, Lesson, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
 from training.statistics import evaluation, power_law, resampling
-from training.statistics.comparison import OutOfFold
+from training.statistics.comparison import OutOfFoldLogits
 from training.statistics.power_law import LEAST_POINTS, PowerLaw
 
 FRACTIONS = (0.1, 0.2, 0.4, 0.7)
@@ -64,7 +64,7 @@ class Subject:
     labels: Sequence[str]
     rows: Sequence[Row]
     features: Features
-    measured: OutOfFold
+    measured: OutOfFoldLogits
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,16 @@ def measure(subject: Subject, report: Share) -> Curve:
     """
     task = Task(subject.recipe.task.value)
     headline = HEADLINES[task]
-    targets = targets_of(task, subject.labels, subject.rows)
+    targets = make_targets(task, subject.labels, subject.rows)
     groups = np.array(manifest.group_rows(subject.rows), dtype=np.intp)
     tested = np.flatnonzero(subject.measured.folds[0] >= 0)
     truth, groups_tested = targets.truth[tested], groups[tested]
     points, statistics = [], []
     for fraction, images, logits in _answers(subject, task, targets, groups, report):
         found = logits[:, tested]
-        metrics = evaluation.summary(task, truth, groups_tested, found)
+        metrics = evaluation.scores_with_intervals(task, truth, groups_tested, found)
         points.append(Point(fraction, images, metrics[headline.metric], headline.interval(metrics)))
-        statistics.append(evaluation.mean_statistics(task, truth, found))
+        statistics.append(evaluation.mean_image_statistics(task, truth, found))
     law, twice = None, None
     if len(points) >= LEAST_POINTS:
         drawn = _drawn_scores(task, headline, statistics, groups_tested, subject.measured.folds[0][tested])
@@ -203,7 +203,7 @@ def _parts(subject: Subject, targets: Targets, groups: Indices, plan: Plan, repe
     share = recipe.folds.validation_fraction if recipe.early_stopping and not len(watched) else 0.0
     strata, needed, seed = targets.strata, targets.needed, _seed(recipe.seed, number)
     found = []
-    for rows in nested(rest, strata, needed, groups, [*FRACTIONS, 1.0], seed):
+    for rows in nested_subsets(rest, strata, needed, groups, [*FRACTIONS, 1.0], seed):
         aside = watched
         if share:
             aside = set_aside(rows, strata, needed, groups, share, seed)
@@ -247,7 +247,7 @@ def _drawn_scores(
         for number, blocks in enumerate(of_folds):
             among = blocks.shape[1]
             sums += random.multinomial(times[:, number] * among, np.full(among, 1 / among)).astype(float) @ blocks
-        drawn.append(evaluation.scores(task, sums)[headline.metric].T)
+        drawn.append(evaluation.scores_of_sums(task, sums)[headline.metric].T)
     return np.concatenate(drawn)
 
 
@@ -267,12 +267,12 @@ def foretell(headline: Headline, points: Sequence[Point], drawn: Float64, blocks
     images = np.array([point.images for point in points], dtype=np.float64)
     ends = np.array([images[-1], 2 * images[-1]])
     errors = _flipped(headline, np.array([point.score for point in points]))
-    law = power_law.fit(images, errors)
+    law = power_law.fit_power_law(images, errors)
     misfits = errors - law.error(images)
     free = np.sqrt(len(points) / (len(points) - (LEAST_POINTS - 1)))  # they are smaller than what was there before
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=drawn.shape)
     moved = law.error(images) + signs * misfits * free + _flipped(headline, drawn) - errors
-    foretold = _flipped(headline, power_law.fit(images, np.maximum(moved, 0.0)).error(ends))  # [draws, 2]
+    foretold = _flipped(headline, power_law.fit_power_law(images, np.maximum(moved, 0.0)).error(ends))  # [draws, 2]
     now, then = _flipped(headline, law.error(ends)).tolist()
     return (
         Law(
@@ -284,9 +284,9 @@ def foretell(headline: Headline, points: Sequence[Point], drawn: Float64, blocks
         Twice(
             images=round(ends[1]),
             score=then,
-            ci95=resampling.interval(foretold[:, 1], blocks),
+            ci95=resampling.bootstrap_interval(foretold[:, 1], blocks),
             change=then - now,
-            change_ci95=resampling.interval(foretold[:, 1] - foretold[:, 0], blocks),
+            change_ci95=resampling.bootstrap_interval(foretold[:, 1] - foretold[:, 0], blocks),
         ),
     )
 

@@ -22,22 +22,34 @@ from recipes.catalogue import BackboneName
 from recipes.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
 from training import bake_off
 from training.bake_off import Pick
-from training.data.arrays import Report, drop_unused, load_maps, load_pixels, maps_bytes
+from training.data.arrays import ReportProgress, drop_unused, load_maps, load_pixels, maps_bytes
 from training.data.augmentation import contact_sheet
-from training.data.extraction import add_up
-from training.data.pixels import Decoder, Loaded, Source
+from training.data.extraction import sum_extractions
+from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
-from training.data.targets import targets_of
+from training.data.targets import make_targets
 from training.delivery import Taught, golden_images, spread
-from training.fitting import from_scratch
 from training.fitting.checkpoint import NoKeeper
-from training.fitting.fine_tuning import Material
+from training.fitting.fine_tuning import FineTuningInputs
 from training.fitting.learners import Frozen, Growing, Learner, Lesson, Tuning
 from training.fitting.training_loop import finite
 from training.fitting.trials import Trials
-from training.networks import backbones
-from training.networks.network_files import Networks, Place, Registry, Trunk, size_of, square_of
-from training.networks.precision import Choice, Tried, candidates, choose, image_ms
+from training.networks import backbones, scratch_networks
+from training.networks.network_files import (
+    FrozenBackbone,
+    NetworkFiles,
+    Registry,
+    Workspace,
+    image_side_of,
+    image_size_of,
+)
+from training.networks.precision import (
+    PrecisionDecision,
+    PrecisionScore,
+    candidate_precisions,
+    choose_precision,
+    measure_image_ms,
+)
 from training.progress import Extraction
 from training.statistics import evaluation
 
@@ -84,12 +96,12 @@ class Order:
 class Data:
     """The images of a data set version as a recipe sees them: what is to be learned of each, and who learns from it."""
 
-    def __init__(self, order: Order, place: Place) -> None:
+    def __init__(self, order: Order, place: Workspace) -> None:
         recipe = self.recipe = order.recipe
         self.labels = order.labels
         self.rows: Sequence[Row] = manifest.load(place.store.read(order.manifest))
         self.task = Task(recipe.task.value)
-        targets = self.targets = targets_of(self.task, order.labels, self.rows)
+        targets = self.targets = make_targets(self.task, order.labels, self.rows)
         self.truth = targets.truth
         belongs = manifest.group_rows(self.rows)
         self.groups = np.array(belongs, dtype=np.intp)
@@ -129,7 +141,7 @@ class Data:
     def headline(self, logits: Sequence[Float32]) -> float:
         """Return the task's headline score of the logits of every fold."""
         rows = self.trained_on
-        return evaluation.headline(self.task, self.truth[rows], self.out_of_fold(logits)[:, rows])
+        return evaluation.headline_score(self.task, self.truth[rows], self.out_of_fold(logits)[:, rows])
 
 
 @dataclass(frozen=True)
@@ -150,14 +162,14 @@ class Course:
     learner: Learner
     precision: Precision
     extraction: Extraction
-    trunk: Trunk | None = None
+    trunk: FrozenBackbone | None = None
     pixels: Pixels | None = None
     taught: Taught | None = None
-    choice: Choice | None = None
+    choice: PrecisionDecision | None = None
     notes: Sequence[str] = ()
 
 
-def pick(data: Data, order: Order, place: Place, registry: Registry, told: Told) -> Pick | None:
+def pick(data: Data, order: Order, place: Workspace, registry: Registry, told: Told) -> Pick | None:
     """Return where features come from if a recipe leaves that open; a run that was interrupted keeps to its choice."""
     recipe = data.recipe
     if not bake_off.is_asked(recipe):
@@ -185,7 +197,7 @@ def pick(data: Data, order: Order, place: Place, registry: Registry, told: Told)
     return found
 
 
-def begin(data: Data, weights: Digest | None, place: Place, registry: Registry, told: Told) -> Course:
+def begin(data: Data, weights: Digest | None, place: Workspace, registry: Registry, told: Told) -> Course:
     """Make ready what all folds of a run read, of a recipe that leaves nothing open."""
     if data.recipe.precision is not PrecisionChoice.AUTO:
         OpenVinoEngine.check(Precision(data.recipe.precision.value))
@@ -198,18 +210,18 @@ def begin(data: Data, weights: Digest | None, place: Place, registry: Registry, 
             return _growing(data, place, told)
 
 
-def _growing(data: Data, place: Place, told: Told) -> Course:
+def _growing(data: Data, place: Workspace, told: Told) -> Course:
     """Return the course of a network from scratch."""
     recipe, network = data.recipe, data.recipe.network
     assert network is not None
     started = time.perf_counter()
     pixels = _pixels(data, place, told)
-    considered = candidates(recipe.precision, OpenVinoEngine.precisions())
+    considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
     extraction = Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3))
     told.extracted(extraction)
 
     def rebuild(weights: bytes) -> Any:
-        return from_scratch.network(network, size_of(recipe), weights)
+        return scratch_networks.build_feature_network(network, image_size_of(recipe), weights)
 
     return Course(
         Growing(recipe, data.task, data.outputs, pixels, data.truth),
@@ -223,17 +235,17 @@ def _growing(data: Data, place: Place, told: Told) -> Course:
 class _Beginning:
     """The beginning of a run on a backbone."""
 
-    def __init__(self, data: Data, weights: Digest | None, place: Place, registry: Registry, told: Told) -> None:
+    def __init__(self, data: Data, weights: Digest | None, place: Workspace, registry: Registry, told: Told) -> None:
         assert weights is not None
         self._data, self._place, self._registry, self._told = data, place, registry, told
         self._weights = weights
-        self._networks = Networks(data.recipe, weights, place, registry)
-        self._considered = candidates(data.recipe.precision, OpenVinoEngine.precisions())
+        self._networks = NetworkFiles(data.recipe, weights, place, registry)
+        self._considered = candidate_precisions(data.recipe.precision, OpenVinoEngine.precisions())
 
     def frozen(self) -> Course:
         """Return the course of a head on a frozen backbone."""
         recipe, place = self._data.recipe, self._place
-        source = Decoder(place.store, size_of(recipe), recipe.resize, place.image_limits, place.threads)
+        source = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
         self._told.stage("backbone")
         trunk, choice = self._trunk(self._considered, source)
         return Course(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
@@ -243,7 +255,7 @@ class _Beginning:
         data, place, told, recipe = self._data, self._place, self._told, self._data.recipe
         started = time.perf_counter()
         pixels = _pixels(data, place, told)
-        source = Loaded(data.digests, pixels)
+        source = LoadedPixels(data.digests, pixels)
         told.stage("backbone")
         trunk, _ = self._trunk([Precision.FLOAT32], source)
         material, notes = self._material(pixels)
@@ -254,64 +266,68 @@ class _Beginning:
 
         def rebuild(weights: bytes) -> Any:
             name = recipe.known_backbone.name
-            return backbones.backbone(name, recipe.features_from or "", square_of(recipe), weights)
+            return backbones.build_backbone(name, recipe.features_from or "", image_side_of(recipe), weights)
 
-        def still_frozen(precision: Precision, train: Indices, report: Report) -> Digest:
+        def still_frozen(precision: Precision, train: Indices, report: ReportProgress) -> Digest:
             if precision is not Precision.INT8:
                 return trunk.backbone
-            return self._networks.quantised(trunk.backbone, [data.digests[row] for row in train], source, report)
+            return self._networks.quantise(trunk.backbone, [data.digests[row] for row in train], source, report)
 
         taught = Taught(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
         return Course(learner, trunk.precision, extraction, trunk, pixels, taught, notes=notes)
 
-    def _heads(self, trunk: Trunk) -> Frozen:
+    def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data
         return Frozen(data.recipe, data.task, data.outputs, trunk.features, data.truth)
 
-    def _trunk(self, precisions: Sequence[Precision], source: Source) -> tuple[Trunk, Choice | None]:
+    def _trunk(
+        self, precisions: Sequence[Precision], source: PixelSource
+    ) -> tuple[FrozenBackbone, PrecisionDecision | None]:
         """Return the frozen network in the precision that heads are trained in, with the features of every image.
 
         Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
         """
         data, report, networks, registry = self._data, self._told, self._networks, self._registry
         recipe, digests = data.recipe, data.digests
-        choice: Choice | None = None
-        known = registry.find_choice() if len(precisions) > 1 else None
+        choice: PrecisionDecision | None = None
+        known = registry.find_precision_decision() if len(precisions) > 1 else None
         if known is not None:
-            choice = Choice.of(known)
+            choice = PrecisionDecision.from_facts(known)
             precisions = [choice.precision]
-        exported = networks.exported(recipe.features_from or "")
+        exported = networks.export_cut(recipe.features_from or "")
         started = time.perf_counter()
         files = dict.fromkeys(precisions, exported)
         if Precision.INT8 in files:
             images = [digests[row] for row in data.trained_on]
-            files[Precision.INT8] = networks.quantised(
+            files[Precision.INT8] = networks.quantise(
                 exported, images, source, report.images, begin=lambda: report.stage("quantise")
             )
         report.stage("features")
         trunks = []
         for number, (precision, network) in enumerate(files.items()):
             told = _one_of(number, len(files), report)
-            trunks.append(networks.trunk(network, precision, digests, source, told))
-        extraction = add_up([trunk.extraction for trunk in trunks])
+            trunks.append(networks.frozen_backbone(network, precision, digests, source, told))
+        extraction = sum_extractions([trunk.extraction for trunk in trunks])
         if len(trunks) > 1:
             report.extracted(extraction)  # the trials that follow may be interrupted
             report.stage("precision")
             engines = {trunk.precision: trunk.engine for trunk in trunks}
-            times = image_ms(engines, golden_images(size_of(recipe)), lambda: report.images(0, 1))
+            times = measure_image_ms(engines, golden_images(image_size_of(recipe)), lambda: report.images(0, 1))
             tried = [
-                Tried(trunk.precision, self._score(trunk, _one_of(number, len(trunks), report)), times[trunk.precision])
+                PrecisionScore(
+                    trunk.precision, self._score(trunk, _one_of(number, len(trunks), report)), times[trunk.precision]
+                )
                 for number, trunk in enumerate(trunks)
             ]
-            choice = choose(data.task, tried)
-            registry.set_choice(choice.facts(data.task))
+            choice = choose_precision(data.task, tried)
+            registry.set_precision_decision(choice.facts(data.task))
         chosen = choice.precision if choice else precisions[0]
         (trunk,) = (trunk for trunk in trunks if trunk.precision is chosen)
         extraction = replace(extraction, seconds=round(time.perf_counter() - started, 3))
         report.extracted(extraction)
         return replace(trunk, extraction=extraction), choice
 
-    def _score(self, trunk: Trunk, report: Report) -> float:
+    def _score(self, trunk: FrozenBackbone, report: ReportProgress) -> float:
         """Return the headline score of heads on a frozen network, out of fold."""
         data, learner = self._data, self._heads(trunk)
         trials = Trials(learner.plan.epochs, len(data.folds), report)
@@ -326,7 +342,7 @@ class _Beginning:
         learned = dict(learner.learn_many(lessons))
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
-    def _material(self, pixels: Pixels) -> tuple[Material, Sequence[str]]:
+    def _material(self, pixels: Pixels) -> tuple[FineTuningInputs, Sequence[str]]:
         """Return what the learning part reads, and what to know of it.
 
         Without augmentation the frozen part is gone through only once, if there is room for what it gives.
@@ -334,29 +350,29 @@ class _Beginning:
         place, networks, recipe = self._place, self._networks, self._data.recipe
         boundary = recipe.known_backbone.cut_before(recipe.unfreeze or "")
         if boundary is None or recipe.augmentation is not None:
-            return Material(pixels, are_maps=False), ()
-        frozen = networks.exported(boundary)
+            return FineTuningInputs(pixels, are_maps=False), ()
+        frozen = networks.export_cut(boundary)
         engine = networks.engine(frozen, Precision.FLOAT32)
         self._told.stage("activations")
-        space = networks.space(frozen, Precision.FLOAT32)
+        space = networks.feature_space(frozen, Precision.FLOAT32)
         room_bytes = place.pixels_bytes - pixels.nbytes
         maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._told.images)
         if maps is not None:
-            return Material(maps, are_maps=True), ()
+            return FineTuningInputs(maps, are_maps=True), ()
         note = (
             f"The layers before `{recipe.unfreeze}` were gone through in every epoch, where the final network learned: "
             f"what they give of all images takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which "
             "ESPALIER_PIXELS_BYTES or the disk has no room."
         )
-        return Material(pixels, are_maps=False), (note,)
+        return FineTuningInputs(pixels, are_maps=False), (note,)
 
 
-def _pixels(data: Data, place: Place, told: Told) -> Pixels:
+def _pixels(data: Data, place: Workspace, told: Told) -> Pixels:
     """Return the pixels of every image, decoded once, and keep a picture of how they are varied."""
     recipe = data.recipe
     told.stage("pixels")
     drop_unused(place.pixels, place.pixels_bytes)
-    decoder = Decoder(place.store, size_of(recipe), recipe.resize, place.image_limits, place.threads)
+    decoder = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
     pixels = load_pixels(data.digests, decoder, place.pixels, told.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
@@ -368,7 +384,7 @@ def _pixels(data: Data, place: Place, told: Told) -> Pixels:
 _SHOWN = 8
 
 
-def _one_of(number: int, count: int, report: Told) -> Report:
+def _one_of(number: int, count: int, report: Told) -> ReportProgress:
     """Return who is told of one of several passes of the same length, and tells how far all of them are."""
     return lambda done, total: report.images(number * total + done, count * total)
 

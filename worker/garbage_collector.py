@@ -10,7 +10,7 @@ import structlog
 from artifacts.store import Store
 from errors import DiskFull, Unavailable
 from models import garbage
-from models.garbage import COLLECTION, Collected
+from models.garbage import GARBAGE_COLLECTION, CollectionSummary
 from models.session import Database
 
 log = structlog.get_logger()
@@ -48,14 +48,14 @@ class Collector:
                 log.exception("collection failed")
             self._over.wait(self._every_s)
 
-    def collect(self) -> Collected | None:
+    def collect(self) -> CollectionSummary | None:
         """Clear this machine's folder up, and collect; None if another process does that just now."""
         self._store.drop_unfinished(self._older_than_s)
         garbage.drop_copies(self._database, self._store, self._older_than_s)
-        with self._database.exclusive(COLLECTION) as is_held:
+        with self._database.exclusive(GARBAGE_COLLECTION) as is_held:
             if not is_held:
                 return None
-            found = garbage.collect(self._database, self._store, self._older_than_s, self._over.is_set)
-        if found != Collected(0, 0, 0, 0):
+            found = garbage.collect_garbage(self._database, self._store, self._older_than_s, self._over.is_set)
+        if found != CollectionSummary(0, 0, 0, 0):
             log.info("collected", **asdict(found))
         return found

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from api import problems
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.idempotency import OnceDep
+from api.idempotency import IdempotencyDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.routes.runs import filled, model_of, stored_file
 from api.schemas import ComparisonOut, ComparisonProgress, ComparisonRequest, ComparisonRow, DifferenceOut, Page
@@ -43,13 +43,17 @@ _FORETOLD_IN = ("folds", "final")
 
 @router.post("", status_code=202)
 def start_comparison(
-    response: Response, given: ServicesDep, principal: PrincipalDep, wanted: ComparisonRequest, once: OnceDep
+    response: Response,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    wanted: ComparisonRequest,
+    idempotency: IdempotencyDep,
 ) -> ComparisonOut:
     """Train a run with each recipe on the same folds; the last one's end makes the table."""
-    earlier = once.earlier(ComparisonOut, wanted, response)
+    earlier = idempotency.find_answer(ComparisonOut, wanted, response)
     if earlier is not None:
         return earlier
-    with given.database.writing() as session:
+    with services.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, wanted.dataset, for_change=True)
         version = datasets.ready_version(session, dataset, wanted.version)
         recipes = [
@@ -59,68 +63,68 @@ def start_comparison(
         comparison, due = comparisons.create_comparison(session, principal, version.id, wanted.name, recipes)
         shown = _comparison_out(session, comparison)
         location = response.headers["Location"] = f"/api/v1/comparisons/{shown.id}"
-        once.keep(session, shown, location)
+        idempotency.keep_answer(session, shown, location)
     for job in due:
-        given.bell.ring(job.queue, job.id)
+        services.bell.ring(job.queue, job.id)
     return shown
 
 
 @router.get("")
 def list_comparisons(
-    given: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
 ) -> Page[ComparisonOut]:
     """List comparisons, the newest first."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         query = select(Comparison).where(scope(Comparison.project_id, principal))
         rows, next_cursor = page(session, query, Comparison.id, lambda row: row.Comparison.id, limit, cursor)
         return Page(items=[_comparison_out(session, row.Comparison) for row in rows], next_cursor=next_cursor)
 
 
 @router.get("/{comparison_id}")
-def get_comparison(given: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
+def get_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
     """Show a comparison: its runs so far, and at its end the table."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         return _comparison_out(session, comparisons.get_comparison(session, principal, comparison_id))
 
 
 @router.post("/{comparison_id}/cancel", status_code=202)
-def cancel_comparison(given: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
+def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
     """End a comparison with its unfinished runs; asking twice, or too late, changes nothing.
 
     One that has a table, since a run of it is tried again, gets its last one when that run has ended.
     """
-    with given.database.writing() as session:
+    with services.database.writing() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
         due = comparisons.request_cancel(session, comparison.id)
         shown = _comparison_out(session, comparison)
     if due is not None:
-        given.bell.ring(due.queue, due.id)
+        services.bell.ring(due.queue, due.id)
     return shown
 
 
 @router.get("/{comparison_id}/picture", response_class=FileResponse)
-def get_picture(given: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
+def get_picture(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
     """Return the scores with their intervals as a picture."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
-    return _file(given, comparison, comparison.picture_sha256, "image/png")
+    return _file(services, comparison, comparison.picture_sha256, "image/png")
 
 
 @router.get("/{comparison_id}/report", response_class=FileResponse)
-def get_report(given: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
+def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
     """Return the table as Markdown."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
-    return _file(given, comparison, comparison.report_sha256, "text/markdown")
+    return _file(services, comparison, comparison.report_sha256, "text/markdown")
 
 
-def _file(given: Services, comparison: Comparison, digest: str | None, media_type: str) -> FileResponse:
+def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> FileResponse:
     if digest is None:
         raise NotReady(
             f"Comparison {comparison.id} has no table yet, or never will: expected it to have succeeded. Received "
             f"{comparison.state.value!r}."
         )
-    return stored_file(given, digest, media_type)
+    return stored_file(services, digest, media_type)
 
 
 def _check_comparable(recipes: Sequence[Recipe]) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from api import bodies, problems
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.idempotency import Once, OnceDep
+from api.idempotency import IdempotencyDep, IdempotentRequest
 from api.paging import CursorQuery, LimitQuery, page
 from api.schemas import (
     ClassImages,
@@ -36,7 +36,7 @@ from models import job as jobs
 from models import run as runs
 from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
-from models.file_references import collect, lock_files
+from models.file_references import lock_files, try_delete_unreferenced
 from models.job import JobKind, Queue
 from models.project import scope
 
@@ -62,17 +62,17 @@ _ARCHIVE_BODY = {
 async def upload(
     request: Request,
     response: Response,
-    given: ServicesDep,
+    services: ServicesDep,
     principal: PrincipalDep,
     name: Annotated[Name, Query()],
-    once: OnceDep,
+    idempotency: IdempotencyDep,
 ) -> DatasetCreated:
     """Upload a zip, tar or tar.gz of images: one folder per class, or a labels.csv at its top."""
     return await _take_in(
         request,
         response,
-        given,
-        once,
+        services,
+        idempotency,
         check=lambda session: datasets.check_name(session, principal, name),
         find=lambda session: datasets.create_dataset(session, principal, name),
     )
@@ -82,17 +82,17 @@ async def upload(
 async def add_images(
     request: Request,
     response: Response,
-    given: ServicesDep,
+    services: ServicesDep,
     principal: PrincipalDep,
     dataset_id: str,
-    once: OnceDep,
+    idempotency: IdempotencyDep,
 ) -> DatasetCreated:
     """Upload an archive of images to add. They and the present ones become a new version."""
     return await _take_in(
         request,
         response,
-        given,
-        once,
+        services,
+        idempotency,
         check=lambda session: datasets.check_idle(session, datasets.get_dataset(session, principal, dataset_id)),
         find=lambda session: datasets.get_dataset(session, principal, dataset_id, for_change=True),
     )
@@ -101,8 +101,8 @@ async def add_images(
 async def _take_in(
     request: Request,
     response: Response,
-    given: Services,
-    once: Once,
+    services: Services,
+    idempotency: IdempotentRequest,
     *,
     check: Callable[[Session], None],
     find: Callable[[Session], Dataset],
@@ -110,65 +110,69 @@ async def _take_in(
     """Receive an archive and owe its ingest as a version of the data set that `find` returns."""
 
     def check_first() -> None:  # before gigabytes are sent for nothing
-        with given.database.reading() as session:
-            if not once.is_known(session):  # else it may be here already, as only its last byte will tell
+        with services.database.reading() as session:
+            if not idempotency.is_known(session):  # else it may be here already, as only its last byte will tell
                 check(session)
 
     await run_in_threadpool(check_first)
-    settings = given.settings
-    archive = await bodies.receive_archive(request, given.store, settings.archive_bytes, settings.free_disk_bytes)
-    return await run_in_threadpool(_record, response, given, once, archive, find)
+    settings = services.settings
+    archive = await bodies.receive_archive(request, services.store, settings.archive_bytes, settings.free_disk_bytes)
+    return await run_in_threadpool(_record, response, services, idempotency, archive, find)
 
 
 def _record(
-    response: Response, given: Services, once: Once, archive: Digest, find: Callable[[Session], Dataset]
+    response: Response,
+    services: Services,
+    idempotency: IdempotentRequest,
+    archive: Digest,
+    find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
     """Write what an archive was sent for. If that fails, or was written before, the archive goes unless it is named."""
     is_of_use = False
     try:
-        earlier = once.earlier(DatasetCreated, archive, response)
+        earlier = idempotency.find_answer(DatasetCreated, archive, response)
         if earlier is not None:
             return earlier
-        with given.database.writing() as session:
+        with services.database.writing() as session:
             lock_files(session)  # first: who finds the name taken removes the archive, which may be the very same one
             dataset = find(session)
-            if not given.store.has(archive):
+            if not services.store.has(archive):
                 raise Unavailable("The archive was removed just when it had arrived. Send it again.")
             version = datasets.add_version(session, dataset, archive)
             job = jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
             created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
             location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
-            once.keep(session, created, location)
+            idempotency.keep_answer(session, created, location)
         is_of_use = True
     finally:
         if not is_of_use:
-            with given.database.writing() as session:
-                collect(session, given.store, [archive])
-    given.bell.ring(Queue.INGEST, job.id)
+            with services.database.writing() as session:
+                try_delete_unreferenced(session, services.store, [archive])
+    services.bell.ring(Queue.INGEST, job.id)
     return created
 
 
 @router.get("")
 def list_datasets(
-    given: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
 ) -> Page[DatasetOut]:
     """List data sets, the newest first."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         query = select(Dataset).where(Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal))
         rows, next_cursor = page(session, query, Dataset.id, lambda row: row.Dataset.id, limit, cursor)
         return Page(items=[_dataset_out(session, row.Dataset) for row in rows], next_cursor=next_cursor)
 
 
 @router.get("/{dataset_id}")
-def get_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str) -> DatasetOut:
+def get_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: str) -> DatasetOut:
     """Show a data set as its newest usable version."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         return _dataset_out(session, datasets.get_dataset(session, principal, dataset_id))
 
 
 @router.get("/{dataset_id}/images")
 def list_images(
-    given: ServicesDep,
+    services: ServicesDep,
     principal: PrincipalDep,
     dataset_id: str,
     label: str | None = None,
@@ -177,7 +181,7 @@ def list_images(
     cursor: CursorQuery = None,
 ) -> Page[ImageOut]:
     """List the images of a version by path, as its manifest does; with a label only those that have it."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
         query = (
             select(Membership, Image)
@@ -195,9 +199,9 @@ def list_images(
 
 
 @router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
-def get_thumbnail(given: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
+def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
     """Return a small WEBP of an image, upright and without its metadata."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
         query = (
             select(Image.sha256)
@@ -208,14 +212,14 @@ def get_thumbnail(given: ServicesDep, principal: PrincipalDep, dataset_id: str, 
         digest = session.scalar(query.limit(1))
     if digest is None:
         raise NotFound(f"Data set {dataset.name!r} has no image {image!r}.")
-    data = images.thumbnail(given.store.read(Digest(digest)), THUMBNAIL_SIDE, given.settings.image_limits)
+    data = images.thumbnail(services.store.read(Digest(digest)), THUMBNAIL_SIDE, services.settings.image_limits)
     return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
 
 @router.delete("/{dataset_id}", status_code=204)
-def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str) -> None:
+def delete_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: str) -> None:
     """Delete a data set with its images. Runs and models that came of it stay."""
-    with given.database.writing() as session:
+    with services.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id, for_change=True)
         versions = [version.id for version in datasets.get_versions(session, dataset.id)]
         if runs.is_any_active(session, versions):
@@ -226,11 +230,11 @@ def delete_dataset(given: ServicesDep, principal: PrincipalDep, dataset_id: str)
             )
         for version_id in versions:
             if jobs.request_cancel(session, version_id, JobKind.INGEST):
-                datasets.withdraw(session, version_id)
+                datasets.cancel_ingest(session, version_id)
         views.request_cancel(session, versions)
         datasets.delete_dataset(dataset)
         job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)
-    given.bell.ring(Queue.INGEST, job.id)
+    services.bell.ring(Queue.INGEST, job.id)
 
 
 def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:

@@ -26,13 +26,13 @@ router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
 After = Annotated[int, Header(alias="Last-Event-ID", ge=0, le=LARGEST_NUMBER)]
 
 
-def run_with_events(given: ServicesDep, principal: PrincipalDep, run_id: str, after: After = 0) -> str:
+def existing_run_id(services: ServicesDep, principal: PrincipalDep, run_id: str, after: After = 0) -> str:
     """Return the id of a run that has events or will have them; a stream that has begun could not tell any more.
 
     Raises NotFound, or HTTPException with 204 once a client has heard the last event: a browser asks again after
     every end of a stream, unless it is told so.
     """
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         run = runs.get_run(session, principal, run_id)
         if run.state.is_final and after and not runs.get_events(session, run.id, after, limit=1):
             raise HTTPException(204)
@@ -41,8 +41,8 @@ def run_with_events(given: ServicesDep, principal: PrincipalDep, run_id: str, af
 
 @router.get("/{run_id}/events", response_class=EventSourceResponse)
 async def stream_events(
-    given: ServicesDep,
-    run_id: Annotated[str, Depends(run_with_events)],
+    services: ServicesDep,
+    run_id: Annotated[str, Depends(existing_run_id)],
     after: After = 0,
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream `progress`, `epoch`, `fold` and `state` events until the run is over.
@@ -51,7 +51,7 @@ async def stream_events(
     """
     while True:
         try:
-            events, is_over = await run_in_threadpool(_look, given, run_id, after)
+            events, is_over = await run_in_threadpool(_read_events, services, run_id, after)
         except Unavailable:  # a browser that is turned away once does not come back
             await asyncio.sleep(_AWAY_S)
             continue
@@ -64,9 +64,9 @@ async def stream_events(
             await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def _look(given: Services, run_id: str, after: int) -> tuple[list[RunEvent], bool]:
+def _read_events(services: Services, run_id: str, after: int) -> tuple[list[RunEvent], bool]:
     """Return the next events, and whether the run is over."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         # The state first: on PostgreSQL a run may end between the two, and its last event must not be missed.
         is_over = session.get_one(runs.Run, run_id).state.is_final
         return list(runs.get_events(session, run_id, after)), is_over

@@ -28,26 +28,26 @@ AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
 
 @router.get("")
 def list_models(
-    given: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
 ) -> Page[ModelOut]:
     """List models, the newest first."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         query = select(Model).where(scope(Model.project_id, principal))
         rows, next_cursor = page(session, query, Model.id, lambda row: row.Model.id, limit, cursor)
         return Page(items=[_model_out(session, row.Model) for row in rows], next_cursor=next_cursor)
 
 
 @router.get("/{name}")
-def get_model(given: ServicesDep, principal: PrincipalDep, name: str) -> ModelOut:
+def get_model(services: ServicesDep, principal: PrincipalDep, name: str) -> ModelOut:
     """Show a model with its versions and aliases."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         return _model_out(session, registry.get_model(session, principal, name))
 
 
 @router.get("/{name}/versions/{version}")
-def get_version(given: ServicesDep, principal: PrincipalDep, name: str, version: Number) -> ModelVersionOut:
+def get_version(services: ServicesDep, principal: PrincipalDep, name: str, version: Number) -> ModelVersionOut:
     """Show one version of a model."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         model = registry.get_model(session, principal, name)
         found = registry.get_model_version(session, model, version)
         return _version_out(session, found, registry.get_aliases(session, model.id).get(found.id, []))
@@ -55,22 +55,22 @@ def get_version(given: ServicesDep, principal: PrincipalDep, name: str, version:
 
 @router.put("/{name}/aliases/{alias}")
 def move_alias(
-    given: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, wanted: AliasRequest
+    services: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, wanted: AliasRequest
 ) -> AliasOut:
     """Point an alias at a version. What cannot be served is refused, and the alias stays where it was.
 
     `serving` is `old` while the version's backbone is being loaded: until then the version before it answers.
     """
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         model = registry.get_model(session, principal, name)
         version = registry.get_model_version(session, model, wanted.version)
     bundle = Digest(version.bundle_sha256)
-    if given.shelf.predictor_if_warm(bundle, Digest(version.backbone_sha256)) is None:
-        given.shelf.check_files(bundle)
-    with given.database.writing() as session:
+    if services.shelf.predictor_if_warm(bundle, Digest(version.backbone_sha256)) is None:
+        services.shelf.check_files(bundle)
+    with services.database.writing() as session:
         registry.move_alias(session, model, alias, version)
         owe(session, version.run_id, "alias", {"alias": alias})
-    is_served = given.switchboard.serves(principal, name, alias, version.number)
+    is_served = services.version_resolver.serves(principal, name, alias, version.number)
     return AliasOut(model=name, alias=alias, version=version.number, serving="new" if is_served else "old")
 
 

@@ -42,17 +42,17 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
-def readyz(given: ServicesDep, response: Response) -> Readiness:
+def readyz(services: ServicesDep, response: Response) -> Readiness:
     """Say part by part whether requests should be sent here."""
     checks = {
-        "database": _checked(_database, given),
-        "schema": _checked(_schema, given),
-        "disk": _checked(_disk, given),
-        "process": _process(given),
-        "store": _checked(_store, given),
-        "engine": _checked(_engine, given),
-        "broker": _checked(_broker, given),
-        "workers": _checked(_workers, given),
+        "database": _checked(_database, services),
+        "schema": _checked(_schema, services),
+        "disk": _checked(_disk, services),
+        "process": _process(services),
+        "store": _checked(_store, services),
+        "engine": _checked(_engine, services),
+        "broker": _checked(_broker, services),
+        "workers": _checked(_workers, services),
     }
     ready = all(checks[name].ok for name in _DECISIVE)
     response.status_code = 200 if ready else 503
@@ -60,21 +60,21 @@ def readyz(given: ServicesDep, response: Response) -> Readiness:
 
 
 @router.get("/metrics", response_class=Response)
-def metrics(given: ServicesDep) -> Response:
+def metrics(services: ServicesDep) -> Response:
     """Return metrics in Prometheus' text format; those of jobs are left out while the database is away."""
     counts = None
     try:
-        with given.database.reading() as session:
+        with services.database.reading() as session:
             counts = jobs.count_jobs(session)
     except (Unavailable, SQLAlchemyError) as error:
         log.warning("jobs not counted", error=str(error))
-    return Response(given.metrics.page(counts), media_type=CONTENT_TYPE_LATEST)
+    return Response(services.metrics.page(counts), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/api/v1/workers")
-def list_workers(given: ServicesDep) -> Page[WorkerOut]:
+def list_workers(services: ServicesDep) -> Page[WorkerOut]:
     """List the workers of the last days, those that looked for work last first: which queues each of them serves."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         found = session.scalars(select(Worker).order_by(Worker.looked_at.desc()).limit(_WORKERS_SHOWN)).all()
         alive_since = now() - timedelta(seconds=_WORKER_SEEN_S)
         items = [
@@ -90,9 +90,9 @@ def list_workers(given: ServicesDep) -> Page[WorkerOut]:
     return Page(items=items, next_cursor=None)
 
 
-def _checked(check: Callable[[Services], Check], given: Services) -> Check:
+def _checked(check: Callable[[Services], Check], services: Services) -> Check:
     try:
-        return check(given)
+        return check(services)
     except EspalierError as error:
         return Check(ok=False, detail=error.detail)
     except Exception as error:  # whatever it is, this part does not work; anyone may read the answer, so no more of it
@@ -100,46 +100,49 @@ def _checked(check: Callable[[Services], Check], given: Services) -> Check:
         return Check(ok=False, detail=f"{type(error).__name__}: the log has more")
 
 
-def _database(given: Services) -> Check:
-    with given.database.reading() as session:
+def _database(services: Services) -> Check:
+    with services.database.reading() as session:
         session.execute(text("SELECT 1"))
     return Check(ok=True, detail="answers")
 
 
-def _schema(given: Services) -> Check:
+def _schema(services: Services) -> Check:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parents[2] / "migrations"))
     wanted = ScriptDirectory.from_config(config).get_current_head()
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         found = MigrationContext.configure(session.connection()).get_current_revision()
     detail = f"revision {found}" if found == wanted else f"revision {found}, expected {wanted}: run the migrations"
     return Check(ok=found == wanted, detail=detail)
 
 
-def _disk(given: Services) -> Check:
-    free = shutil.disk_usage(given.store.root).free
-    return Check(ok=free > given.settings.free_disk_bytes, detail=f"{free / 1024**3:.1f} GiB free")
+def _disk(services: Services) -> Check:
+    free = shutil.disk_usage(services.store.root).free
+    return Check(ok=free > services.settings.free_disk_bytes, detail=f"{free / 1024**3:.1f} GiB free")
 
 
-def _process(given: Services) -> Check:
+def _process(services: Services) -> Check:
     """Name the process, by which those that share a port are told apart."""
-    return Check(ok=not given.ending.is_near, detail="ends soon" if given.ending.is_near else f"{os.getpid()} goes on")
+    return Check(
+        ok=not services.shutdown.is_draining,
+        detail="ends soon" if services.shutdown.is_draining else f"{os.getpid()} goes on",
+    )
 
 
-def _store(given: Services) -> Check:
-    given.store.check()
-    return Check(ok=True, detail=given.store.address.url or "a folder of this machine")
+def _store(services: Services) -> Check:
+    services.store.check()
+    return Check(ok=True, detail=services.store.address.url or "a folder of this machine")
 
 
-def _engine(given: Services) -> Check:
-    return Check(ok=True, detail=f"{given.probe_engine()}, {given.settings.engine_threads} threads")
+def _engine(services: Services) -> Check:
+    return Check(ok=True, detail=f"{services.probe_engine()}, {services.settings.engine_threads} threads")
 
 
-def _broker(given: Services) -> Check:
-    if given.settings.redis_url is None:
+def _broker(services: Services) -> Check:
+    if services.settings.redis_url is None:
         return Check(ok=False, detail="REDIS_URL is not set; workers look for jobs by themselves every few seconds")
     try:
-        with redis.Redis.from_url(_redis_url(given.settings.redis_url), socket_timeout=1) as client:
+        with redis.Redis.from_url(_redis_url(services.settings.redis_url), socket_timeout=1) as client:
             client.ping()
     except redis.RedisError as error:
         return Check(ok=False, detail=f"{error}; workers look for jobs by themselves every few seconds")
@@ -151,8 +154,8 @@ def _redis_url(url: str) -> str:
     return url.replace("redis+socket://", "unix://", 1)
 
 
-def _workers(given: Services) -> Check:
-    with given.database.reading() as session:
+def _workers(services: Services) -> Check:
+    with services.database.reading() as session:
         recent = session.scalars(select(Worker).where(Worker.looked_at > now() - timedelta(seconds=_WORKER_SEEN_S)))
         alive = [worker.name for worker in recent]
     return Check(ok=bool(alive), detail=", ".join(alive) or "no worker has looked for jobs within a minute")

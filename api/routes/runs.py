@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from api import problems
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.idempotency import OnceDep
+from api.idempotency import IdempotencyDep
 from api.paging import CursorQuery, LimitQuery, page
 from api.schemas import (
     BackboneOut,
@@ -47,96 +47,98 @@ router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
 
 @router.post("/runs", status_code=202)
 def start_run(
-    response: Response, given: ServicesDep, principal: PrincipalDep, wanted: RunRequest, once: OnceDep
+    response: Response, services: ServicesDep, principal: PrincipalDep, wanted: RunRequest, idempotency: IdempotencyDep
 ) -> RunOut:
     """Train a model on a data set."""
-    earlier = once.earlier(RunOut, wanted, response)
+    earlier = idempotency.find_answer(RunOut, wanted, response)
     if earlier is not None:
         return earlier
-    with given.database.writing() as session:
+    with services.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, wanted.dataset, for_change=True)
         version = datasets.ready_version(session, dataset, wanted.version)
         recipe = filled(session, wanted.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
-        job = run_jobs.submit(session, run)
-        shown = _run_out(session, given, run)
+        job = run_jobs.queue_training(session, run)
+        shown = _run_out(session, services, run)
         location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
-        once.keep(session, shown, location)
-    given.bell.ring(job.queue, job.id)
+        idempotency.keep_answer(session, shown, location)
+    services.bell.ring(job.queue, job.id)
     return shown
 
 
 @router.get("/runs")
 def list_runs(
-    given: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
 ) -> Page[RunOut]:
     """List runs, the newest first."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         query = select(Run).where(scope(Run.project_id, principal))
         rows, next_cursor = page(session, query, Run.id, lambda row: row.Run.id, limit, cursor)
-        return Page(items=[_run_out(session, given, row.Run) for row in rows], next_cursor=next_cursor)
+        return Page(items=[_run_out(session, services, row.Run) for row in rows], next_cursor=next_cursor)
 
 
 @router.get("/runs/{run_id}")
-def get_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
+def get_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
     """Show a run."""
-    with given.database.reading() as session:
-        return _run_out(session, given, runs.get_run(session, principal, run_id))
+    with services.database.reading() as session:
+        return _run_out(session, services, runs.get_run(session, principal, run_id))
 
 
 @router.post("/runs/{run_id}/cancel", status_code=202)
-def cancel_run(given: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
+def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
     """End a run; asking twice, or too late, changes nothing."""
-    with given.database.writing() as session:
+    with services.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         due = None
         if run_jobs.request_cancel(session, run_id):
-            due = comparisons.note_end(session, run_id)
-        shown = _run_out(session, given, run)
+            due = comparisons.on_run_ended(session, run_id)
+        shown = _run_out(session, services, run)
     if due is not None:
-        given.bell.ring(due.queue, due.id)
+        services.bell.ring(due.queue, due.id)
     return shown
 
 
 @router.post("/runs/{run_id}/retry", status_code=202)
-def retry_run(response: Response, given: ServicesDep, principal: PrincipalDep, run_id: str, once: OnceDep) -> RunOut:
+def retry_run(
+    response: Response, services: ServicesDep, principal: PrincipalDep, run_id: str, idempotency: IdempotencyDep
+) -> RunOut:
     """Train a failed run once more; for a week it goes on from the folds and epochs it has, then it begins anew."""
-    earlier = once.earlier(RunOut, None, response)
+    earlier = idempotency.find_answer(RunOut, None, response)
     if earlier is not None:
         return earlier
-    with given.database.writing() as session:
+    with services.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         job = run_jobs.retry(session, run)
-        comparisons.note_retry(session, run_id)
-        shown = _run_out(session, given, run)
-        once.keep(session, shown, None)
-    given.bell.ring(job.queue, job.id)
+        comparisons.on_run_retried(session, run_id)
+        shown = _run_out(session, services, run)
+        idempotency.keep_answer(session, shown, None)
+    services.bell.ring(job.queue, job.id)
     return shown
 
 
 @router.get("/runs/{run_id}/files/{name}", response_class=FileResponse)
 def get_file(
-    given: ServicesDep, principal: PrincipalDep, run_id: str, name: Annotated[str, Path(max_length=128)]
+    services: ServicesDep, principal: PrincipalDep, run_id: str, name: Annotated[str, Path(max_length=128)]
 ) -> FileResponse:
     """Return a file that a run made: its report, pictures, folds with out-of-fold logits."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         runs.get_run(session, principal, run_id)
         file = next((file for file in runs.get_artifacts(session, run_id) if file.name == name), None)
     if file is None:
         raise NotFound(f"Run {run_id} has no file {name!r}.")
-    return stored_file(given, file.sha256, file.media_type)
+    return stored_file(services, file.sha256, file.media_type)
 
 
 @router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
-def get_augmentations(given: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
+def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
     """Return a picture of what fine-tuning sees: each row one image as it is, then varied, each time anew."""
-    return get_file(given, principal, run_id, RunFile.AUGMENTATIONS)
+    return get_file(services, principal, run_id, RunFile.AUGMENTATIONS)
 
 
 @router.get("/backbones")
-def list_backbones(given: ServicesDep) -> Page[BackboneOut]:
+def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
     """List the backbones that a recipe may name, with their cut points and the weights that are here."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         here = {(row.network, row.name): row.sha256 for row in session.scalars(select(Weights))}
     items = []
     for backbone in CATALOGUE.values():
@@ -168,7 +170,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
     if recipe.backbone is None or recipe.weights is None:  # `fill` refuses what must not be null
         return
     if recipe.backbone is BackboneChoice.AUTO:
-        if not registry.weights_named(session, recipe.weights):
+        if not registry.find_weights_by_name(session, recipe.weights):
             raise RecipeInvalid(
                 "weights",
                 f"Expected weights that are here for one backbone at least, to choose among. Received "
@@ -201,9 +203,9 @@ def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
     )
 
 
-def stored_file(given: Services, sha256: str, media_type: str) -> FileResponse:
+def stored_file(services: Services, sha256: str, media_type: str) -> FileResponse:
     """Return a stored file as an answer. Raises NotFound or Corrupt."""
-    path = given.store.verified_path(Digest(sha256))
+    path = services.store.verified_path(Digest(sha256))
     return FileResponse(path, media_type=media_type, headers={"ETag": f'"{sha256}"'})
 
 
@@ -212,7 +214,7 @@ def model_of(run: Run, made: ModelVersion | None) -> ModelRef | None:
     return ModelRef(name=run.name, version=made.number) if made else None
 
 
-def _run_out(session: Session, given: Services, run: Run) -> RunOut:
+def _run_out(session: Session, services: Services, run: Run) -> RunOut:
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     return RunOut(
         id=run.id,
@@ -247,7 +249,7 @@ def _run_out(session: Session, given: Services, run: Run) -> RunOut:
             for file in runs.get_artifacts(session, run.id)
         ],
         error=problems.stored_problem(run.error),
-        mlflow_url=_mlflow_url(given, run),
+        mlflow_url=_mlflow_url(services, run),
         training_s=run.training_s,
         created_at=run.created_at,
         started_at=run.started_at,
@@ -255,7 +257,7 @@ def _run_out(session: Session, given: Services, run: Run) -> RunOut:
     )
 
 
-def _mlflow_url(given: Services, run: Run) -> str | None:
+def _mlflow_url(services: Services, run: Run) -> str | None:
     if run.mlflow_run_id is None:
         return None
-    return f"{given.settings.mlflow_public}/#/experiments/{run.mlflow_experiment_id}/runs/{run.mlflow_run_id}"
+    return f"{services.settings.mlflow_public}/#/experiments/{run.mlflow_experiment_id}/runs/{run.mlflow_run_id}"

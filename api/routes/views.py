@@ -45,13 +45,13 @@ _LAYERS_OR_PICTURE: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/{run_id}/learning-curve", response_model=LearningCurveOut, responses=_COMPUTING)
-def get_learning_curve(given: ServicesDep, principal: PrincipalDep, run_id: str) -> LearningCurveOut | Response:
+def get_learning_curve(services: ServicesDep, principal: PrincipalDep, run_id: str) -> LearningCurveOut | Response:
     """Show the score after learning from 10, 20, 40, 70 and 100 % of the images, and what twice as many would bring.
 
     Measured on the run's own test folds, with parts that hold each other and keep groups together. For runs with a
     frozen backbone; it takes about as long as the folds of the run did.
     """
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         run = _finished(session, principal, run_id)
     mode = Mode(run.recipe["mode"])
     if mode is not Mode.FEATURE_EXTRACTION:
@@ -59,15 +59,15 @@ def get_learning_curve(given: ServicesDep, principal: PrincipalDep, run_id: str)
             f"A learning curve is measured with heads on features that are cached, and there are none of mode "
             f"{mode.value!r}. Expected a run of mode {Mode.FEATURE_EXTRACTION.value!r}."
         )
-    view = _view(given, run, ViewKind.LEARNING_CURVE)
+    view = _view(services, run, ViewKind.LEARNING_CURVE)
     if view.state is not ViewState.SUCCEEDED:
         return _computing(view)
-    return LearningCurveOut(picture=f"/api/v1/runs/{run_id}/files/{RunFile.LEARNING_CURVE}", **_content(given, view))
+    return LearningCurveOut(picture=f"/api/v1/runs/{run_id}/files/{RunFile.LEARNING_CURVE}", **_content(services, view))
 
 
 @router.get("/{run_id}/activations", response_model=VisibleLayers, responses=_COMPUTING | _LAYERS_OR_PICTURE)
 def get_activations(
-    given: ServicesDep,
+    services: ServicesDep,
     principal: PrincipalDep,
     run_id: str,
     image: Annotated[str | None, Query(description="SHA-256 of an image of the run's data set version.")] = None,
@@ -78,25 +78,25 @@ def get_activations(
     The strongest comes first, row by row, and each is scaled by itself. Without `layer`, list those that can be asked
     for.
     """
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         run = _finished(session, principal, run_id)
         if layer is not None or image is not None:
             digest = _image(session, run, image)
-    listing = _view(given, run, ViewKind.LAYERS)
+    listing = _view(services, run, ViewKind.LAYERS)
     if listing.state is not ViewState.SUCCEEDED:
         return _computing(listing)
-    layers = [VisibleLayer(**one) for one in _content(given, listing)]
+    layers = [VisibleLayer(**one) for one in _content(services, listing)]
     if layer is None:
         return VisibleLayers(layers=layers)
     names = [one.name for one in layers]
     if layer not in names:
         expected = f"Expected one of {', '.join(names)}" if names else "No layer of this network has maps to show"
         raise RequestInvalid(f"layer: {expected}. Received {layer!r}.", field="layer")
-    view = _view(given, run, ViewKind.ACTIVATIONS, views.activations_key(digest, layer))
+    view = _view(services, run, ViewKind.ACTIVATIONS, views.activations_key(digest, layer))
     if view.state is not ViewState.SUCCEEDED:
         return _computing(view)
     assert view.sha256 is not None
-    return stored_file(given, view.sha256, "image/png")
+    return stored_file(services, view.sha256, "image/png")
 
 
 def _finished(session: Session, principal: Principal, run_id: str) -> Run:
@@ -111,7 +111,7 @@ def _image(session: Session, run: Run, image: str | None) -> Digest:
     """Return an image of the run's data set version. Raises RequestInvalid, NotFound, or NotReady if it is deleted."""
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     if session.get_one(Dataset, version.dataset_id).deleted_at is not None:
-        raise NotReady(views.DELETED)
+        raise NotReady(views.DATASET_DELETED)
     listing = f"GET /api/v1/datasets/{version.dataset_id}/images?version={version.number} lists"
     if image is None:
         raise RequestInvalid(f"image: Expected one of the images that {listing}. Received none.", field="image")
@@ -129,22 +129,22 @@ def _image(session: Session, run: Run, image: str | None) -> Digest:
     return Digest(found)
 
 
-def _view(given: Services, run: Run, kind: ViewKind, key: str = "") -> View:
+def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
     """Return a view that is there or being computed from now on. Raises why it could not be, once."""
-    with given.database.reading() as session:
+    with services.database.reading() as session:
         view = views.find_view(session, run.id, kind, key)
     if view is not None and view.state is ViewState.FAILED:
-        with given.database.writing() as session:
-            error = views.tell_failure(session, view.id)
+        with services.database.writing() as session:
+            error = views.pop_failure(session, view.id)
         if error is not None:
             raise _failure(error)
         view = None
     if view is not None:
         return view
-    with given.database.writing() as session:
-        view, job = views.ask(session, run, kind, key)
+    with services.database.writing() as session:
+        view, job = views.request_view(session, run, kind, key)
     if job is not None:
-        given.bell.ring(job.queue, job.id)
+        services.bell.ring(job.queue, job.id)
     return view
 
 
@@ -163,7 +163,7 @@ def _computing(view: View) -> JSONResponse:
     return JSONResponse(shown.model_dump(mode="json"), 202, {"Retry-After": str(after_s)})
 
 
-def _content(given: Services, view: View) -> Any:
+def _content(services: Services, view: View) -> Any:
     """Return the JSON of a view that is there."""
     assert view.sha256 is not None
-    return json.loads(given.store.read(Digest(view.sha256)))
+    return json.loads(services.store.read(Digest(view.sha256)))

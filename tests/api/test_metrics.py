@@ -20,7 +20,7 @@ from api.metrics import FOLDER, MODELS, OTHERS, Metrics
 from artifacts.store import digest_of
 from inference.batcher import Batcher
 from inference.engine import FlatEngine
-from inference.shelf import Loaded
+from inference.shelf import LoadedBackbone
 from recipes.recipe import Precision
 
 # Two processes that count and end, then what a third one tells, before and after the first is known to be dead.
@@ -88,7 +88,7 @@ def test_whoever_is_asked_tells_the_numbers_of_all_processes(tmp_path: Path) -> 
 def test_a_backbone_that_was_put_away_is_told_no_more_and_what_it_did_stays_counted() -> None:
     metrics = Metrics()
     batcher = Batcher(FlatEngine(), 4)
-    loaded = [Loaded(digest_of(b"a network"), Precision.FLOAT32, batcher, 1000, 1)]
+    loaded = [LoadedBackbone(digest_of(b"a network"), Precision.FLOAT32, batcher, 1000, 1)]
     metrics.watch(lambda: loaded)
     assert metrics.page(None).count(b"espalier_shelf_bytes{") == 1
     batcher.submit(np.zeros((3, 8, 8, 3), np.uint8), math.inf).result()
@@ -124,7 +124,7 @@ def test_no_number_of_models_makes_more_labels_than_are_allowed() -> None:
     metrics = Metrics()
     for number in range(MODELS + 50):
         for _ in range(2):
-            metrics.saw_prediction(f"model-{number}", 1, {})
+            metrics.count_prediction(f"model-{number}", 1, {})
     lines = [line for line in metrics.page(None).decode().splitlines() if line.startswith("espalier_predictions_total")]
     assert len(lines) == MODELS + 1
     assert f'espalier_predictions_total{{model="{OTHERS}"}} 100.0' in lines

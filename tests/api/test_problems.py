@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from api.problems import TABLE, TYPE_PREFIX, problem, stored_problem
-from errors import EspalierError, RecipeInvalid, every_error
+from errors import EspalierError, RecipeInvalid, errors_by_code
 
 
 def test_every_error_stands_in_the_table_with_a_code_of_its_own() -> None:
@@ -30,4 +30,4 @@ def test_a_stored_error_of_an_unknown_kind_is_still_a_problem() -> None:
     assert stored_problem(None) is None
     found = stored_problem({"code": "of-a-later-version", "detail": "x"})
     assert found is not None and found["status"] == 500
-    assert "internal" in every_error()
+    assert "internal" in errors_by_code()

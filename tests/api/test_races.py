@@ -23,7 +23,7 @@ from api.routes import events
 from artifacts.store import digest_of
 from models import dataset as datasets
 from models import run as runs
-from models.file_references import collect, lock_files
+from models.file_references import lock_files, try_delete_unreferenced
 from models.run import Run
 from models.session import Database
 
@@ -77,7 +77,7 @@ def test_an_archive_that_is_removed_before_it_is_named_is_asked_for_again(
             upload = pool.submit(client.post, "/api/v1/datasets?name=x", content=ARCHIVES[0])
             until(lambda: services.store.has(archive))
             time.sleep(0.3)
-            collect(session, services.store, [archive])
+            try_delete_unreferenced(session, services.store, [archive])
         answer = upload.result()
     assert (answer.status_code, answer.json()["detail"][-14:]) == (503, "Send it again."), answer.text
     assert client.get("/api/v1/datasets").json()["items"] == []
@@ -169,7 +169,7 @@ def test_the_end_of_a_run_is_not_missed_when_it_falls_into_a_look(services: Serv
 
     # After the first statement of the look, before the second.
     event.listen(services.database.engine, "after_cursor_execute", end)
-    found, is_over = events._look(services, run_id, after=2)
+    found, is_over = events._read_events(services, run_id, after=2)
     assert found or not is_over, "the stream would end without its last event"
-    found, _ = events._look(services, run_id, after=2)
+    found, _ = events._read_events(services, run_id, after=2)
     assert [one.payload["state"] for one in found] == ["cancelled"]

@@ -19,7 +19,7 @@ from buckets import KEYS, Bucket, Line
 from waiting import until
 
 from artifacts import bucket_store
-from artifacts.bucket_store import SharedStore, open_store, parse_url
+from artifacts.bucket_store import BucketStore, open_store, parse_url
 from artifacts.store import Store, StoreAddress, digest_of
 from errors import Corrupt, NotFound, StoreRefused, StoreUnavailable
 
@@ -29,7 +29,7 @@ LARGE = bytes(range(256)) * 80_000  # three parts
 
 
 @pytest.fixture
-def there(bucket: Bucket, tmp_path: Path) -> SharedStore:
+def there(bucket: Bucket, tmp_path: Path) -> BucketStore:
     """The bucket as another machine sees it."""
     return bucket.seen_from(tmp_path / "there").store()
 
@@ -45,21 +45,21 @@ def age(store: Store, *files: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", DATA, LARGE], ids=["nothing", "a little", "several parts"])
-def test_what_one_machine_stores_another_reads(bucket: Bucket, there: SharedStore, data: bytes) -> None:
+def test_what_one_machine_stores_another_reads(bucket: Bucket, there: BucketStore, data: bytes) -> None:
     here = bucket.store()
     digest = here.put(data)
     assert bucket.objects() == {f"some/where/{digest[:2]}/{digest}": data}
-    assert not there.place(digest).exists() and there.has(digest)
+    assert not there.path_for(digest).exists() and there.has(digest)
     assert there.read(digest) == data
-    assert there.place(digest).read_bytes() == data and not list((there.root / "incoming").iterdir())
+    assert there.path_for(digest).read_bytes() == data and not list((there.root / "incoming").iterdir())
 
 
 @pytest.mark.parametrize("ask", ["path", "open", "verified_path"])
-def test_every_way_to_a_file_brings_it_here(bucket: Bucket, there: SharedStore, ask: str) -> None:
+def test_every_way_to_a_file_brings_it_here(bucket: Bucket, there: BucketStore, ask: str) -> None:
     digest = bucket.store().put(DATA)
     found = getattr(there, ask)(digest)
     if isinstance(found, Path):
-        assert found == there.place(digest) and found.read_bytes() == DATA
+        assert found == there.path_for(digest) and found.read_bytes() == DATA
     else:
         with found:
             assert found.read() == DATA
@@ -71,23 +71,23 @@ def test_files_are_brought_here_together_and_not_twice(bucket: Bucket, line: Lin
     far = bucket.seen_from(tmp_path / "far", line.endpoint).store()
     line.hangs = True
     with ThreadPoolExecutor(1) as pool:
-        bringing = pool.submit(far.bring, files * 2)
+        bringing = pool.submit(far.prefetch, files * 2)
         until(lambda: line.in_flight == bucket_store._FILES_AT_ONCE > 1)
         line.mend()
         bringing.result()
     assert line.requests == len(files)
     line.cut()
-    far.bring(files)
+    far.prefetch(files)
     assert [far.read(file) for file in files] == [bytes([number]) * 100 for number in range(32)]
     with pytest.raises(StoreUnavailable):
-        far.bring([digest_of(DATA)])
+        far.prefetch([digest_of(DATA)])
 
 
-def test_what_is_removed_on_one_machine_is_gone_from_the_bucket(bucket: Bucket, there: SharedStore) -> None:
+def test_what_is_removed_on_one_machine_is_gone_from_the_bucket(bucket: Bucket, there: BucketStore) -> None:
     digest = bucket.store().put(DATA)
     there.read(digest)
     there.delete(digest)
-    assert bucket.objects() == {} and not there.place(digest).exists()
+    assert bucket.objects() == {} and not there.path_for(digest).exists()
     assert not bucket.store().has(digest), "a copy that is left in a cache is none"
 
 
@@ -119,13 +119,13 @@ def test_many_processes_store_one_file_at_once(bucket: Bucket) -> None:
 def test_a_copy_that_was_harmed_is_fetched_again(bucket: Bucket, ask: str, harm: bytes) -> None:
     store = bucket.store()
     digest = store.put(DATA)
-    store.place(digest).write_bytes(harm)
+    store.path_for(digest).write_bytes(harm)
     getattr(store, ask)(digest)
-    assert store.place(digest).read_bytes() == DATA
+    assert store.path_for(digest).read_bytes() == DATA
 
 
 @pytest.mark.parametrize("ask", ["path", "open", "read", "verified_path"])
-def test_a_harmed_object_is_told_and_never_named_here(bucket: Bucket, there: SharedStore, ask: str) -> None:
+def test_a_harmed_object_is_told_and_never_named_here(bucket: Bucket, there: BucketStore, ask: str) -> None:
     digest = bucket.store().put(DATA)
     bucket.write(digest, b"Some bytes")
     with pytest.raises(Corrupt, match=f"{digest} in the bucket s3://{bucket.name}"):
@@ -138,20 +138,20 @@ def test_a_harmed_object_is_told_and_never_named_here(bucket: Bucket, there: Sha
 def test_what_a_borrower_made_up_is_not_taken_over(bucket: Bucket) -> None:
     store = bucket.store()
     digest, other = store.put(b"archive"), digest_of(b"somebody's model")
-    with store.lend(digest) as lent:
-        lent.place(other).parent.mkdir(exist_ok=True)
-        lent.place(other).write_bytes(b"poison")
+    with store.lend_store(digest) as lent:
+        lent.path_for(other).parent.mkdir(exist_ok=True)
+        lent.path_for(other).write_bytes(b"poison")
         with pytest.raises(Corrupt, match=other):
-            list(store.adopt(lent, [other]))
-    assert bucket.digests() == {digest} and not store.place(other).exists()
+            list(store.import_files(lent, [other]))
+    assert bucket.digests() == {digest} and not store.path_for(other).exists()
 
 
 def test_what_a_borrower_stores_is_nowhere_until_it_is_taken_over(bucket: Bucket) -> None:
     store = bucket.store()
     archive = store.put(b"archive")
-    with store.lend(archive) as lent:
+    with store.lend_store(archive) as lent:
         file = Store(lent.root).put(DATA)
-        assert bucket.digests() == {archive} and not store.place(file).exists()
+        assert bucket.digests() == {archive} and not store.path_for(file).exists()
     assert not store.has(file) and not lent.root.exists()
     assert store.read(archive) == b"archive"
 
@@ -177,14 +177,14 @@ def test_a_reader_keeps_the_file_that_it_has_open(bucket: Bucket) -> None:
     with store.open(digest) as file:
         first = file.read(1000)
         age(store, digest)
-        assert store.make_room() == 1 and not store.place(digest).exists()
+        assert store.make_room() == 1 and not store.path_for(digest).exists()
         assert first + file.read() == LARGE
 
 
 def test_what_was_used_a_moment_ago_stays_though_it_is_too_much(bucket: Bucket) -> None:
     store = replace(bucket, cache_bytes=1000).store()
     digest = store.put(LARGE)
-    assert store.make_room() == 0 and store.place(digest).exists()
+    assert store.make_room() == 0 and store.path_for(digest).exists()
 
 
 def test_readers_and_those_who_make_room_do_not_disturb_each_other(bucket: Bucket) -> None:
@@ -219,14 +219,14 @@ def test_what_is_cached_can_be_dropped_and_is_still_there(bucket: Bucket) -> Non
 
 
 @pytest.fixture
-def far(bucket: Bucket, line: Line, tmp_path: Path) -> SharedStore:
+def far(bucket: Bucket, line: Line, tmp_path: Path) -> BucketStore:
     """The bucket over a line that can be cut."""
     return bucket.seen_from(tmp_path / "far", line.endpoint).store()
 
 
 @pytest.mark.parametrize("carried", [0, 3_000_000], ids=["before", "in the middle"])
 def test_a_bucket_that_goes_away_during_an_upload_leaves_no_file(
-    bucket: Bucket, far: SharedStore, line: Line, carried: int
+    bucket: Bucket, far: BucketStore, line: Line, carried: int
 ) -> None:
     far.check()
     line.cut(up_bytes=carried, down_bytes=carried)
@@ -241,7 +241,7 @@ def test_a_bucket_that_goes_away_during_an_upload_leaves_no_file(
 
 @pytest.mark.parametrize("carried", [0, 3_000_000], ids=["before", "in the middle"])
 def test_a_bucket_that_goes_away_during_a_download_leaves_no_file(
-    bucket: Bucket, far: SharedStore, line: Line, carried: int
+    bucket: Bucket, far: BucketStore, line: Line, carried: int
 ) -> None:
     digest = bucket.store().put(LARGE)
     far.check()
@@ -253,17 +253,17 @@ def test_a_bucket_that_goes_away_during_a_download_leaves_no_file(
     assert far.read(digest) == LARGE
 
 
-def test_what_lies_here_is_read_while_the_bucket_is_away(far: SharedStore, line: Line) -> None:
+def test_what_lies_here_is_read_while_the_bucket_is_away(far: BucketStore, line: Line) -> None:
     digest = far.put(DATA)
     line.cut()
-    assert far.read(digest) == DATA and far.verified_path(digest) == far.place(digest)
+    assert far.read(digest) == DATA and far.verified_path(digest) == far.path_for(digest)
     for ask in (far.check, far.now, lambda: far.has(digest), lambda: far.delete(digest), lambda: list(far.files())):
         with pytest.raises(StoreUnavailable):
             ask()
-    assert far.place(digest).exists()
+    assert far.path_for(digest).exists()
 
 
-def test_a_bucket_that_is_away_is_told_after_a_few_tries(far: SharedStore, line: Line) -> None:
+def test_a_bucket_that_is_away_is_told_after_a_few_tries(far: BucketStore, line: Line) -> None:
     line.cut()
     with pytest.raises(StoreUnavailable):
         far.read(digest_of(DATA))
@@ -272,7 +272,7 @@ def test_a_bucket_that_is_away_is_told_after_a_few_tries(far: SharedStore, line:
 
 
 @pytest.mark.slow
-def test_a_bucket_that_hangs_is_told_after_the_first_wait(far: SharedStore, line: Line) -> None:
+def test_a_bucket_that_hangs_is_told_after_the_first_wait(far: BucketStore, line: Line) -> None:
     line.hangs = True
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(far.read, digest_of(DATA)), pool.submit(far.put, DATA)]
@@ -292,8 +292,8 @@ def test_a_store_is_opened_while_its_bucket_is_away(bucket: Bucket, line: Line) 
 
 def test_a_process_that_dies_in_the_middle_of_an_upload_leaves_no_file(bucket: Bucket, line: Line) -> None:
     code = (
-        "import sys; from artifacts.bucket_store import SharedStore; from artifacts.store import StoreAddress;"
-        "SharedStore(StoreAddress(*sys.argv[1:5])).put(bytes(range(256)) * 80_000)"
+        "import sys; from artifacts.bucket_store import BucketStore; from artifacts.store import StoreAddress;"
+        "BucketStore(StoreAddress(*sys.argv[1:5])).put(bytes(range(256)) * 80_000)"
     )
     address = replace(bucket.address, endpoint=line.endpoint)
     told = [address.folder, address.url, address.endpoint, address.region]
@@ -317,7 +317,7 @@ def test_a_bucket_that_does_not_exist_is_told_at_once(bucket: Bucket) -> None:
     with pytest.raises(StoreRefused, match=r"no bucket s3://nobody-made-this/x .* ESPALIER_STORE_URL"):
         open_store(replace(bucket.address, url="s3://nobody-made-this/x"))
     with pytest.raises(StoreRefused, match="nobody-made-this"):
-        SharedStore(replace(bucket.address, url="s3://nobody-made-this")).put(DATA)
+        BucketStore(replace(bucket.address, url="s3://nobody-made-this")).put(DATA)
 
 
 @pytest.mark.parametrize("missing", KEYS)

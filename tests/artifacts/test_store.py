@@ -79,7 +79,7 @@ def test_a_stored_file_is_found_by_its_digest(store: Store) -> None:
     with store.open(digest) as file:
         assert file.read() == DATA
     assert store.path(digest) == store.verified_path(digest) == store.root / digest[:2] / digest
-    assert store.place(digest) == store.path(digest)
+    assert store.path_for(digest) == store.path(digest)
     assert list(store.digests()) == [digest]
 
 
@@ -169,7 +169,7 @@ def test_a_file_that_is_stored_again_counts_as_new(store: Store) -> None:
 @EACH_STORE
 def test_what_is_no_file_of_the_store_is_passed_over(store: Store) -> None:
     digest = store.put(DATA)
-    store.place(digest).with_name(".DS_Store").touch()
+    store.path_for(digest).with_name(".DS_Store").touch()
     (store.root / "zz").mkdir()
     (store.root / "zz" / "readme.txt").touch()
     assert list(store.digests()) == [digest]
@@ -195,11 +195,13 @@ def test_a_folder_that_is_gone_is_told(folder: Store) -> None:
 @EACH_STORE
 def test_what_a_borrower_stores_is_kept_once_it_is_taken_over(store: Store) -> None:
     archive = store.put(b"archive")
-    with store.lend(archive) as lent:
+    with store.lend_store(archive) as lent:
         borrower = Store(Path(str(lent.root)))  # another process, which is told a folder
         assert borrower.verified_path(archive).read_bytes() == b"archive"
         files = [borrower.put(bytes([number])) for number in range(20)]
-        adopted = list(store.adopt(lent, [files[0], *files[:10]])) + list(store.adopt(lent, [files[0], *files[10:19]]))
+        adopted = list(store.import_files(lent, [files[0], *files[:10]])) + list(
+            store.import_files(lent, [files[0], *files[10:19]])
+        )
         assert set(adopted) == set(files[:19])
     assert not list(store.missing(files[:19]))
     assert [store.read(file) for file in files[:19]] == [bytes([number]) for number in range(19)]
@@ -208,7 +210,7 @@ def test_what_a_borrower_stores_is_kept_once_it_is_taken_over(store: Store) -> N
 
 @EACH_STORE
 def test_what_is_not_here_cannot_be_lent(store: Store) -> None:
-    with pytest.raises(NotFound, match=NOWHERE), store.lend(NOWHERE):
+    with pytest.raises(NotFound, match=NOWHERE), store.lend_store(NOWHERE):
         pass
     assert leftovers(store) == []
 
@@ -216,7 +218,7 @@ def test_what_is_not_here_cannot_be_lent(store: Store) -> None:
 @pytest.mark.parametrize("harm", [lambda data: b"S" + data[1:], lambda data: data[:-1], lambda data: data + b"\0"])
 def test_a_corrupt_file_is_told_from_a_whole_one(folder: Store, harm: Callable[[bytes], bytes]) -> None:
     digest = folder.put(DATA)
-    folder.place(digest).write_bytes(harm(DATA))
+    folder.path_for(digest).write_bytes(harm(DATA))
     with pytest.raises(Corrupt, match=digest):
         folder.read(digest)
     with pytest.raises(Corrupt, match=digest):

@@ -15,7 +15,7 @@ from waiting import until
 from artifacts.features import Features
 from artifacts.images import Pixels
 from errors import DeadlineExceeded, OutOfMemory, Unavailable
-from inference.batcher import Asked, Batcher, Computed, best_batch, time_batches
+from inference.batcher import BackboneOutput, Batcher, FeatureFuture, best_batch, time_batches
 from inference.engine import FlatEngine
 
 LATER = 1e9
@@ -76,7 +76,7 @@ def batcher(engine: Gated, clock: Advanced) -> Iterator[Batcher]:
     batcher.close()
 
 
-def fill(batcher: Batcher, engine: Gated) -> list[Asked]:
+def fill(batcher: Batcher, engine: Gated) -> list[FeatureFuture]:
     """Have one image in the engine and one ready; what comes after them waits."""
     first = batcher.submit(images(1), LATER)
     until(lambda: engine.batches)
@@ -90,7 +90,7 @@ def seen(engine: Gated) -> list[int]:
     return [image for batch in engine.batches for image in batch]
 
 
-def value(computed: Computed) -> list[int]:
+def value(computed: BackboneOutput) -> list[int]:
     """Return the grey values that features tell of."""
     return [int(row[0]) for row in computed.features]
 
@@ -116,7 +116,7 @@ def test_a_batch_that_stands_ready_loses_those_who_left_and_keeps_its_order(
         late = batcher.submit(images(5), clock() + 3600)
     until(lambda: batcher.queued() == 0)
     came = [batcher.submit(images(*numbers), LATER) for numbers in ((6, 7), (8,))]
-    ready[1].leave()
+    ready[1].abandon()
     clock.ahead_s = 7200
     engine.gate.set()
     assert [value(future.result(120)) for future in (first, ready[0], ready[2], *came)] == [[1], [2], [4], [6, 7], [8]]
@@ -126,7 +126,7 @@ def test_a_batch_that_stands_ready_loses_those_who_left_and_keeps_its_order(
 
 def test_a_batch_that_stands_ready_may_be_left_by_all(batcher: Batcher, engine: Gated) -> None:
     first, second = fill(batcher, engine)
-    second.leave()
+    second.abandon()
     engine.gate.set()
     assert value(first.result(120)) == [1] and second.exception(120) is not None
     until(lambda: batcher.wait_s() == 0.0)
@@ -304,7 +304,7 @@ def test_every_future_ends_and_every_answer_is_right(
     asked: list[tuple[list[int], float, bool, bool]], limit: int, is_closed_early: bool
 ) -> None:
     batcher = Batcher(Flaky(), limit)
-    futures: list[tuple[list[int], Future[Computed]]] = []
+    futures: list[tuple[list[int], Future[BackboneOutput]]] = []
 
     def ask(one: tuple[list[int], float, bool, bool]) -> None:
         values, allowed_s, wants_maps, leaves = one
@@ -376,7 +376,7 @@ def test_trials_take_no_longer_than_they_must() -> None:
 def test_who_leaves_in_the_middle_costs_only_what_the_engine_has_begun(batcher: Batcher, engine: Gated) -> None:
     left = batcher.submit(images(*range(1, 21)), LATER)
     until(lambda: engine.batches and batcher.queued() == 12)
-    left.leave()
+    left.abandon()
     assert batcher.queued() == 0 and batcher.oldest_s() == 0.0
     stays = batcher.submit(images(99), LATER)
     engine.gate.set()

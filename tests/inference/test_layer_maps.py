@@ -9,23 +9,23 @@ from networks import FILTERS, layered
 from PIL import Image
 
 from inference import explain
-from inference.layer_maps import CHANNELS, Insight, Layer
+from inference.layer_maps import CHANNELS, Layer, LayerReader
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
 
 @pytest.fixture
-def insight(tmp_path: Path) -> Insight:
+def insight(tmp_path: Path) -> LayerReader:
     path = tmp_path / "network.onnx"
     path.write_bytes(layered())
-    return Insight(path, 1)
+    return LayerReader(path, 1)
 
 
-def test_layers_are_named_as_they_were_when_the_network_was_built(insight: Insight) -> None:
+def test_layers_are_named_as_they_were_when_the_network_was_built(insight: LayerReader) -> None:
     assert insight.layers == [Layer("first", 8, 8, 4), Layer("pool", 4, 4, 4)]
 
 
-def test_maps_are_what_a_layer_makes_of_the_image_channels_last(insight: Insight) -> None:
+def test_maps_are_what_a_layer_makes_of_the_image_channels_last(insight: LayerReader) -> None:
     first = np.maximum(PIXELS.astype(np.float32) @ FILTERS.T, 0)
     np.testing.assert_allclose(insight.maps(PIXELS, "first"), first, rtol=1e-5)
     pool = first.reshape(4, 2, 4, 2, 4).max(axis=(1, 3))
@@ -33,7 +33,7 @@ def test_maps_are_what_a_layer_makes_of_the_image_channels_last(insight: Insight
     np.testing.assert_allclose(insight.maps(PIXELS, "first"), first, rtol=1e-5, err_msg="asked again")
 
 
-def test_a_layer_that_is_not_there_has_no_maps(insight: Insight) -> None:
+def test_a_layer_that_is_not_there_has_no_maps(insight: LayerReader) -> None:
     with pytest.raises(KeyError):
         insight.maps(PIXELS, "features")
 

@@ -11,7 +11,7 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.neighbours import Directions, Neighbours
+from artifacts.neighbours import FeatureNormaliser, NeighbourIndex
 from artifacts.store import Digest
 from errors import Corrupt
 from inference.neighbours import nearest, sheet
@@ -27,10 +27,10 @@ def rows(count: int) -> list[Row]:
     ]
 
 
-def keep(rows: list[Row], features: Features) -> Neighbours:
+def keep(rows: list[Row], features: Features) -> NeighbourIndex:
     """Keep images as a run does."""
-    scaler = Scaler.of(features, np.arange(len(features)))
-    directions = Directions(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
+    scaler = Scaler.fit(features, np.arange(len(features)))
+    directions = FeatureNormaliser(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
     return files.keep(rows, features, directions)
 
 

@@ -20,9 +20,9 @@ from artifacts.store import Store
 from errors import EngineMissing, PrecisionUnsupported
 from inference import heads, onnx_engine
 from inference.engine import TOLERANCE, Engine, OpenVinoEngine
-from inference.engine_choice import loader
+from inference.engine_choice import choose_engine_loader
 from inference.onnx_engine import CUDA, PROCESSOR, OnnxEngine, provider_options, runs_on
-from inference.shelf import Load, Shelf
+from inference.shelf import EngineLoader, Shelf
 from recipes.catalogue import BackboneName
 from recipes.layers import Activation
 from recipes.recipe import Precision, Resize, Task
@@ -32,7 +32,7 @@ from training.networks.quantisation import quantise
 
 SIZE = 32
 IMAGES: Pixels = np.random.default_rng(11).integers(0, 256, (9, SIZE, SIZE, 3), dtype=np.uint8)
-ENGINES: list[Load] = [OpenVinoEngine, OnnxEngine]
+ENGINES: list[EngineLoader] = [OpenVinoEngine, OnnxEngine]
 
 
 @pytest.fixture(scope="module", params=["block3", pytest.param("block5", marks=pytest.mark.slow)])
@@ -40,7 +40,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """VGG16 at 32 pixels with random weights, as a run exports it."""
     name = BackboneName.VGG16
     path: Path = tmp_path_factory.mktemp("network") / "network.onnx"
-    model = backbones.backbone(name, request.param, SIZE, backbones.random_weights(name))
+    model = backbones.build_backbone(name, request.param, SIZE, backbones.random_weights(name))
     path.write_bytes(export(model, threads=2).onnx)
     return path
 
@@ -72,7 +72,7 @@ def test_several_threads_may_ask_at_once(network: Path) -> None:
 
 
 @pytest.mark.parametrize("served_by", ENGINES)
-def test_a_bundle_of_one_engine_is_served_by_the_other(network: Path, store: Store, served_by: Load) -> None:
+def test_a_bundle_of_one_engine_is_served_by_the_other(network: Path, store: Store, served_by: EngineLoader) -> None:
     (trained_by,) = (load for load in ENGINES if load is not served_by)
     engine = trained_by(network, Precision.FLOAT32, 2)
     features = engine.features(IMAGES)
@@ -159,10 +159,10 @@ def test_a_device_is_tried_with_an_addition() -> None:
 
 
 def test_the_engine_that_is_asked_for_is_chosen_and_a_gpu_by_itself() -> None:
-    assert loader("openvino") is OpenVinoEngine
-    assert loader("onnxruntime") is OnnxEngine
+    assert choose_engine_loader("openvino") is OpenVinoEngine
+    assert choose_engine_loader("onnxruntime") is OnnxEngine
     by_itself: type[Engine] = OnnxEngine if onnx_engine.finds_cuda() else OpenVinoEngine
-    assert loader("auto") is by_itself
+    assert choose_engine_loader("auto") is by_itself
 
 
 def test_an_api_without_onnxruntime_starts_unless_it_is_asked_for(tmp_path: Path) -> None:

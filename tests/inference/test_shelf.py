@@ -16,14 +16,14 @@ from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.store import Digest, Store
 from errors import BundleRefused, Corrupt, DeadlineExceeded, ImageRefused, NotFound, Unavailable
 from inference.predictor import ClassPrediction, Predictor
-from inference.shelf import Load, Shelf, resident_bytes
+from inference.shelf import EngineLoader, Shelf, resident_bytes
 
 LIMITS = ImageLimits()
 # A head of `flat_bundle` with the objects around it.
 MODEL_BYTES = 48 * 2 * 4 + 2 * 4 + 4096
 
 
-def make_shelf(store: Store, budget_bytes: int = 10**6, load: Load | None = None) -> Shelf:
+def make_shelf(store: Store, budget_bytes: int = 10**6, load: EngineLoader | None = None) -> Shelf:
     """Return a shelf that takes a network for twice the size of its file."""
     return Shelf(store, 1, budget_bytes, load or Loads(), resident_bytes=lambda: 0)
 

@@ -60,7 +60,7 @@ def test_no_enum_column_takes_another_word(database: Database) -> None:
         run = records.queued_run(session, version)
         jobs.add_job(session, run.project_id, JobKind.TRAIN, Queue.CPU, run.id)
         records.queued_comparison(session, version)
-        views.ask(session, run, ViewKind.LAYERS)
+        views.request_view(session, run, ViewKind.LAYERS)
         registry.set_weights(
             session, Weights(network=BackboneName.VGG16, name="mine", sha256=records.digest("weights"), source={})
         )

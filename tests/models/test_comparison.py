@@ -41,12 +41,12 @@ def end(database: Database, run_id: str, how: str) -> Job | None:
     """Start a run and end it; return the job that this makes due."""
     with database.writing() as session:
         runs.start_run(session, run_id)
-        comparisons.note_start(session, run_id)
+        comparisons.on_run_started(session, run_id)
     with database.writing() as session:
         ENDS[how](session, run_id)
         last = session.scalars(select(Job).where(Job.subject_id == run_id).order_by(Job.id)).all()[-1]
         last.state = JobState(how)
-        return comparisons.note_end(session, run_id)
+        return comparisons.on_run_ended(session, run_id)
 
 
 def look(database: Database, comparison_id: str) -> Comparison:
@@ -71,7 +71,7 @@ def test_a_cancelled_run_waits_for_a_table_that_is_written_and_the_table_not_for
             comparisons.cancel_comparison(session, comparison_id)
 
     with ThreadPoolExecutor(1) as pool, database.writing() as session:
-        comparisons.note_start(session, run_id)  # holds the comparison
+        comparisons.on_run_started(session, run_id)  # holds the comparison
         cancelled = pool.submit(cancel)
         assert is_held.wait(60)
         session.execute(text("SET LOCAL lock_timeout = '20s'"))
@@ -142,7 +142,7 @@ def test_a_run_that_is_tried_again_while_the_table_is_made_owes_no_second_one(da
         runs.reopen_run(session, second)
         runs.start_run(session, second)
         ENDS[how](session, second)
-        assert comparisons.note_end(session, second) is None
+        assert comparisons.on_run_ended(session, second) is None
     assert compare_jobs(database) == [JobState.QUEUED]
     assert look(database, comparison_id).state is ComparisonState.RUNNING
 
@@ -186,7 +186,7 @@ def test_runs_that_end_at_the_same_moment_owe_one_table(database: Database) -> N
             together.wait()
             with database.writing() as session:
                 runs.succeed_run(session, run_id, {}, 1.0)
-                job = comparisons.note_end(session, run_id)
+                job = comparisons.on_run_ended(session, run_id)
                 return job.subject_id if job else None
 
         with ThreadPoolExecutor(len(made)) as pool:
@@ -239,7 +239,7 @@ def compared(database: Database, comparison_id: str, name: str, *positions: int)
 def try_again(database: Database, run_id: str) -> None:
     with database.writing() as session:
         run_jobs.retry(session, runs.get_run(session, PRINCIPAL, run_id))
-        comparisons.note_retry(session, run_id)
+        comparisons.on_run_retried(session, run_id)
 
 
 def test_a_failed_run_that_is_tried_again_comes_into_the_table(database: Database) -> None:
@@ -336,7 +336,7 @@ def test_cancelling_ends_what_waits_and_asks_what_runs_to_end(database: Database
         assert states == [RunState.SUCCEEDED, RunState.RUNNING, RunState.CANCELLED]
         assert jobs.is_cancel_requested(session, job.id)
         runs.cancel_run(session, running)
-        assert comparisons.note_end(session, running) is None, "a cancelled comparison needs no table"
+        assert comparisons.on_run_ended(session, running) is None, "a cancelled comparison needs no table"
     assert compare_jobs(database) == []
 
 

@@ -9,7 +9,7 @@ from artifacts.layout import Split
 from artifacts.manifest import Row
 from errors import DatasetRefused, NameTaken, NotFound, NotReady, Refused
 from models import dataset as datasets
-from models.dataset import Accepted, Dataset, DatasetState, DatasetVersion, Image, Membership
+from models.dataset import Dataset, DatasetState, DatasetVersion, Image, IngestedImage, Membership
 from models.project import Principal, Project
 from models.session import Database
 from recipes.defaults import ClassCount
@@ -127,7 +127,7 @@ def test_a_version_that_is_closed_is_not_ingested_again(database: Database) -> N
         rejected = records.waiting_version(session, "rejected")
         datasets.mark_rejected(session, rejected.id, {})
         withdrawn = records.waiting_version(session, "withdrawn")
-        datasets.withdraw(session, withdrawn.id)
+        datasets.cancel_ingest(session, withdrawn.id)
         session.flush()
         for version in (ready, rejected, withdrawn):
             with pytest.raises(RuntimeError, match="not waiting"):
@@ -139,11 +139,11 @@ def test_an_interrupted_version_waits_again(database: Database) -> None:
         version = records.waiting_version(session)
         datasets.start_ingest(session, version.id)
         session.flush()
-        datasets.wait_again(session, version.id)
+        datasets.requeue_ingest(session, version.id)
         session.refresh(version)
         assert version.state == "uploaded"
         records.make_ready(session, version)
-        datasets.wait_again(session, version.id)  # closed meanwhile: stays so
+        datasets.requeue_ingest(session, version.id)  # closed meanwhile: stays so
         session.refresh(version)
         assert version.state == "ready"
 
@@ -196,11 +196,11 @@ def test_a_deleted_data_set_forgets_its_files(database: Database) -> None:
         dataset = records.dataset_of(session, ready)
         waiting = datasets.add_version(session, dataset, digest("more"))
         other = records.ready_version(session, "other")
-        files = datasets.forget_files(session, dataset.id)
+        files = datasets.drop_files(session, dataset.id)
         assert {digest(f"manifest of {ready.id}"), digest("more")} <= set(files)
         assert digest(f"manifest of {other.id}") not in files
         assert ready.manifest_sha256 is waiting.archive_sha256 is None
-        assert datasets.forget_files(session, dataset.id) == []
+        assert datasets.drop_files(session, dataset.id) == []
 
 
 # --- images --------------------------------------------------------------------------------------------------------
@@ -241,11 +241,11 @@ def test_adding_no_images_changes_nothing(database: Database) -> None:
 
 def test_a_membership_holds_labels_or_a_target(database: Database) -> None:
     plain = accepted("1.png")
-    several = Accepted(
+    several = IngestedImage(
         Row("2.png", digest("2"), ("sand", "sea"), None, "beach", Split.TEST), plain.facts, plain.size_bytes
     )
-    none = Accepted(Row("3.png", digest("3"), (), None, None, Split.TRAIN), plain.facts, plain.size_bytes)
-    number = Accepted(Row("4.png", digest("4"), (), 0.25, None, Split.VALIDATION), plain.facts, plain.size_bytes)
+    none = IngestedImage(Row("3.png", digest("3"), (), None, None, Split.TRAIN), plain.facts, plain.size_bytes)
+    number = IngestedImage(Row("4.png", digest("4"), (), 0.25, None, Split.VALIDATION), plain.facts, plain.size_bytes)
     with database.writing() as session:
         version = records.ready_version(session, images=[plain, several, none, number])
         columns = (Membership.label, Membership.target, Membership.group, Membership.split)

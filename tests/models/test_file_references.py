@@ -19,8 +19,13 @@ from models import view as views
 from models.base import Base
 from models.comparison import Comparison
 from models.dataset import DatasetVersion, Membership
-from models.file_references import collect, collect_later, lock_files, named
-from models.registry import Backbone, ModelVersion, Quantised, Weights
+from models.file_references import (
+    delete_unreferenced_after_commit,
+    lock_files,
+    referenced_files,
+    try_delete_unreferenced,
+)
+from models.registry import Backbone, ModelVersion, QuantisedBackbone, Weights
 from models.run import Checkpoint, Fold
 from models.session import Database
 from models.view import View, ViewKind
@@ -47,8 +52,8 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
     run.weights_sha256 = stored("run.weights_sha256")
     run.quantised_sha256 = stored("run.quantised_sha256")
     runs.succeed_run(session, run.id, {}, 1.0)
-    view, _ = views.ask(session, run, ViewKind.LEARNING_CURVE)
-    views.succeed(session, view.id, stored("view.sha256"), 1)
+    view, _ = views.request_view(session, run, ViewKind.LEARNING_CURVE)
+    views.succeed_view(session, view.id, stored("view.sha256"), 1)
     runs.add_artifact(session, run.id, "report.json", stored("run_artifact.sha256"), 1, "application/json")
     runs.add_fold(session, records.fold(run.id, outcome_sha256=stored("fold.outcome_sha256")))
     runs.add_checkpoint(session, run.id, 0, 1, stored("checkpoint.sha256"), 1)
@@ -69,7 +74,7 @@ def name_all(session: Session, store: Store) -> dict[str, Digest]:
         manifest={},
     )
     registry.add_backbone(session, backbone)
-    registry.add_quantised(session, records.digest("export"), 1, stored("quantised.sha256"), {})
+    registry.add_quantised_backbone(session, records.digest("export"), 1, stored("quantised.sha256"), {})
     weights = Weights(network=BackboneName.VGG16, name="mine", sha256=stored("weights.sha256"), source={})
     registry.set_weights(session, weights)
     return files
@@ -83,15 +88,15 @@ def test_files_are_kept_while_any_row_names_them_and_removed_after(database: Dat
     untouched = store.put(b"nobody asks about this")
     asked = [*files.values(), unnamed, records.digest("never stored")]
     with database.writing() as session:
-        collect(session, store, asked)
-        assert named(session) == {*files.values(), records.digest("archive of flowers")}
+        try_delete_unreferenced(session, store, asked)
+        assert referenced_files(session) == {*files.values(), records.digest("archive of flowers")}
     assert [column for column, file in files.items() if not store.has(file)] == []
     assert not store.has(unnamed) and store.has(untouched)
     with database.writing() as session:
         for record in (
             Weights,
             Backbone,
-            Quantised,
+            QuantisedBackbone,
             registry.Alias,
             ModelVersion,
             runs.RunArtifact,
@@ -105,7 +110,7 @@ def test_files_are_kept_while_any_row_names_them_and_removed_after(database: Dat
         session.execute(update(runs.Run).values(weights_sha256=None, quantised_sha256=None))
         session.execute(update(Comparison).values(picture_sha256=None, report_sha256=None))
         session.execute(update(DatasetVersion).values(manifest_sha256=None, archive_sha256=None))
-        collect(session, store, asked)
+        try_delete_unreferenced(session, store, asked)
     assert [column for column, file in files.items() if store.has(file)] == []
 
 
@@ -125,7 +130,7 @@ def test_a_row_of_the_same_transaction_counts(database: Database, store: Store) 
     file = store.put(b"weights")
     with database.writing() as session:
         session.add(Weights(network=BackboneName.VGG16, name="mine", sha256=file, source={}))
-        collect(session, store, [file])
+        try_delete_unreferenced(session, store, [file])
     assert store.has(file)
 
 
@@ -137,7 +142,7 @@ def test_a_file_is_not_removed_before_its_name_is_gone_for_good(database: Databa
     def forget(error: Exception | None) -> None:
         with database.writing() as session:
             session.execute(delete(Weights))
-            collect_later(session, store, [file])
+            delete_unreferenced_after_commit(session, store, [file])
             if error is not None:
                 raise error
 
@@ -157,7 +162,7 @@ def test_a_file_that_is_just_being_named_is_not_removed(database: Database, stor
         with database.writing() as session:
             session.execute(select(1))
             asking.set()
-            collect(session, store, [file])
+            try_delete_unreferenced(session, store, [file])
 
     with ThreadPoolExecutor(1) as pool, database.writing() as session:
         lock_files(session)

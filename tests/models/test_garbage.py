@@ -17,14 +17,14 @@ from records import PRINCIPAL
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from artifacts.store import Digest, Store, Stored, digest_of
+from artifacts.store import Digest, Store, StoredFile, digest_of
 from errors import Crashed, NotReady, StoreUnavailable, Unavailable
 from models import idempotency, registry, run_jobs
 from models import run as runs
 from models.base import now
 from models.dataset import DatasetVersion
 from models.file_references import lock_files
-from models.garbage import Collected, collect, drop_copies
+from models.garbage import CollectionSummary, collect_garbage, drop_copies
 from models.idempotency import Answer
 from models.registry import Weights
 from models.run import Run
@@ -32,7 +32,7 @@ from models.session import Database
 from recipes.catalogue import BackboneName
 
 DAY_S = 86_400.0
-NOTHING = Collected(0, 0, 0, 0)
+NOTHING = CollectionSummary(0, 0, 0, 0)
 
 
 class Clocked(Store):
@@ -56,15 +56,15 @@ def name(session: Session, file: Digest) -> None:
 def age(store: Store, *files: Digest) -> None:
     """Have files been written two days ago."""
     for file in files:
-        os.utime(store.place(file), (time.time() - 2 * DAY_S,) * 2)
+        os.utime(store.path_for(file), (time.time() - 2 * DAY_S,) * 2)
 
 
 def plant(store: Store, count: int) -> list[Digest]:
     """Lay so many old files into a folder, without waiting for its disk each time."""
     files = [digest_of(b"%d" % number) for number in range(count)]
     for number, file in enumerate(files):
-        store.place(file).parent.mkdir(exist_ok=True)
-        store.place(file).write_bytes(b"%d" % number)
+        store.path_for(file).parent.mkdir(exist_ok=True)
+        store.path_for(file).write_bytes(b"%d" % number)
     age(store, *files)
     return files
 
@@ -81,28 +81,28 @@ def test_old_files_that_no_row_names_go_and_all_others_stay(database: Database, 
         for file in many[::2]:
             name(session, file)
     size_bytes = len(b"old, of nobody") + sum(len(b"%d" % number) for number in range(1, 300, 2))
-    expected = Collected(151, size_bytes, 0, 0)
+    expected = CollectionSummary(151, size_bytes, 0, 0)
     before = set(store.digests())
-    assert collect(database, store, DAY_S, dry_run=True) == expected
+    assert collect_garbage(database, store, DAY_S, dry_run=True) == expected
     assert set(store.digests()) == before, "a dry run leaves everything"
-    assert collect(database, store, DAY_S) == expected
+    assert collect_garbage(database, store, DAY_S) == expected
     assert set(store.digests()) == {named, fresh, *many[::2]}
-    assert collect(database, store, DAY_S) == NOTHING
+    assert collect_garbage(database, store, DAY_S) == NOTHING
 
 
 def test_a_file_counts_by_the_clock_of_its_store(database: Database, store: Clocked) -> None:
     file = store.put(b"of nobody")
     store.ahead_s = DAY_S - 60
-    assert collect(database, store, DAY_S) == NOTHING
+    assert collect_garbage(database, store, DAY_S) == NOTHING
     store.ahead_s = DAY_S + 60
-    assert collect(database, store, DAY_S).files == 1 and not store.has(file)
+    assert collect_garbage(database, store, DAY_S).files == 1 and not store.has(file)
 
 
 def test_a_file_that_is_stored_again_while_it_is_collected_stays(database: Database, tmp_path: Path) -> None:
     class Busy(Store):
         """Somebody stores the file once more after it was listed as old."""
 
-        def files(self) -> Iterator[Stored]:
+        def files(self) -> Iterator[StoredFile]:
             for file in list(super().files()):
                 self.put(b"of nobody")
                 yield file
@@ -110,7 +110,7 @@ def test_a_file_that_is_stored_again_while_it_is_collected_stays(database: Datab
     store = Busy(tmp_path / "store")
     file = store.put(b"of nobody")
     age(store, file)
-    assert collect(database, store, DAY_S) == NOTHING
+    assert collect_garbage(database, store, DAY_S) == NOTHING
     assert store.has(file)
 
 
@@ -121,7 +121,7 @@ def test_a_file_that_is_just_being_named_stays(database: Database, store: Clocke
     with ThreadPoolExecutor(1) as pool, database.writing() as session:
         lock_files(session)
         name(session, file)
-        collected = pool.submit(collect, database, store, DAY_S)
+        collected = pool.submit(collect_garbage, database, store, DAY_S)
         with pytest.raises(TimeoutError):  # it waits for the lock
             collected.result(timeout=0.5)
         session.commit()
@@ -137,7 +137,7 @@ def test_a_collection_that_is_to_end_ends_in_between(database: Database, store: 
         calls.append(len(list(store.digests())))
         return len(calls) == 2
 
-    assert collect(database, store, DAY_S, is_over).files == 200
+    assert collect_garbage(database, store, DAY_S, is_over).files == 200
     assert calls == [500, 300]
 
 
@@ -163,16 +163,16 @@ def test_a_run_that_failed_long_ago_begins_anew_and_one_that_failed_lately_goes_
         version = records.ready_version(session)
         lately, kept = failed_run(session, store, timedelta(days=6), version)
         long_ago, dropped = failed_run(session, store, timedelta(days=8), version)
-    dry = collect(database, store, DAY_S, dry_run=True)
+    dry = collect_garbage(database, store, DAY_S, dry_run=True)
     assert (dry.runs, dry.files) == (1, 0)
-    done = collect(database, store, DAY_S)
+    done = collect_garbage(database, store, DAY_S)
     assert (done.runs, done.files) == (1, 2)
     assert set(store.digests()) == set(kept) and not set(dropped) & set(kept)
     with database.writing() as session:
         for run_id, found in ((lately, (1, 1)), (long_ago, (0, 0))):
             run_jobs.retry(session, runs.get_run(session, PRINCIPAL, run_id))
             assert (len(runs.get_folds(session, run_id)), len(runs.get_checkpoints(session, run_id))) == found
-    assert collect(database, store, DAY_S) == NOTHING
+    assert collect_garbage(database, store, DAY_S) == NOTHING
 
 
 def test_a_run_that_is_tried_again_just_now_keeps_what_it_goes_on_from(database: Database, store: Clocked) -> None:
@@ -193,7 +193,7 @@ def test_a_run_that_is_tried_again_just_now_keeps_what_it_goes_on_from(database:
                     return
 
     busy = Retrying(database.engine.url)
-    assert collect(busy, store, DAY_S) == NOTHING
+    assert collect_garbage(busy, store, DAY_S) == NOTHING
     busy.close()
     assert set(store.digests()) == set(files)
 
@@ -205,23 +205,23 @@ def test_an_archive_whose_worker_ended_before_it_could_remove_it_goes(database: 
         ready = records.ready_version(session)
         ready.archive_sha256 = archive
         records.waiting_version(session, "waiting").archive_sha256 = waiting
-    assert collect(database, store, DAY_S, dry_run=True).files == 0
-    assert collect(database, store, DAY_S).files == 1
+    assert collect_garbage(database, store, DAY_S, dry_run=True).files == 0
+    assert collect_garbage(database, store, DAY_S).files == 1
     assert list(store.digests()) == [waiting]
 
 
 def test_old_answers_are_forgotten(database: Database, store: Clocked) -> None:
     with database.writing() as session:
         for number, days in enumerate((1, 6, 8, 9)):
-            idempotency.keep_answer(session, PRINCIPAL, str(number), "same", None, {})
+            idempotency.save_answer(session, PRINCIPAL, str(number), "same", None, {})
             session.execute(
                 update(Answer).where(Answer.key == str(number)).values(created_at=now() - timedelta(days=days))
             )
     with database.writing() as session:
-        assert idempotency.drop_answers(session) == 1  # the first old one went when the second was kept
+        assert idempotency.drop_expired_answers(session) == 1  # the first old one went when the second was kept
         session.execute(update(Answer).where(Answer.key == "1").values(created_at=now() - timedelta(days=8)))
-    assert collect(database, store, DAY_S, dry_run=True).answers == 1
-    assert collect(database, store, DAY_S).answers == 1
+    assert collect_garbage(database, store, DAY_S, dry_run=True).answers == 1
+    assert collect_garbage(database, store, DAY_S).answers == 1
     with database.reading() as session:
         assert session.scalars(select(Answer.key)).all() == ["0"]
 
@@ -234,11 +234,11 @@ def test_a_bucket_is_collected_like_a_folder(database: Database, bucket: Bucket)
     named, loose = store.put(b"named"), store.put(b"of nobody")
     with database.writing() as session:
         name(session, named)
-    assert collect(database, store, DAY_S) == NOTHING
+    assert collect_garbage(database, store, DAY_S) == NOTHING
     bucket.age(named, loose)
     fresh = store.put(b"about to be named")
-    assert collect(database, store, DAY_S) == Collected(1, len(b"of nobody"), 0, 0)
-    assert bucket.digests() == {named, fresh} and not store.place(loose).exists()
+    assert collect_garbage(database, store, DAY_S) == CollectionSummary(1, len(b"of nobody"), 0, 0)
+    assert bucket.digests() == {named, fresh} and not store.path_for(loose).exists()
 
 
 def test_copies_that_nobody_names_or_uses_go_from_every_machine(
@@ -269,11 +269,11 @@ def test_a_bucket_or_a_database_that_is_away_is_told_and_nothing_is_lost(
     file = store.put(b"of nobody")
     line.cut()
     with pytest.raises(StoreUnavailable):
-        collect(database, store, -60)
+        collect_garbage(database, store, -60)
     away = Database("postgresql://nobody@127.0.0.1:1/nothing")
     with pytest.raises(Unavailable):
-        collect(away, store, -60)
+        collect_garbage(away, store, -60)
     away.close()
     line.mend()
     assert bucket.digests() == {file}
-    assert collect(database, store, -60).files == 1 and bucket.digests() == set()
+    assert collect_garbage(database, store, -60).files == 1 and bucket.digests() == set()

@@ -137,7 +137,7 @@ class Lives(RuleBasedStateMachine):
         recipe = Recipe(task=TaskChoice.BINARY, mode=mode, folds=Folds(k=k))
         with self.database.writing() as session:
             run = runs.create_run(session, records.PRINCIPAL, self.version_id, "flowers", recipe)
-            run_jobs.submit(session, run)
+            run_jobs.queue_training(session, run)
         self.laws.judge(Writer("order"))
         self.lives.append(Life(run.id, k, is_fanned_out))
         self._owe(self.lives[-1], JobKind.TRAIN)

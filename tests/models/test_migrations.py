@@ -54,7 +54,7 @@ def test_an_older_schema_knows_no_comparisons_and_keeps_all_else(database: Datab
 def test_a_schema_without_views_keeps_all_else(database: Database) -> None:
     with database.writing() as session:
         run = records.queued_run(session, records.ready_version(session))
-        views.ask(session, run, ViewKind.LEARNING_CURVE)
+        views.request_view(session, run, ViewKind.LEARNING_CURVE)
         jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.FOLD, Queue.CPU, run.id)
         owe(session, run.id, "file", {"name": "learning-curve.png"})
         owe(session, run.id, "finished", {})
@@ -70,7 +70,7 @@ def test_a_schema_without_views_keeps_all_else(database: Database) -> None:
     with database.writing() as session:
         again = session.get_one(Run, run.id)
         assert again.features_choice is None and again.recipe == run.recipe
-        views.ask(session, again, ViewKind.LEARNING_CURVE)
+        views.request_view(session, again, ViewKind.LEARNING_CURVE)
 
 
 @pytest.mark.parametrize(("column", "value"), [("kind", "dance"), ("queue", "dance"), ("state", "dance")])

@@ -200,14 +200,14 @@ def test_workers_that_export_at_once_agree_on_one(database: Database) -> None:
 def test_the_first_quantised_copy_serves_all_until_somebody_calibrates_anew(database: Database) -> None:
     def add(name: str, *, image_rule: int = 1, is_anew: bool = False) -> str:
         with database.writing() as session:
-            row = registry.add_quantised(
+            row = registry.add_quantised_backbone(
                 session, digest("export"), image_rule, digest(name), {"made": name}, is_anew=is_anew
             )
             return row.sha256
 
     def newest(image_rule: int = 1) -> tuple[str, int, dict[str, object]] | None:
         with database.reading() as session:
-            found = registry.find_quantised(session, digest("export"), image_rule)
+            found = registry.find_quantised_backbone(session, digest("export"), image_rule)
             return (found.sha256, found.generation, found.manifest) if found else None
 
     assert newest() is None

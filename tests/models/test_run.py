@@ -255,6 +255,6 @@ def test_what_was_computed_is_kept_from_the_first_attempt_and_its_longest_time(d
         run_id = new_run(session).id
     for extraction in told:
         with database.writing() as session:
-            runs.note_extraction(session, run_id, extraction)
+            runs.record_extraction(session, run_id, extraction)
     with database.reading() as session:
         assert runs.get_run(session, PRINCIPAL, run_id).extraction == told[1]

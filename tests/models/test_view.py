@@ -17,7 +17,7 @@ from models import job as jobs
 from models import run as runs
 from models import view as views
 from models.dataset import DatasetVersion
-from models.file_references import named
+from models.file_references import referenced_files
 from models.job import Job, JobKind, JobState, Queue
 from models.run import Run
 from models.session import Database
@@ -36,7 +36,7 @@ def finished_run(database: Database) -> str:
 def ask(database: Database, run_id: str, kind: ViewKind = ViewKind.ACTIVATIONS, key: str = KEY) -> tuple[str, bool]:
     """Ask for a view; return it and whether a job is owed for it now."""
     with database.writing() as session:
-        view, job = views.ask(session, session.get_one(Run, run_id), kind, key)
+        view, job = views.request_view(session, session.get_one(Run, run_id), kind, key)
         return view.id, job is not None
 
 
@@ -104,23 +104,23 @@ def test_a_view_is_kept_once_for_its_run_kind_and_key(database: Database) -> Non
 def test_a_view_goes_from_queued_to_succeeded_with_its_file(database: Database) -> None:
     view_id, _ = ask(database, finished_run(database))
     with database.writing() as session:
-        view = views.begin(session, view_id)
+        view = views.start_view(session, view_id)
         assert view is not None and view.state is ViewState.RUNNING
         views.set_progress(session, view_id, {"fraction": 0.5, "eta_s": 3.0})
     shown = look(database, view_id)
     assert shown is not None and shown.progress == {"fraction": 0.5, "eta_s": 3.0}
     with database.writing() as session:
-        views.requeue(session, view_id)
+        views.requeue_view(session, view_id)
     shown = look(database, view_id)
     assert shown is not None and (shown.state, shown.progress) == (ViewState.QUEUED, None)
     with database.writing() as session:
-        views.begin(session, view_id)
-        assert views.succeed(session, view_id, digest("picture"), 7) is not None
+        views.start_view(session, view_id)
+        assert views.succeed_view(session, view_id, digest("picture"), 7) is not None
     shown = look(database, view_id)
     assert shown is not None and (shown.state, shown.sha256, shown.size_bytes) == ("succeeded", digest("picture"), 7)
     assert shown.finished_at is not None
     with database.reading() as session:
-        assert digest("picture") in named(session)
+        assert digest("picture") in referenced_files(session)
 
 
 def test_a_failure_is_told_once_and_whoever_asks_again_begins_anew(database: Database) -> None:
@@ -128,16 +128,16 @@ def test_a_failure_is_told_once_and_whoever_asks_again_begins_anew(database: Dat
     view_id, _ = ask(database, run_id)
     with database.writing() as session:
         records.job_of(session, view_id).state = JobState.FAILED
-        views.fail(session, view_id, ERROR)
+        views.fail_view(session, view_id, ERROR)
     assert ask(database, run_id) == (view_id, False), "it is there until it was told"
     with database.writing() as session:
-        assert views.tell_failure(session, view_id) == ERROR
+        assert views.pop_failure(session, view_id) == ERROR
     with database.writing() as session:
-        assert views.tell_failure(session, view_id) is None
+        assert views.pop_failure(session, view_id) is None
     again_id, is_owed = ask(database, run_id)
     assert is_owed and again_id != view_id
     with database.writing() as session:
-        assert views.tell_failure(session, again_id) is None, "it has not failed"
+        assert views.pop_failure(session, again_id) is None, "it has not failed"
 
 
 def test_what_is_being_computed_from_deleted_images_ends_and_what_needs_none_goes_on(database: Database) -> None:
@@ -147,14 +147,14 @@ def test_what_is_being_computed_from_deleted_images_ends_and_what_needs_none_goe
     layers, _ = ask(database, run_id, ViewKind.LAYERS, "")
     with database.writing() as session:
         records.job_of(session, running).state = JobState.RUNNING
-        views.begin(session, running)
+        views.start_view(session, running)
     delete(database)
     assert look(database, waiting) is None
     with database.writing() as session:
         assert records.job_of(session, waiting).state is JobState.CANCELLED
         assert jobs.is_cancel_requested(session, records.job_of(session, running).id)
         assert records.job_of(session, layers).cancel_requested_at is None
-        views.cancel(session, running)
+        views.cancel_view(session, running)
     assert look(database, running) is None and look(database, layers) is not None
     for kind, key in ((ViewKind.ACTIVATIONS, KEY), (ViewKind.LEARNING_CURVE, "")):
         with pytest.raises(NotReady, match="deleted with its images"):
@@ -168,21 +168,24 @@ def test_a_picture_that_comes_after_its_data_set_was_deleted_is_not_kept(databas
     with database.writing() as session:
         for view_id in (picture, curve):
             records.job_of(session, view_id).state = JobState.RUNNING
-            views.begin(session, view_id)
+            views.start_view(session, view_id)
     delete(database)
     with database.writing() as session:
-        assert views.succeed(session, picture, digest("picture"), 7) is None
-        assert views.succeed(session, curve, digest("curve"), 7) is not None, "numbers stay, as a report does"
+        assert views.succeed_view(session, picture, digest("picture"), 7) is None
+        assert views.succeed_view(session, curve, digest("curve"), 7) is not None, "numbers stay, as a report does"
     assert look(database, picture) is None
 
 
 def test_what_nobody_wants_any_more_changes_nothing(database: Database) -> None:
     with database.writing() as session:
-        assert views.begin(session, "view_none") is None and views.succeed(session, "view_none", digest("x"), 1) is None
+        assert (
+            views.start_view(session, "view_none") is None
+            and views.succeed_view(session, "view_none", digest("x"), 1) is None
+        )
         views.set_progress(session, "view_none", {})
-        views.requeue(session, "view_none")
-        views.fail(session, "view_none", ERROR)
-        views.cancel(session, "view_none")
+        views.requeue_view(session, "view_none")
+        views.fail_view(session, "view_none", ERROR)
+        views.cancel_view(session, "view_none")
 
 
 def test_pictures_go_with_the_images_they_show_and_curves_stay(database: Database, tmp_path: Path) -> None:
@@ -197,10 +200,10 @@ def test_pictures_go_with_the_images_they_show_and_curves_stay(database: Databas
     ]
     with database.writing() as session:
         for view_id, file in zip(asked, [*files.values(), digest("curve")], strict=True):
-            views.succeed(session, view_id, file, 1)
+            views.succeed_view(session, view_id, file, 1)
         version = session.scalars(select(DatasetVersion)).one()
         assert views.drop_pictures(session, ["dsv_other"], 10) == (0, [])
         assert views.drop_pictures(session, [version.id], 3) == (3, list(files.values())[:3])
         assert views.drop_pictures(session, [version.id], 3) == (2, list(files.values())[3:])
         assert [view.kind for view in views.get_views(session, run_id)] == [ViewKind.LEARNING_CURVE]
-        assert not set(files.values()) & named(session) and digest("curve") in named(session)
+        assert not set(files.values()) & referenced_files(session) and digest("curve") in referenced_files(session)

@@ -61,7 +61,7 @@ def test_a_network_that_learns_goes_to_a_gpu_where_one_is_served(database: Datab
     ],
 )
 def test_folds_are_jobs_of_their_own_where_layers_learn(recipe: dict[str, Any], is_fanned_out: bool) -> None:
-    assert run_jobs.is_fanned_out(Run(recipe=recipe)) is is_fanned_out
+    assert run_jobs.has_fold_jobs(Run(recipe=recipe)) is is_fanned_out
 
 
 def test_a_worker_serves_what_it_said_last_and_one_whose_clock_is_ahead_is_not_waited_for(database: Database) -> None:

@@ -17,7 +17,7 @@ from artifacts.store import Store
 from errors import Crashed
 from models import run as runs
 from models.base import now
-from models.garbage import COLLECTION
+from models.garbage import GARBAGE_COLLECTION
 from models.run import Run
 from models.session import Database
 from ops.migrate import upgrade
@@ -44,7 +44,7 @@ def test_an_operator_sees_what_would_go_then_removes_it(tmp_path: Path, database
     store = Store(tmp_path / "store")
     old, fresh, checkpoint = store.put(bytes(3 * 2**20)), store.put(b"fresh"), store.put(b"checkpoint")
     (store.root / "incoming" / "left").touch()
-    for path in (store.place(old), store.place(checkpoint), store.root / "incoming" / "left"):
+    for path in (store.path_for(old), store.path_for(checkpoint), store.root / "incoming" / "left"):
         os.utime(path, (0, 0))
     with database.writing() as session:
         run = records.running_run(session, records.ready_version(session))
@@ -68,7 +68,7 @@ def test_an_operator_sees_what_would_go_then_removes_it(tmp_path: Path, database
 
 
 def test_while_a_worker_collects_an_operator_is_told_so(tmp_path: Path, database: Database) -> None:
-    with database.exclusive(COLLECTION) as is_held:
+    with database.exclusive(GARBAGE_COLLECTION) as is_held:
         assert is_held
         done = collect(tmp_path)
     assert (done.returncode, done.stdout) == (0, "A worker collects just now: see its log.\n")

@@ -91,7 +91,7 @@ def test_a_network_that_has_learned_is_looked_at_too_until_its_images_are_delete
     image = service.http.get(f"/api/v1/datasets/{dataset}/images").json()["items"][0]["image"]
     picture = shown(service, url, image=image, layer="block1_conv2")
     assert picture.status_code == 200, picture.text
-    file = Store(service.var / "store").place(digest_of(picture.content))
+    file = Store(service.var / "store").path_for(digest_of(picture.content))
     assert file.read_bytes() == picture.content
 
     assert service.http.delete(f"/api/v1/datasets/{dataset}").status_code == 204

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from fastapi import Response
 
 from api.dependencies import Services
-from api.idempotency import Once
+from api.idempotency import IdempotentRequest
 from api.routes import comparisons as comparison_routes
 from api.routes import runs as run_routes
 from api.schemas import ComparisonRequest, RunRequest
@@ -99,7 +99,7 @@ class Api:
     def _answer(self, machine: Machine, request: Request[T], key: str | None) -> T:
         # The routes that are asked here need no more of a process.
         nothing = cast(Any, None)
-        services = Services(self._settings, machine.database, self._world.store, self._broker, *[nothing] * 4)
+        services = Services(self._settings, machine.database, self._world.store, self._broker, *[nothing] * 5)
         if key is None:
             return request(services)
         with machine.database.exclusive(key) as is_held:
@@ -137,7 +137,8 @@ class Person:
         wanted = RunRequest(dataset=self._world.ground.dataset_id, name=self._name, recipe=self._recipe())
         self.orders += 1
         run = self._ask_once(
-            "order", lambda given, once: run_routes.start_run(Response(), given, _PRINCIPAL, wanted, once)
+            "order",
+            lambda services, idempotency: run_routes.start_run(Response(), services, _PRINCIPAL, wanted, idempotency),
         )
         return str(run.id)
 
@@ -148,7 +149,9 @@ class Person:
         self.orders += len(recipes)
         comparison = self._ask_once(
             "compare",
-            lambda given, once: comparison_routes.start_comparison(Response(), given, _PRINCIPAL, wanted, once),
+            lambda services, idempotency: comparison_routes.start_comparison(
+                Response(), services, _PRINCIPAL, wanted, idempotency
+            ),
         )
         mine = [run_id for run_id, owner in self._world.laws.seen.compared.items() if owner == comparison.id]
         following = [self._world.people(partial(self._follow, run_id), f"person {self._number}") for run_id in mine]
@@ -187,17 +190,20 @@ class Person:
     def _retry(self, run_id: str) -> None:
         try:
             self._ask_once(
-                "retry", lambda given, once: run_routes.retry_run(Response(), given, _PRINCIPAL, run_id, once)
+                "retry",
+                lambda services, idempotency: run_routes.retry_run(
+                    Response(), services, _PRINCIPAL, run_id, idempotency
+                ),
             )
         except NotReady:
             return  # somebody else was quicker
 
-    def _ask_once(self, name: str, request: Callable[[Services, Once], T]) -> T:
+    def _ask_once(self, name: str, request: Callable[[Services, IdempotentRequest], T]) -> T:
         """Ask for something that must happen once, however often it is sent."""
         self._keys += 1
         key = f"{self._number}.{self._keys}"
-        once = partial(Once, principal=_PRINCIPAL, key=key, address=name)
-        return self._api.ask(name, lambda given: request(given, once(given)), key)
+        idempotency = partial(IdempotentRequest, principal=_PRINCIPAL, key=key, address=name)
+        return self._api.ask(name, lambda services: request(services, idempotency(services)), key)
 
     def _recipe(self, k: int | None = None, epochs: int = 1) -> Recipe:
         luck = self._world.luck

@@ -11,12 +11,12 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from api.idempotency import Once
+from api.idempotency import IdempotentRequest
 from models import comparison as comparisons
 from models import job as jobs
 from models import run as runs
 from models import run_jobs
-from models.file_references import collect
+from models.file_references import try_delete_unreferenced
 from models.job import Job, JobKind, JobState, Lease, Queue, Sighting
 from models.outbox import owe
 from models.run import Fold, Run
@@ -123,18 +123,18 @@ def run_of_whatever_became_of_it(session: Session, job: Job) -> Run | None:
 
 
 def end_fold_and_forget_the_last(session: Session, job: Job, fold: Fold) -> Job | None:
-    if run_jobs.run_of(session, job) is not None:
+    if run_jobs.lock_active_run(session, job) is not None:
         runs.add_fold(session, fold)
     return None
 
 
 def end_fold_one_too_early(session: Session, job: Job, fold: Fold) -> Job | None:
-    run = run_jobs.run_of(session, job)
+    run = run_jobs.lock_active_run(session, job)
     if run is None:
         return None
     runs.add_fold(session, fold)
     is_last = len(runs.get_folds(session, run.id)) == run_jobs.count_folds(run) - 1
-    return run_jobs._owe(session, job, JobKind.FINAL) if is_last else None
+    return run_jobs._queue(session, job, JobKind.FINAL) if is_last else None
 
 
 def end_others_by_asking_them(session: Session, job: Job) -> int:
@@ -161,7 +161,7 @@ def owe_no_fold(session: Session, run_id: str, kind: str, payload: dict[str, obj
 def complete_all_the_same(self: Train, session: Session, job: Job, end: PartEnd) -> None:
     match end:
         case Prepared():
-            run_jobs.fan_out(session, job)
+            run_jobs.queue_folds(session, job)
         case FoldEnded():
             self._end_fold(session, job, end)
         case RunOutcome():
@@ -189,21 +189,27 @@ BROKEN = {
     "renew does not fence": Broken(jobs, "renew", renew_without_a_fence, "under a lease that was over", 12),
     "a take-over keeps the epoch": Broken(jobs, "take_over", take_over_in_the_same_epoch, "was not counted up"),
     "a claim keeps the epoch": Broken(jobs, "claim", claim_in_the_same_epoch, "a lease is given out twice"),
-    "completed unseen": Broken(run_jobs, "run_of", run_of_whatever_became_of_it, "This is a bug|nobody needs it", 180),
-    "no fold is the last": Broken(run_jobs, "end_fold", end_fold_and_forget_the_last, "a run is lost"),
-    "the last fold but one": Broken(run_jobs, "end_fold", end_fold_one_too_early, "not given its folds|two final jobs"),
+    "completed unseen": Broken(
+        run_jobs, "lock_active_run", run_of_whatever_became_of_it, "This is a bug|nobody needs it", 180
+    ),
+    "no fold is the last": Broken(run_jobs, "finish_fold", end_fold_and_forget_the_last, "a run is lost"),
+    "the last fold but one": Broken(
+        run_jobs, "finish_fold", end_fold_one_too_early, "not given its folds|two final jobs"
+    ),
     "parts linger": Broken(jobs, "end_others", end_others_by_asking_them, "UNIQUE constraint failed: job.kind", 2955),
     "given back though cancelled": Broken(jobs, "give_back", give_back_all_the_same, "its run was asked to end", 30),
     "completed though cancelled": Broken(Train, "_complete", complete_all_the_same, "asked to end|a run is lost", 80),
     "endless attempts": Broken(jobs, "attempts_are_used_up", lambda job: False, "more than 3 attempts", 140),
-    "files go at once": Broken(train, "collect_later", collect, "a row names a file that is gone", 114),
+    "files go at once": Broken(train, "collect_later", try_delete_unreferenced, "a row names a file that is gone", 114),
     "no end for MLflow": Broken(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
     "no folds for MLflow": Broken(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
     "told twice": Broken(ProgressWriter, "_write_rows", write_rows_once_more, "UNIQUE constraint failed: fold", 400),
     "nobody sweeps": Broken(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
     "only bells wake": Broken(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
-    "a comparison stays closed": Broken(comparisons, "note_retry", lambda *asked: None, "is not in its table", 160),
-    "a request is done twice": Broken(Once, "earlier", lambda self, *asked: None, "UNIQUE constraint failed: answer"),
+    "a comparison stays closed": Broken(comparisons, "on_run_retried", lambda *asked: None, "is not in its table", 160),
+    "a request is done twice": Broken(
+        IdempotentRequest, "find_answer", lambda self, *asked: None, "UNIQUE constraint failed: answer"
+    ),
 }
 
 

@@ -331,13 +331,13 @@ def account(database: Database, store: Store, asked: Sequence[Asked]) -> list[st
 
 
 def _has_gap(session: Any, run_id: str) -> bool:
-    return runs.last_event(session, run_id) != len(runs.get_events(session, run_id, after=0, limit=1_000_000))
+    return runs.last_event_number(session, run_id) != len(runs.get_events(session, run_id, after=0, limit=1_000_000))
 
 
 def _files(database: Database, store: Store) -> list[str]:
     """Return which files are missing or not what they should be, and which are there for nothing."""
     with database.reading() as session:
-        wanted = file_references.named(session)
+        wanted = file_references.referenced_files(session)
     wrong = []
     for digest in wanted:
         try:
@@ -461,7 +461,7 @@ def _under_fire(
         errors = Counter(run.error["code"] for run in session.scalars(select(Run)) if run.error)
     store = open_store(settings.store)
     with database.writing() as session:
-        file_references.collect(session, store, list(store.digests()))
+        file_references.try_delete_unreferenced(session, store, list(store.digests()))
     wrong = account(database, store, stream.asked) + account_mlflow(settings.mlflow)
     database.close()
     return {

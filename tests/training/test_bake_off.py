@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sample
 from experiments import Bench, Heard
+from exporting import Exports
 from scipy.sparse import csr_array
 
 from artifacts import bundle as bundles
@@ -26,8 +27,8 @@ OPEN: dict[str, Any] = {"features_from": "auto", "epochs": 4, "folds": {"k": 2}}
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path, exports: Exports) -> Bench:
+    return Bench(tmp_path, exports)
 
 
 @pytest.fixture
@@ -107,17 +108,17 @@ def test_all_cuts_share_one_pass_and_are_those_that_are_served() -> None:
     weights = backbones.random_weights(BackboneName.RESNET50)
     cuts = list(CATALOGUE[BackboneName.RESNET50].cuts)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    together = backbones.probe(BackboneName.RESNET50, cuts, 32, weights).predict_on_batch(images)
+    together = backbones.build_multi_cut_network(BackboneName.RESNET50, cuts, 32, weights).predict_on_batch(images)
     assert list(together) == cuts
     for cut, features in together.items():
-        alone = backbones.backbone(BackboneName.RESNET50, cut, 32, weights)(images)["features"]
+        alone = backbones.build_backbone(BackboneName.RESNET50, cut, 32, weights)(images)["features"]
         assert features == pytest.approx(keras.ops.convert_to_numpy(alone), rel=1e-4, abs=1e-6)
 
 
 def test_one_cut_is_as_good_as_several() -> None:
     weights = backbones.random_weights(BackboneName.VGG16)
     images = np.zeros((1, 32, 32, 3), np.uint8)
-    alone = backbones.probe(BackboneName.VGG16, ["block2"], 32, weights).predict_on_batch(images)
+    alone = backbones.build_multi_cut_network(BackboneName.VGG16, ["block2"], 32, weights).predict_on_batch(images)
     assert alone["block2"].shape == (1, 128)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from exporting import Exports
 
-from inference.layer_maps import Insight
+from inference.layer_maps import LayerReader
 from recipes.catalogue import CATALOGUE, BackboneName
 from training.networks import backbones, quantisation
 
@@ -30,9 +30,9 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
 ) -> None:
     path = tmp_path / "network.onnx"
     path.write_bytes(exports.get(name, cut).onnx)
-    insight = Insight(path, 2)
+    insight = LayerReader(path, 2)
     size = CATALOGUE[name].minimum_size
-    full = backbones.network(name, size)
+    full = backbones.build_network(name, size)
     backbones.load_weights(full, backbones.random_weights(name))
     layers = {layer.name: layer for layer in full.layers}
     named = [layer for layer in insight.layers if not NUMBERED.fullmatch(layer.name)]
@@ -40,7 +40,7 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
     assert insight.layers[-1].name == backbones.cut_layer(full, name, cut).name
     shown = [*named[:3], *named[3 : -1 : max(1, len(named) // 6)], named[-1]]
     pixels = images(size)
-    prepared = backbones.preprocessed(pixels, CATALOGUE[name].preprocessing)
+    prepared = backbones.preprocess(pixels, CATALOGUE[name].preprocessing)
     model = keras.Model(full.input, {layer.name: layers[layer.name].output for layer in shown})
     expected = {layer: keras.ops.convert_to_numpy(maps)[0] for layer, maps in model(prepared, training=False).items()}
     for layer in shown:
@@ -54,9 +54,9 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
 def test_a_quantised_network_has_the_same_layers(exports: Exports, tmp_path: Path) -> None:
     plain, path = exports.get(*QUICK).onnx, tmp_path / "network.onnx"
     path.write_bytes(plain)
-    before = Insight(path, 2)
+    before = LayerReader(path, 2)
     path.write_bytes(quantisation.quantise(plain, images(32, 20), lambda done, total: None).onnx)
-    after = Insight(path, 2)
+    after = LayerReader(path, 2)
     assert after.layers == before.layers
     for layer in before.layers:
         exact, rounded = (insight.maps(images(32)[0], layer.name) for insight in (before, after))

@@ -17,12 +17,12 @@ from recipes.defaults import ClassCount, fill
 from recipes.headline import HEADLINES
 from recipes.recipe import Recipe, Task
 from training.data.split import make_folds
-from training.data.targets import targets_of
+from training.data.targets import make_targets
 from training.fitting.learners import Plan
 from training.learning_curve import FRACTIONS, Point, Subject, Twice, _drawn_scores, _parts, foretell, measure, said
 from training.learning_curve import _Part as Part
 from training.statistics import evaluation
-from training.statistics.comparison import OutOfFold
+from training.statistics.comparison import OutOfFoldLogits
 
 ACCURACY, ERROR = HEADLINES[Task.MULTICLASS], HEADLINES[Task.REGRESSION]
 RECIPE = {"backbone": "vgg16", "weights": "random", "image_size": 32, "epochs": 12, "folds": {"k": 2}}
@@ -55,7 +55,7 @@ def subject(
     ]
     counts = [ClassCount(name, images // classes, images // classes // group) for name in names]
     filled = fill(Recipe.model_validate({**RECIPE, **recipe}), Task.MULTICLASS, counts)
-    targets = targets_of(Task.MULTICLASS, names, rows)
+    targets = make_targets(Task.MULTICLASS, names, rows)
     folded = np.flatnonzero([row.split is Split.TRAIN for row in rows])
     groups = np.array(manifest.group_rows(rows), dtype=np.intp)
     folds = np.full((filled.folds.repeats, images), -1, dtype=np.int16)
@@ -66,7 +66,7 @@ def subject(
     ):  # fmt: skip
         folds[fold.repeat, fold.test] = fold.number
     logits = np.where(folds[..., None] >= 0, 3.0 * np.eye(classes)[truth], np.nan).astype(np.float32)
-    return Subject(filled, names, rows, places.astype(np.float32), OutOfFold(folds, logits))
+    return Subject(filled, names, rows, places.astype(np.float32), OutOfFoldLogits(folds, logits))
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_scores_of_images_that_belong_together_have_wider_intervals() -> None:
 
 def parts_of(run: Subject) -> list[list[Part]]:
     """Return what the heads of each fold learn from."""
-    targets = targets_of(Task.MULTICLASS, run.labels, run.rows)
+    targets = make_targets(Task.MULTICLASS, run.labels, run.rows)
     groups = np.array(manifest.group_rows(run.rows), dtype=np.intp)
     return [
         _parts(run, targets, groups, Plan(1), repeat, number)

@@ -80,8 +80,8 @@ def order(store: Store) -> MakeOrder:
 def endless(store: Store, order: MakeOrder) -> IngestOrder:
     """An order that takes for ever and burns nothing: its archive is a pipe that nobody writes to."""
     digest = digest_of(b"endless")
-    store.place(digest).parent.mkdir()
-    os.mkfifo(store.place(digest))
+    store.path_for(digest).parent.mkdir()
+    os.mkfifo(store.path_for(digest))
     return order(digest)
 
 
@@ -180,7 +180,7 @@ def test_a_child_that_breaks_is_a_crash(work: Work, endless: IngestOrder, sideca
 
 def test_an_error_arrives_as_the_class_it_was(work: Work, order: MakeOrder, store: Store) -> None:
     corrupt = store.put(sample.zipped(sample.coloured(1)))
-    store.place(corrupt).write_bytes(b"flipped")
+    store.path_for(corrupt).write_bytes(b"flipped")
     wrong: list[tuple[bytes | Digest, type[EspalierError], str]] = [
         (digest_of(b"never stored"), NotFound, "No stored file has the digest"),
         (corrupt, Corrupt, "is not what its digest says"),

@@ -13,7 +13,7 @@ from waiting import until
 from working import Roomless
 
 from artifacts.store import Digest, Store
-from models.garbage import COLLECTION
+from models.garbage import GARBAGE_COLLECTION
 from models.session import Database
 from worker import garbage_collector as collector_module
 from worker.garbage_collector import Collector
@@ -24,7 +24,7 @@ DAY_S = 86_400.0
 def leave(store: Store, content: bytes) -> Digest:
     """Store a file of long ago that nothing names."""
     file = store.put(content)
-    os.utime(store.place(file), (0, 0))
+    os.utime(store.path_for(file), (0, 0))
     return file
 
 
@@ -47,7 +47,7 @@ def test_it_collects_at_its_start_and_again_and_again(database: Database, store:
 def test_one_process_at_a_time_collects(database: Database, store: Store) -> None:
     collector = Collector(database, store, 3600, DAY_S)
     file = leave(store, b"of nobody")
-    with database.exclusive(COLLECTION) as is_held:
+    with database.exclusive(GARBAGE_COLLECTION) as is_held:
         assert is_held and collector.collect() is None and store.has(file)
     assert collector.collect() is not None and not store.has(file)
 

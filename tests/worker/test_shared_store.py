@@ -215,7 +215,7 @@ def test_a_training_child_is_given_the_keys_and_where_the_bucket_is(
     with sqlite.writing() as session:
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
-        job = run_jobs.submit(session, run)
+        job = run_jobs.queue_training(session, run)
     train = Train(store, training_place(tmp_path))
     with sqlite.writing() as session:
         order = train._begin(session, session.get_one(Job, job.id))
@@ -239,7 +239,9 @@ def test_the_keys_stand_in_the_environment_of_a_child_that_needs_them(
     with sqlite.writing() as session:
         version = records.ready_version(session)
         if kind == "train":
-            run_jobs.submit(session, runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE))
+            run_jobs.queue_training(
+                session, runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
+            )
         else:
             comparison = records.queued_comparison(session, version)
             for job in session.scalars(select(Job)):
@@ -256,7 +258,7 @@ def test_a_run_waits_for_a_bucket_that_is_away(sqlite: Database, bucket: Bucket,
     with sqlite.writing() as session:
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
-        job = run_jobs.submit(session, run)
+        job = run_jobs.queue_training(session, run)
     say({"type": "error", "error": StoreUnavailable("Away.").record()})
     train = Train(bucket.store(), training_place(tmp_path))
     assert Loop(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()

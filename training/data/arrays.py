@@ -24,13 +24,13 @@ from artifacts.features import FeatureSpace
 from artifacts.images import IMAGE_RULE, Pixels
 from artifacts.store import Digest, disk_errors
 from recipes.layers import sides
-from training.data.pixels import Decoder
+from training.data.pixels import ImageDecoder
 
 if TYPE_CHECKING:
     from inference.engine import OpenVinoEngine  # a GPU may have no OpenVINO beside it
 
 Maps = npt.NDArray[np.float32]
-Report = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 
 _SUFFIX = ".rows"
 _MAPS_BATCH = 64
@@ -38,7 +38,7 @@ _MAPS_BATCH = 64
 _UNFINISHED_S = 3600.0
 
 
-def load_pixels(digests: Sequence[Digest], decoder: Decoder, folder: Path, report: Report) -> Pixels:
+def load_pixels(digests: Sequence[Digest], decoder: ImageDecoder, folder: Path, report: ReportProgress) -> Pixels:
     """Return the pixels of images.
 
     Args:
@@ -67,7 +67,7 @@ def load_maps(
     space: FeatureSpace,
     folder: Path,
     room_bytes: int,
-    report: Report,
+    report: ReportProgress,
 ) -> Maps | None:
     """Return the maps of images at an engine's cut.
 
@@ -117,7 +117,7 @@ def _load(
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
     batches: Iterable[npt.NDArray[Any]],
-    report: Report,
+    report: ReportProgress,
 ) -> npt.NDArray[Any]:
     """Return the rows of a file that an earlier call left, or of one that is written from batches now."""
     place = _file(key, folder)

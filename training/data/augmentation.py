@@ -16,7 +16,7 @@ from recipes.recipe import Augmentation
 _SHEET_SIDE = 8
 
 
-def augmenter(recipe: Augmentation, size: Sides, seed: int) -> Any:
+def build_augmentation(recipe: Augmentation, size: Sides, seed: int) -> Any:
     """Return a Keras model from images [N, H, W, 3] of values from 0 to 255 to varied ones.
 
     It varies in training alone; what a rotation or a shift uncovers is filled with the mirrored image.
@@ -50,7 +50,7 @@ def contact_sheet(recipe: Augmentation, images: Pixels, seed: int) -> bytes:
         seed: the same seed gives the same sheet.
     """
     count, height, width, _ = images.shape
-    vary = augmenter(recipe, (height, width), seed)
+    vary = build_augmentation(recipe, (height, width), seed)
     columns = [images]
     for _ in range(_SHEET_SIDE - 1):
         varied = keras.ops.convert_to_numpy(vary(images.astype(np.float32), training=True))

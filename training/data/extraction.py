@@ -10,13 +10,13 @@ import numpy as np
 from artifacts.features import FeatureCache
 from artifacts.store import Digest
 from inference.engine import Engine
-from training.data.pixels import Source
+from training.data.pixels import PixelSource
 from training.progress import Extraction
 
 _BATCHES_KEPT = 16
 
 
-def add_up(parts: Sequence[Extraction]) -> Extraction:
+def sum_extractions(parts: Sequence[Extraction]) -> Extraction:
     """Return what the same images needed in several networks together, as images that went through each."""
     return Extraction(
         images=parts[0].images,
@@ -30,7 +30,7 @@ def extract(
     digests: Sequence[Digest],
     engine: Engine,
     cache: FeatureCache,
-    source: Source,
+    source: PixelSource,
     report: Callable[[int, int], None],
 ) -> Extraction:
     """Fill the cache with the features of every image.

@@ -22,7 +22,7 @@ _BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ImageDecoder:
     """How the images of a run become pixels, all of one size."""
 
     store: Store
@@ -46,7 +46,7 @@ class Decoder:
             while batches or ahead:
                 while batches and len(ahead) < _BATCHES_AHEAD:
                     names = batches.popleft()
-                    brought = bringing.submit(self.store.bring, names)
+                    brought = bringing.submit(self.store.prefetch, names)
                     ahead.append((names, [pool.submit(self._decode, name, brought) for name in names]))
                 names, futures = ahead.popleft()
                 yield names, np.stack([future.result() for future in futures])
@@ -59,7 +59,7 @@ class Decoder:
             raise Corrupt(f"Image {digest} was accepted but cannot be decoded any more: {error.detail}") from error
 
 
-class Source(Protocol):
+class PixelSource(Protocol):
     """Where the pixels of images come from."""
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
@@ -67,7 +67,7 @@ class Source(Protocol):
         ...
 
 
-class Loaded:
+class LoadedPixels:
     """Pixels that have been decoded before, row i for digest i."""
 
     def __init__(self, digests: Sequence[Digest], pixels: Pixels) -> None:

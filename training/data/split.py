@@ -74,7 +74,7 @@ def make_folds(
     return folds
 
 
-def nested(
+def nested_subsets(
     rows: Indices, strata: Indices, needed: csr_array, groups: Indices, fractions: Sequence[float], seed: int
 ) -> list[Indices]:
     """Return about such a fraction of the rows of each stratum, whole groups only; each holds all smaller ones.

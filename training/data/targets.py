@@ -35,7 +35,7 @@ class Targets:
     needed: csr_array
 
 
-def targets_of(task: Task, labels: Sequence[str], rows: Sequence[Row]) -> Targets:
+def make_targets(task: Task, labels: Sequence[str], rows: Sequence[Row]) -> Targets:
     """Return the targets of rows, whose labels are all among `labels`."""
     if task is Task.REGRESSION:
         numbers = np.array([row.target for row in rows], dtype=np.float64)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from artifacts import tensors
 from artifacts.tensors import UNREADABLE, Tensors
 from recipes.layers import Activation
-from training.fitting.head_fit import Fit, Scaler, dense_layers
+from training.fitting.head_fit import FittedHead, Scaler, dense_layers
 from training.fitting.training_loop import Arrays, Snapshot, Trained, Watched
 
 # Counted up by whoever changes what a training computes or what is kept of it.
@@ -35,7 +35,7 @@ class Checkpoint:
         seconds: how long it took to come here, by all who learned; whoever keeps it fills that in.
     """
 
-    head: Fit | None
+    head: FittedHead | None
     snapshot: Snapshot | None
     seconds: float = 0.0
 
@@ -109,20 +109,20 @@ def _load_snapshot(values: Mapping[str, Any], arrays: Tensors) -> Snapshot:
     return Snapshot(values["history"], _all(arrays, "variables"), _all(arrays, "optimizer"), watched)
 
 
-def _dump_fit(fit: Fit, arrays: Tensors) -> dict[str, Any]:
+def _dump_fit(fit: FittedHead, arrays: Tensors) -> dict[str, Any]:
     _put(arrays, "head", fit.weights)
-    for name, scaler in (("scaler", fit.scaler), ("unit", fit.unit)):
+    for name, scaler in (("scaler", fit.scaler), ("unit", fit.target_scaler)):
         if scaler is not None:
             arrays |= {f"{name}.mean": scaler.mean, f"{name}.scale": scaler.scale}
     return {"activation": fit.layers[0].activation, "trained": asdict(fit.trained)}
 
 
-def _load_fit(values: Mapping[str, Any], arrays: Tensors) -> Fit:
+def _load_fit(values: Mapping[str, Any], arrays: Tensors) -> FittedHead:
     weights = _all(arrays, "head")
     scaler = Scaler(arrays["scaler.mean"], arrays["scaler.scale"])
-    unit = Scaler(arrays["unit.mean"], arrays["unit.scale"]) if "unit.mean" in arrays else None
-    layers = dense_layers(weights, Activation(values["activation"]), scaler, unit)
-    return Fit(layers, scaler, unit, weights, Trained(**values["trained"]))
+    target_scaler = Scaler(arrays["unit.mean"], arrays["unit.scale"]) if "unit.mean" in arrays else None
+    layers = dense_layers(weights, Activation(values["activation"]), scaler, target_scaler)
+    return FittedHead(layers, scaler, target_scaler, weights, Trained(**values["trained"]))
 
 
 def _put(arrays: Tensors, name: str, put: Iterable[npt.NDArray[Any]]) -> None:

@@ -7,7 +7,7 @@ and falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm stays as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,61 +15,46 @@ from typing import Any
 import keras
 import numpy as np
 
-from artifacts.bundle import Dense, Float32
+from artifacts.bundle import Float32
 from artifacts.images import Pixels
 from recipes.recipe import FineTune, Recipe, Task
 from training.data.arrays import Maps
-from training.data.augmentation import augmenter
+from training.data.augmentation import build_augmentation
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting import head_fit
-from training.fitting.head_fit import Fit, Scaler
-from training.fitting.training_loop import Beat, Passage, Rows, Trained, predict_batch
+from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
+from training.fitting.fit_task import FittedNetwork
+from training.fitting.head_fit import FittedHead, Scaler
+from training.fitting.training_loop import Beat, Passage, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
-from training.networks.network_files import square_of
+from training.networks.network_files import image_side_of
 
 # Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
 CLIP_NORM = 1.0
-RATE = "fine_tune.learning_rate"
+FINE_TUNE_LEARNING_RATE = "fine_tune.learning_rate"
 
 
 @dataclass(frozen=True)
-class Material:
+class FineTuningInputs:
     """What the learning part of the network reads.
 
     Attributes:
-        rows: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] at the cut, computed once.
+        array: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] at the cut, computed once.
         are_maps: whether the frozen part has been gone through already.
     """
 
-    rows: Pixels | Maps
+    array: Pixels | Maps
     are_maps: bool
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A fine-tuned network with its head.
-
-    Attributes:
-        trained: how it went.
-        layers: the head on raw features, standardisation folded in.
-        network: the weights of the whole network, as `backbones.dump_weights` returns them.
-        logits: float32 [n, outputs] for rows of the material, by Keras and without augmentation.
-    """
-
-    trained: Trained
-    layers: tuple[Dense, ...]
-    network: Callable[[], bytes]
-    logits: Callable[[Indices], Float32]
-
-
-def tune(
+def fine_tune(
     recipe: Recipe,
     task: Task,
     weights: bytes,
-    material: Material,
-    head: Fit,
+    material: FineTuningInputs,
+    head: FittedHead,
     targets: Truth,
     train: Indices,
     validation: Indices,
@@ -77,7 +62,7 @@ def tune(
     epochs: int,
     seed: int,
     passage: Passage,
-) -> Tuned:
+) -> FittedNetwork:
     """Let a network learn from the recipe's cut on.
 
     Args:
@@ -100,66 +85,68 @@ def tune(
     activation = recipe.known_head.activation
     keras.utils.set_random_seed(seed)
     network, model, served = build(recipe, weights, material, head, seed)
-    learned = head.unit(targets) if head.unit else targets
-    at_once = predict_batch(square_of(recipe), recipe.batch_size)
-    batches = Rows(material.rows, learned, train, recipe.batch_size, seed)
+    learned = head.target_scaler(targets) if head.target_scaler else targets
+    at_once = predict_batch(image_side_of(recipe), recipe.batch_size)
+    batches = Rows(material.array, learned, train, recipe.batch_size, seed)
     model.compile(
-        optimizer=head_fit.optimizer(
+        optimizer=build_optimizer(
             recipe.optimizer, schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM
         ),
-        loss=head_fit.loss(task),
-        metrics=head_fit.accuracy(task),
+        loss=task_loss(task),
+        metrics=accuracy_metrics(task),
         jit_compile="auto" if _has_gpu() else False,  # compiling for a processor takes longer than it saves
     )
     trained = epoch_by_epoch(
         model,
         batches,
-        Rows(material.rows, learned, validation, at_once, None) if len(validation) else None,
+        Rows(material.array, learned, validation, at_once, None) if len(validation) else None,
         epochs=epochs,
         early_stopping=recipe.early_stopping,
-        class_weight=head_fit.class_weights(targets[train], recipe.class_weights),
+        class_weight=class_weights(targets[train], recipe.class_weights),
         passage=passage,
-        rate=RATE,
+        rate=FINE_TUNE_LEARNING_RATE,
     )
 
     def logits(rows: Indices) -> Float32:
-        asked = Rows(material.rows, learned, rows, at_once, None)
+        asked = Rows(material.array, learned, rows, at_once, None)
         found: Float32 = model.predict(asked, callbacks=[Beat(passage, len(trained.history))], verbose=0)
-        return head.unit.undone(found) if head.unit else found.astype(np.float32)
+        return head.target_scaler.inverse_transform(found) if head.target_scaler else found.astype(np.float32)
 
-    return Tuned(
+    return FittedNetwork(
         trained=trained,
-        layers=head_fit.dense_layers(served.get_weights(), activation, head.scaler, head.unit),
+        layers=head_fit.dense_layers(served.get_weights(), activation, head.scaler, head.target_scaler),
         network=lambda: backbones.dump_weights(network),
         logits=logits,
     )
 
 
-def build(recipe: Recipe, weights: bytes, material: Material, head: Fit, seed: int) -> tuple[Any, Any, Any]:
+def build(
+    recipe: Recipe, weights: bytes, material: FineTuningInputs, head: FittedHead, seed: int
+) -> tuple[Any, Any, Any]:
     """Return the whole network, the model that learns (from the material to logits) and its head."""
     backbone = recipe.known_backbone
     assert recipe.features_from and recipe.unfreeze
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
-        parts = backbones.halves(backbone.name, boundary, recipe.features_from, square_of(recipe), weights)
+        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, image_side_of(recipe), weights)
     if material.are_maps:
-        x = inputs = keras.Input(material.rows.shape[1:])
+        x = inputs = keras.Input(material.array.shape[1:])
     else:
-        inputs = keras.Input(material.rows.shape[1:], dtype="uint8")
+        inputs = keras.Input(material.array.shape[1:], dtype="uint8")
         x = keras.ops.cast(inputs, "float32")
         if recipe.augmentation is not None:
-            x = augmenter(recipe.augmentation, square_of(recipe), seed)(x)
-        x = backbones.preprocessed(x, backbone.preprocessing)
-        if parts.front is not None:
-            x = parts.front(x)
-    x = parts.rest(x)
-    features = Standardise(head.scaler)(x)
-    top = head_fit.head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
+            x = build_augmentation(recipe.augmentation, image_side_of(recipe), seed)(x)
+        x = backbones.preprocess(x, backbone.preprocessing)
+        if parts.frozen is not None:
+            x = parts.frozen(x)
+    x = parts.trainable(x)
+    features = FixedNormalization(head.scaler)(x)
+    top = head_fit.build_head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
     top.set_weights(head.weights)
     return parts.full, keras.Model(inputs, top(features)), top
 
 
-class Standardise(keras.layers.Layer):  # type: ignore[misc]
+class FixedNormalization(keras.layers.Layer):  # type: ignore[misc]
     """Standardises features [N, D] by numbers that stay as they are."""
 
     def __init__(self, scaler: Scaler, **options: Any) -> None:

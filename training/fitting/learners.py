@@ -19,10 +19,10 @@ from recipes.recipe import Monitor, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting.checkpoint import Checkpoint, Keeper
-from training.fitting.fine_tuning import RATE, Material, tune
-from training.fitting.from_scratch import grow
-from training.fitting.head_fit import Fit, fit
-from training.fitting.linear_heads import Wanted, fit_many, is_linear
+from training.fitting.fine_tuning import FINE_TUNE_LEARNING_RATE, FineTuningInputs, fine_tune
+from training.fitting.from_scratch import fit_from_scratch
+from training.fitting.head_fit import FittedHead, fit_head
+from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, is_linear
 from training.fitting.training_loop import Passage, Snapshot, finite
 from training.progress import Epoch
 from training.statistics import evaluation
@@ -168,7 +168,7 @@ class Validation:
         """Return it for the rows; None if there are none."""
         if not len(rows):
             return None
-        score = evaluation.brief_scores(self._task, self._targets[rows], logits(rows))
+        score = evaluation.mean_scores(self._task, self._targets[rows], logits(rows))
         return score["accuracy" if self.is_accuracy else "loss"]
 
 
@@ -215,7 +215,7 @@ class Frozen:
         at_once = max(1, _WEIGHTS_ABREAST // self._weights)
         for start in range(0, len(lessons), at_once):
             wanted = [
-                Wanted(
+                LinearHeadTask(
                     lesson.train,
                     lesson.validation,
                     lesson.plan.head,
@@ -225,13 +225,13 @@ class Frozen:
                 )
                 for lesson, listener, keeper in lessons[start : start + at_once]
             ]
-            fits = fit_many(self._recipe, self._task, self._outputs, self._features, self._targets, wanted)
+            fits = fit_linear_heads(self._recipe, self._task, self._outputs, self._features, self._targets, wanted)
             for place, head in fits:
                 yield start + place, self.of_head(head, wanted[place].validation)
 
-    def fit_head(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Fit:
+    def fit_head(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> FittedHead:
         """Fit the recipe's head on the rows' features, by itself."""
-        return fit(
+        return fit_head(
             self._recipe,
             self._task,
             self._outputs,
@@ -244,7 +244,7 @@ class Frozen:
             passage=_passage(listener, keeper),
         )
 
-    def of_head(self, head: Fit, validation: Indices) -> Learned:
+    def of_head(self, head: FittedHead, validation: Indices) -> Learned:
         """Return a fitted head as what was learned."""
 
         def logits(rows: Indices) -> Float32:
@@ -272,7 +272,7 @@ class Tuning:
     """
 
     def __init__(
-        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: Material, targets: Truth
+        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: FineTuningInputs, targets: Truth
     ) -> None:
         assert recipe.fine_tune is not None
         self._recipe = recipe
@@ -309,7 +309,7 @@ class Tuning:
         listener.unfrozen(trained)
         gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
         try:
-            tuned = tune(
+            tuned = fine_tune(
                 self._recipe,
                 self._task,
                 self._weights,
@@ -323,7 +323,7 @@ class Tuning:
                 passage=Passage(hear, lambda epochs: listener.batch(trained + epochs), offer, since),
             )
             if not len(lesson.validation):  # no loss is told after the last step
-                finite(tuned.logits(lesson.train[:LOOKED_AT]), RATE)
+                finite(tuned.logits(lesson.train[:LOOKED_AT]), FINE_TUNE_LEARNING_RATE)
         except TrainingDiverged:
             if lesson.is_final:  # what the folds measured was a network that learned
                 raise
@@ -359,7 +359,7 @@ class Growing:
     def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
         """Learn all layers."""
         gc.collect()  # the network of the fold before, which holds itself in cycles
-        grown = grow(
+        grown = fit_from_scratch(
             self._recipe,
             self._task,
             self._outputs,

@@ -3,7 +3,7 @@
 A step of a linear head is two small products of matrices and a dozen sums; Keras takes many times as long to get there
 and back, and as long as all of it to trace a network anew for each fold. Here the weights of several heads lie in one
 array, and NumPy does a step of all of them at once, with no backend and nothing to compile. Each head takes the steps
-that `training.fitting.head_fit.fit` would have it take: the same first weights, rows in the same order, its own
+that `training.fitting.head_fit.fit_head` would have it take: the same first weights, rows in the same order, its own
 standardisation, the same rule, and an end of its own. What is left between the two is rounding.
 """
 
@@ -25,10 +25,10 @@ from recipes.layers import Activation
 from recipes.recipe import HeadRecipe, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Float64, Truth
-from training.fitting import head_fit
-from training.fitting.head_fit import Fit, Scaler, class_weights, dense_layers
+from training.fitting.compile_options import class_weights
+from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers
 from training.fitting.training_loop import Arrays, Passage, Snapshot, Stopping, Trained, Watch, shuffled
-from training.fitting.update_rules import Rule, Steps, rule
+from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
 from training.progress import Epoch
 
 # Weights and batches of the heads in one array should stay in a processor's own cache.
@@ -39,13 +39,13 @@ _VALIDATION_BATCH = 1024
 # Hearing of a batch takes about as long as one.
 _HEARD_EVERY = 64
 
-Loss = Callable[[Float32, Truth], tuple[Float32, npt.NDArray[np.bool_] | None]]
+LossFunction = Callable[[Float32, Truth], tuple[Float32, npt.NDArray[np.bool_] | None]]
 """Given logits float32 [k, B, outputs] and what is true of them, returns each row's loss float32 [k, B] and whether it
 was answered right, if that means anything; the logits become the gradient of that loss."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LinearHeadTask:
     """A head that is to be fitted.
 
     Attributes:
@@ -65,9 +65,9 @@ class Wanted:
     passage: Passage
 
 
-def grid(wanted: Sequence[Wanted], strengths: Sequence[float]) -> list[Wanted]:
+def l2_grid(tasks: Sequence[LinearHeadTask], strengths: Sequence[float]) -> list[LinearHeadTask]:
     """Return each of the heads with each strength of the penalty, the strengths of one head in a row."""
-    return [replace(one, l2=l2) for one in wanted for l2 in strengths]
+    return [replace(one, l2=l2) for one in tasks for l2 in strengths]
 
 
 def is_linear(recipe: HeadRecipe) -> bool:
@@ -75,14 +75,14 @@ def is_linear(recipe: HeadRecipe) -> bool:
     return not recipe.hidden and not recipe.dropout
 
 
-def fit_many(
+def fit_linear_heads(
     recipe: Recipe,
     task: Task,
     outputs: int,
     features: Features,
     targets: Truth,
-    wanted: Sequence[Wanted],
-) -> Iterator[tuple[int, Fit]]:
+    tasks: Sequence[LinearHeadTask],
+) -> Iterator[tuple[int, FittedHead]]:
     """Fit linear heads; give the place of each among the wanted ones, and the head, as soon as it has ended.
 
     Args:
@@ -91,7 +91,7 @@ def fit_many(
         outputs: number of logits: one for binary and regression, else one per class or label.
         features: float32 [N, D], raw.
         targets: what is to be learned of each row, as `training.data.targets` has it.
-        wanted: the heads.
+        tasks: the heads to fit.
 
     Raises:
         TrainingDiverged: the loss of one is not a number any more.
@@ -102,16 +102,16 @@ def fit_many(
     @cache
     def first_weights(seed: int) -> Float32:
         keras.utils.set_random_seed(seed)
-        kernel, bias = head_fit.head(recipe.known_head, features.shape[1], outputs).get_weights()
+        kernel, bias = build_head(recipe.known_head, features.shape[1], outputs).get_weights()
         return np.concatenate([kernel, bias[None]])
 
-    loss, update = _LOSSES[task], rule(recipe.optimizer)
-    folds = _Folds(recipe, task, features, targets)
-    heads: list[_Head] = []
-    for place, one in enumerate(wanted):
-        heads.append(_Head(place, one, folds.of(one), first_weights(one.seed), update.begin, recipe))
+    loss, update = _LOSSES[task], update_rule(recipe.optimizer)
+    folds = _FoldDataCache(recipe, task, features, targets)
+    heads: list[_HeadInTraining] = []
+    for place, one in enumerate(tasks):
+        heads.append(_HeadInTraining(place, one, folds.of(one), first_weights(one.seed), update.initial_state, recipe))
         heads[-1].heard(0)  # to standardise a million rows takes a while
-    stacks = _stacked(heads, recipe.batch_size, loss, update)
+    stacks = _make_stacks(heads, recipe.batch_size, loss, update)
     libraries = ThreadpoolController()
     while heads:
         # Threads that share a product this small wait for each other longer than it takes: beside other work, 10 times.
@@ -122,7 +122,7 @@ def fit_many(
         ended = [head for head in heads if head.has_ended]
         if ended:
             heads = [head for head in heads if not head.has_ended]
-            stacks = _stacked(heads, recipe.batch_size, loss, update)
+            stacks = _make_stacks(heads, recipe.batch_size, loss, update)
         for head in ended:
             yield head.place, head.fit()
 
@@ -130,7 +130,7 @@ def fit_many(
 # --- what heads learn from -------------------------------------------------------------------------------------------
 
 
-class _Folds:
+class _FoldDataCache:
     """The rows of every fold; heads that learn from the same ones share them."""
 
     def __init__(self, recipe: Recipe, task: Task, features: Features, targets: Truth) -> None:
@@ -138,34 +138,34 @@ class _Folds:
         self._task = task
         self._features = features
         self._targets = targets
-        self._known: dict[tuple[bytes, bytes], _Fold] = {}
+        self._known: dict[tuple[bytes, bytes], _FoldData] = {}
         self._left_bytes = _HELD_BYTES
 
-    def of(self, wanted: Wanted) -> _Fold:
+    def of(self, task: LinearHeadTask) -> _FoldData:
         """Return the fold of a head."""
-        key = (wanted.train.tobytes(), wanted.validation.tobytes())
+        key = (task.train.tobytes(), task.validation.tobytes())
         if key not in self._known:
-            self._known[key] = self._make(wanted.train, wanted.validation)
+            self._known[key] = self._make(task.train, task.validation)
         return self._known[key]
 
-    def _make(self, train: Indices, validation: Indices) -> _Fold:
+    def _make(self, train: Indices, validation: Indices) -> _FoldData:
         targets, features = self._targets, self._features
-        scaler = Scaler.of(features, train)
-        unit = Scaler.of(targets, train) if self._task is Task.REGRESSION else None
+        scaler = Scaler.fit(features, train)
+        target_scaler = Scaler.fit(targets, train) if self._task is Task.REGRESSION else None
         weights = class_weights(targets[train], self._recipe.class_weights)
         sizes_bytes = 4 * (len(train) + len(validation)) * (features.shape[1] + 1)
         is_held = sizes_bytes <= self._left_bytes
         self._left_bytes -= sizes_bytes * is_held
 
         def learned(rows: Indices) -> Truth:
-            found = unit(targets[rows]) if unit else targets[rows]
+            found = target_scaler(targets[rows]) if target_scaler else targets[rows]
             return found[:, None].astype(np.float32) if self._task is Task.BINARY else found
 
-        return _Fold(
+        return _FoldData(
             scaler,
-            unit,
-            _Standardised(features, train, scaler, is_held),
-            _Standardised(features, validation, scaler, is_held),
+            target_scaler,
+            _StandardisedRows(features, train, scaler, is_held),
+            _StandardisedRows(features, validation, scaler, is_held),
             learned(train),
             learned(validation),
             _importance(targets[train], weights),
@@ -180,12 +180,12 @@ def _importance(classes: Truth, weights: Mapping[int, float] | None) -> Float32:
 
 
 @dataclass(frozen=True)
-class _Fold:
+class _FoldData:
     """What heads of one fold share.
 
     Attributes:
         scaler: of the features.
-        unit: of the numbers that a regression learns.
+        target_scaler: of the numbers that a regression learns.
         train: rows to learn from.
         validation: rows to watch.
         learned: what is to be learned of the rows in `train`.
@@ -194,15 +194,15 @@ class _Fold:
     """
 
     scaler: Scaler
-    unit: Scaler | None
-    train: _Standardised
-    validation: _Standardised
+    target_scaler: Scaler | None
+    train: _StandardisedRows
+    validation: _StandardisedRows
     learned: Truth
     watched: Truth
     importance: Float32
 
 
-class _Standardised:
+class _StandardisedRows:
     """Standardised rows, each with a one behind it, which the bias is multiplied by."""
 
     def __init__(self, features: Features, rows: Indices, scaler: Scaler, is_held: bool) -> None:
@@ -234,7 +234,7 @@ class _Standardised:
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
-class _Head:
+class _HeadInTraining:
     """A head that is being fitted, as Keras' callbacks see a model.
 
     Attributes:
@@ -249,22 +249,22 @@ class _Head:
     """
 
     def __init__(
-        self, place: int, wanted: Wanted, fold: _Fold, first: Float32, begin: Sequence[float], recipe: Recipe
+        self, place: int, task: LinearHeadTask, fold: _FoldData, first: Float32, begin: Sequence[float], recipe: Recipe
     ) -> None:
         self.place = place
         self.fold = fold
-        self.l2 = wanted.l2
+        self.l2 = task.l2
         self.batches = -(-len(fold.train) // recipe.batch_size)
         self.state = [first, *(np.full_like(first, value) for value in begin)]
         self.steps = 0
         self.stop_training = False
-        self._wanted = wanted
-        self._epochs = wanted.epochs
+        self._task = task
+        self._epochs = task.epochs
         self._history: list[Epoch] = []
         watches = recipe.early_stopping if len(fold.validation) else None
         self._stopping = Stopping(watches) if watches else None
         self._go_on()
-        self._callbacks: list[Any] = [Watch(self._history, self.batches, wanted.passage)]
+        self._callbacks: list[Any] = [Watch(self._history, self.batches, task.passage)]
         self._callbacks += self._stopping.callbacks if self._stopping else []
         for callback in self._callbacks:
             callback.set_model(self)
@@ -277,40 +277,42 @@ class _Head:
     def order(self) -> Indices:
         """Return the places of the fold's training rows in the order of the present epoch."""
         # Keras tells its batches that an epoch has ended before it begins the first one.
-        return shuffled(np.arange(len(self.fold.train)), self._wanted.seed, len(self._history) + 1)
+        return shuffled(np.arange(len(self.fold.train)), self._task.seed, len(self._history) + 1)
 
     def heard(self, batches: int) -> None:
         """Tell how many batches of the present epoch are done."""
-        self._wanted.passage.on_batch(len(self._history) + batches / self.batches)
+        self._task.passage.on_batch(len(self._history) + batches / self.batches)
 
-    def end_epoch(self, learned: Epoch, loss: Loss) -> None:
+    def end_epoch(self, learned: Epoch, loss: LossFunction) -> None:
         """Watch what this epoch brought: `learned` are its scores on the training rows."""
         scores = learned | {f"val_{name}": value for name, value in self._watched(loss).items()}
         number = len(self._history)
         for callback in self._callbacks:
             callback.on_epoch_end(number, scores)
         if not self.has_ended:
-            self._wanted.passage.offer(self._snapshot)
+            self._task.passage.offer(self._snapshot)
 
-    def fit(self) -> Fit:
+    def fit(self) -> FittedHead:
         """Return the head with the weights of its best epoch."""
         for callback in self._callbacks:
             callback.on_train_end()
         (both,) = self.get_weights()
         weights = [both[:-1], both[-1]]
-        scaler, unit = self.fold.scaler, self.fold.unit
+        scaler, target_scaler = self.fold.scaler, self.fold.target_scaler
         trained = Trained(
             history=self._history,
             best_epoch=self._stopping.best_epoch if self._stopping else len(self._history),
             stopped=self._stopping.reason if self._stopping else "epochs",
         )
-        return Fit(dense_layers(weights, Activation.LINEAR, scaler, unit), scaler, unit, weights, trained)
+        return FittedHead(
+            dense_layers(weights, Activation.LINEAR, scaler, target_scaler), scaler, target_scaler, weights, trained
+        )
 
     def penalty(self) -> float:
         """Return what the weights add to the loss."""
         return self.l2 * float(np.square(self.state[0][:-1], dtype=np.float64).sum()) if self.l2 else 0.0
 
-    def _watched(self, loss: Loss) -> Epoch:
+    def _watched(self, loss: LossFunction) -> Epoch:
         """Return the scores on the validation rows."""
         count = len(self.fold.validation)
         if not count:
@@ -350,7 +352,7 @@ class _Head:
 
     def _go_on(self) -> None:
         """Take the state of the snapshot that was found, if it is one of such a head."""
-        since = self._wanted.passage.since
+        since = self._task.passage.since
         shapes = [array.shape for array in self.state]
         if since is None or [array.shape for array in (*since.variables, *since.optimizer[1:])] != shapes:
             return
@@ -364,7 +366,9 @@ class _Head:
 # --- stacks ----------------------------------------------------------------------------------------------------------
 
 
-def _stacked(heads: Sequence[_Head], batch_size: int, loss: Loss, update: Rule) -> list[_Stack]:
+def _make_stacks(
+    heads: Sequence[_HeadInTraining], batch_size: int, loss: LossFunction, update: UpdateRule
+) -> list[_HeadStack]:
     """Return the heads in stacks that are no larger than is good, those with the most batches first."""
     if not heads:
         return []
@@ -373,19 +377,21 @@ def _stacked(heads: Sequence[_Head], batch_size: int, loss: Loss, update: Rule) 
     together = max(1, _TOGETHER_BYTES // one_bytes)
     ordered = sorted(heads, key=lambda head: -head.batches)
     return [
-        _Stack(ordered[start : start + together], batch_size, loss, update)
+        _HeadStack(ordered[start : start + together], batch_size, loss, update)
         for start in range(0, len(ordered), together)
     ]
 
 
-class _Stack:
+class _HeadStack:
     """Heads whose weights lie in one array, so that they take their steps together.
 
     Those with the most batches come first: the heads that have a batch left are the first so many of each array, and
     the others do not move.
     """
 
-    def __init__(self, heads: Sequence[_Head], batch_size: int, loss: Loss, update: Rule) -> None:
+    def __init__(
+        self, heads: Sequence[_HeadInTraining], batch_size: int, loss: LossFunction, update: UpdateRule
+    ) -> None:
         self._heads = heads
         self._batch_size = batch_size
         self._loss = loss
@@ -402,7 +408,7 @@ class _Stack:
 
     def train(self) -> None:
         """Train an epoch, and have each head hear how it went: before each step, as Keras measures it."""
-        epoch = _Epoch(self._heads, self._batch_size)
+        epoch = _StackEpoch(self._heads, self._batch_size)
         steps = np.array([head.steps for head in self._heads])
         penalties = np.zeros(epoch.sizes.shape)
         for batch in range(epoch.sizes.shape[1]):
@@ -418,7 +424,7 @@ class _Stack:
         for head, scores in zip(self._heads, epoch.scores(penalties), strict=True):
             head.end_epoch(scores, self._loss)
 
-    def _step(self, epoch: _Epoch, batch: int, steps: Steps) -> Float64:
+    def _step(self, epoch: _StackEpoch, batch: int, steps: StepCounts) -> Float64:
         """Take a step with as many heads as `steps` has; return what their weights added to the loss before it."""
         active = len(steps)
         span = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
@@ -446,7 +452,7 @@ class _Stack:
         return penalties
 
 
-class _Epoch:
+class _StackEpoch:
     """What the heads of a stack learn in an epoch, row by row in their order, and how it goes.
 
     Attributes:
@@ -458,7 +464,7 @@ class _Epoch:
         right: whether each row was answered right; nothing, unless `is_judged`.
     """
 
-    def __init__(self, heads: Sequence[_Head], batch_size: int) -> None:
+    def __init__(self, heads: Sequence[_HeadInTraining], batch_size: int) -> None:
         count, batches = len(heads), max(head.batches for head in heads)
         self.orders = [head.order() for head in heads]
         rows = np.array([[len(order)] for order in self.orders])
@@ -489,7 +495,7 @@ class _Epoch:
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def _of_classes(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.bool_]]:
+def _multiclass_loss(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.bool_]]:
     right = logits.argmax(axis=-1) == truth
     logits -= logits.max(axis=-1, keepdims=True)
     flat = logits.reshape(-1)
@@ -503,7 +509,7 @@ def _of_classes(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.
     return losses, right
 
 
-def _of_labels(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.bool_]]:
+def _binary_loss(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.bool_]]:
     """Binary cross-entropy, the mean over labels; as Keras does it, exp of no positive number."""
     right = ((logits > 0) == (truth > 0.5)).all(axis=-1)
     small = np.exp(-np.abs(logits))
@@ -514,16 +520,16 @@ def _of_labels(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.b
     return losses, right
 
 
-def _of_numbers(logits: Float32, truth: Truth) -> tuple[Float32, None]:
+def _squared_error(logits: Float32, truth: Truth) -> tuple[Float32, None]:
     logits -= truth
     losses: Float32 = np.square(logits).mean(axis=-1)
     logits *= 2 / logits.shape[-1]
     return losses, None
 
 
-_LOSSES: dict[Task, Loss] = {
-    Task.MULTICLASS: _of_classes,
-    Task.BINARY: _of_labels,
-    Task.MULTILABEL: _of_labels,
-    Task.REGRESSION: _of_numbers,
+_LOSSES: dict[Task, LossFunction] = {
+    Task.MULTICLASS: _multiclass_loss,
+    Task.BINARY: _binary_loss,
+    Task.MULTILABEL: _binary_loss,
+    Task.REGRESSION: _squared_error,
 }

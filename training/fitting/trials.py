@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from training.data.arrays import Report
+from training.data.arrays import ReportProgress
 from training.progress import Epoch
 
 
 class Trials:
     """Says how far many fits are together, whether they go on side by side or one after the other."""
 
-    def __init__(self, epochs: int, count: int, report: Report) -> None:
+    def __init__(self, epochs: int, count: int, report: ReportProgress) -> None:
         self._epochs = epochs
         self._done = [0] * count
         self._report = report

@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from artifacts.bundle import Float32
 from recipes.recipe import OptimizerRecipe
-from training.fitting.head_fit import optimizer
+from training.fitting.compile_options import build_optimizer
 
-Steps = npt.NDArray[np.int64]
+StepCounts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Rule:
+class UpdateRule:
     """How weights follow their gradient.
 
     Attributes:
@@ -30,13 +30,13 @@ class Rule:
             it is given the steps that each of the k heads took before, and an array of their shape to write on.
     """
 
-    begin: tuple[float, ...]
-    update: Callable[[Float32, Float32, Sequence[Float32], Steps, Float32], None]
+    initial_state: tuple[float, ...]
+    update: Callable[[Float32, Float32, Sequence[Float32], StepCounts, Float32], None]
 
 
-def rule(recipe: OptimizerRecipe) -> Rule:
+def update_rule(recipe: OptimizerRecipe) -> UpdateRule:
     """Return the rule of the optimizer that a recipe names."""
-    named, rate = optimizer(recipe), recipe.learning_rate
+    named, rate = build_optimizer(recipe), recipe.learning_rate
     match named:
         case keras.optimizers.SGD() if named.momentum:
             return _momentum(rate, named)
@@ -52,16 +52,16 @@ def rule(recipe: OptimizerRecipe) -> Rule:
             raise RuntimeError(f"No rule for Keras' {type(named).__name__}. This is a bug.")
 
 
-def _descent(rate: float) -> Rule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: Steps, spare: Float32) -> None:
+def _descent(rate: float) -> UpdateRule:
+    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
         gradient *= rate
         weights -= gradient
 
-    return Rule((), update)
+    return UpdateRule((), update)
 
 
-def _momentum(rate: float, named: keras.optimizers.SGD) -> Rule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: Steps, spare: Float32) -> None:
+def _momentum(rate: float, named: keras.optimizers.SGD) -> UpdateRule:
+    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
         (velocity,) = kept
         gradient *= rate
         velocity *= named.momentum
@@ -73,11 +73,11 @@ def _momentum(rate: float, named: keras.optimizers.SGD) -> Rule:
         else:
             weights += velocity
 
-    return Rule((0.0,), update)
+    return UpdateRule((0.0,), update)
 
 
-def _adagrad(rate: float, named: keras.optimizers.Adagrad) -> Rule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: Steps, spare: Float32) -> None:
+def _adagrad(rate: float, named: keras.optimizers.Adagrad) -> UpdateRule:
+    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
         (squares,) = kept
         np.square(gradient, out=spare)
         squares += spare
@@ -87,11 +87,11 @@ def _adagrad(rate: float, named: keras.optimizers.Adagrad) -> Rule:
         gradient /= spare
         weights -= gradient
 
-    return Rule((named.initial_accumulator_value,), update)
+    return UpdateRule((named.initial_accumulator_value,), update)
 
 
-def _rmsprop(rate: float, named: keras.optimizers.RMSprop) -> Rule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: Steps, spare: Float32) -> None:
+def _rmsprop(rate: float, named: keras.optimizers.RMSprop) -> UpdateRule:
+    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
         (squares,) = kept
         np.square(gradient, out=spare)
         spare *= 1 - named.rho
@@ -103,13 +103,13 @@ def _rmsprop(rate: float, named: keras.optimizers.RMSprop) -> Rule:
         gradient /= spare
         weights -= gradient
 
-    return Rule((0.0,), update)
+    return UpdateRule((0.0,), update)
 
 
-def _adam(rate: float, named: keras.optimizers.Adam) -> Rule:
+def _adam(rate: float, named: keras.optimizers.Adam) -> UpdateRule:
     decay = (named.weight_decay or 0.0) * rate
 
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: Steps, spare: Float32) -> None:
+    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
         mean, square = kept
         if decay:
             np.multiply(weights, decay, out=spare)
@@ -127,10 +127,10 @@ def _adam(rate: float, named: keras.optimizers.Adam) -> Rule:
         spare *= _along(weights, _adam_rate(rate, named, steps))
         weights -= spare
 
-    return Rule((0.0, 0.0), update)
+    return UpdateRule((0.0, 0.0), update)
 
 
-def _adam_rate(rate: float, named: keras.optimizers.Adam, steps: Steps) -> Float32:
+def _adam_rate(rate: float, named: keras.optimizers.Adam, steps: StepCounts) -> Float32:
     """Return the rate of each head's next step, float32 [k], in which Keras undoes the bias of both means."""
     step = (steps + 1).astype(np.float32)
     one, powers = np.float32(1), [np.power(np.float32(beta), step) for beta in (named.beta_1, named.beta_2)]

@@ -36,7 +36,7 @@ _CAFFE_MEANS = (103.939, 116.779, 123.68)
 RANDOM_SEED = 0
 
 
-def network(name: BackboneName, size: int) -> Any:
+def build_network(name: BackboneName, size: int) -> Any:
     """Return the Keras network without its top, randomly initialised, for float images [N, size, size, 3]."""
     return _BUILDERS[name](include_top=False, weights=None, input_shape=(size, size, 3))
 
@@ -44,7 +44,7 @@ def network(name: BackboneName, size: int) -> Any:
 def random_weights(name: BackboneName) -> bytes:
     """Return random weights, the same on every call, so that models on random backbones share them too."""
     keras.utils.set_random_seed(RANDOM_SEED)
-    return dump_weights(network(name, CATALOGUE[name].minimum_size))
+    return dump_weights(build_network(name, CATALOGUE[name].minimum_size))
 
 
 def dump_weights(model: Any) -> bytes:
@@ -75,7 +75,7 @@ def import_weights(name: BackboneName, file: Path) -> bytes:
     Raises:
         WeightsRefused: the file holds more than weights, or does not fit the network.
     """
-    model = network(name, CATALOGUE[name].minimum_size)
+    model = build_network(name, CATALOGUE[name].minimum_size)
     with file.open("rb") as stream:
         head = stream.read(8)
     if head == b"\x89HDF\r\n\x1a\n":
@@ -121,7 +121,7 @@ def _keras3_arrays(model: Any, content: Any) -> list[Any]:
     arrays = []
     root = _inside(content, "layers") if _has(content, "layers") else content
     for layer in model.layers:
-        kind = _snake_case(type(layer).__name__)
+        kind = snake_case(type(layer).__name__)
         number = counts[kind] = counts.get(kind, -1) + 1
         key = kind if number == 0 else f"{kind}_{number}"
         for index in range(len(layer.weights)):
@@ -139,7 +139,7 @@ def _keras3_arrays(model: Any, content: Any) -> list[Any]:
     return arrays
 
 
-def _snake_case(name: str) -> str:
+def snake_case(name: str) -> str:
     """Return a class name as Keras writes it in a file: `conv2d` for `Conv2D`, `batch_normalization`."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
@@ -186,7 +186,7 @@ def _set(model: Any, arrays: Sequence[Any]) -> None:
     model.set_weights(values)
 
 
-def backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:
+def build_backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:
     """Return the frozen network from pixels to features.
 
     Args:
@@ -199,32 +199,32 @@ def backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> Any:
         a Keras model from `images` uint8 [N, size, size, 3] to `{"features": float32 [N, D], "maps": float32
         [N, h, w, D]}`; features are the mean of maps over height and width.
     """
-    full = network(name, size)
+    full = build_network(name, size)
     load_weights(full, weights)
     trunk = keras.Model(full.input, cut_layer(full, name, cut).output, name=f"{name}_{cut}")
     trunk.trainable = False
     images = keras.Input((size, size, 3), dtype="uint8", name="images")
-    maps = trunk(preprocessed(images, CATALOGUE[name].preprocessing), training=False)
+    maps = trunk(preprocess(images, CATALOGUE[name].preprocessing), training=False)
     features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
     model = keras.Model(images, {"features": features, "maps": maps})
     model(np.zeros((1, size, size, 3), np.uint8))  # an ONNX export of a model that was never called fails
     return model
 
 
-def probe(name: BackboneName, cuts: Sequence[str], size: int, weights: bytes) -> Any:
+def build_multi_cut_network(name: BackboneName, cuts: Sequence[str], size: int, weights: bytes) -> Any:
     """Return a Keras model from uint8 images [N, size, size, 3] to a dict of the features [N, D] at each cut."""
-    full = network(name, size)
+    full = build_network(name, size)
     load_weights(full, weights)
     full.trainable = False
     trunk = keras.Model(full.input, {cut: cut_layer(full, name, cut).output for cut in cuts})
     images = keras.Input((size, size, 3), dtype="uint8")
-    maps = trunk(preprocessed(images, CATALOGUE[name].preprocessing), training=False)
+    maps = trunk(preprocess(images, CATALOGUE[name].preprocessing), training=False)
     features = {cut: keras.layers.GlobalAveragePooling2D(name=cut)(maps[cut]) for cut in cuts}
     return keras.Model(images, features)
 
 
 @dataclass(frozen=True)
-class Halves:
+class SplitNetwork:
     """A network cut in two for fine-tuning; both halves share the layers of `full`.
 
     Attributes:
@@ -234,11 +234,11 @@ class Halves:
     """
 
     full: Any
-    front: Any
-    rest: Any
+    frozen: Any
+    trainable: Any
 
 
-def halves(name: BackboneName, frozen_until: str | None, cut: str, size: int, weights: bytes) -> Halves:
+def split_network(name: BackboneName, frozen_until: str | None, cut: str, size: int, weights: bytes) -> SplitNetwork:
     """Return a network as a part that stays as it is and a part that learns.
 
     Args:
@@ -248,7 +248,7 @@ def halves(name: BackboneName, frozen_until: str | None, cut: str, size: int, we
         size: side of the images in pixels.
         weights: the whole network's weights, from `dump_weights`.
     """
-    full = network(name, size)
+    full = build_network(name, size)
     load_weights(full, weights)
     for layer in full.layers:
         # Only a frozen one keeps its statistics: what a model was called with is forgotten where it is part of another.
@@ -257,15 +257,15 @@ def halves(name: BackboneName, frozen_until: str | None, cut: str, size: int, we
     maps = cut_layer(full, name, cut).output
     features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
     if frozen_until is None:
-        return Halves(full, None, keras.Model(full.input, features))
+        return SplitNetwork(full, None, keras.Model(full.input, features))
     boundary = cut_layer(full, name, frozen_until).output
-    front = keras.Model(full.input, boundary)
-    rest = keras.Model(boundary, features)
-    front.trainable = False
-    return Halves(full, front, rest)
+    frozen = keras.Model(full.input, boundary)
+    trainable = keras.Model(boundary, features)
+    frozen.trainable = False
+    return SplitNetwork(full, frozen, trainable)
 
 
-def preprocessed(images: Any, preprocessing: Preprocessing) -> Any:
+def preprocess(images: Any, preprocessing: Preprocessing) -> Any:
     """Return images [N, H, W, 3] of values from 0 to 255 as a network expects them."""
     pixels = keras.ops.cast(images, "float32")
     if preprocessing is Preprocessing.CAFFE:

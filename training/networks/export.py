@@ -27,7 +27,7 @@ _CHECKED_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedNetwork:
     """An ONNX network and how far its engine is from Keras on some images, absolute and relative to the largest."""
 
     onnx: bytes
@@ -41,7 +41,7 @@ class Exported:
         return {name: value for name, value in vars(self).items() if name != "onnx"}
 
 
-def export(model: Any, threads: int, images: Pixels | None = None) -> Exported:
+def export(model: Any, threads: int, images: Pixels | None = None) -> ExportedNetwork:
     """Export a network from uint8 images [N, H, W, 3] to `features` and `maps`, and check it.
 
     Args:
@@ -70,7 +70,7 @@ def export(model: Any, threads: int, images: Pixels | None = None) -> Exported:
             f"The exported network differs from Keras: expected at most {TOLERANCE[Precision.FLOAT32]:g} relative. "
             f"Received {relative:g}. This is a bug."
         )
-    return Exported(onnx, expected.shape[1], int(model.count_params()), difference, relative)
+    return ExportedNetwork(onnx, expected.shape[1], int(model.count_params()), difference, relative)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from inference.engine import OpenVinoEngine
 from recipes.catalogue import BackboneName
 from recipes.layers import Sides
 from recipes.recipe import Precision, Recipe
-from training.data.arrays import Report
+from training.data.arrays import ReportProgress
 from training.data.extraction import extract
-from training.data.pixels import Source
+from training.data.pixels import PixelSource
 from training.data.split import Indices
 from training.networks import backbones
 from training.networks.export import EXPORT_VERSION, export
@@ -30,7 +30,7 @@ _SAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where an experiment runs: folders, limits and threads.
 
     `features` and `pixels` hold caches, the latter (with maps) up to about `pixels_bytes`.
@@ -82,17 +82,17 @@ class Registry(Protocol):
         """Tell where this run's features come from, and what was tried for that."""
         ...
 
-    def find_choice(self) -> dict[str, Any] | None:
-        """Return what this run has found of precisions before it was interrupted, as `set_choice` was told."""
+    def find_precision_decision(self) -> dict[str, Any] | None:
+        """Return the facts of the precision that this run decided on before it was interrupted, or None."""
         ...
 
-    def set_choice(self, facts: dict[str, Any]) -> None:
-        """Tell what this run has found of precisions."""
+    def set_precision_decision(self, facts: dict[str, Any]) -> None:
+        """Record which precision this run has decided on, and what it measured for that."""
         ...
 
 
 @dataclass(frozen=True)
-class Trunk:
+class FrozenBackbone:
     """A network that stays frozen in one precision, and the features of every image through it, float32 [N, D]."""
 
     precision: Precision
@@ -102,33 +102,33 @@ class Trunk:
     extraction: Extraction
 
 
-class Networks:
+class NetworkFiles:
     """The networks that a recipe needs."""
 
-    def __init__(self, recipe: Recipe, weights: Digest, place: Place, registry: Registry) -> None:
+    def __init__(self, recipe: Recipe, weights: Digest, place: Workspace, registry: Registry) -> None:
         self._recipe = recipe
         self._weights = weights
         self._place = place
         self._registry = registry
 
-    def exported(self, cut: str) -> Digest:
+    def export_cut(self, cut: str) -> Digest:
         """Return the network up to a cut, exporting it if nobody has."""
         recipe, store = self._recipe, self._place.store
-        backbone, size = recipe.known_backbone, square_of(recipe)
+        backbone, size = recipe.known_backbone, image_side_of(recipe)
         key = BackboneKey(backbone.name, self._weights, cut, size)
         digest = self._registry.find_backbone(key)
         if digest is None:
-            model = backbones.backbone(backbone.name, cut, size, store.read(self._weights))
+            model = backbones.build_backbone(backbone.name, cut, size, store.read(self._weights))
             made = export(model, self._place.threads)
             digest = self._registry.add_backbone(key, store.put(made.onnx), made.facts())
         return digest
 
-    def quantised(
+    def quantise(
         self,
         backbone: Digest,
         images: Sequence[Digest],
-        source: Source,
-        report: Report,
+        source: PixelSource,
+        report: ReportProgress,
         begin: Callable[[], None] = lambda: None,
     ) -> Digest:
         """Return the quantised copy of an exported network.
@@ -138,8 +138,8 @@ class Networks:
         digest = self._registry.find_quantised(backbone)
         if digest is None:
             begin()
-            store, size = self._place.store, size_of(self._recipe)
-            names = [images[row] for row in sample(np.arange(len(images)), size)]
+            store, size = self._place.store, image_size_of(self._recipe)
+            names = [images[row] for row in calibration_rows(np.arange(len(images)), size)]
             pixels = np.concatenate([batch for _, batch in source.batches(names)])
             made = quantise(store.read(backbone), pixels, report)
             digest = self._registry.add_quantised(backbone, store.put(made.onnx), made.facts())
@@ -149,36 +149,41 @@ class Networks:
         """Return an engine for a stored network. Raises PrecisionUnsupported."""
         return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
 
-    def space(self, network: Digest, precision: Precision) -> FeatureSpace:
+    def feature_space(self, network: Digest, precision: Precision) -> FeatureSpace:
         """Return what features through a network depend on."""
-        return FeatureSpace(IMAGE_RULE, size_of(self._recipe), self._recipe.resize, network, precision)
+        return FeatureSpace(IMAGE_RULE, image_size_of(self._recipe), self._recipe.resize, network, precision)
 
-    def trunk(
-        self, network: Digest, precision: Precision, images: Sequence[Digest], source: Source, report: Report
-    ) -> Trunk:
+    def frozen_backbone(
+        self,
+        network: Digest,
+        precision: Precision,
+        images: Sequence[Digest],
+        source: PixelSource,
+        report: ReportProgress,
+    ) -> FrozenBackbone:
         """Return a network with the features of every image, computing those that no run has computed before."""
         engine = self.engine(network, precision)
         width = self._recipe.known_backbone.cuts[self._recipe.features_from or ""]
-        cache = FeatureCache(self._place.features, self.space(network, precision), width)
+        cache = FeatureCache(self._place.features, self.feature_space(network, precision), width)
         extraction = extract(images, engine, cache, source, report)
         cache.close()
-        return Trunk(precision, network, engine, cache.rows(images), extraction)
+        return FrozenBackbone(precision, network, engine, cache.rows(images), extraction)
 
 
-def sample(rows: Indices, size: Sides) -> Indices:
+def calibration_rows(rows: Indices, size: Sides) -> Indices:
     """Return some of the rows, in their order, to calibrate a network for images of that size on."""
     count = min(len(rows), calibration_size(size))
     return np.sort(np.random.default_rng(_SAMPLE_SEED).choice(rows, count, replace=False))
 
 
-def size_of(recipe: Recipe) -> Sides:
+def image_size_of(recipe: Recipe) -> Sides:
     """Return the size of a filled recipe's images in pixels."""
     assert recipe.image_size is not None
     return recipe.image_size
 
 
-def square_of(recipe: Recipe) -> int:
+def image_side_of(recipe: Recipe) -> int:
     """Return the side of the images of a filled recipe that has a backbone, in pixels."""
-    size = size_of(recipe)
+    size = image_size_of(recipe)
     assert isinstance(size, int)
     return size

@@ -26,7 +26,7 @@ _ROUNDS_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
-class Tried:
+class PrecisionScore:
     """What a precision came to: the task's headline score, out of fold, and the backbone's milliseconds per image."""
 
     precision: Precision
@@ -35,16 +35,16 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PrecisionDecision:
     """The precision that was chosen, and all that were tried for that; float32 is always among them."""
 
     precision: Precision
-    tried: tuple[Tried, ...]
+    tried: tuple[PrecisionScore, ...]
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Choice:
+    def from_facts(cls, facts: Mapping[str, Any]) -> PrecisionDecision:
         """Return what `facts` says."""
-        tried = tuple(Tried(**one | {"precision": Precision(one["precision"])}) for one in facts["tried"])
+        tried = tuple(PrecisionScore(**one | {"precision": Precision(one["precision"])}) for one in facts["tried"])
         return cls(Precision(facts["chosen"]), tried)
 
     def facts(self, task: Task) -> dict[str, Any]:
@@ -57,18 +57,18 @@ class Choice:
         }
 
 
-def candidates(wanted: PrecisionChoice, available: Sequence[Precision]) -> list[Precision]:
+def candidate_precisions(wanted: PrecisionChoice, available: Sequence[Precision]) -> list[Precision]:
     """Return the precisions that a recipe has tried, float32 first: one, or for `auto` those of this machine."""
     if wanted is not PrecisionChoice.AUTO:
         return [Precision(wanted.value)]
     return [Precision.FLOAT32, *(one for one in Precision if one in available and one is not Precision.FLOAT32)]
 
 
-def choose(task: Task, tried: Sequence[Tried]) -> Choice:
+def choose_precision(task: Task, tried: Sequence[PrecisionScore]) -> PrecisionDecision:
     """Choose the fastest of those that are as good as float32."""
     (reference,) = (one.score for one in tried if one.precision is Precision.FLOAT32)
     good = [one for one in tried if is_as_good(task, one.score, reference)]
-    return Choice(min(good, key=lambda one: one.image_ms).precision, tuple(tried))
+    return PrecisionDecision(min(good, key=lambda one: one.image_ms).precision, tuple(tried))
 
 
 def is_as_good(task: Task, score: float, reference: float) -> bool:
@@ -78,7 +78,7 @@ def is_as_good(task: Task, score: float, reference: float) -> bool:
     return score <= reference * (1 + RELATIVE_MARGIN)
 
 
-def image_ms(
+def measure_image_ms(
     engines: Mapping[Precision, Engine],
     golden: Pixels,
     alive: Callable[[], None] = lambda: None,

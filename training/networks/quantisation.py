@@ -19,14 +19,14 @@ import onnx
 
 from artifacts.images import Pixels
 from recipes.layers import Sides, sides
-from training.data.arrays import Report
+from training.data.arrays import ReportProgress
 
 CALIBRATED_ON = 300
 _CALIBRATION_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantisedNetwork:
     """A quantised network, and what it was calibrated on."""
 
     onnx: bytes
@@ -43,7 +43,7 @@ def calibration_size(size: Sides) -> int:
     return max(1, min(CALIBRATED_ON, _CALIBRATION_BYTES // (3 * prod(sides(size)))))
 
 
-def quantise(network: bytes, images: Pixels, report: Report) -> Quantised:
+def quantise(network: bytes, images: Pixels, report: ReportProgress) -> QuantisedNetwork:
     """Quantise an exported network.
 
     Args:
@@ -67,7 +67,7 @@ def quantise(network: bytes, images: Pixels, report: Report) -> Quantised:
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(images),
     )
-    return Quantised(made.SerializeToString(), len(images), f"nncf {importlib.metadata.version('nncf')}")
+    return QuantisedNetwork(made.SerializeToString(), len(images), f"nncf {importlib.metadata.version('nncf')}")
 
 
 class _Again:

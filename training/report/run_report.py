@@ -20,7 +20,7 @@ from training.bake_off import FOLDS, Pick
 from training.data.targets import Truth
 from training.figures import png
 from training.fitting.learners import DIVERGED, NETWORK, Plan
-from training.networks.precision import MARGIN, RELATIVE_MARGIN, Choice
+from training.networks.precision import MARGIN, RELATIVE_MARGIN, PrecisionDecision
 from training.progress import Epoch, Extraction, FoldResult
 
 _CLASSES_WITH_NUMBERS = 25
@@ -42,7 +42,7 @@ class Description:
     plan: Plan
     extraction: Extraction
     precision: Precision
-    choice: Choice | None
+    choice: PrecisionDecision | None
     pick: Pick | None
     notes: Sequence[str]
 

@@ -19,9 +19,9 @@ from errors import EspalierError
 from recipes.headline import HEADLINES, Headline
 from recipes.recipe import Task
 from training.data.split import Indices
-from training.data.targets import Float64, targets_of
+from training.data.targets import Float64, make_targets
 from training.statistics import evaluation
-from training.statistics.resampling import DRAWS, block_sums, draws, interval
+from training.statistics.resampling import DRAWS, block_sums, bootstrap_interval, draws
 
 SWAPS = 10_000
 LEVEL = 0.05
@@ -37,7 +37,7 @@ Score = Callable[[Float64], Float64]
 
 
 @dataclass(frozen=True)
-class OutOfFold:
+class OutOfFoldLogits:
     """What a recipe answered.
 
     folds is int16 [repeats, N], -1 for an image in none; logits is float32 [repeats, N, outputs].
@@ -53,7 +53,7 @@ class Entry:
 
     title: str
     score: float
-    load: Callable[[], OutOfFold]
+    load: Callable[[], OutOfFoldLogits]
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ def compare(
     best = best_of([entry.score for entry in entries], headline)
     answered = entries[best].load()
     folds, tested = answered.folds, np.flatnonzero(answered.folds[0] >= 0)
-    truth = targets_of(task, labels, rows).truth[tested]
+    truth = make_targets(task, labels, rows).truth[tested]
     groups = np.array(manifest.group_rows(rows), dtype=np.intp)[tested]
 
     def score(sums: Float64) -> Float64:
-        return evaluation.scores(task, sums)[headline.metric]
+        return evaluation.scores_of_sums(task, sums)[headline.metric]
 
-    def of_images(answered: OutOfFold) -> Float64:
+    def of_images(answered: OutOfFoldLogits) -> Float64:
         """Return float64 [N, S], the mean over repeats: more of those add no images."""
         if not np.array_equal(answered.folds, folds):
             raise EspalierError("The runs of a comparison were not tested on the same folds. This is a bug.")
-        return evaluation.mean_statistics(task, truth, answered.logits[:, tested])
+        return evaluation.mean_image_statistics(task, truth, answered.logits[:, tested])
 
     of_best = of_images(answered)
     found: list[Difference | None] = []
@@ -144,7 +144,7 @@ def paired(of_one: Float64, of_best: Float64, groups: Indices, score: Score, swa
         exchanged = random.integers(0, 2, (min(_AT_ONCE, swaps - start), len(one))).astype(np.float64) @ apart
         differences = score(all_one - exchanged) - score(all_best + exchanged)
         as_large += int((np.abs(differences) >= abs(observed) - rounding).sum())
-    return Difference(observed, interval(drawn, len(one)), (1 + as_large) / (1 + swaps))
+    return Difference(observed, bootstrap_interval(drawn, len(one)), (1 + as_large) / (1 + swaps))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -58,8 +58,8 @@ def wilson_over_groups(correct: npt.NDArray[np.float64], groups: Indices) -> tup
     return wilson(share, min(effective, len(correct)))
 
 
-def statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
-    """Return float64 [N, S]: numbers of each image whose sums over images give `scores`.
+def image_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
+    """Return float64 [N, S]: numbers of each image whose sums over images give `scores_of_sums`.
 
     Args:
         task: what is predicted.
@@ -85,16 +85,16 @@ def statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
     )
 
 
-def headline(task: Task, truth: Truth, logits: Float32) -> float:
+def headline_score(task: Task, truth: Truth, logits: Float32) -> float:
     """Return the task's headline score of logits float32 [repeats, N, outputs], out of fold."""
-    return float(scores(task, mean_statistics(task, truth, logits).sum(axis=0))[HEADLINES[task].metric])
+    return float(scores_of_sums(task, mean_image_statistics(task, truth, logits).sum(axis=0))[HEADLINES[task].metric])
 
 
-def mean_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
-    """Return `statistics` float64 [N, S] as the mean over the repeats of logits float32 [repeats, N, outputs]."""
-    total = statistics(task, truth, logits[0])
+def mean_image_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
+    """Return `image_statistics` float64 [N, S] as the mean over the repeats of logits float32 [repeats, N, outputs]."""
+    total = image_statistics(task, truth, logits[0])
     for once in logits[1:]:
-        total += statistics(task, truth, once)
+        total += image_statistics(task, truth, once)
     return total / len(logits)
 
 
@@ -103,8 +103,8 @@ def _surprise(probabilities: Float64) -> Float64:
     return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))
 
 
-def scores(task: Task, sums: Float64) -> dict[str, Float64]:
-    """Return scores by name, each [...], of sums [..., S] of `statistics` over images.
+def scores_of_sums(task: Task, sums: Float64) -> dict[str, Float64]:
+    """Return scores by name, each [...], of sums [..., S] of `image_statistics` over images.
 
     Classes: accuracy, and loss as the mean negative log-likelihood. Labels: the same, an image being right if all its
     labels are and its loss the mean over labels; f1_macro is the mean F1 of the labels that occur in truth or answers,
@@ -133,7 +133,7 @@ def _f1(hits: Float64, false_alarms: Float64, misses: Float64) -> Float64:
     return np.divide(2 * hits, relevant, out=np.zeros_like(relevant), where=relevant > 0)
 
 
-def score(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> dict[str, Any]:
+def evaluate(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> dict[str, Any]:
     """Measure logits against the truth.
 
     Args:
@@ -143,10 +143,10 @@ def score(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> d
         logits: float32 [N, outputs].
 
     Returns:
-        `scores`, and for classes f1_macro, per_class and confusion (rows are the truth), for labels per_class; roc_auc
-        too for a binary task in which both classes occur.
+        what `scores_of_sums` returns; for classes also f1_macro, per_class and confusion (rows are the truth); for
+        labels also per_class; for a binary task in which both classes occur also roc_auc.
     """
-    metrics: dict[str, Any] = brief_scores(task, truth, logits)
+    metrics: dict[str, Any] = mean_scores(task, truth, logits)
     if task is Task.REGRESSION:
         return metrics
     answers = heads.answers(task, heads.probabilities(task, logits))
@@ -167,13 +167,13 @@ def score(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> d
     return metrics
 
 
-def brief_scores(task: Task, truth: Truth, logits: Float32) -> dict[str, float]:
-    """Return `scores` of all images together."""
-    found = scores(task, statistics(task, truth, logits).sum(axis=0))
+def mean_scores(task: Task, truth: Truth, logits: Float32) -> dict[str, float]:
+    """Return `scores_of_sums` of all images together."""
+    found = scores_of_sums(task, image_statistics(task, truth, logits).sum(axis=0))
     return {name: float(value) for name, value in found.items()}
 
 
-def pooled(
+def evaluate_folds(
     task: Task,
     labels: Sequence[str],
     truth: Truth,
@@ -192,16 +192,16 @@ def pooled(
         folds: scores of every fold of every repeat.
 
     Returns:
-        what `score` returns over all repeats together (so that the confusion matrix is summed over repeats), with the
-        standard deviation over folds (`…_sd`) and the interval (`…_ci95`) of each score but the loss; where images
-        belong together, with the number of groups and the intervals over them (`…_ci95_groups`), too. More repeats
-        narrow no interval: they add no images.
+        what `evaluate` returns over all repeats together, so that the confusion matrix is summed over repeats. Each
+        score but the loss also has its standard deviation over folds (`…_sd`) and its interval (`…_ci95`). Where images
+        belong together, there are also the number of groups and the intervals over groups (`…_ci95_groups`). More
+        repeats narrow no interval, since they add no images.
     """
     repeats, count, _ = logits.shape
-    metrics = score(task, labels, np.concatenate([truth] * repeats), logits.reshape(repeats * count, -1))
+    metrics = evaluate(task, labels, np.concatenate([truth] * repeats), logits.reshape(repeats * count, -1))
     for row in metrics.get("per_class", []):
         row["images"] //= repeats
-    of_images = mean_statistics(task, truth, logits)
+    of_images = mean_image_statistics(task, truth, logits)
     metrics |= _both_intervals(task, metrics, of_images, groups)
     for name in _with_interval(task):
         metrics[f"{name}_sd"] = float(np.std([fold[name] for fold in folds], ddof=1))
@@ -209,22 +209,24 @@ def pooled(
     return metrics
 
 
-def summary(task: Task, truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
-    """Return the `scores` of out-of-fold logits float32 [repeats, N, outputs] with their intervals, as `pooled` has."""
-    metrics: dict[str, Any] = brief_scores(
+def scores_with_intervals(task: Task, truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
+    """Return the scores of out-of-fold logits float32 [repeats, N, outputs], with intervals as in `evaluate_folds`."""
+    metrics: dict[str, Any] = mean_scores(
         task, np.concatenate([truth] * len(logits)), logits.reshape(-1, logits.shape[2])
     )
-    return metrics | _both_intervals(task, metrics, mean_statistics(task, truth, logits), groups)
+    return metrics | _both_intervals(task, metrics, mean_image_statistics(task, truth, logits), groups)
 
 
-def held_out(task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
+def evaluate_held_out(
+    task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Float32
+) -> dict[str, Any]:
     """Measure logits float32 [N, outputs] of images that no fit has seen.
 
-    Returns what `score` returns with the number of images; from two images on with the intervals of `pooled`, too.
+    Returns what `evaluate` returns, the number of images and, from two images on, the intervals of `evaluate_folds`.
     """
-    metrics = score(task, labels, truth, logits) | {"images": len(truth)}
+    metrics = evaluate(task, labels, truth, logits) | {"images": len(truth)}
     if len(truth) > 1:
-        metrics |= _both_intervals(task, metrics, statistics(task, truth, logits), groups)
+        metrics |= _both_intervals(task, metrics, image_statistics(task, truth, logits), groups)
     return metrics
 
 
@@ -252,15 +254,15 @@ def _intervals(
     names = _with_interval(task)
     found: dict[str, tuple[float, float]] = {}
     if set(names) - set(_IS_SHARE):
-        found = resampling.intervals(of_images, groups, lambda sums: scores(task, sums))
+        found = resampling.bootstrap_intervals(of_images, groups, lambda sums: scores_of_sums(task, sums))
     for name in set(names) & set(_IS_SHARE):
         is_alone = len(np.unique(groups)) == len(groups)
         found[name] = wilson(metrics[name], len(groups)) if is_alone else wilson_over_groups(of_images[:, 1], groups)
     return {f"{name}_{suffix}": list(found[name]) for name in names}
 
 
-def brief(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of `score` that fit one line: without tables."""
+def without_tables(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of `evaluate` that fit one line: without tables."""
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 

@@ -37,7 +37,7 @@ class PowerLaw:
         return found
 
 
-def fit(images: Float64, errors: Float64) -> PowerLaw:
+def fit_power_law(images: Float64, errors: Float64) -> PowerLaw:
     """Return the law nearest to some points by least squares, with a floor and a scale of at least zero.
 
     For a given exponent the other two are a linear problem that has a formula, so that every exponent is tried and no

@@ -43,7 +43,7 @@ def draws(blocks: int, count: int = DRAWS) -> Iterator[Float64]:
         yield random.multinomial(blocks, np.full(blocks, 1 / blocks), size=min(_AT_ONCE, count - start)).astype(float)
 
 
-def interval(values: Float64, blocks: int) -> tuple[float, float]:
+def bootstrap_interval(values: Float64, blocks: int) -> tuple[float, float]:
     """Return the 95 % interval by the percentiles of bootstrap draws, widened for few blocks.
 
     Percentiles alone are too narrow for few: they are taken further out, as far as Student's t is wider than the
@@ -54,7 +54,7 @@ def interval(values: Float64, blocks: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def intervals(statistics: Float64, groups: Indices, scores: Scores) -> dict[str, tuple[float, float]]:
+def bootstrap_intervals(statistics: Float64, groups: Indices, scores: Scores) -> dict[str, tuple[float, float]]:
     """Return the 95 % interval of each score over groups.
 
     Args:
@@ -64,4 +64,4 @@ def intervals(statistics: Float64, groups: Indices, scores: Scores) -> dict[str,
     """
     sums = block_sums(statistics, groups)
     drawn = [scores(counts @ sums) for counts in draws(len(sums))]
-    return {name: interval(np.concatenate([found[name] for found in drawn]), len(sums)) for name in drawn[0]}
+    return {name: bootstrap_interval(np.concatenate([found[name] for found in drawn]), len(sums)) for name in drawn[0]}

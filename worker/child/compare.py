@@ -41,8 +41,8 @@ def compare(order: CompareOrder, channel: Channel) -> None:
     task = order.runs[0].task
     headline = HEADLINES[task]
 
-    def out_of_fold(digest: Digest) -> comparing.OutOfFold:
-        return comparing.OutOfFold(**load_tensors(store.read(digest)))
+    def out_of_fold(digest: Digest) -> comparing.OutOfFoldLogits:
+        return comparing.OutOfFoldLogits(**load_tensors(store.read(digest)))
 
     def alive() -> None:
         channel.send(Alive())

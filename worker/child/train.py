@@ -176,10 +176,10 @@ class _Desk:
         spec = self._spec
         # TensorFlow takes seconds to import: only now, so that weights that cannot be had are reported at once.
         from training.experiment import Experiment
-        from training.networks.network_files import Place
+        from training.networks.network_files import Workspace
         from training.setup import Order as TrainingRequest
 
-        place = Place(
+        place = Workspace(
             store=self._store,
             features=Path(spec.features),
             pixels=Path(spec.pixels),
@@ -430,10 +430,10 @@ class _Registry:
     def set_pick(self, facts: JsonObject) -> None:
         self._channel.ask(SetFeaturesChoice(choice=facts, weights=facts["weights"]), Stored)
 
-    def find_choice(self) -> JsonObject | None:
+    def find_precision_decision(self) -> JsonObject | None:
         return self._channel.ask(FindPrecisionChoice(), ChoiceAnswer).choice
 
-    def set_choice(self, facts: JsonObject) -> None:
+    def set_precision_decision(self, facts: JsonObject) -> None:
         self._channel.ask(SetPrecisionChoice(choice=facts), Stored)
 
     def _settled(self, question: AddBackbone | AddQuantised) -> Digest:

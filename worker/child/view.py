@@ -42,22 +42,22 @@ def compute(order: ViewOrder, channel: Channel) -> None:
 
 def _layers(order: LayersOrder, store: Store, bundle: Bundle) -> bytes:
     """Return the network's layers as JSON: name, height, width and channels of each."""
-    from inference.layer_maps import Insight
+    from inference.layer_maps import LayerReader
 
-    insight = Insight(store.verified_path(bundle.backbone), order.threads)
+    insight = LayerReader(store.verified_path(bundle.backbone), order.threads)
     return json.dumps([asdict(layer) for layer in insight.layers]).encode()
 
 
 def _activations(order: ActivationsOrder, store: Store, bundle: Bundle) -> bytes:
     """Return the picture of what a layer makes of an image, as PNG."""
     from inference import explain
-    from inference.layer_maps import CHANNELS, Insight
+    from inference.layer_maps import CHANNELS, LayerReader
 
     try:
         pixels = images.decode(store.read(order.image), bundle.size, bundle.resize, order.image_limits)
     except ImageRefused as error:
         raise Corrupt(f"Image {order.image} was accepted but cannot be decoded any more: {error.detail}") from error
-    insight = Insight(store.verified_path(bundle.backbone), order.threads)
+    insight = LayerReader(store.verified_path(bundle.backbone), order.threads)
     return explain.grid(insight.maps(pixels, order.layer), CHANNELS)
 
 
@@ -70,7 +70,7 @@ def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, cha
 
     from recipes.headline import HEADLINES
     from training import learning_curve
-    from training.statistics.comparison import OutOfFold
+    from training.statistics.comparison import OutOfFoldLogits
 
     progress = _ViewReporter(channel)
     progress.begin_stage(0.0, _FEATURES_SHARE)
@@ -80,7 +80,7 @@ def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, cha
         labels=order.labels,
         rows=rows,
         features=_features(order, store, bundle, [row.sha256 for row in rows], progress),
-        measured=OutOfFold(**load_tensors(measured)),
+        measured=OutOfFoldLogits(**load_tensors(measured)),
     )
     progress.begin_stage(_FEATURES_SHARE, 1.0)
     found = learning_curve.measure(subject, progress.report)
@@ -108,7 +108,7 @@ def _features(
     from artifacts.features import FeatureCache, FeatureSpace
     from inference.engine import OpenVinoEngine
     from training.data.extraction import extract
-    from training.data.pixels import Decoder
+    from training.data.pixels import ImageDecoder
 
     width = bundle.layers[0].kernel.shape[0]
     space = FeatureSpace(IMAGE_RULE, bundle.size, bundle.resize, bundle.backbone, bundle.precision)
@@ -116,7 +116,7 @@ def _features(
     try:
         if cache.missing(digests):
             engine = OpenVinoEngine(store.verified_path(bundle.backbone), bundle.precision, order.threads)
-            decoder = Decoder(store, bundle.size, bundle.resize, order.image_limits, order.threads)
+            decoder = ImageDecoder(store, bundle.size, bundle.resize, order.image_limits, order.threads)
             extract(digests, engine, cache, decoder, lambda done, total: progress.report(done / total))
         return cache.rows(digests)
     finally:

@@ -15,7 +15,7 @@ from models import registry
 from models import run as runs
 from models.comparison import Comparison
 from models.dataset import DatasetVersion
-from models.file_references import collect_later
+from models.file_references import delete_unreferenced_after_commit
 from models.job import Job
 from models.outbox import owe
 from models.run import Run, RunState
@@ -85,7 +85,7 @@ class Compare(Handler):
         picture, report = outcome.picture, outcome.report
         earlier = comparisons.get_files(session, comparison_id)
         is_shown = comparisons.succeed_comparison(session, comparison_id, outcome.table, picture, report)
-        collect_later(session, self._store, earlier if is_shown else [picture, report])
+        delete_unreferenced_after_commit(session, self._store, earlier if is_shown else [picture, report])
         if not is_shown:
             return
         for run in comparisons.get_runs(session, comparison_id):

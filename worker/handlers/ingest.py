@@ -21,8 +21,8 @@ from errors import DatasetRefused, EspalierError, Refused, Unavailable
 from models import dataset as datasets
 from models import job as jobs
 from models import view as views
-from models.dataset import Accepted, DatasetState, DatasetVersion
-from models.file_references import collect, collect_later, lock_files
+from models.dataset import DatasetState, DatasetVersion, IngestedImage
+from models.file_references import delete_unreferenced_after_commit, lock_files, try_delete_unreferenced
 from models.job import Job, JobKind, Queue
 from recipes.defaults import ClassCount
 from recipes.recipe import Task
@@ -56,7 +56,7 @@ class _Intake:
     task: Task | None = None
     samples: int = 0
     ignored: int = 0
-    accepted: list[Accepted] = field(default_factory=list)
+    accepted: list[IngestedImage] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     stored: set[Digest] = field(default_factory=set)
     files: int = 0
@@ -92,7 +92,7 @@ class Ingest(Handler):
         drop_images(work, self._store, [version.id])  # which an interrupted attempt left
         intake = _Intake()
         try:
-            with self._store.lend(archive) as lent:
+            with self._store.lend_store(archive) as lent:
                 self._read(work, lent, archive, intake)
                 parent = self._parent(work, version.parent_id)
                 new = _merge(intake, parent)
@@ -111,11 +111,11 @@ class Ingest(Handler):
         return self._readiness(work, intake, _task(intake, parent, rows), rows)
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
-        datasets.wait_again(session, job.subject_id)
+        datasets.requeue_ingest(session, job.subject_id)
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
         datasets.mark_rejected(session, job.subject_id, error.record())
-        collect_later(session, self._store, datasets.forget_archive(session, job.subject_id))
+        delete_unreferenced_after_commit(session, self._store, datasets.drop_archive(session, job.subject_id))
         # For the images that its attempts wrote: too many for the one transaction that this is.
         jobs.add_job(session, job.project_id, JobKind.PURGE, Queue.INGEST, job.subject_id)
 
@@ -198,7 +198,7 @@ class Ingest(Handler):
         rows = manifest.load(self._store.read(Digest(version.manifest_sha256)))
         return _Parent(parent_id, version.task, rows)
 
-    def _write(self, work: Work, lent: Store, parent: _Parent | None, new: Sequence[Accepted]) -> None:
+    def _write(self, work: Work, lent: Store, parent: _Parent | None, new: Sequence[IngestedImage]) -> None:
         """Keep the files and write the version's rows in pieces, so that nobody waits long for the database."""
         version_id = work.subject_id
         after: str | None = "" if parent is not None else None
@@ -207,7 +207,7 @@ class Ingest(Handler):
             after = work.write(partial(copy, from_version=parent.version_id))
         progress = _ProgressReporter(work, "storing")
         for start, piece in _pieces(new):
-            for done, _ in enumerate(self._store.adopt(lent, [image.row.sha256 for image in piece]), start):
+            for done, _ in enumerate(self._store.import_files(lent, [image.row.sha256 for image in piece]), start):
                 work.moved()
                 progress.report(done, len(new))
             work.write(partial(_add_images, project_id=work.job.project_id, version_id=version_id, images=piece))
@@ -258,13 +258,13 @@ class Ingest(Handler):
     def _forget_archive(self, work: Work) -> None:
         """Remove the archive, once no further attempt can need it: a file that is gone cannot be rolled back."""
         with work.database.writing() as session:
-            collect(session, self._store, datasets.forget_archive(session, work.subject_id))
+            try_delete_unreferenced(session, self._store, datasets.drop_archive(session, work.subject_id))
 
     def _forget(self, work: Work, intake: _Intake, kept: Collection[Digest] = ()) -> None:
         """Remove what the intake stored and nothing names; needs no lease, as it only removes that."""
         for _, files in _pieces(sorted(intake.stored.difference(kept))):
             with work.database.writing() as session:
-                is_removed = collect(session, self._store, files)
+                is_removed = try_delete_unreferenced(session, self._store, files)
             work.moved()
             if not is_removed:
                 return
@@ -288,14 +288,14 @@ class Purge(Handler):
             pass
 
         def complete(session: Session) -> None:
-            collect(session, self._store, datasets.forget_files(session, work.subject_id))
+            try_delete_unreferenced(session, self._store, datasets.drop_files(session, work.subject_id))
 
         return complete
 
     def _drop_pictures(self, session: Session, version_ids: Sequence[str]) -> bool:
         """Remove some of the pictures that were made of the images; return whether there were any."""
         dropped, files = views.drop_pictures(session, version_ids, limit=_ROWS_PER_WRITE)
-        collect(session, self._store, files)
+        try_delete_unreferenced(session, self._store, files)
         return dropped > 0
 
 
@@ -305,7 +305,7 @@ def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
     def change(session: Session) -> bool:
         lock_files(session)  # first: an image that another data set is just naming must not look like an orphan
         dropped, orphans = datasets.drop_memberships(session, version_ids, limit=_ROWS_PER_WRITE)
-        collect(session, store, orphans)
+        try_delete_unreferenced(session, store, orphans)
         return dropped > 0
 
     while work.write(change):
@@ -340,7 +340,7 @@ def _pieces(things: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
         yield start, things[start : start + _ROWS_PER_WRITE]
 
 
-def _add_images(session: Session, project_id: str, version_id: str, images: Sequence[Accepted]) -> None:
+def _add_images(session: Session, project_id: str, version_id: str, images: Sequence[IngestedImage]) -> None:
     lock_files(session)
     datasets.add_images(session, project_id, version_id, images)
 
@@ -362,11 +362,11 @@ def _take_in(intake: _Intake, message: ChildMessage) -> None:
             intake.reading = None
         case ImageAccepted():
             row = Row(message.path, message.sha256, message.labels, message.target, message.group, message.split)
-            intake.accepted.append(Accepted(row, message.facts, message.size_bytes))
+            intake.accepted.append(IngestedImage(row, message.facts, message.size_bytes))
             intake.reading = None
 
 
-def _merge(intake: _Intake, parent: _Parent | None) -> list[Accepted]:
+def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
     """Return the images that are new, after refusing those that contradict each other or the version before.
 
     Raises DatasetRefused if the two do not say the same kind of thing about their images.

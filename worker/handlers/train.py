@@ -21,7 +21,7 @@ from models import job as jobs
 from models import registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
-from models.file_references import collect_later, lock_files
+from models.file_references import delete_unreferenced_after_commit, lock_files
 from models.job import Job, JobKind, Queue
 from models.outbox import owe
 from models.project import Principal
@@ -141,24 +141,24 @@ class Train(Handler):
                 stage = "waiting-for-store"
             case _:
                 stage = "queued"
-        run_jobs.interrupt(session, job, stage)
+        run_jobs.mark_interrupted(session, job, stage)
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
-        if run_jobs.fail(session, job, error.record()):
-            comparisons.note_end(session, job.subject_id)
+        if run_jobs.mark_failed(session, job, error.record()):
+            comparisons.on_run_ended(session, job.subject_id)
 
     def ease(self, session: Session, job: Job) -> bool:
         """Restart the run with half the batch size; return False if it was restarted before."""
-        useless = run_jobs.start_over(session, job)
+        useless = run_jobs.restart_with_half_batch(session, job)
         if useless is None:
             return False
-        collect_later(session, self._store, useless)
+        delete_unreferenced_after_commit(session, self._store, useless)
         return True
 
     def cancelled(self, session: Session, job: Job) -> None:
-        if run_jobs.cancel(session, job):
-            comparisons.note_end(session, job.subject_id)
-            collect_later(session, self._store, run_jobs.drop_leftovers(session, job.subject_id))
+        if run_jobs.mark_cancelled(session, job):
+            comparisons.on_run_ended(session, job.subject_id)
+            delete_unreferenced_after_commit(session, self._store, run_jobs.drop_leftovers(session, job.subject_id))
 
     # --- before -----------------------------------------------------------------------------------------------------
 
@@ -168,10 +168,10 @@ class Train(Handler):
 
     def _make_order(self, session: Session, job: Job) -> TrainOrder | None:
         """Note that a part is worked on; return the order for the child, or None if there is nothing to do."""
-        run = run_jobs.begin(session, job)
+        run = run_jobs.mark_started(session, job)
         if run is None:
             return None
-        comparisons.note_start(session, run.id)
+        comparisons.on_run_started(session, run.id)
         checkpoints = {
             part: tuple(map(Digest, digests)) for part, digests in runs.get_checkpoints(session, run.id).items()
         }
@@ -198,7 +198,7 @@ class Train(Handler):
         assert version.manifest_sha256 is not None, "Runs train on a version that is ready. This is a bug."
         backbone, candidates = run.recipe["backbone"], {}
         if run.weights_sha256 is None and backbone == AUTO:
-            rows = registry.weights_named(session, run.recipe["weights"])
+            rows = registry.find_weights_by_name(session, run.recipe["weights"])
             candidates = {row.network: Digest(row.sha256) for row in rows}
         elif run.weights_sha256 is None and backbone is not None:
             known = registry.find_weights(session, BackboneName(backbone), run.recipe["weights"])
@@ -225,7 +225,7 @@ class Train(Handler):
         """Write what a part leaves, in the transaction that closes its job."""
         match end:
             case Prepared():
-                run_jobs.fan_out(session, job)
+                run_jobs.queue_folds(session, job)
             case FoldEnded():
                 self._end_fold(session, job, end)
             case RunOutcome():
@@ -234,23 +234,25 @@ class Train(Handler):
             self.cancelled(session, job)
 
     def _end_fold(self, session: Session, job: Job, end: FoldEnded) -> None:
-        if run_jobs.run_of(session, job) is None:
-            collect_later(session, self._store, [end.outcome])
+        if run_jobs.lock_active_run(session, job) is None:
+            delete_unreferenced_after_commit(session, self._store, [end.outcome])
             return
-        run_jobs.end_fold(session, job, _fold(job.subject_id, end))
+        run_jobs.finish_fold(session, job, _fold(job.subject_id, end))
         _note_fold(session, self._store, job.subject_id, end.result.number)
 
     def _end_run(self, session: Session, job: Job, end: RunOutcome) -> None:
         """Close the run with its model version."""
-        run = run_jobs.succeed(session, job, end.metrics, end.training_s)
+        run = run_jobs.mark_succeeded(session, job, end.metrics, end.training_s)
         if run is None:
-            collect_later(session, self._store, [end.bundle, end.backbone, *(file.sha256 for file in end.files)])
+            delete_unreferenced_after_commit(
+                session, self._store, [end.bundle, end.backbone, *(file.sha256 for file in end.files)]
+            )
             return
         for file in end.files:
             _add_file(session, run.id, file)
         registry.add_model_version(session, Principal(run.project_id), run.name, run.id, end.bundle, end.backbone)
-        comparisons.note_end(session, run.id)
-        collect_later(session, self._store, run_jobs.drop_leftovers(session, run.id))
+        comparisons.on_run_ended(session, run.id)
+        delete_unreferenced_after_commit(session, self._store, run_jobs.drop_leftovers(session, run.id))
 
 
 # The message that ends each part.
@@ -270,7 +272,7 @@ def _part(job: Job, run: Run) -> TrainPart:
         case JobKind.FINAL:
             return TrainPart.FINAL
         case _:
-            return TrainPart.PREPARE if run_jobs.is_fanned_out(run) else TrainPart.ALL
+            return TrainPart.PREPARE if run_jobs.has_fold_jobs(run) else TrainPart.ALL
 
 
 # Messages that become rows. Those of the second tuple are written at once: others continue from them, or look at them.
@@ -376,11 +378,11 @@ class ProgressWriter:
         """
         job = session.get_one(Job, self._work.lease.job_id)
         before = job.progress or {"writes": 0, "said": None}
-        run = run_jobs.run_of(session, job)
+        run = run_jobs.lock_active_run(session, job)
         if run is None or before["writes"] == self._writes:
             return
         for extracted in self._rows(Extracted):
-            runs.note_extraction(session, run.id, asdict(extracted.extraction))
+            runs.record_extraction(session, run.id, asdict(extracted.extraction))
         for written in self._rows(FileWritten):
             _add_file(session, run.id, written.file)
         for epoch in self._rows(EpochEnded):
@@ -440,7 +442,7 @@ def _answer(session: Session, run_id: str, store: Store, question: ChildMessage)
             )
             digest = Digest(registry.add_backbone(session, backbone).sha256)
             if digest != question.digest:  # another run was quicker
-                collect_later(session, store, [question.digest])
+                delete_unreferenced_after_commit(session, store, [question.digest])
             return DigestAnswer(digest=digest)
         case FindQuantised() | AddQuantised():
             return DigestAnswer(digest=_settle_quantised(session, run_id, store, question))
@@ -474,15 +476,15 @@ def _settle_quantised(
     if isinstance(question, AddQuantised):
         made = question.digest
         if settled is None:
-            newest = registry.find_quantised(session, backbone, image_rule)
+            newest = registry.find_quantised_backbone(session, backbone, image_rule)
             is_anew = is_anew or (newest is not None and not store.has(Digest(newest.sha256)))
             made_on = question.facts | {"dataset_version": run.dataset_version_id}
-            row = registry.add_quantised(session, backbone, image_rule, made, made_on, is_anew=is_anew)
+            row = registry.add_quantised_backbone(session, backbone, image_rule, made, made_on, is_anew=is_anew)
             settled = Digest(row.sha256)
         if settled != made:  # another run, or another part of this one, was quicker
-            collect_later(session, store, [made])
+            delete_unreferenced_after_commit(session, store, [made])
     elif settled is None and not is_anew:
-        found = registry.find_quantised(session, backbone, image_rule)
+        found = registry.find_quantised_backbone(session, backbone, image_rule)
         settled = Digest(found.sha256) if found and store.has(Digest(found.sha256)) else None
     if not run.state.is_final:
         run.quantised_sha256 = settled
@@ -504,13 +506,13 @@ def _fold(run_id: str, ended: FoldEnded) -> Fold:
 def _note_fold(session: Session, store: Store, run_id: str, number: int) -> None:
     """Owe MLflow a fold that has ended, and drop its checkpoints."""
     owe(session, run_id, "fold", {"fold": number})
-    collect_later(session, store, runs.drop_checkpoints(session, run_id, number))
+    delete_unreferenced_after_commit(session, store, runs.drop_checkpoints(session, run_id, number))
 
 
 def _add_checkpoint(session: Session, store: Store, run_id: str, written: CheckpointWritten) -> None:
     part = FINAL_PART if written.fold is None else written.fold
     useless = runs.add_checkpoint(session, run_id, part, written.epochs, written.sha256, written.size_bytes)
-    collect_later(session, store, useless)
+    delete_unreferenced_after_commit(session, store, useless)
 
 
 def _add_file(session: Session, run_id: str, file: StoredFile) -> None:

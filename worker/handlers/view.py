@@ -16,7 +16,7 @@ from models import registry
 from models import run as runs
 from models import view as views
 from models.dataset import DatasetVersion
-from models.file_references import collect_later, lock_files
+from models.file_references import delete_unreferenced_after_commit, lock_files
 from models.job import Job
 from models.outbox import owe
 from models.run import Run
@@ -67,17 +67,17 @@ class Look(Handler):
         return lambda session: self._complete(session, work.subject_id, computed, contents)
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
-        views.requeue(session, job.subject_id)
+        views.requeue_view(session, job.subject_id)
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
-        views.fail(session, job.subject_id, error.record())
+        views.fail_view(session, job.subject_id, error.record())
 
     def cancelled(self, session: Session, job: Job) -> None:
-        views.cancel(session, job.subject_id)
+        views.cancel_view(session, job.subject_id)
 
     def _begin(self, session: Session, view_id: str) -> ViewOrder | None:
         """Note that the view is worked on; return the order for the child, or None if nobody wants it any more."""
-        view = views.begin(session, view_id)
+        view = views.start_view(session, view_id)
         if view is None:
             return None
         return self._order(session, view, session.get_one(Run, view.run_id))
@@ -118,9 +118,9 @@ class Look(Handler):
         lock_files(session)
         for missing in self._store.missing(contents):  # it was removed just now, with a view that was the same
             self._store.put(contents[missing])
-        view = views.succeed(session, view_id, outcome.file, len(contents[outcome.file]))
+        view = views.succeed_view(session, view_id, outcome.file, len(contents[outcome.file]))
         if view is None:
-            collect_later(session, self._store, list(contents))
+            delete_unreferenced_after_commit(session, self._store, list(contents))
         elif outcome.picture is not None:
             name, picture = RunFile.LEARNING_CURVE.value, outcome.picture
             runs.add_artifact(session, view.run_id, name, picture, len(contents[picture]), "image/png")

@@ -121,7 +121,7 @@ def test_cancelling_the_last_queued_run_makes_the_table_due_and_rings(
         runs.start_run(session, first)
         runs.succeed_run(session, first, {}, 1.0)
         records.job_of(session, first).state = JobState.SUCCEEDED
-        assert comparisons.note_end(session, first) is None
+        assert comparisons.on_run_ended(session, first) is None
     client.post(f"/api/v1/runs/{second}/cancel")
     assert len(rung) == 3
     progress = client.get(f"/api/v1/comparisons/{found['id']}").json()["progress"]
@@ -144,7 +144,7 @@ def test_cancelling_what_is_tried_again_keeps_the_table_and_rings_for_the_last_o
             runs.start_run(session, run_id)
             records.job_of(session, run_id).state = JobState.SUCCEEDED
             end(session, run_id, {"code": "crashed", "detail": "It died."}, *([1.0] if run_id == first else []))
-        job = comparisons.note_end(session, second)
+        job = comparisons.on_run_ended(session, second)
         assert job is not None
         table = {"rows": [{"position": 0, "score": 0.9}]}
         picture, report = services.store.put(b"picture"), services.store.put(b"report")
@@ -167,7 +167,7 @@ def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
     first, second, *_ = (row["run"] for row in found["rows"])
     with services.database.writing() as session:
         runs.start_run(session, first)
-        comparisons.note_start(session, first)
+        comparisons.on_run_started(session, first)
     shown = client.get(url).json()
     assert (shown["state"], shown["progress"]["eta_s"]) == ("running", None), "nobody knows how long it takes"
     with services.database.writing() as session:
@@ -182,7 +182,7 @@ def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
     low, high = (4000 + 3 * (moment - started_at).total_seconds() for moment in (before, now()))
     assert low <= eta_s <= high, "the others will take as long"
     with services.database.writing() as session:
-        runs.note_extraction(session, first, {"seconds": 1.5})
+        runs.record_extraction(session, first, {"seconds": 1.5})
         run = runs.succeed_run(session, first, {}, 1.0)
         runs.start_run(session, second)
         runs.set_progress(session, second, runs.progress("folds", 0.5, eta_s=3.0))
@@ -204,7 +204,7 @@ def test_a_run_that_waits_is_foretold_by_those_of_its_own_mode_alone(
     first, second, _ = (row["run"] for row in found["rows"])
     with services.database.writing() as session:
         runs.start_run(session, first)
-        comparisons.note_start(session, first)
+        comparisons.on_run_started(session, first)
         runs.succeed_run(session, first, {}, 1.0)
     assert client.get(url).json()["progress"]["eta_s"] is None, "a frozen network says nothing of those that learn"
     with services.database.writing() as session:
@@ -224,7 +224,7 @@ def test_a_run_that_failed_foretells_nothing_and_two_at_once_take_half_as_long(
     first, second, third, _ = (row["run"] for row in found["rows"])
     with services.database.writing() as session:
         runs.start_run(session, first)
-        comparisons.note_start(session, first)
+        comparisons.on_run_started(session, first)
         runs.fail_run(session, first, {"code": "crashed", "detail": "It died."})
         started_at = runs.start_run(session, second).started_at
         runs.set_progress(session, second, runs.progress("folds", 0.5, eta_s=1000.0))

@@ -23,14 +23,14 @@ from PIL import Image
 from waiting import until
 
 from api.dependencies import Services
-from api.routes.predictions import Admission, Desk
+from api.prediction_queue import Admission
 from artifacts import images
 from artifacts.bundle import Dense
 from artifacts.features import Features
 from artifacts.images import ImageLimits, Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.neighbours import Directions, keep
+from artifacts.neighbours import FeatureNormaliser, build_index
 from errors import Overloaded
 from inference import heads
 from inference.engine import Engine, FlatEngine
@@ -187,7 +187,7 @@ def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, lo
 def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
     client: TestClient, loads: Loads, services: Services
 ) -> None:
-    backbone = services.store.place(next(iter(loads.held)))  # type: ignore[arg-type]
+    backbone = services.store.path_for(next(iter(loads.held)))  # type: ignore[arg-type]
     kept = backbone.read_bytes()
     backbone.write_bytes(b"something else")
     answer = client.post(COLD, content=PNG)
@@ -226,9 +226,9 @@ def test_admission_counts_images_and_bytes_and_lets_an_idle_service_take_any() -
             pass
         with admission.admit(50):
             take(2)
-            with pytest.raises(Overloaded, match="Received 1 while 4 are"):
+            with pytest.raises(Overloaded, match="Received 1 more while 4 are"):
                 take(1)
-        with admission.admit(50) as take_more, pytest.raises(Overloaded, match="Received 2 while 4 are"):
+        with admission.admit(50) as take_more, pytest.raises(Overloaded, match="Received 2 more while 4 are"):
             take_more(2)
     with admission.admit(100), pytest.raises(RuntimeError), admission.admit(0):
         raise RuntimeError("what fails gives its places back")
@@ -244,8 +244,7 @@ def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, lo
         read = True
         return {"type": "http.request", "body": PNG, "more_body": False}
 
-    desk: Desk = client.app.state.desk  # type: ignore[attr-defined]
-    with desk.admission.admit(10**9):
+    with client.app.state.services.prediction_queue.admission.admit(10**9):  # type: ignore[attr-defined]
         status, problem = ask(client, "POST", WARM, receive)
         assert (status, problem["type"].rsplit(":")[-1], read) == (503, "overloaded", False)
     assert ask(client, "POST", WARM, receive)[0] == 200
@@ -292,8 +291,7 @@ def slow(client: TestClient, services: Services, settings: Settings, request: py
 def test_what_could_not_be_answered_in_time_is_turned_away_and_told_when_to_come_back(
     client: TestClient, slow: Slow
 ) -> None:
-    desk: Desk = client.app.state.desk  # type: ignore[attr-defined]
-    [loaded] = desk._shelf.loaded()
+    [loaded] = client.app.state.services.shelf.loaded()  # type: ignore[attr-defined]
     slow.seconds = 1.0
     loaded.batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), 1e9).result(120)  # measured
     until(lambda: loaded.batcher.wait_s() == 0.0)
@@ -319,8 +317,7 @@ def test_the_answer_says_in_a_header_where_its_time_went(client: TestClient, loa
 
 
 def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: Slow) -> None:
-    desk: Desk = client.app.state.desk  # type: ignore[attr-defined]
-    [loaded] = desk._shelf.loaded()
+    [loaded] = client.app.state.services.shelf.loaded()  # type: ignore[attr-defined]
     slow.gate.clear()
     busy = [loaded.batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), 1e9) for _ in range(2)]
     seen = slow.images_seen
@@ -418,8 +415,8 @@ def test_the_training_images_that_look_most_alike_are_shown_and_named(
     ]
     pixels = np.stack([images.decode(file, SIZE, Resize.SQUASH, ImageLimits()) for file in shown])
     features = FlatEngine().features(pixels)
-    directions = Directions(features.mean(axis=0), np.ones(48, np.float32))
-    kept = services.store.put(keep(rows, features, directions).dump())
+    directions = FeatureNormaliser(features.mean(axis=0), np.ones(48, np.float32))
+    kept = services.store.put(build_index(rows, features, directions).dump())
     bundle = replace(flat_bundle(services.store.put(b"a flat network")), neighbours=kept)
     add_model(services, "colours", bundle)
     serve(client, settings, loads)

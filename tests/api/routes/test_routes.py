@@ -398,7 +398,7 @@ def test_a_file_of_a_run_is_sent_as_it_was_made_or_not_at_all(
     assert answer.headers["etag"] == f'"{digest}"'
     part = client.get(file["url"], headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
-    services.store.place(digest).write_bytes(b"0123456780")
+    services.store.path_for(digest).write_bytes(b"0123456780")
     assert client.get(file["url"]).json()["type"].endswith(":corrupt")
 
 
@@ -475,7 +475,7 @@ def test_a_process_that_ends_soon_is_not_ready_and_has_its_clients_leave(
     client: TestClient, services: Services
 ) -> None:
     assert "connection" not in client.get("/healthz").headers
-    services.ending.is_near = True
+    services.shutdown.is_draining = True
     answer = client.get("/readyz")
     assert answer.status_code == 503 and answer.json()["checks"]["process"] == {"ok": False, "detail": "ends soon"}
     assert client.get("/healthz").headers["connection"] == "close"
@@ -596,7 +596,7 @@ def test_a_failed_run_is_queued_once_more_with_what_it_has(
         job = records.job_of(session, run)
         runs.start_run(session, run)
         runs.add_fold(session, records.fold(run, outcome_sha256=records.digest("outcome")))
-        assert run_jobs.fail(session, job, {"code": "crashed", "detail": "It died."})
+        assert run_jobs.mark_failed(session, job, {"code": "crashed", "detail": "It died."})
         job.state = JobState.FAILED
     assert client.get(url).json()["error"]["type"].endswith(":crashed")
     again = client.post(f"{url}/retry")
@@ -614,7 +614,7 @@ def test_a_run_whose_data_set_is_gone_cannot_be_trained_again(
 ) -> None:
     run = start(client, dataset).json()["id"]
     with services.database.writing() as session:
-        assert run_jobs.fail(session, records.job_of(session, run), {"code": "crashed", "detail": "It died."})
+        assert run_jobs.mark_failed(session, records.job_of(session, run), {"code": "crashed", "detail": "It died."})
     assert client.delete(f"/api/v1/datasets/{dataset}").status_code == 204
     refused = client.post(f"/api/v1/runs/{run}/retry")
     assert refused.status_code == 409 and "was deleted" in refused.json()["detail"]

@@ -69,14 +69,16 @@ def answer_as_a_worker(services: Services, content: bytes) -> None:
     with services.database.writing() as session:
         (job,) = (job for job in view_jobs(session) if job.state is JobState.QUEUED)
         job.state = JobState.SUCCEEDED
-        views.succeed(session, job.subject_id, services.store.put(content), len(content))
+        views.succeed_view(session, job.subject_id, services.store.put(content), len(content))
 
 
 def fail_as_a_worker(services: Services) -> None:
     with services.database.writing() as session:
         (job,) = (job for job in view_jobs(session) if job.state is JobState.QUEUED)
         job.state = JobState.FAILED
-        views.fail(session, job.subject_id, {"code": "training-diverged", "detail": "The loss is no longer a number."})
+        views.fail_view(
+            session, job.subject_id, {"code": "training-diverged", "detail": "The loss is no longer a number."}
+        )
 
 
 def kind_of(answer: Any) -> str:
@@ -95,7 +97,7 @@ def test_a_curve_is_computed_once_and_then_there(
     with services.database.writing() as session:
         (job,) = view_jobs(session)
         job.state = JobState.RUNNING
-        views.begin(session, job.subject_id)
+        views.start_view(session, job.subject_id)
         views.set_progress(session, job.subject_id, {"fraction": 0.4, "eta_s": 6.3})
     answer = client.get(curve_url(run))
     assert (answer.status_code, answer.headers["Retry-After"]) == (202, "7")

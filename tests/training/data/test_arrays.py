@@ -18,14 +18,14 @@ from inference.engine import OpenVinoEngine
 from recipes.catalogue import BackboneName
 from recipes.recipe import Precision, Resize
 from training.data.arrays import drop_unused, load_maps, load_pixels, maps_bytes
-from training.data.pixels import Decoder
+from training.data.pixels import ImageDecoder
 from training.networks import backbones
 from training.networks.export import export
 
 
 @pytest.fixture
-def decoder(store: Store) -> Decoder:
-    return Decoder(store, 16, Resize.SQUASH, ImageLimits(), threads=2)
+def decoder(store: Store) -> ImageDecoder:
+    return ImageDecoder(store, 16, Resize.SQUASH, ImageLimits(), threads=2)
 
 
 def digests(store: Store, count: int) -> list[Digest]:
@@ -33,7 +33,7 @@ def digests(store: Store, count: int) -> list[Digest]:
 
 
 def test_pixels_are_decoded_once_and_read_from_a_file_after_that(
-    store: Store, decoder: Decoder, tmp_path: Path
+    store: Store, decoder: ImageDecoder, tmp_path: Path
 ) -> None:
     rows = digests(store, 20)
     rows.append(rows[3])
@@ -49,16 +49,16 @@ def test_pixels_are_decoded_once_and_read_from_a_file_after_that(
     assert np.array_equal(again, decoded) and len(told) == 2
 
 
-def test_another_size_or_other_images_are_another_file(store: Store, decoder: Decoder, tmp_path: Path) -> None:
+def test_another_size_or_other_images_are_another_file(store: Store, decoder: ImageDecoder, tmp_path: Path) -> None:
     rows = digests(store, 3)
-    larger = Decoder(store, 24, Resize.SQUASH, ImageLimits(), threads=2)
+    larger = ImageDecoder(store, 24, Resize.SQUASH, ImageLimits(), threads=2)
     for images, how in ((rows, decoder), (rows[::-1], decoder), (rows, larger)):
         pixels = load_pixels(images, how, tmp_path, lambda *done: None)
         assert np.array_equal(pixels, np.concatenate([squares for _, squares in how.batches(images)]))
     assert len(list(tmp_path.glob("*.rows"))) == 3
 
 
-def test_an_image_that_rotted_leaves_no_file(store: Store, decoder: Decoder, tmp_path: Path) -> None:
+def test_an_image_that_rotted_leaves_no_file(store: Store, decoder: ImageDecoder, tmp_path: Path) -> None:
     rows = [*digests(store, 3), store.put(b"no image")]
     with pytest.raises(Corrupt, match=rows[3]):
         load_pixels(rows, decoder, tmp_path / "pixels", lambda *done: None)
@@ -89,10 +89,10 @@ def test_maps_are_computed_once_where_there_is_room_and_another_network_has_othe
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = digests(store, 70)
-    pixels = load_pixels(rows, Decoder(store, 32, Resize.SQUASH, ImageLimits(), 2), tmp_path, lambda *done: None)
+    pixels = load_pixels(rows, ImageDecoder(store, 32, Resize.SQUASH, ImageLimits(), 2), tmp_path, lambda *done: None)
     weights = backbones.random_weights(BackboneName.VGG16)
     for cut in ("block1", "block2"):
-        model = backbones.backbone(BackboneName.VGG16, cut, 32, weights)
+        model = backbones.build_backbone(BackboneName.VGG16, cut, 32, weights)
         backbone = store.put(export(model, 2).onnx)
         engine = OpenVinoEngine(store.path(backbone), Precision.FLOAT32, 2)
         space = FeatureSpace(IMAGE_RULE, 32, Resize.SQUASH, backbone, Precision.FLOAT32)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from artifacts.images import Pixels
 from recipes.recipe import Augmentation
-from training.data.augmentation import augmenter, contact_sheet
+from training.data.augmentation import build_augmentation, contact_sheet
 
 
 def pictures(count: int = 4, size: int = 32) -> Pixels:
@@ -20,7 +20,7 @@ def pictures(count: int = 4, size: int = 32) -> Pixels:
 )
 def test_each_kind_varies_images_in_training_alone(change: dict[str, float]) -> None:
     images = pictures().astype(np.float32)
-    vary = augmenter(Augmentation(**change), 32, seed=0)
+    vary = build_augmentation(Augmentation(**change), 32, seed=0)
     assert np.array_equal(np.asarray(vary(images, training=False)), images)
     one, other = (np.asarray(vary(images, training=True)) for _ in range(2))
     assert one.shape == images.shape
@@ -30,18 +30,18 @@ def test_each_kind_varies_images_in_training_alone(change: dict[str, float]) -> 
 
 def test_flipping_only_exchanges_left_and_right_and_only_if_asked() -> None:
     images = pictures(count=40).astype(np.float32)
-    flipped = np.asarray(augmenter(Augmentation(flip=True), 32, seed=0)(images, training=True))
+    flipped = np.asarray(build_augmentation(Augmentation(flip=True), 32, seed=0)(images, training=True))
     turned = [np.array_equal(one, before[:, ::-1]) for one, before in zip(flipped, images, strict=True)]
     kept = [np.array_equal(one, before) for one, before in zip(flipped, images, strict=True)]
     assert all(one or other for one, other in zip(turned, kept, strict=True)) and any(turned) and any(kept)
-    same = np.asarray(augmenter(Augmentation(), 32, seed=0)(images, training=True))
+    same = np.asarray(build_augmentation(Augmentation(), 32, seed=0)(images, training=True))
     assert np.array_equal(same, images)
 
 
 def test_the_same_seed_varies_alike() -> None:
     recipe = Augmentation(rotate_degrees=10, zoom=0.1, brightness=0.1)
     images = pictures().astype(np.float32)
-    one, same, other = (np.asarray(augmenter(recipe, 32, seed)(images, training=True)) for seed in (1, 1, 2))
+    one, same, other = (np.asarray(build_augmentation(recipe, 32, seed)(images, training=True)) for seed in (1, 1, 2))
     assert np.allclose(one, same) and not np.allclose(one, other)
 
 

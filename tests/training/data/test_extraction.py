@@ -14,7 +14,7 @@ from errors import Corrupt
 from inference.engine import FlatEngine
 from recipes.recipe import Precision, Resize
 from training.data.extraction import extract
-from training.data.pixels import BATCH, Decoder
+from training.data.pixels import BATCH, ImageDecoder
 from training.progress import Extraction
 
 SIZE = 16
@@ -29,7 +29,7 @@ def run(store: Store, folder: Path, engine: FlatEngine, digests: list[Digest]) -
         digests,
         engine,
         cache,
-        Decoder(store, SIZE, Resize.SQUASH, LIMITS, threads=2),
+        ImageDecoder(store, SIZE, Resize.SQUASH, LIMITS, threads=2),
         lambda done, total: told.append((done, total)),
     )
     cache.close()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from errors import RecipeInvalid
-from training.data.split import Fold, Indices, make_folds, nested
+from training.data.split import Fold, Indices, make_folds, nested_subsets
 
 NONE = np.array([], dtype=np.intp)
 
@@ -205,7 +205,7 @@ FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0)
 
 def nested_parts(strata: Indices, groups: Indices, seed: int = 0) -> list[Indices]:
     needed = (strata[:, None] == np.unique(strata)).astype(np.int8)
-    return nested(np.arange(len(strata)), strata, csr_array(needed), groups, FRACTIONS, seed)
+    return nested_subsets(np.arange(len(strata)), strata, csr_array(needed), groups, FRACTIONS, seed)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -239,7 +239,9 @@ def test_every_label_of_an_image_is_in_the_smallest_part() -> None:
     has = random.random((200, 6)) < [0.9, 0.5, 0.2, 0.05, 0.02, 0.02]
     strata = has.argmin(axis=1)
     for seed in range(20):
-        smallest, *_ = nested(np.arange(200), strata, csr_array(has.astype(np.int8)), np.arange(200), (0.05,), seed)
+        smallest, *_ = nested_subsets(
+            np.arange(200), strata, csr_array(has.astype(np.int8)), np.arange(200), (0.05,), seed
+        )
         assert (has[smallest].any(axis=0) == has.any(axis=0)).all() and len(smallest) < 30
 
 
@@ -247,6 +249,6 @@ def test_parts_are_chosen_of_the_rows_that_are_given_alone() -> None:
     strata, groups = np.arange(60) % 3, np.arange(60)
     rows = np.arange(7, 60, 2)
     needed = csr_array((strata[:, None] == np.arange(3)).astype(np.int8))
-    parts = nested(rows, strata, needed, groups, FRACTIONS, 1)
+    parts = nested_subsets(rows, strata, needed, groups, FRACTIONS, 1)
     assert parts[-1].tolist() == rows.tolist() and set(parts[0].tolist()) < set(rows.tolist())
-    assert parts[1].tolist() != nested(rows, strata, needed, groups, FRACTIONS, 2)[1].tolist()
+    assert parts[1].tolist() != nested_subsets(rows, strata, needed, groups, FRACTIONS, 2)[1].tolist()

@@ -25,8 +25,9 @@ from recipes.recipe import Precision, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting import fine_tuning, learners, training_loop
-from training.fitting.fine_tuning import Material, Tuned, tune
-from training.fitting.head_fit import Fit, fit
+from training.fitting.fine_tuning import FineTuningInputs, fine_tune
+from training.fitting.fit_task import FittedNetwork
+from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.learners import Lesson
 from training.fitting.training_loop import Passage, Snapshot
 from training.networks import backbones
@@ -67,7 +68,7 @@ def beginning(name: BackboneName, cut: str, size: int) -> tuple[bytes, Features]
     """Return weights of a network, and its features of `pictures` at a cut; most tests begin with the same ones."""
     pixels, _ = pictures(size)
     weights = calibrated(name, pixels)
-    features = np.asarray(backbones.backbone(name, cut, size, weights)(pixels)["features"])
+    features = np.asarray(backbones.build_backbone(name, cut, size, weights)(pixels)["features"])
     features.flags.writeable = False
     return weights, features
 
@@ -84,7 +85,7 @@ class Trial:
         self.truth = classes if targets is None else targets
         self.weights, self.features = beginning(wanted.backbone, wanted.features_from, wanted.image_size)
         self.rows = np.arange(COUNT)
-        self.head: Fit = fit(
+        self.head: FittedHead = fit_head(
             wanted,
             task,
             3 if targets is None else 1 if targets.ndim == 1 else targets.shape[1],
@@ -97,7 +98,7 @@ class Trial:
             passage=Passage(lambda number, metrics: None),
         )
 
-    def tune(self, material: Material | None = None, **change: Any) -> Tuned:
+    def fine_tune(self, material: FineTuningInputs | None = None, **change: Any) -> FittedNetwork:
         options: dict[str, Any] = {
             "train": self.rows[self.rows % 4 != 0],
             "validation": self.rows[self.rows % 4 == 0],
@@ -106,11 +107,11 @@ class Trial:
             "seed": 0,
             **change,
         }
-        return tune(
+        return fine_tune(
             self.recipe,
             self.task,
             self.weights,
-            material or Material(self.pixels, are_maps=False),
+            material or FineTuningInputs(self.pixels, are_maps=False),
             self.head,
             self.truth,
             options["train"],
@@ -120,12 +121,12 @@ class Trial:
             passage=options["passage"],
         )
 
-    def maps(self) -> Material:
+    def maps(self) -> FineTuningInputs:
         """Return the maps at the cut, by Keras."""
         boundary = CATALOGUE[self.recipe.backbone].cut_before(self.recipe.unfreeze or "")
         assert boundary and self.recipe.image_size
-        network = backbones.backbone(self.recipe.backbone, boundary, self.recipe.image_size, self.weights)
-        return Material(np.asarray(network(self.pixels)["maps"]), are_maps=True)
+        network = backbones.build_backbone(self.recipe.backbone, boundary, self.recipe.image_size, self.weights)
+        return FineTuningInputs(np.asarray(network(self.pixels)["maps"]), are_maps=True)
 
 
 def changed(before: bytes, after: bytes, wanted: Recipe) -> dict[str, bool]:
@@ -134,7 +135,7 @@ def changed(before: bytes, after: bytes, wanted: Recipe) -> dict[str, bool]:
     found: dict[str, bool] = {}
     networks = []
     for weights in (before, after):
-        network = backbones.network(wanted.backbone, wanted.image_size)
+        network = backbones.build_network(wanted.backbone, wanted.image_size)
         backbones.load_weights(network, weights)
         networks.append(network)
     for one, other in zip(networks[0].layers, networks[1].layers, strict=True):
@@ -149,7 +150,7 @@ def test_an_untrained_network_answers_as_the_head_on_frozen_features_did() -> No
     trial = Trial(recipe(fine_tune={"learning_rate": 1e-12, "epochs": 1}))
     before = heads.logits(trial.head.layers, trial.features)
     for material in (None, trial.maps()):
-        tuned = trial.tune(material, epochs=1)
+        tuned = trial.fine_tune(material, epochs=1)
         assert tuned.logits(trial.rows) == pytest.approx(before, rel=1e-3, abs=1e-3)
 
 
@@ -165,8 +166,8 @@ def test_an_untrained_network_answers_as_the_head_on_frozen_features_did() -> No
 def test_numbers_sides_and_labels_are_tuned_too_and_answered_as_keras_does(task: Task, targets: Truth) -> None:
     trial = Trial(recipe(fine_tune={"learning_rate": 1e-6, "epochs": 2}), task=task, targets=targets)
     assert trial.recipe.features_from and trial.recipe.image_size
-    tuned = trial.tune(epochs=2)
-    network = backbones.backbone(
+    tuned = trial.fine_tune(epochs=2)
+    network = backbones.build_backbone(
         trial.recipe.backbone, trial.recipe.features_from, trial.recipe.image_size, tuned.network()
     )
     again = heads.logits(tuned.layers, np.asarray(network(trial.pixels)["features"]))
@@ -179,7 +180,7 @@ def test_numbers_sides_and_labels_are_tuned_too_and_answered_as_keras_does(task:
 @pytest.mark.parametrize("is_from_maps", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_layers_from_the_cut_on_learn_and_those_before_it_do_not(is_from_maps: bool) -> None:
     trial = Trial(recipe(unfreeze="block2"))
-    tuned = trial.tune(trial.maps() if is_from_maps else None)
+    tuned = trial.fine_tune(trial.maps() if is_from_maps else None)
     found = changed(trial.weights, tuned.network(), trial.recipe)
     assert all(has_changed == ("block2" <= name < "block4") for name, has_changed in found.items())
 
@@ -187,7 +188,7 @@ def test_layers_from_the_cut_on_learn_and_those_before_it_do_not(is_from_maps: b
 @pytest.mark.slow
 def test_everything_learns_if_asked() -> None:
     trial = Trial(recipe(unfreeze="all"))
-    found = changed(trial.weights, trial.tune().network(), trial.recipe)
+    found = changed(trial.weights, trial.fine_tune().network(), trial.recipe)
     assert all(has_changed == (name < "block4") for name, has_changed in found.items())
 
 
@@ -195,8 +196,8 @@ def test_everything_learns_if_asked() -> None:
 @pytest.mark.parametrize("unfreeze", ["conv5", "all"])
 def test_batch_normalisation_stays_as_it_is(unfreeze: str) -> None:
     trial = Trial(recipe("resnet50", unfreeze=unfreeze))
-    tuned = trial.tune(epochs=1)
-    one, other = (backbones.network(trial.recipe.backbone, 32) for _ in range(2))
+    tuned = trial.fine_tune(epochs=1)
+    one, other = (backbones.build_network(trial.recipe.backbone, 32) for _ in range(2))
     backbones.load_weights(one, trial.weights)
     backbones.load_weights(other, tuned.network())
     pairs = zip(one.layers, other.layers, strict=True)
@@ -211,7 +212,7 @@ def test_the_loss_falls_and_every_epoch_is_told() -> None:
     told: list[tuple[int, Epoch]] = []
     # Random weights make tiny features, and standardising those makes small steps large.
     trial = Trial(recipe(unfreeze="block2", fine_tune={"learning_rate": 1e-7, "epochs": 3}), head_epochs=1)
-    tuned = trial.tune(passage=Passage(lambda number, metrics: told.append((number, metrics))))
+    tuned = trial.fine_tune(passage=Passage(lambda number, metrics: told.append((number, metrics))))
     assert [number for number, _ in told] == [1, 2, 3]
     assert tuned.trained.history[-1]["loss"] < tuned.trained.history[0]["loss"]
     assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= tuned.trained.history[0].keys()
@@ -222,7 +223,7 @@ def test_long_predictions_show_that_they_move(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(training_loop, "_ANSWERED_AT_ONCE", 8)
     beats: list[float] = []
     trial = Trial(recipe())
-    tuned = trial.tune(epochs=2, passage=Passage(lambda number, metrics: None, beats.append))
+    tuned = trial.fine_tune(epochs=2, passage=Passage(lambda number, metrics: None, beats.append))
     beats.clear()
     tuned.logits(trial.rows)
     assert beats == [2.0] * -(-COUNT // 8)
@@ -234,7 +235,7 @@ def test_classes_weigh_what_they_are_given_while_the_network_learns() -> None:
     train = np.setdiff1d(np.arange(COUNT), few)
     rates = {"fine_tune": {"learning_rate": 1e-12, "epochs": 1}, "head": {"l2": 0.0}}
     plain, weighed = (
-        Trial(recipe(**rates, class_weights=weights), head_epochs=1).tune(train=train, validation=NONE, epochs=1)
+        Trial(recipe(**rates, class_weights=weights), head_epochs=1).fine_tune(train=train, validation=NONE, epochs=1)
         for weights in ("none", "auto")
     )
     logits = plain.logits(train)
@@ -249,9 +250,9 @@ def test_classes_weigh_what_they_are_given_while_the_network_learns() -> None:
 def test_a_snapshot_of_other_code_is_not_gone_on_from() -> None:
     trial = Trial(recipe())
     kept: list[Snapshot] = []
-    unbroken = trial.tune(passage=Passage(lambda number, metrics: None, offer=lambda take: kept.append(take())))
+    unbroken = trial.fine_tune(passage=Passage(lambda number, metrics: None, offer=lambda take: kept.append(take())))
     variables = [variable[..., :-1] for variable in kept[0].variables]
-    tuned = trial.tune(passage=Passage(lambda number, metrics: None, since=replace(kept[0], variables=variables)))
+    tuned = trial.fine_tune(passage=Passage(lambda number, metrics: None, since=replace(kept[0], variables=variables)))
     assert tuned.trained == unbroken.trained
 
 
@@ -266,7 +267,7 @@ def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
             optimizer={"name": "sgd", "learning_rate": 0.01},
         )
     )
-    tuned = trial.tune(epochs=12)
+    tuned = trial.fine_tune(epochs=12)
     watched = [epoch["val_loss"] for epoch in tuned.trained.history]
     assert tuned.trained.best_epoch == int(np.argmin(watched)) + 1
     assert tuned.trained.stopped == "patience" and len(watched) == tuned.trained.best_epoch + 1
@@ -278,15 +279,15 @@ def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_network_and_another_seed_another() -> None:
     trial = Trial(recipe(augmentation={"rotate_degrees": 10, "brightness": 0.1}))
-    one, same, other = (trial.tune(seed=seed).logits(trial.rows) for seed in (1, 1, 2))
+    one, same, other = (trial.fine_tune(seed=seed).logits(trial.rows) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
 
 
 @pytest.mark.slow
 def test_what_is_exported_answers_as_keras_did(tmp_path: Path) -> None:
     trial = Trial(recipe(unfreeze="block2"))
-    tuned = trial.tune()
-    model = backbones.backbone(trial.recipe.backbone, "block3", 32, tuned.network())
+    tuned = trial.fine_tune()
+    model = backbones.build_backbone(trial.recipe.backbone, "block3", 32, tuned.network())
     exported = export(model, 2, trial.pixels)
     assert exported.largest_relative_difference < 1e-4
     place = tmp_path / "network.onnx"
@@ -300,7 +301,7 @@ def test_what_is_exported_answers_as_keras_did(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(BackboneName))
 def test_every_backbone_is_fine_tuned_from_its_last_block(name: BackboneName) -> None:
     trial = Trial(recipe(name.value, features_from=None, unfreeze=None))
-    tuned = trial.tune(trial.maps(), epochs=1)
+    tuned = trial.fine_tune(trial.maps(), epochs=1)
     found = changed(trial.weights, tuned.network(), trial.recipe)
     assert any(found.values()) and not all(found.values())
 
@@ -308,7 +309,7 @@ def test_every_backbone_is_fine_tuned_from_its_last_block(name: BackboneName) ->
 @pytest.mark.slow
 def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> None:
     trial = Trial(recipe())
-    broken = Material(np.full_like(trial.maps().rows, np.nan, dtype=np.float32), are_maps=True)
+    broken = FineTuningInputs(np.full_like(trial.maps().array, np.nan, dtype=np.float32), are_maps=True)
     frozen = learners.Frozen(trial.recipe, trial.task, 3, trial.features, trial.truth)
     learner = learners.Tuning(trial.recipe, trial.task, frozen, trial.weights, broken, trial.truth)
     plan = replace(learner.plan, head=2)

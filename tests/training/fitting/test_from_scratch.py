@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sample
 from experiments import Bench
+from exporting import Exports
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -20,15 +21,15 @@ from artifacts.images import decode
 from artifacts.manifest import Row
 from inference import heads
 from inference.engine import OpenVinoEngine
-from inference.layer_maps import Insight
+from inference.layer_maps import LayerReader
 from recipes.defaults import ClassCount, fill
 from recipes.layers import Layer, NetworkRecipe
 from recipes.recipe import Recipe, Task
 from recipes.shapes import filled_network
-from training.fitting import from_scratch
-from training.fitting.from_scratch import Grown, grow
+from training.fitting.fit_task import FittedNetwork
+from training.fitting.from_scratch import fit_from_scratch
 from training.fitting.training_loop import Passage
-from training.networks import backbones
+from training.networks import backbones, scratch_networks
 from training.networks.export import export
 from training.networks.stochastic_pooling import StochasticPooling
 from training.progress import Epoch
@@ -55,9 +56,9 @@ def perceptron(threshold: str, **recipe: Any) -> Recipe:
 
 def learn(
     recipe: Recipe, truth: Any, epochs: int, seed: int = 0, pixels: Any = PIXELS, task: Task = Task.BINARY
-) -> Grown:
+) -> FittedNetwork:
     rows = np.arange(len(pixels))
-    return grow(recipe, task, 1, pixels, truth, rows, NONE, epochs=epochs, seed=seed, passage=SILENT)
+    return fit_from_scratch(recipe, task, 1, pixels, truth, rows, NONE, epochs=epochs, seed=seed, passage=SILENT)
 
 
 def order_of(rows: int, epochs: int, seed: int = 0) -> list[int]:
@@ -108,7 +109,7 @@ def test_of_several_classes_each_output_learns_by_itself() -> None:
     counts = [ClassCount(name, 9, 9) for name in "abc"]
     wanted = {"mode": "from-scratch", "network": network, "image_size": [1, 2], "early_stopping": None}
     recipe = fill(Recipe.model_validate(wanted), Task.MULTICLASS, counts)
-    grown = grow(recipe, Task.MULTICLASS, 3, PIXELS, classes, ALL, NONE, epochs=3, seed=0, passage=SILENT)
+    grown = fit_from_scratch(recipe, Task.MULTICLASS, 3, PIXELS, classes, ALL, NONE, epochs=3, seed=0, passage=SILENT)
     w, b = np.zeros((2, 3)), np.zeros(3)
     for row in order_of(4, epochs=3):
         error = np.eye(3)[classes[row]] - sigmoid(INPUTS[row] @ w + b)
@@ -174,10 +175,10 @@ def test_layers_learn_by_back_propagation(activation: str, loss: str) -> None:
         assert found == pytest.approx(expected, abs=1e-6)
 
 
-def _hidden(recipe: Recipe, grown: Grown) -> tuple[Any, Any]:
+def _hidden(recipe: Recipe, grown: FittedNetwork) -> tuple[Any, Any]:
     """Return kernel and bias of the one hidden layer."""
     assert recipe.network is not None and recipe.image_size is not None
-    model = from_scratch.network(recipe.network, recipe.image_size, grown.network())
+    model = scratch_networks.build_feature_network(recipe.network, recipe.image_size, grown.network())
     kernel, bias = (np.asarray(weights, float) for weights in model.get_weights())
     return kernel, bias
 
@@ -234,8 +235,8 @@ EVERY_LAYER = [
 def test_a_network_of_every_layer_is_exported_as_keras_has_it(channels: int, tmp_path: Path) -> None:
     network = filled_network(NetworkRecipe(layers=_LAYERS.validate_python(EVERY_LAYER), channels=channels), 24, 20)
     keras.utils.set_random_seed(1)
-    weights = backbones.dump_weights(from_scratch._body(network, (24, 20)))
-    model = from_scratch.network(network, (24, 20), weights)
+    weights = backbones.dump_weights(scratch_networks.build_body(network, (24, 20)))
+    model = scratch_networks.build_feature_network(network, (24, 20), weights)
     exported = export(model, threads=2)
     assert exported.width == 8 and exported.largest_relative_difference < 1e-5
 
@@ -245,17 +246,19 @@ _AVERAGED = [{"type": "global_average"}, {"type": "dropout"}]
 
 def test_what_each_layer_sees_is_what_keras_computes(tmp_path: Path) -> None:
     network = filled_network(NetworkRecipe(layers=_LAYERS.validate_python(EVERY_LAYER)), 24, 20)
-    body = from_scratch._body(network, (24, 20))
+    body = scratch_networks.build_body(network, (24, 20))
     for layer in body.layers:  # so that BatchNorm changes something
         layer.set_weights([np.random.default_rng(2).uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
     path = tmp_path / "network.onnx"
-    path.write_bytes(export(from_scratch.network(network, (24, 20), backbones.dump_weights(body)), threads=2).onnx)
-    insight = Insight(path, 2)
+    path.write_bytes(
+        export(scratch_networks.build_feature_network(network, (24, 20), backbones.dump_weights(body)), threads=2).onnx
+    )
+    insight = LayerReader(path, 2)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
     seen = {layer.name: insight.maps(pixels, layer.name) for layer in insight.layers}
     assert {"pooling_1", "pooling_2", "pooling_3", "right", "add_1", "concatenate_1"} <= set(seen)
     for name, maps in seen.items():
-        by_keras = keras.Model(body.input, body.get_layer(name).output)(from_scratch.scaled(pixels[None], 3))
+        by_keras = keras.Model(body.input, body.get_layer(name).output)(scratch_networks.scale_pixels(pixels[None], 3))
         assert maps == pytest.approx(keras.ops.convert_to_numpy(by_keras)[0], abs=1e-4), name
 
 
@@ -264,15 +267,17 @@ def test_a_layer_may_have_any_name() -> None:
     layers = [{"type": "convolution", "filters": 2, "name": names[0]}, {"type": "pooling", "name": names[1]}]
     layers += [{"type": "flatten", "name": names[2]}, {"type": "dense", "units": 3, "name": names[3]}]
     network = filled_network(NetworkRecipe(layers=_LAYERS.validate_python(layers)), 8, 8)
-    model = from_scratch.network(network, 8, backbones.dump_weights(from_scratch._body(network, 8)))
+    model = scratch_networks.build_feature_network(
+        network, 8, backbones.dump_weights(scratch_networks.build_body(network, 8))
+    )
     assert model(np.zeros((1, 8, 8, 3), np.uint8))["features"].shape == (1, 3)
 
 
 def test_features_are_the_mean_of_the_maps_before_the_last_global_average() -> None:
     layers = _LAYERS.validate_python([{"type": "convolution", "filters": 256, "stride": 8}, *_AVERAGED])
     network = filled_network(NetworkRecipe(layers=layers), 32, 32)
-    body = from_scratch._body(network, 32)
-    model = from_scratch.network(network, 32, backbones.dump_weights(body))
+    body = scratch_networks.build_body(network, 32)
+    model = scratch_networks.build_feature_network(network, 32, backbones.dump_weights(body))
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     answer = model(images)
     maps = np.asarray(answer["maps"])
@@ -284,8 +289,8 @@ def test_features_are_the_mean_of_the_maps_before_the_last_global_average() -> N
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path, exports: Exports) -> Bench:
+    return Bench(tmp_path, exports)
 
 
 def pictures(bench: Bench, truth: Any, copies: int) -> list[Row]:
@@ -414,5 +419,5 @@ def test_a_network_learns_tags_and_numbers(bench: Bench) -> None:
 def test_epochs_are_told(bench: Bench) -> None:
     told: list[tuple[int, Epoch]] = []
     passage = Passage(lambda number, epoch: told.append((number, epoch)))
-    grow(perceptron("sigmoid"), Task.BINARY, 1, PIXELS, AND, ALL, NONE, epochs=3, seed=0, passage=passage)
+    fit_from_scratch(perceptron("sigmoid"), Task.BINARY, 1, PIXELS, AND, ALL, NONE, epochs=3, seed=0, passage=passage)
     assert [number for number, _ in told] == [1, 2, 3] and told[-1][1]["loss"] < told[0][1]["loss"]

@@ -10,7 +10,8 @@ from errors import TrainingDiverged
 from inference import heads
 from recipes.recipe import ClassWeights, EarlyStopping, HeadRecipe, OptimizerName, OptimizerRecipe, Recipe, Target, Task
 from training.data.split import Indices
-from training.fitting.head_fit import Fit, Scaler, class_weights, fit
+from training.fitting.compile_options import class_weights
+from training.fitting.head_fit import FittedHead, Scaler, fit_head
 from training.fitting.training_loop import Passage, Rows
 from training.networks import freed_memory
 
@@ -26,7 +27,7 @@ def clouds(rows: int = 120, classes: int = 3, width: int = 8, scale: float = 1.0
     return ((centres[truth] + random.normal(0, 1, (rows, width))) * scale).astype(np.float32), truth
 
 
-def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0, **change: Any) -> Fit:
+def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0, **change: Any) -> FittedHead:
     rows = np.arange(len(truth))
     options: dict[str, Any] = {
         "train": rows[rows % 4 != 0],
@@ -37,7 +38,7 @@ def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0,
     }
     binary = truth.max() == 1
     task, outputs = (Task.BINARY, 1) if binary else (Task.MULTICLASS, int(truth.max()) + 1)
-    return fit(
+    return fit_head(
         recipe,
         task,
         outputs,
@@ -55,7 +56,7 @@ def quick(**fields: Any) -> Recipe:
     return Recipe(**{"optimizer": OptimizerRecipe(learning_rate=0.05), "batch_size": 16, **fields})
 
 
-def accuracy(result: Fit, features: Features, truth: Indices) -> float:
+def accuracy(result: FittedHead, features: Features, truth: Indices) -> float:
     answers = heads.logits(result.layers, features).argmax(axis=1)
     return float((answers == truth).mean())
 
@@ -111,7 +112,7 @@ def test_standardising_is_learned_from_the_training_rows_alone() -> None:
     assert np.array_equal(one.layers[0].kernel, other.layers[0].kernel)
     assert np.array_equal(one.layers[0].offset, other.layers[0].offset)
     train = np.arange(len(truth))[np.arange(len(truth)) % 4 != 0]
-    scaled = Scaler.of(features, train)(features[train])
+    scaled = Scaler.fit(features, train)(features[train])
     assert scaled.mean(axis=0) == pytest.approx(np.zeros(8), abs=1e-6)
     assert scaled.std(axis=0) == pytest.approx(np.ones(8), abs=1e-5)
 
@@ -250,9 +251,9 @@ def test_class_weights_make_a_rare_class_answered_more_often() -> None:
     assert weighted > plain
 
 
-def fitted_to(task: Task, features: Features, targets: Any, recipe: Recipe | None = None) -> Fit:
+def fitted_to(task: Task, features: Features, targets: Any, recipe: Recipe | None = None) -> FittedHead:
     rows = np.arange(len(targets))
-    return fit(
+    return fit_head(
         recipe or quick(),
         task,
         targets.shape[1],

@@ -13,8 +13,8 @@ from inference import heads
 from recipes.recipe import ClassWeights, EarlyStopping, HeadRecipe, OptimizerName, OptimizerRecipe, Recipe, Task
 from training.data.targets import Truth
 from training.fitting import linear_heads as module
-from training.fitting.head_fit import Fit, fit
-from training.fitting.linear_heads import Wanted, fit_many, grid
+from training.fitting.head_fit import FittedHead, fit_head
+from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
 from training.fitting.training_loop import Passage, Snapshot
 
 NONE = np.array([], dtype=np.intp)
@@ -38,7 +38,7 @@ def some(task: Task) -> tuple[Features, Truth, int]:
             return features, 1000.0 + 50 * noisy[:, :1].astype(np.float64), 1
 
 
-def wanted(count: int, validation: bool = True, **change: Any) -> list[Wanted]:
+def wanted(count: int, validation: bool = True, **change: Any) -> list[LinearHeadTask]:
     """Return heads of folds of the rows, not all of one size, with an eighth of the others set aside."""
     rows = np.arange(ROWS)
     fold = np.searchsorted([25, 60, 90], rows, side="right")
@@ -46,7 +46,7 @@ def wanted(count: int, validation: bool = True, **change: Any) -> list[Wanted]:
     for number in range(count):
         rest = rows[fold != number]
         aside = rest[::8] if validation else NONE
-        one = Wanted(np.setdiff1d(rest, aside), aside, epochs=40, seed=number, l2=1e-3, passage=QUIET)
+        one = LinearHeadTask(np.setdiff1d(rest, aside), aside, epochs=40, seed=number, l2=1e-3, passage=QUIET)
         found.append(replace(one, **change))
     return found
 
@@ -55,15 +55,15 @@ def recipe(**fields: Any) -> Recipe:
     return Recipe(**{"optimizer": OptimizerRecipe(learning_rate=0.02), "batch_size": 16, **fields})
 
 
-def together(recipe: Recipe, task: Task, wanted: Sequence[Wanted]) -> list[Fit]:
+def together(recipe: Recipe, task: Task, wanted: Sequence[LinearHeadTask]) -> list[FittedHead]:
     features, targets, outputs = some(task)
-    fits = dict(fit_many(recipe, task, outputs, features, targets, wanted))
+    fits = dict(fit_linear_heads(recipe, task, outputs, features, targets, wanted))
     return [fits[place] for place in range(len(wanted))]
 
 
-def alone(recipe: Recipe, task: Task, one: Wanted) -> Fit:
+def alone(recipe: Recipe, task: Task, one: LinearHeadTask) -> FittedHead:
     features, targets, outputs = some(task)
-    return fit(
+    return fit_head(
         recipe.model_copy(update={"head": HeadRecipe(l2=one.l2)}),
         task,
         outputs,
@@ -77,7 +77,7 @@ def alone(recipe: Recipe, task: Task, one: Wanted) -> Fit:
     )
 
 
-def out_of_fold(task: Task, one: Wanted, fit: Fit) -> Any:
+def out_of_fold(task: Task, one: LinearHeadTask, fit: FittedHead) -> Any:
     """Return what a head answers for the rows that it did not see: probabilities, or numbers in standard deviations."""
     features, targets, _ = some(task)
     test = np.setdiff1d(np.arange(ROWS), np.concatenate([one.train, one.validation]))
@@ -85,7 +85,7 @@ def out_of_fold(task: Task, one: Wanted, fit: Fit) -> Any:
     return logits / targets.std() if task is Task.REGRESSION else heads.probabilities(task, logits)
 
 
-def assert_alike(task: Task, recipe: Recipe, wanted: Sequence[Wanted]) -> list[Fit]:
+def assert_alike(task: Task, recipe: Recipe, wanted: Sequence[LinearHeadTask]) -> list[FittedHead]:
     """See that heads that are fitted side by side are those that are fitted each by itself; return them."""
     found = together(recipe, task, wanted)
     for one, ours in zip(wanted, found, strict=True):
@@ -142,7 +142,7 @@ def test_heads_with_fewer_batches_wait_for_the_others() -> None:
 
 
 def test_a_penalty_is_each_heads_own() -> None:
-    found = together(recipe(early_stopping=None), Task.MULTICLASS, grid(wanted(2), (0.0, 0.01, 1.0)))
+    found = together(recipe(early_stopping=None), Task.MULTICLASS, l2_grid(wanted(2), (0.0, 0.01, 1.0)))
     sizes = [float(np.square(fit.weights[0]).sum()) for fit in found]
     for of_fold in (sizes[:3], sizes[3:]):
         assert of_fold == sorted(of_fold, reverse=True)
@@ -153,7 +153,7 @@ def test_a_column_that_never_changes_in_one_fold_is_left_out_of_its_head() -> No
     features, targets, outputs = some(Task.MULTICLASS)
     one, other = wanted(2)
     features[one.train, 3] = 7.0
-    fits = dict(fit_many(recipe(), Task.MULTICLASS, outputs, features, targets, [one, other]))
+    fits = dict(fit_linear_heads(recipe(), Task.MULTICLASS, outputs, features, targets, [one, other]))
     assert not fits[0].layers[0].kernel[3].any() and fits[1].layers[0].kernel[3].any()
 
 
@@ -165,8 +165,8 @@ def test_a_head_sees_nothing_of_rows_that_are_not_its_own() -> None:
     hidden[:60] = features[:60]
     rows = np.concatenate([one.train, one.validation])
     hidden[rows] = features[rows]
-    ((_, seen),) = fit_many(recipe(), Task.MULTICLASS, outputs, features, targets, [one])
-    ((_, blind),) = fit_many(recipe(), Task.MULTICLASS, outputs, hidden, targets, [one])
+    ((_, seen),) = fit_linear_heads(recipe(), Task.MULTICLASS, outputs, features, targets, [one])
+    ((_, blind),) = fit_linear_heads(recipe(), Task.MULTICLASS, outputs, hidden, targets, [one])
     assert np.array_equal(seen.weights[0], blind.weights[0])
 
 
@@ -206,7 +206,7 @@ def test_every_epoch_of_every_head_is_told_and_what_has_ended_is_given_at_once()
     ]
     features, targets, outputs = some(Task.BINARY)
     given = []
-    for place, fitted in fit_many(recipe(early_stopping=None), Task.BINARY, outputs, features, targets, asked):
+    for place, fitted in fit_linear_heads(recipe(early_stopping=None), Task.BINARY, outputs, features, targets, asked):
         given.append((place, len(told), len(fitted.trained.history)))
     assert given == [(1, 4, 2), (0, 6, 4)]
     assert sorted(told) == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
@@ -216,7 +216,7 @@ def test_every_epoch_of_every_head_is_told_and_what_has_ended_is_given_at_once()
 def test_heads_that_were_interrupted_end_as_if_they_never_were() -> None:
     kept: dict[int, Snapshot] = {}
 
-    def watched(head: int, one: Wanted, until: int) -> Wanted:
+    def watched(head: int, one: LinearHeadTask, until: int) -> LinearHeadTask:
         def offer(take: Any) -> None:
             snapshot = take()
             if len(snapshot.history) == until:

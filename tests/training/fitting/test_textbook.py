@@ -12,7 +12,8 @@ import pytest
 
 from recipes.recipe import FineTune, HeadRecipe, OptimizerName, OptimizerRecipe, Task
 from training.fitting import fine_tuning
-from training.fitting.head_fit import head, loss, optimizer
+from training.fitting.compile_options import build_optimizer, task_loss
+from training.fitting.head_fit import build_head
 
 Array = npt.NDArray[np.float64]
 Update = Callable[[Array, Array, int], Array]
@@ -126,7 +127,7 @@ RULES: dict[OptimizerName, Callable[[], Update]] = {
 def linear_head() -> tuple[Any, list[Array]]:
     """Return a linear head from a seed, and its weights."""
     keras.utils.set_random_seed(0)
-    model = head(HeadRecipe(l2=0.0), WIDTH, CLASSES)
+    model = build_head(HeadRecipe(l2=0.0), WIDTH, CLASSES)
     model.layers[-1].bias.assign([0.3, -0.2, 0.1])
     return model, [weights.astype(np.float64) for weights in model.get_weights()]
 
@@ -134,7 +135,7 @@ def linear_head() -> tuple[Any, list[Array]]:
 def trained(name: OptimizerName, loss_function: Any, truth: Any) -> tuple[list[Array], list[float]]:
     """Return the weights of the head after ten steps by Keras, and the loss before each."""
     model, _ = linear_head()
-    model.compile(optimizer=optimizer(OptimizerRecipe(name=name, learning_rate=RATE)), loss=loss_function)
+    model.compile(optimizer=build_optimizer(OptimizerRecipe(name=name, learning_rate=RATE)), loss=loss_function)
     losses = [float(model.train_on_batch(FEATURES, truth)) for _ in range(STEPS)]
     return model.get_weights(), losses
 
@@ -157,7 +158,7 @@ def textbook(name: OptimizerName) -> tuple[list[Array], list[float]]:
 
 @pytest.mark.parametrize("name", list(OptimizerName))
 def test_every_optimizer_updates_a_linear_head_as_its_paper_says(name: OptimizerName) -> None:
-    weights, losses = trained(name, loss(Task.MULTICLASS), TARGETS)
+    weights, losses = trained(name, task_loss(Task.MULTICLASS), TARGETS)
     expected, expected_losses = textbook(name)
     assert losses == pytest.approx(expected_losses, abs=1e-5)
     for found, wanted in zip(weights, expected, strict=True):
@@ -172,7 +173,7 @@ def test_the_optimizers_differ_by_more_than_they_are_checked_to() -> None:
 
 
 def test_classes_as_numbers_and_as_one_hot_rows_train_alike() -> None:
-    by_number, losses = trained(OptimizerName.ADAM, loss(Task.MULTICLASS), TARGETS)
+    by_number, losses = trained(OptimizerName.ADAM, task_loss(Task.MULTICLASS), TARGETS)
     one_hot_loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     by_row, other_losses = trained(OptimizerName.ADAM, one_hot_loss, ONE_HOT)
     assert losses == pytest.approx(other_losses, abs=1e-6)

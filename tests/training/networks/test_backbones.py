@@ -28,7 +28,7 @@ PREPROCESS = {
 @pytest.fixture(scope="module")
 def vgg16() -> Any:
     keras.utils.set_random_seed(3)
-    return backbones.network(BackboneName.VGG16, 32)
+    return backbones.build_network(BackboneName.VGG16, 32)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def weights(vgg16: Any) -> bytes:
 @pytest.mark.parametrize("name", list(BackboneName))
 def test_every_cut_point_exists_and_is_as_wide_as_the_catalogue_says(name: BackboneName) -> None:
     entry = CATALOGUE[name]
-    network = backbones.network(name, entry.minimum_size)
+    network = backbones.build_network(name, entry.minimum_size)
     widths = {cut: backbones.cut_layer(network, name, cut).output.shape[-1] for cut in entry.cuts}
     assert widths == dict(entry.cuts)
     assert backbones.cut_layer(network, name, entry.last_cut) is network.layers[-1]
@@ -49,12 +49,12 @@ def test_every_cut_point_exists_and_is_as_wide_as_the_catalogue_says(name: Backb
 def test_pixels_are_prepared_as_keras_prepares_them(name: BackboneName) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     expected = PREPROCESS[name](images.astype(np.float32).copy())
-    found = backbones.preprocessed(keras.ops.convert_to_tensor(images), CATALOGUE[name].preprocessing)
+    found = backbones.preprocess(keras.ops.convert_to_tensor(images), CATALOGUE[name].preprocessing)
     np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_a_backbone_gives_maps_at_its_cut_and_their_mean(vgg16: Any, weights: bytes) -> None:
-    model = backbones.backbone(BackboneName.VGG16, "block2", 32, weights)
+    model = backbones.build_backbone(BackboneName.VGG16, "block2", 32, weights)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     found = {name: keras.ops.convert_to_numpy(value) for name, value in model(images).items()}
     pixels = keras.applications.vgg16.preprocess_input(images.astype(np.float32))
@@ -72,7 +72,7 @@ def test_random_weights_are_the_same_every_time() -> None:
 
 
 def test_weights_do_not_depend_on_the_image_size(weights: bytes) -> None:
-    larger = backbones.network(BackboneName.VGG16, 48)
+    larger = backbones.build_network(BackboneName.VGG16, 48)
     backbones.load_weights(larger, weights)
     assert backbones.dump_weights(larger) == weights
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_damaged_or_reaches_into_others_is_refused(
     [pytest.param(name, marks=[] if name is BackboneName.VGG16 else pytest.mark.slow) for name in BackboneName],
 )
 def test_every_layer_is_found_under_the_name_that_keras_gives_it(name: BackboneName, tmp_path: Path) -> None:
-    network = backbones.network(name, CATALOGUE[name].minimum_size)
+    network = backbones.build_network(name, CATALOGUE[name].minimum_size)
     network.save_weights(tmp_path / "whole.weights.h5")
     assert backbones.import_weights(name, tmp_path / "whole.weights.h5") == backbones.dump_weights(network)
 

@@ -30,7 +30,7 @@ def test_an_exported_network_answers_as_keras_does_at_any_batch_size(
     path.write_bytes(result.onnx)
     engine = OpenVinoEngine(path, Precision.FLOAT32, threads=2)
     size = CATALOGUE[name].minimum_size
-    model = backbones.backbone(name, cut, size, backbones.random_weights(name))
+    model = backbones.build_backbone(name, cut, size, backbones.random_weights(name))
     images = np.random.default_rng(7).integers(0, 256, (5, size, size, 3), dtype=np.uint8)
     expected = keras.ops.convert_to_numpy(model(images)["features"])
     together = engine.features(images)
@@ -40,7 +40,7 @@ def test_an_exported_network_answers_as_keras_does_at_any_batch_size(
 
 
 def test_a_network_cut_early_weighs_less(exports: Exports) -> None:
-    whole = sum(weight.size for weight in backbones.network(BackboneName.VGG16, 32).get_weights())
+    whole = sum(weight.size for weight in backbones.build_network(BackboneName.VGG16, 32).get_weights())
     result = exports.get(BackboneName.VGG16, "block1")
     assert result.parameters == 38_720 < whole / 100
     assert len(result.onnx) < 200_000
@@ -51,10 +51,10 @@ def test_exporting_takes_no_more_memory_than_a_small_machine_has() -> None:
     # VmHWM and not getrusage, which counts what the process that started this one had taken: the tests' own.
     program = """
 from pathlib import Path
-from training import backbones, export
+from training.networks import backbones, export
 from recipes.catalogue import BackboneName
 name = BackboneName.RESNET50
-export.export(backbones.backbone(name, "conv5", 32, backbones.random_weights(name)), 2)
+export.export(backbones.build_backbone(name, "conv5", 32, backbones.random_weights(name)), 2)
 [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
 print(peak.split()[1])
 """

@@ -75,7 +75,7 @@ def _assert_same(layer: Any, row: Row, described: Any) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [(name, size) for name, sizes in SIZES.items() for size in sizes])
 def test_every_layer_of_a_backbone_is_that_of_keras(name: BackboneName, size: int) -> None:
-    full = backbones.network(name, size)
+    full = backbones.build_network(name, size)
     entry = CATALOGUE[name]
     rows = {row.name: row for row in backbone_table(name, None, size)}
     described = {layer.name: layer for layer in backbone_layers(name, entry.last_cut)}

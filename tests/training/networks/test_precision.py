@@ -10,15 +10,22 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from inference.engine import FlatEngine
 from recipes.recipe import Precision, PrecisionChoice, Task
-from training.networks.precision import Choice, Tried, candidates, choose, image_ms, is_as_good
+from training.networks.precision import (
+    PrecisionDecision,
+    PrecisionScore,
+    candidate_precisions,
+    choose_precision,
+    is_as_good,
+    measure_image_ms,
+)
 
 FLOAT32, BFLOAT16, INT8 = Precision
 
 
 def test_auto_tries_what_the_machine_has_and_anything_else_only_itself() -> None:
-    assert candidates(PrecisionChoice.AUTO, [INT8, FLOAT32]) == [FLOAT32, INT8]
-    assert candidates(PrecisionChoice.AUTO, list(Precision)) == [FLOAT32, BFLOAT16, INT8]
-    assert candidates(PrecisionChoice.BFLOAT16, [FLOAT32]) == [BFLOAT16]
+    assert candidate_precisions(PrecisionChoice.AUTO, [INT8, FLOAT32]) == [FLOAT32, INT8]
+    assert candidate_precisions(PrecisionChoice.AUTO, list(Precision)) == [FLOAT32, BFLOAT16, INT8]
+    assert candidate_precisions(PrecisionChoice.BFLOAT16, [FLOAT32]) == [BFLOAT16]
 
 
 @pytest.mark.parametrize(
@@ -36,14 +43,15 @@ def test_the_fastest_of_those_as_good_as_float32_is_chosen(
     task: Task, scores: Sequence[float], chosen: Precision
 ) -> None:
     tried = [
-        Tried(precision, score, ms) for precision, score, ms in zip(Precision, scores, (9.0, 5.0, 3.0), strict=True)
+        PrecisionScore(precision, score, ms)
+        for precision, score, ms in zip(Precision, scores, (9.0, 5.0, 3.0), strict=True)
     ]
-    assert choose(task, tried) == Choice(chosen, tuple(tried))
+    assert choose_precision(task, tried) == PrecisionDecision(chosen, tuple(tried))
 
 
 def test_a_slower_one_is_not_chosen_however_good() -> None:
-    tried = [Tried(FLOAT32, 0.9, 5.0), Tried(INT8, 0.95, 6.0)]
-    assert choose(Task.BINARY, tried).precision is FLOAT32
+    tried = [PrecisionScore(FLOAT32, 0.9, 5.0), PrecisionScore(INT8, 0.95, 6.0)]
+    assert choose_precision(Task.BINARY, tried).precision is FLOAT32
 
 
 def test_a_better_error_is_a_smaller_one() -> None:
@@ -52,11 +60,11 @@ def test_a_better_error_is_a_smaller_one() -> None:
 
 
 def test_a_choice_is_the_same_after_it_was_written() -> None:
-    choice = Choice(INT8, (Tried(FLOAT32, 0.9, 5.0), Tried(INT8, 0.897, 3.0)))
+    choice = PrecisionDecision(INT8, (PrecisionScore(FLOAT32, 0.9, 5.0), PrecisionScore(INT8, 0.897, 3.0)))
     facts = choice.facts(Task.MULTICLASS)
     assert (facts["chosen"], facts["score"], facts["margin"]) == ("int8", "accuracy", 0.005)
     assert choice.facts(Task.REGRESSION)["margin"] == 0.01
-    assert Choice.of(json.loads(json.dumps(facts))) == choice
+    assert PrecisionDecision.from_facts(json.loads(json.dumps(facts))) == choice
 
 
 class Slow(FlatEngine):
@@ -76,5 +84,5 @@ def test_engines_are_timed_per_image() -> None:
     golden = np.zeros((1, 8, 8, 3), np.uint8)
     clock = [0.0]
     engines = {FLOAT32: Slow(0.004, clock), INT8: Slow(0.001, clock)}
-    times = image_ms(engines, golden, now=lambda: clock[0])
+    times = measure_image_ms(engines, golden, now=lambda: clock[0])
     assert times == {FLOAT32: pytest.approx(4.0), INT8: pytest.approx(1.0)}

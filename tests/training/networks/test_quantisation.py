@@ -12,7 +12,7 @@ from recipes.catalogue import BackboneName
 from recipes.recipe import Precision
 from training.networks import backbones
 from training.networks.export import export
-from training.networks.network_files import sample
+from training.networks.network_files import calibration_rows
 from training.networks.quantisation import CALIBRATED_ON, calibration_size, quantise
 
 SIZE = 32
@@ -21,7 +21,7 @@ SIZE = 32
 @pytest.fixture(scope="module")
 def network() -> bytes:
     weights = backbones.random_weights(BackboneName.VGG16)
-    return export(backbones.backbone(BackboneName.VGG16, "block2", SIZE, weights), threads=2).onnx
+    return export(backbones.build_backbone(BackboneName.VGG16, "block2", SIZE, weights), threads=2).onnx
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,10 @@ def test_large_images_are_calibrated_on_fewer_and_a_sample_is_always_the_same() 
     assert calibration_size(224) == CALIBRATED_ON == 300
     assert calibration_size(1024) == 85
     rows = np.arange(10, 2000)
-    drawn = sample(rows, 224)
+    drawn = calibration_rows(rows, 224)
     assert len(drawn) == 300 and len(set(drawn)) == 300 and set(drawn) <= set(rows)
-    assert np.array_equal(drawn, np.sort(drawn)) and np.array_equal(drawn, sample(rows, 224))
-    assert np.array_equal(sample(rows[:5], 224), rows[:5])
+    assert np.array_equal(drawn, np.sort(drawn)) and np.array_equal(drawn, calibration_rows(rows, 224))
+    assert np.array_equal(calibration_rows(rows[:5], 224), rows[:5])
 
 
 def test_bfloat16_answers_nearly_the_same_or_is_refused_by_a_processor_without_it(

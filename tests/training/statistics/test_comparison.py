@@ -24,7 +24,7 @@ from training.statistics.comparison import (
     Comparison,
     Difference,
     Entry,
-    OutOfFold,
+    OutOfFoldLogits,
     best_of,
     compare,
     holm,
@@ -136,7 +136,7 @@ def test_p_values_are_adjusted_as_holm_did() -> None:
 
 
 def entry(number: int, score: float, folds: np.ndarray, logits: np.ndarray) -> Entry:
-    answered = OutOfFold(folds, logits)
+    answered = OutOfFoldLogits(folds, logits)
     return Entry(f"recipe {number}", score, lambda: answered)
 
 
@@ -215,8 +215,8 @@ def test_a_smaller_error_of_numbers_is_better() -> None:
     found = []
     for number, error in enumerate(errors):
         logits = (truth + error).astype(np.float32)[None, :, None]
-        scores = evaluation.scores(
-            Task.REGRESSION, evaluation.statistics(Task.REGRESSION, truth[:, None], logits[0]).sum(axis=0)
+        scores = evaluation.scores_of_sums(
+            Task.REGRESSION, evaluation.image_statistics(Task.REGRESSION, truth[:, None], logits[0]).sum(axis=0)
         )
         found.append(entry(number, float(scores["rmse"]), folds, logits))
     rows = [row(number, target=float(value)) for number, value in enumerate(truth)]

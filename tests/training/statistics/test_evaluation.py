@@ -34,7 +34,7 @@ def test_a_multiclass_score_counts_by_hand() -> None:
     logits = np.log(
         np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
     ).astype(np.float32)
-    metrics = evaluation.score(Task.MULTICLASS, LABELS, truth, logits)
+    metrics = evaluation.evaluate(Task.MULTICLASS, LABELS, truth, logits)
     assert metrics["accuracy"] == pytest.approx(0.8)
     assert metrics["confusion"] == [[1, 1, 0], [0, 2, 0], [0, 0, 1]]
     assert metrics["loss"] == pytest.approx(-np.mean(np.log([0.7, 0.2, 0.8, 0.6, 0.4])), rel=1e-6)
@@ -50,13 +50,15 @@ def test_a_multiclass_score_counts_by_hand() -> None:
 
 
 def test_a_class_that_is_never_answered_counts_as_zero_without_a_warning() -> None:
-    metrics = evaluation.score(Task.MULTICLASS, LABELS, np.array([0, 1]), np.array([[1, 0, 0], [1, 0, 0]], np.float32))
+    metrics = evaluation.evaluate(
+        Task.MULTICLASS, LABELS, np.array([0, 1]), np.array([[1, 0, 0], [1, 0, 0]], np.float32)
+    )
     assert [row["f1"] for row in metrics["per_class"]] == [pytest.approx(2 / 3), 0.0, 0.0]
 
 
 def test_a_binary_score_has_an_area_under_the_curve() -> None:
     logits = np.array([[-2.0], [-1.0], [0.5], [-0.5], [3.0]], np.float32)
-    metrics = evaluation.score(Task.BINARY, ["no", "yes"], np.array([0, 0, 0, 1, 1]), logits)
+    metrics = evaluation.evaluate(Task.BINARY, ["no", "yes"], np.array([0, 0, 0, 1, 1]), logits)
     assert metrics["roc_auc"] == pytest.approx(5 / 6)
     assert metrics["confusion"] == [[2, 1], [1, 1]]
 
@@ -65,9 +67,9 @@ def test_pooling_repeats_adds_counts_but_does_not_narrow_the_interval() -> None:
     truth = np.array([0, 1, 2, 0])
     once = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]][None] * 5
     alone = np.arange(4)
-    single = evaluation.pooled(Task.MULTICLASS, LABELS, truth, alone, once, FOLDS)
+    single = evaluation.evaluate_folds(Task.MULTICLASS, LABELS, truth, alone, once, FOLDS)
     twice = np.concatenate([once, once])
-    double = evaluation.pooled(Task.MULTICLASS, LABELS, truth, alone, twice, FOLDS * 2)
+    double = evaluation.evaluate_folds(Task.MULTICLASS, LABELS, truth, alone, twice, FOLDS * 2)
     assert "groups" not in single
     assert [row["images"] for row in double["per_class"]] == [2, 1, 1]
     assert single["accuracy"] == double["accuracy"] == 0.75
@@ -108,7 +110,7 @@ def test_the_interval_over_groups_holds_what_it_promises() -> None:
 def test_pooling_tells_of_groups_where_there_are_some() -> None:
     truth = np.array([0, 1, 2, 0])
     logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]][None] * 5
-    metrics = evaluation.pooled(Task.MULTICLASS, LABELS, truth, np.array([0, 0, 1, 2]), logits, FOLDS)
+    metrics = evaluation.evaluate_folds(Task.MULTICLASS, LABELS, truth, np.array([0, 0, 1, 2]), logits, FOLDS)
     assert metrics["groups"] == 3
     assert metrics["accuracy_ci95_groups"] == list(
         evaluation.wilson_over_groups(np.array([1.0, 1.0, 1.0, 0.0]), np.array([0, 0, 1, 2]))
@@ -119,7 +121,7 @@ def test_a_multilabel_score_counts_by_hand() -> None:
     truth = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]], np.float32)
     probabilities = np.array([[0.9, 0.2, 0.1], [0.7, 0.4, 0.1], [0.1, 0.1, 0.1], [0.6, 0.8, 0.3]])
     logits = np.log(probabilities / (1 - probabilities)).astype(np.float32)
-    metrics = evaluation.score(Task.MULTILABEL, LABELS, truth, logits)
+    metrics = evaluation.evaluate(Task.MULTILABEL, LABELS, truth, logits)
     assert metrics["accuracy"] == 0.5  # the first and the third, which has none and is answered none
     assert [row["f1"] for row in metrics["per_class"]] == [pytest.approx(0.8), pytest.approx(2 / 3), 0.0]
     assert metrics["per_class"][1] == {
@@ -139,7 +141,7 @@ def test_a_multilabel_score_counts_by_hand() -> None:
 def test_a_regression_score_counts_by_hand() -> None:
     truth = np.array([[1000.0], [1001.0], [1003.0], [1004.0]])
     guesses = np.array([[1001.0], [1001.0], [1002.0], [1006.0]], np.float32)
-    metrics = evaluation.score(Task.REGRESSION, [], truth, guesses)
+    metrics = evaluation.evaluate(Task.REGRESSION, [], truth, guesses)
     assert metrics == {
         "rmse": pytest.approx(np.sqrt(6 / 4)),
         "mae": pytest.approx(1.0),
@@ -149,7 +151,7 @@ def test_a_regression_score_counts_by_hand() -> None:
 
 
 def test_numbers_that_are_all_equal_explain_nothing() -> None:
-    metrics = evaluation.score(Task.REGRESSION, [], np.full((3, 1), 7.0), np.array([[7], [8], [7]], np.float32))
+    metrics = evaluation.evaluate(Task.REGRESSION, [], np.full((3, 1), 7.0), np.array([[7], [8], [7]], np.float32))
     assert metrics["r2"] == 0.0 and metrics["mae"] == pytest.approx(1 / 3)
 
 
@@ -160,7 +162,7 @@ def test_numbers_are_pooled_with_an_interval_of_each_score_over_images_and_over_
     guesses = (truth + of_group[:, None]).astype(np.float32)[None]
     groups = np.repeat(np.arange(40), 5)
     folds = [{"rmse": 1.0, "mae": 2.0, "r2": 0.1}, {"rmse": 3.0, "mae": 2.0, "r2": 0.3}]
-    metrics = evaluation.pooled(Task.REGRESSION, [], truth, groups, guesses, folds)
+    metrics = evaluation.evaluate_folds(Task.REGRESSION, [], truth, groups, guesses, folds)
     for name in ("rmse", "mae", "r2"):
         low, high = metrics[f"{name}_ci95"]
         wider_low, wider_high = metrics[f"{name}_ci95_groups"]
@@ -174,7 +176,7 @@ def test_labels_are_pooled_with_intervals_of_both_means_and_of_images_that_are_a
     truth = (random.random((60, 3)) < 0.4).astype(np.float32)
     logits = (truth * 4 - 2 + random.normal(size=truth.shape, scale=2)).astype(np.float32)[None]
     folds = [{"f1_macro": 0.8, "f1_micro": 0.7, "accuracy": 0.5}] * 2
-    metrics = evaluation.pooled(Task.MULTILABEL, LABELS, truth, np.arange(60), logits, folds)
+    metrics = evaluation.evaluate_folds(Task.MULTILABEL, LABELS, truth, np.arange(60), logits, folds)
     for name in ("f1_macro", "f1_micro", "accuracy"):
         low, high = metrics[f"{name}_ci95"]
         assert 0 <= low < metrics[name] < high <= 1
@@ -183,14 +185,16 @@ def test_labels_are_pooled_with_intervals_of_both_means_and_of_images_that_are_a
 
 
 def test_one_held_out_image_has_a_score_and_no_interval() -> None:
-    metrics = evaluation.held_out(Task.REGRESSION, [], np.array([[1.0]]), np.array([0]), np.array([[3.0]], np.float32))
+    metrics = evaluation.evaluate_held_out(
+        Task.REGRESSION, [], np.array([[1.0]]), np.array([0]), np.array([[3.0]], np.float32)
+    )
     assert metrics["rmse"] == 2.0 and metrics["images"] == 1 and "rmse_ci95" not in metrics
 
 
 def test_held_out_images_that_belong_together_have_an_interval_over_groups() -> None:
     truth = np.tile([0, 1], 20)
     logits = np.eye(2, dtype=np.float32)[np.repeat([[0, 1], [1, 0]], 10, axis=0).ravel()] * 5
-    metrics = evaluation.held_out(Task.MULTICLASS, ["a", "b"], truth, np.repeat(np.arange(8), 5), logits)
+    metrics = evaluation.evaluate_held_out(Task.MULTICLASS, ["a", "b"], truth, np.repeat(np.arange(8), 5), logits)
     low, high = metrics["accuracy_ci95_groups"]
     assert metrics["groups"] == 8 and low < metrics["accuracy_ci95"][0] and metrics["accuracy_ci95"][1] < high
 
@@ -203,9 +207,9 @@ def test_a_label_that_a_draw_or_a_fold_has_not_does_not_count_against_it() -> No
     logits[:20] = -3.0
     folds = [{"f1_macro": 1.0, "f1_micro": 1.0, "accuracy": 1.0}] * 2
     labels = [str(number) for number in range(100)]
-    metrics = evaluation.pooled(Task.MULTILABEL, labels, truth, np.arange(1000), logits[None], folds)
+    metrics = evaluation.evaluate_folds(Task.MULTILABEL, labels, truth, np.arange(1000), logits[None], folds)
     low, high = metrics["f1_macro_ci95"]
     assert metrics["f1_macro"] == pytest.approx((80 + 20 * 2 / 3) / 100)
     assert low < metrics["f1_macro"] < high
-    first = evaluation.score(Task.MULTILABEL, labels, truth[100:200], logits[100:200])
+    first = evaluation.evaluate(Task.MULTILABEL, labels, truth[100:200], logits[100:200])
     assert first["f1_macro"] == 1.0

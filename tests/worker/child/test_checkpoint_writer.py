@@ -151,7 +151,7 @@ def test_a_harmed_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -
     offered(kept, 2)
     first, second = (Digest(message["sha256"]) for message in said.checkpoints())
     whole = store.read(second)
-    store.place(second).write_bytes(whole[:-9])
+    store.path_for(second).write_bytes(whole[:-9])
     assert epochs_of(store, said, [second, first]) == 1
     store.delete(second)
     assert epochs_of(store, said, [second, first]) == 1

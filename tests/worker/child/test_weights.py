@@ -132,7 +132,7 @@ class Place:
 
 
 @pytest.fixture
-def place(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def path_for(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     (tmp_path / "cache").mkdir()
@@ -146,7 +146,7 @@ def place(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
     """Weights of VGG16 as the store holds them, and as Keras saves them."""
-    network = backbones.network(BackboneName.VGG16, 32)
+    network = backbones.build_network(BackboneName.VGG16, 32)
     file = tmp_path_factory.mktemp("made") / "vgg16.weights.h5"
     network.save_weights(file)
     return backbones.dump_weights(network), file.read_bytes()

@@ -164,7 +164,7 @@ def add_run(case: Case, session: Any, run_id: str, wrong: int) -> None:
     runs.add_artifact(session, run_id, RunFile.OUT_OF_FOLD, file, 1, "application/octet-stream")
     digest = case.store.put(bundle.dump())
     registry.add_model_version(session, PRINCIPAL, "flowers", run_id, digest, backbone)
-    comparisons.note_end(session, run_id)
+    comparisons.on_run_ended(session, run_id)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def case(sqlite: Database, store: Store) -> Case:
         for run_id in run_ids:
             records.job_of(session, run_id).state = JobState.SUCCEEDED
         runs.fail_run(session, run_ids[1], ERROR.record())
-        assert comparisons.note_end(session, run_ids[1]) is None
+        assert comparisons.on_run_ended(session, run_ids[1]) is None
         add_run(case, session, run_ids[0], wrong=12)
         add_run(case, session, run_ids[2], wrong=1)
         case.job_id = records.job_of(session, comparison.id).id
@@ -272,28 +272,28 @@ def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(c
         with case.database.writing() as session:
             comparison = session.get_one(Comparison, case.comparison_id)
             comparison.state = ComparisonState.RUNNING
-            assert number or comparisons.note_end(session, case.run_ids[0]) is not None
+            assert number or comparisons.on_run_ended(session, case.run_ids[0]) is not None
     assert [case.store.has(file) for one in told for file in (one.picture, one.report)] == [False, False, True, True]
 
 
 def test_a_table_that_fails_while_a_run_is_tried_again_leaves_the_comparison_open(case: Case) -> None:
     with case.database.writing() as session:
         run_jobs.retry(session, runs.get_run(session, PRINCIPAL, case.run_ids[1]))
-        comparisons.note_retry(session, case.run_ids[1])
+        comparisons.on_run_retried(session, case.run_ids[1])
     with case.database.writing() as session:
         Compare(case.store, 1).failed(session, records.job_of(session, case.comparison_id), ERROR)
         jobs.request_cancel(session, case.comparison_id, JobKind.COMPARE)
     assert case.comparison().state is ComparisonState.RUNNING
     with case.database.writing() as session:
         runs.fail_run(session, case.run_ids[1], ERROR.record())
-        assert comparisons.note_end(session, case.run_ids[1]) is not None
+        assert comparisons.on_run_ended(session, case.run_ids[1]) is not None
 
 
 def test_a_table_that_fails_is_made_anew_if_a_run_has_succeeded_meanwhile(case: Case) -> None:
     with claimed_work(case.database) as work:
         with case.database.writing() as session:
             run_jobs.retry(session, runs.get_run(session, PRINCIPAL, case.run_ids[1]))
-            comparisons.note_retry(session, case.run_ids[1])
+            comparisons.on_run_retried(session, case.run_ids[1])
             add_run(case, session, case.run_ids[1], wrong=2)
         with case.database.writing() as session:
             Compare(case.store, 1).failed(session, work.job, ERROR)

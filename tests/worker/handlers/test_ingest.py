@@ -84,7 +84,7 @@ class Intake:
             dataset = session.scalars(query).one()
             for version in datasets.get_versions(session, dataset.id):
                 if jobs.request_cancel(session, version.id, JobKind.INGEST):
-                    datasets.withdraw(session, version.id)
+                    datasets.cancel_ingest(session, version.id)
             datasets.delete_dataset(dataset)
             return jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id).id
 

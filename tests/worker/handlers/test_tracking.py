@@ -215,10 +215,10 @@ def test_a_failed_run_that_is_tried_again_is_shown_as_running_and_then_as_what_i
     with sqlite.writing() as session:
         run = records.queued_run(session, records.ready_version(session, name), name)
         case = Case(sqlite, store, run.id, name)
-        job = run_jobs.submit(session, run)
-        run_jobs.begin(session, job)
+        job = run_jobs.queue_training(session, run)
+        run_jobs.mark_started(session, job)
         job.state = JobState.FAILED
-        run_jobs.fail(session, job, Crashed("It died.").record())
+        run_jobs.mark_failed(session, job, Crashed("It died.").record())
     case.publish(mlflow_url)
     client = mlflow.MlflowClient(mlflow_url)
 
@@ -231,7 +231,7 @@ def test_a_failed_run_that_is_tried_again_is_shown_as_running_and_then_as_what_i
     assert shown() == ("FAILED", "**Failed:** It died.")
     with sqlite.writing() as session:
         again = run_jobs.retry(session, runs.get_run(session, records.PRINCIPAL, run.id))
-        run_jobs.begin(session, again)
+        run_jobs.mark_started(session, again)
         again.state = JobState.SUCCEEDED  # so that it is not what is published next
     case.publish(mlflow_url)
     assert shown() == ("RUNNING", None)

@@ -26,10 +26,10 @@ from errors import Crashed, OutOfMemory, TrainingDiverged, Unavailable
 from models import job as jobs
 from models import registry, run_jobs
 from models import run as runs
-from models.file_references import unnamed
+from models.file_references import find_unreferenced
 from models.job import Job, JobKind, JobState, Queue
 from models.outbox import Outbox
-from models.registry import ModelVersion, Quantised, Weights
+from models.registry import ModelVersion, QuantisedBackbone, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
 from recipes.catalogue import BackboneName
@@ -148,7 +148,7 @@ def queued(database: Database, store: Store, folder: Path, recipe: Recipe) -> Ca
     with database.writing() as session:
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", recipe)
-        job = run_jobs.submit(session, run)
+        job = run_jobs.queue_training(session, run)
         assert DRAIN_WITHIN_S < worker_app._DRAIN_S, "a worker hears what its child says at the end"
         train = Train(store, training_place(folder), drain_within_s=600.0)  # a child is done long before
         return Case(database, store, train, run.id, job.id)
@@ -320,7 +320,7 @@ def test_all_parts_of_a_run_use_one_quantised_network_whatever_others_calibrate_
         run = runs.get_run(session, records.PRINCIPAL, case.run_id)
         anew = Recipe(**{**run.recipe, "precision": "int8", "recalibrate": True})
         other = runs.create_run(session, records.PRINCIPAL, run.dataset_version_id, "other", anew).id
-        (row,) = session.scalars(select(Quantised))
+        (row,) = session.scalars(select(QuantisedBackbone))
         assert row.manifest == {"images": 20, "dataset_version": run.dataset_version_id}
     assert find(other) is None
     second, settled = made(b"second", other)
@@ -483,11 +483,11 @@ def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(tuning: 
     name(after)
     assert told() == before
     with tuning.database.reading() as session:
-        assert unnamed(session, [before, after]) == []
+        assert find_unreferenced(session, [before, after]) == []
     with tuning.database.writing() as session:
         assert run_jobs.drop_leftovers(session, tuning.run_id) == [before]
     with tuning.database.reading() as session:
-        assert unnamed(session, [before, after]) == [before]
+        assert find_unreferenced(session, [before, after]) == [before]
 
 
 def test_a_child_computes_on_as_many_threads_as_its_place_says(case: Case, say: Say, tmp_path: Path) -> None:
@@ -601,7 +601,7 @@ def test_a_fold_of_a_run_that_is_over_changes_nothing(tuning: Case, say: Say) ->
         complete = tuning.train.run(work)
         with tuning.database.writing() as session:
             other = session.scalars(select(Job).where(Job.kind == JobKind.FOLD, Job.index == 1)).one()
-            assert run_jobs.fail(session, other, {"code": "crashed", "detail": "elsewhere"})
+            assert run_jobs.mark_failed(session, other, {"code": "crashed", "detail": "elsewhere"})
         with tuning.database.writing() as session:
             complete(session)
     assert tuning.run().state is RunState.FAILED
@@ -661,7 +661,7 @@ def test_a_run_whose_end_came_before_it_was_cancelled_has_succeeded(case: Case, 
 def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(tuning: Case, say: Say) -> None:
     def change(session: Session) -> None:
         run_jobs.request_cancel(session, tuning.run_id)
-        assert run_jobs.start_over(session, session.get_one(Job, tuning.job_id)) is None
+        assert run_jobs.restart_with_half_batch(session, session.get_one(Job, tuning.job_id)) is None
 
     with tuning.database.writing() as session:
         assert jobs.claim(session, [Queue.CPU], "here") is not None

@@ -66,7 +66,7 @@ class Case:
     def ask(self, kind: ViewKind, key: str = "") -> tuple[str, str]:
         """Ask for a view; return it and its job."""
         with self.database.writing() as session:
-            view, job = views.ask(session, session.get_one(Run, self.run_id), kind, key)
+            view, job = views.request_view(session, session.get_one(Run, self.run_id), kind, key)
             assert job is not None
             return view.id, job.id
 
@@ -194,7 +194,7 @@ def test_a_child_that_failed_is_told_and_the_next_one_may_succeed(case: Case, sa
     view = case.view(view_id)
     assert view is not None and (view.state, view.error) == (ViewState.FAILED, error)
     with case.database.writing() as session:
-        assert views.tell_failure(session, view_id) == error
+        assert views.pop_failure(session, view_id) == error
     say(progress(0.5), outcome(case))
     again, job = case.ask(ViewKind.LEARNING_CURVE)
     settled(case.database, job, JobState.SUCCEEDED)
@@ -232,7 +232,7 @@ def test_a_view_that_nobody_wants_any_more_leaves_no_files(case: Case, say: Say)
     with claimed_work(case.database) as work:
         complete = case.handler.run(work)
         with case.database.writing() as session:
-            views.cancel(session, view_id)
+            views.cancel_view(session, view_id)
         work.write(complete)
         assert not case.store.has(message.file) and not case.store.has(message.picture)
     with case.database.reading() as session:
@@ -244,7 +244,7 @@ def test_a_view_that_was_given_up_before_starts_no_child(case: Case, say: Say) -
     say(Failed.by(Crashed("It died.")))
     view_id, _ = case.ask(ViewKind.LAYERS)
     with case.database.writing() as session:
-        views.cancel(session, view_id)
+        views.cancel_view(session, view_id)
     with claimed_work(case.database) as work:
         case.handler.run(work)
 
@@ -257,12 +257,12 @@ def test_deleting_a_data_set_takes_its_pictures_along_and_leaves_the_numbers(cas
         kept[kind] = case.store.put(file)
         with case.database.writing() as session:
             records.job_of(session, view_id).state = JobState.SUCCEEDED
-            views.succeed(session, view_id, kept[kind], 1)
+            views.succeed_view(session, view_id, kept[kind], 1)
     with case.database.writing() as session:
         runs.add_artifact(session, case.run_id, "other.png", shared, 1, "image/png")
-        again = views.ask(session, session.get_one(Run, case.run_id), ViewKind.ACTIVATIONS, "shared")[0]
+        again = views.request_view(session, session.get_one(Run, case.run_id), ViewKind.ACTIVATIONS, "shared")[0]
         records.job_of(session, again.id).state = JobState.SUCCEEDED
-        views.succeed(session, again.id, shared, 1)
+        views.succeed_view(session, again.id, shared, 1)
         dataset = records.dataset_of(session, session.scalars(select(DatasetVersion)).one())
         datasets.delete_dataset(dataset)
         job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id).id

@@ -24,9 +24,9 @@ from models.project import Principal
 from models.registry import ModelVersion
 from models.session import Database
 
-LOOK_EVERY_S = 0.25
+REFRESH_EVERY_S = 0.25
 # Until a version that could not be loaded is tried again.
-AGAIN_S = 5.0
+RETRY_AFTER_S = 5.0
 # Networks that load side by side: it is the store that one waits for, not the processor.
 _LOADS = 2
 
@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedVersion:
     """A version of a model, the bundle that answers for it, and the backbone that it is on."""
 
     version: int
@@ -43,7 +43,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class _Name:
+class _AliasKey:
     """An alias of a model, as clients ask for it."""
 
     project_id: str
@@ -52,27 +52,27 @@ class _Name:
 
 
 @dataclass
-class _Line:
+class _AliasState:
     """What answers for a name, and what should."""
 
-    serving: Served
-    wanted: Served
+    serving: ServedVersion
+    target: ServedVersion
 
 
-class Switchboard:
+class VersionResolver:
     """Versions by name, for one process."""
 
-    def __init__(self, database: Database, shelf: Shelf, look_every_s: float = LOOK_EVERY_S) -> None:
+    def __init__(self, database: Database, shelf: Shelf, refresh_every_s: float = REFRESH_EVERY_S) -> None:
         """Begin to know nothing; `start` looks for changes from time to time."""
         self._database = database
         self._shelf = shelf
-        self._look_every_s = look_every_s
+        self._refresh_every_s = refresh_every_s
         self._lock = threading.Lock()
-        self._looking = threading.Lock()
+        self._refreshing = threading.Lock()
         self._revision = -1
-        self._again_at: float | None = None
-        self._lines: dict[_Name, _Line] = {}
-        self._versions: dict[tuple[str, str, int], Served] = {}
+        self._retry_at: float | None = None
+        self._aliases: dict[_AliasKey, _AliasState] = {}
+        self._versions: dict[tuple[str, str, int], ServedVersion] = {}
         self._warming: set[Digest] = set()
         self._loads = ThreadPoolExecutor(_LOADS, "warm")
         self._is_over = threading.Event()
@@ -90,18 +90,18 @@ class Switchboard:
             self._thread.join()
         self._loads.shutdown(wait=False, cancel_futures=True)
 
-    def known(self, principal: Principal, model: str, version: int | None, alias: str) -> Served | None:
+    def find_cached(self, principal: Principal, model: str, version: int | None, alias: str) -> ServedVersion | None:
         """Return what answers for a name if somebody asked for it before; `version` goes before `alias`."""
         with self._lock:
             if version is not None:
                 return self._versions.get((principal.project_id, model, version))
-            line = self._lines.get(_Name(principal.project_id, model, alias))
-            return line.serving if line else None
+            state = self._aliases.get(_AliasKey(principal.project_id, model, alias))
+            return state.serving if state else None
 
-    def find(self, principal: Principal, model: str, version: int | None, alias: str) -> Served:
+    def resolve(self, principal: Principal, model: str, version: int | None, alias: str) -> ServedVersion:
         """Return what answers for a name, from the database if it must be. Raises NotFound or Unavailable."""
         while True:
-            found = self.known(principal, model, version, alias)
+            found = self.find_cached(principal, model, version, alias)
             if found is not None:
                 return found
             with self._database.reading() as session:
@@ -111,43 +111,43 @@ class Switchboard:
                     row = registry.get_model_version(session, of_model, version)
                 else:
                     row = registry.get_alias(session, of_model, alias)
-                found = _served(row)
+                found = _served_version(row)
             with self._lock:
                 if version is not None:  # it never changes
                     return self._versions.setdefault((principal.project_id, model, version), found)
                 if revision >= self._revision:
-                    name = _Name(principal.project_id, model, alias)
-                    return self._lines.setdefault(name, _Line(found, found)).serving
+                    name = _AliasKey(principal.project_id, model, alias)
+                    return self._aliases.setdefault(name, _AliasState(found, found)).serving
 
     def serves(self, principal: Principal, model: str, alias: str, version: int) -> bool:
         """Say whether a name is answered by this version here and now, or by none so that it will be."""
         with contextlib.suppress(Unavailable):  # the next look sees it
-            self.look()
-        found = self.known(principal, model, None, alias)
+            self.refresh()
+        found = self.find_cached(principal, model, None, alias)
         return found is None or found.version == version
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Read the aliases anew if the registry moved. Raises Unavailable while the database is away."""
-        with self._looking:
+        with self._refreshing:
             with self._database.reading() as session:
                 revision = registry.get_revision(session)
-                if revision == self._revision and not self._is_due():
+                if revision == self._revision and not self._is_retry_due():
                     return
                 targets = self._targets(session)
             with self._lock:
                 self._revision = revision
-                self._again_at = None
-                for name, line in list(self._lines.items()):
-                    line.wanted = targets.get(name, line.wanted)
-                changed = [line for line in self._lines.values() if line.wanted != line.serving]
-        for line in changed:
-            self._switch(line)
+                self._retry_at = None
+                for name, state in list(self._aliases.items()):
+                    state.target = targets.get(name, state.target)
+                changed = [state for state in self._aliases.values() if state.target != state.serving]
+        for state in changed:
+            self._switch(state)
 
     def _run(self) -> None:
         is_away = False
-        while not self._is_over.wait(self._look_every_s):
+        while not self._is_over.wait(self._refresh_every_s):
             try:
-                self.look()
+                self.refresh()
                 is_away = False
             except Unavailable as error:
                 if not is_away:
@@ -156,53 +156,53 @@ class Switchboard:
             except Exception:  # whatever it is, the next look may see more
                 log.exception("aliases were not read")
 
-    def _is_due(self) -> bool:
-        return self._again_at is not None and time.monotonic() > self._again_at
+    def _is_retry_due(self) -> bool:
+        return self._retry_at is not None and time.monotonic() > self._retry_at
 
-    def _targets(self, session: Session) -> dict[_Name, Served]:
+    def _targets(self, session: Session) -> dict[_AliasKey, ServedVersion]:
         return {
-            _Name(model.project_id, model.name, alias): _served(version)
+            _AliasKey(model.project_id, model.name, alias): _served_version(version)
             for model, alias, version in registry.get_all_aliases(session)
         }
 
-    def _switch(self, line: _Line) -> None:
+    def _switch(self, state: _AliasState) -> None:
         """Have a line answer as wanted: at once if only a head is missing, else when its backbone is warm."""
-        wanted = line.wanted
+        target = state.target
         try:
-            if self._shelf.predictor_if_warm(wanted.bundle, wanted.backbone):
-                self._move(line, wanted)
+            if self._shelf.predictor_if_warm(target.bundle, target.backbone):
+                self._move(state, target)
                 return
         except Exception as error:  # whatever it is, the other lines go on
-            self._tell(wanted, error)
+            self._note_failure(target, error)
             return
         with self._lock:
-            if wanted.bundle in self._warming:
-                self._again_at = time.monotonic() + AGAIN_S  # another name waits for it, too
+            if target.bundle in self._warming:
+                self._retry_at = time.monotonic() + RETRY_AFTER_S  # another name waits for it, too
                 return
-            self._warming.add(wanted.bundle)
-        self._loads.submit(self._warm, line, wanted)
+            self._warming.add(target.bundle)
+        self._loads.submit(self._warm, state, target)
 
-    def _warm(self, line: _Line, wanted: Served) -> None:
+    def _warm(self, state: _AliasState, target: ServedVersion) -> None:
         try:
-            self._shelf.predictor(wanted.bundle)
-            self._move(line, wanted)
+            self._shelf.predictor(target.bundle)
+            self._move(state, target)
         except Exception as error:  # whatever it is, the old one answers and this is tried again
-            self._tell(wanted, error)
+            self._note_failure(target, error)
         finally:
             with self._lock:
-                self._warming.discard(wanted.bundle)
+                self._warming.discard(target.bundle)
 
-    def _move(self, line: _Line, wanted: Served) -> None:
+    def _move(self, state: _AliasState, target: ServedVersion) -> None:
         with self._lock:
-            if line.wanted == wanted:  # else it was moved again meanwhile
-                line.serving = wanted
+            if state.target == target:  # else it was moved again meanwhile
+                state.serving = target
 
-    def _tell(self, wanted: Served, error: Exception) -> None:
+    def _note_failure(self, target: ServedVersion, error: Exception) -> None:
         told = error.record() if isinstance(error, EspalierError) else repr(error)
-        log.error("a version cannot be served; the old one stays", bundle=wanted.bundle, error=told)
+        log.error("a version cannot be served; the old one stays", bundle=target.bundle, error=told)
         with self._lock:
-            self._again_at = time.monotonic() + AGAIN_S
+            self._retry_at = time.monotonic() + RETRY_AFTER_S
 
 
-def _served(version: ModelVersion) -> Served:
-    return Served(version.number, Digest(version.bundle_sha256), Digest(version.backbone_sha256))
+def _served_version(version: ModelVersion) -> ServedVersion:
+    return ServedVersion(version.number, Digest(version.bundle_sha256), Digest(version.backbone_sha256))
