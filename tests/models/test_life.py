@@ -76,7 +76,7 @@ class Life:
     state: RunState = RunState.QUEUED
     is_halved: bool = False
     folds: set[int] = field(default_factory=set)
-    run_jobs: list[Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
 
 class Told(Train):
@@ -210,7 +210,7 @@ class Lives(RuleBasedStateMachine):
         assert (job.subject_id, job.kind, job.index) == (life.run_id, part.kind, part.number)
         part.job = job
         part.attempt += 1
-        order = self._work(job).write(lambda session: self.told._begin(session, job))
+        order = self._work(job).write(lambda session: self.told._make_order(session, job))
         self.laws.judge(Writer("begin", Lease(job.id, job.lease_epoch)))
         assert order is not None and set(order["outcomes"]) == life.folds
         life.state = RunState.RUNNING

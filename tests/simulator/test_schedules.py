@@ -200,7 +200,9 @@ BROKEN = {
     "given back though cancelled": Broken(jobs, "give_back", give_back_all_the_same, "its run was asked to end", 30),
     "completed though cancelled": Broken(Train, "_complete", complete_all_the_same, "asked to end|a run is lost", 80),
     "endless attempts": Broken(jobs, "attempts_are_used_up", lambda job: False, "more than 3 attempts", 140),
-    "files go at once": Broken(train, "collect_later", try_delete_unreferenced, "a row names a file that is gone", 114),
+    "files go at once": Broken(
+        train, "delete_unreferenced_after_commit", try_delete_unreferenced, "a row names a file that is gone", 114
+    ),
     "no end for MLflow": Broken(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
     "no folds for MLflow": Broken(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
     "told twice": Broken(ProgressWriter, "_write_rows", write_rows_once_more, "UNIQUE constraint failed: fold", 400),

@@ -33,6 +33,7 @@ from worker.handlers.compare import Compare
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
 from worker.handlers.train import Train
 from worker.loop import Loop
+from worker.messages import Failed
 
 LIMITS = IngestLimits(ArchiveLimits(), ImageLimits(), classes=1000, decode_cpu_s=60, memory_bytes=1536 * 1024**2)
 
@@ -259,7 +260,7 @@ def test_a_run_waits_for_a_bucket_that_is_away(sqlite: Database, bucket: Bucket,
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
         job = run_jobs.queue_training(session, run)
-    say({"type": "error", "error": StoreUnavailable("Away.").record()})
+    say(Failed.by(StoreUnavailable("Away.")))
     train = Train(bucket.store(), training_place(tmp_path))
     assert Loop(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()
     with sqlite.reading() as session:

@@ -43,7 +43,7 @@ from worker.handlers import ingest
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
 from worker.lease import Clock, Complete, Handler, Timings, Work
 from worker.loop import Loop
-from worker.messages import ChildMessage, ImageBegun
+from worker.messages import ChildMessage, Failed, ImageBegun
 
 LIMITS = IngestLimits(
     archive=ArchiveLimits(),
@@ -630,7 +630,7 @@ def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Inta
 
 def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(intake: Intake, say: Say) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(per_class=3)))
-    say({"type": "error", "error": DiskFull("The disk is full.").record()})
+    say(Failed.by(DiskFull("The disk is full.")))
     assert intake.loop().work()
     job = intake.job(version_id)
     assert (job.state, job.attempt) == (JobState.QUEUED, 0) and job.next_attempt_at is not None
