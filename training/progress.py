@@ -11,7 +11,7 @@ Epoch = dict[str, float]
 
 @dataclass(frozen=True)
 class Extraction:
-    """How many different images a run has, how many of them went through the backbone, and how many were cached."""
+    """How many different images a run has, for how many features were computed, and for how many they were cached."""
 
     images: int
     computed: int
