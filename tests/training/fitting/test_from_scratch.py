@@ -399,10 +399,10 @@ def test_what_is_served_answers_as_keras_does(bench: Bench) -> None:
 @pytest.mark.slow
 def test_a_cnn_is_served_in_int8_if_that_is_as_good(bench: Bench) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
-    outcome, _ = bench.run(rows, **CNN, precision="int8")
+    outcome, _ = bench.run(rows, **CNN | {"epochs": 1}, precision="int8")
     tried = {one["precision"]: one["score"] for one in outcome.metrics["precision"]["tried"]}
     assert tried.keys() == {"float32", "int8"}
-    outcome, _ = bench.run(rows, **CNN | {"network": {"kind": "mlp"}}, precision="int8")
+    outcome, _ = bench.run(rows, **CNN | {"network": {"kind": "mlp"}, "epochs": 1}, precision="int8")
     assert {one["precision"] for one in outcome.metrics["precision"]["tried"]} == {"float32", "int8"}
 
 
