@@ -324,7 +324,7 @@ def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> 
 def test_the_learning_rate_rises_and_falls() -> None:
     wanted = recipe(fine_tune={"learning_rate": 1e-3, "epochs": 10, "warmup_epochs": 2}).fine_tune
     assert wanted is not None
-    schedule = fine_tuning.schedule(wanted, steps_per_epoch=5)
+    schedule = fine_tuning.learning_rate_schedule(wanted, steps_per_epoch=5)
     rates = [float(schedule(step)) for step in range(51)]
     assert rates[0] == 0 and rates[10] == pytest.approx(1e-3) and rates[50] == pytest.approx(0, abs=1e-9)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)

@@ -174,7 +174,7 @@ def test_a_head_sees_nothing_of_rows_that_are_not_its_own() -> None:
 def test_a_head_is_the_same_whoever_is_fitted_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, asked = recipe(early_stopping=EarlyStopping(patience=2)), wanted(4)
     found = together(chosen, Task.MULTICLASS, asked)
-    for room in ("_TOGETHER_BYTES", "_HELD_BYTES"):
+    for room in ("_STACK_BYTES", "_KEPT_BYTES"):
         monkeypatch.setattr(module, room, 0)
         apart = together(chosen, Task.MULTICLASS, asked)
         for one, other in zip(found, apart, strict=True):
