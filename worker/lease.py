@@ -22,7 +22,7 @@ from models.job import Job, Lease, LeaseLost
 from models.session import Database
 
 if TYPE_CHECKING:
-    from worker.child_process import Talking
+    from worker.child_process import ChildConnection
 
 T = TypeVar("T")
 
@@ -92,16 +92,16 @@ class Bench:
         self._clock = clock
         self._lock = threading.Lock()
         self._subject_id: str | None = None
-        self._child: Talking | None = None
+        self._child: ChildConnection | None = None
         self._kept_at = clock.now()
 
-    def keep(self, subject_id: str, child: Talking) -> None:
+    def keep(self, subject_id: str, child: ChildConnection) -> None:
         """Keep a child until a job about another subject comes, or none for some time."""
         self.clear()
         with self._lock:
             self._subject_id, self._child, self._kept_at = subject_id, child, self._clock.now()
 
-    def take(self, subject_id: str) -> Talking | None:
+    def take(self, subject_id: str) -> ChildConnection | None:
         """Hand over the child that is kept for a subject, if it lives; the caller has to stop it from now on."""
         self.clear(but=subject_id)
         child = self._remove(lambda: True)
@@ -122,7 +122,7 @@ class Bench:
         if child is not None:
             child.stop()
 
-    def _remove(self, is_meant: Callable[[], bool]) -> Talking | None:
+    def _remove(self, is_meant: Callable[[], bool]) -> ChildConnection | None:
         with self._lock:
             if self._child is None or not is_meant():
                 return None

@@ -15,12 +15,12 @@ from simulator.faults import Fault
 from simulator.machine import Machine
 from simulator.simulation import Simulation
 from simulator.stand_ins import ComparingChild, TrainingChild
-from worker.child.weights import Source
 from worker.handlers.compare import Compare
 from worker.handlers.tracking import Publish, TrackingPlace
 from worker.handlers.train import Train, TrainingPlace
 from worker.job_runner import JobFailed, JobRunner, Outcome
 from worker.lease import Timings, Work
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
 # In the proportions of `settings`, with fewer looks to the length of a lease: each is a transaction.
@@ -29,7 +29,7 @@ TIMINGS = Timings(look_every_s=12.0, renew_every_s=10.0, lease_s=40.0, let_go_s=
 LIVE_S = 3 * TIMINGS.look_every_s
 
 _DRAIN_S = 25.0
-_PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, Source("", "", 1.0, 1.0), 1.0)
+_PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, WeightsSource("", "", 1.0, 1.0), 1.0)
 
 
 class Crew:
