@@ -34,5 +34,5 @@ COPY worker worker/
 RUN chmod -R a+rX . && python -m compileall -q .
 USER 10001:10001
 # A missing room or library fails the build instead of the first start.
-RUN python -c "import worker.app, worker.child, ops.collect, ops.weights, training.experiment, mlflow"
-CMD ["python", "-m", "worker.app"]
+RUN python -c "import worker.app, worker.child.__main__, ops.collect, ops.weights, training.experiment, mlflow"
+CMD ["celery", "--app", "worker.app", "worker", "--loglevel", "WARNING"]
