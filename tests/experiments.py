@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from exporting import Exports
+
 from artifacts import manifest
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
-from artifacts.store import Digest, Store
+from artifacts.store import Digest, Store, digest_at
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.recipe import Recipe, Task
@@ -24,7 +26,6 @@ from training.fitting.checkpoint import Checkpoint
 from training.fitting.fold_outcome import FoldOutcome, FoldResult
 from training.fitting.learners import Plan
 from training.fitting.training_loop import Epoch
-from training.networks import backbones
 from training.networks.network_files import BackboneKey, Workspace
 from training.setup import Order
 
@@ -50,8 +51,11 @@ class Known:
     facts: dict[str, Any] = field(default_factory=dict)
     choice: dict[str, Any] | None = None
     pick: dict[str, Any] | None = None
+    earlier: Callable[[BackboneKey], Digest | None] = lambda key: None
 
     def find_backbone(self, key: BackboneKey) -> Digest | None:
+        if key not in self.exports and (digest := self.earlier(key)) is not None:
+            self.exports[key] = digest
         return self.exports.get(key)
 
     def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
@@ -165,9 +169,13 @@ def task_of(rows: list[Row], labels: list[str]) -> Task:
 
 
 class Bench:
-    """A store with weights and images, and runs on them."""
+    """A store with weights and images, and runs on them.
 
-    def __init__(self, folder: Path) -> None:
+    Backbones at their smallest sizes count as exported by earlier runs, unless `is_new`.
+    """
+
+    def __init__(self, folder: Path, exports: Exports, is_new: bool = False) -> None:
+        self._exports = exports
         self.store = Store(folder / "store")
         self.place = Workspace(
             store=self.store,
@@ -177,7 +185,7 @@ class Bench:
             image_limits=ImageLimits(),
             threads=2,
         )
-        self.known = Known()
+        self.known = Known() if is_new else Known(earlier=self._exported_earlier)
         self.weights: dict[BackboneName, Digest] = {}
 
     def rows(self, files: dict[str, bytes], split: Split = Split.TRAIN) -> list[Row]:
@@ -187,14 +195,17 @@ class Bench:
 
     def weights_of(self, name: BackboneName) -> Digest:
         if name not in self.weights:
-            self.weights[name] = self.store.put(backbones.random_weights(name))
+            file = self._exports.weights(name)
+            self.weights[name] = digest = digest_at(file)
+            place = self.store.path_for(digest)
+            place.parent.mkdir(exist_ok=True)
+            place.hardlink_to(file)
         return self.weights[name]
 
-    def know(self, name: BackboneName, cut: str, onnx: bytes) -> Digest:
-        """Have a backbone at its smallest size exported already; return its digest."""
-        key = BackboneKey(name, self.weights_of(name), cut, CATALOGUE[name].minimum_size)
-        self.known.exports[key] = self.store.put(onnx)
-        return self.known.exports[key]
+    def _exported_earlier(self, key: BackboneKey) -> Digest | None:
+        if key != BackboneKey(key.network, self.weights_of(key.network), key.cut, CATALOGUE[key.network].minimum_size):
+            return None
+        return self.store.put(self._exports.get(key.network, key.cut).onnx)
 
     def run(
         self,

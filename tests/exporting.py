@@ -1,9 +1,11 @@
-"""Networks that are exported once for all tests of a session, whichever of its processes needs one first."""
+"""Networks that are made once for all tests of a session, whichever of its processes needs one first."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from recipes.catalogue import CATALOGUE, BackboneName
@@ -19,12 +21,26 @@ class Exports:
 
     def get(self, name: BackboneName, cut: str) -> ExportedNetwork:
         """Return a network up to a cut; it is exported if nobody has done so."""
-        onnx, facts, lock = (self._folder / f"{name.value}-{cut}.{kind}" for kind in ("onnx", "json", "lock"))
-        with lock.open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
+        onnx, facts = (self._folder / f"{name.value}-{cut}.{kind}" for kind in ("onnx", "json"))
+        with self._locked(f"{name.value}-{cut}"):
             if not facts.exists():
-                size = CATALOGUE[name].minimum_size
-                exported = export(backbones.build_backbone(name, cut, size, backbones.random_weights(name)), threads=2)
+                weights = self.weights(name).read_bytes()
+                model = backbones.build_backbone(name, cut, CATALOGUE[name].minimum_size, weights)
+                exported = export(model, threads=2)
                 onnx.write_bytes(exported.onnx)
                 facts.write_text(json.dumps(exported.facts()))
         return ExportedNetwork(onnx=onnx.read_bytes(), **json.loads(facts.read_text()))
+
+    def weights(self, name: BackboneName) -> Path:
+        """Return the file of random weights of a network."""
+        file = self._folder / f"{name.value}.safetensors"
+        with self._locked(name.value):
+            if not file.exists():
+                file.write_bytes(backbones.random_weights(name))
+        return file
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with (self._folder / f"{name}.lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield

@@ -32,16 +32,16 @@ from recipes.recipe import Precision
 from artifacts.store import digest_of
 from inference.batcher import Batcher
 from inference.engine import FlatEngine
-from inference.shelf import Loaded
+from inference.shelf import LoadedBackbone
 
 def work(images, limit):
     metrics = Metrics(shared_folder())
     batcher = Batcher(FlatEngine(), limit)
-    metrics.watch(lambda: [Loaded(digest_of(b"a network"), Precision.FLOAT32, batcher, 1000, images)])
+    metrics.watch(lambda: [LoadedBackbone(digest_of(b"a network"), Precision.FLOAT32, batcher, 1000, images)])
     for _ in range(images):
         batcher.submit(np.zeros((1, 8, 8, 3), np.uint8), float("inf")).result()
-        metrics.saw_request("GET", "/", 200, 0.01)
-        metrics.saw_prediction("colours", 1, {"queue": 1.0})
+        metrics.count_request("GET", "/", 200, 0.01)
+        metrics.count_prediction("colours", 1, {"queue": 1.0})
     metrics.page(None)
 
 processes = []

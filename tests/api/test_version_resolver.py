@@ -59,22 +59,22 @@ def test_an_alias_that_moved_is_followed_at_the_next_refresh_as_its_head_can_be_
     resolver: VersionResolver, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refresh, has_moved = resolver.refresh, threading.Event()
-    after_looks: list[int] = []
+    answers_after_move: list[int] = []
 
-    def look_and_tell() -> None:
+    def refresh_and_record() -> None:
         is_after = has_moved.is_set()
         refresh()
         if is_after:
-            after_looks.append(answers(resolver))
+            answers_after_move.append(answers(resolver))
 
-    monkeypatch.setattr(resolver, "look", look_and_tell)
+    monkeypatch.setattr(resolver, "refresh", refresh_and_record)
     first = resolver.resolve(records.PRINCIPAL, NAME, None, CHAMPION)
     assert first.version == 1
     resolver._shelf.predictor(first.bundle)
     move(services, 2)
     has_moved.set()
-    until(lambda: after_looks)
-    assert after_looks[0] == 2 and REFRESH_EVERY_S < 1
+    until(lambda: answers_after_move)
+    assert answers_after_move[0] == 2 and REFRESH_EVERY_S < 1
     moved = resolver.resolve(records.PRINCIPAL, NAME, None, CHAMPION)
     assert resolver._shelf.find(moved.bundle) is not None, "nobody waits for it"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sample
 from experiments import Bench, Heard
+from exporting import Exports
 from scipy.sparse import csr_array
 
 from artifacts import bundle as bundles
@@ -26,8 +27,8 @@ OPEN: dict[str, Any] = {"features_from": "auto", "epochs": 4, "folds": {"k": 2}}
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path, exports: Exports) -> Bench:
+    return Bench(tmp_path, exports)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sample
 from experiments import Bench
+from exporting import Exports
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -287,8 +288,8 @@ def test_features_are_the_mean_of_the_maps_before_the_last_global_average() -> N
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path, exports: Exports) -> Bench:
+    return Bench(tmp_path, exports)
 
 
 def pictures(bench: Bench, truth: Any, copies: int) -> list[Row]:
