@@ -13,7 +13,7 @@ from pydantic import Discriminator, Tag, TypeAdapter
 
 from recipes.catalogue import BackboneName
 from recipes.layers import Layer, NetworkRecipe, Sides
-from recipes.recipe import AUTO, FineTune, Folds, HeadRecipe, Loss, Mode, Precision, Recipe, Task
+from recipes.recipe import AUTO, FineTune, Folds, HeadRecipe, Loss, Mode, Recipe, Task
 
 
 class FilledFolds(Folds):

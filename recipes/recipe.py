@@ -120,31 +120,21 @@ class _EnumOrAuto:
 
 
 # Aliases of a type, so that each is a schema of its own in the documentation of the API.
+_BACKBONE_CHOICE = "The backbone that a recipe asks for; `auto` tries those whose weights are here, and takes the best."
+_TASK_CHOICE = "The task that a recipe asks for; `auto` takes the data set's."
+_PRECISION_CHOICE = (
+    "The precision that a recipe asks for; `auto` tries those of the machine and takes the fastest that is as good."
+)
 BackboneChoice = TypeAliasType(
     "BackboneChoice",
-    Annotated[
-        BackboneName | Literal["auto"],
-        _EnumOrAuto(
-            BackboneName, "BackboneChoice", "The backbone that a recipe asks for; `auto` tries those whose weights are here, and takes the best."
-        ),
-    ],
+    Annotated[BackboneName | Literal["auto"], _EnumOrAuto(BackboneName, "BackboneChoice", _BACKBONE_CHOICE)],
 )
 TaskChoice = TypeAliasType(
-    "TaskChoice",
-    Annotated[
-        Task | Literal["auto"], _EnumOrAuto(Task, "TaskChoice", "The task that a recipe asks for; `auto` takes the data set's.")
-    ],
+    "TaskChoice", Annotated[Task | Literal["auto"], _EnumOrAuto(Task, "TaskChoice", _TASK_CHOICE)]
 )
 PrecisionChoice = TypeAliasType(
     "PrecisionChoice",
-    Annotated[
-        Precision | Literal["auto"],
-        _EnumOrAuto(
-            Precision,
-            "PrecisionChoice",
-            "The precision that a recipe asks for; `auto` tries those of the machine and takes the fastest that is as good.",
-        ),
-    ],
+    Annotated[Precision | Literal["auto"], _EnumOrAuto(Precision, "PrecisionChoice", _PRECISION_CHOICE)],
 )
 
 

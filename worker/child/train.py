@@ -21,7 +21,7 @@ from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.store import Digest, Store, StoreAddress
 from errors import Corrupt, DiskFull, NotFound, OutOfMemory, StoreUnavailable
 from recipes.catalogue import BackboneName
-from recipes.recipe import BackboneChoice, Recipe
+from recipes.filled import parse_filled
 from worker.child import weights
 from worker.child.channel import Channel
 from worker.child.fold_progress import Abreast
@@ -71,7 +71,7 @@ class _Desk:
         self._given = given
         self._channel = channel
         self._store = open_store(StoreAddress(**given["store"]))
-        self._recipe = Recipe.model_validate(given["recipe"])
+        self._recipe = parse_filled(given["recipe"])
         self._reporter = _Reporter(channel, self._store)
         self._reporter.follow(order)
         self._weights = self._find_weights()
@@ -125,9 +125,9 @@ class _Desk:
     def _find_weights(self) -> Digest | None:
         """Return weights that lie in the store, getting them there if need be; None for a network from scratch."""
         given, recipe = self._given, self._recipe
-        if recipe.backbone in (None, BackboneChoice.AUTO) or recipe.weights is None:
+        backbone = recipe.backbone
+        if not isinstance(backbone, BackboneName) or recipe.weights is None:
             return None
-        backbone = recipe.known_backbone.name
         if given["weights"] is not None:
             return Digest(given["weights"])
 

@@ -16,7 +16,7 @@ from artifacts.bundle import Bundle
 from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.store import Digest, Store, StoreAddress
 from errors import Corrupt, ImageRefused
-from recipes.recipe import Recipe
+from recipes.filled import HeadedRecipe, parse_filled
 from worker.child.channel import Channel
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def _learning_curve(order: Mapping[str, Any], store: Store, bundle: Bundle, chan
 
     said = _Said(channel)
     said.begin(0.0, _FEATURES_SHARE)
-    recipe = Recipe.model_validate(order["recipe"])
+    recipe = parse_filled(order["recipe"])
+    assert isinstance(recipe, HeadedRecipe), "Expected a head on features. This is a bug."
     subject = learning_curve.Subject(
         recipe=recipe,
         labels=order["labels"],
