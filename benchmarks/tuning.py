@@ -49,8 +49,9 @@ from training.data.split import Fold, Indices, make_folds
 from training.fitting import fine_tuning
 from training.fitting.fine_tuning import FineTuningInputs
 from training.fitting.head_fit import FittedHead
-from training.fitting.training_loop import Epoch, Passage, Rows
+from training.fitting.training_loop import Passage, Rows
 from training.networks import backbones
+from training.progress import Epoch
 
 BATCH = 32
 SEED = 0
@@ -131,7 +132,7 @@ class Trial:
         _drop_networks()
         keras.utils.set_random_seed(SEED)
         _, model, _ = fine_tuning.build(self.recipe, self.weights, material, self.head, SEED)
-        schedule = fine_tuning.schedule(self.recipe.fine_tune, steps)
+        schedule = fine_tuning.learning_rate_schedule(self.recipe.fine_tune, steps)
         model.compile(
             keras.optimizers.Adam(schedule, global_clipnorm=fine_tuning.CLIP_NORM),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
