@@ -51,8 +51,6 @@ class Settings(BaseSettings):
     """Address that the API listens on. Anything but loopback needs a key."""
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the API."""
-    api_processes: Annotated[int, Field(ge=1, le=64)] = 1
-    """Processes of the API on its port; they divide the processors, ESPALIER_THREADS and ESPALIER_SHELF_BYTES."""
     api_public_url: str | None = None
     """Address of the API as MLflow's readers see it; by default loopback with the API's port."""
     mlflow_port: Annotated[int, Field(ge=1, le=65535)] = 5000
