@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from artifacts.store import StoreAddress
-from ops.document import TARGET, settings_page
+from ops.write_settings_docs import TARGET, settings_document
 from settings import Settings
 
 OPERATORS = {
@@ -24,8 +24,8 @@ OPERATORS = {
 
 
 def test_every_setting_is_documented_as_it_is() -> None:
-    """After a change: python -m ops.document."""
-    assert TARGET.read_text() == settings_page()
+    """After a change: python -m ops.write_settings_docs."""
+    assert TARGET.read_text() == settings_document()
     assert all(field.description for field in Settings.model_fields.values())
 
 

@@ -31,7 +31,7 @@ def keep(rows: list[Row], features: Features) -> NeighbourIndex:
     """Keep images as a run does."""
     scaler = Scaler.fit(features, np.arange(len(features)))
     directions = FeatureNormaliser(scaler.mean.astype(np.float32), scaler.scale.astype(np.float32))
-    return files.keep(rows, features, directions)
+    return files.build_index(rows, features, directions)
 
 
 def by_hand(features: Features, wanted: Features) -> list[int]:

@@ -25,8 +25,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from simulator.databases import Given, Memory
-from simulator.invariants import Laws, Writer
+from simulator.databases import EngineDatabase, InMemoryDatabase
+from simulator.invariants import Invariants, Writer
 from simulator.stand_ins import MemoryStore
 from sqlalchemy import delete, select
 from working import WATCHING, training_place
@@ -75,7 +75,7 @@ class Life:
     state: RunState = RunState.QUEUED
     is_halved: bool = False
     folds: set[int] = field(default_factory=set)
-    run_jobs: list[Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
 
 class Told(Train):
@@ -111,7 +111,7 @@ class Lives(RuleBasedStateMachine):
         self.handlers = dict.fromkeys(JobKind, self.told)
         self.clock = Clock(now=lambda: self.now_s)
         self.loop = Loop(database, Queue.CPU, self.handlers, "here", WATCHING, self.clock)
-        self.laws = Laws(self.query, lambda digest: self.store.has(Digest(digest)))
+        self.checks = Invariants(self.query, lambda digest: self.store.has(Digest(digest)))
         self.places = itertools.count()
         self.lives: list[Life] = []
         self.late: list[Job] = []
@@ -137,7 +137,7 @@ class Lives(RuleBasedStateMachine):
         with self.database.writing() as session:
             run = runs.create_run(session, records.PRINCIPAL, self.version_id, "flowers", recipe)
             run_jobs.queue_training(session, run)
-        self.laws.judge(Writer("order"))
+        self.checks.check(Writer("order"))
         self.lives.append(Life(run.id, k, is_fanned_out))
         self._owe(self.lives[-1], JobKind.TRAIN)
 
@@ -147,7 +147,7 @@ class Lives(RuleBasedStateMachine):
         life = data.draw(st.sampled_from(self.lives))
         with self.database.writing() as session:
             is_ended = run_jobs.request_cancel(session, life.run_id)
-        self.laws.judge(Writer("cancel", cancels=life.run_id))
+        self.checks.check(Writer("cancel", cancels=life.run_id))
         is_open = not life.state.is_final
         life.parts = [part for part in life.parts if part.job is not None]
         for part in life.parts:
@@ -170,7 +170,7 @@ class Lives(RuleBasedStateMachine):
                 retry()
             return
         retry()
-        self.laws.judge(Writer("retry"))
+        self.checks.check(Writer("retry"))
         life.state = RunState.QUEUED
         self._owe(life, JobKind.TRAIN)
 
@@ -201,7 +201,7 @@ class Lives(RuleBasedStateMachine):
         ]
         with self.database.writing() as session:
             job = jobs.claim(session, [Queue.CPU], "here")
-        self.laws.judge(Writer("claim"))
+        self.checks.check(Writer("claim"))
         if job is None:
             assert not due
             return None
@@ -210,7 +210,7 @@ class Lives(RuleBasedStateMachine):
         part.job = job
         part.attempt += 1
         order = self._work(job).write(lambda session: self.told._begin(session, job))
-        self.laws.judge(Writer("begin", Lease(job.id, job.lease_epoch)))
+        self.checks.check(Writer("begin", Lease(job.id, job.lease_epoch)))
         assert order is not None and set(order["outcomes"]) == life.folds
         life.state = RunState.RUNNING
         return life, part, job
@@ -232,7 +232,7 @@ class Lives(RuleBasedStateMachine):
         number = min(set(range(life.k)) - life.folds)
         fold = records.fold(life.run_id, number, outcome_sha256=self.store.write(f"{life.run_id} {number}"))
         self._work(job).write(lambda session: runs.add_fold(session, fold))
-        self.laws.judge(Writer("fold", Lease(job.id, job.lease_epoch)))
+        self.checks.check(Writer("fold", Lease(job.id, job.lease_epoch)))
         life.folds.add(number)
 
     @precondition(lambda self: self._done())
@@ -315,10 +315,10 @@ class Lives(RuleBasedStateMachine):
             if other is not job:
                 with self.database.writing() as session:
                     jobs.renew(session, Lease(other.id, other.lease_epoch))
-                self.laws.judge(Writer("renew", Lease(other.id, other.lease_epoch)))
+                self.checks.check(Writer("renew", Lease(other.id, other.lease_epoch)))
         self.now_s += WATCHING.lease_s
         assert sweeper.sweep() == 1
-        self.laws.judge(Writer("sweeper"))
+        self.checks.check(Writer("sweeper"))
         self._leave(life, part, job)
         if part.attempt == MAX_ATTEMPTS and not part.is_asked:
             self._fail(life)
@@ -335,7 +335,7 @@ class Lives(RuleBasedStateMachine):
         for end in (self._message(life, Part(job.kind, job.index, 0)), TrainingDiverged("late"), Reason.DRAINING):
             self.told.end = end
             self.loop.see_through(self._work(job))
-        assert self.laws.judge(Writer("late", Lease(job.id, job.lease_epoch))) == []
+        assert self.checks.check(Writer("late", Lease(job.id, job.lease_epoch))) == []
 
     @rule()
     def wait(self) -> None:
@@ -345,7 +345,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def the_rows_are_as_they_should_be(self) -> None:
-        self.laws.judge(Writer("nobody"))
+        self.checks.check(Writer("nobody"))
         with self.database.reading() as session:
             for life in self.lives:
                 run = runs.get_run(session, records.PRINCIPAL, life.run_id)
@@ -403,7 +403,7 @@ class Lives(RuleBasedStateMachine):
         """Have the loop see a job through to this end."""
         self.told.end = end
         self.loop.see_through(self._work(job))
-        self.laws.judge(Writer("end", Lease(job.id, job.lease_epoch)))
+        self.checks.check(Writer("end", Lease(job.id, job.lease_epoch)))
         self._leave(life, part, job)
 
     def _leave(self, life: Life, part: Part, job: Job) -> None:
@@ -457,9 +457,9 @@ def see(make: Callable[[], Lives], examples: int, steps: int) -> None:
 
 @pytest.mark.parametrize(("examples", "steps"), [(30, 30), pytest.param(100, 50, marks=pytest.mark.slow)])
 def test_a_run_lives_as_it_should(examples: int, steps: int) -> None:
-    ground = Memory()
-    see(lambda: Lives(Given(ground.engine)), examples, steps)
-    ground.close()
+    database = InMemoryDatabase()
+    see(lambda: Lives(EngineDatabase(database.engine)), examples, steps)
+    database.close()
 
 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)

@@ -20,8 +20,8 @@ from recipes.recipe import RANDOM, Folds, Mode, Recipe
 from settings import Settings
 from simulator.faults import Fault
 from simulator.machine import Machine
+from simulator.simulation import Simulation
 from simulator.workers import Crew
-from simulator.world import World
 
 T = TypeVar("T")
 Request = Callable[[Services], T]
@@ -36,29 +36,29 @@ _LOOK_AGAIN_S = 0.2
 class Broker:
     """Carries bells to workers: late, twice, to all, or not at all."""
 
-    def __init__(self, world: World, crew: Crew) -> None:
-        self._world = world
+    def __init__(self, simulation: Simulation, crew: Crew) -> None:
+        self._simulation = simulation
         self._crew = crew
 
     def ring(self, queue: str, job_id: str) -> None:
         """Wake a worker, perhaps."""
-        luck = self._world.luck
-        if luck.strikes(Fault.BELL_DROPPED):
+        chance = self._simulation.chance
+        if chance.strikes(Fault.BELL_DROPPED):
             return
-        for _ in range(2 if luck.strikes(Fault.BELL_DOUBLED) else 1):
-            self._world.people(partial(self._carry, Queue(queue)), "bell")
+        for _ in range(2 if chance.strikes(Fault.BELL_DOUBLED) else 1):
+            self._simulation.spawn(partial(self._carry, Queue(queue)), "bell")
 
     def _carry(self, queue: Queue) -> None:
-        luck = self._world.luck
-        self._world.baton.wait(luck.seconds(0.0, 60.0 if luck.strikes(Fault.BELL_LATE) else 0.1))
-        self._crew.hear(queue, is_for_all=luck.strikes(Fault.BELL_TO_ALL))
+        chance = self._simulation.chance
+        self._simulation.scheduler.wait(chance.seconds(0.0, 60.0 if chance.strikes(Fault.BELL_LATE) else 0.1))
+        self._crew.hear(queue, is_for_all=chance.strikes(Fault.BELL_TO_ALL))
 
 
 class Api:
     """The API process, and the network before it."""
 
-    def __init__(self, world: World, broker: Broker, settings: Settings) -> None:
-        self._world = world
+    def __init__(self, simulation: Simulation, broker: Broker, settings: Settings) -> None:
+        self._simulation = simulation
         self._broker = broker
         self._settings = settings
         self.machine = self._machine()
@@ -69,10 +69,10 @@ class Api:
             try:
                 return self._try(name, request, key, cancels)
             except (Unavailable, DiskFull, InFlight):
-                self._world.baton.wait(self._world.luck.seconds(0.5, 10.0))
+                self._simulation.scheduler.wait(self._simulation.chance.seconds(0.5, 10.0))
 
     def _try(self, name: str, request: Request[T], key: str | None, cancels: str | None) -> T:
-        machine, world = self.machine, self._world
+        machine, simulation = self.machine, self._simulation
         answer: list[T | EspalierError] = []
 
         def work() -> None:
@@ -82,24 +82,24 @@ class Api:
             except EspalierError as error:
                 answer.append(error)
             finally:
-                world.cancels.pop(task, None)
+                simulation.cancels.pop(task, None)
 
         task = machine.thread(work, name)
         if cancels is not None:
-            world.cancels[task] = cancels
+            simulation.cancels[task] = cancels
         task.start()
-        task.join(world.luck.seconds(20.0, 60.0))
+        task.join(simulation.chance.seconds(20.0, 60.0))
         if not answer:
             raise Unavailable("Nobody answers.")
         if isinstance(answer[0], EspalierError):
-            world.say(f"API: {name}: {answer[0]}")
+            simulation.log(f"API: {name}: {answer[0]}")
             raise answer[0]
         return answer[0]
 
     def _answer(self, machine: Machine, request: Request[T], key: str | None) -> T:
         # The routes that are asked here need no more of a process.
         nothing = cast(Any, None)
-        services = Services(self._settings, machine.database, self._world.store, self._broker, *[nothing] * 5)
+        services = Services(self._settings, machine.database, self._simulation.store, self._broker, *[nothing] * 5)
         if key is None:
             return request(services)
         with machine.database.exclusive(key) as is_held:
@@ -111,14 +111,14 @@ class Api:
         def replace() -> None:
             self.machine = self._machine()
 
-        return Machine(self._world, "API", Fault.API_CRASH, replace)
+        return Machine(self._simulation, "API", Fault.API_CRASH, replace)
 
 
 class Person:
     """Orders a run or a comparison; may change their mind, and try again what failed."""
 
-    def __init__(self, world: World, api: Api, number: int) -> None:
-        self._world = world
+    def __init__(self, simulation: Simulation, api: Api, number: int) -> None:
+        self._simulation = simulation
         self._api = api
         self._number = number
         self._keys = 0
@@ -126,15 +126,15 @@ class Person:
 
     def act(self) -> None:
         """Do all that they do, to its end."""
-        luck = self._world.luck
-        self._world.baton.wait(luck.seconds(0.0, 10.0))
-        if luck.is_so(0.12):
+        chance = self._simulation.chance
+        self._simulation.scheduler.wait(chance.seconds(0.0, 10.0))
+        if chance.happens(0.12):
             self._compare()
         else:
             self._follow(self._order())
 
     def _order(self) -> str:
-        wanted = RunRequest(dataset=self._world.ground.dataset_id, name=self._name, recipe=self._recipe())
+        wanted = RunRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipe=self._recipe())
         self.orders += 1
         run = self._ask_once(
             "order",
@@ -143,9 +143,9 @@ class Person:
         return str(run.id)
 
     def _compare(self) -> None:
-        luck = self._world.luck
-        recipes = [self._recipe(k=2, epochs=epochs) for epochs in range(1, luck.one_of([2, 2, 3]) + 1)]
-        wanted = ComparisonRequest(dataset=self._world.ground.dataset_id, name=self._name, recipes=recipes)
+        chance = self._simulation.chance
+        recipes = [self._recipe(k=2, epochs=epochs) for epochs in range(1, chance.choice([2, 2, 3]) + 1)]
+        wanted = ComparisonRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipes=recipes)
         self.orders += len(recipes)
         comparison = self._ask_once(
             "compare",
@@ -153,9 +153,13 @@ class Person:
                 Response(), services, _PRINCIPAL, wanted, idempotency
             ),
         )
-        mine = [run_id for run_id, owner in self._world.laws.seen.compared.items() if owner == comparison.id]
-        following = [self._world.people(partial(self._follow, run_id), f"person {self._number}") for run_id in mine]
-        if luck.strikes(Fault.CANCEL_ALL):
+        mine = [
+            run_id
+            for run_id, owner in self._simulation.invariants.snapshot.comparison_of_run.items()
+            if owner == comparison.id
+        ]
+        following = [self._simulation.spawn(partial(self._follow, run_id), f"person {self._number}") for run_id in mine]
+        if chance.strikes(Fault.CANCEL_ALL):
             self._dither()
             cancel = partial(comparison_routes.cancel_comparison, principal=_PRINCIPAL, comparison_id=comparison.id)
             self._api.ask("cancel", cancel, cancels=comparison.id)
@@ -164,28 +168,28 @@ class Person:
 
     def _follow(self, run_id: str) -> None:
         """See what becomes of a run, and meddle."""
-        luck = self._world.luck
+        chance = self._simulation.chance
         for _ in range(1 + _RETRIES):
-            if luck.strikes(Fault.CANCEL):
+            if chance.strikes(Fault.CANCEL):
                 self._dither()
                 cancel = partial(run_routes.cancel_run, principal=_PRINCIPAL, run_id=run_id)
                 self._api.ask("cancel", cancel, cancels=run_id)
-            while not self._world.laws.seen.runs[run_id].is_over:
-                self._world.baton.wait(_LOOK_EVERY_S)
-            if self._world.laws.seen.runs[run_id].state != "failed" or not luck.strikes(Fault.RETRY):
+            while not self._simulation.invariants.snapshot.runs[run_id].is_final:
+                self._simulation.scheduler.wait(_LOOK_EVERY_S)
+            if self._simulation.invariants.snapshot.runs[run_id].state != "failed" or not chance.strikes(Fault.RETRY):
                 return
-            self._world.baton.wait(luck.seconds(0.0, 5.0))
+            self._simulation.scheduler.wait(chance.seconds(0.0, 5.0))
             self._retry(run_id)
 
     def _dither(self) -> None:
         """Wait for a while, or for something to happen: what comes at once after that meets more of it on its way."""
-        luck, world = self._world.luck, self._world
-        if luck.is_so(0.5):
-            world.baton.wait(luck.seconds(0.0, 40.0))
+        chance, simulation = self._simulation.chance, self._simulation
+        if chance.happens(0.5):
+            simulation.scheduler.wait(chance.seconds(0.0, 40.0))
             return
-        last, until = world.transactions + luck.whole(0, 40), world.baton.now + _PATIENCE_S
-        while world.transactions < last and world.baton.now < until:
-            world.baton.wait(_LOOK_AGAIN_S)
+        last, until = simulation.transactions + chance.integer(0, 40), simulation.scheduler.now + _PATIENCE_S
+        while simulation.transactions < last and simulation.scheduler.now < until:
+            simulation.scheduler.wait(_LOOK_AGAIN_S)
 
     def _retry(self, run_id: str) -> None:
         try:
@@ -206,10 +210,10 @@ class Person:
         return self._api.ask(name, lambda services: request(services, idempotency(services)), key)
 
     def _recipe(self, k: int | None = None, epochs: int = 1) -> Recipe:
-        luck = self._world.luck
-        mode = Mode.FINE_TUNING if luck.is_so(0.6) else Mode.FEATURE_EXTRACTION
-        return Recipe(mode=mode, weights=RANDOM, epochs=epochs, folds=Folds(k=k or luck.one_of([2, 2, 3])))
+        chance = self._simulation.chance
+        mode = Mode.FINE_TUNING if chance.happens(0.6) else Mode.FEATURE_EXTRACTION
+        return Recipe(mode=mode, weights=RANDOM, epochs=epochs, folds=Folds(k=k or chance.choice([2, 2, 3])))
 
     @property
     def _name(self) -> str:
-        return f"model-{self._world.luck.whole(1, 2)}"
+        return f"model-{self._simulation.chance.integer(1, 2)}"

@@ -15,20 +15,20 @@ from models.session import Database
 from ops.migrate import upgrade
 from recipes.defaults import ClassCount
 from recipes.recipe import Task
-from simulator.faults import Luck
-from simulator.virtual_threads import Baton
+from simulator.faults import Chance
+from simulator.virtual_threads import Scheduler
 
 
-class Ground(Protocol):
+class ScheduleDatabase(Protocol):
     """A database that one schedule after the other runs on."""
 
     engine: Engine
     dataset_id: str
 
-    def begin(self, baton: Baton, luck: Luck) -> None:
+    def start_schedule(self, scheduler: Scheduler, chance: Chance) -> None:
         """Make it as it was at first, for a schedule."""
 
-    def end(self) -> None:
+    def end_schedule(self) -> None:
         """Hear that the schedule is over."""
 
     def query(self, statement: str) -> Iterable[Sequence[Any]]:
@@ -38,7 +38,7 @@ class Ground(Protocol):
         """Drop it."""
 
 
-class Memory:
+class InMemoryDatabase:
     """SQLite in memory, with one connection: a transaction is over before the next one begins."""
 
     def __init__(self) -> None:
@@ -49,10 +49,10 @@ class Memory:
         self._connection = connection
         self._empty = connection.serialize()
 
-    def begin(self, baton: Baton, luck: Luck) -> None:
+    def start_schedule(self, scheduler: Scheduler, chance: Chance) -> None:
         self._connection.deserialize(self._empty)
 
-    def end(self) -> None:
+    def end_schedule(self) -> None:
         """Need no telling."""
 
     def query(self, statement: str) -> Iterable[Sequence[Any]]:
@@ -63,7 +63,7 @@ class Memory:
         self.engine.dispose()
 
 
-class Given(Database):
+class EngineDatabase(Database):
     """A database whose engine is there already."""
 
     def __init__(self, engine: Engine) -> None:
@@ -73,7 +73,7 @@ class Given(Database):
 
 def prepare(engine: Engine) -> str:
     """Make the schema and a data set that is ready; return its id."""
-    database = Given(engine)
+    database = EngineDatabase(engine)
     upgrade(database)
     with database.writing() as session:
         dataset = datasets.create_dataset(session, Principal(), "flowers")

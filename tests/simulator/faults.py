@@ -84,7 +84,7 @@ _TYPICAL = {
 }
 
 
-class Luck:
+class Chance:
     """The chance of one schedule. Half the faults are off in it, so that it sees some of them often."""
 
     def __init__(self, seed: int) -> None:
@@ -95,7 +95,7 @@ class Luck:
         }
         self.happened: Counter[Fault] = Counter()
 
-    def end(self) -> None:
+    def stop_faults(self) -> None:
         """Let nothing go wrong any more."""
         self._rates = dict.fromkeys(self._rates, 0.0)
 
@@ -107,7 +107,7 @@ class Luck:
         self.happened[fault] += 1
         return True
 
-    def is_so(self, probability: float) -> bool:
+    def happens(self, probability: float) -> bool:
         """Throw a coin."""
         return self._random.random() < probability
 
@@ -115,10 +115,10 @@ class Luck:
         """Return a duration."""
         return self._random.uniform(low, high)
 
-    def whole(self, low: int, high: int) -> int:
+    def integer(self, low: int, high: int) -> int:
         """Return a number from low to high, both included."""
         return self._random.randint(low, high)
 
-    def one_of(self, things: Sequence[T]) -> T:
+    def choice(self, things: Sequence[T]) -> T:
         """Return one of some things."""
         return self._random.choice(things)

@@ -17,14 +17,14 @@ from models.job import ENDLESS, MAX_ATTEMPTS, Lease
 Query = Callable[[str], Iterable[Sequence[Any]]]
 """Runs a statement that reads, on what is committed."""
 
-_OVER = ("succeeded", "failed", "cancelled")
+_FINAL_STATES = ("succeeded", "failed", "cancelled")
 _TRAINING = ("train", "fold", "final")
-_WAYS_OF_A_RUN = {
+_RUN_TRANSITIONS = {
     "queued": ("running", "cancelled", "failed"),
     "running": ("queued", "succeeded", "failed", "cancelled"),
     "failed": ("queued",),
 }
-_WAYS_OF_A_COMPARISON = {
+_COMPARISON_TRANSITIONS = {
     "queued": ("running", "failed", "cancelled"),
     "running": ("succeeded", "failed", "cancelled"),
     # A failed run of it is tried again.
@@ -33,7 +33,7 @@ _WAYS_OF_A_COMPARISON = {
 }
 
 
-class Broken(Exception):
+class InvariantViolated(Exception):
     """A law does not hold; the message says which."""
 
 
@@ -50,12 +50,12 @@ class JobRow(NamedTuple):
     owner: str | None
     epoch: int
     renewals: int
-    is_asked: bool
+    is_cancel_requested: bool
 
     @property
-    def is_over(self) -> bool:
+    def is_final(self) -> bool:
         """Say whether nothing will happen to it any more."""
-        return self.state in _OVER
+        return self.state in _FINAL_STATES
 
 
 class RunRow(NamedTuple):
@@ -68,12 +68,12 @@ class RunRow(NamedTuple):
     mlflow_run_id: str | None
 
     @property
-    def is_over(self) -> bool:
+    def is_final(self) -> bool:
         """Say whether nobody works on it any more."""
-        return self.state in _OVER
+        return self.state in _FINAL_STATES
 
 
-class Owed(NamedTuple):
+class OutboxRow(NamedTuple):
     """Something that MLflow is owed; numbers are used again, moments are not."""
 
     id: int
@@ -84,7 +84,7 @@ class Owed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class Snapshot:
     """What is committed."""
 
     jobs: Mapping[str, JobRow] = field(default_factory=dict)
@@ -92,10 +92,10 @@ class Seen:
     folds: Mapping[tuple[str, int], str | None] = field(default_factory=dict)
     versions: Sequence[str] = ()
     events: Mapping[str, int] = field(default_factory=dict)
-    owed: frozenset[Owed] = frozenset()
+    outbox: frozenset[OutboxRow] = frozenset()
     comparisons: Mapping[str, str] = field(default_factory=dict)
     tables: Mapping[str, str] = field(default_factory=dict)
-    compared: Mapping[str, str] = field(default_factory=dict)
+    comparison_of_run: Mapping[str, str] = field(default_factory=dict)
     files: frozenset[str] = frozenset()
 
     def of_attempt(self, run: RunRow) -> list[JobRow]:
@@ -121,7 +121,7 @@ _FILES = (
 )
 
 
-def look(query: Query) -> Seen:
+def read_snapshot(query: Query) -> Snapshot:
     """Read everything that the laws speak of, one time each."""
     jobs = query(
         'SELECT id, kind, subject_id, "index", parent_id, queue, state, attempt, lease_owner, lease_epoch, renewals, '
@@ -131,129 +131,131 @@ def look(query: Query) -> Seen:
         "SELECT id, state, job_id, batch_size, CAST(recipe -> 'folds' ->> 'k' AS INTEGER) * "
         "CAST(recipe -> 'folds' ->> 'repeats' AS INTEGER), mlflow_run_id FROM run"
     )
-    owed = query("SELECT id, run_id, kind, CAST(payload AS TEXT), CAST(created_at AS TEXT) FROM outbox")
-    return Seen(
+    outbox = query("SELECT id, run_id, kind, CAST(payload AS TEXT), CAST(created_at AS TEXT) FROM outbox")
+    return Snapshot(
         jobs={row[0]: JobRow(*row[1:]) for row in jobs},
         runs={row[0]: RunRow(*row[1:]) for row in runs},
         folds={(row[0], row[1]): row[2] for row in query("SELECT run_id, number, outcome_sha256 FROM fold")},
         versions=sorted(row[0] for row in query("SELECT run_id FROM model_version")),
         events=_count_events(query("SELECT run_id, count(*), max(seq) FROM run_event GROUP BY run_id")),
-        owed=frozenset(Owed(*row) for row in owed),
+        outbox=frozenset(OutboxRow(*row) for row in outbox),
         comparisons=dict(query("SELECT id, state FROM comparison")),  # type: ignore[arg-type]
         tables=dict(query('SELECT id, CAST("table" AS TEXT) FROM comparison WHERE "table" IS NOT NULL')),  # type: ignore[arg-type]
-        compared=dict(query("SELECT run_id, comparison_id FROM comparison_run")),  # type: ignore[arg-type]
+        comparison_of_run=dict(query("SELECT run_id, comparison_id FROM comparison_run")),  # type: ignore[arg-type]
         files=frozenset(row[0] for row in query(_FILES)),
     )
 
 
-class Laws:
+class Invariants:
     """Compares what is committed with what was committed before."""
 
     def __init__(self, query: Query, has_file: Callable[[str], bool]) -> None:
         self._query = query
         self._has_file = has_file
-        self.seen = look(query)
+        self.snapshot = read_snapshot(query)
         # Runs that a person asked to end while they were not over.
-        self.asked: set[str] = set()
+        self.cancel_requested: set[str] = set()
         self._epochs: dict[str, int] = {}
 
-    def judge(self, writer: Writer) -> list[str]:
+    def check(self, writer: Writer) -> list[str]:
         """Judge what was just committed; return what changed, in words. Raises Broken."""
-        before, after = self.seen, look(self._query)
+        before, after = self.snapshot, read_snapshot(self._query)
         if after == before:
             return []
-        self.seen = after
-        _judge_lease(writer, before)
+        self.snapshot = after
+        _check_lease(writer, before)
         for job_id, job in after.jobs.items():
             if job != before.jobs.get(job_id):
-                self._judge_job(job_id, before.jobs.get(job_id), job, writer)
+                self._check_job(job_id, before.jobs.get(job_id), job, writer)
         for run_id in after.runs:
-            self._judge_run(run_id, before, after, writer)
+            self._check_run(run_id, before, after, writer)
         for comparison_id in after.comparisons:
-            _judge_comparison(comparison_id, before, after)
-        self.judge_files()
-        return _changes(before, after)
+            _check_comparison(comparison_id, before, after)
+        self.check_files()
+        return _describe_changes(before, after)
 
-    def judge_files(self) -> None:
+    def check_files(self) -> None:
         """See that every file that a row names is there: after a transaction that came to nothing too."""
-        for digest in self.seen.files:
-            _must(self._has_file(digest), f"a row names a file that is gone: {digest[:12]}")
+        for digest in self.snapshot.files:
+            _require(self._has_file(digest), f"a row names a file that is gone: {digest[:12]}")
 
-    def judge_end(self) -> None:
+    def check_end(self) -> None:
         """See that nothing is left undone. Raises Broken."""
-        seen = self.seen
-        for run_id, run in seen.runs.items():
-            _must(run.is_over, f"a run is lost: {run_id} is {run.state} for ever")
-        for job_id, job in seen.jobs.items():
-            _must(job.is_over or job.kind == "publish", f"a job is {job.state} for ever: {job_id} ({job.kind})")
-        for comparison_id, state in seen.comparisons.items():
-            _must(state in _OVER, f"a comparison is lost: {comparison_id} is {state} for ever")
+        snapshot = self.snapshot
+        for run_id, run in snapshot.runs.items():
+            _require(run.is_final, f"a run is lost: {run_id} is {run.state} for ever")
+        for job_id, job in snapshot.jobs.items():
+            _require(job.is_final or job.kind == "publish", f"a job is {job.state} for ever: {job_id} ({job.kind})")
+        for comparison_id, state in snapshot.comparisons.items():
+            _require(state in _FINAL_STATES, f"a comparison is lost: {comparison_id} is {state} for ever")
 
     def is_quiet(self) -> bool:
         """Say whether nothing is left to be done, but what MLflow is owed."""
-        seen = self.seen
-        return all(job.is_over or job.kind == "publish" for job in seen.jobs.values()) and all(
-            run.is_over for run in seen.runs.values()
+        snapshot = self.snapshot
+        return all(job.is_final or job.kind == "publish" for job in snapshot.jobs.values()) and all(
+            run.is_final for run in snapshot.runs.values()
         )
 
-    def _judge_job(self, job_id: str, was: JobRow | None, job: JobRow, writer: Writer) -> None:
+    def _check_job(self, job_id: str, was: JobRow | None, job: JobRow, writer: Writer) -> None:
         name = f"{job.kind} {job.number} ({job_id})"
         if was is None:  # what is owed to MLflow is queued and claimed at once
             was = job._replace(state="queued", attempt=0, epoch=0)
         way = f"{was.state} → {job.state}"
-        _must(not was.is_over, f"a job that was over changes, {way}: {name}")
-        _must(job.kind in ENDLESS or job.attempt <= MAX_ATTEMPTS, f"more than {MAX_ATTEMPTS} attempts: {name}")
+        _require(not was.is_final, f"a job that was over changes, {way}: {name}")
+        _require(job.kind in ENDLESS or job.attempt <= MAX_ATTEMPTS, f"more than {MAX_ATTEMPTS} attempts: {name}")
         match was.state, job.state:
             case "queued", "running":
-                _must(job.attempt == was.attempt + 1, f"an attempt that does not count: {name}")
-                _must(job.epoch > max(was.epoch, self._epochs.get(job_id, 0)), f"a lease is given out twice: {name}")
-                is_asked = job.kind in _TRAINING and job.subject_id in self.asked
-                _must(not is_asked, f"begun although its run was asked to end: {name}")
+                _require(job.attempt == was.attempt + 1, f"an attempt that does not count: {name}")
+                _require(job.epoch > max(was.epoch, self._epochs.get(job_id, 0)), f"a lease is given out twice: {name}")
+                is_cancel_requested = job.kind in _TRAINING and job.subject_id in self.cancel_requested
+                _require(not is_cancel_requested, f"begun although its run was asked to end: {name}")
                 self._epochs[job_id] = job.epoch
             case "queued", "queued" | "cancelled":
-                _must(job.attempt == was.attempt, f"an attempt that nobody made: {name}")
+                _require(job.attempt == was.attempt, f"an attempt that nobody made: {name}")
             case "running", "running":
-                _must((job.epoch, job.owner) == (was.epoch, was.owner), f"{way}: {name}")
+                _require((job.epoch, job.owner) == (was.epoch, was.owner), f"{way}: {name}")
                 # attempts count from where the work stands
-                _must(job.attempt in (was.attempt, 1), f"{way} changed its attempts: {name}")
-                _must(job.renewals in (was.renewals, was.renewals + 1), f"renewed twice at once: {name}")
+                _require(job.attempt in (was.attempt, 1), f"{way} changed its attempts: {name}")
+                _require(job.renewals in (was.renewals, was.renewals + 1), f"renewed twice at once: {name}")
             case "running", _ if writer.lease is not None and writer.lease.job_id == job_id:
-                _must(job.epoch == was.epoch, f"a holder changed its own epoch: {name}")
-                _must(job.attempt in (was.attempt, was.attempt - 1), f"{way} changed its attempts: {name}")
+                _require(job.epoch == was.epoch, f"a holder changed its own epoch: {name}")
+                _require(job.attempt in (was.attempt, was.attempt - 1), f"{way} changed its attempts: {name}")
             case "running", _:
-                _must(job.epoch == was.epoch + 1, f"a lease ended and its epoch was not counted up: {name}")
-                _must(job.attempt == was.attempt, f"a take-over changed its attempts: {name}")
+                _require(job.epoch == was.epoch + 1, f"a lease ended and its epoch was not counted up: {name}")
+                _require(job.attempt == was.attempt, f"a take-over changed its attempts: {name}")
             case _:
-                raise Broken(f"a job went {way}: {name}")
+                raise InvariantViolated(f"a job went {way}: {name}")
 
-    def _judge_run(self, run_id: str, before: Seen, after: Seen, writer: Writer) -> None:
+    def _check_run(self, run_id: str, before: Snapshot, after: Snapshot, writer: Writer) -> None:
         was, run = before.runs.get(run_id), after.runs[run_id]
-        states = self._judge_events(run_id, before, after)
-        _must((states[-1] if states else was and was.state) == run.state, f"its events do not tell its state: {run_id}")
+        states = self._check_events(run_id, before, after)
+        _require(
+            (states[-1] if states else was and was.state) == run.state, f"its events do not tell its state: {run_id}"
+        )
         if was is not None and was.state != run.state:
-            _judge_owed(run_id, was, run, states, after.owed - before.owed)
+            _check_outbox(run_id, was, run, states, after.outbox - before.outbox)
         made = after.versions.count(run_id)
-        _must(made == (run.state == "succeeded"), f"{run.state} with {made} model versions: {run_id}")
+        _require(made == (run.state == "succeeded"), f"{run.state} with {made} model versions: {run_id}")
         numbers = {number for owner, number in after.folds if owner == run_id}
-        _must(numbers <= set(range(run.folds)), f"a fold that it does not have: {run_id}")
+        _require(numbers <= set(range(run.folds)), f"a fold that it does not have: {run_id}")
         if run.state == "succeeded":
-            _must(len(numbers) == run.folds, f"succeeded with {len(numbers)} of {run.folds} folds: {run_id}")
+            _require(len(numbers) == run.folds, f"succeeded with {len(numbers)} of {run.folds} folds: {run_id}")
         mine = after.of_attempt(run)
-        left = [job for job in mine if not job.is_over]
-        _must(run.is_over or left, f"a run is lost: {run_id} is {run.state} and has no job left")
+        left = [job for job in mine if not job.is_final]
+        _require(run.is_final or left, f"a run is lost: {run_id} is {run.state} and has no job left")
         finals = [job for job in mine if job.kind == "final" and job.state != "cancelled"]
-        _must(len(finals) <= 1, f"two final jobs: {run_id}")
+        _require(len(finals) <= 1, f"two final jobs: {run_id}")
         for job in after.jobs.values():
             if (
                 job.subject_id == run_id
                 and job.kind in _TRAINING
-                and not job.is_over
-                and (run.is_over or job not in mine)
+                and not job.is_final
+                and (run.is_final or job not in mine)
             ):
-                _must(job.is_asked, f"a {job.kind} job goes on though nobody needs it any more: {run_id}")
-        self._note_asking(run_id, was, run, writer)
+                _require(job.is_cancel_requested, f"a {job.kind} job goes on though nobody needs it any more: {run_id}")
+        self._note_cancel_request(run_id, was, run, writer)
 
-    def _judge_events(self, run_id: str, before: Seen, after: Seen) -> list[str]:
+    def _check_events(self, run_id: str, before: Snapshot, after: Snapshot) -> list[str]:
         """Return the states that new events tell of, in their order."""
         seq = before.events.get(run_id, 0)
         if after.events.get(run_id, 0) == seq:
@@ -262,60 +264,64 @@ class Laws:
         states = [_json(payload)["state"] for kind, payload in new if kind == "state"]
         was = before.runs.get(run_id)
         for earlier, later in pairwise([was.state, *states] if was else states):
-            _must(later in _WAYS_OF_A_RUN.get(earlier, ()), f"a run went {earlier} → {later}: {run_id}")
+            _require(later in _RUN_TRANSITIONS.get(earlier, ()), f"a run went {earlier} → {later}: {run_id}")
         return states
 
-    def _note_asking(self, run_id: str, was: RunRow | None, run: RunRow, writer: Writer) -> None:
+    def _note_cancel_request(self, run_id: str, was: RunRow | None, run: RunRow, writer: Writer) -> None:
         if was is not None and was.state == "failed" and run.state == "queued":
-            self.asked.discard(run_id)
-        elif not run.is_over and writer.cancels in (run_id, self.seen.compared.get(run_id, "")):
-            self.asked.add(run_id)
+            self.cancel_requested.discard(run_id)
+        elif not run.is_final and writer.cancels in (run_id, self.snapshot.comparison_of_run.get(run_id, "")):
+            self.cancel_requested.add(run_id)
 
 
-def _judge_lease(writer: Writer, before: Seen) -> None:
+def _check_lease(writer: Writer, before: Snapshot) -> None:
     """See that whoever works under a lease had it when it wrote."""
     if writer.lease is None:
         return
     job = before.jobs[writer.lease.job_id]
     is_held = job.state == "running" and job.epoch == writer.lease.epoch
-    _must(is_held, f"{writer.name} wrote under a lease that was over: {job.kind} {job.number} ({writer.lease.job_id})")
+    _require(
+        is_held, f"{writer.name} wrote under a lease that was over: {job.kind} {job.number} ({writer.lease.job_id})"
+    )
 
 
-def _judge_owed(run_id: str, was: RunRow, run: RunRow, states: Sequence[str], owed: frozenset[Owed]) -> None:
+def _check_outbox(run_id: str, was: RunRow, run: RunRow, states: Sequence[str], outbox: frozenset[OutboxRow]) -> None:
     """See that MLflow is owed what just became true of a run."""
-    kinds = [row.kind for row in sorted(owed) if row.run_id == run_id]
-    _must(kinds.count("started") == states.count("running"), f"MLflow is not owed the start: {run_id}")
-    if run.is_over and (was.state == "running" or was.mlflow_run_id is not None):
-        _must(kinds[-1:] == ["finished"], f"MLflow is not owed the end: {run_id}")
+    kinds = [row.kind for row in sorted(outbox) if row.run_id == run_id]
+    _require(kinds.count("started") == states.count("running"), f"MLflow is not owed the start: {run_id}")
+    if run.is_final and (was.state == "running" or was.mlflow_run_id is not None):
+        _require(kinds[-1:] == ["finished"], f"MLflow is not owed the end: {run_id}")
 
 
-def _judge_comparison(comparison_id: str, before: Seen, after: Seen) -> None:
+def _check_comparison(comparison_id: str, before: Snapshot, after: Snapshot) -> None:
     was, state = before.comparisons.get(comparison_id), after.comparisons[comparison_id]
     if was is not None and was != state:
-        is_way = state in _WAYS_OF_A_COMPARISON.get(was, ())
-        _must(is_way, f"a comparison went {was} → {state}: {comparison_id}")
-    mine = [after.runs[run_id].state for run_id, owner in after.compared.items() if owner == comparison_id]
-    if state not in _OVER and all(run in _OVER for run in mine):
-        left = [job for job in after.jobs.values() if job.subject_id == comparison_id and not job.is_over]
-        _must(len(left) == 1, f"a comparison is lost: {comparison_id} has {len(left)} jobs left")
+        is_way = state in _COMPARISON_TRANSITIONS.get(was, ())
+        _require(is_way, f"a comparison went {was} → {state}: {comparison_id}")
+    mine = [after.runs[run_id].state for run_id, owner in after.comparison_of_run.items() if owner == comparison_id]
+    if state not in _FINAL_STATES and all(run in _FINAL_STATES for run in mine):
+        left = [job for job in after.jobs.values() if job.subject_id == comparison_id and not job.is_final]
+        _require(len(left) == 1, f"a comparison is lost: {comparison_id} has {len(left)} jobs left")
     if state == "failed":
-        _must(all(run in _OVER for run in mine), f"a comparison failed before its runs were over: {comparison_id}")
+        _require(
+            all(run in _FINAL_STATES for run in mine), f"a comparison failed before its runs were over: {comparison_id}"
+        )
     if state == "succeeded":
         rows = len(json.loads(after.tables[comparison_id])["rows"])
-        _must(rows == mine.count("succeeded"), f"a run that succeeded is not in its table: {comparison_id}")
+        _require(rows == mine.count("succeeded"), f"a run that succeeded is not in its table: {comparison_id}")
 
 
-def _changes(before: Seen, after: Seen) -> list[str]:
+def _describe_changes(before: Snapshot, after: Snapshot) -> list[str]:
     """Say what changed."""
     said = []
     for job_id, job in after.jobs.items():
         was = before.jobs.get(job_id)
         if was != job:
-            asked = ", asked to end" if job.is_asked else ""
+            cancel_requested = ", asked to end" if job.is_cancel_requested else ""
             way = f"{was.state} → {job.state}" if was and was.state != job.state else job.state
             said.append(
                 f"{job.kind} {job.number} of {job.subject_id[-6:]}: {way} (attempt {job.attempt}, epoch {job.epoch}, "
-                f"renewals {job.renewals}{asked})"
+                f"renewals {job.renewals}{cancel_requested})"
             )
     for run_id, run in after.runs.items():
         earlier = before.runs.get(run_id)
@@ -325,9 +331,9 @@ def _changes(before: Seen, after: Seen) -> list[str]:
         said.append(f"fold {key[1]} of run {key[0][-6:]} is kept")
     for key in sorted(before.folds.keys() - after.folds.keys()):
         said.append(f"fold {key[1]} of run {key[0][-6:]} is dropped")
-    for row in sorted(after.owed - before.owed):
+    for row in sorted(after.outbox - before.outbox):
         said.append(f"MLflow is owed: {row.kind} of {row.run_id[-6:]}")
-    for row in sorted(before.owed - after.owed):
+    for row in sorted(before.outbox - after.outbox):
         said.append(f"MLflow was told: {row.kind} of {row.run_id[-6:]}")
     for comparison_id, state in after.comparisons.items():
         if before.comparisons.get(comparison_id) != state:
@@ -338,7 +344,7 @@ def _changes(before: Seen, after: Seen) -> list[str]:
 def _count_events(rows: Iterable[Sequence[Any]]) -> dict[str, int]:
     counted = {}
     for run_id, count, last in rows:
-        _must(count == last, f"event numbers have a gap: {run_id} has {count} up to {last}")
+        _require(count == last, f"event numbers have a gap: {run_id} has {count} up to {last}")
         counted[run_id] = last
     return counted
 
@@ -347,6 +353,6 @@ def _json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _must(is_so: object, otherwise: str) -> None:
+def _require(is_so: object, otherwise: str) -> None:
     if not is_so:
-        raise Broken(otherwise)
+        raise InvariantViolated(otherwise)

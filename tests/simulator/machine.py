@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from errors import DiskFull, Unavailable
 from models.base import wall_clock
 from models.session import Database
-from simulator.faults import Fault, Luck
-from simulator.virtual_threads import Baton, Flag, Power, Task
+from simulator.faults import Chance, Fault
+from simulator.virtual_threads import Scheduler, ThreadGroup, VirtualEvent, VirtualThread
 from worker.lease import Clock
 
 _BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
@@ -23,98 +23,98 @@ _BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 _SLOW_S = 60.0
 
 
-class Surroundings(Protocol):
+class MachineEnvironment(Protocol):
     """What a machine has around it."""
 
-    baton: Baton
-    luck: Luck
+    scheduler: Scheduler
+    chance: Chance
     engine: Engine
     away_until: float
     full_until: float
-    names: set[str]
+    held_names: set[str]
 
-    def power(self) -> Power:
+    def new_thread_group(self) -> ThreadGroup:
         """Return what the tasks of a new machine have in common."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Put a line into the trace."""
 
-    def judge(self, is_committed: bool) -> None:
+    def check_invariants(self, is_committed: bool) -> None:
         """Judge what the present task has just committed, or that it committed nothing. Raises Gone."""
 
 
 class Machine:
     """A computer; `crash` is the fault that ends it, `on_crash` what happens then."""
 
-    def __init__(self, world: Surroundings, name: str, crash: Fault, on_crash: Callable[[], None]) -> None:
-        self.world = world
+    def __init__(self, simulation: MachineEnvironment, name: str, crash: Fault, on_crash: Callable[[], None]) -> None:
+        self.simulation = simulation
         self.name = name
-        self.power = world.power()
+        self.thread_group = simulation.new_thread_group()
         self.cut_off_until = 0.0
         # A monotonic clock starts anywhere.
-        self.ahead_s = world.luck.seconds(0.0, 1e6)
-        self.wall_off_s = 0.0
-        self.clock = Clock(self.monotonic, self.sleep, lambda: Flag(world.baton), self.thread)
-        self.database = CutDatabase(self)
+        self.clock_offset_s = simulation.chance.seconds(0.0, 1e6)
+        self.wall_offset_s = 0.0
+        self.clock = Clock(self.monotonic, self.sleep, lambda: VirtualEvent(simulation.scheduler), self.thread)
+        self.database = FaultyDatabase(self)
         self._crash = crash
         self._on_crash = on_crash
 
     def monotonic(self) -> float:
         """Return the seconds of its monotonic clock."""
-        return self.world.baton.now + self.ahead_s
+        return self.simulation.scheduler.now + self.clock_offset_s
 
     def wall(self) -> datetime:
         """Return what its calendar says."""
-        return _BEGINNING + timedelta(seconds=self.world.baton.now + self.wall_off_s)
+        return _BEGINNING + timedelta(seconds=self.simulation.scheduler.now + self.wall_offset_s)
 
     def sleep(self, seconds: float) -> None:
         """Let time pass."""
-        self.world.baton.wait(seconds)
+        self.simulation.scheduler.wait(seconds)
 
-    def thread(self, run: Callable[[], None], name: str) -> Task:
+    def thread(self, run: Callable[[], None], name: str) -> VirtualThread:
         """Return a thread of this machine."""
 
         def work() -> None:
             wall_clock.set(self.wall)
             run()
 
-        return Task(self.world.baton, work, f"{self.name} {name}", self.power)
+        return VirtualThread(self.simulation.scheduler, work, f"{self.name} {name}", self.thread_group)
 
     def step(self) -> None:
         """Let others act, for a moment or longer: nothing else says when a thread runs."""
-        luck = self.world.luck
-        if luck.strikes(Fault.SLOW):
-            self.sleep(luck.seconds(1.0, _SLOW_S))
+        chance = self.simulation.chance
+        if chance.strikes(Fault.SLOW):
+            self.sleep(chance.seconds(1.0, _SLOW_S))
         else:
-            self.sleep(luck.seconds(0.0, 1.0 if luck.is_so(0.2) else 0.02))
+            self.sleep(chance.seconds(0.0, 1.0 if chance.happens(0.2) else 0.02))
 
     def may_crash(self) -> None:
         """Die here, perhaps."""
-        if self.world.luck.strikes(self._crash):
+        if self.simulation.chance.strikes(self._crash):
             self.crash()
 
     def crash(self) -> None:
         """Die here and now."""
-        self.world.say(f"{self.name} dies")
+        self.simulation.log(f"{self.name} dies")
         self._on_crash()
-        self.world.baton.kill(self.power)
+        self.simulation.scheduler.kill(self.thread_group)
 
 
-class CutDatabase(Database):
+class FaultyDatabase(Database):
     """The database as one machine sees it: away, cut off, or written without an answer. Its engines are given."""
 
     def __init__(self, machine: Machine) -> None:
-        self.is_sqlite = machine.world.engine.dialect.name == "sqlite"
-        self._writer = self._reader = machine.world.engine
+        self.is_sqlite = machine.simulation.engine.dialect.name == "sqlite"
+        self._writer = self._reader = machine.simulation.engine
         self._machine = machine
-        self._world = machine.world
+        self._simulation = machine.simulation
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         self._reach()
         with super().reading() as session:
             yield session
-        if self._world.luck.strikes(Fault.CUT_READING):
+        if self._simulation.chance.strikes(Fault.CUT_READING):
             raise self._cut("while reading")
 
     @contextmanager
@@ -124,37 +124,37 @@ class CutDatabase(Database):
             with super()._transaction() as session:
                 yield session
                 self._machine.may_crash()
-                if self._world.baton.now < self._world.full_until:
+                if self._simulation.scheduler.now < self._simulation.full_until:
                     raise DiskFull("The database has no room.")
-                if self._world.luck.strikes(Fault.CUT_BEFORE):
+                if self._simulation.chance.strikes(Fault.CUT_BEFORE):
                     raise self._cut("before COMMIT")
         except BaseException:
-            self._world.judge(is_committed=False)
+            self._simulation.check_invariants(is_committed=False)
             raise
-        self._world.judge(is_committed=True)
+        self._simulation.check_invariants(is_committed=True)
         self._machine.may_crash()
         self._machine.step()
-        if self._world.luck.strikes(Fault.CUT_AFTER):
+        if self._simulation.chance.strikes(Fault.CUT_AFTER):
             raise self._cut("after COMMIT")
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[bool]:
-        names = self._world.names
-        is_held = name not in names
-        names.add(name)
+        held_names = self._simulation.held_names
+        is_held = name not in held_names
+        held_names.add(name)
         try:
             yield is_held
         finally:
             if is_held:
-                names.remove(name)
+                held_names.remove(name)
 
     def _reach(self) -> None:
         """Get there, or find out that it cannot be reached."""
         self._machine.step()
-        if self._world.baton.now < max(self._world.away_until, self._machine.cut_off_until):
-            self._machine.sleep(self._world.luck.seconds(0.0, 5.0))
+        if self._simulation.scheduler.now < max(self._simulation.away_until, self._machine.cut_off_until):
+            self._machine.sleep(self._simulation.chance.seconds(0.0, 5.0))
             raise self._cut("before BEGIN")
 
     def _cut(self, when: str) -> Unavailable:
-        self._world.say(f"{self._world.baton.current.name}: no connection {when}")
+        self._simulation.log(f"{self._simulation.scheduler.current.name}: no connection {when}")
         return Unavailable(f"The connection was cut {when}.")

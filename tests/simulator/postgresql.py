@@ -15,8 +15,8 @@ from sqlalchemy.engine import URL, make_url
 
 from models.base import Base
 from simulator.databases import prepare
-from simulator.faults import Luck
-from simulator.virtual_threads import Baton
+from simulator.faults import Chance
+from simulator.virtual_threads import Scheduler
 
 # Waiting in a circle costs real time until the server notices; and nothing here is worth waiting for a disk.
 _OPTIONS = "-c timezone=utc -c synchronous_commit=off -c deadlock_timeout=20ms"
@@ -27,7 +27,7 @@ _LOCKS = ("FOR UPDATE", "FOR NO KEY UPDATE", "advisory")
 _KEPT = {"dataset", "dataset_version", "image", "membership", "project", "registry_revision"}
 
 
-class Server:
+class PostgresqlDatabase:
     """An empty database of a PostgreSQL server, whose user may set what only an administrator may."""
 
     def __init__(self, url: str | URL) -> None:
@@ -37,18 +37,18 @@ class Server:
         self._watching = psycopg.connect(
             address.set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
         )
-        self._baton: Baton | None = None
-        self._luck: Luck | None = None
+        self._scheduler: Scheduler | None = None
+        self._chance: Chance | None = None
         for name in ("do_execute", "do_executemany"):
             event.listen(self.engine, name, self._listener(name), retval=True)
 
-    def begin(self, baton: Baton, luck: Luck) -> None:
+    def start_schedule(self, scheduler: Scheduler, chance: Chance) -> None:
         emptied = ", ".join(f'"{name}"' for name in sorted(Base.metadata.tables.keys() - _KEPT))
         self._watching.execute(f"TRUNCATE {emptied}")
-        self._baton, self._luck = baton, luck
+        self._scheduler, self._chance = scheduler, chance
 
-    def end(self) -> None:
-        self._baton = None
+    def end_schedule(self) -> None:
+        self._scheduler = None
 
     def query(self, statement: str) -> Iterable[Sequence[Any]]:
         return self._watching.execute(statement).fetchall()
@@ -61,13 +61,13 @@ class Server:
         how = {"do_execute": "execute", "do_executemany": "executemany"}[name]
 
         def act(cursor: Any, statement: str, parameters: Any, context: object) -> bool:
-            if self._baton is None or self._luck is None:
+            if self._scheduler is None or self._chance is None:
                 return False
-            if self._luck.is_so(0.5):
-                self._baton.wait(self._luck.seconds(0.0, 2.0 if self._luck.is_so(0.15) else 0.05))
+            if self._chance.happens(0.5):
+                self._scheduler.wait(self._chance.seconds(0.0, 2.0 if self._chance.happens(0.15) else 0.05))
             call = Statement(self._watching, cursor.connection, lambda: getattr(cursor, how)(statement, parameters))
             if _may_wait(statement):
-                self._baton.lend(call)
+                self._scheduler.run_blocking(call)
             else:
                 call.make()
             return True

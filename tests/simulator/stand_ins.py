@@ -17,7 +17,7 @@ from typing import Any
 from artifacts.store import Digest, Store, digest_of
 from errors import DiskFull, EspalierError, StoreUnavailable, TrainingDiverged, Unavailable, from_record
 from simulator.faults import Fault
-from simulator.invariants import Broken
+from simulator.invariants import InvariantViolated
 from simulator.machine import Machine
 from worker.child_process import Died, Message
 from worker.handlers.compare import OUT_OF_FOLD
@@ -74,7 +74,7 @@ class TrainingChild:
 
     def __init__(self, machine: Machine, store: MemoryStore) -> None:
         self._machine = machine
-        self._luck = machine.world.luck
+        self._chance = machine.simulation.chance
         self._store = store
         self._said: Said = iter(())
         self._next: tuple[float, Message | Exception] | None = None
@@ -119,9 +119,9 @@ class TrainingChild:
         if self._is_hung:
             self._machine.sleep(within_s)
             return []
-        self._machine.sleep(self._luck.seconds(0.0, within_s))
-        kept = [self._checkpoint(self._part, 1)] if self._luck.is_so(0.5) else []
-        if self._luck.is_so(0.2):  # it was about to be done
+        self._machine.sleep(self._chance.seconds(0.0, within_s))
+        kept = [self._checkpoint(self._part, 1)] if self._chance.happens(0.5) else []
+        if self._chance.happens(0.2):  # it was about to be done
             kept += self._rest()
         return kept
 
@@ -142,12 +142,12 @@ class TrainingChild:
 
     def _has_said(self, within_s: float) -> bool:
         """Listen for so long at most; say whether there is a message."""
-        now = self._machine.world.baton.now
+        now = self._machine.simulation.scheduler.now
         if self._next is None:
             after_s, message = next(self._said)
             self._next = now + after_s, message
         self._machine.sleep(min(within_s, max(0.0, self._next[0] - now)))
-        return self._machine.world.baton.now >= self._next[0]
+        return self._machine.simulation.scheduler.now >= self._next[0]
 
     def _take(self) -> Message | Exception:
         assert self._next is not None
@@ -181,27 +181,27 @@ class TrainingChild:
 
     def _prepare(self, order: Mapping[str, Any]) -> Said:
         yield from self._work("features")
-        if self._luck.is_so(0.3):
+        if self._chance.happens(0.3):
             key = {"network": "vgg16", "weights": "0" * 64, "cut": "block5", "size": 224, "export_version": 1}
             yield self._soon({"type": "find_backbone", "key": key})
             if self._answer["digest"] is None:
-                export = self._store.write(f"export {self._luck.whole(0, 10**9)}")
+                export = self._store.write(f"export {self._chance.integer(0, 10**9)}")
                 yield self._soon({"type": "add_backbone", "key": key, "digest": export, "facts": {}})
         extraction = {"images": 20, "computed": 20, "cached": 0, "seconds": 1.0}
         yield self._soon({"type": "extraction", "extraction": extraction})
 
     def _learn(self, number: int | None) -> Said:
         """Train a part for some epochs."""
-        for epoch in range(1, self._luck.one_of([1, 1, 1, 2, 3]) + 1):
+        for epoch in range(1, self._chance.choice([1, 1, 1, 2, 3]) + 1):
             yield from self._work("final" if number is None else "folds", number)
             yield self._at_once({"type": "epoch", "fold": number, "epoch": epoch, "metrics": {"loss": 1.0}})
-            if self._luck.is_so(0.4):
+            if self._chance.happens(0.4):
                 yield self._soon(self._checkpoint(number, epoch))
 
     def _finish(self, order: Mapping[str, Any]) -> Said:
         yield from self._learn(None)
         table = {"name": OUT_OF_FOLD, "sha256": self._file("out of fold"), "size_bytes": 9, "media_type": "a/b"}
-        if self._luck.is_so(0.3):
+        if self._chance.happens(0.3):
             yield self._soon({"type": "file", "file": table})
         yield self._soon(
             {
@@ -217,22 +217,22 @@ class TrainingChild:
     def _work(self, stage: str, number: int | None = None) -> Said:
         """Do something for a while; it may go wrong."""
         state = {"stage": stage, "share": 0.5, "fold": number, "epoch": 1, "epochs": 3, "spent_s": 1.0, "eta_s": 1.0}
-        said = {"type": "progress", "state": state} if self._luck.is_so(0.5) else {"type": "alive", "step_s": 0.1}
-        yield self._luck.seconds(0.1, 6.0), said
-        luck = self._luck
-        if luck.strikes(Fault.HANG):
+        said = {"type": "progress", "state": state} if self._chance.happens(0.5) else {"type": "alive", "step_s": 0.1}
+        yield self._chance.seconds(0.1, 6.0), said
+        chance = self._chance
+        if chance.strikes(Fault.HANG):
             self._is_hung = True
             yield _FOR_EVER_S, {"type": "alive", "step_s": 0.0}
-        if luck.strikes(Fault.BROKEN):
+        if chance.strikes(Fault.BROKEN):
             yield self._soon(_error(TrainingDiverged("The loss is no number.")))
-        if luck.strikes(Fault.MEMORY):
+        if chance.strikes(Fault.MEMORY):
             yield 0.1, Died(_KILLED, for_memory=True)
-        if luck.strikes(Fault.DISK_FULL):
+        if chance.strikes(Fault.DISK_FULL):
             yield self._soon(_error(DiskFull("No room.")))
-        if luck.strikes(Fault.STORE_AWAY):
+        if chance.strikes(Fault.STORE_AWAY):
             yield self._soon(_error(StoreUnavailable("The bucket is away.")))
-        if luck.strikes(Fault.PASSING):
-            yield 0.1, Died(_SEGMENTATION_FAULT) if luck.is_so(0.5) else Unavailable("The weights are away.")
+        if chance.strikes(Fault.PASSING):
+            yield 0.1, Died(_SEGMENTATION_FAULT) if chance.happens(0.5) else Unavailable("The weights are away.")
 
     def _fold(self, order: Mapping[str, Any], number: int) -> Message:
         batch = order["experiment"]["recipe"]["batch_size"]
@@ -246,7 +246,7 @@ class TrainingChild:
         given = {number: self._store.read(digest).decode() for number, digest in order["outcomes"].items()}
         wanted = {number: f"{self._subject_id} fold {number} batch {batch}" for number in folds}
         if given != wanted:
-            raise Broken(f"the end of a run is not given its folds: {given}")
+            raise InvariantViolated(f"the end of a run is not given its folds: {given}")
 
     def _checkpoint(self, number: int | None, epochs: int) -> Message:
         digest = self._file(f"checkpoint of part {number} at epoch {epochs}")
@@ -254,13 +254,13 @@ class TrainingChild:
 
     def _file(self, name: str) -> Digest:
         """Store a file that no other attempt has."""
-        return self._store.write(f"{name} of {self._subject_id}, {self._luck.whole(0, 10**12)}")
+        return self._store.write(f"{name} of {self._subject_id}, {self._chance.integer(0, 10**12)}")
 
     def _at_once(self, message: Message) -> tuple[float, Message]:
         return 0.0, message
 
     def _soon(self, message: Message) -> tuple[float, Message]:
-        return self._luck.seconds(0.0, 0.5), message
+        return self._chance.seconds(0.0, 0.5), message
 
 
 class ComparingChild(TrainingChild):
@@ -276,8 +276,8 @@ class ComparingChild(TrainingChild):
         for candidate in order["candidates"]:
             for file in (candidate["bundle"], candidate["backbone"], candidate["out_of_fold"]):
                 if not self._store.has(file):
-                    raise Broken(f"a comparison is given a file that is gone: {file}")
-        for _ in range(self._luck.whole(1, 6)):
+                    raise InvariantViolated(f"a comparison is given a file that is gone: {file}")
+        for _ in range(self._chance.integer(1, 6)):
             yield from self._work("comparing")
         rows = [{"position": candidate["position"], "difference": None} for candidate in order["candidates"]]
         yield self._soon(
@@ -347,7 +347,7 @@ class SimulatedPage:
     def finish(self, store: Store) -> None:
         state = self._facts.run.state
         if not state.is_final:
-            raise Broken(f"MLflow is told the end of a run that is {state.value}: {self._facts.run.id}")
+            raise InvariantViolated(f"MLflow is told the end of a run that is {state.value}: {self._facts.run.id}")
         self._call(lambda: setattr(self._shown, "state", state.value))
 
     def compare(self, store: Store) -> None:
@@ -356,18 +356,18 @@ class SimulatedPage:
         self._call(lambda: setattr(self._shown, "is_compared", True))
 
     def add_file(self, store: Store, name: str) -> None:
-        raise Broken(f"MLflow is told of a file that nobody asked for: {name}")
+        raise InvariantViolated(f"MLflow is told of a file that nobody asked for: {name}")
 
     def move_alias(self, alias: str) -> None:
-        raise Broken(f"MLflow is told of an alias that nobody moved: {alias}")
+        raise InvariantViolated(f"MLflow is told of an alias that nobody moved: {alias}")
 
     def _call(self, effect: Callable[[], None]) -> None:
         """Have MLflow do something; it may be away, and its answer may be lost."""
         self._machine.step()
-        luck = self._machine.world.luck
-        if luck.strikes(Fault.MLFLOW_AWAY):
+        chance = self._machine.simulation.chance
+        if chance.strikes(Fault.MLFLOW_AWAY):
             raise Unavailable("MLflow is away.")
         self._shown.is_doubtful |= not self._is_held()
         effect()
-        if luck.strikes(Fault.MLFLOW_DEAF):
+        if chance.strikes(Fault.MLFLOW_DEAF):
             raise Unavailable("MLflow's answer was lost.")

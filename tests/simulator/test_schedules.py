@@ -23,7 +23,7 @@ from models.run import Fold, Run
 from models.session import Database
 from simulator import workers
 from simulator.faults import Fault
-from simulator.postgresql import Server
+from simulator.postgresql import PostgresqlDatabase
 from simulator.schedule import Failed, Simulator
 from worker.child_process import Message
 from worker.handlers import train
@@ -56,7 +56,7 @@ def test_many_schedules_keep_every_promise(simulator: Simulator, first: int) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
 def test_nothing_is_lost_where_transactions_overlap(empty_database: Database) -> None:
-    simulator = Simulator(Server(empty_database.engine.url))
+    simulator = Simulator(PostgresqlDatabase(empty_database.engine.url))
     waits = sum(simulator.run(seed).waits for seed in range(40))
     simulator.close()
     assert waits > 0
@@ -174,7 +174,7 @@ def change_once_more(self: train._Conversation, session: Session) -> None:
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenCore:
     """What is put in place of something of the core, and the law that this breaks: under a seed soon after `first`."""
 
     owner: object
@@ -184,38 +184,50 @@ class Broken:
     first: int = 0
 
 
-BROKEN = {
-    "hold does not fence": Broken(jobs, "hold", hold_without_a_fence, "under a lease that was over|UNIQUE constraint"),
-    "renew does not fence": Broken(jobs, "renew", renew_without_a_fence, "under a lease that was over", 12),
-    "a take-over keeps the epoch": Broken(jobs, "take_over", take_over_in_the_same_epoch, "was not counted up"),
-    "a claim keeps the epoch": Broken(jobs, "claim", claim_in_the_same_epoch, "a lease is given out twice"),
-    "completed unseen": Broken(
+BROKEN_CORES = {
+    "hold does not fence": BrokenCore(
+        jobs, "hold", hold_without_a_fence, "under a lease that was over|UNIQUE constraint"
+    ),
+    "renew does not fence": BrokenCore(jobs, "renew", renew_without_a_fence, "under a lease that was over", 12),
+    "a take-over keeps the epoch": BrokenCore(jobs, "take_over", take_over_in_the_same_epoch, "was not counted up"),
+    "a claim keeps the epoch": BrokenCore(jobs, "claim", claim_in_the_same_epoch, "a lease is given out twice"),
+    "completed unseen": BrokenCore(
         run_jobs, "lock_active_run", run_of_whatever_became_of_it, "This is a bug|nobody needs it", 180
     ),
-    "no fold is the last": Broken(run_jobs, "finish_fold", end_fold_and_forget_the_last, "a run is lost"),
-    "the last fold but one": Broken(
+    "no fold is the last": BrokenCore(run_jobs, "finish_fold", end_fold_and_forget_the_last, "a run is lost"),
+    "the last fold but one": BrokenCore(
         run_jobs, "finish_fold", end_fold_one_too_early, "not given its folds|two final jobs"
     ),
-    "parts linger": Broken(jobs, "end_others", end_others_by_asking_them, "UNIQUE constraint failed: job.kind", 2955),
-    "given back though cancelled": Broken(jobs, "give_back", give_back_all_the_same, "its run was asked to end", 30),
-    "completed though cancelled": Broken(Train, "_complete", complete_all_the_same, "asked to end|a run is lost", 80),
-    "endless attempts": Broken(jobs, "attempts_are_used_up", lambda job: False, "more than 3 attempts", 140),
-    "files go at once": Broken(train, "collect_later", try_delete_unreferenced, "a row names a file that is gone", 114),
-    "no end for MLflow": Broken(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
-    "no folds for MLflow": Broken(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
-    "told twice": Broken(train._Conversation, "_change", change_once_more, "UNIQUE constraint failed: fold", 400),
-    "nobody sweeps": Broken(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
-    "only bells wake": Broken(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
-    "a comparison stays closed": Broken(comparisons, "on_run_retried", lambda *asked: None, "is not in its table", 160),
-    "a request is done twice": Broken(
+    "parts linger": BrokenCore(
+        jobs, "end_others", end_others_by_asking_them, "UNIQUE constraint failed: job.kind", 2955
+    ),
+    "given back though cancelled": BrokenCore(
+        jobs, "give_back", give_back_all_the_same, "its run was asked to end", 30
+    ),
+    "completed though cancelled": BrokenCore(
+        Train, "_complete", complete_all_the_same, "asked to end|a run is lost", 80
+    ),
+    "endless attempts": BrokenCore(jobs, "attempts_are_used_up", lambda job: False, "more than 3 attempts", 140),
+    "files go at once": BrokenCore(
+        train, "delete_unreferenced_after_commit", try_delete_unreferenced, "a row names a file that is gone", 114
+    ),
+    "no end for MLflow": BrokenCore(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
+    "no folds for MLflow": BrokenCore(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
+    "told twice": BrokenCore(train._Conversation, "_change", change_once_more, "UNIQUE constraint failed: fold", 400),
+    "nobody sweeps": BrokenCore(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
+    "only bells wake": BrokenCore(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
+    "a comparison stays closed": BrokenCore(
+        comparisons, "on_run_retried", lambda *asked: None, "is not in its table", 160
+    ),
+    "a request is done twice": BrokenCore(
         IdempotentRequest, "find_answer", lambda self, *asked: None, "UNIQUE constraint failed: answer"
     ),
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("broken", BROKEN_CORES.values(), ids=BROKEN_CORES)
 def test_a_broken_core_is_found_and_the_seed_said(
-    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, broken: Broken
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, broken: BrokenCore
 ) -> None:
     monkeypatch.setattr(broken.owner, broken.name, broken.replacement)
     seed, found = first_failure(simulator, broken.first)

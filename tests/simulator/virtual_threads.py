@@ -18,54 +18,54 @@ from contextlib import suppress
 from typing import Protocol
 
 # How long to look away from what is outside of simulated time.
-_A_MOMENT_S = 0.0005
+_POLL_S = 0.0005
 
 
-class Gone(BaseException):
+class MachineKilled(BaseException):
     """The machine of this thread is no more: it unwinds and touches nothing on its way."""
 
 
-class Power:
+class ThreadGroup:
     """What the tasks of one machine have in common: they are frozen together, and killed together."""
 
     def __init__(self) -> None:
         self.frozen_until = 0.0
         self.is_off = False
-        self.tasks: list[Task] = []
+        self.threads: list[VirtualThread] = []
 
 
-class Task:
+class VirtualThread:
     """Something that runs in a thread of its own, by turns with others."""
 
-    def __init__(self, baton: Baton, run: Callable[[], None], name: str, power: Power) -> None:
+    def __init__(self, scheduler: Scheduler, run: Callable[[], None], name: str, group: ThreadGroup) -> None:
         self.name = name
-        self.power = power
-        self.parent = baton.current
-        self.ended = Flag(baton)
+        self.thread_group = group
+        self.parent = scheduler.current
+        self.ended = VirtualEvent(scheduler)
         self.turn = threading.Lock()
         self.turn.acquire()
         # Counted up whenever it waits for something else: a call to go on with what is no longer awaited is stale.
         self.ticket = 0
-        self._baton = baton
+        self._scheduler = scheduler
         self._run = run
 
     def start(self) -> None:
         """Let it run as soon as it is its turn."""
-        self.power.tasks.append(self)
-        self._baton.begin(self, self._run)
+        self.thread_group.threads.append(self)
+        self._scheduler.start(self, self._run)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until it has ended."""
         self.ended.wait(timeout)
 
 
-class Flag:
+class VirtualEvent:
     """A `threading.Event` in simulated time."""
 
-    def __init__(self, baton: Baton) -> None:
-        self._baton = baton
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
         self._is_set = False
-        self._waiting: list[Task] = []
+        self._waiting: list[VirtualThread] = []
 
     def is_set(self) -> bool:
         """Say whether it is raised."""
@@ -75,8 +75,8 @@ class Flag:
         """Raise it; whoever waits goes on."""
         self._is_set = True
         waiting, self._waiting = self._waiting, []
-        for task in waiting:
-            self._baton.call(task)
+        for thread in waiting:
+            self._scheduler.wake(thread)
 
     def clear(self) -> None:
         """Lower it."""
@@ -84,151 +84,155 @@ class Flag:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is raised, or for so long; say whether it was raised."""
-        self._baton.see_power()
+        self._scheduler.check_alive()
         if self._is_set:
             return True
-        me = self._baton.current
+        me = self._scheduler.current
         self._waiting.append(me)
-        self._baton.wait(math.inf if timeout is None else timeout)
+        self._scheduler.wait(math.inf if timeout is None else timeout)
         if me not in self._waiting:
             return True
         self._waiting.remove(me)
         return False
 
 
-class Baton:
+class Scheduler:
     """Simulated time, in seconds from 0, and whose turn it is. The thread that made it is a task as well."""
 
-    def __init__(self, hands: Hands) -> None:
+    def __init__(self, pool: ThreadPool) -> None:
         self.now = 0.0
-        self._hands = hands
-        self._due: list[tuple[float, int, Task, int]] = []
+        self._pool = pool
+        self._due: list[tuple[float, int, VirtualThread, int]] = []
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
-        self._stuck: list[_Stuck] = []
+        self._pending: list[_PendingCall] = []
         self.waits = 0
-        self.current: Task = None  # type: ignore[assignment]  # for the moment in which the first task is made
-        self._director = self.current = Task(self, _nothing, "director", Power())
+        self.current: VirtualThread = None  # type: ignore[assignment]  # for the moment in which the first task is made
+        self._main = self.current = VirtualThread(self, _nothing, "main", ThreadGroup())
 
     # --- what a task does -------------------------------------------------------------------------------------------
 
     def wait(self, seconds: float) -> None:
         """Let others go on for this long, or until called. Raises Gone on a machine that was killed."""
-        self.see_power()
+        self.check_alive()
         me = self.current
-        self._call_at(self.now + seconds, me)
-        successor = self._next()
+        self._wake_at(self.now + seconds, me)
+        successor = self._next_thread()
         if successor is not me:
             successor.turn.release()
             me.turn.acquire()
-        if me is self._director and self._failure is not None:
+        if me is self._main and self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        self.see_power()
+        self.check_alive()
 
-    def see_power(self) -> None:
+    def check_alive(self) -> None:
         """Raise Gone on a machine that was killed."""
-        if self.current.power.is_off:
-            raise Gone
+        if self.current.thread_group.is_off:
+            raise MachineKilled
 
-    def call(self, task: Task) -> None:
+    def wake(self, thread: VirtualThread) -> None:
         """Have a task go on now."""
-        self._call_at(self.now, task)
+        self._wake_at(self.now, thread)
 
     def fail(self, error: BaseException) -> None:
         """Have the director raise this, if nothing went wrong before; it is its turn next."""
         self._failure = self._failure or error
-        self._call_at(-math.inf, self._director)
+        self._wake_at(-math.inf, self._main)
 
-    def lend(self, call: Call) -> None:
+    def run_blocking(self, call: BlockingCall) -> None:
         """Make a call that may have to wait for what another task holds; others go on for as long as it does.
 
         Raises what the call does, and Gone on a machine that was killed.
         """
-        stuck = _Stuck(self.current, call)
-        self._hands.take(stuck.make, _nothing)
-        while not stuck.is_done.wait(_A_MOMENT_S):
+        pending = _PendingCall(self.current, call)
+        self._pool.run(pending.make, _nothing)
+        while not pending.is_done.wait(_POLL_S):
             if call.blockers():
-                self._stuck.append(stuck)
+                self._pending.append(pending)
                 self.waits += 1
-                self._next().turn.release()
-                stuck.task.turn.acquire()
+                self._next_thread().turn.release()
+                pending.thread.turn.acquire()
                 break
-        if stuck in self._stuck:  # its machine was killed meanwhile
-            self._stuck.remove(stuck)
+        if pending in self._pending:  # its machine was killed meanwhile
+            self._pending.remove(pending)
             call.give_up()
-        stuck.is_done.wait()
-        self.see_power()
-        if stuck.error is not None:
-            raise stuck.error
+        pending.is_done.wait()
+        self.check_alive()
+        if pending.error is not None:
+            raise pending.error
 
     # --- machines ---------------------------------------------------------------------------------------------------
 
-    def kill(self, power: Power) -> None:
+    def kill(self, group: ThreadGroup) -> None:
         """Have all tasks of a machine unwind where they are. Raises Gone if this one is among them."""
-        power.is_off = True
-        power.frozen_until = 0.0
-        for task in power.tasks:
-            if not task.ended.is_set() and task is not self.current:
-                self.call(task)
-        self.see_power()
+        group.is_off = True
+        group.frozen_until = 0.0
+        for thread in group.threads:
+            if not thread.ended.is_set() and thread is not self.current:
+                self.wake(thread)
+        self.check_alive()
 
     # --- for threads ------------------------------------------------------------------------------------------------
 
-    def begin(self, task: Task, run: Callable[[], None]) -> None:
+    def start(self, thread: VirtualThread, run: Callable[[], None]) -> None:
         """Give a task a thread."""
         context = contextvars.Context()
 
         def work() -> None:
-            task.turn.acquire()
+            thread.turn.acquire()
             try:
-                with suppress(Gone):
-                    self.see_power()
+                with suppress(MachineKilled):
+                    self.check_alive()
                     context.run(run)
             except BaseException as error:
                 self.fail(error)
-            task.ended.set()
-            task.power.tasks.remove(task)
+            thread.ended.set()
+            thread.thread_group.threads.remove(thread)
 
-        self._hands.take(work, self._hand_on)
-        self.call(task)
+        self._pool.run(work, self._switch)
+        self.wake(thread)
 
-    def _hand_on(self) -> None:
-        self._next().turn.release()
+    def _switch(self) -> None:
+        self._next_thread().turn.release()
 
-    def _call_at(self, at: float, task: Task) -> None:
-        task.ticket += 1
+    def _wake_at(self, at: float, thread: VirtualThread) -> None:
+        thread.ticket += 1
         if at < math.inf:
-            heapq.heappush(self._due, (at, next(self._numbers), task, task.ticket))
+            heapq.heappush(self._due, (at, next(self._numbers), thread, thread.ticket))
 
-    def _settle(self) -> None:
+    def _wake_unblocked(self) -> None:
         """See which of those that wait for others go on by now; of those that wait in a circle, one must."""
         while True:
-            waiting = {stuck.call.number: stuck.call.blockers() for stuck in self._stuck if not stuck.is_done.is_set()}
+            waiting = {
+                pending.call.number: pending.call.blockers()
+                for pending in self._pending
+                if not pending.is_done.is_set()
+            }
             if all(waiting.values()) and not any(_is_in_circle(number, waiting) for number in waiting):
                 break
-            time.sleep(_A_MOMENT_S)
-        for stuck in [stuck for stuck in self._stuck if stuck.is_done.is_set()]:
-            self._stuck.remove(stuck)
-            self.call(stuck.task)
+            time.sleep(_POLL_S)
+        for pending in [pending for pending in self._pending if pending.is_done.is_set()]:
+            self._pending.remove(pending)
+            self.wake(pending.thread)
 
-    def _next(self) -> Task:
+    def _next_thread(self) -> VirtualThread:
         """Let time pass until a task is due; it is the current one then."""
-        if self._stuck:
-            self._settle()
+        if self._pending:
+            self._wake_unblocked()
         while True:
-            at, _, task, ticket = heapq.heappop(self._due)
-            if ticket != task.ticket or task.ended.is_set():
+            at, _, thread, ticket = heapq.heappop(self._due)
+            if ticket != thread.ticket or thread.ended.is_set():
                 continue
-            if task.power.frozen_until > max(at, self.now):
-                heapq.heappush(self._due, (task.power.frozen_until, next(self._numbers), task, ticket))
+            if thread.thread_group.frozen_until > max(at, self.now):
+                heapq.heappush(self._due, (thread.thread_group.frozen_until, next(self._numbers), thread, ticket))
                 continue
             self.now = max(self.now, at)
-            self.current = task
-            return task
+            self.current = thread
+            return thread
 
 
-class Call(Protocol):
+class BlockingCall(Protocol):
     """Something outside of simulated time that waits for as long as another task holds what it needs."""
 
     number: int
@@ -243,11 +247,11 @@ class Call(Protocol):
         """Have it end at once: nobody wants it any more."""
 
 
-class _Stuck:
+class _PendingCall:
     """A call on its way, and the task that it is made for."""
 
-    def __init__(self, task: Task, call: Call) -> None:
-        self.task = task
+    def __init__(self, thread: VirtualThread, call: BlockingCall) -> None:
+        self.thread = thread
         self.call = call
         self.is_done = threading.Event()
         self.error: BaseException | None = None
@@ -272,36 +276,36 @@ def _is_in_circle(number: int, waiting: Mapping[int, set[int]]) -> bool:
     return number in found
 
 
-class Hands:
+class ThreadPool:
     """Threads of the machine that this runs on, used again and again: starting one takes longer than most tasks."""
 
     def __init__(self) -> None:
-        self._idle: list[_Hand] = []
+        self._idle: list[_PoolThread] = []
 
     def close(self) -> None:
         """Let them go."""
-        for hand in self._idle:
-            hand.take(None)
+        for worker in self._idle:
+            worker.assign(None)
 
-    def take(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+    def run(self, work: Callable[[], None], then: Callable[[], None]) -> None:
         """Have a thread do some work, and something else once it is free for the next."""
-        hand = self._idle.pop() if self._idle else _Hand()
+        worker = self._idle.pop() if self._idle else _PoolThread()
 
         def run() -> None:
             work()
-            self._idle.append(hand)
+            self._idle.append(worker)
             then()
 
-        hand.take(run)
+        worker.assign(run)
 
 
-class _Hand:
+class _PoolThread:
     def __init__(self) -> None:
         self._work: Callable[[], None] | None = None
         self._ready = threading.Semaphore(0)
-        threading.Thread(target=self._run, name="hand", daemon=True).start()
+        threading.Thread(target=self._run, name="simulator", daemon=True).start()
 
-    def take(self, work: Callable[[], None] | None) -> None:
+    def assign(self, work: Callable[[], None] | None) -> None:
         self._work = work
         self._ready.release()
 

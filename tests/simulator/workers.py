@@ -10,8 +10,8 @@ from artifacts.images import ImageLimits
 from models.job import JobKind, Queue
 from simulator.faults import Fault
 from simulator.machine import Machine
+from simulator.simulation import Simulation
 from simulator.stand_ins import ComparingChild, TrainingChild
-from simulator.world import World
 from worker.child.weights import Source
 from worker.handlers.compare import Compare
 from worker.handlers.tracking import Publish, TrackingPlace
@@ -30,14 +30,14 @@ _PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, Source("", "", 1.0, 1.0), 1.
 class Crew:
     """All workers; those that die or are drained are followed by others, as supervisors see to."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
         self.workers: list[SimulatedWorker] = []
         self._numbers = 0
-        luck = world.luck
-        self.tracks = luck.is_so(0.25)
+        chance = simulation.chance
+        self.tracks = chance.happens(0.25)
         main = [Queue.CPU, Queue.TRACKING] if self.tracks else [Queue.CPU]
-        others = [luck.one_of([[Queue.CPU], [Queue.CPU], [Queue.GPU]]) for _ in range(luck.one_of([0, 1, 1, 2]))]
+        others = [chance.choice([[Queue.CPU], [Queue.CPU], [Queue.GPU]]) for _ in range(chance.choice([0, 1, 1, 2]))]
         for queues in [main, *others]:
             self.hire(queues)
 
@@ -53,19 +53,19 @@ class Crew:
         if gone not in self.workers:
             return
         self.workers.remove(gone)
-        if Queue.GPU in gone.queues and self.world.luck.is_so(0.3):
+        if Queue.GPU in gone.queues and self.simulation.chance.happens(0.3):
             return
 
         def hire() -> None:
-            self.world.baton.wait(self.world.luck.seconds(0.0, 40.0))
+            self.simulation.scheduler.wait(self.simulation.chance.seconds(0.0, 40.0))
             self.hire(gone.queues)
 
-        self.world.people(hire, "supervisor")
+        self.simulation.spawn(hire, "supervisor")
 
     def hear(self, queue: Queue, is_for_all: bool) -> None:
         """Wake a worker that serves a queue, or all of them."""
         serving = [worker for worker in self.workers if queue in worker.queues]
-        for worker in serving if is_for_all else [self.world.luck.one_of(serving)] if serving else []:
+        for worker in serving if is_for_all else [self.simulation.chance.choice(serving)] if serving else []:
             worker.wake()
 
 
@@ -73,20 +73,20 @@ class SimulatedWorker:
     """The real loops and sweeper of a worker process, as `worker.app` has them."""
 
     def __init__(self, crew: Crew, name: str, queues: Sequence[Queue]) -> None:
-        world = crew.world
+        simulation = crew.simulation
         self.queues = queues
-        self.machine = machine = Machine(world, name, Fault.CRASH, lambda: crew.hire_later(self))
+        self.machine = machine = Machine(simulation, name, Fault.CRASH, lambda: crew.hire_later(self))
         self._crew = crew
-        train = Train(world.store, _PLACE, lambda environment: TrainingChild(machine, world.store))
-        compare = Compare(world.store, 1, partial(ComparingChild, machine, world.store))
-        pages = world.mlflow.pages(machine, world.is_held)
+        train = Train(simulation.store, _PLACE, lambda environment: TrainingChild(machine, simulation.store))
+        compare = Compare(simulation.store, 1, partial(ComparingChild, machine, simulation.store))
+        pages = simulation.mlflow.pages(machine, simulation.is_held)
         handlers = {
             **dict.fromkeys((JobKind.TRAIN, JobKind.FOLD, JobKind.FINAL), train),
             JobKind.COMPARE: compare,
-            JobKind.PUBLISH: Publish(world.store, TrackingPlace("", 1.0, ""), pages),
+            JobKind.PUBLISH: Publish(simulation.store, TrackingPlace("", 1.0, ""), pages),
         }
         self._loops = [
-            WatchedLoop(world, machine.database, queue, handlers, name, TIMINGS, machine.clock) for queue in queues
+            WatchedLoop(simulation, machine.database, queue, handlers, name, TIMINGS, machine.clock) for queue in queues
         ]
         self._sweeper = Sweeper(machine.database, queues, handlers, name, TIMINGS, machine.clock)
 
@@ -114,20 +114,20 @@ class SimulatedWorker:
         for loop in self._loops:
             loop.join(max(0.0, until - clock.now()))
         self._sweeper.stop()
-        self._crew.world.say(f"{self.machine.name} ends")
-        self._crew.world.baton.kill(self.machine.power)
+        self._crew.simulation.log(f"{self.machine.name} ends")
+        self._crew.simulation.scheduler.kill(self.machine.thread_group)
 
 
 class WatchedLoop(Loop):
     """A loop of which the world knows under which lease it works."""
 
-    def __init__(self, world: World, *given: Any) -> None:
+    def __init__(self, simulation: Simulation, *given: Any) -> None:
         super().__init__(*given)
-        self._world = world
+        self._simulation = simulation
 
     def see_through(self, work: Work) -> None:
-        task, leases = self._world.baton.current, self._world.leases
-        holders = [other for other in task.power.tasks if other.parent is task]
+        task, leases = self._simulation.scheduler.current, self._simulation.leases
+        holders = [other for other in task.thread_group.threads if other.parent is task]
         leases |= dict.fromkeys([task, *holders], work.lease)
         try:
             super().see_through(work)

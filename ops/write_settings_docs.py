@@ -1,4 +1,4 @@
-"""Writes docs/settings.md from settings.py. Run as `python -m ops.document`."""
+"""Writes docs/settings.md from settings.py. Run as `python -m ops.write_settings_docs`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 
 _HEAD = """# Settings
 
-Read from the environment. Written by `python -m ops.document` from `settings.py`.
+Read from the environment. Written by `python -m ops.write_settings_docs` from `settings.py`.
 
 | setting | default | meaning |
 |---|---|---|
 """
 
 
-def settings_page() -> str:
+def settings_document() -> str:
     """Return the page."""
     lines = []
     for name, field in Settings.model_fields.items():
@@ -37,4 +37,4 @@ def _shown(value: object) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(settings_page())
+    TARGET.write_text(settings_document())
