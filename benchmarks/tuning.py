@@ -133,7 +133,7 @@ class Trial:
         _drop_networks()
         keras.utils.set_random_seed(SEED)
         _, model, _ = fine_tuning.build(self.recipe, self.weights, material, self.head, SEED)
-        schedule = fine_tuning.schedule(self.recipe.fine_tune, steps)
+        schedule = fine_tuning.learning_rate_schedule(self.recipe.fine_tune, steps)
         model.compile(
             keras.optimizers.Adam(schedule, global_clipnorm=fine_tuning.CLIP_NORM),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),

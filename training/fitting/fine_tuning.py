@@ -1,8 +1,9 @@
-"""Fine-tunes a network: layers from a cut on learn together with a head that has learned before them.
+"""Fine-tunes a network: its layers from a cut on learn together with a head that was fitted on frozen features.
 
-First the head on frozen features, then the network at a small learning rate: starting with both at once destroys what
-the network knew (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The learning rate rises from zero
-and falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm stays as it is: it runs as in inference.
+The head is fitted first, and the network then learns at a small learning rate. Training both at once from the start
+destroys pretrained features (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The learning rate rises
+from zero and then falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm layers stay frozen and run as in
+inference.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
 from training.networks.network_files import image_side_of
 
-# Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
+# Gradients with a larger norm are scaled down to it, so that the first steps do not destroy the pretrained weights.
 CLIP_NORM = 1.0
 FINE_TUNE_LEARNING_RATE = "fine_tune.learning_rate"
 
 
 @dataclass(frozen=True)
 class FineTuningInputs:
-    """What the learning part of the network reads.
+    """The inputs of the part of a network that learns.
 
     Attributes:
-        array: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] at the cut, computed once.
-        are_maps: whether the frozen part has been gone through already.
+        array: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] that the frozen part gives for them.
+        are_maps: whether `array` holds maps.
     """
 
     array: Pixels | Maps
@@ -63,7 +64,7 @@ def fine_tune(
     seed: int,
     passage: Passage,
 ) -> FittedNetwork:
-    """Let a network learn from the recipe's cut on.
+    """Fine-tune a network from the recipe's cut on.
 
     Args:
         recipe: filled, with mode fine-tuning.
@@ -90,7 +91,7 @@ def fine_tune(
     batches = Rows(material.array, learned, train, recipe.batch_size, seed)
     model.compile(
         optimizer=build_optimizer(
-            recipe.optimizer, schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM
+            recipe.optimizer, learning_rate_schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM
         ),
         loss=task_loss(task),
         metrics=accuracy_metrics(task),
@@ -123,7 +124,7 @@ def fine_tune(
 def build(
     recipe: Recipe, weights: bytes, material: FineTuningInputs, head: FittedHead, seed: int
 ) -> tuple[Any, Any, Any]:
-    """Return the whole network, the model that learns (from the material to logits) and its head."""
+    """Return the whole network, the model that learns (from the inputs to logits), and its head. They share layers."""
     backbone = recipe.known_backbone
     assert recipe.features_from and recipe.unfreeze
     boundary = backbone.cut_before(recipe.unfreeze)
@@ -147,7 +148,7 @@ def build(
 
 
 class FixedNormalization(keras.layers.Layer):  # type: ignore[misc]
-    """Standardises features [N, D] by numbers that stay as they are."""
+    """Standardises features [N, D] with the constants of a scaler, which do not learn."""
 
     def __init__(self, scaler: Scaler, **options: Any) -> None:
         super().__init__(**options)
@@ -161,8 +162,8 @@ class FixedNormalization(keras.layers.Layer):  # type: ignore[misc]
         return shape
 
 
-def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
-    """Return the learning rate by step: a rise from zero, then a cosine to zero at the recipe's last epoch."""
+def learning_rate_schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
+    """Return the Keras schedule of the learning rate: a rise from zero, then a cosine to zero at the last epoch."""
     warmup = min(recipe.warmup_epochs, recipe.epochs - 1) * steps_per_epoch
     falling = recipe.epochs * steps_per_epoch - warmup
     if not warmup:
@@ -171,13 +172,13 @@ def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
 
 
 def _has_gpu() -> bool:
-    # The best kind there is: asking for "gpu" alone raises on JAX where there is none.
+    # Without an argument this lists the best devices; asking for "gpu" raises on JAX if there is none.
     return not all(device.lower().startswith("cpu") for device in keras.distribution.list_devices())
 
 
 @contextmanager
 def _mixed_precision() -> Iterator[None]:
-    """Have the layers that are built in the block compute in bfloat16 on a GPU; their weights stay float32."""
+    """Make layers that are built inside the block compute in bfloat16 on a GPU. Their weights stay float32."""
     before = keras.config.dtype_policy()
     if _has_gpu():
         keras.config.set_dtype_policy("mixed_bfloat16")

@@ -1,4 +1,4 @@
-"""What a fold leaves when it is done, in memory and as one safetensors file: numbers and logits, never code."""
+"""The outcome of a fold, in memory and as one safetensors file, which holds numbers and logits but never code."""
 
 from __future__ import annotations
 

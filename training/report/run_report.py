@@ -176,7 +176,7 @@ def _grown(run: Description) -> list[str]:
 def _in_all_precisions(run: Description) -> str:
     if run.choice is None or run.recipe.mode is Mode.FINE_TUNING:
         return ""
-    return f", those of {len(run.choice.tried)} precisions together"
+    return f", those of {len(run.choice.scores)} precisions together"
 
 
 def _learned(run: Description) -> str:
@@ -239,7 +239,7 @@ def _precision(run: Description) -> list[str]:
     headline = HEADLINES[run.task]
     tried = "; ".join(
         f"{one.precision.value} {headline.said(one.score)} at {one.image_ms:.1f} ms an image"
-        for one in run.choice.tried
+        for one in run.choice.scores
     )
     if headline.is_greater_better:
         bound = f"at most {headline.said(MARGIN)} below that of float32"

@@ -14,6 +14,7 @@ import pytest
 import records
 from clock import ByHand
 from cutting import cut_off
+from on_databases import ON_SQLITE
 from resting import has_ended
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -575,6 +576,7 @@ def test_a_fold_of_an_attempt_that_was_given_up_has_lost_its_lease(tuning: Case,
 
 
 @pytest.mark.parametrize("last", ["prepared", "a fold", "the last fold"])
+@ON_SQLITE
 def test_a_run_that_is_cancelled_in_the_last_moment_of_a_part_ends(tuning: Case, say: Say, last: str) -> None:
     say({"type": "prepared"})
     if last != "prepared":
