@@ -144,7 +144,7 @@ class Settings(BaseSettings):
     engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
     """What runs networks for predictions; `auto`: ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
-    """Memory for loaded networks, of all API processes; those not used for longest are dropped beyond it."""
+    """Memory for loaded networks; those not used for longest are dropped beyond it."""
 
     pixels_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
     """Disk for decoded pixels, which fine-tuning reads; those not used for longest are dropped beyond it."""
