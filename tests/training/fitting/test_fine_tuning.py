@@ -29,9 +29,10 @@ from training.fitting.fine_tuning import FineTuningInputs, fine_tune
 from training.fitting.fit_task import FittedNetwork
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.learners import Lesson
-from training.fitting.training_loop import Epoch, Passage, Snapshot
+from training.fitting.training_loop import Passage, Snapshot
 from training.networks import backbones
 from training.networks.export import export
+from training.progress import Epoch
 
 NONE = np.array([], dtype=np.intp)
 COUNT = 24

@@ -28,10 +28,11 @@ from recipes.recipe import Recipe, Task
 from recipes.shapes import filled_network
 from training.fitting.fit_task import FittedNetwork
 from training.fitting.from_scratch import fit_from_scratch
-from training.fitting.training_loop import Epoch, Passage
+from training.fitting.training_loop import Passage
 from training.networks import backbones, scratch_networks
 from training.networks.export import export
 from training.networks.stochastic_pooling import StochasticPooling
+from training.progress import Epoch
 
 SILENT = Passage(lambda number, epoch: None)
 # The four pictures of two pixels, in black and white.
