@@ -18,7 +18,9 @@ import numpy as np
 
 from artifacts.bundle import Float32
 from artifacts.images import Pixels
-from recipes.recipe import FineTune, Recipe, Task
+from recipes.catalogue import CATALOGUE
+from recipes.filled import FineTuningRecipe
+from recipes.recipe import FineTune, Task
 from training.data.arrays import Maps
 from training.data.augmentation import build_augmentation
 from training.data.split import Indices
@@ -30,7 +32,6 @@ from training.fitting.head_fit import FittedHead, Scaler
 from training.fitting.training_loop import Beat, Passage, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
-from training.networks.network_files import image_side_of
 
 # Gradients with a larger norm are scaled down to it, so that the first steps do not destroy the pretrained weights.
 CLIP_NORM = 1.0
@@ -51,7 +52,7 @@ class FineTuningInputs:
 
 
 def fine_tune(
-    recipe: Recipe,
+    recipe: FineTuningRecipe,
     task: Task,
     weights: bytes,
     material: FineTuningInputs,
@@ -67,7 +68,7 @@ def fine_tune(
     """Fine-tune a network from the recipe's cut on.
 
     Args:
-        recipe: filled, with mode fine-tuning.
+        recipe: what to fit.
         task: what is predicted.
         weights: the network's weights before, from `backbones.dump_weights`.
         material: what the learning part reads, row by row.
@@ -82,12 +83,11 @@ def fine_tune(
     Raises:
         TrainingDiverged: the loss is not a number any more.
     """
-    assert recipe.fine_tune is not None
-    activation = recipe.known_head.activation
+    activation = recipe.head.activation
     keras.utils.set_random_seed(seed)
     network, model, served = build(recipe, weights, material, head, seed)
     learned = head.target_scaler(targets) if head.target_scaler else targets
-    at_once = predict_batch(image_side_of(recipe), recipe.batch_size)
+    at_once = predict_batch(recipe.image_size, recipe.batch_size)
     batches = Rows(material.array, learned, train, recipe.batch_size, seed)
     model.compile(
         optimizer=build_optimizer(
@@ -122,27 +122,26 @@ def fine_tune(
 
 
 def build(
-    recipe: Recipe, weights: bytes, material: FineTuningInputs, head: FittedHead, seed: int
+    recipe: FineTuningRecipe, weights: bytes, material: FineTuningInputs, head: FittedHead, seed: int
 ) -> tuple[Any, Any, Any]:
     """Return the whole network, the model that learns (from the inputs to logits), and its head. They share layers."""
-    backbone = recipe.known_backbone
-    assert recipe.features_from and recipe.unfreeze
+    backbone = CATALOGUE[recipe.backbone]
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
-        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, image_side_of(recipe), weights)
+        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, recipe.image_size, weights)
     if material.are_maps:
         x = inputs = keras.Input(material.array.shape[1:])
     else:
         inputs = keras.Input(material.array.shape[1:], dtype="uint8")
         x = keras.ops.cast(inputs, "float32")
         if recipe.augmentation is not None:
-            x = build_augmentation(recipe.augmentation, image_side_of(recipe), seed)(x)
+            x = build_augmentation(recipe.augmentation, recipe.image_size, seed)(x)
         x = backbones.preprocess(x, backbone.preprocessing)
         if parts.frozen is not None:
             x = parts.frozen(x)
     x = parts.trainable(x)
     features = FixedNormalization(head.scaler)(x)
-    top = head_fit.build_head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
+    top = head_fit.build_head(recipe.head, features.shape[1], head.layers[-1].bias.shape[0])
     top.set_weights(head.weights)
     return parts.full, keras.Model(inputs, top(features)), top
 

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from artifacts.bundle import Dense
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
@@ -50,7 +51,7 @@ class FittedHead:
 
 
 def fit_head(
-    recipe: Recipe,
+    recipe: HeadedRecipe,
     task: Task,
     outputs: int,
     features: Features,
@@ -83,7 +84,7 @@ def fit_head(
     scaler = Scaler.fit(features, train)
     target_scaler = Scaler.fit(targets, train) if task is Task.REGRESSION else None
     learned = target_scaler(targets) if target_scaler else targets
-    model = build_head(recipe.known_head, features.shape[1], outputs)
+    model = build_head(recipe.head, features.shape[1], outputs)
     batches = Rows(features, learned, train, recipe.batch_size, seed, scaler)
     model.compile(
         optimizer=build_optimizer(recipe.optimizer),
@@ -104,7 +105,7 @@ def fit_head(
     )
     weights = model.get_weights()
     return FittedHead(
-        dense_layers(weights, recipe.known_head.activation, scaler, target_scaler),
+        dense_layers(weights, recipe.head.activation, scaler, target_scaler),
         scaler,
         target_scaler,
         weights,

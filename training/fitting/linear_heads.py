@@ -21,8 +21,9 @@ from threadpoolctl import ThreadpoolController
 
 from artifacts.bundle import Float32
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
@@ -76,7 +77,7 @@ def is_linear(recipe: HeadRecipe) -> bool:
 
 
 def fit_linear_heads(
-    recipe: Recipe,
+    recipe: HeadedRecipe,
     task: Task,
     outputs: int,
     features: Features,
@@ -96,13 +97,13 @@ def fit_linear_heads(
     Raises:
         TrainingDiverged: the loss of one is not a number any more.
     """
-    if not is_linear(recipe.known_head):
+    if not is_linear(recipe.head):
         raise ValueError(f"Expected a linear head without dropout. Received {recipe.head}. This is a bug.")
 
     @cache
     def first_weights(seed: int) -> Float32:
         keras.utils.set_random_seed(seed)
-        kernel, bias = build_head(recipe.known_head, features.shape[1], outputs).get_weights()
+        kernel, bias = build_head(recipe.head, features.shape[1], outputs).get_weights()
         return np.concatenate([kernel, bias[None]])
 
     loss, update = _LOSSES[task], update_rule(recipe.optimizer)
@@ -133,7 +134,7 @@ def fit_linear_heads(
 class _FoldDataCache:
     """Prepares the rows of each fold once; heads that learn from the same rows share them."""
 
-    def __init__(self, recipe: Recipe, task: Task, features: Features, targets: Truth) -> None:
+    def __init__(self, recipe: HeadedRecipe, task: Task, features: Features, targets: Truth) -> None:
         self._recipe = recipe
         self._task = task
         self._features = features
@@ -255,7 +256,7 @@ class _HeadInTraining:
         fold: _FoldData,
         first_weights: Float32,
         initial_state: Sequence[float],
-        recipe: Recipe,
+        recipe: HeadedRecipe,
     ) -> None:
         self.number = number
         self.fold = fold
