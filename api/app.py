@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from socket import socket
 from types import FrameType
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
