@@ -122,6 +122,8 @@ def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
     run = lock_active_run(session, job)
     if run is None:
         return False
+    if run.started_at is None:  # its worker was lost, or hung, before it began: MLflow knows nothing of it yet
+        owe(session, run.id, "started", {})
     runs.fail_run(session, run.id, error)
     owe(session, run.id, "finished", {})
     return True

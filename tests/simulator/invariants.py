@@ -66,6 +66,7 @@ class RunRow(NamedTuple):
     batch_size: int | None
     folds: int
     mlflow_run_id: str | None
+    has_started: int
 
     @property
     def is_final(self) -> bool:
@@ -129,7 +130,7 @@ def read_snapshot(query: Query) -> Snapshot:
     )
     runs = query(
         "SELECT id, state, job_id, batch_size, CAST(recipe -> 'folds' ->> 'k' AS INTEGER) * "
-        "CAST(recipe -> 'folds' ->> 'repeats' AS INTEGER), mlflow_run_id FROM run"
+        "CAST(recipe -> 'folds' ->> 'repeats' AS INTEGER), mlflow_run_id, CASE WHEN started_at IS NULL THEN 0 ELSE 1 END FROM run"
     )
     outbox = query("SELECT id, run_id, kind, CAST(payload AS TEXT), CAST(created_at AS TEXT) FROM outbox")
     return Snapshot(
@@ -288,7 +289,9 @@ def _check_lease(writer: Writer, before: Snapshot) -> None:
 def _check_outbox(run_id: str, was: RunRow, run: RunRow, states: Sequence[str], outbox: frozenset[OutboxRow]) -> None:
     """See that MLflow is owed what just became true of a run."""
     kinds = [row.kind for row in sorted(outbox) if row.run_id == run_id]
-    _require(kinds.count("started") == states.count("running"), f"MLflow is not owed the start: {run_id}")
+    failed_before_it_began = "failed" in states and not run.has_started
+    starts = states.count("running") + failed_before_it_began
+    _require(kinds.count("started") == starts, f"MLflow is not owed the start: {run_id}")
     if run.is_final and (was.state == "running" or was.mlflow_run_id is not None):
         _require(kinds[-1:] == ["finished"], f"MLflow is not owed the end: {run_id}")
 
