@@ -30,6 +30,7 @@ from benchmarks.figures import report, spread
 from inference import heads
 from recipes.recipe import Recipe, Task
 from training.data.split import Fold, Indices, make_folds
+from training.fitting.fit_task import FitData
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
 from training.fitting.training_loop import Passage
@@ -64,15 +65,8 @@ def fold_by_fold(
     return [
         fit_head(
             recipe.model_copy(update={"head": recipe.known_head.model_copy(update={"l2": one.l2})}),
-            Task.MULTICLASS,
-            CLASSES,
-            features,
-            truth,
-            one.train,
-            one.validation,
-            epochs=one.epochs,
-            seed=one.seed,
-            passage=one.passage,
+            FitData(Task.MULTICLASS, CLASSES, features, truth),
+            one,
         )
         for one in wanted
     ]
@@ -82,7 +76,7 @@ def side_by_side(
     recipe: Recipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
 ) -> list[FittedHead]:
     """Fit all heads at once."""
-    fits = dict(fit_linear_heads(recipe, Task.MULTICLASS, CLASSES, features, truth, wanted))
+    fits = dict(fit_linear_heads(recipe, FitData(Task.MULTICLASS, CLASSES, features, truth), wanted))
     return [fits[place] for place in range(len(wanted))]
 
 
@@ -148,7 +142,7 @@ def compared(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence
     """Measure one size, with heads of each strength of the penalty."""
     features, truth = drawn(rows, width)
     recipe = Recipe(early_stopping=None)
-    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, 0.0, QUIET) for fold in folded(truth)]
+    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, QUIET, 0.0) for fold in folded(truth)]
     wanted = l2_grid(folds, strengths)
     given = recipe, features, truth
     rival = Rival(features, truth, wanted, side_by_side(*given, wanted))
