@@ -50,9 +50,10 @@ from training.fitting import fine_tuning
 from training.fitting.fine_tuning import FineTuningData
 from training.fitting.fit_task import FitTask
 from training.fitting.head_fit import FittedHead
-from training.fitting.training_loop import Epoch, Passage, Rows
+from training.fitting.training_loop import Passage, Rows
 from training.networks import backbones
 from training.networks.network_files import image_side_of
+from training.progress import Epoch
 
 BATCH = 32
 SEED = 0

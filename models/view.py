@@ -25,8 +25,6 @@ from models.dataset import Dataset, DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.run import Run
 
-CURVE_PICTURE = "learning-curve.png"
-"""The file of a run that shows its learning curve."""
 DATASET_DELETED = "The data set of this run was deleted with its images, so that this cannot be computed any more."
 
 

@@ -12,18 +12,19 @@ from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import Float32
 from artifacts.neighbours import FeatureNormaliser, build_index
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from recipes.recipe import Precision
 from training import delivery
-from training.data.extraction import Extraction
 from training.data.split import Fold, Indices
 from training.delivery import Served
 from training.fitting.checkpoint import Keeper
-from training.fitting.fold_outcome import FoldOutcome, FoldResult
+from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
 from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, Plan, final_plan
 from training.fitting.training_loop import finite
 from training.networks.network_files import Registry, Workspace
+from training.progress import Extraction, FoldResult
 from training.report import run_report
 from training.setup import Data, Order, Told, begin, pick, seed_of
 from training.statistics import evaluation
@@ -57,7 +58,7 @@ class Outcome:
     backbone: Digest
     metrics: dict[str, Any]
     training_s: float
-    files: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    files: dict[RunFile, tuple[bytes, str]] = field(default_factory=dict)
 
 
 def run(order: Order, place: Workspace, registry: Registry, report: Reporter) -> Outcome:
@@ -181,12 +182,12 @@ class Experiment:
             metrics["precision"] = served.choice.facts(task)
 
         self._report.stage("bundle")
-        files: dict[str, tuple[bytes, str]] = {}
+        files: dict[RunFile, tuple[bytes, str]] = {}
         neighbours: Digest | None = None
         if recipe.neighbours:
             kept = self._neighbours(served, everything)
             neighbours = place.store.put(kept)
-            files["neighbours.safetensors"] = kept, "application/octet-stream"
+            files[RunFile.NEIGHBOURS] = kept, "application/octet-stream"
         bundle = delivery.bundle(recipe, task, labels, served, final.layers, neighbours)
         description = run_report.Description(
             recipe,
@@ -214,8 +215,8 @@ class Experiment:
             training_s=before_s + time.perf_counter() - started,
             files=files
             | {
-                "out-of-fold.safetensors": (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
-                "report.md": (run_report.report(description).encode(), "text/markdown"),
+                RunFile.OUT_OF_FOLD: (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
+                RunFile.REPORT: (run_report.report(description).encode(), "text/markdown"),
                 **{name: (picture, "image/png") for name, picture in run_report.pictures(description).items()},
             },
         )

@@ -15,6 +15,7 @@ from artifacts.bundle import Float32
 from artifacts.images import Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from inference.engine import OpenVinoEngine
 from recipes.catalogue import BackboneName
@@ -23,7 +24,7 @@ from training import bake_off
 from training.bake_off import Pick
 from training.data.arrays import ReportProgress, drop_unused, load_maps, load_pixels, maps_bytes
 from training.data.augmentation import contact_sheet
-from training.data.extraction import Extraction, sum_extractions
+from training.data.extraction import sum_extractions
 from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
@@ -50,6 +51,7 @@ from training.networks.precision import (
     choose_precision,
     measure_image_ms,
 )
+from training.progress import Extraction
 from training.statistics import evaluation
 
 
@@ -68,7 +70,7 @@ class Told(Protocol):
         """Tell what extraction had to compute."""
         ...
 
-    def file(self, name: str, data: bytes, media_type: str) -> None:
+    def file(self, name: RunFile, data: bytes, media_type: str) -> None:
         """Keep a file with the run, before its end."""
         ...
 
@@ -376,7 +378,7 @@ def _pixels(data: Data, place: Workspace, told: Told) -> Pixels:
     pixels = load_pixels(data.digests, decoder, place.pixels, told.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
-        told.file("augmentations.png", shown, "image/png")
+        told.file(RunFile.AUGMENTATIONS, shown, "image/png")
     return pixels
 
 

@@ -27,6 +27,7 @@ from api.schemas import (
     RunRequest,
     WeightsOut,
 )
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
 from models import comparison as comparisons
@@ -131,7 +132,7 @@ def get_file(
 @router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
 def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
     """Return a picture of what fine-tuning sees: each row one image as it is, then varied, each time anew."""
-    return get_file(services, principal, run_id, "augmentations.png")
+    return get_file(services, principal, run_id, RunFile.AUGMENTATIONS)
 
 
 @router.get("/backbones")

@@ -22,7 +22,8 @@ from training.fitting.fit_task import FitData, FitTask
 from training.fitting.from_scratch import fit_from_scratch
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, is_linear
-from training.fitting.training_loop import Epoch, Passage, Snapshot, finite
+from training.fitting.training_loop import Passage, Snapshot, finite
+from training.progress import Epoch
 from training.statistics import evaluation
 from training.statistics.evaluation import median_epoch
 

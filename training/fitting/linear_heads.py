@@ -28,8 +28,9 @@ from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers
-from training.fitting.training_loop import Arrays, Epoch, Snapshot, Stopping, Trained, Watch, shuffled
+from training.fitting.training_loop import Arrays, Snapshot, Stopping, Trained, Watch, shuffled
 from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
+from training.progress import Epoch
 
 # The weights and batches of a stack should fit into a processor's own cache.
 _STACK_BYTES = 2**20

@@ -17,12 +17,13 @@ from recipes.catalogue import BackboneName
 from recipes.layers import Sides
 from recipes.recipe import Precision, Recipe
 from training.data.arrays import ReportProgress
-from training.data.extraction import Extraction, extract
+from training.data.extraction import extract
 from training.data.pixels import PixelSource
 from training.data.split import Indices
 from training.networks import backbones
 from training.networks.export import EXPORT_VERSION, export
 from training.networks.quantisation import calibration_size, quantise
+from training.progress import Extraction
 
 # The calibration images depend on the data set alone, not on the recipe's seed, so that runs share quantised networks.
 _SAMPLE_SEED = 0

@@ -10,19 +10,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from artifacts.bundle import Float32
+from artifacts.run_files import RunFile
 from recipes import shapes
 from recipes.catalogue import ALL, CATALOGUE
 from recipes.headline import HEADLINES
 from recipes.layers import NetworkKind, sides
 from recipes.recipe import ClassWeights, Mode, Precision, PrecisionChoice, Recipe, Task
 from training.bake_off import FOLDS, Pick
-from training.data.extraction import Extraction
 from training.data.targets import Truth
 from training.figures import png
-from training.fitting.fold_outcome import FoldResult
 from training.fitting.learners import DIVERGED, NETWORK, Plan
-from training.fitting.training_loop import Epoch
 from training.networks.precision import MARGIN, RELATIVE_MARGIN, PrecisionDecision
+from training.progress import Epoch, Extraction, FoldResult
 
 _CLASSES_WITH_NUMBERS = 25
 _LABELS_SHOWN = 60
@@ -305,16 +304,16 @@ def _confused(run: Description, most: int = 10) -> list[tuple[int, str, str]]:
     return sorted(counts, key=lambda item: (-item[0], item[1], item[2]))[:most]
 
 
-def pictures(run: Description) -> dict[str, bytes]:
+def pictures(run: Description) -> dict[RunFile, bytes]:
     """Return PNGs by file name: the curves, and what a person looks at first for the run's task."""
     match run.task:
         case Task.REGRESSION:
-            first = {"values.png": _values(run)}
+            first = {RunFile.VALUES: _values(run)}
         case Task.MULTILABEL:
-            first = {"labels.png": _labels(run)}
+            first = {RunFile.LABELS: _labels(run)}
         case _:
-            first = {"confusion.png": _confusion(run)}
-    return first | {"curves.png": _curves(run)}
+            first = {RunFile.CONFUSION: _confusion(run)}
+    return first | {RunFile.CURVES: _curves(run)}
 
 
 def _values(run: Description) -> bytes:
