@@ -37,6 +37,7 @@ from ops.migrate import upgrade
 from ops.up import mlflow_answers, mlflow_server
 from recipes.catalogue import BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import parse_filled
 from recipes.recipe import FineTune, Folds, Mode, Recipe, Task
 from settings import Settings
 from worker.child_process import computing_threads
@@ -89,7 +90,7 @@ def bare(order: dict[str, Any]) -> None:
         image_limits=LIMITS,
         threads=order["threads"],
     )
-    wanted = Order(Recipe.model_validate(order["recipe"]), order["manifest"], order["labels"], order["weights"])
+    wanted = Order(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
     experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
     print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
 

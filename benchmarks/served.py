@@ -29,6 +29,7 @@ from inference.predictor import ClassPrediction
 from inference.shelf import Shelf
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import FromScratchRecipe
 from recipes.recipe import Mode, Precision, Recipe, Resize, Task
 from training.fitting.fine_tuning import FineTuningData, fine_tune
 from training.fitting.fit_task import FitData, FitTask
@@ -78,7 +79,7 @@ def grown(given: Ground, wanted: argparse.Namespace) -> Subject:
     """Let the CNN learn that a recipe has by default."""
     counts = [ClassCount(label, 100, 100) for label in given.labels]
     recipe = fill(Recipe(mode=Mode.FROM_SCRATCH, image_size=wanted.size), Task.MULTICLASS, counts)
-    assert recipe.network is not None
+    assert isinstance(recipe, FromScratchRecipe)
     everything = np.arange(len(given.truth))
     data = FitData(Task.MULTICLASS, len(given.labels), given.pixels, given.truth)
     learned = fit_from_scratch(recipe, data, FitTask(everything, NONE, wanted.epochs, 0, _NOBODY))

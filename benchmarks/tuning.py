@@ -43,7 +43,7 @@ from benchmarks.ground import Ground, ground
 from benchmarks.networks import NONE, fine_tuning_case, first_head, multiply_adds
 from inference.engine import OpenVinoEngine
 from recipes.catalogue import CATALOGUE, BackboneName
-from recipes.recipe import Precision, Recipe, Resize, Task
+from recipes.recipe import Precision, Resize, Task
 from training.data.arrays import Maps, load_maps, maps_bytes
 from training.data.split import Fold, Indices, make_folds
 from training.fitting import fine_tuning
@@ -52,7 +52,6 @@ from training.fitting.fit_task import FitTask
 from training.fitting.head_fit import FittedHead
 from training.fitting.training_loop import Passage, Rows
 from training.networks import backbones
-from training.networks.network_files import image_side_of
 from training.progress import Epoch
 
 BATCH = 32
@@ -90,7 +89,7 @@ class Trial:
 
     def __init__(self, case: Case, given: Ground, epochs: int) -> None:
         self.given = given
-        self.recipe: Recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
+        self.recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
         self.weights = given.store.read(given.weights)
         self.engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
         whole = backbones.build_backbone(case.backbone, CATALOGUE[case.backbone].last_cut, case.size, self.weights)
@@ -126,7 +125,6 @@ class Trial:
 
     def bare(self, data: FineTuningData, steps: int, **arguments: Any) -> Timed:
         """Fine-tune the same layers by `keras.Model.fit` alone; `arguments` are those of `fit` that have the data."""
-        assert self.recipe.fine_tune is not None
         _drop_networks()
         keras.utils.set_random_seed(SEED)
         _, model, _ = fine_tuning.build_model(self.recipe, data, self.weights, self.head, SEED)
@@ -145,7 +143,6 @@ class Trial:
 
     @property
     def _epochs(self) -> int:
-        assert self.recipe.fine_tune is not None
         return self.recipe.fine_tune.epochs
 
 
@@ -213,11 +210,10 @@ def _drop_networks() -> None:
 def _limit(trial: Trial, folds: Sequence[Fold], epochs: int) -> float:
     """Return what the cut saves at most, by the formula above."""
     recipe = trial.recipe
-    assert recipe.unfreeze
-    whole = backbones.build_network(recipe.known_backbone.name, image_side_of(recipe))
-    boundary = recipe.known_backbone.cut_before(recipe.unfreeze)
+    whole = backbones.build_network(recipe.backbone, recipe.image_size)
+    boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
     assert boundary is not None
-    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.known_backbone.name, boundary).output)
+    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.backbone, boundary).output)
     frozen = multiply_adds(front)
     learning = multiply_adds(whole) - frozen
     learned = sum(epochs * (3 * len(fold.train) + len(fold.test)) for fold in folds) * learning

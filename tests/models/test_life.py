@@ -40,7 +40,7 @@ from models.base import Base, wall_clock
 from models.job import MAX_ATTEMPTS, Job, JobKind, JobState, Lease, Queue
 from models.run import RunState
 from models.session import Database
-from recipes.recipe import Folds, Mode, Recipe, TaskChoice
+from recipes.recipe import Folds, Mode, Recipe, Task
 from training.progress import FoldResult
 from worker.handlers.train import PartEnd, Train
 from worker.lease import Bench, Clock, Complete, Holder, Reason, Stopped, Work
@@ -134,7 +134,7 @@ class Lives(RuleBasedStateMachine):
     @rule(k=st.integers(2, 3), is_fanned_out=st.booleans())
     def order(self, k: int, is_fanned_out: bool) -> None:
         mode = Mode.FINE_TUNING if is_fanned_out else Mode.FEATURE_EXTRACTION
-        recipe = Recipe(task=TaskChoice.BINARY, mode=mode, folds=Folds(k=k))
+        recipe = Recipe(task=Task.BINARY, mode=mode, folds=Folds(k=k))
         with self.database.writing() as session:
             run = runs.create_run(session, records.PRINCIPAL, self.version_id, "flowers", recipe)
             run_jobs.queue_training(session, run)

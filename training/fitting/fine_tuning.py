@@ -17,7 +17,9 @@ import keras
 import numpy as np
 
 from artifacts.bundle import Float32
-from recipes.recipe import FineTune, Recipe
+from recipes.catalogue import CATALOGUE
+from recipes.filled import FineTuningRecipe
+from recipes.recipe import FineTune
 from training.data.augmentation import build_augmentation
 from training.data.split import Indices
 from training.fitting import head_fit
@@ -27,7 +29,6 @@ from training.fitting.head_fit import FittedHead, Scaler
 from training.fitting.training_loop import Beat, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
-from training.networks.network_files import image_side_of
 
 # Gradients with a larger norm are scaled down to it, so that the first steps do not destroy the pretrained weights.
 CLIP_NORM = 1.0
@@ -41,11 +42,13 @@ class FineTuningData(FitData):
     are_maps: bool
 
 
-def fine_tune(recipe: Recipe, data: FineTuningData, weights: bytes, head: FittedHead, fit: FitTask) -> FittedNetwork:
+def fine_tune(
+    recipe: FineTuningRecipe, data: FineTuningData, weights: bytes, head: FittedHead, fit: FitTask
+) -> FittedNetwork:
     """Fine-tune a network from the recipe's cut on.
 
     Args:
-        recipe: filled, with mode fine-tuning.
+        recipe: what to fine-tune, and how.
         data: its inputs are pixels uint8 [N, size, size, 3], or maps float32 [N, h, w, C] of the frozen part.
         weights: the network's weights before fine-tuning, from `backbones.dump_weights`.
         head: the head that was fitted on frozen features.
@@ -54,14 +57,13 @@ def fine_tune(recipe: Recipe, data: FineTuningData, weights: bytes, head: Fitted
     Raises:
         TrainingDiverged: the loss became infinite or NaN.
     """
-    assert recipe.fine_tune is not None
     keras.utils.set_random_seed(fit.seed)
     network, model, top = build_model(recipe, data, weights, head, fit.seed)
     fit_targets = head.target_scaler(data.targets) if head.target_scaler else data.targets
     batches = Rows(data.inputs, fit_targets, fit.train, recipe.batch_size, fit.seed)
 
     def in_order(rows: Indices) -> Rows:
-        batch_size = predict_batch(image_side_of(recipe), recipe.batch_size)
+        batch_size = predict_batch(recipe.image_size, recipe.batch_size)
         return Rows(data.inputs, fit_targets, rows, batch_size, None)
 
     rate = learning_rate_schedule(recipe.fine_tune, len(batches))
@@ -87,7 +89,7 @@ def fine_tune(recipe: Recipe, data: FineTuningData, weights: bytes, head: Fitted
         values: Float32 = model.predict(in_order(rows), callbacks=[beat], verbose=0)
         return head.target_scaler.inverse_transform(values) if head.target_scaler else values.astype(np.float32)
 
-    activation = recipe.known_head.activation
+    activation = recipe.head.activation
     return FittedNetwork(
         trained=trained,
         layers=head_fit.dense_layers(top.get_weights(), activation, head.scaler, head.target_scaler),
@@ -97,27 +99,26 @@ def fine_tune(recipe: Recipe, data: FineTuningData, weights: bytes, head: Fitted
 
 
 def build_model(
-    recipe: Recipe, data: FineTuningData, weights: bytes, head: FittedHead, seed: int
+    recipe: FineTuningRecipe, data: FineTuningData, weights: bytes, head: FittedHead, seed: int
 ) -> tuple[Any, Any, Any]:
     """Return the whole network, the model that learns (from the inputs to logits), and its head. They share layers."""
-    backbone = recipe.known_backbone
-    assert recipe.features_from and recipe.unfreeze
+    backbone = CATALOGUE[recipe.backbone]
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
-        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, image_side_of(recipe), weights)
+        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, recipe.image_size, weights)
     if data.are_maps:
         x = inputs = keras.Input(data.inputs.shape[1:])
     else:
         inputs = keras.Input(data.inputs.shape[1:], dtype="uint8")
         x = keras.ops.cast(inputs, "float32")
         if recipe.augmentation is not None:
-            x = build_augmentation(recipe.augmentation, image_side_of(recipe), seed)(x)
+            x = build_augmentation(recipe.augmentation, recipe.image_size, seed)(x)
         x = backbones.preprocess(x, backbone.preprocessing)
         if parts.frozen is not None:
             x = parts.frozen(x)
     x = parts.trainable(x)
     features = FixedNormalization(head.scaler)(x)
-    top = head_fit.build_head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
+    top = head_fit.build_head(recipe.head, features.shape[1], head.layers[-1].bias.shape[0])
     top.set_weights(head.weights)
     return parts.full, keras.Model(inputs, top(features)), top
 

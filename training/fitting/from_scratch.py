@@ -9,8 +9,9 @@ import keras
 import numpy as np
 
 from artifacts.bundle import Dense, Float32
+from recipes.filled import FromScratchRecipe
 from recipes.layers import Activation, NetworkKind
-from recipes.recipe import Recipe, Task
+from recipes.recipe import Task
 from training.data.split import Indices
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, recipe_loss
 from training.fitting.fit_task import FitData, FitTask, FittedNetwork
@@ -18,30 +19,28 @@ from training.fitting.head_fit import Scaler
 from training.fitting.training_loop import Beat, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
-from training.networks.network_files import image_size_of
 from training.networks.scratch_networks import build_body, build_output_layer, build_trainable_network
 
 # A step without convolutions takes a fraction of what it costs to leave the compiled graph after each.
 _STEPS_PER_EXECUTION = 64
 
 
-def fit_from_scratch(recipe: Recipe, data: FitData, fit: FitTask) -> FittedNetwork:
+def fit_from_scratch(recipe: FromScratchRecipe, data: FitData, fit: FitTask) -> FittedNetwork:
     """Train all layers of a network.
 
     Args:
-        recipe: filled, with mode from-scratch.
+        recipe: the network, and how it learns.
         data: its inputs are pixels uint8 [N, H, W, 3].
         fit: rows, epochs and seed.
 
     Raises:
         TrainingDiverged: the loss became infinite or NaN.
     """
-    assert recipe.network is not None
     keras.utils.set_random_seed(fit.seed)
     targets = data.targets
     target_scaler = Scaler.fit(targets, fit.train) if data.task is Task.REGRESSION else None
     fit_targets = target_scaler(targets) if target_scaler else targets
-    size = image_size_of(recipe)
+    size = recipe.image_size
     body = build_body(recipe.network, size)
     output_layer = build_output_layer(recipe.network, data.outputs)
     model = build_trainable_network(recipe.network, size, recipe.augmentation, body, output_layer, fit.seed)

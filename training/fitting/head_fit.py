@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from artifacts.bundle import Dense
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
 from training.fitting.fit_task import FitData, FitTask
@@ -49,7 +50,7 @@ class FittedHead:
     trained: Trained
 
 
-def fit_head(recipe: Recipe, data: FitData, fit: FitTask) -> FittedHead:
+def fit_head(recipe: HeadedRecipe, data: FitData, fit: FitTask) -> FittedHead:
     """Fit the recipe's head on features.
 
     Args:
@@ -65,7 +66,7 @@ def fit_head(recipe: Recipe, data: FitData, fit: FitTask) -> FittedHead:
     scaler = Scaler.fit(features, fit.train)
     target_scaler = Scaler.fit(targets, fit.train) if data.task is Task.REGRESSION else None
     fit_targets = target_scaler(targets) if target_scaler else targets
-    model = build_head(recipe.known_head, features.shape[1], data.outputs)
+    model = build_head(recipe.head, features.shape[1], data.outputs)
     batches = Rows(features, fit_targets, fit.train, recipe.batch_size, fit.seed, scaler)
     model.compile(
         optimizer=build_optimizer(recipe.optimizer),
@@ -86,7 +87,7 @@ def fit_head(recipe: Recipe, data: FitData, fit: FitTask) -> FittedHead:
         validation_batch_size=1024,
     )
     weights = model.get_weights()
-    layers = dense_layers(weights, recipe.known_head.activation, scaler, target_scaler)
+    layers = dense_layers(weights, recipe.head.activation, scaler, target_scaler)
     return FittedHead(layers, scaler, target_scaler, weights, trained)
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from artifacts.bundle import Dense, Float32
 from errors import TrainingDiverged
 from inference import heads
+from recipes.filled import FineTuningRecipe, FromScratchRecipe, HeadedRecipe
 from recipes.recipe import Monitor, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
@@ -179,7 +180,7 @@ _LARGEST_ABREAST, _WEIGHTS_ABREAST = 262_144, 16_000_000
 class Frozen:
     """Learns a head on features that were computed once."""
 
-    def __init__(self, recipe: Recipe, data: FitData) -> None:
+    def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
         self._recipe = recipe
         self._data = data
         self.validation = Validation(recipe, data.task, data.targets)
@@ -196,7 +197,7 @@ class Frozen:
 
         Not with heads so large that Keras has the better of it, with all processors in one product.
         """
-        return is_linear(self._recipe.known_head) and self._weights <= _LARGEST_ABREAST
+        return is_linear(self._recipe.head) and self._weights <= _LARGEST_ABREAST
 
     @property
     def _weights(self) -> int:
@@ -217,7 +218,7 @@ class Frozen:
                     lesson.plan.head,
                     lesson.seed,
                     _passage(listener, keeper),
-                    self._recipe.known_head.l2,
+                    self._recipe.head.l2,
                 )
                 for lesson, listener, keeper in lessons[start : start + at_once]
             ]
@@ -258,8 +259,7 @@ class Tuning:
     Where the network diverges the head is kept, except in the final model: raises TrainingDiverged.
     """
 
-    def __init__(self, recipe: Recipe, frozen: Frozen, weights: bytes, data: FineTuningData) -> None:
-        assert recipe.fine_tune is not None
+    def __init__(self, recipe: FineTuningRecipe, frozen: Frozen, weights: bytes, data: FineTuningData) -> None:
         self._recipe = recipe
         self._frozen = frozen
         self._weights = weights
@@ -320,7 +320,7 @@ class Tuning:
 class Growing:
     """Learns a network from scratch."""
 
-    def __init__(self, recipe: Recipe, data: FitData) -> None:
+    def __init__(self, recipe: FromScratchRecipe, data: FitData) -> None:
         self._recipe = recipe
         self._data = data
         self._validation = Validation(recipe, data.task, data.targets)

@@ -21,8 +21,9 @@ from threadpoolctl import ThreadpoolController
 
 from artifacts.bundle import Float32
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
@@ -63,7 +64,7 @@ def is_linear(recipe: HeadRecipe) -> bool:
 
 
 def fit_linear_heads(
-    recipe: Recipe, data: FitData, tasks: Sequence[LinearHeadTask]
+    recipe: HeadedRecipe, data: FitData, tasks: Sequence[LinearHeadTask]
 ) -> Iterator[tuple[int, FittedHead]]:
     """Fit linear heads. Yield the number of each task, and its head, as soon as the head is fitted.
 
@@ -75,13 +76,13 @@ def fit_linear_heads(
     Raises:
         TrainingDiverged: the loss of one became infinite or NaN.
     """
-    if not is_linear(recipe.known_head):
+    if not is_linear(recipe.head):
         raise ValueError(f"Expected a linear head without dropout. Received {recipe.head}. This is a bug.")
 
     @cache
     def first_weights(seed: int) -> Float32:
         keras.utils.set_random_seed(seed)
-        kernel, bias = build_head(recipe.known_head, data.inputs.shape[1], data.outputs).get_weights()
+        kernel, bias = build_head(recipe.head, data.inputs.shape[1], data.outputs).get_weights()
         return np.concatenate([kernel, bias[None]])
 
     loss, update = _LOSSES[data.task], update_rule(recipe.optimizer)
@@ -112,7 +113,7 @@ def fit_linear_heads(
 class _FoldDataCache:
     """Prepares the rows of each fold once; heads that learn from the same rows share them."""
 
-    def __init__(self, recipe: Recipe, data: FitData) -> None:
+    def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
         self._recipe = recipe
         self._data = data
         self._made: dict[tuple[bytes, bytes], _FoldData] = {}
@@ -232,7 +233,7 @@ class _HeadInTraining:
         fold: _FoldData,
         first_weights: Float32,
         initial_state: Sequence[float],
-        recipe: Recipe,
+        recipe: HeadedRecipe,
     ) -> None:
         self.number = number
         self.fold = fold

@@ -34,7 +34,7 @@ from models.registry import ModelVersion, QuantisedBackbone, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
 from recipes.catalogue import BackboneName
-from recipes.recipe import Mode, Recipe, TaskChoice
+from recipes.recipe import Mode, Recipe, Task
 from training.progress import Extraction, FoldResult
 from worker import app as worker_app
 from worker.child import train as inside_train
@@ -89,7 +89,7 @@ OUTCOME = RunOutcome(
     training_s=12.5,
     files=(),
 )
-TUNING = Recipe(task=TaskChoice.BINARY, mode=Mode.FINE_TUNING)
+TUNING = Recipe(task=Task.BINARY, mode=Mode.FINE_TUNING)
 
 
 @dataclass
