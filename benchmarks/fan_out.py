@@ -34,7 +34,9 @@ def workers_of(settings: Settings) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("ESPALIER_VAR") == str(settings.var) and "worker.app" in process.cmdline():
+            if process.environ().get("ESPALIER_VAR") == str(settings.var) and "--queues cpu" in " ".join(
+                process.cmdline()
+            ):
                 found.append(process)
         except psutil.Error:
             continue

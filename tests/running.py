@@ -119,7 +119,7 @@ class Service:
     @contextmanager
     def another_worker(self) -> Iterator[subprocess.Popen[bytes]]:
         """Have a second worker on the same data for as long as a block runs."""
-        command = [sys.executable, "-m", "worker.app"]
+        command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "cpu", "-n", "another@%h"]
         with subprocess.Popen(command, cwd=ROOT, env=self.environment) as process:
             try:
                 yield process

@@ -25,6 +25,7 @@ from sqlalchemy import create_engine, text
 from waiting import until, until_no
 
 from artifacts.store import Digest, Store
+from broker import make_celery
 from errors import Unavailable
 from models import run as runs
 from models.job import Job, JobState
@@ -48,6 +49,9 @@ TUNING: dict[str, Any] = {
     "fine_tune": {"learning_rate": 1e-5, "epochs": 12},
 }
 MODES = {"feature-extraction": LONG, "fine-tuning": TUNING}
+TRAINS = "--queues cpu"
+"""What the command of the worker that trains holds."""
+
 EITHER_MODE = pytest.mark.parametrize(
     ("ground", "mode"),
     [("sqlite", "feature-extraction"), ("postgresql", "fine-tuning")],
@@ -187,7 +191,7 @@ def test_a_killed_trainer_is_replaced_and_the_run_ends_as_it_would_have(ground: 
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_it_would_have(ground: Ground) -> None:
     run = ground.begin("feature-extraction", "worker-killed")
     trainer = ground.trainer()
-    ground.service.find("worker.app").kill()
+    ground.service.find(TRAINS).kill()
     psutil.wait_procs([trainer], timeout=60)
     assert not trainer.is_running(), "a child must not outlive its worker"
     ground.check("feature-extraction", run)
@@ -197,9 +201,17 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_it_would_have(ground: G
 def test_a_worker_that_is_told_to_end_keeps_how_far_it_is_and_the_attempt_does_not_count(
     ground: Ground, mode: str
 ) -> None:
+    """By the signal of a deploy, or by Celery's own command."""
     run = ground.begin(mode, f"deploy-{mode}")
-    worker = ground.service.find("worker.app")
-    worker.terminate()
+    worker = ground.service.find(TRAINS)
+    if mode == "fine-tuning":
+        worker.terminate()
+    else:
+        celery = make_celery(lambda: worker.environ()["REDIS_URL"])
+        active = celery.control.inspect(timeout=30.0, limit=3).active()
+        [name] = [name for name in active if name.startswith("cpu@")]
+        assert [task["name"] for task in active[name]] == ["espalier.train"]
+        celery.control.shutdown(destination=[name])
     gone, _ = psutil.wait_procs([worker], timeout=25)
     assert gone, "within 25 s"
     ground.check(mode, run)
@@ -210,7 +222,7 @@ def test_a_worker_that_is_told_to_end_keeps_how_far_it_is_and_the_attempt_does_n
 
 def test_a_frozen_worker_is_replaced_and_writes_nothing_when_it_wakes(ground: Ground) -> None:
     run = ground.begin("feature-extraction", "frozen")
-    frozen = [ground.trainer(), ground.service.find("worker.app")]
+    frozen = [ground.trainer(), ground.service.find(TRAINS)]
     until(lambda: ground.freeze(frozen))
     try:
         with ground.service.another_worker():

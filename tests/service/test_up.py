@@ -51,7 +51,7 @@ def test_a_setting_that_cannot_be_is_told(tmp_path: Path, setting: str, value: s
     assert done.returncode == 1 and says in done.stdout and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("start", ["ops.up", "api.app", "worker.app"])
+@pytest.mark.parametrize("start", ["ops.up", "api.app"])
 def test_a_bucket_that_does_not_let_us_in_is_told_at_once(tmp_path: Path, bucket: Bucket, start: str) -> None:
     shared = {"ESPALIER_STORE_URL": "s3://nobody-made-this", "ESPALIER_STORE_ENDPOINT": bucket.endpoint}
     done = up(tmp_path, start, **shared)
@@ -62,7 +62,7 @@ def test_a_bucket_that_does_not_let_us_in_is_told_at_once(tmp_path: Path, bucket
     assert without.returncode == 1 and "nothing in AWS_ACCESS_KEY_ID" in (without.stdout + without.stderr)
 
 
-@pytest.mark.parametrize("name", ["api.app", "worker.app", "valkey-server", "mlflow"])
+@pytest.mark.parametrize("name", ["api.app", "--queues cpu", "valkey-server", "mlflow"])
 def test_what_dies_is_restarted_and_the_service_answers_again(
     service: Service, trained: dict[str, Any], name: str
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_run_whose_worker_is_killed_ends_as_it_would_have(
     run = service.train(colours["id"], "killed", wait=False)
     url = f"/api/v1/runs/{run['id']}"
     service.until(url, lambda found: found["state"] == "running")
-    worker = service.find("worker.app")
+    worker = service.find("--queues cpu")
     child = worker.children()
     worker.send_signal(signal.SIGKILL)
     ended = service.settled(url)

@@ -130,7 +130,8 @@ def read_snapshot(query: Query) -> Snapshot:
     )
     runs = query(
         "SELECT id, state, job_id, batch_size, CAST(recipe -> 'folds' ->> 'k' AS INTEGER) * "
-        "CAST(recipe -> 'folds' ->> 'repeats' AS INTEGER), mlflow_run_id, CASE WHEN started_at IS NULL THEN 0 ELSE 1 END FROM run"
+        "CAST(recipe -> 'folds' ->> 'repeats' AS INTEGER), mlflow_run_id, "
+        "CASE WHEN started_at IS NULL THEN 0 ELSE 1 END FROM run"
     )
     outbox = query("SELECT id, run_id, kind, CAST(payload AS TEXT), CAST(created_at AS TEXT) FROM outbox")
     return Snapshot(

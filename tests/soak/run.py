@@ -46,6 +46,8 @@ from ops.up import console
 from settings import Settings
 
 # Leases as short as a busy machine bears.
+# What the command of the worker that trains holds.
+_TRAINS = "--queues cpu"
 _TIMINGS = {
     "look_every_s": 1.0,
     "renew_every_s": 1.0,
@@ -185,13 +187,13 @@ class Faults:
     def one(self) -> None:
         """Pull one plug."""
         kinds: dict[str, tuple[int, Callable[[], bool]]] = {
-            "worker killed": (4, lambda: self._kill("worker.app")),
+            "worker killed": (4, lambda: self._kill(_TRAINS)),
             "trainer killed": (4, lambda: self._kill("worker.child")),
             "api killed": (2, lambda: self._kill("api.app")),
             "mlflow killed": (1, lambda: self._kill("mlflow.server")),
             "broker killed": (2, lambda: self._kill("valkey-server")),
-            "worker told to end": (2, lambda: self._signal("worker.app", signal.SIGTERM)),
-            "worker frozen past its lease": (2, lambda: self._freeze("worker.app", 1.6 * _TIMINGS["lease_s"])),
+            "worker told to end": (2, lambda: self._signal(_TRAINS, signal.SIGTERM)),
+            "worker frozen past its lease": (2, lambda: self._freeze(_TRAINS, 1.6 * _TIMINGS["lease_s"])),
             "trainer frozen": (2, lambda: self._freeze("worker.child", self.chance.uniform(1, 15))),
             "api frozen": (1, lambda: self._freeze("api.app", self.chance.uniform(1, 5))),
             "database away": (2, self._restart_database),
@@ -205,7 +207,7 @@ class Faults:
         watched = self._holders()
         if not self._signal(name, signal.SIGKILL):
             return False
-        if name in ("worker.app", "worker.child"):
+        if name in (_TRAINS, "worker.child"):
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
         return True
 
@@ -224,7 +226,7 @@ class Faults:
             return False
         victim = self.chance.choice(victims)
         with contextlib.suppress(psutil.NoSuchProcess):
-            frozen = [victim, *(victim.children(recursive=True) if name == "worker.app" else ())]
+            frozen = [victim, *(victim.children(recursive=True) if name == _TRAINS else ())]
             for process in frozen:
                 process.suspend()
             threading.Timer(seconds, _resume, [frozen]).start()

@@ -32,7 +32,7 @@ from models.session import Database
 from models.worker import Worker
 from ops.migrate import upgrade
 from worker.consumer import Consumer
-from worker.job_runner import JobFailed, Outcome
+from worker.job_runner import Outcome
 from worker.tasks import add_tasks
 
 
@@ -135,23 +135,31 @@ def test_celery_shows_which_job_a_worker_does_and_which_wait(broker_url: str) ->
     broker.close()
 
 
+ENDS = """
+import sys
+from broker import make_celery
+from worker.job_runner import JobFailed, Outcome
+from worker.tasks import add_tasks
+
+def run(job_id):
+    if job_id == "refused":
+        raise JobFailed("Data set refused: Received 1 class.")
+    return Outcome(job_id)
+
+app = make_celery(lambda: sys.argv[1])
+add_tasks(app, run)
+app.worker_main(["worker", "--queues", "cpu", "--loglevel", "CRITICAL"])
+"""
+
+
 def test_task_events_tell_how_each_job_ended(broker_url: str) -> None:
-    ends: dict[str, Outcome | JobFailed] = {
-        "job_1": Outcome.SUCCEEDED,
-        "job_2": Outcome.CANCELLED,
-        "job_3": Outcome.GIVEN_BACK,
-        "job_4": JobFailed("Data set refused: Received 1 class."),
-    }
-
-    def run(job_id: str) -> Outcome:
-        end = ends[job_id]
-        if isinstance(end, JobFailed):
-            raise end
-        return end
-
     events: list[dict[str, Any]] = []
+    app = make_celery(lambda: broker_url)
     broker = CeleryBroker(broker_url)
-    with serving(broker_url, run) as app, app.connection_for_read() as connection:
+    with (
+        subprocess.Popen([sys.executable, "-c", ENDS, broker_url], cwd=ROOT, stdout=subprocess.DEVNULL) as worker,
+        app.connection_for_read() as connection,
+    ):
         receiver = app.events.Receiver(connection, handlers={"*": events.append})
 
         def have_come(count: int, *kinds: str) -> bool:
@@ -159,14 +167,17 @@ def test_task_events_tell_how_each_job_ended(broker_url: str) -> None:
                 connection.drain_events(timeout=1)
             return sum(event["type"] in kinds for event in events) >= count
 
-        with receiver.consumer_context(wakeup=True):
-            until(lambda: have_come(1, "worker-heartbeat"))
-            for job_id in ends:
-                broker.send("cpu", "train", job_id)
-            until(lambda: have_come(len(ends), "task-succeeded", "task-failed"))
-    succeeded = [event["result"] for event in events if event["type"] == "task-succeeded"]
+        try:
+            with receiver.consumer_context(wakeup=True):
+                until(lambda: have_come(1, "worker-heartbeat"))
+                for job_id in ("succeeded", "cancelled", "given back", "refused"):
+                    broker.send("cpu", "train", job_id)
+                until(lambda: have_come(4, "task-succeeded", "task-failed"))
+        finally:
+            worker.kill()
+    ended = [event["result"] for event in events if event["type"] == "task-succeeded"]
     (failed,) = [event["exception"] for event in events if event["type"] == "task-failed"]
-    assert succeeded == ["'succeeded'", "'cancelled'", "'given back'"]
+    assert ended == ["'succeeded'", "'cancelled'", "'given back'"]
     assert "Data set refused: Received 1 class." in failed
     broker.close()
 
@@ -287,7 +298,7 @@ def test_a_bucket_that_refuses_a_worker_ends_it_and_says_why(tmp_path: Path, bro
     try:
         with worker_process(tmp_path, broker_url) as worker:
             _, said = worker.communicate(timeout=120)
-            assert worker.returncode == 1 and "worker cannot start" in said
+            assert worker.returncode == 1 and "worker cannot start" in said and "s3://nobody" in said
     finally:
         for name in wrong:
             del os.environ[name]
