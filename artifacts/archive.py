@@ -110,7 +110,7 @@ def check_path(name: str, limits: ArchiveLimits) -> str:
 
 
 def is_litter(path: str) -> bool:
-    """Say whether a path is what macOS or Windows leaves behind, or a hidden file."""
+    """Return whether a path is what macOS or Windows leaves behind, or a hidden file."""
     parts = path.split("/")
     return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _LITTER
 

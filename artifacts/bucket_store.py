@@ -104,7 +104,7 @@ class BucketStore(Store):
         return self._address
 
     def check(self) -> None:
-        """See that the bucket answers and lets us in; the first time, that it can be written."""
+        """Check that the bucket answers and lets us in; the first time, that it can be written."""
         try:
             with self._request_errors():
                 obstore.get(self._bucket, _MARKER_KEY).bytes()
@@ -114,7 +114,7 @@ class BucketStore(Store):
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def has(self, digest: Digest) -> bool:
-        """Say whether the file is in the bucket."""
+        """Return whether the file is in the bucket."""
         return self.find(digest) is not None
 
     def find(self, digest: Digest) -> StoredFile | None:
@@ -303,7 +303,7 @@ class BucketStore(Store):
         self.make_room()
 
     def _touch_cached(self, digest: Digest) -> bool:
-        """Say whether the file lies in the folder, and note there that it is used."""
+        """Return whether the file lies in the folder, and note there that it is used."""
         place = self.path_for(digest)
         try:
             if place.stat().st_mtime < time.time() - _RECENTLY_USED_S / 2:

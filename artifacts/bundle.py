@@ -155,7 +155,7 @@ _F32, _U8 = np.dtype(np.float32), np.dtype(np.uint8)
 
 
 def _check(bundle: Bundle) -> None:
-    """See that the arrays fit each other, the labels and the size. Raises BundleRefused."""
+    """Check that the arrays fit each other, the labels and the size. Raises BundleRefused."""
     units = [layer.kernel.shape[-1] for layer in bundle.layers]
     images, outputs = max(1, len(bundle.golden_input)), units[-1]
     for number, layer in enumerate(bundle.layers):

@@ -146,7 +146,7 @@ _SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
 
 
 def _has_more_scans(data: bytes, most: int) -> bool:
-    """Say whether a JPEG has more scans than `most`, as its decoder counts: none in thumbnails or after its end."""
+    """Return whether a JPEG has more scans than `most`, as its decoder counts: none in thumbnails or after its end."""
     if data.count(_SCAN) <= most:
         return False
     scans, at = 0, 2
@@ -173,7 +173,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _is_lying(image: Image.Image) -> bool:
-    """Say whether EXIF asks for a quarter turn."""
+    """Return whether EXIF asks for a quarter turn."""
     return _orientation(image) >= 5
 
 

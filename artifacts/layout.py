@@ -211,7 +211,7 @@ def _check_groups(samples: Iterable[Sample]) -> None:
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """See that no two class names look the same to a reader, or one like several. Raises LayoutUnknown."""
+    """Check that no two class names look the same to a reader, or one like several. Raises LayoutUnknown."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         if "|" in name:

@@ -36,7 +36,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def is_digest(text: str) -> bool:
-    """Say whether `text` could be a digest."""
+    """Return whether `text` could be a digest."""
     return _DIGEST.fullmatch(text) is not None
 
 
@@ -90,7 +90,7 @@ class Store:
         return StoreAddress(str(self.root))
 
     def check(self) -> None:
-        """See that the store can be used. Raises NotFound."""
+        """Check that the store can be used. Raises NotFound."""
         if not self._incoming.is_dir():
             raise NotFound(f"The folder {self.root} is gone. Restore it from a backup, then start the service again.")
 
@@ -135,7 +135,7 @@ class Store:
         yield from digests
 
     def has(self, digest: Digest) -> bool:
-        """Say whether the file is here."""
+        """Return whether the file is here."""
         return self.path_for(digest).exists()
 
     def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:

@@ -292,7 +292,7 @@ class Batcher:
         return len(slots) > before
 
     def _is_wanted(self, request: _Request) -> bool:
-        """Say whether the engine should see an image of a request; one whose time is over ends here."""
+        """Return whether the engine should see an image of a request; one whose time is over ends here."""
         future = request.future
         if future.done():  # cancelled, or failed with an earlier image
             return False

@@ -53,7 +53,7 @@ def provider_options(has_cuda: bool) -> list[Provider]:
 
 @cache
 def finds_cuda() -> bool:
-    """Say whether a network runs on a GPU here: tried once, with one addition."""
+    """Return whether a network runs on a GPU here: tried once, with one addition."""
     if CUDA not in onnxruntime.get_available_providers():
         return False
     onnxruntime.preload_dlls()  # CUDA's libraries as packages of Python, which no loader would find
@@ -64,7 +64,7 @@ def finds_cuda() -> bool:
 
 
 def runs_on(wanted: str, providers: Sequence[Provider]) -> bool:
-    """Say whether one addition comes out right with these providers, `wanted` being the first that is in use."""
+    """Return whether one addition comes out right with these providers, `wanted` being the first that is in use."""
     session = _session(_ADDITION, 1, providers)
     [found] = session.run(None, {"x": np.array([1, 2], np.float32)})
     return bool(session.get_providers()[0] == wanted and found.tolist() == [2, 4])

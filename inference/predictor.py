@@ -82,7 +82,7 @@ class Predictor:
     def __init__(
         self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes], on_growth: Callable[[], None]
     ) -> None:
-        """See that this machine gives the golden output for the golden input. Raises BundleRefused.
+        """Check that this machine gives the golden output for the golden input. Raises BundleRefused.
 
         `read` returns stored files; `grew` is called when this takes more memory than it did.
         """

@@ -105,7 +105,7 @@ class Shelf:
             return predictor
 
     def check_files(self, digest: Digest) -> None:
-        """See that a bundle and its backbone are there and whole. Raises NotFound, Corrupt or BundleRefused."""
+        """Check that a bundle and its backbone are there and whole. Raises NotFound, Corrupt or BundleRefused."""
         self._store.verified_path(bundles.load(self._store.read(digest)).backbone)
 
     def predictor(self, digest: Digest) -> Predictor:

@@ -100,7 +100,7 @@ class Chance:
         self._rates = dict.fromkeys(self._rates, 0.0)
 
     def strikes(self, fault: Fault) -> bool:
-        """Say whether a fault happens here and now; if so it counts as having happened."""
+        """Return whether a fault happens here and now; if so it counts as having happened."""
         rate = self._rates[fault]
         if rate == 0.0 or self._random.random() >= rate:
             return False

@@ -54,7 +54,7 @@ class JobRow(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Say whether nothing will happen to it any more."""
+        """Return whether nothing will happen to it any more."""
         return self.state in _FINAL_STATES
 
 
@@ -69,7 +69,7 @@ class RunRow(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Say whether nobody works on it any more."""
+        """Return whether nobody works on it any more."""
         return self.state in _FINAL_STATES
 
 
@@ -175,12 +175,12 @@ class Invariants:
         return _describe_changes(before, after)
 
     def check_files(self) -> None:
-        """See that every file that a row names is there: after a transaction that came to nothing too."""
+        """Check that every file that a row names is there: after a transaction that came to nothing too."""
         for digest in self.snapshot.files:
             _require(self._has_file(digest), f"a row names a file that is gone: {digest[:12]}")
 
     def check_end(self) -> None:
-        """See that nothing is left undone. Raises Broken."""
+        """Check that nothing is left undone. Raises Broken."""
         snapshot = self.snapshot
         for run_id, run in snapshot.runs.items():
             _require(run.is_final, f"a run is lost: {run_id} is {run.state} for ever")
@@ -190,7 +190,7 @@ class Invariants:
             _require(state in _FINAL_STATES, f"a comparison is lost: {comparison_id} is {state} for ever")
 
     def is_quiet(self) -> bool:
-        """Say whether nothing is left to be done, but what MLflow is owed."""
+        """Return whether nothing is left to be done, but what MLflow is owed."""
         snapshot = self.snapshot
         return all(job.is_final or job.kind == "publish" for job in snapshot.jobs.values()) and all(
             run.is_final for run in snapshot.runs.values()
@@ -275,7 +275,7 @@ class Invariants:
 
 
 def _check_lease(writer: Writer, before: Snapshot) -> None:
-    """See that whoever works under a lease had it when it wrote."""
+    """Check that whoever works under a lease had it when it wrote."""
     if writer.lease is None:
         return
     job = before.jobs[writer.lease.job_id]
@@ -286,7 +286,7 @@ def _check_lease(writer: Writer, before: Snapshot) -> None:
 
 
 def _check_outbox(run_id: str, was: RunRow, run: RunRow, states: Sequence[str], outbox: frozenset[OutboxRow]) -> None:
-    """See that MLflow is owed what just became true of a run."""
+    """Check that MLflow is owed what just became true of a run."""
     kinds = [row.kind for row in sorted(outbox) if row.run_id == run_id]
     _require(kinds.count("started") == states.count("running"), f"MLflow is not owed the start: {run_id}")
     if run.is_final and (was.state == "running" or was.mlflow_run_id is not None):

@@ -78,7 +78,7 @@ class Simulation:
         raise MachineKilled
 
     def is_held(self) -> bool:
-        """Say whether the lease still holds under which the present task works."""
+        """Return whether the lease still holds under which the present task works."""
         lease = self.leases[self.scheduler.current]
         job = self.invariants.snapshot.jobs[lease.job_id]
         return job.state == "running" and job.epoch == lease.epoch

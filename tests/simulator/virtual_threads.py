@@ -68,7 +68,7 @@ class VirtualEvent:
         self._waiting: list[VirtualThread] = []
 
     def is_set(self) -> bool:
-        """Say whether it is raised."""
+        """Return whether it is raised."""
         return self._is_set
 
     def set(self) -> None:
@@ -265,7 +265,7 @@ class _PendingCall:
 
 
 def _is_in_circle(number: int, waiting: Mapping[int, set[int]]) -> bool:
-    """Say whether a call waits for itself in the end."""
+    """Return whether a call waits for itself in the end."""
     found: set[int] = set()
     left = set(waiting[number])
     while left:
