@@ -117,7 +117,7 @@ def mark_interrupted(session: Session, job: Job, stage: str = "queued") -> None:
 
 
 def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
-    """Mark the run of a failed job as failed, and cancel its other jobs; return False if the job is not its any more."""
+    """Mark the run of a failed job as failed, and cancel its other jobs; return False if the job is outdated."""
     jobs.end_others(session, job)
     run = lock_active_run(session, job)
     if run is None:

@@ -55,7 +55,7 @@ def stored(service: Service) -> set[str]:
             "dataset-refused",
             "'only'",
         ),
-        ("climbing", climbing(), "archive-refused", "climbs out"),
+        ("climbing", climbing(), "archive-refused", "paths without"),
         ("bomb", bomb(), "archive-refused", "100 times"),
         ("cut-off", sample.zipped(GOOD)[:-60], "archive-refused", "cannot be read"),
         ("texts", sample.zipped({f"{c}/{i}.jpg": b"text" for c in "ab" for i in range(40)}), "dataset-refused", "80"),
