@@ -51,8 +51,6 @@ class Settings(BaseSettings):
     """Address that the API listens on. Anything but loopback needs a key."""
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the API."""
-    api_processes: Annotated[int, Field(ge=1, le=64)] = 1
-    """Processes of the API on its port; they divide the processors, ESPALIER_THREADS and ESPALIER_SHELF_BYTES."""
     api_public_url: str | None = None
     """Address of the API as MLflow's readers see it; by default loopback with the API's port."""
     mlflow_port: Annotated[int, Field(ge=1, le=65535)] = 5000
@@ -146,7 +144,7 @@ class Settings(BaseSettings):
     engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
     """What runs networks for predictions; `auto`: ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
-    """Memory for loaded networks, of all API processes; those not used for longest are dropped beyond it."""
+    """Memory for loaded networks; those not used for longest are dropped beyond it."""
 
     pixels_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
     """Disk for decoded pixels, which fine-tuning reads; those not used for longest are dropped beyond it."""

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from artifacts import manifest
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from benchmarks.figures import report
 from benchmarks.ground import LIMITS, Ground, ground
@@ -25,14 +26,13 @@ from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.recipe import Recipe, Task
 from training import experiment
-from training.data.extraction import Extraction
 from training.data.split import make_folds
 from training.fitting.checkpoint import NoKeeper
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.learners import Plan
-from training.fitting.training_loop import Epoch
 from training.networks import backbones
 from training.networks.network_files import BackboneKey, Workspace
+from training.progress import Epoch, Extraction
 from training.setup import Order
 
 K = 5
@@ -85,7 +85,7 @@ class Silent:
 
     def fold(self, outcome: FoldOutcome) -> None: ...
 
-    def file(self, name: str, data: bytes, media_type: str) -> None: ...
+    def file(self, name: RunFile, data: bytes, media_type: str) -> None: ...
 
 
 class SilentPart(NoKeeper):

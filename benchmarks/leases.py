@@ -37,14 +37,15 @@ from ops.migrate import upgrade
 from ops.up import mlflow_answers, mlflow_server
 from recipes.catalogue import BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import parse_filled
 from recipes.recipe import FineTune, Folds, Mode, Recipe, Task
 from settings import Settings
-from worker.child.weights import Source
 from worker.child_process import computing_threads
 from worker.handlers.tracking import Publish, TrackingPlace
 from worker.handlers.train import Train, TrainingPlace
 from worker.lease import Handler, Timings
 from worker.loop import Loop
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
 NETWORK = BackboneName.VGG16
@@ -89,7 +90,7 @@ def bare(order: dict[str, Any]) -> None:
         image_limits=LIMITS,
         threads=order["threads"],
     )
-    wanted = Order(Recipe.model_validate(order["recipe"]), order["manifest"], order["labels"], order["weights"])
+    wanted = Order(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
     experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
     print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
 
@@ -193,7 +194,7 @@ def main() -> None:
             pixels_bytes=2**40,
             image_limits=LIMITS,
             threads=given.threads,
-            source=Source("http://127.0.0.1:9", "", 1.0, 1.0),
+            source=WeightsSource("http://127.0.0.1:9", "", 1.0, 1.0),
             checkpoint_share=Settings().checkpoint_share,
         )
         service = Service(given, place, url)

@@ -11,6 +11,7 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import FineTuningRecipe, HeadedRecipe
 from recipes.recipe import FineTune, Mode, Recipe, Task
 from training.data.split import Indices
 from training.fitting import head_fit
@@ -38,7 +39,7 @@ def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
     return backbones.dump_weights(network)
 
 
-def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> Recipe:
+def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> FineTuningRecipe:
     """Return a recipe that fine-tunes without augmentation and without an early end."""
     recipe = Recipe(
         mode=Mode.FINE_TUNING,
@@ -50,10 +51,12 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
         early_stopping=None,
         fine_tune=FineTune(learning_rate=_LEARNING_RATE, epochs=epochs),
     )
-    return fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
+    filled = fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
+    assert isinstance(filled, FineTuningRecipe)
+    return filled
 
 
-def first_head(recipe: Recipe, features: Features, targets: Indices) -> FittedHead:
+def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> FittedHead:
     """Return a head that has learned a little, to go on from."""
     return head_fit.fit_head(
         recipe,

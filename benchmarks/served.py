@@ -29,6 +29,7 @@ from inference.predictor import ClassPrediction
 from inference.shelf import Shelf
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import FromScratchRecipe
 from recipes.recipe import Mode, Precision, Recipe, Resize, Task
 from training.fitting import fine_tuning, from_scratch
 from training.fitting.fine_tuning import FineTuningInputs
@@ -87,7 +88,7 @@ def grown(given: Ground, wanted: argparse.Namespace) -> Subject:
     """Let the CNN learn that a recipe has by default."""
     counts = [ClassCount(label, 100, 100) for label in given.labels]
     recipe = fill(Recipe(mode=Mode.FROM_SCRATCH, image_size=wanted.size), Task.MULTICLASS, counts)
-    assert recipe.network is not None
+    assert isinstance(recipe, FromScratchRecipe)
     everything = np.arange(len(given.truth))
     learned = from_scratch.fit_from_scratch(
         recipe,

@@ -43,15 +43,15 @@ from benchmarks.ground import Ground, ground
 from benchmarks.networks import NONE, fine_tuning_case, first_head, multiply_adds
 from inference.engine import OpenVinoEngine
 from recipes.catalogue import CATALOGUE, BackboneName
-from recipes.recipe import Precision, Recipe, Resize, Task
+from recipes.recipe import Precision, Resize, Task
 from training.data.arrays import Maps, load_maps, maps_bytes
 from training.data.split import Fold, Indices, make_folds
 from training.fitting import fine_tuning
 from training.fitting.fine_tuning import FineTuningInputs
 from training.fitting.head_fit import FittedHead
-from training.fitting.training_loop import Epoch, Passage, Rows
+from training.fitting.training_loop import Passage, Rows
 from training.networks import backbones
-from training.networks.network_files import image_side_of
+from training.progress import Epoch
 
 BATCH = 32
 SEED = 0
@@ -88,7 +88,7 @@ class Trial:
 
     def __init__(self, case: Case, given: Ground, epochs: int) -> None:
         self.given = given
-        self.recipe: Recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
+        self.recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
         self.weights = given.store.read(given.weights)
         self.engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
         whole = backbones.build_backbone(case.backbone, CATALOGUE[case.backbone].last_cut, case.size, self.weights)
@@ -129,11 +129,10 @@ class Trial:
 
     def bare(self, material: FineTuningInputs, steps: int, **data: Any) -> Timed:
         """Fine-tune the same layers by `fit` alone; `data` is what it learns from."""
-        assert self.recipe.fine_tune is not None
         _drop_networks()
         keras.utils.set_random_seed(SEED)
         _, model, _ = fine_tuning.build(self.recipe, self.weights, material, self.head, SEED)
-        schedule = fine_tuning.schedule(self.recipe.fine_tune, steps)
+        schedule = fine_tuning.learning_rate_schedule(self.recipe.fine_tune, steps)
         model.compile(
             keras.optimizers.Adam(schedule, global_clipnorm=fine_tuning.CLIP_NORM),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -148,7 +147,6 @@ class Trial:
 
     @property
     def _epochs(self) -> int:
-        assert self.recipe.fine_tune is not None
         return self.recipe.fine_tune.epochs
 
 
@@ -216,11 +214,10 @@ def _drop_networks() -> None:
 def _limit(trial: Trial, folds: Sequence[Fold], epochs: int) -> float:
     """Return what the cut saves at most, by the formula above."""
     recipe = trial.recipe
-    assert recipe.unfreeze
-    whole = backbones.build_network(recipe.known_backbone.name, image_side_of(recipe))
-    boundary = recipe.known_backbone.cut_before(recipe.unfreeze)
+    whole = backbones.build_network(recipe.backbone, recipe.image_size)
+    boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
     assert boundary is not None
-    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.known_backbone.name, boundary).output)
+    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.backbone, boundary).output)
     frozen = multiply_adds(front)
     learning = multiply_adds(whole) - frozen
     learned = sum(epochs * (3 * len(fold.train) + len(fold.test)) for fold in folds) * learning

@@ -24,8 +24,6 @@ from models.dataset import Dataset, DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.run import Run
 
-CURVE_PICTURE = "learning-curve.png"
-"""File name of the learning curve among the artifacts of a run."""
 DATASET_DELETED = "The data set of this run and its images were deleted, so this view can no longer be computed."
 
 

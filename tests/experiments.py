@@ -14,19 +14,19 @@ from artifacts import manifest
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
+from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store, digest_at
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.recipe import Recipe, Task
 from training import experiment
-from training.data.extraction import Extraction
 from training.experiment import Experiment, Outcome
 from training.fitting import checkpoint as checkpoints
 from training.fitting.checkpoint import Checkpoint
-from training.fitting.fold_outcome import FoldOutcome, FoldResult
+from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.learners import Plan
-from training.fitting.training_loop import Epoch
 from training.networks.network_files import BackboneKey, Workspace
+from training.progress import Epoch, Extraction, FoldResult
 from training.setup import Order
 
 QUICK: dict[str, Any] = {
@@ -129,7 +129,7 @@ class Heard:
     stages: list[str] = field(default_factory=list)
     parts: dict[int | None, Kept] = field(default_factory=dict)
     outcomes: list[FoldOutcome] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[RunFile, bytes] = field(default_factory=dict)
     extraction: Extraction | None = None
     since: dict[int | None, Checkpoint] = field(default_factory=dict)
     is_cut: IsCut = lambda part, checkpoint: False
@@ -151,7 +151,7 @@ class Heard:
     def fold(self, outcome: FoldOutcome) -> None:
         self.outcomes.append(outcome)
 
-    def file(self, name: str, data: bytes, media_type: str) -> None:
+    def file(self, name: RunFile, data: bytes, media_type: str) -> None:
         self.files[name] = data
 
     @property
@@ -224,7 +224,7 @@ class Bench:
         counts = [ClassCount(label, 99, 99) for label in labels]
         base = {} if change.get("mode") == "from-scratch" else QUICK
         recipe = fill(Recipe.model_validate({**base, **change}), task_of(rows, labels), counts, groups=99)
-        weights = self.weights_of(recipe.known_backbone.name) if recipe.backbone and not candidates else None
+        weights = self.weights_of(recipe.backbone) if recipe.backbone and not candidates else None
         return Order(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
 
     def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:

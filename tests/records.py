@@ -23,10 +23,10 @@ from models.job import Job, JobKind, Queue
 from models.project import Principal
 from models.run import Fold, Run
 from recipes.defaults import ClassCount
-from recipes.recipe import Recipe, Task, TaskChoice
+from recipes.recipe import Recipe, Task
 
 PRINCIPAL = Principal()
-RECIPE = Recipe(task=TaskChoice.BINARY)
+RECIPE = Recipe(task=Task.BINARY)
 
 
 def digest(name: str) -> Digest:

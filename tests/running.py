@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -124,6 +125,14 @@ class Service:
                 yield process
             finally:
                 process.terminate()
+
+    def end(self, number: signal.Signals) -> None:
+        """End the service by a signal; no process of it may be left."""
+        running = self.processes()
+        self.process.send_signal(number)
+        self.process.wait(60)
+        _, alive = psutil.wait_procs(running, timeout=60)
+        assert not alive and self.processes() == [], f"{number.name} left something"
 
     def processes(self) -> list[psutil.Process]:
         """Return every process of the service: those below it, and those that its death left to another parent."""

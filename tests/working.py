@@ -25,10 +25,10 @@ from models.base import now
 from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
-from worker.child.weights import Source
 from worker.handlers.train import TrainingPlace
 from worker.lease import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 from worker.loop import Loop
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
 QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=300.0)
@@ -105,7 +105,7 @@ class Roomless(Database):
 
 
 Say = Callable[..., None]
-"""Have the next child say these messages, `apart_s` apart."""
+"""Have the next child send these messages, `apart_s` apart."""
 
 
 class StartLoop(Protocol):
@@ -140,7 +140,7 @@ def claimed_work(
 
 def training_place(folder: Path) -> TrainingPlace:
     """Return where training would happen, with nowhere to get weights from."""
-    source = Source("http://127.0.0.1:1", "", 1.0, 1.0)
+    source = WeightsSource("http://127.0.0.1:1", "", 1.0, 1.0)
     return TrainingPlace(
         features=str(folder / "features"),
         pixels=str(folder / "pixels"),

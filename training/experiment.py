@@ -12,18 +12,21 @@ from safetensors.numpy import save as save_tensors
 
 from artifacts.bundle import Float32
 from artifacts.neighbours import FeatureNormaliser, build_index
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
+from recipes.filled import DecidedRecipe, UndecidedRecipe
 from recipes.recipe import Precision
 from training import delivery
-from training.data.extraction import Extraction
+from training.bake_off import Pick
 from training.data.split import Fold, Indices
 from training.delivery import Served
 from training.fitting.checkpoint import Keeper
-from training.fitting.fold_outcome import FoldOutcome, FoldResult
+from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
 from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, Plan, final_plan
 from training.fitting.training_loop import finite
 from training.networks.network_files import Registry, Workspace
+from training.progress import Extraction, FoldResult
 from training.report import run_report
 from training.setup import Data, Order, Told, begin, pick, seed_of
 from training.statistics import evaluation
@@ -57,7 +60,7 @@ class Outcome:
     backbone: Digest
     metrics: dict[str, Any]
     training_s: float
-    files: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    files: dict[RunFile, tuple[bytes, str]] = field(default_factory=dict)
 
 
 def run(order: Order, place: Workspace, registry: Registry, report: Reporter) -> Outcome:
@@ -72,11 +75,13 @@ class Experiment:
     def __init__(self, order: Order, place: Workspace, registry: Registry, report: Reporter) -> None:
         self._place, self._report = place, report
         data = self._data = Data(order, place)
-        weights = order.weights
-        self._pick = pick(data, order, place, registry, report)
-        if self._pick is not None:
-            data.recipe, weights = self._pick.settled(data.recipe), self._pick.weights
-        self._course = begin(data, weights, place, registry, report)
+        recipe, weights = order.recipe, order.weights
+        self._pick: Pick | None = None
+        if isinstance(recipe, UndecidedRecipe):
+            self._pick = pick(data, recipe, order, place, registry, report)
+            recipe, weights = self._pick.settled(recipe), self._pick.weights
+        self._recipe: DecidedRecipe = recipe
+        self._course = begin(data, recipe, weights, place, registry, report)
 
     @property
     def folds(self) -> Sequence[Fold]:
@@ -113,7 +118,7 @@ class Experiment:
     def _lesson(self, number: int, learner: Learner) -> Lesson:
         """Return what is to be learned in a fold."""
         fold = self.folds[number]
-        return Lesson(fold.train, fold.validation, learner.plan, seed_of(self._data.recipe, number))
+        return Lesson(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
 
     def _end_fold(self, number: int, learned: Learned, part: Part, started: float) -> FoldOutcome:
         """Measure on a fold's test images, and tell that it ended."""
@@ -143,7 +148,7 @@ class Experiment:
             extraction: what the run had to compute, where this experiment found it computed.
         """
         data, course, place = self._data, self._course, self._place
-        recipe, labels, task, truth = data.recipe, data.labels, data.task, data.truth
+        recipe, labels, task, truth = self._recipe, data.labels, data.task, data.truth
         trained_on, held_out = data.trained_on, data.held_out
         extraction = extraction or course.extraction
         started = time.perf_counter()
@@ -181,12 +186,12 @@ class Experiment:
             metrics["precision"] = served.choice.facts(task)
 
         self._report.stage("bundle")
-        files: dict[str, tuple[bytes, str]] = {}
+        files: dict[RunFile, tuple[bytes, str]] = {}
         neighbours: Digest | None = None
         if recipe.neighbours:
             kept = self._neighbours(served, everything)
             neighbours = place.store.put(kept)
-            files["neighbours.safetensors"] = kept, "application/octet-stream"
+            files[RunFile.NEIGHBOURS] = kept, "application/octet-stream"
         bundle = delivery.bundle(recipe, task, labels, served, final.layers, neighbours)
         description = run_report.Description(
             recipe,
@@ -214,8 +219,8 @@ class Experiment:
             training_s=before_s + time.perf_counter() - started,
             files=files
             | {
-                "out-of-fold.safetensors": (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
-                "report.md": (run_report.report(description).encode(), "text/markdown"),
+                RunFile.OUT_OF_FOLD: (self._out_of_fold_file(out_of_fold), "application/octet-stream"),
+                RunFile.REPORT: (run_report.report(description).encode(), "text/markdown"),
                 **{name: (picture, "image/png") for name, picture in run_report.pictures(description).items()},
             },
         )

@@ -19,7 +19,6 @@ from errors import StoreRefused
 from models.job import JobKind, Queue
 from models.session import Database
 from settings import Settings
-from worker.child.weights import Source
 from worker.child_process import clear_left_folders
 from worker.garbage_collector import Collector
 from worker.handlers.compare import Compare
@@ -29,6 +28,7 @@ from worker.handlers.train import Train, TrainingPlace
 from worker.handlers.view import Look
 from worker.lease import Handler, Timings
 from worker.loop import Loop
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 from worker.tasks import add_task
 
@@ -99,7 +99,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         decode_cpu_s=settings.decode_cpu_s,
         memory_bytes=settings.ingest_memory_bytes,
     )
-    source = Source(
+    source = WeightsSource(
         url=settings.weights_url,
         cache=str(settings.weights_cache),
         connect_s=settings.weights_connect_s,

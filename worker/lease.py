@@ -22,7 +22,7 @@ from models.job import Job, Lease, LeaseLost
 from models.session import Database
 
 if TYPE_CHECKING:
-    from worker.child_process import Talking
+    from worker.child_process import ChildConnection
 
 T = TypeVar("T")
 
@@ -124,14 +124,14 @@ class Bench:
 
     def __init__(self) -> None:
         self._subject_id: str | None = None
-        self._child: Talking | None = None
+        self._child: ChildConnection | None = None
 
-    def keep(self, subject_id: str, child: Talking) -> None:
+    def keep(self, subject_id: str, child: ChildConnection) -> None:
         """Keep a child until a job about another subject comes, or none."""
         self.clear()
         self._subject_id, self._child = subject_id, child
 
-    def take(self, subject_id: str) -> Talking | None:
+    def take(self, subject_id: str) -> ChildConnection | None:
         """Hand over the child that is kept for a subject, if it lives; it is the caller's to stop now."""
         self.clear(but=subject_id)
         child, self._child = self._child, None

@@ -8,12 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes.recipe import Mode
-
-Said = Mapping[str, Any]
-"""What a job last said: stage, share of it from 0 to 1, eta_s; of a fold also its number, epoch, epochs, spent_s.
-
-One that learns several folds side by side says how many as `folds`, and the sum of their shares.
-"""
+from worker.messages import JobProgress
 
 # Shares of the whole that were typical; only the bar's evenness depends on them, the ETA is measured.
 _STAGES: Mapping[Mode, Mapping[str, float]] = {
@@ -52,7 +47,7 @@ _STAGES: Mapping[Mode, Mapping[str, float]] = {
 }
 
 
-def whole(mode: Mode, folds: int, ended_s: Sequence[float], said: Sequence[Said]) -> dict[str, Any]:
+def whole(mode: Mode, folds: int, ended_s: Sequence[float], states: Sequence[JobProgress]) -> dict[str, Any]:
     """Return the progress of a run: stage, fraction from 0 to 1, fold (from 1), folds, epoch, epochs, eta_s.
 
     The ETA is measured: until a fold has begun to count its epochs it is that of the present stage alone, or None. A
@@ -62,60 +57,52 @@ def whole(mode: Mode, folds: int, ended_s: Sequence[float], said: Sequence[Said]
         mode: how the run learns; it says which stages there are.
         folds: how many there are, through all repeats.
         ended_s: seconds that each fold took that has ended.
-        said: what each job of the run says, one or more.
+        states: how far each job of the run is, one or more.
     """
     starts = _STAGES[mode]
     names = list(starts)
-    shown = max(said, key=lambda one: names.index(one["stage"]))
-    stage = shown["stage"]
-    parts = [one for one in said if one["stage"] == stage]
-    share = float(shown["share"])
-    eta_s = shown.get("eta_s")
+    shown = max(states, key=lambda state: names.index(state.stage))
+    stage = shown.stage
+    parts = [state for state in states if state.stage == stage]
+    share, eta_s = shown.share, shown.eta_s
     if stage == "folds":
-        shown = min(parts, key=lambda one: one.get("fold") or 0)
-        share = (len(ended_s) + sum(one["share"] for one in parts)) / folds
-        eta_s = _eta_of_folds_s(folds - len(ended_s) - sum(map(_folds_of, parts)), ended_s, parts)
+        shown = min(parts, key=lambda state: state.fold or 0)
+        share = (len(ended_s) + sum(state.share for state in parts)) / folds
+        eta_s = _eta_of_folds_s(folds - len(ended_s) - sum(state.folds for state in parts), ended_s, parts)
     elif stage == "final" and eta_s is None and ended_s:
         eta_s = _rest_s(shown, statistics.fmean(ended_s), has_ended=True)
     start, end = starts[stage], starts[names[names.index(stage) + 1]]
-    fold = shown.get("fold")
+    fold = shown.fold
     return {
         "stage": stage,
         "fraction": start + (end - start) * min(1.0, share),
         "fold": None if fold is None else fold + 1,
         "folds": None if fold is None else folds,
-        "epoch": shown.get("epoch"),
-        "epochs": shown.get("epochs"),
+        "epoch": shown.epoch,
+        "epochs": shown.epochs,
         "eta_s": eta_s,
     }
 
 
-def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[Said]) -> float | None:
+def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[JobProgress]) -> float | None:
     """Return the seconds that the folds should still take, and the final fit after them, which takes as long as one.
 
     Until a fold has ended, as if none stopped early.
     """
-    typical = ended_s or [
-        (one["spent_s"] + one["eta_s"]) / _folds_of(one) for one in parts if one.get("eta_s") is not None
-    ]
+    typical = ended_s or [(state.spent_s + state.eta_s) / state.folds for state in parts if state.eta_s is not None]
     if not typical:
         return None
     typical_s = statistics.fmean(typical)
-    left_s = max(_rest_s(one, typical_s, has_ended=bool(ended_s)) for one in parts)
+    left_s = max(_rest_s(state, typical_s, has_ended=bool(ended_s)) for state in parts)
     return float(left_s + math.ceil(max(0, waiting) / len(parts)) * typical_s + typical_s)
 
 
-def _rest_s(said: Said, typical_s: float, *, has_ended: bool) -> float:
+def _rest_s(state: JobProgress, typical_s: float, *, has_ended: bool) -> float:
     """Return what is left of a part: what is left of a typical one, or what it says itself where that says more.
 
     Folds that have ended say it better than one that cannot know whether it will stop early. Of several side by side
     and of one that takes longer than others it is the other way round.
     """
-    own_s, spent_s = said.get("eta_s"), float(said.get("spent_s", 0.0))
-    if own_s is not None and (not has_ended or _folds_of(said) > 1 or spent_s > typical_s):
-        return float(own_s)
-    return max(0.0, _folds_of(said) * typical_s - spent_s)
-
-
-def _folds_of(said: Said) -> int:
-    return int(said.get("folds", 1))
+    if state.eta_s is not None and (not has_ended or state.folds > 1 or state.spent_s > typical_s):
+        return state.eta_s
+    return max(0.0, state.folds * typical_s - state.spent_s)

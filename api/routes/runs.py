@@ -27,6 +27,7 @@ from api.schemas import (
     RunRequest,
     WeightsOut,
 )
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from errors import NotFound, RecipeInvalid
 from models import comparison as comparisons
@@ -37,9 +38,10 @@ from models.dataset import DatasetVersion
 from models.project import scope
 from models.registry import ModelVersion, Weights
 from models.run import Run
-from recipes.catalogue import ALL, CATALOGUE, Backbone
+from recipes.catalogue import ALL, CATALOGUE, Backbone, BackboneName
 from recipes.defaults import fill
-from recipes.recipe import IMAGENET, RANDOM, BackboneChoice, Recipe
+from recipes.filled import FilledRecipe
+from recipes.recipe import IMAGENET, RANDOM, Recipe
 
 router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
 
@@ -131,7 +133,7 @@ def get_file(
 @router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
 def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
     """Return a picture of what fine-tuning sees: each row one image as it is, then varied, each time anew."""
-    return get_file(services, principal, run_id, "augmentations.png")
+    return get_file(services, principal, run_id, RunFile.AUGMENTATIONS)
 
 
 @router.get("/backbones")
@@ -150,7 +152,7 @@ def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
     return Page(items=items, next_cursor=None)
 
 
-def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> Recipe:
+def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> FilledRecipe:
     """Return the recipe as it will be trained on a version that is ready.
 
     Raises RecipeInvalid, naming the field by its path in the request; `path` is that of the recipe.
@@ -168,7 +170,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
     """See that the weights exist or can be had. Raises RecipeInvalid."""
     if recipe.backbone is None or recipe.weights is None:  # `fill` refuses what must not be null
         return
-    if recipe.backbone is BackboneChoice.AUTO:
+    if not isinstance(recipe.backbone, BackboneName):
         if not registry.find_weights_by_name(session, recipe.weights):
             raise RecipeInvalid(
                 "weights",
@@ -178,7 +180,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
         return
     if recipe.weights in (IMAGENET, RANDOM):
         return
-    backbone = recipe.known_backbone.name
+    backbone = recipe.backbone
     if registry.find_weights(session, backbone, recipe.weights):
         return
     raise RecipeInvalid(

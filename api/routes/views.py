@@ -15,6 +15,7 @@ from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
 from api.routes.runs import stored_file
 from api.schemas import LearningCurveOut, ViewOut, ViewProgress, VisibleLayer, VisibleLayers
+from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from errors import EspalierError, NotFound, NotReady, RequestInvalid, from_record
 from models import run as runs
@@ -22,7 +23,7 @@ from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
 from models.project import Principal
 from models.run import Run, RunState
-from models.view import CURVE_PICTURE, View, ViewKind, ViewState
+from models.view import View, ViewKind, ViewState
 from recipes.recipe import Mode
 
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"], route_class=JsonRoute)
@@ -61,7 +62,7 @@ def get_learning_curve(services: ServicesDep, principal: PrincipalDep, run_id: s
     view = _view(services, run, ViewKind.LEARNING_CURVE)
     if view.state is not ViewState.SUCCEEDED:
         return _computing(view)
-    return LearningCurveOut(picture=f"/api/v1/runs/{run_id}/files/{CURVE_PICTURE}", **_content(services, view))
+    return LearningCurveOut(picture=f"/api/v1/runs/{run_id}/files/{RunFile.LEARNING_CURVE}", **_content(services, view))
 
 
 @router.get("/{run_id}/activations", response_model=VisibleLayers, responses=_COMPUTING | _LAYERS_OR_PICTURE)

@@ -1,23 +1,23 @@
-# The API and the migrations, without anything that learns. Built from the repository's root: see docker-compose.yml.
-# With REQUIREMENTS=api-gpu it brings CUDA's libraries, for predictions on a GPU.
+# The API and the migrations, without the training code. docker-compose.yml builds it from the repository's root.
+# REQUIREMENTS=api-gpu adds CUDA's libraries for predictions on a GPU.
 FROM python:3.12.14-slim-trixie AS build
-# A mirror of the Python package index, for networks that cannot reach the public one.
+# A mirror of the Python package index, for networks that cannot reach the public index.
 ARG PIP_INDEX_URL
 ARG REQUIREMENTS=api
 WORKDIR /opt
 COPY requirements/${REQUIREMENTS}.txt requirements.txt
-# Wheels only: building a package would fetch its build tools without a hash.
+# Wheels only, because building a package would download its build tools without a hash.
 RUN python -m venv --without-pip venv \
     && pip --python venv/bin/python install --disable-pip-version-check --no-cache-dir --only-binary=:all: \
         --require-hashes --requirement requirements.txt
 
 FROM python:3.12.14-slim-trixie
-# A fixed number, so that the files of a volume keep their owner from one image to the next. A new volume takes the
-# folder's owner over.
+# The number is fixed, so that the files of a volume keep their owner across images. A new volume inherits the owner of this
+# folder.
 RUN groupadd --gid 10001 espalier \
     && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin espalier \
     && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/espalier
-# The root file system is read-only: what a library wants to keep at home goes to the tmpfs.
+# The root file system is read-only, so libraries write their home files to the tmpfs.
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     ORT_DISABLE_TELEMETRY=1
 WORKDIR /opt/espalier
@@ -30,10 +30,10 @@ COPY migrations migrations/
 COPY models models/
 COPY recipes recipes/
 COPY ops/__init__.py ops/migrate.py ops/
-# A checkout made under a strict umask would leave files that only root can read.
+# With a strict umask, a checkout has files that only root can read.
 RUN chmod -R a+rX . && python -m compileall -q .
 USER 10001:10001
-# A missing room or library shows here and not at the first start.
+# A missing room or library fails the build instead of the first start.
 RUN python -c "import api.app, ops.migrate"
 EXPOSE 8000
 CMD ["python", "-m", "api.app"]

@@ -1,5 +1,5 @@
--- MLflow's database and role. PostgreSQL's image runs this once, as the owner of ours, when its volume is empty.
--- Neither role can open the other's database; ours may, since it owns the server.
+-- MLflow's database and role. PostgreSQL's image runs this once, as the role espalier, when its volume is empty.
+-- The role mlflow can open only its own database. The role espalier owns the server and can open both.
 \getenv password MLFLOW_POSTGRES_PASSWORD
 CREATE ROLE mlflow LOGIN PASSWORD :'password';
 CREATE DATABASE mlflow OWNER mlflow;

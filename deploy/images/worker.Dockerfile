@@ -1,22 +1,22 @@
-# The worker, which trains, and MLflow, which its requirements hold. Built from the repository's root: see
-# docker-compose.yml. TensorFlow is the build for CPUs, or with REQUIREMENTS=worker-gpu the one with CUDA's libraries.
+# The worker, and MLflow, which is among its requirements. docker-compose.yml builds it from the repository's root.
+# TensorFlow is the build for CPUs, or with REQUIREMENTS=worker-gpu the one with CUDA's libraries.
 FROM python:3.12.14-slim-trixie AS build
-# A mirror of the Python package index, for networks that cannot reach the public one.
+# A mirror of the Python package index, for networks that cannot reach the public index.
 ARG PIP_INDEX_URL
 ARG REQUIREMENTS=worker
 WORKDIR /opt
 COPY requirements/${REQUIREMENTS}.txt requirements.txt
-# Wheels only: building a package would fetch its build tools without a hash.
+# Wheels only, because building a package would download its build tools without a hash.
 RUN python -m venv --without-pip venv \
     && pip --python venv/bin/python install --disable-pip-version-check --no-cache-dir --only-binary=:all: \
         --require-hashes --requirement requirements.txt
 
 FROM python:3.12.14-slim-trixie
-# The same number as in the API's image, since both write into one volume. A new volume takes the folder's owner over.
+# The same number as in the API's image, because both write to one volume. A new volume inherits the owner of its folder.
 RUN groupadd --gid 10001 espalier \
     && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin espalier \
     && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/espalier /var/lib/mlflow
-# The root file system is read-only: what a library wants to keep at home goes to the tmpfs. Nothing reports home.
+# The root file system is read-only, so libraries write their home files to the tmpfs. Telemetry is off.
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     MLFLOW_DISABLE_TELEMETRY=true NNCF_CI=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /opt/espalier
@@ -30,9 +30,9 @@ COPY ops/__init__.py ops/collect.py ops/migrate.py ops/weights.py ops/
 COPY recipes recipes/
 COPY training training/
 COPY worker worker/
-# A checkout made under a strict umask would leave files that only root can read.
+# With a strict umask, a checkout has files that only root can read.
 RUN chmod -R a+rX . && python -m compileall -q .
 USER 10001:10001
-# A missing room or library shows here and not at the first start.
+# A missing room or library fails the build instead of the first start.
 RUN python -c "import worker.app, worker.child, ops.collect, ops.weights, training.experiment, mlflow"
 CMD ["python", "-m", "worker.app"]

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 import sample
 from running import Service, started
@@ -16,11 +15,7 @@ from running import Service, started
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with started(tmp_path_factory.mktemp("service") / "var") as service:
         yield service
-        running = service.processes()
-        service.process.send_signal(signal.SIGINT)
-        service.process.wait(60)
-        _, alive = psutil.wait_procs(running, timeout=60)
-        assert not alive and service.processes() == [], "Ctrl-C left something"
+        service.end(signal.SIGINT)
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +30,9 @@ def trained(service: Service, colours: dict[str, Any]) -> dict[str, Any]:
     run = service.train(colours["id"], "colours")
     assert run["state"] == "succeeded", run
     return run
+
+
+@pytest.fixture(scope="session")
+def unreachable(service: Service, colours: dict[str, Any]) -> dict[str, Any]:
+    """A run that failed: its weights could not be fetched."""
+    return service.train(colours["id"], "unreachable", weights="imagenet")

@@ -170,8 +170,7 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ground = Ground(service, folder)
         yield ground
         ground.database.close()
-        service.process.send_signal(signal.SIGINT)
-        service.process.wait(60)
+        service.end(signal.SIGTERM)
 
 
 # --- the trainer and its worker -----------------------------------------------------------------------------------
@@ -184,6 +183,7 @@ def test_a_killed_trainer_is_replaced_and_the_run_ends_as_it_would_have(ground: 
     ground.check(mode, run)
 
 
+@pytest.mark.parametrize("ground", ["postgresql"], indirect=True)
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_it_would_have(ground: Ground) -> None:
     run = ground.begin("feature-extraction", "worker-killed")
     trainer = ground.trainer()
@@ -247,7 +247,12 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(grou
 # --- the API --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["before-commit", "after-commit"])
+@pytest.mark.parametrize(
+    ("ground", "when"),
+    [("sqlite", "before-commit"), ("postgresql", "after-commit")],
+    indirect=["ground"],
+    scope="module",
+)
 def test_an_api_that_dies_while_it_answers_makes_one_run_in_the_end(ground: Ground, when: str) -> None:
     order = {"dataset": ground.dataset, "name": f"api-{when}", "recipe": {"backbone": "vgg16", "weights": "random"}}
     order["recipe"] |= {"features_from": "block1", "image_size": 32, "epochs": 2, "folds": {"k": 2}}

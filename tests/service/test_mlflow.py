@@ -92,10 +92,9 @@ def test_a_moved_alias_is_mirrored(service: Service, client: mlflow.MlflowClient
 
 
 def test_a_failed_run_is_shown_as_failed(
-    service: Service, client: mlflow.MlflowClient, colours: dict[str, Any]
+    service: Service, client: mlflow.MlflowClient, unreachable: dict[str, Any]
 ) -> None:
-    run = service.train(colours["id"], "unreachable", weights="imagenet")
-    found = service.until(f"/api/v1/runs/{run['id']}", lambda run: run["mlflow_url"] is not None)
+    found = service.until(f"/api/v1/runs/{unreachable['id']}", lambda run: run["mlflow_url"] is not None)
     mine = found["mlflow_url"].rsplit("/", 1)[1]
     service.until("/healthz", lambda _: client.get_run(mine).info.status == "FAILED")
     assert "cannot be fetched" in client.get_run(mine).data.tags["mlflow.note.content"]

@@ -1,4 +1,4 @@
-"""Numbers and several labels from upload to prediction, in both modes, and what MLflow shows of them."""
+"""Numbers and several labels from upload to prediction, each in one mode, and what MLflow shows of them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,21 @@ from running import Service
 LEVELS = [40 + 4 * number for number in range(40)]
 SLOWLY = {"epochs": 40, "batch_size": 4, "optimizer": {"name": "adam", "learning_rate": 0.01}}
 TUNED = {"mode": "fine-tuning", "augmentation": None, "fine_tune": {"learning_rate": 1e-5, "epochs": 2}}
-MODES = pytest.mark.parametrize("mode", [{}, TUNED], ids=["feature-extraction", "fine-tuning"])
 
 
 def upload(service: Service, name: str, column: str, values: list[str], files: list[bytes]) -> dict[str, Any]:
-    """Return a ready data set of pictures that a labels.csv names; one of that name is used again."""
-    found = [data for data in service.http.get("/api/v1/datasets").json()["items"] if data["name"] == name]
-    if found:
-        return dict(found[0])
+    """Return a ready data set of pictures that a labels.csv names."""
     lines = [f"path,{column}", *(f"{number}.png,{value}" for number, value in enumerate(values))]
     pictures = {f"{number}.png": data for number, data in enumerate(files)}
     return service.upload(name, sample.zipped({"labels.csv": "\n".join(lines).encode(), **pictures}))
 
 
 @pytest.mark.slow
-@MODES
-def test_a_number_is_learned_and_answered(service: Service, mode: dict[str, Any]) -> None:
+def test_a_number_is_learned_and_answered(service: Service) -> None:
     greys = [sample.png(level, (level, level, level)) for level in LEVELS]
     dataset = upload(service, "greys", "target", [str(level) for level in LEVELS], greys)
     assert dataset["task"] == "regression" and dataset["target"] == {"min": 40, "max": 196, "mean": 118}
-    run = service.train(dataset["id"], "greys", **mode | SLOWLY)
+    run = service.train(dataset["id"], "greys", **SLOWLY)
     assert run["state"] == "succeeded", run["error"]
     metrics = run["metrics"]
     assert metrics["r2"] > 0.6
@@ -64,8 +59,7 @@ def test_a_number_is_learned_and_answered(service: Service, mode: dict[str, Any]
 
 
 @pytest.mark.slow
-@MODES
-def test_labels_are_learned_and_answered(service: Service, mode: dict[str, Any]) -> None:
+def test_labels_are_learned_by_a_whole_network_and_answered(service: Service) -> None:
     has = [(number % 2 == 0, number % 3 == 0) for number in range(48)]
     values = ["|".join(["green"] * is_green + ["red"] * is_red) or "|" for is_red, is_green in has]
     pictures = [
@@ -75,7 +69,7 @@ def test_labels_are_learned_and_answered(service: Service, mode: dict[str, Any])
     dataset = upload(service, "lights", "label", values, pictures)
     assert dataset["task"] == "multilabel"
     assert dataset["classes"] == [{"name": "green", "images": 16}, {"name": "red", "images": 24}]
-    run = service.train(dataset["id"], "lights", **mode | SLOWLY)
+    run = service.train(dataset["id"], "lights", **TUNED | SLOWLY)
     assert run["state"] == "succeeded", run["error"]
     assert min(run["metrics"]["f1_macro"], run["metrics"]["f1_micro"]) > 0.8
     assert "labels.png" in {file["name"] for file in run["files"]}

@@ -1,4 +1,4 @@
-"""A thousand schedules in which nothing may be lost, and broken cores of which the same schedules must find each."""
+"""Hundreds of schedules in which nothing may be lost, and broken cores of which the same schedules must find each."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from simulator import workers
 from simulator.faults import Fault
 from simulator.postgresql import PostgresqlDatabase
 from simulator.schedule import Failed, Simulator
-from worker.child_process import Message
 from worker.handlers import train
-from worker.handlers.train import Train
+from worker.handlers.train import PartEnd, ProgressWriter, Train
+from worker.messages import FoldEnded, Prepared, RunOutcome
 from worker.sweeper import Sweeper
 
-QUICK, ALL, TOGETHER = 20, 1000, 20
+QUICK, ALL, TOGETHER = 20, 300, 20
 # Enough for each broken core below, whatever a change of the simulator makes of the seeds.
 MANY = 400
 
@@ -57,7 +57,7 @@ def test_many_schedules_keep_every_promise(simulator: Simulator, first: int) -> 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
 def test_nothing_is_lost_where_transactions_overlap(empty_database: Database) -> None:
     simulator = Simulator(PostgresqlDatabase(empty_database.engine.url))
-    waits = sum(simulator.run(seed).waits for seed in range(40))
+    waits = sum(simulator.run(seed).waits for seed in range(20))
     simulator.close()
     assert waits > 0
 
@@ -91,7 +91,7 @@ def test_a_seed_says_all_that_happens(simulator: Simulator) -> None:
 # --- broken cores ----------------------------------------------------------------------------------------------------
 # Our own code is replaced here and nowhere else: that is what these tests are about.
 
-CLAIM, TAKE_OVER, CHANGE = jobs.claim, jobs.take_over, train._Conversation._change
+CLAIM, TAKE_OVER, WRITE_ROWS = jobs.claim, jobs.take_over, ProgressWriter._write_rows
 
 
 def hold_without_a_fence(session: Session, lease: Lease) -> Job:
@@ -158,19 +158,19 @@ def owe_no_fold(session: Session, run_id: str, kind: str, payload: dict[str, obj
         owe(session, run_id, kind, payload)
 
 
-def complete_all_the_same(self: Train, session: Session, job: Job, last: Message) -> None:
-    match last["type"]:
-        case "prepared":
+def complete_all_the_same(self: Train, session: Session, job: Job, end: PartEnd) -> None:
+    match end:
+        case Prepared():
             run_jobs.queue_folds(session, job)
-        case "fold":
-            self._end_fold(session, job, last)
-        case "outcome":
-            self._end_run(session, job, last)
+        case FoldEnded():
+            self._end_fold(session, job, end)
+        case RunOutcome():
+            self._end_run(session, job, end)
 
 
-def change_once_more(self: train._Conversation, session: Session) -> None:
+def write_rows_once_more(self: ProgressWriter, session: Session) -> None:
     session.get_one(Job, self._work.lease.job_id).progress = None
-    CHANGE(self, session)
+    WRITE_ROWS(self, session)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,9 @@ BROKEN_CORES = {
     ),
     "no end for MLflow": BrokenCore(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
     "no folds for MLflow": BrokenCore(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
-    "told twice": BrokenCore(train._Conversation, "_change", change_once_more, "UNIQUE constraint failed: fold", 400),
+    "told twice": BrokenCore(
+        ProgressWriter, "_write_rows", write_rows_once_more, "UNIQUE constraint failed: fold", 400
+    ),
     "nobody sweeps": BrokenCore(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
     "only bells wake": BrokenCore(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
     "a comparison stays closed": BrokenCore(

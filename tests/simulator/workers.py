@@ -12,19 +12,19 @@ from simulator.faults import Fault
 from simulator.machine import Machine
 from simulator.simulation import Simulation
 from simulator.stand_ins import ComparingChild, TrainingChild
-from worker.child.weights import Source
 from worker.handlers.compare import Compare
 from worker.handlers.tracking import Publish, TrackingPlace
 from worker.handlers.train import Train, TrainingPlace
 from worker.lease import Timings, Work
 from worker.loop import Loop
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
 # In the proportions of `settings`, with fewer looks to the length of a lease: each is a transaction.
 TIMINGS = Timings(look_every_s=12.0, renew_every_s=10.0, lease_s=40.0, let_go_s=30.0, cancel_every_s=6.0, stall_s=60.0)
 
 _DRAIN_S = 25.0
-_PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, Source("", "", 1.0, 1.0), 1.0)
+_PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, WeightsSource("", "", 1.0, 1.0), 1.0)
 
 
 class Crew:

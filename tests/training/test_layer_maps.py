@@ -17,7 +17,8 @@ from training.networks import backbones, quantisation
 QUICK = (BackboneName.VGG16, "block1")
 # Layers without a name of their own, which Keras numbers by all that were built before.
 NUMBERED = re.compile(r"(add|activation|batch_normalization|(max|average)_pooling2d|conv2d|concatenate)(_\d+)?")
-SLOW = [(name, entry.last_cut) for name, entry in CATALOGUE.items()]
+# With residuals, with parallel branches, with separable convolutions.
+SLOW = [(name, CATALOGUE[name].last_cut) for name in BackboneName if not name.startswith("vgg")]
 
 
 def images(size: int, count: int = 1) -> np.ndarray:
@@ -33,7 +34,7 @@ def test_every_layer_that_can_be_seen_is_as_keras_computes_it(
     insight = LayerReader(path, 2)
     size = CATALOGUE[name].minimum_size
     full = backbones.build_network(name, size)
-    backbones.load_weights(full, backbones.random_weights(name))
+    backbones.load_weights(full, exports.weights(name).read_bytes())
     layers = {layer.name: layer for layer in full.layers}
     named = [layer for layer in insight.layers if not NUMBERED.fullmatch(layer.name)]
     assert {layer.name for layer in named} <= layers.keys()

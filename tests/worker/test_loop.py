@@ -10,6 +10,7 @@ from typing import NoReturn
 import pytest
 import records
 from clock import ByHand
+from on_databases import ON_SQLITE
 from resting import has_ended, resting_loop
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -413,6 +414,7 @@ def roomless(database: Database) -> Iterator[Roomless]:
 
 
 @pytest.mark.parametrize("end", [lambda work: None, lambda work: DiskFull("No room."), lambda work: NotFound("Gone.")])
+@ON_SQLITE
 def test_an_end_that_does_not_fit_is_written_when_there_is_room(
     database: Database, roomless: Roomless, start_loop: StartLoop, end: Callable[[Work], EspalierError | None]
 ) -> None:
@@ -430,7 +432,7 @@ def test_an_end_that_does_not_fit_is_written_when_there_is_room(
         start_loop(roomless, Hands(fill_up), timings=replace(QUICK, let_go_s=0.3))
         assert is_full.wait(120)
         until(lambda: [entry for entry in logs if entry["event"] == "waiting for room"])
-        time.sleep(1)
+        time.sleep(0.5)
         assert look(database, job_id).state is JobState.RUNNING
         roomless.is_full = False
         until(lambda: look(database, job_id).state is not JobState.RUNNING)

@@ -1,1 +1,1 @@
-"""Images as arrays: pixels, features, targets, and which images each fold trains on."""
+"""The images of a run as arrays: pixels, features, targets and folds. Builds no networks and fits nothing."""

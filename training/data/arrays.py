@@ -1,7 +1,7 @@
-"""Arrays with a row for each image of a data set version, computed once and then read from a file mapped into memory.
+"""Arrays with one row per image of a data set version, computed once and then read from a memory-mapped file.
 
-Pixels, decoded and resized; and maps at a cut, the output of a network's frozen part. The files are a cache: they may
-be deleted at any time, and whoever has one mapped goes on reading it.
+There are two kinds: decoded and resized pixels, and the maps that the frozen part of a network gives at a cut. The
+files are a cache. They may be deleted at any time; a process that has mapped one can still read it.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ ReportProgress = Callable[[int, int], None]
 
 _SUFFIX = ".rows"
 _MAPS_BATCH = 64
-# A file that nobody has written to for so long belongs to a process that was killed.
+# An unfinished file that has not been written to for this long belongs to a process that was killed.
 _UNFINISHED_S = 3600.0
 
 
 def load_pixels(digests: Sequence[Digest], decoder: ImageDecoder, folder: Path, report: ReportProgress) -> Pixels:
-    """Return the pixels of images.
+    """Return the pixels of images, from the cache or decoded now.
 
     Args:
         digests: the images in the store, row by row; some may be equal.
-        decoder: how they are decoded.
-        folder: where such files are kept.
+        decoder: decodes and resizes them.
+        folder: the folder of the cache.
         report: called with (done, total) after each batch.
 
     Returns:
         uint8 [N, H, W, 3], read-only and mapped into memory.
 
     Raises:
-        Corrupt: an image of the store cannot be decoded any more.
-        DiskFull: the file does not fit.
+        Corrupt: an image of the store can no longer be decoded.
+        DiskFull: the disk has no room for the file.
     """
     key = ("pixels", IMAGE_RULE, decoder.size, decoder.resize.value, *digests)
     shape = (len(digests), *sides(decoder.size), 3)
@@ -69,23 +69,23 @@ def load_maps(
     room_bytes: int,
     report: ReportProgress,
 ) -> Maps | None:
-    """Return the maps of images at an engine's cut.
+    """Return the maps of images at the cut where an engine ends, from the cache or computed now.
 
     Args:
         digests: the images, row by row.
-        pixels: uint8 [N, H, W, 3], theirs.
+        pixels: uint8 [N, H, W, 3], the pixels of these images.
         engine: the frozen part of a network.
-        space: what its maps depend on besides the image.
-        folder: where such files are kept.
-        room_bytes: how large their file may be.
+        space: what the maps depend on besides the image.
+        folder: the folder of the cache.
+        room_bytes: the largest file that is allowed.
         report: called with (done, total) after each batch.
 
     Returns:
-        float32 [N, h, w, C], read-only and mapped into memory; None if there is no room for them, or if they are not
-        there and would take more than half of what the disk has left.
+        float32 [N, h, w, C], read-only and mapped into memory. None if the file would be larger than `room_bytes`, or
+        if it does not exist yet and would take more than half of the free disk.
 
     Raises:
-        DiskFull: the file does not fit.
+        DiskFull: the disk has no room for the file.
     """
     shape = _maps_shape(pixels, engine)
     size_bytes = _maps_bytes(shape)
@@ -99,7 +99,7 @@ def load_maps(
 
 
 def maps_bytes(pixels: Pixels, engine: OpenVinoEngine) -> int:
-    """Return how many bytes the maps of images uint8 [N, H, W, 3] take."""
+    """Return the size in bytes of the maps of images uint8 [N, H, W, 3] at the cut where the engine ends."""
     return _maps_bytes(_maps_shape(pixels, engine))
 
 
@@ -119,13 +119,13 @@ def _load(
     batches: Iterable[npt.NDArray[Any]],
     report: ReportProgress,
 ) -> npt.NDArray[Any]:
-    """Return the rows of a file that an earlier call left, or of one that is written from batches now."""
-    place = _file(key, folder)
-    kept = _mapped(place, dtype, shape)
-    if kept is not None:
-        return kept
+    """Return the rows of a file that an earlier call has written, or write it from the batches now."""
+    path = _file(key, folder)
+    cached = _mapped(path, dtype, shape)
+    if cached is not None:
+        return cached
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         with disk_errors(), unfinished.open("x+b") as file:
             done = 0
@@ -134,8 +134,8 @@ def _load(
                 done += len(batch)
                 report(done, shape[0])
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the name and the size without the rows
-            unfinished.replace(place)
+            os.fsync(file.fileno())  # without it, a power cut may leave the name and the size without the rows
+            unfinished.replace(path)
             return np.memmap(file, dtype=dtype, mode="r", shape=shape)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -145,25 +145,25 @@ def _file(key: Sequence[Any], folder: Path) -> Path:
     return folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:32] + _SUFFIX)
 
 
-def _mapped(place: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-    """Return the rows of a whole file, which then counts as used now; None if there is none."""
-    with contextlib.suppress(FileNotFoundError):  # never made, or dropped at this moment by another process
-        os.utime(place)
-        with place.open("rb") as file:
+def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+    """Return the rows of a complete file and mark it as used now. Return None if there is no such file."""
+    with contextlib.suppress(FileNotFoundError):  # it was never written, or another process has just dropped it
+        os.utime(path)
+        with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == int(np.prod(shape)) * dtype.itemsize:
                 return np.memmap(file, dtype=dtype, mode="r", shape=shape)
     return None
 
 
 def drop_unused(folder: Path, budget_bytes: int) -> None:
-    """Remove the files that were not used for longest until the rest fits the budget, and what was never finished."""
+    """Remove unfinished files of dead processes, and the least recently used files until the rest fits the budget."""
     for file in folder.glob(f"*{_SUFFIX}.*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > _UNFINISHED_S:
                 file.unlink()
     found = []
     for file in folder.glob(f"*{_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):  # another process drops files, too
+        with contextlib.suppress(FileNotFoundError):  # another process may drop files at the same time
             found.append((file.stat().st_mtime, file.stat().st_size, file))
     used = 0
     for _, size_bytes, file in sorted(found, reverse=True):

@@ -1,4 +1,4 @@
-"""Varies training images inside the training step, with Keras' layers; nothing of it is ever cached."""
+"""Augments training images with Keras' layers, inside the training step. Augmented images are never cached."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SHEET_SIDE = 8
 
 
 def build_augmentation(recipe: Augmentation, size: Sides, seed: int) -> Any:
-    """Return a Keras model from images [N, H, W, 3] of values from 0 to 255 to varied ones.
+    """Return a Keras model that augments images [N, H, W, 3] of values from 0 to 255.
 
-    It varies in training alone; what a rotation or a shift uncovers is filled with the mirrored image.
+    It changes images only in training. What a rotation or a shift uncovers is filled with the mirrored image.
     """
     seeds = np.random.SeedSequence(seed).generate_state(6).tolist()
     layers: list[Any] = []
@@ -35,26 +35,26 @@ def build_augmentation(recipe: Augmentation, size: Sides, seed: int) -> Any:
         layers.append(keras.layers.RandomContrast(recipe.contrast, value_range=(0, 255), seed=seeds[4]))
     if recipe.brightness:
         layers.append(keras.layers.RandomBrightness(recipe.brightness, value_range=(0, 255), seed=seeds[5]))
-    varied = images = keras.Input((*sides(size), 3))
+    x = images = keras.Input((*sides(size), 3))
     for layer in layers:
-        varied = layer(varied)
-    return keras.Model(images, varied, name="augmentation")
+        x = layer(x)
+    return keras.Model(images, x, name="augmentation")
 
 
 def contact_sheet(recipe: Augmentation, images: Pixels, seed: int) -> bytes:
-    """Return a PNG: each row one image as it is, then as training sees it, each time anew.
+    """Return a PNG that shows in each row one image as it is, and then augmented several times.
 
     Args:
-        recipe: how they are varied.
+        recipe: how images are augmented.
         images: uint8 [N, H, W, 3].
         seed: the same seed gives the same sheet.
     """
     count, height, width, _ = images.shape
-    vary = build_augmentation(recipe, (height, width), seed)
+    augment = build_augmentation(recipe, (height, width), seed)
     columns = [images]
     for _ in range(_SHEET_SIDE - 1):
-        varied = keras.ops.convert_to_numpy(vary(images.astype(np.float32), training=True))
-        columns.append(np.clip(np.rint(varied), 0, 255).astype(np.uint8))
+        augmented = keras.ops.convert_to_numpy(augment(images.astype(np.float32), training=True))
+        columns.append(np.clip(np.rint(augmented), 0, 255).astype(np.uint8))
     rows = [np.concatenate([column[row] for column in columns], axis=1) for row in range(count)]
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(rows, axis=0)).save(buffer, "PNG")

@@ -1,10 +1,9 @@
-"""Features of images, each through the backbone at most once; decoding overlaps with the engine."""
+"""Extracts the features of images, each at most once; images are decoded while the engine works on earlier ones."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,22 +11,13 @@ from artifacts.features import FeatureCache
 from artifacts.store import Digest
 from inference.engine import Engine
 from training.data.pixels import PixelSource
+from training.progress import Extraction
 
 _BATCHES_KEPT = 16
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """How many different images a run has, how many of them went through the backbone, and how many were cached."""
-
-    images: int
-    computed: int
-    cached: int
-    seconds: float
-
-
 def sum_extractions(parts: Sequence[Extraction]) -> Extraction:
-    """Return what the same images needed in several networks together, as images that went through each."""
+    """Return the sum of extractions of the same images through several networks; `images` counts each image once."""
     return Extraction(
         images=parts[0].images,
         computed=sum(part.computed for part in parts),
@@ -46,14 +36,14 @@ def extract(
     """Fill the cache with the features of every image.
 
     Args:
-        digests: the images in the store.
-        engine: the backbone.
-        cache: where rows are looked up and kept.
-        source: where the pixels come from.
+        digests: the images in the store; some may be equal.
+        engine: computes the features.
+        cache: holds the features, one row per image.
+        source: gives the pixels of the images that the cache lacks.
         report: called with (done, total) after each batch.
 
     Raises:
-        Corrupt: an image of the store cannot be decoded any more.
+        Corrupt: an image of the store can no longer be decoded.
     """
     started = time.perf_counter()
     missing = cache.missing(digests)
@@ -64,7 +54,7 @@ def extract(
     for names, pixels in source.batches(missing):
         kept.append((names, engine.features(pixels)))
         done += len(names)
-        if len(kept) == _BATCHES_KEPT or done == total:  # a sync per batch would cost more than small batches do
+        if len(kept) == _BATCHES_KEPT or done == total:  # the cache syncs to disk on each call, which takes long
             cache.add([name for names, _ in kept for name in names], np.concatenate([rows for _, rows in kept]))
             kept.clear()
         report(done, total)

@@ -1,4 +1,4 @@
-"""Pixels of images: decoded from files while others are being used, or taken from an array."""
+"""Pixels of images in batches: decoded from files ahead of their use, or taken from an array in memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """How the images of a run become pixels, all of one size."""
+    """Decodes images of the store to pixels, all of one size, in `threads` threads."""
 
     store: Store
     size: Sides
@@ -35,7 +35,7 @@ class ImageDecoder:
         """Yield batches of (digests, uint8 [n, H, W, 3]) while later ones are being decoded.
 
         Raises:
-            Corrupt: an image of the store cannot be decoded any more.
+            Corrupt: an image of the store can no longer be decoded.
         """
         batches = deque(digests[start : start + BATCH] for start in range(0, len(digests), BATCH))
         ahead: deque[tuple[Sequence[Digest], list[Future[Pixels]]]] = deque()
@@ -60,7 +60,7 @@ class ImageDecoder:
 
 
 class PixelSource(Protocol):
-    """Where the pixels of images come from."""
+    """Something that gives the pixels of images."""
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
         """Yield batches of (digests, uint8 [n, H, W, 3])."""
@@ -68,7 +68,7 @@ class PixelSource(Protocol):
 
 
 class LoadedPixels:
-    """Pixels that have been decoded before, row i for digest i."""
+    """Pixels that were decoded before; row i belongs to digest i."""
 
     def __init__(self, digests: Sequence[Digest], pixels: Pixels) -> None:
         self._rows = {digest: row for row, digest in enumerate(digests)}

@@ -1,7 +1,7 @@
-"""Which images a fold trains on, watches and is tested on. Knows labels and groups; sees no pixels.
+"""Splits images into folds, each with images to train on, to validate on and to test on. Sees labels, never pixels.
 
-What belongs together never crosses a fold: images that share a group, and identical files. Early stopping watches a
-validation split taken from inside the fold's training images, so that the test images are touched once.
+Images of one group and identical files stay together: no fold separates them. The validation images, which early
+stopping watches, are taken from the fold's training images, so that the test images are used only once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Indices = npt.NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Fold:
-    """Row numbers of one fold; the three sets share no group. `number` counts from 0 through all repeats."""
+    """Row numbers of one fold. The three sets share no group. `number` counts from 0 through all repeats."""
 
     number: int
     repeat: int
@@ -48,17 +48,17 @@ def make_folds(
     Args:
         rows: the row numbers that may be folded.
         strata: class of every row of the data set, int [N]; folds have the same share of each.
-        needed: 1 for each label of every row, sparse or dense [N, labels]; each label must be among the training rows
-            of every fold.
+        needed: 1 for each label of every row, sparse or dense [N, labels]; the training rows of every fold must have
+            each label.
         groups: group of every row of the data set, int [N].
-        validation: rows to watch in every fold; if empty, a part of each fold's training rows is set aside.
+        validation: validation rows of every fold; if empty, a part of each fold's training rows is set aside for that.
         k: number of folds of one repeat.
-        repeats: how often to fold again with other splits.
-        validation_fraction: share of the training rows to set aside; 0 where nothing watches them.
+        repeats: number of repeats; each splits the rows anew.
+        validation_fraction: share of the training rows to set aside; 0 if there is no early stopping.
         seed: the same seed gives the same folds.
 
     Raises:
-        RecipeInvalid: the groups cannot be cut so that every fold has all labels to train on.
+        RecipeInvalid: no split of the groups was found in which every fold has all labels to train on.
     """
     folds = []
     needed = csr_array(needed)
@@ -77,16 +77,17 @@ def make_folds(
 def nested_subsets(
     rows: Indices, strata: Indices, needed: csr_array, groups: Indices, fractions: Sequence[float], seed: int
 ) -> list[Indices]:
-    """Return about such a fraction of the rows of each stratum, whole groups only; each holds all smaller ones.
+    """Return subsets of the rows, one for each fraction; each contains all smaller ones.
 
-    Every stratum and every label of the rows is in each of them, with one group at least.
+    A subset has about that fraction of the rows of each stratum. It has whole groups only, and at least one group of
+    every stratum and of every label of the rows.
 
     Args:
         rows: the row numbers to choose from.
         strata: class of every row of the data set, int [N].
         needed: 1 for each label of every row, sparse or dense [N, labels].
         groups: group of every row of the data set, int [N].
-        fractions: from 0 to 1.
+        fractions: share of the rows in each subset, from 0 to 1.
         seed: the same seed gives the same rows.
     """
     needed = csr_array(needed)
@@ -96,28 +97,29 @@ def nested_subsets(
     groups_of: dict[int, list[int]] = defaultdict(list)
     for group in random.permutation(list(members)).tolist():
         groups_of[min(members[group], key=lambda stratum: (totals[stratum], stratum))].append(group)
-    # Groups come one after the other; where the middle of one lies, as a share of all of its stratum, it is taken in.
-    comes: dict[int, float] = {}
-    for inside in groups_of.values():
-        sizes = np.array([members[group].total() for group in inside])
+    # The groups of a stratum stand in a random order. A subset takes those whose middle lies below its fraction.
+    position: dict[int, float] = {}
+    for in_stratum in groups_of.values():
+        sizes = np.array([members[group].total() for group in in_stratum])
         middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
-        comes |= dict(zip(inside, middles.tolist(), strict=True))
-    of_rows = groups[rows]
-    comes_of_rows = np.array([comes[group] for group in of_rows.tolist()])
-    strata_of_rows = np.unique(strata[rows], return_inverse=True)[1]
-    for having in (*_by_column(_one_hot(strata_of_rows)), *_by_column(needed[rows])):
-        if len(having) and comes_of_rows[having].min() > 0:  # else the first group that has it is in all of them
-            comes_of_rows[of_rows == of_rows[having[comes_of_rows[having].argmin()]]] = 0.0
-    return [rows[comes_of_rows <= fraction] for fraction in fractions]
+        position |= dict(zip(in_stratum, middles.tolist(), strict=True))
+    group_of_row = groups[rows]
+    position_of_row = np.array([position[group] for group in group_of_row.tolist()])
+    stratum_of_row = np.unique(strata[rows], return_inverse=True)[1]
+    for having in (*_rows_by_column(_one_hot(stratum_of_row)), *_rows_by_column(needed[rows])):
+        if len(having) and position_of_row[having].min() > 0:  # put the first group that has it into every subset
+            first = group_of_row[having[position_of_row[having].argmin()]]
+            position_of_row[group_of_row == first] = 0.0
+    return [rows[position_of_row <= fraction] for fraction in fractions]
 
 
-def _one_hot(places: Indices) -> csr_array:
-    """Return sparse [N, places], 1 where each row has its place."""
-    return csr_array((np.ones(len(places), dtype=np.int8), places, np.arange(len(places) + 1)))
+def _one_hot(classes: Indices) -> csr_array:
+    """Return sparse [N, classes], 1 for the class of each row."""
+    return csr_array((np.ones(len(classes), dtype=np.int8), classes, np.arange(len(classes) + 1)))
 
 
-def _by_column(matrix: csr_array) -> Iterator[Indices]:
-    """Yield the rows that each column has something in."""
+def _rows_by_column(matrix: csr_array) -> Iterator[Indices]:
+    """Yield for each column the rows in which it is not zero."""
     columns = csc_array(matrix)
     for start, end in pairwise(columns.indptr.tolist()):
         yield columns.indices[start:end]
@@ -128,24 +130,25 @@ def _seed(*parts: int) -> int:
 
 
 def _parts(rows: Indices, strata: Indices, needed: csr_array, groups: Indices, k: int, seed: int) -> list[Indices]:
-    """Cut rows into `k` parts with the same share of each stratum, no group in two of them."""
+    """Split rows into `k` parts with the same share of each stratum, and no group in two parts."""
     for attempt in range(_ATTEMPTS):
-        parts = _spread(_cut(rows, strata, groups, k, _seed(seed, attempt)), needed, groups)
-        if _can_be_trained_on(parts, needed):
+        parts = _share_rare_labels(_deal(rows, strata, groups, k, _seed(seed, attempt)), needed, groups)
+        if _can_train_without_each(parts, needed):
             return parts
     raise RecipeInvalid(
         "folds.k",
-        f"The groups of this data set cannot be cut into {k} folds that leave images of every class to train on. "
-        "Use fewer folds, or add images of the rare classes that belong to other groups.",
+        f"Expected groups that can be split into {k} folds with images of every class to train on. Received groups "
+        "that cannot: some classes are in too few of them. Use fewer folds, or add images of the rare classes in other "
+        "groups.",
     )
 
 
-# Dealing is greedy and may put every group of a rare class into one part; another order mends that.
+# Dealing is greedy and may put every group of a rare class into one part. Another order often does not.
 _ATTEMPTS = 20
 
 
-def _cut(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -> list[Indices]:
-    """Deal whole groups, the largest first, each to the part that has the least of what is in it.
+def _deal(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -> list[Indices]:
+    """Deal whole groups, the largest first, each to the part that has the smallest share of the group's strata.
 
     scikit-learn's grouped splitter takes minutes and gigabytes for a hundred thousand groups; this takes a second.
     """
@@ -165,42 +168,43 @@ def _cut(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -> 
     return [np.sort(rows[dealt == part]) for part in range(k)]
 
 
-# Moving a group for one label may leave another alone; this many rounds mend what can be mended.
+# Moving a group for one label may leave another label in one part alone, so that several rounds are needed.
 _ROUNDS = 50
 
 
-def _spread(parts: list[Indices], needed: csr_array, groups: Indices) -> list[Indices]:
-    """Return parts in which labels that stood in one part alone stand in two, as far as moving groups can do that.
+def _share_rare_labels(parts: list[Indices], needed: csr_array, groups: Indices) -> list[Indices]:
+    """Move groups so that labels found in one part alone are found in two, as far as that is possible.
 
-    With many rare labels to an image, no order of dealing is right for all of them.
+    Where images have many rare labels, no order of dealing is right for all of them.
     """
     for _ in range(_ROUNDS):
         counts = np.array([needed[part].sum(axis=0) for part in parts])
         is_alone = (counts > 0).sum(axis=0) == 1
         moves = []
         for label in np.flatnonzero(is_alone).tolist():
-            home = int(counts[:, label].argmax())
-            others = [part for part in range(len(parts)) if part != home]
+            source = int(counts[:, label].argmax())
+            others = [part for part in range(len(parts)) if part != source]
             target = min(others, key=lambda part: len(parts[part]))
-            rows = parts[home]
+            rows = parts[source]
             having = rows[needed[rows][:, [label]].nonzero()[0]]
             for group in np.unique(groups[having]).tolist():
-                goes = rows[groups[rows] == group]
-                brings = needed[goes].sum(axis=0)
-                stays = (counts[home] > brings) & (brings > 0)
-                lost = (brings > 0) & ~stays & (np.delete(counts, [home, target], axis=0) == 0).all(axis=0)
-                moves.append((int((stays & is_alone).sum()) - int(lost.sum()), -len(goes), home, target, group))
+                moved = rows[groups[rows] == group]
+                labels = needed[moved].sum(axis=0)
+                remains = (counts[source] > labels) & (labels > 0)
+                lost = (labels > 0) & ~remains & (np.delete(counts, [source, target], axis=0) == 0).all(axis=0)
+                gain = int((remains & is_alone).sum()) - int(lost.sum())
+                moves.append((gain, -len(moved), source, target, group))
         if not moves or max(moves)[0] <= 0:
             break
-        _, _, home, target, group = max(moves)
-        goes = groups[parts[home]] == group
-        parts[target] = np.sort(np.concatenate([parts[target], parts[home][goes]]))
-        parts[home] = parts[home][~goes]
+        _, _, source, target, group = max(moves)
+        is_moved = groups[parts[source]] == group
+        parts[target] = np.sort(np.concatenate([parts[target], parts[source][is_moved]]))
+        parts[source] = parts[source][~is_moved]
     return parts
 
 
 def _share(group: Counter[int], part: Counter[int], totals: Counter[int]) -> float:
-    """Return how much a part has already of what a group would bring: its share of each stratum, weighed by images."""
+    """Return a part's share of each stratum of a group, summed up and weighed by the group's images."""
     return sum(count * part[stratum] / totals[stratum] for stratum, count in group.items())
 
 
@@ -212,15 +216,15 @@ def _members(rows: Indices, strata: Indices, groups: Indices) -> dict[int, Count
     return members
 
 
-def _can_be_trained_on(parts: list[Indices], needed: csr_array) -> bool:
-    """Say whether no part is empty and every label is in at least two of them."""
+def _can_train_without_each(parts: list[Indices], needed: csr_array) -> bool:
+    """Return whether no part is empty and every label is in at least two of them."""
     found = np.sum([needed[part].sum(axis=0) > 0 for part in parts], axis=0)
     return all(len(part) for part in parts) and bool((found > 1).all())
 
 
-# A group may bring this many times what is wanted of a stratum; one that brings more would leave too little to learn.
+# Groups may exceed the rows wanted of a stratum by this factor. Larger groups would leave too few rows to train on.
 _OVERSHOOT = 1.5
-# One group of each stratum is worth this share of all groups, though less was asked for; but no more.
+# To have a group of each stratum, up to this share of all groups may be set aside, even if `fraction` is less.
 _MOST_ASIDE = 0.25
 
 
@@ -229,8 +233,9 @@ def set_aside(
 ) -> Indices:
     """Return about `fraction` of the rows of each stratum, whole groups only.
 
-    Every label keeps at least one group to train on, so that a label of one group gives none. Where every group is too
-    large, the smallest is taken. Where one group of each stratum would be far more than the fraction, any will do.
+    Every label keeps at least one group to train on, so that the only group of a label is never set aside. If every
+    group of a stratum is too large, the smallest one is set aside. If there are so many strata that one group of each
+    would be far more than `fraction`, groups are chosen regardless of their stratum.
     """
     if len(np.unique(strata[rows])) > max(fraction, _MOST_ASIDE) * len(np.unique(groups[rows])):
         strata = np.zeros_like(strata)

@@ -1,4 +1,4 @@
-"""What is to be learned, as arrays: from the rows of a data set version."""
+"""The targets of a data set version as arrays: what a network has to predict for each image."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from training.data.split import Indices
 
 Float64 = npt.NDArray[np.float64]
 Truth = npt.NDArray[Any]
-"""Of each image: its class, int [N]; or 1 for each label that it has, float32 [N, labels]; or its number [N, 1]."""
+"""The true answer for each image: its class, int [N]; 1 for each of its labels, float32 [N, labels]; or its number,
+float64 [N, 1]."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What is to be learned of every image.
+    """The true answers for every image, and what a split into folds must keep in balance.
 
     Attributes:
         truth: see `Truth`.
-        strata: int [N]; folds have the same share of each: the class, the rarest label, or the tenth of the numbers.
-        needed: sparse int8 [N, labels], 1 for each label of a row; every fold must have some of each to train on. No
-            labels for numbers.
+        strata: int [N], the class, the rarest label, or the tenth of the numbers; folds have the same share of each.
+        needed: sparse int8 [N, labels], 1 for each label of a row; every fold must have images of each label to train
+            on. A regression has no labels.
     """
 
     truth: Truth
@@ -36,7 +37,7 @@ class Targets:
 
 
 def make_targets(task: Task, labels: Sequence[str], rows: Sequence[Row]) -> Targets:
-    """Return the targets of rows, whose labels are all among `labels`."""
+    """Return the targets of rows, whose labels must all be among `labels`. A regression ignores `labels`."""
     if task is Task.REGRESSION:
         numbers = np.array([row.target for row in rows], dtype=np.float64)
         return Targets(numbers[:, None], _tenths(numbers), csr_array((len(rows), 0), dtype=np.int8))
@@ -51,13 +52,13 @@ def make_targets(task: Task, labels: Sequence[str], rows: Sequence[Row]) -> Targ
 
 
 def _rarest(has: npt.NDArray[np.bool_]) -> Indices:
-    """Return the label of each row that the fewest rows have, or the number of labels for a row without any."""
+    """Return the rarest label of each row, or the number of labels for a row without any."""
     by_rarity = np.argsort(has.sum(axis=0), kind="stable")
     first = has[:, by_rarity].argmax(axis=1)
     return np.asarray(np.where(has.any(axis=1), by_rarity[first], has.shape[1]), dtype=np.intp)
 
 
 def _tenths(numbers: Float64) -> Indices:
-    """Return the tenth of the sorted rows that each row's number lies in; equal numbers lie in the same one."""
+    """Return the tenth of the sorted rows in which the number of each row lies; equal numbers are in the same tenth."""
     bounds: Float64 = np.quantile(numbers, np.linspace(0.1, 0.9, 9))
     return np.asarray(np.searchsorted(bounds, numbers, side="right"), dtype=np.intp)

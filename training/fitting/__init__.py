@@ -1,1 +1,1 @@
-"""Fitting: heads, fine-tuning and networks from scratch, epoch by epoch, with checkpoints."""
+"""Fits heads, fine-tunes backbones and trains networks from scratch, epoch by epoch, with checkpoints."""

@@ -1,4 +1,4 @@
-"""What a Keras model is compiled with: its optimizer, loss and metrics, and the weights of classes."""
+"""What Keras models are compiled and fitted with: optimizers, losses, metrics and class weights."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any
 import keras
 import numpy as np
 
+from recipes.filled import FromScratchRecipe
 from recipes.layers import NetworkKind, Threshold
-from recipes.recipe import ClassWeights, Loss, OptimizerName, OptimizerRecipe, Recipe, Task
+from recipes.recipe import ClassWeights, Loss, OptimizerName, OptimizerRecipe, Task
 from training.data.targets import Truth
 
 MOMENTUM = 0.9
 
 
 def build_optimizer(recipe: OptimizerRecipe, rate: Any = None, **options: Any) -> Any:
-    """Return the Keras optimizer that a recipe names, with Keras' defaults for what the recipe does not say.
+    """Return the Keras optimizer that a recipe names, with Keras' defaults for everything else.
 
-    `rate` replaces the recipe's learning rate: a number or a schedule.
+    Args:
+        recipe: names the optimizer and gives its learning rate.
+        rate: replaces the recipe's learning rate; a number or a Keras schedule.
+        options: further arguments of the Keras optimizer.
     """
     rate = recipe.learning_rate if rate is None else rate
     match recipe.name:
@@ -51,10 +55,10 @@ def class_weights(targets: Truth, choice: ClassWeights) -> Mapping[int, float] |
 
 
 def task_loss(task: Task) -> Any:
-    """Return the Keras loss of logits."""
+    """Return the Keras loss of a task; it takes logits [N, outputs]."""
     match task:
         case Task.BINARY | Task.MULTILABEL:
-            return keras.losses.BinaryCrossentropy(from_logits=True)  # the mean over labels
+            return keras.losses.BinaryCrossentropy(from_logits=True)  # its mean over labels
         case Task.MULTICLASS:
             return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         case Task.REGRESSION:
@@ -62,7 +66,7 @@ def task_loss(task: Task) -> Any:
 
 
 def accuracy_metrics(task: Task) -> list[Any]:
-    """Return the Keras metric named `accuracy` of logits, if the task has one."""
+    """Return the Keras metric named `accuracy`, which takes logits; a regression has none."""
     match task:
         case Task.BINARY:
             return [keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)]  # of a logit
@@ -75,59 +79,58 @@ def accuracy_metrics(task: Task) -> list[Any]:
 
 
 def _all_labels_right(truth: Any, logits: Any) -> Any:
-    right = keras.ops.equal(logits > 0, truth > 0.5)
-    return keras.ops.cast(keras.ops.all(right, axis=-1), "float32")
+    is_right = keras.ops.equal(logits > 0, truth > 0.5)
+    return keras.ops.cast(keras.ops.all(is_right, axis=-1), "float32")
 
 
-def recipe_loss(recipe: Recipe, task: Task) -> Any:
-    """Return the Keras loss of logits that a recipe asks for."""
-    assert recipe.network is not None
+def recipe_loss(recipe: FromScratchRecipe, task: Task) -> Any:
+    """Return the Keras loss that a recipe for a network from scratch asks for; it takes logits [N, outputs]."""
     if recipe.network.kind is NetworkKind.PERCEPTRON:
-        return PerceptronLoss(recipe.network.threshold, wants_slope=recipe.loss is Loss.MEAN_SQUARED_ERROR)
+        return PerceptronLoss(recipe.network.threshold, squared_error=recipe.loss is Loss.MEAN_SQUARED_ERROR)
     return SigmoidSquaredError() if recipe.loss is Loss.MEAN_SQUARED_ERROR else task_loss(task)
 
 
 class PerceptronLoss(keras.losses.Loss):  # type: ignore[misc]
-    """What a perceptron makes small: one step of plain gradient descent on one image is the delta rule.
+    """The loss of a perceptron: a step of plain gradient descent on one image is the delta rule.
 
-    That is W += rate * (target - output) * x and b += rate * (target - output), since the gradient by a logit is
-    output - target. With a step it is the perceptron criterion (Rosenblatt 1958; Bishop 2006, "Pattern Recognition and
-    Machine Learning", 4.1.7), with a sigmoid the cross-entropy, and without a threshold half the squared error (Widrow
-    & Hoff 1960). `wants_slope` takes half the squared error of the sigmoid, whose step has its slope as another factor.
-    Of several outputs it is the sum.
+    The delta rule is W += rate * (target - output) * x and b += rate * (target - output), since the gradient of the
+    loss by a logit is output - target. For a step threshold the loss is the perceptron criterion (Rosenblatt 1958;
+    Bishop 2006, "Pattern Recognition and Machine Learning", 4.1.7), for a sigmoid the cross-entropy, and without a
+    threshold half the squared error (Widrow & Hoff 1960). With `squared_error` a sigmoid has half the squared error
+    too, so that its slope is another factor of the step. The losses of several outputs are added up.
     """
 
-    def __init__(self, threshold: Threshold | None, *, wants_slope: bool = False) -> None:
+    def __init__(self, threshold: Threshold | None, *, squared_error: bool = False) -> None:
         super().__init__(reduction="sum_over_batch_size", name="delta_rule")
         self._threshold = threshold
-        self._wants_slope = wants_slope
+        self._squared_error = squared_error
 
     def call(self, truth: Any, logits: Any) -> Any:
         """Return the loss of each image, [N], for classes [N] or values [N, outputs], and logits [N, outputs]."""
-        wanted = _wanted(truth, logits)
+        target = _targets_like(logits, truth)
         match self._threshold:
             case Threshold.STEP:
                 fires = keras.ops.cast(logits >= 0, logits.dtype)
-                each = (fires - wanted) * logits
-            case Threshold.SIGMOID if not self._wants_slope:
-                each = keras.ops.softplus(logits) - wanted * logits
+                loss = (fires - target) * logits
+            case Threshold.SIGMOID if not self._squared_error:
+                loss = keras.ops.softplus(logits) - target * logits
             case Threshold.SIGMOID:
-                each = keras.ops.square(keras.ops.sigmoid(logits) - wanted) / 2
+                loss = keras.ops.square(keras.ops.sigmoid(logits) - target) / 2
             case None:
-                each = keras.ops.square(logits - wanted) / 2
-        return keras.ops.sum(each, axis=-1)
+                loss = keras.ops.square(logits - target) / 2
+        return keras.ops.sum(loss, axis=-1)
 
 
 class SigmoidSquaredError(keras.losses.Loss):  # type: ignore[misc]
-    """The mean over outputs of (target - sigmoid(logit))²."""
+    """The squared error of sigmoids, (target - sigmoid(logit))², as the mean over outputs."""
 
     def call(self, truth: Any, logits: Any) -> Any:
         """Return the loss of each image, [N], for values [N] or [N, outputs] and logits [N, outputs]."""
-        return keras.ops.mean(keras.ops.square(keras.ops.sigmoid(logits) - _wanted(truth, logits)), axis=-1)
+        return keras.ops.mean(keras.ops.square(keras.ops.sigmoid(logits) - _targets_like(logits, truth)), axis=-1)
 
 
-def _wanted(truth: Any, logits: Any) -> Any:
-    """Return what each output should be, [N, outputs]: classes [N] as ones among zeros, all else as it is."""
+def _targets_like(logits: Any, truth: Any) -> Any:
+    """Return the target of each output, [N, outputs]: classes [N] become one-hot, other targets keep their values."""
     outputs = logits.shape[-1]
     if len(truth.shape) == 1 and outputs > 1:
         return keras.ops.one_hot(keras.ops.cast(truth, "int32"), outputs, dtype=logits.dtype)

@@ -1,8 +1,9 @@
-"""Fine-tunes a network: layers from a cut on learn together with a head that has learned before them.
+"""Fine-tunes a network: its layers from a cut on learn together with a head that was fitted on frozen features.
 
-First the head on frozen features, then the network at a small learning rate: starting with both at once destroys what
-the network knew (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The learning rate rises from zero
-and falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm stays as it is: it runs as in inference.
+The head is fitted first, and the network then learns at a small learning rate. Training both at once from the start
+destroys pretrained features (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The learning rate rises
+from zero and then falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm layers stay frozen and run as in
+inference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 
 from artifacts.bundle import Float32
 from artifacts.images import Pixels
-from recipes.recipe import FineTune, Recipe, Task
+from recipes.catalogue import CATALOGUE
+from recipes.filled import FineTuningRecipe
+from recipes.recipe import FineTune, Task
 from training.data.arrays import Maps
 from training.data.augmentation import build_augmentation
 from training.data.split import Indices
@@ -29,20 +32,19 @@ from training.fitting.head_fit import FittedHead, Scaler
 from training.fitting.training_loop import Beat, Passage, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
-from training.networks.network_files import image_side_of
 
-# Gradients whose norm is larger are scaled down to it: the first steps must not throw the network out of its place.
+# Gradients with a larger norm are scaled down to it, so that the first steps do not destroy the pretrained weights.
 CLIP_NORM = 1.0
 FINE_TUNE_LEARNING_RATE = "fine_tune.learning_rate"
 
 
 @dataclass(frozen=True)
 class FineTuningInputs:
-    """What the learning part of the network reads.
+    """The inputs of the part of a network that learns.
 
     Attributes:
-        array: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] at the cut, computed once.
-        are_maps: whether the frozen part has been gone through already.
+        array: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] that the frozen part gives for them.
+        are_maps: whether `array` holds maps.
     """
 
     array: Pixels | Maps
@@ -50,7 +52,7 @@ class FineTuningInputs:
 
 
 def fine_tune(
-    recipe: Recipe,
+    recipe: FineTuningRecipe,
     task: Task,
     weights: bytes,
     material: FineTuningInputs,
@@ -63,10 +65,10 @@ def fine_tune(
     seed: int,
     passage: Passage,
 ) -> FittedNetwork:
-    """Let a network learn from the recipe's cut on.
+    """Fine-tune a network from the recipe's cut on.
 
     Args:
-        recipe: filled, with mode fine-tuning.
+        recipe: what to fit.
         task: what is predicted.
         weights: the network's weights before, from `backbones.dump_weights`.
         material: what the learning part reads, row by row.
@@ -81,16 +83,15 @@ def fine_tune(
     Raises:
         TrainingDiverged: the loss is not a number any more.
     """
-    assert recipe.fine_tune is not None
-    activation = recipe.known_head.activation
+    activation = recipe.head.activation
     keras.utils.set_random_seed(seed)
     network, model, served = build(recipe, weights, material, head, seed)
     learned = head.target_scaler(targets) if head.target_scaler else targets
-    at_once = predict_batch(image_side_of(recipe), recipe.batch_size)
+    at_once = predict_batch(recipe.image_size, recipe.batch_size)
     batches = Rows(material.array, learned, train, recipe.batch_size, seed)
     model.compile(
         optimizer=build_optimizer(
-            recipe.optimizer, schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM
+            recipe.optimizer, learning_rate_schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM
         ),
         loss=task_loss(task),
         metrics=accuracy_metrics(task),
@@ -121,33 +122,32 @@ def fine_tune(
 
 
 def build(
-    recipe: Recipe, weights: bytes, material: FineTuningInputs, head: FittedHead, seed: int
+    recipe: FineTuningRecipe, weights: bytes, material: FineTuningInputs, head: FittedHead, seed: int
 ) -> tuple[Any, Any, Any]:
-    """Return the whole network, the model that learns (from the material to logits) and its head."""
-    backbone = recipe.known_backbone
-    assert recipe.features_from and recipe.unfreeze
+    """Return the whole network, the model that learns (from the inputs to logits), and its head. They share layers."""
+    backbone = CATALOGUE[recipe.backbone]
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
-        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, image_side_of(recipe), weights)
+        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, recipe.image_size, weights)
     if material.are_maps:
         x = inputs = keras.Input(material.array.shape[1:])
     else:
         inputs = keras.Input(material.array.shape[1:], dtype="uint8")
         x = keras.ops.cast(inputs, "float32")
         if recipe.augmentation is not None:
-            x = build_augmentation(recipe.augmentation, image_side_of(recipe), seed)(x)
+            x = build_augmentation(recipe.augmentation, recipe.image_size, seed)(x)
         x = backbones.preprocess(x, backbone.preprocessing)
         if parts.frozen is not None:
             x = parts.frozen(x)
     x = parts.trainable(x)
     features = FixedNormalization(head.scaler)(x)
-    top = head_fit.build_head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
+    top = head_fit.build_head(recipe.head, features.shape[1], head.layers[-1].bias.shape[0])
     top.set_weights(head.weights)
     return parts.full, keras.Model(inputs, top(features)), top
 
 
 class FixedNormalization(keras.layers.Layer):  # type: ignore[misc]
-    """Standardises features [N, D] by numbers that stay as they are."""
+    """Standardises features [N, D] with the constants of a scaler, which do not learn."""
 
     def __init__(self, scaler: Scaler, **options: Any) -> None:
         super().__init__(**options)
@@ -161,8 +161,8 @@ class FixedNormalization(keras.layers.Layer):  # type: ignore[misc]
         return shape
 
 
-def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
-    """Return the learning rate by step: a rise from zero, then a cosine to zero at the recipe's last epoch."""
+def learning_rate_schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
+    """Return the Keras schedule of the learning rate: a rise from zero, then a cosine to zero at the last epoch."""
     warmup = min(recipe.warmup_epochs, recipe.epochs - 1) * steps_per_epoch
     falling = recipe.epochs * steps_per_epoch - warmup
     if not warmup:
@@ -171,13 +171,13 @@ def schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
 
 
 def _has_gpu() -> bool:
-    # The best kind there is: asking for "gpu" alone raises on JAX where there is none.
+    # Without an argument this lists the best devices; asking for "gpu" raises on JAX if there is none.
     return not all(device.lower().startswith("cpu") for device in keras.distribution.list_devices())
 
 
 @contextmanager
 def _mixed_precision() -> Iterator[None]:
-    """Have the layers that are built in the block compute in bfloat16 on a GPU; their weights stay float32."""
+    """Make layers that are built inside the block compute in bfloat16 on a GPU. Their weights stay float32."""
     before = keras.config.dtype_policy()
     if _has_gpu():
         keras.config.set_dtype_policy("mixed_bfloat16")

@@ -1,29 +1,15 @@
-"""What a fold leaves when it is done, in memory and as one safetensors file: numbers and logits, never code."""
+"""The outcome of a fold, in memory and as one safetensors file, which holds numbers and logits but never code."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from artifacts import tensors
 from artifacts.bundle import Float32
 from recipes.recipe import Precision
 from training.fitting.learners import Phase
-from training.fitting.training_loop import Epoch
-
-
-@dataclass(frozen=True)
-class FoldResult:
-    """What one fold measured on its test images, and the seconds that it took."""
-
-    number: int
-    epochs: int
-    best_epoch: int
-    stopped: str
-    metrics: dict[str, Any]
-    history: list[Epoch]
-    seconds: float
+from training.progress import FoldResult
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 
 from artifacts.bundle import Dense, Float32
 from artifacts.images import Pixels
+from recipes.filled import FromScratchRecipe
 from recipes.layers import Activation, NetworkKind
-from recipes.recipe import Recipe, Task
+from recipes.recipe import Task
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, recipe_loss
@@ -20,7 +21,6 @@ from training.fitting.head_fit import Scaler
 from training.fitting.training_loop import Beat, Passage, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
-from training.networks.network_files import image_size_of
 from training.networks.scratch_networks import build_body, build_output_layer, build_trainable_network
 
 # A step without convolutions takes a fraction of what it costs to leave the compiled graph after each.
@@ -28,7 +28,7 @@ _STEPS_PER_EXECUTION = 64
 
 
 def fit_from_scratch(
-    recipe: Recipe,
+    recipe: FromScratchRecipe,
     task: Task,
     outputs: int,
     pixels: Pixels,
@@ -57,11 +57,10 @@ def fit_from_scratch(
     Raises:
         TrainingDiverged: the loss is not a number any more.
     """
-    assert recipe.network is not None
     keras.utils.set_random_seed(seed)
     target_scaler = Scaler.fit(targets, train) if task is Task.REGRESSION else None
     learned = target_scaler(targets) if target_scaler else targets
-    size = image_size_of(recipe)
+    size = recipe.image_size
     body = build_body(recipe.network, size)
     output_layer = build_output_layer(recipe.network, outputs)
     model = build_trainable_network(recipe.network, size, recipe.augmentation, body, output_layer, seed)

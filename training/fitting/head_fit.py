@@ -1,7 +1,8 @@
-"""Fits a head on features: standardised inside the fold, stopped early, its best weights restored.
+"""Fits a head on features with Keras. Features are standardised by the training rows of the fold.
 
-Standardising matters: features of a randomly initialised deep backbone are as small as 1e-10. It is folded into the
-first dense layer afterwards, as an offset and larger weights, so that what is served takes raw features.
+Features have to be standardised because those of a randomly initialised deep backbone are as small as 1e-10. After the
+fit, the standardisation is merged into the first dense layer, as an offset and larger weights, so that the served head
+takes raw features. Linear heads of many folds are fitted faster by `training.fitting.linear_heads`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import numpy.typing as npt
 
 from artifacts.bundle import Dense
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
 from training.fitting.training_loop import Passage, Rows, Trained
 from training.fitting.training_loop import train as epoch_by_epoch
 
-# A step of a head takes a fraction of what it costs to leave the compiled graph after each.
+# A step of a head takes much less time than leaving the compiled graph, which is done once for so many steps.
 _STEPS_PER_EXECUTION = 64
 
 
@@ -33,12 +35,12 @@ class FittedHead:
     """A fitted head.
 
     Attributes:
-        layers: the head on raw features, standardisation folded in.
-        scaler: the standardisation alone.
+        layers: the head on raw features, with the standardisation merged in.
+        scaler: the standardisation of the features.
         target_scaler: the standardisation of the numbers that a regression learns; None for other tasks.
         weights: the weights of the Keras head on standardised features, in its order.
-        trained: how it went. A regression has no accuracy, and its losses are of standardised numbers: 1 is to answer
-            the mean always.
+        trained: how the training went. A regression has no accuracy, and its losses are those of standardised numbers:
+            a head that always answers the mean has loss 1.
     """
 
     layers: tuple[Dense, ...]
@@ -49,7 +51,7 @@ class FittedHead:
 
 
 def fit_head(
-    recipe: Recipe,
+    recipe: HeadedRecipe,
     task: Task,
     outputs: int,
     features: Features,
@@ -82,7 +84,7 @@ def fit_head(
     scaler = Scaler.fit(features, train)
     target_scaler = Scaler.fit(targets, train) if task is Task.REGRESSION else None
     learned = target_scaler(targets) if target_scaler else targets
-    model = build_head(recipe.known_head, features.shape[1], outputs)
+    model = build_head(recipe.head, features.shape[1], outputs)
     batches = Rows(features, learned, train, recipe.batch_size, seed, scaler)
     model.compile(
         optimizer=build_optimizer(recipe.optimizer),
@@ -103,7 +105,7 @@ def fit_head(
     )
     weights = model.get_weights()
     return FittedHead(
-        dense_layers(weights, recipe.known_head.activation, scaler, target_scaler),
+        dense_layers(weights, recipe.head.activation, scaler, target_scaler),
         scaler,
         target_scaler,
         weights,
@@ -113,14 +115,14 @@ def fit_head(
 
 @dataclass(frozen=True)
 class Scaler:
-    """Standardises columns: `(x - mean) * scale`, float64 [D] each; a column that never changes becomes zero."""
+    """Standardises columns by `(x - mean) * scale`, both float64 [D]. A constant column becomes zero."""
 
     mean: npt.NDArray[np.float64]
     scale: npt.NDArray[np.float64]
 
     @classmethod
     def fit(cls, features: npt.NDArray[Any], rows: Indices) -> Scaler:
-        """Return the scaler that gives the rows, float32 or float64 [N, D], mean zero and variance one."""
+        """Return the scaler that gives these rows of features, float32 or float64 [N, D], mean 0 and variance 1."""
         mean = np.zeros(features.shape[1])
         square = np.zeros(features.shape[1])
         chunks = np.array_split(rows, -(-len(rows) // 4096))
@@ -129,32 +131,32 @@ class Scaler:
         for chunk in chunks:
             square += np.square(features[chunk] - mean).sum(axis=0) / len(rows)
         deviation = np.sqrt(square)
-        # a spread below the last bits of the mean is rounding, not a feature
+        # A deviation below the last bits of the mean is rounding, not information.
         varies = deviation > 8 * np.finfo(features.dtype).eps * np.abs(mean)
         return cls(mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies))
 
     def __call__(self, features: npt.NDArray[Any]) -> Features:
-        """Return float32 [n, D]."""
+        """Return the columns standardised, float32 [n, D]."""
         return ((features - self.mean) * self.scale).astype(np.float32)
 
     @property
     def deviation(self) -> npt.NDArray[np.float64]:
-        """What a step of one is in the columns' own unit; zero for a column that never changes."""
+        """The standard deviation of each column, float64 [D]; zero for a constant column."""
         return np.divide(1.0, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
 
     def inverse_transform(self, standardised: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return float32 [n, D] in the columns' own unit."""
+        """Return standardised columns in their own unit again, float32 [n, D]."""
         return (standardised * self.deviation + self.mean).astype(np.float32)
 
     def merge_into_first_layer(self, layer: Dense) -> Dense:
-        """Return the layer that does on raw features what `layer` does on standardised ones."""
+        """Return a layer that gives for raw features what `layer` gives for standardised ones."""
         kernel = self.scale[:, None] * layer.kernel.astype(np.float64)
         offset = self.mean.astype(np.float32)
         bias = layer.bias.astype(np.float64) - (self.mean - offset) @ kernel
         return Dense(kernel.astype(np.float32), bias.astype(np.float32), layer.activation, offset)
 
     def merge_into_last_layer(self, layer: Dense) -> Dense:
-        """Return the layer that gives in the columns' own unit what a linear `layer` gives standardised."""
+        """Return a linear layer whose outputs are those of `layer`, converted to the columns' own unit."""
         kernel = layer.kernel * self.deviation
         bias = layer.bias * self.deviation + self.mean
         return replace(layer, kernel=kernel.astype(np.float32), bias=bias.astype(np.float32))
@@ -175,13 +177,13 @@ def build_head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:
 def dense_layers(
     weights: Sequence[npt.NDArray[np.float32]], activation: Activation, scaler: Scaler, target_scaler: Scaler | None
 ) -> tuple[Dense, ...]:
-    """Return a Keras head on standardised features as layers on raw ones, with outputs in the targets' own unit.
+    """Return a fitted Keras head as layers that take raw features and answer in the targets' own unit.
 
     Args:
         weights: kernel and bias of each layer, as the head's `get_weights` returns them.
-        activation: of all layers but the last.
+        activation: the activation of all layers but the last.
         scaler: how the features were standardised.
-        target_scaler: how the targets were, if they were.
+        target_scaler: how the targets were standardised; None if they were not.
     """
     pairs = list(zip(weights[::2], weights[1::2], strict=True))
     activations = [activation] * (len(pairs) - 1) + [Activation.LINEAR]

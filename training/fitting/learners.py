@@ -15,6 +15,7 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from errors import TrainingDiverged
 from inference import heads
+from recipes.filled import FineTuningRecipe, FromScratchRecipe, HeadedRecipe
 from recipes.recipe import Monitor, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
@@ -23,7 +24,8 @@ from training.fitting.fine_tuning import FINE_TUNE_LEARNING_RATE, FineTuningInpu
 from training.fitting.from_scratch import fit_from_scratch
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, is_linear
-from training.fitting.training_loop import Epoch, Passage, Snapshot, finite
+from training.fitting.training_loop import Passage, Snapshot, finite
+from training.progress import Epoch
 from training.statistics import evaluation
 from training.statistics.evaluation import median_epoch
 
@@ -179,7 +181,7 @@ _LARGEST_ABREAST, _WEIGHTS_ABREAST = 262_144, 16_000_000
 class Frozen:
     """Learns a head on features that were computed once."""
 
-    def __init__(self, recipe: Recipe, task: Task, outputs: int, features: Features, targets: Truth) -> None:
+    def __init__(self, recipe: HeadedRecipe, task: Task, outputs: int, features: Features, targets: Truth) -> None:
         self._recipe = recipe
         self._task = task
         self._outputs = outputs
@@ -199,7 +201,7 @@ class Frozen:
 
         Not with heads so large that Keras has the better of it, with all processors in one product.
         """
-        return is_linear(self._recipe.known_head) and self._weights <= _LARGEST_ABREAST
+        return is_linear(self._recipe.head) and self._weights <= _LARGEST_ABREAST
 
     @property
     def _weights(self) -> int:
@@ -219,7 +221,7 @@ class Frozen:
                     lesson.validation,
                     lesson.plan.head,
                     lesson.seed,
-                    self._recipe.known_head.l2,
+                    self._recipe.head.l2,
                     _passage(listener, keeper),
                 )
                 for lesson, listener, keeper in lessons[start : start + at_once]
@@ -271,9 +273,14 @@ class Tuning:
     """
 
     def __init__(
-        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: FineTuningInputs, targets: Truth
+        self,
+        recipe: FineTuningRecipe,
+        task: Task,
+        frozen: Frozen,
+        weights: bytes,
+        material: FineTuningInputs,
+        targets: Truth,
     ) -> None:
-        assert recipe.fine_tune is not None
         self._recipe = recipe
         self._task = task
         self._frozen = frozen
@@ -346,7 +353,7 @@ class Tuning:
 class Growing:
     """Learns a network from scratch."""
 
-    def __init__(self, recipe: Recipe, task: Task, outputs: int, pixels: Pixels, targets: Truth) -> None:
+    def __init__(self, recipe: FromScratchRecipe, task: Task, outputs: int, pixels: Pixels, targets: Truth) -> None:
         self._recipe = recipe
         self._task = task
         self._outputs = outputs

@@ -1,10 +1,10 @@
-"""Fits many linear heads side by side: folds, repeats, strengths of a penalty. Knows no hidden layers and no dropout.
+"""Fits many linear heads together, such as those of all folds. Knows no hidden layers and no dropout.
 
-A step of a linear head is two small products of matrices and a dozen sums; Keras takes many times as long to get there
-and back, and as long as all of it to trace a network anew for each fold. Here the weights of several heads lie in one
-array, and NumPy does a step of all of them at once, with no backend and nothing to compile. Each head takes the steps
-that `training.fitting.head_fit.fit_head` would have it take: the same first weights, rows in the same order, its own
-standardisation, the same rule, and an end of its own. What is left between the two is rounding.
+A step of a linear head is two small matrix products and a dozen sums. Keras needs many times as long to call that step,
+and tracing a network for each fold takes as long again. Here the weights of several heads lie in one array, a stack,
+and NumPy takes a step of all of them at once; nothing is compiled. Each head takes the same steps as with
+`training.fitting.head_fit.fit_head`: it has the same first weights, the same order of rows, its own standardisation,
+the same update rule, and it stops on its own. Only rounding differs.
 """
 
 from __future__ import annotations
@@ -21,31 +21,33 @@ from threadpoolctl import ThreadpoolController
 
 from artifacts.bundle import Float32
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
 from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers
-from training.fitting.training_loop import Arrays, Epoch, Passage, Snapshot, Stopping, Trained, Watch, shuffled
+from training.fitting.training_loop import Arrays, Passage, Snapshot, Stopping, Trained, Watch, shuffled
 from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
+from training.progress import Epoch
 
-# Weights and batches of the heads in one array should stay in a processor's own cache.
-_TOGETHER_BYTES = 2**20
-# Standardised rows are kept as long as there is this much room; of folds beyond it, each batch is standardised anew.
-_HELD_BYTES = 2**30
+# The weights and batches of a stack should fit into a processor's own cache.
+_STACK_BYTES = 2**20
+# Standardised rows are kept in memory up to this size. For folds beyond it, each batch is standardised when it is read.
+_KEPT_BYTES = 2**30
 _VALIDATION_BATCH = 1024
-# Hearing of a batch takes about as long as one.
-_HEARD_EVERY = 64
+# Reporting a batch takes about as long as training on one.
+_BATCHES_PER_REPORT = 64
 
 LossFunction = Callable[[Float32, Truth], tuple[Float32, npt.NDArray[np.bool_] | None]]
-"""Given logits float32 [k, B, outputs] and what is true of them, returns each row's loss float32 [k, B] and whether it
-was answered right, if that means anything; the logits become the gradient of that loss."""
+"""Takes logits float32 [k, B, outputs] and their truth. Returns the loss of each row, float32 [k, B], and whether its
+answer is right, or None for a regression. It overwrites the logits with the gradient of the loss."""
 
 
 @dataclass(frozen=True)
 class LinearHeadTask:
-    """A head that is to be fitted.
+    """A linear head to fit.
 
     Attributes:
         train: rows to learn from.
@@ -65,24 +67,24 @@ class LinearHeadTask:
 
 
 def l2_grid(tasks: Sequence[LinearHeadTask], strengths: Sequence[float]) -> list[LinearHeadTask]:
-    """Return each of the heads with each strength of the penalty, the strengths of one head in a row."""
+    """Return each task with each strength of the penalty; those of one task are next to each other."""
     return [replace(one, l2=l2) for one in tasks for l2 in strengths]
 
 
 def is_linear(recipe: HeadRecipe) -> bool:
-    """Say whether heads of a recipe can be fitted here."""
+    """Return whether `fit_linear_heads` can fit the heads of a recipe."""
     return not recipe.hidden and not recipe.dropout
 
 
 def fit_linear_heads(
-    recipe: Recipe,
+    recipe: HeadedRecipe,
     task: Task,
     outputs: int,
     features: Features,
     targets: Truth,
     tasks: Sequence[LinearHeadTask],
 ) -> Iterator[tuple[int, FittedHead]]:
-    """Fit linear heads; give the place of each among the wanted ones, and the head, as soon as it has ended.
+    """Fit linear heads. Yield the number of each task, and its head, as soon as the head is fitted.
 
     Args:
         recipe: optimizer, batch size, class weights and early stopping; the penalty is that of each wanted head.
@@ -95,26 +97,26 @@ def fit_linear_heads(
     Raises:
         TrainingDiverged: the loss of one is not a number any more.
     """
-    if not is_linear(recipe.known_head):
+    if not is_linear(recipe.head):
         raise ValueError(f"Expected a linear head without dropout. Received {recipe.head}. This is a bug.")
 
     @cache
     def first_weights(seed: int) -> Float32:
         keras.utils.set_random_seed(seed)
-        kernel, bias = build_head(recipe.known_head, features.shape[1], outputs).get_weights()
+        kernel, bias = build_head(recipe.head, features.shape[1], outputs).get_weights()
         return np.concatenate([kernel, bias[None]])
 
     loss, update = _LOSSES[task], update_rule(recipe.optimizer)
     folds = _FoldDataCache(recipe, task, features, targets)
     heads: list[_HeadInTraining] = []
-    for place, one in enumerate(tasks):
-        heads.append(_HeadInTraining(place, one, folds.of(one), first_weights(one.seed), update.initial_state, recipe))
-        heads[-1].heard(0)  # to standardise a million rows takes a while
+    for number, one in enumerate(tasks):
+        heads.append(_HeadInTraining(number, one, folds.of(one), first_weights(one.seed), update.initial_state, recipe))
+        heads[-1].report_batches(0)  # standardising a million rows takes a while
     stacks = _make_stacks(heads, recipe.batch_size, loss, update)
     libraries = ThreadpoolController()
     while heads:
-        # Threads that share a product this small wait for each other longer than it takes: beside other work, 10 times.
-        # What has diverged is told by its loss.
+        # Products this small take less time than threads that share one wait for each other: with other work on the
+        # machine, they took 10 times as long. Overflow is ignored, since a loss that is no number ends the fit.
         with libraries.limit(limits=1, user_api="blas"), np.errstate(over="ignore", invalid="ignore"):
             for stack in stacks:
                 stack.train()
@@ -123,56 +125,56 @@ def fit_linear_heads(
             heads = [head for head in heads if not head.has_ended]
             stacks = _make_stacks(heads, recipe.batch_size, loss, update)
         for head in ended:
-            yield head.place, head.fit()
+            yield head.number, head.result()
 
 
-# --- what heads learn from -------------------------------------------------------------------------------------------
+# --- the rows of a fold -----------------------------------------------------------------------------------------------
 
 
 class _FoldDataCache:
-    """The rows of every fold; heads that learn from the same ones share them."""
+    """Prepares the rows of each fold once; heads that learn from the same rows share them."""
 
-    def __init__(self, recipe: Recipe, task: Task, features: Features, targets: Truth) -> None:
+    def __init__(self, recipe: HeadedRecipe, task: Task, features: Features, targets: Truth) -> None:
         self._recipe = recipe
         self._task = task
         self._features = features
         self._targets = targets
-        self._known: dict[tuple[bytes, bytes], _FoldData] = {}
-        self._left_bytes = _HELD_BYTES
+        self._made: dict[tuple[bytes, bytes], _FoldData] = {}
+        self._left_bytes = _KEPT_BYTES
 
     def of(self, task: LinearHeadTask) -> _FoldData:
-        """Return the fold of a head."""
+        """Return the prepared rows of a task."""
         key = (task.train.tobytes(), task.validation.tobytes())
-        if key not in self._known:
-            self._known[key] = self._make(task.train, task.validation)
-        return self._known[key]
+        if key not in self._made:
+            self._made[key] = self._make(task.train, task.validation)
+        return self._made[key]
 
     def _make(self, train: Indices, validation: Indices) -> _FoldData:
         targets, features = self._targets, self._features
         scaler = Scaler.fit(features, train)
         target_scaler = Scaler.fit(targets, train) if self._task is Task.REGRESSION else None
         weights = class_weights(targets[train], self._recipe.class_weights)
-        sizes_bytes = 4 * (len(train) + len(validation)) * (features.shape[1] + 1)
-        is_held = sizes_bytes <= self._left_bytes
-        self._left_bytes -= sizes_bytes * is_held
+        size_bytes = 4 * (len(train) + len(validation)) * (features.shape[1] + 1)
+        is_kept = size_bytes <= self._left_bytes
+        self._left_bytes -= size_bytes * is_kept
 
-        def learned(rows: Indices) -> Truth:
-            found = target_scaler(targets[rows]) if target_scaler else targets[rows]
-            return found[:, None].astype(np.float32) if self._task is Task.BINARY else found
+        def targets_of(rows: Indices) -> Truth:
+            values = target_scaler(targets[rows]) if target_scaler else targets[rows]
+            return values[:, None].astype(np.float32) if self._task is Task.BINARY else values
 
         return _FoldData(
             scaler,
             target_scaler,
-            _StandardisedRows(features, train, scaler, is_held),
-            _StandardisedRows(features, validation, scaler, is_held),
-            learned(train),
-            learned(validation),
-            _importance(targets[train], weights),
+            _StandardisedRows(features, train, scaler, is_kept),
+            _StandardisedRows(features, validation, scaler, is_kept),
+            targets_of(train),
+            targets_of(validation),
+            _row_weights(targets[train], weights),
         )
 
 
-def _importance(classes: Truth, weights: Mapping[int, float] | None) -> Float32:
-    """Return the weight of each row, float32 [n]."""
+def _row_weights(classes: Truth, weights: Mapping[int, float] | None) -> Float32:
+    """Return the weight of the class of each row, float32 [n]; 1 if classes have no weights."""
     if weights is None:
         return np.ones(len(classes), dtype=np.float32)
     return np.array([weights[one] for one in classes.tolist()], dtype=np.float32)
@@ -180,81 +182,87 @@ def _importance(classes: Truth, weights: Mapping[int, float] | None) -> Float32:
 
 @dataclass(frozen=True)
 class _FoldData:
-    """What heads of one fold share.
+    """What the heads of one fold share.
 
     Attributes:
-        scaler: of the features.
-        target_scaler: of the numbers that a regression learns.
+        scaler: the standardisation of the features.
+        target_scaler: the standardisation of the numbers that a regression learns.
         train: rows to learn from.
-        validation: rows to watch.
-        learned: what is to be learned of the rows in `train`.
-        watched: the same of those in `validation`.
-        importance: float32 [n]; the weight of each row in `train`.
+        validation: rows that early stopping watches.
+        train_targets: targets of the rows in `train`.
+        validation_targets: targets of the rows in `validation`.
+        row_weights: float32 [n], the weight of each row in `train`.
     """
 
     scaler: Scaler
     target_scaler: Scaler | None
     train: _StandardisedRows
     validation: _StandardisedRows
-    learned: Truth
-    watched: Truth
-    importance: Float32
+    train_targets: Truth
+    validation_targets: Truth
+    row_weights: Float32
 
 
 class _StandardisedRows:
-    """Standardised rows, each with a one behind it, which the bias is multiplied by."""
+    """Standardised rows, each followed by a 1, by which the bias is multiplied."""
 
-    def __init__(self, features: Features, rows: Indices, scaler: Scaler, is_held: bool) -> None:
+    def __init__(self, features: Features, rows: Indices, scaler: Scaler, is_kept: bool) -> None:
         self._features = features
         self._rows = rows
         self._scaler = scaler
-        self._held: Float32 | None = None
-        if is_held:
-            held = np.ones((len(rows), features.shape[1] + 1), dtype=np.float32)
-            self._write(np.arange(len(rows)), held)
-            self._held = held
+        self._kept: Float32 | None = None
+        if is_kept:
+            kept = np.ones((len(rows), features.shape[1] + 1), dtype=np.float32)
+            self._write(np.arange(len(rows)), kept)
+            self._kept = kept
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, places: Indices, into: Float32) -> None:
-        """Write the rows at some places into float32 [n, D + 1], whose last column is left as it is."""
-        if self._held is None:
-            self._write(places, into)
+    def read(self, positions: Indices, into: Float32) -> None:
+        """Write the rows at some positions into float32 [n, D + 1], whose last column must hold ones."""
+        if self._kept is None:
+            self._write(positions, into)
         else:
-            np.take(self._held, places, axis=0, out=into, mode="clip")  # other modes take a copy first
+            np.take(self._kept, positions, axis=0, out=into, mode="clip")  # other modes make a copy first
 
-    def _write(self, places: Indices, into: Float32) -> None:
-        for start in range(0, len(places), _VALIDATION_BATCH):
-            chunk = places[start : start + _VALIDATION_BATCH]
+    def _write(self, positions: Indices, into: Float32) -> None:
+        for start in range(0, len(positions), _VALIDATION_BATCH):
+            chunk = positions[start : start + _VALIDATION_BATCH]
             into[start : start + len(chunk), :-1] = self._scaler(self._features[self._rows[chunk]])
 
 
-# --- heads -----------------------------------------------------------------------------------------------------------
+# --- heads ------------------------------------------------------------------------------------------------------------
 
 
 class _HeadInTraining:
-    """A head that is being fitted, as Keras' callbacks see a model.
+    """A head that is being fitted, with the part of a Keras model's interface that callbacks use.
 
     Attributes:
-        place: where it stands among the wanted ones.
-        fold: what it learns from.
+        number: the number of its task.
+        fold: the rows that it learns from.
         l2: weight of the squared weights in the loss.
-        batches: how many there are in an epoch.
-        state: its weights float32 [D + 1, outputs], the bias last, then what the rule remembers beside them; the stack
-            that trains it has them in its own arrays.
-        steps: how many it has taken.
+        batches: number of batches in an epoch.
+        state: its weights float32 [D + 1, outputs], the bias in the last row, then the arrays that the optimizer keeps.
+            They are views of the arrays of the stack that trains it.
+        steps: number of steps that it has taken.
         stop_training: set by early stopping.
     """
 
     def __init__(
-        self, place: int, task: LinearHeadTask, fold: _FoldData, first: Float32, begin: Sequence[float], recipe: Recipe
+        self,
+        number: int,
+        task: LinearHeadTask,
+        fold: _FoldData,
+        first_weights: Float32,
+        initial_state: Sequence[float],
+        recipe: HeadedRecipe,
     ) -> None:
-        self.place = place
+        self.number = number
         self.fold = fold
         self.l2 = task.l2
         self.batches = -(-len(fold.train) // recipe.batch_size)
-        self.state = [first, *(np.full_like(first, value) for value in begin)]
+        self.state = [first_weights, *(np.full_like(first_weights, value) for value in initial_state)]
         self.steps = 0
         self.stop_training = False
         self._task = task
@@ -262,7 +270,7 @@ class _HeadInTraining:
         self._history: list[Epoch] = []
         watches = recipe.early_stopping if len(fold.validation) else None
         self._stopping = Stopping(watches) if watches else None
-        self._go_on()
+        self._restore()
         self._callbacks: list[Any] = [Watch(self._history, self.batches, task.passage)]
         self._callbacks += self._stopping.callbacks if self._stopping else []
         for callback in self._callbacks:
@@ -274,29 +282,29 @@ class _HeadInTraining:
         return self.stop_training or len(self._history) == self._epochs
 
     def order(self) -> Indices:
-        """Return the places of the fold's training rows in the order of the present epoch."""
-        # Keras tells its batches that an epoch has ended before it begins the first one.
+        """Return the positions of the fold's training rows in the order of the current epoch."""
+        # Plus one, since Keras calls `on_epoch_end` of its batches once before the first epoch.
         return shuffled(np.arange(len(self.fold.train)), self._task.seed, len(self._history) + 1)
 
-    def heard(self, batches: int) -> None:
-        """Tell how many batches of the present epoch are done."""
+    def report_batches(self, batches: int) -> None:
+        """Report how many batches of the current epoch are done."""
         self._task.passage.on_batch(len(self._history) + batches / self.batches)
 
-    def end_epoch(self, learned: Epoch, loss: LossFunction) -> None:
-        """Watch what this epoch brought: `learned` are its scores on the training rows."""
-        scores = learned | {f"val_{name}": value for name, value in self._watched(loss).items()}
+    def end_epoch(self, train_scores: Epoch, loss: LossFunction) -> None:
+        """Validate the head, and pass the scores of the epoch to the callbacks."""
+        scores = train_scores | {f"val_{name}": value for name, value in self._validate(loss).items()}
         number = len(self._history)
         for callback in self._callbacks:
             callback.on_epoch_end(number, scores)
         if not self.has_ended:
             self._task.passage.offer(self._snapshot)
 
-    def fit(self) -> FittedHead:
-        """Return the head with the weights of its best epoch."""
+    def result(self) -> FittedHead:
+        """Return the fitted head, with the weights of its best epoch."""
         for callback in self._callbacks:
             callback.on_train_end()
-        (both,) = self.get_weights()
-        weights = [both[:-1], both[-1]]
+        (kernel_and_bias,) = self.get_weights()
+        weights = [kernel_and_bias[:-1], kernel_and_bias[-1]]
         scaler, target_scaler = self.fold.scaler, self.fold.target_scaler
         trained = Trained(
             history=self._history,
@@ -308,26 +316,26 @@ class _HeadInTraining:
         )
 
     def penalty(self) -> float:
-        """Return what the weights add to the loss."""
+        """Return the L2 penalty, which is part of the loss."""
         return self.l2 * float(np.square(self.state[0][:-1], dtype=np.float64).sum()) if self.l2 else 0.0
 
-    def _watched(self, loss: LossFunction) -> Epoch:
+    def _validate(self, loss: LossFunction) -> Epoch:
         """Return the scores on the validation rows."""
         count = len(self.fold.validation)
         if not count:
             return {}
-        lost, right = 0.0, 0
+        total_loss, right = 0.0, 0
         for start in range(0, count, _VALIDATION_BATCH):
-            places = np.arange(start, min(start + _VALIDATION_BATCH, count))
-            rows = np.ones((len(places), len(self.state[0])), dtype=np.float32)
-            self.fold.validation.read(places, rows)
-            losses, are_right = loss((rows @ self.state[0])[None], self.fold.watched[None, places])
-            lost += float(losses.sum(dtype=np.float64))
-            right += 0 if are_right is None else int(are_right.sum())
-        scores = {"loss": lost / count + self.penalty()}
-        return scores if are_right is None else scores | {"accuracy": right / count}
+            positions = np.arange(start, min(start + _VALIDATION_BATCH, count))
+            rows = np.ones((len(positions), len(self.state[0])), dtype=np.float32)
+            self.fold.validation.read(positions, rows)
+            losses, is_right = loss((rows @ self.state[0])[None], self.fold.validation_targets[None, positions])
+            total_loss += float(losses.sum(dtype=np.float64))
+            right += 0 if is_right is None else int(is_right.sum())
+        scores = {"loss": total_loss / count + self.penalty()}
+        return scores if is_right is None else scores | {"accuracy": right / count}
 
-    # --- as a model -------------------------------------------------------------------------------------------------
+    # --- interface of a Keras model -----------------------------------------------------------------------------------
 
     @property
     def weights(self) -> Arrays:
@@ -341,16 +349,16 @@ class _HeadInTraining:
     def set_weights(self, weights: Arrays) -> None:
         self.state[0][...] = weights[0]
 
-    # --- snapshots --------------------------------------------------------------------------------------------------
+    # --- snapshots ----------------------------------------------------------------------------------------------------
 
     def _snapshot(self) -> Snapshot:
-        weights, *remembered = (array.copy() for array in self.state)
+        weights, *optimizer_state = (array.copy() for array in self.state)
         watched = self._stopping.watched() if self._stopping else None
         history = [dict(epoch) for epoch in self._history]
-        return Snapshot(history, [weights], [np.array(self.steps), *remembered], watched)
+        return Snapshot(history, [weights], [np.array(self.steps), *optimizer_state], watched)
 
-    def _go_on(self) -> None:
-        """Take the state of the snapshot that was found, if it is one of such a head."""
+    def _restore(self) -> None:
+        """Continue from the snapshot of the task, if there is one and its arrays have the shapes of this head."""
         since = self._task.passage.since
         shapes = [array.shape for array in self.state]
         if since is None or [array.shape for array in (*since.variables, *since.optimizer[1:])] != shapes:
@@ -362,30 +370,30 @@ class _HeadInTraining:
             self._stopping.go_on_from(since.watched)
 
 
-# --- stacks ----------------------------------------------------------------------------------------------------------
+# --- stacks -----------------------------------------------------------------------------------------------------------
 
 
 def _make_stacks(
     heads: Sequence[_HeadInTraining], batch_size: int, loss: LossFunction, update: UpdateRule
 ) -> list[_HeadStack]:
-    """Return the heads in stacks that are no larger than is good, those with the most batches first."""
+    """Return the heads in stacks of at most `_STACK_BYTES`, those with the most batches first."""
     if not heads:
         return []
     batch_size = min(batch_size, max(len(head.fold.train) for head in heads))
     one_bytes = sum(array.nbytes for array in heads[0].state) + 4 * batch_size * len(heads[0].state[0])
-    together = max(1, _TOGETHER_BYTES // one_bytes)
+    per_stack = max(1, _STACK_BYTES // one_bytes)
     ordered = sorted(heads, key=lambda head: -head.batches)
     return [
-        _HeadStack(ordered[start : start + together], batch_size, loss, update)
-        for start in range(0, len(ordered), together)
+        _HeadStack(ordered[start : start + per_stack], batch_size, loss, update)
+        for start in range(0, len(ordered), per_stack)
     ]
 
 
 class _HeadStack:
     """Heads whose weights lie in one array, so that they take their steps together.
 
-    Those with the most batches come first: the heads that have a batch left are the first so many of each array, and
-    the others do not move.
+    The heads with the most batches come first. The heads that still have a batch in this epoch are therefore the first
+    ones of each array, and a step leaves the others as they are.
     """
 
     def __init__(
@@ -402,11 +410,11 @@ class _HeadStack:
         count, width, outputs = weights.shape
         self._rows = np.ones((count, batch_size, width), dtype=np.float32)
         self._logits = np.empty((count, batch_size, outputs), dtype=np.float32)
-        self._gradient, self._spare = np.empty_like(weights), np.empty_like(weights)
+        self._gradient, self._scratch = np.empty_like(weights), np.empty_like(weights)
         self._l2 = np.array([head.l2 for head in heads], dtype=np.float32)
 
     def train(self) -> None:
-        """Train an epoch, and have each head hear how it went: before each step, as Keras measures it."""
+        """Train an epoch and pass its scores to each head. Like Keras, it measures each batch before its step."""
         epoch = _StackEpoch(self._heads, self._batch_size)
         steps = np.array([head.steps for head in self._heads])
         penalties = np.zeros(epoch.sizes.shape)
@@ -414,30 +422,30 @@ class _HeadStack:
             active = int(np.count_nonzero(epoch.sizes[:, batch]))
             penalties[:active, batch] = self._step(epoch, batch, steps[:active])
             steps[:active] += 1
-            if (batch + 1) % _HEARD_EVERY == 0:
+            if (batch + 1) % _BATCHES_PER_REPORT == 0:
                 for head in self._heads[:active]:
-                    head.heard(batch + 1)
+                    head.report_batches(batch + 1)
         for head, taken in zip(self._heads, steps.tolist(), strict=True):
             head.steps = taken
-            head.heard(head.batches)
+            head.report_batches(head.batches)
         for head, scores in zip(self._heads, epoch.scores(penalties), strict=True):
             head.end_epoch(scores, self._loss)
 
     def _step(self, epoch: _StackEpoch, batch: int, steps: StepCounts) -> Float64:
-        """Take a step with as many heads as `steps` has; return what their weights added to the loss before it."""
+        """Take a step with the first `len(steps)` heads. Return the penalty of each before the step, float64."""
         active = len(steps)
         span = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
-        weights, *remembered = (array[:active] for array in self._state)
+        weights, *optimizer_state = (array[:active] for array in self._state)
         rows, logits = self._rows[:active], self._logits[:active]
-        gradient, spare = self._gradient[:active], self._spare[:active]
+        gradient, scratch = self._gradient[:active], self._scratch[:active]
         for number, head in enumerate(self._heads[:active]):
-            places = epoch.orders[number][span]
-            head.fold.train.read(places, rows[number, : len(places)])
+            positions = epoch.orders[number][span]
+            head.fold.train.read(positions, rows[number, : len(positions)])
         np.matmul(rows, weights, out=logits)
-        epoch.losses[:active, span], right = self._loss(logits, epoch.truth[:active, span])
-        if right is not None:
-            epoch.is_judged = True
-            epoch.right[:active, span] = right
+        epoch.losses[:active, span], is_right = self._loss(logits, epoch.targets[:active, span])
+        if is_right is not None:
+            epoch.has_accuracy = True
+            epoch.is_right[:active, span] = is_right
         logits *= epoch.shares[:active, span, None]
         np.matmul(rows.transpose(0, 2, 1), logits, out=gradient)
         penalties = np.zeros(active)
@@ -445,22 +453,25 @@ class _HeadStack:
             l2 = self._l2[:active]
             kernels = weights.reshape(active, -1)[:, : -weights.shape[2]]
             penalties = l2 * np.vecdot(kernels, kernels)
-            np.multiply(weights[:, :-1], 2 * l2[:, None, None], out=spare[:, :-1])
-            gradient[:, :-1] += spare[:, :-1]
-        self._update.update(weights, gradient, remembered, steps, spare)
+            np.multiply(weights[:, :-1], 2 * l2[:, None, None], out=scratch[:, :-1])
+            gradient[:, :-1] += scratch[:, :-1]
+        self._update.update(weights, gradient, optimizer_state, steps, scratch)
         return penalties
 
 
 class _StackEpoch:
-    """What the heads of a stack learn in an epoch, row by row in their order, and how it goes.
+    """The rows of one epoch of a stack, in the order of each head, and their losses.
+
+    Heads with fewer rows than others have padding behind them.
 
     Attributes:
-        orders: the places of the training rows of each head.
-        sizes: int [k, batches]; how many rows each batch of each head has.
-        truth: what is to be learned, [k, batches * B, ...]; rows that a head does not have are zero.
-        shares: float32 [k, batches * B]; what each row weighs in the mean loss of its batch, 0 for what is no row.
-        losses: float32 of the same shape.
-        right: whether each row was answered right; nothing, unless `is_judged`.
+        orders: positions of the training rows of each head, in the order of the epoch.
+        sizes: int [k, batches], number of rows in each batch of each head.
+        targets: [k, batches * B, ...]; zero for padding.
+        shares: float32 [k, batches * B], the weight of each row in the mean loss of its batch; zero for padding.
+        losses: float32 [k, batches * B].
+        is_right: bool [k, batches * B], whether the answer for each row is right.
+        has_accuracy: whether `is_right` has a meaning; it has none in a regression.
     """
 
     def __init__(self, heads: Sequence[_HeadInTraining], batch_size: int) -> None:
@@ -468,55 +479,55 @@ class _StackEpoch:
         self.orders = [head.order() for head in heads]
         rows = np.array([[len(order)] for order in self.orders])
         self.sizes = np.clip(rows - np.arange(batches) * batch_size, 0, batch_size)
-        learned = heads[0].fold.learned
+        targets = heads[0].fold.train_targets
         shape = (count, batches * batch_size)
-        self.truth = np.zeros((*shape, *learned.shape[1:]), dtype=learned.dtype)
+        self.targets = np.zeros((*shape, *targets.shape[1:]), dtype=targets.dtype)
         self.shares, self.losses = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-        self.right = np.zeros(shape, dtype=np.bool_)
-        self.is_judged = False
+        self.is_right = np.zeros(shape, dtype=np.bool_)
+        self.has_accuracy = False
         for number, (head, order) in enumerate(zip(heads, self.orders, strict=True)):
-            self.truth[number, : len(order)] = head.fold.learned[order]
-            self.shares[number, : len(order)] = head.fold.importance[order]
+            self.targets[number, : len(order)] = head.fold.train_targets[order]
+            self.shares[number, : len(order)] = head.fold.row_weights[order]
         self.shares /= np.repeat(np.maximum(self.sizes, 1), batch_size, axis=1)
 
     def scores(self, penalties: Float64) -> list[Epoch]:
-        """Return loss and accuracy of each head; `penalties` float64 [k, batches] are part of the loss."""
+        """Return loss and accuracy of each head. `penalties`, float64 [k, batches], are added to the loss."""
         batch_losses = (self.losses * self.shares).reshape(*self.sizes.shape, -1).sum(axis=2, dtype=np.float64)
         rows = self.sizes.sum(axis=1)
         losses = ((batch_losses + penalties) * self.sizes).sum(axis=1) / rows
-        found = [{"loss": loss} for loss in losses.tolist()]
-        if self.is_judged:
-            right = (self.right & (self.shares > 0)).sum(axis=1) / rows
-            found = [epoch | {"accuracy": share} for epoch, share in zip(found, right.tolist(), strict=True)]
-        return found
+        scores = [{"loss": loss} for loss in losses.tolist()]
+        if self.has_accuracy:
+            accuracies = (self.is_right & (self.shares > 0)).sum(axis=1) / rows
+            scores = [epoch | {"accuracy": value} for epoch, value in zip(scores, accuracies.tolist(), strict=True)]
+        return scores
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def _multiclass_loss(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.bool_]]:
-    right = logits.argmax(axis=-1) == truth
+    is_right = logits.argmax(axis=-1) == truth
     logits -= logits.max(axis=-1, keepdims=True)
     flat = logits.reshape(-1)
-    places = np.arange(0, logits.size, logits.shape[-1]).reshape(truth.shape) + truth
-    of_truth = flat[places]
+    at_truth = np.arange(0, logits.size, logits.shape[-1]).reshape(truth.shape) + truth
+    true_logits = flat[at_truth]
     np.exp(logits, out=logits)
     total = logits.sum(axis=-1)
     logits /= total[..., None]
-    flat[places] -= 1
-    losses: Float32 = np.log(total) - of_truth
-    return losses, right
+    flat[at_truth] -= 1
+    losses: Float32 = np.log(total) - true_logits
+    return losses, is_right
 
 
 def _binary_loss(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.bool_]]:
-    """Binary cross-entropy, the mean over labels; as Keras does it, exp of no positive number."""
-    right = ((logits > 0) == (truth > 0.5)).all(axis=-1)
+    """Return the binary cross-entropy, the mean over labels. Like Keras, it takes exp of negative numbers only."""
+    is_right = ((logits > 0) == (truth > 0.5)).all(axis=-1)
     small = np.exp(-np.abs(logits))
     losses: Float32 = (np.maximum(logits, 0) - logits * truth + np.log1p(small)).mean(axis=-1)
     np.divide(np.where(logits >= 0, 1, small), 1 + small, out=logits)
     logits -= truth
     logits /= logits.shape[-1]
-    return losses, right
+    return losses, is_right
 
 
 def _squared_error(logits: Float32, truth: Truth) -> tuple[Float32, None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from training.data.arrays import ReportProgress
-from training.fitting.training_loop import Epoch
+from training.progress import Epoch
 
 
 class Trials:

@@ -1,7 +1,8 @@
-"""The update rules of Keras' optimizers on NumPy arrays, many heads in one array. Knows no losses and no data.
+"""The update rules of Keras' optimizers on NumPy arrays, for many heads in one array. Knows no losses and no data.
 
-The constants are those of the Keras optimizer that the recipe names, and the arithmetic is Keras', in float32 and in
-its order, so that a head takes the same steps in either. `tests/training/test_rules.py` takes them side by side.
+The constants are those of the Keras optimizer that the recipe names. The arithmetic is that of Keras, in float32 and in
+the same order, so that a head takes the same steps in both. `tests/training/fitting/test_update_rules.py` compares
+them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ StepCounts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How weights follow their gradient.
+    """How an optimizer changes the weights of k heads.
 
     Attributes:
-        begin: what each array that the rule remembers beside the weights is filled with at first.
-        update: changes weights, gradient (of no use afterwards) and remembered arrays in place, all float32 [k, ...];
-            it is given the steps that each of the k heads took before, and an array of their shape to write on.
+        initial_state: the value that fills, at the start, each array that the optimizer keeps beside the weights.
+        update: takes a step. Its arguments are the weights, their gradient, the arrays that the optimizer keeps, the
+            number of steps that each head has taken before, int64 [k], and a scratch array. All others are float32
+            [k, ...] and are changed in place; the gradient and the scratch array have no meaning afterwards.
     """
 
     initial_state: tuple[float, ...]
@@ -35,109 +37,121 @@ class UpdateRule:
 
 
 def update_rule(recipe: OptimizerRecipe) -> UpdateRule:
-    """Return the rule of the optimizer that a recipe names."""
-    named, rate = build_optimizer(recipe), recipe.learning_rate
-    match named:
-        case keras.optimizers.SGD() if named.momentum:
-            return _momentum(rate, named)
+    """Return the update rule of the optimizer that a recipe names."""
+    optimizer, rate = build_optimizer(recipe), recipe.learning_rate
+    match optimizer:
+        case keras.optimizers.SGD() if optimizer.momentum:
+            return _momentum(rate, optimizer)
         case keras.optimizers.SGD():
             return _descent(rate)
         case keras.optimizers.Adagrad():
-            return _adagrad(rate, named)
+            return _adagrad(rate, optimizer)
         case keras.optimizers.RMSprop():
-            return _rmsprop(rate, named)
+            return _rmsprop(rate, optimizer)
         case keras.optimizers.Adam():
-            return _adam(rate, named)
+            return _adam(rate, optimizer)
         case _:
-            raise RuntimeError(f"No rule for Keras' {type(named).__name__}. This is a bug.")
+            raise RuntimeError(
+                f"Expected an optimizer with an update rule. Received Keras' {type(optimizer).__name__}. This is a bug."
+            )
 
 
 def _descent(rate: float) -> UpdateRule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
+    def update(
+        weights: Float32, gradient: Float32, state: Sequence[Float32], steps: StepCounts, scratch: Float32
+    ) -> None:
         gradient *= rate
         weights -= gradient
 
     return UpdateRule((), update)
 
 
-def _momentum(rate: float, named: keras.optimizers.SGD) -> UpdateRule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
-        (velocity,) = kept
+def _momentum(rate: float, optimizer: keras.optimizers.SGD) -> UpdateRule:
+    def update(
+        weights: Float32, gradient: Float32, state: Sequence[Float32], steps: StepCounts, scratch: Float32
+    ) -> None:
+        (velocity,) = state
         gradient *= rate
-        velocity *= named.momentum
+        velocity *= optimizer.momentum
         velocity -= gradient
-        if named.nesterov:
-            np.multiply(velocity, named.momentum, out=spare)
-            spare -= gradient
-            weights += spare
+        if optimizer.nesterov:
+            np.multiply(velocity, optimizer.momentum, out=scratch)
+            scratch -= gradient
+            weights += scratch
         else:
             weights += velocity
 
     return UpdateRule((0.0,), update)
 
 
-def _adagrad(rate: float, named: keras.optimizers.Adagrad) -> UpdateRule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
-        (squares,) = kept
-        np.square(gradient, out=spare)
-        squares += spare
-        np.add(squares, named.epsilon, out=spare)
-        np.sqrt(spare, out=spare)
+def _adagrad(rate: float, optimizer: keras.optimizers.Adagrad) -> UpdateRule:
+    def update(
+        weights: Float32, gradient: Float32, state: Sequence[Float32], steps: StepCounts, scratch: Float32
+    ) -> None:
+        (squares,) = state
+        np.square(gradient, out=scratch)
+        squares += scratch
+        np.add(squares, optimizer.epsilon, out=scratch)
+        np.sqrt(scratch, out=scratch)
         gradient *= rate
-        gradient /= spare
+        gradient /= scratch
         weights -= gradient
 
-    return UpdateRule((named.initial_accumulator_value,), update)
+    return UpdateRule((optimizer.initial_accumulator_value,), update)
 
 
-def _rmsprop(rate: float, named: keras.optimizers.RMSprop) -> UpdateRule:
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
-        (squares,) = kept
-        np.square(gradient, out=spare)
-        spare *= 1 - named.rho
-        squares *= named.rho
-        squares += spare
-        np.add(squares, named.epsilon, out=spare)
-        np.sqrt(spare, out=spare)
+def _rmsprop(rate: float, optimizer: keras.optimizers.RMSprop) -> UpdateRule:
+    def update(
+        weights: Float32, gradient: Float32, state: Sequence[Float32], steps: StepCounts, scratch: Float32
+    ) -> None:
+        (squares,) = state
+        np.square(gradient, out=scratch)
+        scratch *= 1 - optimizer.rho
+        squares *= optimizer.rho
+        squares += scratch
+        np.add(squares, optimizer.epsilon, out=scratch)
+        np.sqrt(scratch, out=scratch)
         gradient *= rate
-        gradient /= spare
+        gradient /= scratch
         weights -= gradient
 
     return UpdateRule((0.0,), update)
 
 
-def _adam(rate: float, named: keras.optimizers.Adam) -> UpdateRule:
-    decay = (named.weight_decay or 0.0) * rate
+def _adam(rate: float, optimizer: keras.optimizers.Adam) -> UpdateRule:
+    decay = (optimizer.weight_decay or 0.0) * rate
 
-    def update(weights: Float32, gradient: Float32, kept: Sequence[Float32], steps: StepCounts, spare: Float32) -> None:
-        mean, square = kept
+    def update(
+        weights: Float32, gradient: Float32, state: Sequence[Float32], steps: StepCounts, scratch: Float32
+    ) -> None:
+        mean, square = state
         if decay:
-            np.multiply(weights, decay, out=spare)
-            weights -= spare
-        np.subtract(gradient, mean, out=spare)
-        spare *= 1 - named.beta_1
-        mean += spare
+            np.multiply(weights, decay, out=scratch)
+            weights -= scratch
+        np.subtract(gradient, mean, out=scratch)
+        scratch *= 1 - optimizer.beta_1
+        mean += scratch
         np.square(gradient, out=gradient)
         gradient -= square
-        gradient *= 1 - named.beta_2
+        gradient *= 1 - optimizer.beta_2
         square += gradient
-        np.sqrt(square, out=spare)
-        spare += named.epsilon
-        np.divide(mean, spare, out=spare)
-        spare *= _along(weights, _adam_rate(rate, named, steps))
-        weights -= spare
+        np.sqrt(square, out=scratch)
+        scratch += optimizer.epsilon
+        np.divide(mean, scratch, out=scratch)
+        scratch *= _per_head(_adam_rate(rate, optimizer, steps), weights)
+        weights -= scratch
 
     return UpdateRule((0.0, 0.0), update)
 
 
-def _adam_rate(rate: float, named: keras.optimizers.Adam, steps: StepCounts) -> Float32:
-    """Return the rate of each head's next step, float32 [k], in which Keras undoes the bias of both means."""
+def _adam_rate(rate: float, optimizer: keras.optimizers.Adam, steps: StepCounts) -> Float32:
+    """Return the rate of each head's next step, float32 [k], with Keras' correction of the bias of both means."""
     step = (steps + 1).astype(np.float32)
-    one, powers = np.float32(1), [np.power(np.float32(beta), step) for beta in (named.beta_1, named.beta_2)]
+    one, powers = np.float32(1), [np.power(np.float32(beta), step) for beta in (optimizer.beta_1, optimizer.beta_2)]
     corrected = np.float32(rate) * np.sqrt(one - powers[1]) / (one - powers[0])
     return corrected.astype(np.float32)
 
 
-def _along(weights: Float32, of_heads: Float32) -> Float32:
-    """Return a number for each head so that it meets all of the head's weights."""
-    return of_heads.reshape(-1, *(1,) * (weights.ndim - 1))
+def _per_head(values: Float32, weights: Float32) -> Float32:
+    """Return one value per head, float32 [k], in a shape that broadcasts over all weights of that head."""
+    return values.reshape(-1, *(1,) * (weights.ndim - 1))

@@ -1,7 +1,7 @@
-"""Builds the catalogue's networks in Keras, with their weights, cut where asked and with preprocessing inside.
+"""Builds the backbones of the catalogue in Keras, with their weights, up to a cut point, and with preprocessing inside.
 
-Weights travel as one safetensors file per network, in the order of the network's own `weights`; they do not depend on
-the input size. Foreign files are read array by array: nothing in them is ever run.
+The weights of a network are one safetensors file, in the order of the network's own `weights`. They do not depend on
+the input size. Files that somebody else wrote are read array by array, so that no code in them is ever run.
 """
 
 from __future__ import annotations
@@ -30,25 +30,28 @@ _BUILDERS: Mapping[BackboneName, Callable[..., Any]] = {
     BackboneName.XCEPTION: keras.applications.Xception,
 }
 
-# Blue, green, red means of ImageNet, as in the Caffe models that VGG and ResNet50 were converted from.
+# The means of blue, green and red in ImageNet, as in the Caffe models that VGG and ResNet50 were converted from.
 _CAFFE_MEANS = (103.939, 116.779, 123.68)
 
 RANDOM_SEED = 0
 
 
 def build_network(name: BackboneName, size: int) -> Any:
-    """Return the Keras network without its top, randomly initialised, for float images [N, size, size, 3]."""
+    """Return the Keras network without its top, randomly initialised, for preprocessed images [N, size, size, 3]."""
     return _BUILDERS[name](include_top=False, weights=None, input_shape=(size, size, 3))
 
 
 def random_weights(name: BackboneName) -> bytes:
-    """Return random weights, the same on every call, so that models on random backbones share them too."""
+    """Return random weights, the same on every call, so that all models on a random backbone share it."""
     keras.utils.set_random_seed(RANDOM_SEED)
     return dump_weights(build_network(name, CATALOGUE[name].minimum_size))
 
 
 def dump_weights(model: Any) -> bytes:
-    """Return the weights of a network as safetensors, numbered in its order: Keras' names depend on what ran before."""
+    """Return the weights of a network as safetensors.
+
+    Their names are numbers in the network's order, since Keras' names depend on which networks were built before.
+    """
     arrays = {
         f"{number:04d}": np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
         for number, variable in enumerate(model.weights)
@@ -57,7 +60,7 @@ def dump_weights(model: Any) -> bytes:
 
 
 def load_weights(model: Any, data: bytes) -> None:
-    """Set the weights of a network from `dump_weights`. Raises WeightsRefused if any shape differs."""
+    """Set the weights of a network to those of `dump_weights`. Raises WeightsRefused if any shape differs."""
     try:
         arrays = load_tensors(data)
     except SafetensorError as error:
@@ -66,14 +69,14 @@ def load_weights(model: Any, data: bytes) -> None:
 
 
 def import_weights(name: BackboneName, file: Path) -> bytes:
-    """Read weights that somebody else wrote, check every shape and return them as `dump_weights` does.
+    """Read weights that somebody else wrote, check every shape, and return them as `dump_weights` does.
 
     Args:
-        name: the network that the weights are for, without its top.
+        name: the network, without its top, that the weights are for.
         file: Keras weights (`.weights.h5`, or the older `.h5` of `save_weights`), or safetensors.
 
     Raises:
-        WeightsRefused: the file holds more than weights, or does not fit the network.
+        WeightsRefused: the file contains more than weights, or does not fit the network.
     """
     model = build_network(name, CATALOGUE[name].minimum_size)
     with file.open("rb") as stream:
@@ -84,8 +87,8 @@ def import_weights(name: BackboneName, file: Path) -> bytes:
         load_weights(model, file.read_bytes())
     else:
         raise WeightsRefused(
-            "Expected weights alone, as .weights.h5, .h5 or .safetensors. Received something else: whole models, "
-            ".keras files and pickles can hold code and are not read. Save with model.save_weights()."
+            "Expected weights alone, as .weights.h5, .h5 or .safetensors. Received something else. Whole models, "
+            ".keras files and pickles can contain code and are not read. Save with model.save_weights()."
         )
     return dump_weights(model)
 
@@ -95,19 +98,19 @@ def _load_hdf5(model: Any, file: Path) -> None:
         with h5py.File(file, "r") as content:
             if "model_config" in content.attrs or _has(content, "model_weights"):
                 raise WeightsRefused(
-                    "Expected weights alone. Received a whole model, which can hold code. Save with "
+                    "Expected weights alone. Received a whole model, which can contain code. Save with "
                     "model.save_weights()."
                 )
             is_legacy = "layer_names" in content.attrs
             _set(model, _legacy_arrays(content) if is_legacy else _keras3_arrays(model, content))
     except WeightsRefused:
         raise
-    except Exception as error:  # HDF5 raises whatever it stumbles over: OSError, KeyError, RuntimeError, MemoryError
+    except Exception as error:  # h5py raises many kinds: OSError, KeyError, RuntimeError, MemoryError
         raise WeightsRefused(f"The file cannot be read as HDF5: {str(error) or type(error).__name__}.") from error
 
 
 def _legacy_arrays(content: Any) -> list[Any]:
-    """Find the arrays of the older HDF5 layout: layers by name in order, each with its weights by name in order."""
+    """Return the arrays of the older HDF5 layout: layers by name in order, each with its weights by name in order."""
     arrays = []
     for layer in content.attrs["layer_names"]:
         group = _inside(content, layer)
@@ -116,7 +119,7 @@ def _legacy_arrays(content: Any) -> list[Any]:
 
 
 def _keras3_arrays(model: Any, content: Any) -> list[Any]:
-    """Find the arrays of a `.weights.h5`: `layers/<class>[_<n>]/vars/<i>`, numbered by class in the network's order."""
+    """Return the arrays of a `.weights.h5`: `layers/<class>[_<n>]/vars/<i>`, n counted per class in network order."""
     counts: dict[str, int] = {}
     arrays = []
     root = _inside(content, "layers") if _has(content, "layers") else content
@@ -125,12 +128,12 @@ def _keras3_arrays(model: Any, content: Any) -> list[Any]:
         number = counts[kind] = counts.get(kind, -1) + 1
         key = kind if number == 0 else f"{kind}_{number}"
         for index in range(len(layer.weights)):
-            place = f"{key}/vars/{index}"
+            path = f"{key}/vars/{index}"
             try:
-                arrays.append(_array(root, place))
+                arrays.append(_array(root, path))
             except KeyError as error:
                 raise WeightsRefused(
-                    f"The file has no weights for layer {layer.name!r} ({place}): another network?"
+                    f"Expected weights for layer {layer.name!r} at {path}. Received none: another network?"
                 ) from error
     groups = [_inside(root, name) for name in root]
     found = sum(len(_inside(group, "vars")) for group in groups if _has(group, "vars"))
@@ -140,18 +143,18 @@ def _keras3_arrays(model: Any, content: Any) -> list[Any]:
 
 
 def snake_case(name: str) -> str:
-    """Return a class name as Keras writes it in a file: `conv2d` for `Conv2D`, `batch_normalization`."""
+    """Return a class name as Keras writes it in files: `conv2d` for `Conv2D`, `batch_normalization`."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def _has(group: Any, name: str) -> bool:
-    """Say whether a group has an entry; `in` would follow a link into another file to tell."""
+    """Return whether a group has an entry. Unlike `in`, this follows no link into another file."""
     return bool(group.id.links.exists(name.encode()))
 
 
 def _inside(group: Any, path: str | bytes) -> Any:
-    """Return what lies at a path below a group, following no link. Raises KeyError."""
+    """Return the entry at a path below a group. Raises KeyError if there is none, WeightsRefused if it is a link."""
     for name in (path if isinstance(path, str) else path.decode()).split("/"):
         if not _has(group, name):
             raise KeyError(f"no {name} in {group.name}")
@@ -162,7 +165,7 @@ def _inside(group: Any, path: str | bytes) -> Any:
 
 
 def _array(group: Any, path: str | bytes) -> Any:
-    """Return an array of an HDF5 file, not read yet."""
+    """Return an array of an HDF5 file without reading its values."""
     array = _inside(group, path)
     if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
         raise WeightsRefused(f"Expected the weights themselves. Received something else at {array.name!r}.")
@@ -170,7 +173,7 @@ def _array(group: Any, path: str | bytes) -> Any:
 
 
 def _set(model: Any, arrays: Sequence[Any]) -> None:
-    """Set the weights of a network from arrays of NumPy or HDF5; the latter are read once their shapes are right."""
+    """Set the weights of a network from NumPy or HDF5 arrays. HDF5 arrays are read after all shapes were checked."""
     if len(arrays) != len(model.weights):
         raise WeightsRefused(
             f"Expected the {len(model.weights)} arrays of {model.name} without its top. Received {len(arrays)}."
@@ -182,7 +185,7 @@ def _set(model: Any, arrays: Sequence[Any]) -> None:
     values = [np.asarray(array) for array in arrays]
     for variable, value in zip(model.weights, values, strict=True):
         if not np.isfinite(value).all():
-            raise WeightsRefused(f"The weights of {variable.path} hold values that are no numbers.")
+            raise WeightsRefused(f"Expected finite weights. Received infinite values or NaN in {variable.path}.")
     model.set_weights(values)
 
 
@@ -191,20 +194,20 @@ def build_backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> A
 
     Args:
         name: the network.
-        cut: the cut point that features are taken from; later layers are left out.
+        cut: the cut point that gives the features; later layers are left out.
         size: side of the images in pixels.
         weights: the whole network's weights, from `dump_weights`.
 
     Returns:
         a Keras model from `images` uint8 [N, size, size, 3] to `{"features": float32 [N, D], "maps": float32
-        [N, h, w, D]}`; features are the mean of maps over height and width.
+        [N, h, w, D]}`. The features are the mean of the maps over height and width.
     """
     full = build_network(name, size)
     load_weights(full, weights)
-    trunk = keras.Model(full.input, cut_layer(full, name, cut).output, name=f"{name}_{cut}")
-    trunk.trainable = False
+    backbone = keras.Model(full.input, cut_layer(full, name, cut).output, name=f"{name}_{cut}")
+    backbone.trainable = False
     images = keras.Input((size, size, 3), dtype="uint8", name="images")
-    maps = trunk(preprocess(images, CATALOGUE[name].preprocessing), training=False)
+    maps = backbone(preprocess(images, CATALOGUE[name].preprocessing), training=False)
     features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
     model = keras.Model(images, {"features": features, "maps": maps})
     model(np.zeros((1, size, size, 3), np.uint8))  # an ONNX export of a model that was never called fails
@@ -216,21 +219,23 @@ def build_multi_cut_network(name: BackboneName, cuts: Sequence[str], size: int, 
     full = build_network(name, size)
     load_weights(full, weights)
     full.trainable = False
-    trunk = keras.Model(full.input, {cut: cut_layer(full, name, cut).output for cut in cuts})
+    backbone = keras.Model(full.input, {cut: cut_layer(full, name, cut).output for cut in cuts})
     images = keras.Input((size, size, 3), dtype="uint8")
-    maps = trunk(preprocess(images, CATALOGUE[name].preprocessing), training=False)
+    maps = backbone(preprocess(images, CATALOGUE[name].preprocessing), training=False)
     features = {cut: keras.layers.GlobalAveragePooling2D(name=cut)(maps[cut]) for cut in cuts}
     return keras.Model(images, features)
 
 
 @dataclass(frozen=True)
 class SplitNetwork:
-    """A network cut in two for fine-tuning; both halves share the layers of `full`.
+    """A network split in two for fine-tuning; both parts share the layers of `full`.
 
     Attributes:
-        full: the whole network without its top; its weights change as the rest learns.
-        front: from preprocessed images [N, size, size, 3] to maps; None if everything learns. Frozen.
-        rest: from the front's maps (or preprocessed images) to features [N, D]. All of it learns but BatchNorm.
+        full: the whole network without its top; its weights change while the trainable part learns.
+        frozen: the model from preprocessed images [N, size, size, 3] to maps, which does not learn; None if everything
+            learns.
+        trainable: the model from these maps (or from preprocessed images) to features [N, D]. All its layers learn but
+            BatchNorm.
     """
 
     full: Any
@@ -239,19 +244,19 @@ class SplitNetwork:
 
 
 def split_network(name: BackboneName, frozen_until: str | None, cut: str, size: int, weights: bytes) -> SplitNetwork:
-    """Return a network as a part that stays as it is and a part that learns.
+    """Return a network as a frozen part and a part that learns.
 
     Args:
         name: the network.
         frozen_until: the last cut of the frozen part; None if everything learns.
-        cut: the cut point that features are taken from.
+        cut: the cut point that gives the features.
         size: side of the images in pixels.
         weights: the whole network's weights, from `dump_weights`.
     """
     full = build_network(name, size)
     load_weights(full, weights)
     for layer in full.layers:
-        # Only a frozen one keeps its statistics: what a model was called with is forgotten where it is part of another.
+        # Calling a model with training=False has no effect inside another model: only freezing keeps statistics.
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
     maps = cut_layer(full, name, cut).output
@@ -266,7 +271,7 @@ def split_network(name: BackboneName, frozen_until: str | None, cut: str, size: 
 
 
 def preprocess(images: Any, preprocessing: Preprocessing) -> Any:
-    """Return images [N, H, W, 3] of values from 0 to 255 as a network expects them."""
+    """Return images [N, H, W, 3] of values from 0 to 255 as float32, normalised as a network expects them."""
     pixels = keras.ops.cast(images, "float32")
     if preprocessing is Preprocessing.CAFFE:
         return keras.ops.flip(pixels, axis=-1) - np.array(_CAFFE_MEANS, np.float32)
@@ -274,7 +279,7 @@ def preprocess(images: Any, preprocessing: Preprocessing) -> Any:
 
 
 def cut_layer(full: Any, name: BackboneName, cut: str) -> Any:
-    """Return the Keras layer of a network whose output a cut point names."""
+    """Return the Keras layer whose output is the maps at a cut point."""
     match name:
         case BackboneName.VGG16 | BackboneName.VGG19:
             return full.get_layer(f"{cut}_pool")
@@ -286,6 +291,6 @@ def cut_layer(full: Any, name: BackboneName, cut: str) -> Any:
         case BackboneName.XCEPTION:
             if cut == "block14":
                 return full.get_layer("block14_sepconv2_act")
-            # Blocks 2 to 13 end in an addition, which Keras numbers by a global counter: go by order instead.
+            # Blocks 2 to 13 end in an addition. Keras numbers these by a global counter, so go by their order.
             additions = [layer for layer in full.layers if isinstance(layer, keras.layers.Add)]
             return additions[int(cut.removeprefix("block")) - 2]

@@ -1,4 +1,4 @@
-"""Keras to ONNX, checked against Keras. The only room for it, since exporting needs TensorFlow."""
+"""Exports Keras networks to ONNX and checks the result against Keras. The only module that needs TensorFlow itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inference.engine import TOLERANCE, OpenVinoEngine
 from recipes.recipe import Precision
 from training.networks import freed_memory
 
-# Part of a backbone's key: a change in how networks are exported makes new backbones and leaves the old ones in use.
+# Part of a backbone's key. Count it up when the export changes: new backbones are made, and old ones stay in use.
 EXPORT_VERSION = 1
 
 _CHECKED_IMAGES = 4
@@ -28,7 +28,15 @@ _CHECKED_IMAGES = 4
 
 @dataclass(frozen=True)
 class ExportedNetwork:
-    """An ONNX network and how far its engine is from Keras on some images, absolute and relative to the largest."""
+    """An ONNX network, and how far its features differ from Keras' on some images.
+
+    Attributes:
+        onnx: the file.
+        width: number of features, D.
+        parameters: number of weights.
+        largest_difference: the largest absolute difference of a feature.
+        largest_relative_difference: the same as a share of the largest feature.
+    """
 
     onnx: bytes
     width: int
@@ -37,7 +45,7 @@ class ExportedNetwork:
     largest_relative_difference: float
 
     def facts(self) -> dict[str, Any]:
-        """Return all but the network itself."""
+        """Return everything but the file, as it is stored with the backbone."""
         return {name: value for name, value in vars(self).items() if name != "onnx"}
 
 
@@ -46,16 +54,16 @@ def export(model: Any, threads: int, images: Pixels | None = None) -> ExportedNe
 
     Args:
         model: the Keras network.
-        threads: threads for the check.
-        images: uint8 [n, H, W, 3] to check it on; by default random ones.
+        threads: number of threads of the engine that checks it.
+        images: uint8 [n, H, W, 3] to check it on; random ones by default.
 
     Raises:
         EspalierError: the engine's features differ from Keras' by more than the engine's tolerance.
     """
-    with tempfile.TemporaryDirectory() as folder, _collecting():
+    with tempfile.TemporaryDirectory() as folder, _frequent_garbage_collection():
         path = Path(folder) / "network.onnx"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tf2onnx' own use of old NumPy names
+            warnings.simplefilter("ignore")  # tf2onnx uses deprecated NumPy names
             model.export(str(path), format="onnx", verbose=False)
         engine = OpenVinoEngine(path, Precision.FLOAT32, threads)
         onnx = path.read_bytes()
@@ -67,27 +75,28 @@ def export(model: Any, threads: int, images: Pixels | None = None) -> ExportedNe
     relative = difference / max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     if not relative <= TOLERANCE[Precision.FLOAT32]:
         raise EspalierError(
-            f"The exported network differs from Keras: expected at most {TOLERANCE[Precision.FLOAT32]:g} relative. "
-            f"Received {relative:g}. This is a bug."
+            "Expected an exported network whose features differ from Keras' by at most "
+            f"{TOLERANCE[Precision.FLOAT32]:g}, relative to the largest. Received {relative:g}. This is a bug."
         )
     return ExportedNetwork(onnx, expected.shape[1], int(model.count_params()), difference, relative)
 
 
 @contextmanager
-def _collecting(every: int = 200) -> Iterator[None]:
-    """Collect garbage every so many objects: the exporter leaves copies of the weights in cycles, ResNet50 took 8 GB.
+def _frequent_garbage_collection(every: int = 200) -> Iterator[None]:
+    """Collect garbage after every `every` new objects.
 
-    By number and not by time: a busy machine takes no more memory than an idle one (2.9 GB both; by time up to 5).
+    The exporter leaves copies of the weights in reference cycles, so that ResNet50 took 8 GB. With this it takes
+    2.9 GB. Collecting at fixed intervals of time instead took up to 5 GB on a busy machine.
     """
-    gc.freeze()  # what is here already is not looked through each time, which would take longer than the export
+    gc.freeze()  # the collector skips existing objects; to scan them each time would take longer than the export
     freed_memory.give_back_freed()
-    gc.collect()  # nothing is old now: Python looks through the old only when the new comes to a quarter of it
+    gc.collect()  # empties the old generation, which Python scans only when the new objects are a quarter of it
     usual = gc.get_threshold()
     gc.set_threshold(every, 1, 1)
     try:
         yield
     finally:
         gc.set_threshold(*usual)
-        gc.collect()  # what the exporter left; before all the rest can be looked through again, which takes seconds
+        gc.collect()  # before `unfreeze`: after it, a collection scans all objects, which takes seconds
         gc.unfreeze()
         freed_memory.give_back_freed()

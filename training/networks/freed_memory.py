@@ -1,4 +1,4 @@
-"""What a process does with memory that it has freed. Does something under glibc alone."""
+"""Controls whether freed memory stays with the process or goes back to the system. Works with glibc only."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import sys
 from functools import cache
 from typing import Any
 
-# Of malloc.h.
+# From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# So much freed memory stays at the end of a heap; pieces larger than the latter, glibc's greatest, go back at once.
+# Freed memory that may stay at the end of a heap, and the size above which a piece goes back at once.
+# 32 MiB is the largest that glibc takes.
 _KEPT_BYTES, _PIECE_BYTES = 512 * 2**20, 32 * 2**20
 
 
 def keep_freed() -> None:
-    """Keep freed memory for what is allocated next.
+    """Keep freed memory in the process for later allocations. Call this after the first training step.
 
-    The first time that TensorFlow reads from a generator it has glibc give everything back above 128 KiB at once, and
-    glibc stops to adapt to the sizes that are asked for. A training step then takes most of its tensors from the system
-    anew, page by page. Call this after the first step.
+    When TensorFlow first reads from a generator, it sets glibc's trim threshold to 128 KiB. From then on glibc returns
+    larger pieces at once and no longer adapts to the sizes in use. Each training step then has to get most of its
+    tensors from the system again, page by page.
     """
     libc = _glibc()
     if libc is not None:
@@ -28,7 +29,7 @@ def keep_freed() -> None:
 
 
 def give_back_freed() -> None:
-    """Give freed memory back to the system."""
+    """Return all freed memory of the process to the system now."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
@@ -36,6 +37,6 @@ def give_back_freed() -> None:
 
 @cache
 def _glibc() -> Any:
-    """Return the C library, None if it is another one."""
+    """Return the C library if it is glibc, else None."""
     is_glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     return ctypes.CDLL(None) if is_glibc else None

@@ -1,4 +1,4 @@
-"""What all folds of a run read: networks as files of the store, each made only once, and features through them."""
+"""Networks as files of the store, each exported or quantised only once, and the features of a run's images."""
 
 from __future__ import annotations
 
@@ -13,26 +13,34 @@ from artifacts.features import FeatureCache, Features, FeatureSpace
 from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.store import Digest, Store
 from inference.engine import OpenVinoEngine
-from recipes.catalogue import BackboneName
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.filled import BackboneRecipe
 from recipes.layers import Sides
-from recipes.recipe import Precision, Recipe
+from recipes.recipe import Precision
 from training.data.arrays import ReportProgress
-from training.data.extraction import Extraction, extract
+from training.data.extraction import extract
 from training.data.pixels import PixelSource
 from training.data.split import Indices
 from training.networks import backbones
 from training.networks.export import EXPORT_VERSION, export
 from training.networks.quantisation import calibration_size, quantise
+from training.progress import Extraction
 
-# The sample that a network is calibrated on depends on the data set alone, whatever the recipe's seed.
+# The calibration images depend on the data set alone, not on the recipe's seed, so that runs share quantised networks.
 _SAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where an experiment runs: folders, limits and threads.
+    """The folders, limits and threads of an experiment.
 
-    `features` and `pixels` hold caches, the latter (with maps) up to about `pixels_bytes`.
+    Attributes:
+        store: has the images, weights and networks.
+        features: folder of the cache of features.
+        pixels: folder of the cache of pixels and maps.
+        pixels_bytes: size to which that cache is cut back when a run starts.
+        image_limits: limits of an image that is decoded.
+        threads: number of threads for decoding and for the engine.
     """
 
     store: Store
@@ -45,7 +53,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class BackboneKey:
-    """What an exported backbone was made from."""
+    """Identifies an exported backbone: equal keys mean equal networks."""
 
     network: BackboneName
     weights: Digest
@@ -55,30 +63,33 @@ class BackboneKey:
 
 
 class Registry(Protocol):
-    """What the outside knows of networks, and is told of new ones; and of what this run has settled on."""
+    """The record of networks that all runs share, and of what this run has decided before it was interrupted.
+
+    An experiment runs without a database: whoever starts it implements this.
+    """
 
     def find_backbone(self, key: BackboneKey) -> Digest | None:
-        """Return the digest of the export that counts for a key, or None."""
+        """Return the exported backbone of a key, or None if nobody has exported it."""
         ...
 
     def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
-        """Tell of an export; return the digest that counts, which may be an earlier one's."""
+        """Record an exported backbone. Return the one to use: another process may have recorded one before."""
         ...
 
     def find_quantised(self, backbone: Digest) -> Digest | None:
-        """Return the quantised copy of a backbone that this run is to use, or None if it is to make one."""
+        """Return the quantised copy of a backbone that this run has to use, or None if it has to make one."""
         ...
 
     def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
-        """Tell of a quantised copy; return the digest that counts for this run."""
+        """Record a quantised copy. Return the one that this run has to use."""
         ...
 
     def find_pick(self) -> dict[str, Any] | None:
-        """Return where this run's features come from, if it has chosen before it was interrupted."""
+        """Return the facts of the bake-off that this run has finished before it was interrupted, or None."""
         ...
 
     def set_pick(self, facts: dict[str, Any]) -> None:
-        """Tell where this run's features come from, and what was tried for that."""
+        """Record which cut this run's features come from, and what was tried for that."""
         ...
 
     def find_precision_decision(self) -> dict[str, Any] | None:
@@ -92,7 +103,15 @@ class Registry(Protocol):
 
 @dataclass(frozen=True)
 class FrozenBackbone:
-    """A network that stays frozen in one precision, and the features of every image through it, float32 [N, D]."""
+    """A frozen network in one precision, and what it gives for every image of a run.
+
+    Attributes:
+        precision: the arithmetic of the engine.
+        backbone: the network in the store.
+        engine: runs the network.
+        features: float32 [N, D].
+        extraction: how many of the features had to be computed.
+    """
 
     precision: Precision
     backbone: Digest
@@ -102,23 +121,23 @@ class FrozenBackbone:
 
 
 class NetworkFiles:
-    """The networks that a recipe needs."""
+    """Makes the networks that a recipe needs, or finds them where another run has made them."""
 
-    def __init__(self, recipe: Recipe, weights: Digest, place: Workspace, registry: Registry) -> None:
+    def __init__(self, recipe: BackboneRecipe, weights: Digest, workspace: Workspace, registry: Registry) -> None:
         self._recipe = recipe
         self._weights = weights
-        self._place = place
+        self._workspace = workspace
         self._registry = registry
 
     def export_cut(self, cut: str) -> Digest:
-        """Return the network up to a cut, exporting it if nobody has."""
-        recipe, store = self._recipe, self._place.store
-        backbone, size = recipe.known_backbone, image_side_of(recipe)
-        key = BackboneKey(backbone.name, self._weights, cut, size)
+        """Return the network up to a cut; export it if nobody has done so before."""
+        recipe, store = self._recipe, self._workspace.store
+        backbone, size = recipe.backbone, recipe.image_size
+        key = BackboneKey(backbone, self._weights, cut, size)
         digest = self._registry.find_backbone(key)
         if digest is None:
-            model = backbones.build_backbone(backbone.name, cut, size, store.read(self._weights))
-            made = export(model, self._place.threads)
+            model = backbones.build_backbone(backbone, cut, size, store.read(self._weights))
+            made = export(model, self._workspace.threads)
             digest = self._registry.add_backbone(key, store.put(made.onnx), made.facts())
         return digest
 
@@ -132,12 +151,12 @@ class NetworkFiles:
     ) -> Digest:
         """Return the quantised copy of an exported network.
 
-        If nobody has made it, `begin` is called and it is calibrated on a sample of `images`.
+        If there is none, call `begin`, then quantise the network and calibrate it on a sample of `images`.
         """
         digest = self._registry.find_quantised(backbone)
         if digest is None:
             begin()
-            store, size = self._place.store, image_size_of(self._recipe)
+            store, size = self._workspace.store, self._recipe.image_size
             names = [images[row] for row in calibration_rows(np.arange(len(images)), size)]
             pixels = np.concatenate([batch for _, batch in source.batches(names)])
             made = quantise(store.read(backbone), pixels, report)
@@ -145,12 +164,12 @@ class NetworkFiles:
         return digest
 
     def engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
-        """Return an engine for a stored network. Raises PrecisionUnsupported."""
-        return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
+        """Return an engine for a stored network. Raises PrecisionUnsupported if this machine cannot run it."""
+        return OpenVinoEngine(self._workspace.store.verified_path(network), precision, self._workspace.threads)
 
     def feature_space(self, network: Digest, precision: Precision) -> FeatureSpace:
-        """Return what features through a network depend on."""
-        return FeatureSpace(IMAGE_RULE, image_size_of(self._recipe), self._recipe.resize, network, precision)
+        """Return the key of the cache for features through a network."""
+        return FeatureSpace(IMAGE_RULE, self._recipe.image_size, self._recipe.resize, network, precision)
 
     def frozen_backbone(
         self,
@@ -160,29 +179,16 @@ class NetworkFiles:
         source: PixelSource,
         report: ReportProgress,
     ) -> FrozenBackbone:
-        """Return a network with the features of every image, computing those that no run has computed before."""
+        """Return a network with the features of every image; compute those that no run has computed before."""
         engine = self.engine(network, precision)
-        width = self._recipe.known_backbone.cuts[self._recipe.features_from or ""]
-        cache = FeatureCache(self._place.features, self.feature_space(network, precision), width)
+        width = CATALOGUE[self._recipe.backbone].cuts[self._recipe.features_from]
+        cache = FeatureCache(self._workspace.features, self.feature_space(network, precision), width)
         extraction = extract(images, engine, cache, source, report)
         cache.close()
         return FrozenBackbone(precision, network, engine, cache.rows(images), extraction)
 
 
 def calibration_rows(rows: Indices, size: Sides) -> Indices:
-    """Return some of the rows, in their order, to calibrate a network for images of that size on."""
+    """Return a random sample of the rows, in their order, as large as calibration needs for images of that size."""
     count = min(len(rows), calibration_size(size))
     return np.sort(np.random.default_rng(_SAMPLE_SEED).choice(rows, count, replace=False))
-
-
-def image_size_of(recipe: Recipe) -> Sides:
-    """Return the size of a filled recipe's images in pixels."""
-    assert recipe.image_size is not None
-    return recipe.image_size
-
-
-def image_side_of(recipe: Recipe) -> int:
-    """Return the side of the images of a filled recipe that has a backbone, in pixels."""
-    size = image_size_of(recipe)
-    assert isinstance(size, int)
-    return size

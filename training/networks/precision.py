@@ -1,11 +1,11 @@
-"""Which precision answers: the fastest whose score is as good as that of float32, as measured on the folds."""
+"""Chooses the precision of a model: the fastest one whose score on the folds is as good as that of float32."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,12 +13,12 @@ from artifacts.images import Pixels
 from inference.engine import Engine
 from inference.timing import medians_ms
 from recipes.headline import HEADLINES
-from recipes.recipe import Precision, PrecisionChoice, Task
+from recipes.recipe import Precision, Task
 
 MARGIN = 0.005
-"""How much a score that is better when greater, such as accuracy, may fall below that of float32."""
+"""How far a score of which more is better, such as accuracy, may be below that of float32."""
 RELATIVE_MARGIN = 0.01
-"""By which share of float32's an error may be above it."""
+"""How far an error may be above that of float32, as a share of it."""
 
 _TIMED_IMAGES = 8
 _ROUNDS = 5
@@ -27,7 +27,7 @@ _ROUNDS_WITHIN_S = 10.0
 
 @dataclass(frozen=True)
 class PrecisionScore:
-    """What a precision came to: the task's headline score, out of fold, and the backbone's milliseconds per image."""
+    """The headline score of a precision, out of fold, and the milliseconds that its backbone takes per image."""
 
     precision: Precision
     score: float
@@ -36,43 +36,43 @@ class PrecisionScore:
 
 @dataclass(frozen=True)
 class PrecisionDecision:
-    """The precision that was chosen, and all that were tried for that; float32 is always among them."""
+    """The precision that was chosen, and the scores of all that were tried; float32 is always one of them."""
 
     precision: Precision
-    tried: tuple[PrecisionScore, ...]
+    scores: tuple[PrecisionScore, ...]
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> PrecisionDecision:
-        """Return what `facts` says."""
-        tried = tuple(PrecisionScore(**one | {"precision": Precision(one["precision"])}) for one in facts["tried"])
-        return cls(Precision(facts["chosen"]), tried)
+        """Return the decision that `facts` has returned before."""
+        scores = tuple(PrecisionScore(**one | {"precision": Precision(one["precision"])}) for one in facts["tried"])
+        return cls(Precision(facts["chosen"]), scores)
 
     def facts(self, task: Task) -> dict[str, Any]:
-        """Return it as it is kept with the run."""
+        """Return the decision as JSON values, as it is stored with the run and shown in its metrics."""
         return {
             "chosen": self.precision.value,
             "score": HEADLINES[task].metric,
             "margin": RELATIVE_MARGIN if not HEADLINES[task].is_greater_better else MARGIN,
-            "tried": [asdict(one) for one in self.tried],
+            "tried": [asdict(one) for one in self.scores],
         }
 
 
-def candidate_precisions(wanted: PrecisionChoice, available: Sequence[Precision]) -> list[Precision]:
-    """Return the precisions that a recipe has tried, float32 first: one, or for `auto` those of this machine."""
-    if wanted is not PrecisionChoice.AUTO:
-        return [Precision(wanted.value)]
+def candidate_precisions(wanted: Precision | Literal["auto"], available: Sequence[Precision]) -> list[Precision]:
+    """Return the precisions that a recipe asks to try, float32 first: one, or for `auto` all that this machine has."""
+    if isinstance(wanted, Precision):
+        return [wanted]
     return [Precision.FLOAT32, *(one for one in Precision if one in available and one is not Precision.FLOAT32)]
 
 
-def choose_precision(task: Task, tried: Sequence[PrecisionScore]) -> PrecisionDecision:
-    """Choose the fastest of those that are as good as float32."""
-    (reference,) = (one.score for one in tried if one.precision is Precision.FLOAT32)
-    good = [one for one in tried if is_as_good(task, one.score, reference)]
-    return PrecisionDecision(min(good, key=lambda one: one.image_ms).precision, tuple(tried))
+def choose_precision(task: Task, scores: Sequence[PrecisionScore]) -> PrecisionDecision:
+    """Choose the fastest precision whose score is as good as that of float32."""
+    (reference,) = (one.score for one in scores if one.precision is Precision.FLOAT32)
+    good = [one for one in scores if is_as_good(task, one.score, reference)]
+    return PrecisionDecision(min(good, key=lambda one: one.image_ms).precision, tuple(scores))
 
 
 def is_as_good(task: Task, score: float, reference: float) -> bool:
-    """Say whether a score is no worse than that of float32 by more than the margin."""
+    """Return whether a score is at most the margin worse than `reference`, the score of float32."""
     if HEADLINES[task].is_greater_better:
         return score >= reference - MARGIN
     return score <= reference * (1 + RELATIVE_MARGIN)
@@ -84,9 +84,13 @@ def measure_image_ms(
     alive: Callable[[], None] = lambda: None,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[Precision, float]:
-    """Return the milliseconds that each engine takes per image of a small batch, measured in turn on this machine.
+    """Measure the milliseconds that each engine takes per image of a small batch. The engines take turns.
 
-    `alive` is called after each batch; `now` is the clock.
+    Args:
+        engines: the engine of each precision.
+        golden: uint8 [1, H, W, 3], the image that the batch repeats.
+        alive: called after each batch.
+        now: the clock, in seconds.
     """
     pixels = np.repeat(golden, _TIMED_IMAGES, axis=0)
     calls = [lambda engine=engine: engine.features(pixels) for engine in engines.values()]

@@ -1,7 +1,7 @@
-"""ONNX networks to int8 with NNCF, calibrated on images. Knows no store, no heads and no scores.
+"""Quantises ONNX networks to int8 with NNCF, calibrated on images. Knows no store, no heads and no scores.
 
-Weights become integers, and so do activations within the bounds that they have on the calibration images. Everything
-else stays as it was exported: uint8 images in, `features` and `maps` out in float32.
+Weights become integers, and so do activations, within the bounds that they have on the calibration images. Inputs and
+outputs stay as they were exported: uint8 images in, `features` and `maps` out in float32.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _CALIBRATION_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True)
 class QuantisedNetwork:
-    """A quantised network, and what it was calibrated on."""
+    """A quantised ONNX network, the number of images that it was calibrated on, and the tool that made it."""
 
     onnx: bytes
     images: int
     made_with: str
 
     def facts(self) -> dict[str, Any]:
-        """Return all but the network itself."""
+        """Return everything but the file, as it is stored with the network."""
         return {name: value for name, value in vars(self).items() if name != "onnx"}
 
 
 def calibration_size(size: Sides) -> int:
-    """Return how many images of `size` pixels a network is calibrated on at most; large ones take much memory."""
+    """Return the largest number of images of `size` pixels to calibrate on. It is bounded by their memory."""
     return max(1, min(CALIBRATED_ON, _CALIBRATION_BYTES // (3 * prod(sides(size)))))
 
 
@@ -55,23 +55,23 @@ def quantise(network: bytes, images: Pixels, report: ReportProgress) -> Quantise
     model = onnx.load_from_string(network)
     name = model.graph.input[0].name
 
-    def fed() -> Iterator[Pixels]:
+    def one_by_one() -> Iterator[Pixels]:
         for number in range(len(images)):
             report(number + 1, len(images))
             yield images[number : number + 1]
 
     made = nncf.quantize(
         model,
-        nncf.Dataset(_Again(fed), lambda image: {name: image}),
-        # Symmetric weights, asymmetric activations: what follows no rectifier is negative, too.
+        nncf.Dataset(_Repeatable(one_by_one), lambda image: {name: image}),
+        # Symmetric weights and asymmetric activations, since activations without a rectifier can be negative.
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(images),
     )
     return QuantisedNetwork(made.SerializeToString(), len(images), f"nncf {importlib.metadata.version('nncf')}")
 
 
-class _Again:
-    """An iterable that begins anew each time: NNCF goes through the images more than once."""
+class _Repeatable:
+    """An iterable that starts again on each iteration, since NNCF iterates over the images more than once."""
 
     def __init__(self, images: Callable[[], Iterator[np.ndarray]]) -> None:
         self._images = images
@@ -81,7 +81,7 @@ class _Again:
 
 
 def _nncf() -> Any:
-    """Import NNCF, which reports home unless it takes itself to be tested, and with it ONNX Runtime."""
+    """Import NNCF, and with it ONNX Runtime, with their telemetry off. NNCF sends none in continuous integration."""
     os.environ |= {"NNCF_CI": "1", "ORT_DISABLE_TELEMETRY": "1"}
     import nncf
 

@@ -62,7 +62,7 @@ def build_body(recipe: NetworkRecipe, size: Sides) -> Any:
             maps[layer.name] = maps[layer.inputs[0]]
         last = layer.name
     features = outputs[last]
-    # A recipe cannot name a layer "Maps": its names are in lower case.
+    # No layer of a recipe can be called "Maps": their names are in lower case.
     as_maps = keras.layers.Reshape((1, 1, features.shape[-1]), name="Maps")
     return keras.Model(pixels, [features, maps[last] if last in maps else as_maps(features)], name="body")
 

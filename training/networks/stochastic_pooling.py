@@ -11,11 +11,11 @@ import keras
 
 
 class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
-    """Takes one value of each window of maps [N, h, w, C], drawn with a probability in proportion to its size.
+    """Pools each window of maps [N, h, w, C] to one of its values, drawn with a probability in proportion to it.
 
-    p_i = a_i / sum(a) over the window (their formula 4). In training one a_i is drawn by p; in prediction it is the
-    mean weighted by p, sum(p_i * a_i) (formula 6). Values below zero count as zero, as behind a ReLU; a window of zeros
-    gives zero.
+    The probabilities are p_i = a_i / sum(a) over the window (formula 4 of the paper). In training one a_i is drawn; in
+    prediction the result is the mean weighted by p, sum(p_i * a_i) (formula 6). Values below zero count as zero, as
+    after a ReLU. A window of zeros gives zero.
     """
 
     def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: str, **options: Any) -> None:
@@ -25,12 +25,12 @@ class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, maps: Any, training: bool = False) -> Any:
         positive = keras.ops.relu(maps)
-        if not training:  # sum(a²) / sum(a); both means are over the same places
+        if not training:  # sum(a²) / sum(a): both means are over the same positions, whose number cancels out
             pool = {"pool_size": self._size, "strides": self._stride, "padding": self._padding}
             mean = keras.ops.average_pool(positive, **pool)
             return keras.ops.average_pool(keras.ops.square(positive), **pool) / keras.ops.where(mean > 0, mean, 1.0)
         values = self._windows(positive)
-        # the first place where the running sum passes a point between zero and the whole sum
+        # the first position at which the running sum passes a random point between zero and the whole sum
         running = keras.ops.cumsum(values, axis=0)
         point = keras.random.uniform(keras.ops.shape(running[-1]), dtype=values.dtype, seed=self._seeds) * running[-1]
         passed = keras.ops.cast(running > point[None], values.dtype)
@@ -46,7 +46,7 @@ class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
         return (shape[0], down, across, shape[3])
 
     def _windows(self, maps: Any) -> Any:
-        """Return each place of all windows, [places, N, h, w, C]; what lies beyond the border is zero."""
+        """Return the values of all windows by their position in it, [positions, N, h, w, C]; zero beyond the border."""
         _, down, across, _ = self.compute_output_shape(maps.shape)
         spans = [
             ((count - 1) * stride + size, side)

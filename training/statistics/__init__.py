@@ -1,1 +1,1 @@
-"""Numbers only: metrics, confidence intervals and paired comparisons. Knows no Keras."""
+"""Metrics, confidence intervals, paired comparisons and learning-curve laws, in NumPy. Knows no Keras."""

@@ -1,7 +1,7 @@
-"""Which recipe is best, and is that more than chance? Compares out-of-fold logits; loads no network and no Keras.
+"""Compares recipes by their out-of-fold logits: which is best, and could that be chance? Loads no network, no Keras.
 
-Every recipe answered for the same images in the same folds, so that recipes are compared image by image: a hard image
-is hard for all of them and cancels out. Images that belong together are drawn, and exchanged, together.
+All recipes were tested on the same images in the same folds, so that they are compared image by image. An image that is
+hard for all of them cancels out. Images of one group are drawn, and exchanged, together.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ TEST = (
     "the number of recipes (Holm), intervals are not. The best was chosen on these images."
 )
 
-_AT_ONCE = 500
+_SWAPS_AT_ONCE = 500
 
 Score = Callable[[Float64], Float64]
 
 
 @dataclass(frozen=True)
 class OutOfFoldLogits:
-    """What a recipe answered.
+    """The logits of one recipe for the images that each fold did not train on.
 
-    folds is int16 [repeats, N], -1 for an image in none; logits is float32 [repeats, N, outputs].
+    Attributes:
+        folds: int16 [repeats, N], the fold that tested each image; -1 for an image that none has tested.
+        logits: float32 [repeats, N, outputs].
     """
 
     folds: npt.NDArray[np.int16]
@@ -49,7 +51,7 @@ class OutOfFoldLogits:
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe that was trained: what tells it from the others, its headline metric, and how to get its answers."""
+    """A trained recipe: what distinguishes it from the others, its headline score, and a way to load its logits."""
 
     title: str
     score: float
@@ -58,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """A score less the best one, with its 95 % interval and how often chance alone would give as much."""
+    """A score minus the best one, its 95 % interval, and how likely chance alone gives as large a difference."""
 
     difference: float
     ci95: tuple[float, float]
@@ -67,7 +69,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out: the number of the best entry, each one's difference to it (its own is None), and a sentence."""
+    """The number of the best entry, the difference of each entry to it (None for itself), and a sentence on both."""
 
     best: int
     differences: list[Difference | None]
@@ -84,52 +86,59 @@ def compare(
         labels: class names in the order of the outputs; none for a regression.
         rows: the images of the data set version, N of them.
         entries: at least one; all were tested on the same folds.
-        alive: called now and then.
+        alive: called before each entry, to show that the work goes on.
     """
     headline = HEADLINES[task]
     best = best_of([entry.score for entry in entries], headline)
-    answered = entries[best].load()
-    folds, tested = answered.folds, np.flatnonzero(answered.folds[0] >= 0)
+    logits_of_best = entries[best].load()
+    folds, tested = logits_of_best.folds, np.flatnonzero(logits_of_best.folds[0] >= 0)
     truth = make_targets(task, labels, rows).truth[tested]
     groups = np.array(manifest.group_rows(rows), dtype=np.intp)[tested]
 
     def score(sums: Float64) -> Float64:
         return evaluation.scores_of_sums(task, sums)[headline.metric]
 
-    def of_images(answered: OutOfFoldLogits) -> Float64:
-        """Return float64 [N, S], the mean over repeats: more of those add no images."""
-        if not np.array_equal(answered.folds, folds):
-            raise EspalierError("The runs of a comparison were not tested on the same folds. This is a bug.")
-        return evaluation.mean_image_statistics(task, truth, answered.logits[:, tested])
+    def of_images(out_of_fold: OutOfFoldLogits) -> Float64:
+        """Return float64 [N, S], the mean over repeats, since more repeats add no images."""
+        if not np.array_equal(out_of_fold.folds, folds):
+            raise EspalierError(
+                "Expected runs of a comparison that were tested on the same folds. Received different folds. This is "
+                "a bug."
+            )
+        return evaluation.mean_image_statistics(task, truth, out_of_fold.logits[:, tested])
 
-    of_best = of_images(answered)
-    found: list[Difference | None] = []
+    of_best = of_images(logits_of_best)
+    differences: list[Difference | None] = []
     for number, entry in enumerate(entries):
         alive()
-        found.append(None if number == best else paired(of_images(entry.load()), of_best, groups, score))
-    adjusted = _adjusted(found)
+        is_best = number == best
+        differences.append(None if is_best else paired_difference(of_images(entry.load()), of_best, groups, score))
+    adjusted = _adjusted(differences)
     return Comparison(best, adjusted, verdict(headline, entries, best, adjusted))
 
 
 def best_of(scores: Sequence[float], headline: Headline) -> int:
-    """Return the number of the best score, the first one of equals."""
+    """Return the number of the best score; of equal ones that of the first."""
     values = np.array(scores) if headline.is_greater_better else -np.array(scores)
     return int(values.argmax())
 
 
-def paired(of_one: Float64, of_best: Float64, groups: Indices, score: Score, swaps: int = SWAPS) -> Difference:
-    """Return the difference of a score between two recipes that answered for the same images.
+def paired_difference(
+    of_one: Float64, of_best: Float64, groups: Indices, score: Score, swaps: int = SWAPS
+) -> Difference:
+    """Return the difference of a score between two recipes that were tested on the same images.
 
-    The interval is that of bootstrap draws, each the same for both (Efron and Tibshirani 1993, "An Introduction to the
-    Bootstrap", 8.3). The test exchanges the two recipes' answers for whole groups at random: were the recipes alike, a
-    difference would be as likely after that as before (Good 2005, "Permutation, Parametric and Bootstrap Tests", 3.7).
+    The interval comes from bootstrap draws, each the same for both recipes (Efron and Tibshirani 1993, "An Introduction
+    to the Bootstrap", 8.3). The test exchanges the logits of the two recipes for whole groups at random. If the recipes
+    were equally good, a difference would be as likely after an exchange as before it (Good 2005, "Permutation,
+    Parametric and Bootstrap Tests", 3.7).
 
     Args:
-        of_one: numbers of each image whose sums give the score, float64 [N, S].
-        of_best: the same for the recipe that it is compared with.
-        groups: group of each image, int [N]; two groups or more.
+        of_one: statistics of each image whose sums give the score, float64 [N, S].
+        of_best: the same for the recipe to compare with.
+        groups: group of each image, int [N]; at least two groups.
         score: turns sums, float64 [..., S], into scores [...].
-        swaps: how often answers are exchanged.
+        swaps: number of random exchanges.
     """
     one, best = block_sums(of_one, groups), block_sums(of_best, groups)
     all_one, all_best = one.sum(axis=0), best.sum(axis=0)
@@ -140,15 +149,15 @@ def paired(of_one: Float64, of_best: Float64, groups: Indices, score: Score, swa
     random = np.random.default_rng(0)
     apart = one - best
     as_large = 0
-    for start in range(0, swaps, _AT_ONCE):
-        exchanged = random.integers(0, 2, (min(_AT_ONCE, swaps - start), len(one))).astype(np.float64) @ apart
+    for start in range(0, swaps, _SWAPS_AT_ONCE):
+        exchanged = random.integers(0, 2, (min(_SWAPS_AT_ONCE, swaps - start), len(one))).astype(np.float64) @ apart
         differences = score(all_one - exchanged) - score(all_best + exchanged)
         as_large += int((np.abs(differences) >= abs(observed) - rounding).sum())
     return Difference(observed, bootstrap_interval(drawn, len(one)), (1 + as_large) / (1 + swaps))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values that hold for all comparisons together (Holm 1979, Scandinavian Journal of Statistics 6:65)."""
+    """Return p-values adjusted for the number of comparisons (Holm 1979, Scandinavian Journal of Statistics 6:65)."""
     adjusted = [0.0] * len(p_values)
     least = 0.0
     for rank, number in enumerate(np.argsort(p_values, kind="stable")):
@@ -158,7 +167,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences: Sequence[Difference | None]) -> str:
-    """Return in one sentence which recipe is best, and from which others it cannot be told."""
+    """Return a sentence that says which recipe is best, and which others may be as good by the test."""
     winner = f"{entries[best].title} has the best {headline.title[0].lower()}{headline.title[1:]}, "
     winner += headline.said(entries[best].score)
     others = [(entry, found) for entry, found in zip(entries, differences, strict=True) if found is not None]

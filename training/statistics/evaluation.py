@@ -1,4 +1,4 @@
-"""The numbers that are printed: pooled over the folds, from logits of images that the fold did not train on."""
+"""Scores of a model with their intervals, from logits of images that it did not train on, over all folds together."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ _INTERVALS = {
 }
 
 _IS_SHARE = ("accuracy",)
-"""Scores that are shares of images, for which there is a formula."""
+"""Scores that are shares of images, so that their interval has a formula."""
 
 
 def wilson(share: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Return the score interval of a share of `count` trials (Wilson 1927), by default of 95 %."""
+    """Return the score interval (Wilson 1927) of a share of `count` trials; `z` is for 95 % by default."""
     centre = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    # at shares of 0 and 1 the bounds are the share itself, up to rounding
+    # For shares of 0 and 1 one bound is the share itself, which rounding must not miss.
     return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
 
 
 def wilson_over_groups(correct: npt.NDArray[np.float64], groups: Indices) -> tuple[float, float]:
-    """Return the interval of a share of images that come in groups: one person's pictures stand or fall together.
+    """Return the interval of a share of images in groups, such as pictures of one person, which are not independent.
 
-    Wilson's interval for as many independent images as would vary as much as these do between groups, by the variance
-    of a share in a cluster sample (Cochran 1977, "Sampling Techniques", 3.12).
+    It is Wilson's interval for the number of independent images whose share would vary as much as that of these groups
+    does. The variance is that of a share in a cluster sample (Cochran 1977, "Sampling Techniques", 3.12).
 
     Args:
         correct: share of right answers for each image, float64 [N] from 0 to 1.
-        groups: group of each image, int [N]; two groups or more.
+        groups: group of each image, int [N]; at least two groups.
     """
     share = float(correct.mean())
-    _, place = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(place)
-    deviations = np.bincount(place, weights=correct) - share * sizes
+    _, number = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(number)
+    deviations = np.bincount(number, weights=correct) - share * sizes
     variance = len(sizes) / (len(sizes) - 1) * float(np.square(deviations).sum()) / len(correct) ** 2
     if share in (0.0, 1.0):
-        return wilson(share, len(sizes))  # there is no variance to go by: count each group once
+        return wilson(share, len(sizes))  # there is no variance to estimate from: count each group once
     effective = share * (1 - share) / variance if variance > 0 else math.inf
     return wilson(share, min(effective, len(correct)))
 
 
 def image_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
-    """Return float64 [N, S]: numbers of each image whose sums over images give `scores_of_sums`.
+    """Return float64 [N, S]: statistics of each image from whose sums `scores_of_sums` gives the scores.
 
     Args:
         task: what is predicted.
@@ -91,7 +91,7 @@ def headline_score(task: Task, truth: Truth, logits: Float32) -> float:
 
 
 def mean_image_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
-    """Return `image_statistics` float64 [N, S] as the mean over the repeats of logits float32 [repeats, N, outputs]."""
+    """Return `image_statistics` float64 [N, S], averaged over the repeats of logits float32 [repeats, N, outputs]."""
     total = image_statistics(task, truth, logits[0])
     for once in logits[1:]:
         total += image_statistics(task, truth, once)
@@ -99,17 +99,18 @@ def mean_image_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
 
 
 def _surprise(probabilities: Float64) -> Float64:
-    """Return the negative logarithm; as in scikit-learn's log loss, zero counts as the last bit of one."""
+    """Return the negative logarithm; as in scikit-learn's log loss, zero counts as float64's epsilon."""
     return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))
 
 
 def scores_of_sums(task: Task, sums: Float64) -> dict[str, Float64]:
     """Return scores by name, each [...], of sums [..., S] of `image_statistics` over images.
 
-    Classes: accuracy, and loss as the mean negative log-likelihood. Labels: the same, an image being right if all its
-    labels are and its loss the mean over labels; f1_macro is the mean F1 of the labels that occur in truth or answers,
-    f1_micro the F1 of all answers together. Numbers: rmse, mae, r2 = 1 - squared errors / squared deviations from the
-    mean (0 where all numbers are equal), and loss as the mean squared error.
+    Classes have accuracy, and loss, which is the mean negative log-likelihood. Labels have the same; an image counts as
+    right if all its labels are right, and its loss is the mean over labels. They also have f1_macro, the mean F1 of the
+    labels that occur in truth or answers, and f1_micro, the F1 of all answers together. Numbers have rmse, mae, loss,
+    which is the mean squared error, and r2 = 1 - squared errors / squared deviations from the mean (0 if all numbers
+    are equal).
     """
     count = sums[..., 0]
     if task is Task.REGRESSION:
@@ -121,7 +122,7 @@ def scores_of_sums(task: Task, sums: Float64) -> dict[str, Float64]:
     found = {"accuracy": sums[..., 1] / count, "loss": sums[..., 2] / count}
     if task is Task.MULTILABEL:
         hits, false_alarms, misses = np.split(sums[..., 3:], 3, axis=-1)
-        # Labels that some images have or were answered: a draw or a fold without a rare one says nothing about it.
+        # Only labels that occur: a draw or a fold without a rare label says nothing about that label.
         seen = (hits + false_alarms + misses > 0).sum(axis=-1)
         found["f1_macro"] = _f1(hits, false_alarms, misses).sum(axis=-1) / np.maximum(seen, 1)
         found["f1_micro"] = _f1(hits.sum(axis=-1), false_alarms.sum(axis=-1), misses.sum(axis=-1))
@@ -134,7 +135,7 @@ def _f1(hits: Float64, false_alarms: Float64, misses: Float64) -> Float64:
 
 
 def evaluate(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> dict[str, Any]:
-    """Measure logits against the truth.
+    """Return the scores of logits by name.
 
     Args:
         task: what is predicted.
@@ -168,7 +169,7 @@ def evaluate(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -
 
 
 def mean_scores(task: Task, truth: Truth, logits: Float32) -> dict[str, float]:
-    """Return `scores_of_sums` of all images together."""
+    """Return the scores of all images together by name, without tables."""
     found = scores_of_sums(task, image_statistics(task, truth, logits).sum(axis=0))
     return {name: float(value) for name, value in found.items()}
 
@@ -181,7 +182,7 @@ def evaluate_folds(
     logits: Float32,
     folds: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Measure out-of-fold logits as a whole.
+    """Return the scores of all folds together, with their intervals, from out-of-fold logits.
 
     Args:
         task: what is predicted.
@@ -220,9 +221,10 @@ def scores_with_intervals(task: Task, truth: Truth, groups: Indices, logits: Flo
 def evaluate_held_out(
     task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Float32
 ) -> dict[str, Any]:
-    """Measure logits float32 [N, outputs] of images that no fit has seen.
+    """Return the scores of logits float32 [N, outputs] for images that no fit has seen.
 
-    Returns what `evaluate` returns, the number of images and, from two images on, the intervals of `evaluate_folds`.
+    They are those of `evaluate`, with the number of images and, for at least two images, the intervals of
+    `evaluate_folds`.
     """
     metrics = evaluate(task, labels, truth, logits) | {"images": len(truth)}
     if len(truth) > 1:
@@ -231,7 +233,7 @@ def evaluate_held_out(
 
 
 def _both_intervals(task: Task, metrics: dict[str, Any], of_images: Float64, groups: Indices) -> dict[str, Any]:
-    """Return the intervals of scores over images and, where images belong together, over groups with their number."""
+    """Return the intervals of scores over images and, if images belong together, over groups, with their number."""
     count = len(groups)
     both: dict[str, Any] = {**_intervals(task, metrics, of_images, np.arange(count), "ci95")}
     found = len(np.unique(groups))
@@ -241,7 +243,7 @@ def _both_intervals(task: Task, metrics: dict[str, Any], of_images: Float64, gro
 
 
 def _with_interval(task: Task) -> list[str]:
-    """Return the names of the scores that are given with their spread."""
+    """Return the names of the scores that have an interval and a standard deviation."""
     return {Task.REGRESSION: ["rmse", "mae", "r2"], Task.MULTILABEL: ["f1_macro", "f1_micro", "accuracy"]}.get(
         task, ["accuracy"]
     )
@@ -250,7 +252,7 @@ def _with_interval(task: Task) -> list[str]:
 def _intervals(
     task: Task, metrics: dict[str, Any], of_images: Float64, groups: Indices, suffix: str
 ) -> dict[str, list[float]]:
-    """Return the interval of each score over groups: by formula where it is a share of images, else by drawing."""
+    """Return the interval of each score over groups: by formula for shares of images, by bootstrap for the others."""
     names = _with_interval(task)
     found: dict[str, tuple[float, float]] = {}
     if set(names) - set(_IS_SHARE):
@@ -262,10 +264,10 @@ def _intervals(
 
 
 def without_tables(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of `evaluate` that fit one line: without tables."""
+    """Return the single numbers of `evaluate`, without tables such as the confusion matrix."""
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def median_epoch(epochs: Sequence[int]) -> int:
-    """Return the median of the folds' best epochs, the later one of the middle pair."""
+    """Return the median of the folds' best epochs; for an even number the later one of the middle pair."""
     return int(np.sort(np.asarray(epochs))[len(epochs) // 2])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+
+from worker.messages import JobProgress
 
 # What a head's epochs are typically worth of a part whose network learns along; only the bar's evenness depends on it.
 _SHARE_OF_HEAD = 0.05
@@ -90,7 +91,7 @@ class Abreast:
         self._brought_s += brought_s
         self._parts[number] = _Part(head, network, done, flush, counted_from=done, unfrozen_after=None if head else 0)
 
-    def unfreeze(self, number: int | None, epochs: int) -> dict[str, Any]:
+    def unfreeze(self, number: int | None, epochs: int) -> JobProgress:
         """Note that the network learns along after so many epochs of the head; return what `move` does.
 
         Epochs are counted anew from the next `move` on: the first step of a network is also built and compiled.
@@ -116,7 +117,7 @@ class Abreast:
         for part in list(self._parts.values()):
             part.flush()
 
-    def move(self, number: int | None, epochs: float) -> dict[str, Any]:
+    def move(self, number: int | None, epochs: float) -> JobProgress:
         """Note how many epochs of a part are done; return how far all are, as `worker.run_progress` hears it."""
         self._parts[number].done = epochs
         if self._counted_since is None:
@@ -125,7 +126,7 @@ class Abreast:
                 part.counted_from = part.done
         return self._said(number)
 
-    def _said(self, number: int | None) -> dict[str, Any]:
+    def _said(self, number: int | None) -> JobProgress:
         parts, this = self._parts.values(), self._parts[number]
         now = self.now()
         new = self._ended + sum(part.done - part.counted_from for part in parts)
@@ -133,13 +134,13 @@ class Abreast:
         eta_s = None
         if self._counted_since is not None and new > 0 and all(part.is_foreseeable for part in parts):
             eta_s = left * (now - self._counted_since) / new
-        return {
-            "stage": "final" if number is None else "folds",
-            "fold": number,
-            "folds": len(parts),
-            "share": sum(part.share for part in parts),
-            "epoch": min(int(this.done) + 1, this.most),
-            "epochs": this.most,
-            "spent_s": self._brought_s + now - self._begun_at,
-            "eta_s": eta_s,
-        }
+        return JobProgress(
+            stage="final" if number is None else "folds",
+            fold=number,
+            folds=len(parts),
+            share=sum(part.share for part in parts),
+            epoch=min(int(this.done) + 1, this.most),
+            epochs=this.most,
+            spent_s=self._brought_s + now - self._begun_at,
+            eta_s=eta_s,
+        )

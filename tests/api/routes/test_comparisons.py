@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import records
 from fastapi.testclient import TestClient
+from on_databases import ON_SQLITE
 
 from api.dependencies import Services
 from models import comparison as comparisons
@@ -75,6 +76,7 @@ def test_a_comparison_is_a_queued_run_for_each_recipe(
         ([{"weights": "mine"}, {}], "recipes[0].weights"),
     ],
 )
+@ON_SQLITE
 def test_what_cannot_be_compared_is_refused_naming_the_field_and_nothing_is_made(
     client: TestClient, services: Services, dataset: str, recipes: list[dict[str, Any]], field: str
 ) -> None:
@@ -87,6 +89,7 @@ def test_what_cannot_be_compared_is_refused_naming_the_field_and_nothing_is_made
         assert (records.count(session, Comparison), records.count(session, Run)) == (0, 0)
 
 
+@ON_SQLITE
 def test_recipes_are_compared_with_their_defaults_filled_in(client: TestClient, dataset: str) -> None:
     same = start(client, dataset, [{"task": "auto", "folds": {"k": 5}}, {"task": "binary", "image_size": 299}])
     assert same.json()["field"] == "recipes[1]" and "recipes[0]" in same.json()["detail"]
@@ -195,6 +198,7 @@ def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(
     assert (row["training_s"], row["extraction_s"]) == (1.0, 1.5)
 
 
+@ON_SQLITE
 def test_a_run_that_waits_is_foretold_by_those_of_its_own_mode_alone(
     client: TestClient, services: Services, dataset: str
 ) -> None:
@@ -216,6 +220,7 @@ def test_a_run_that_waits_is_foretold_by_those_of_its_own_mode_alone(
     assert 2000 + (before - started_at).total_seconds() <= eta_s <= 2000 + (now() - started_at).total_seconds()
 
 
+@ON_SQLITE
 def test_a_run_that_failed_foretells_nothing_and_two_at_once_take_half_as_long(
     client: TestClient, services: Services, dataset: str
 ) -> None:
@@ -280,6 +285,7 @@ def test_comparisons_are_paged_newest_first(client: TestClient, dataset: str) ->
     assert second["next_cursor"] is None
 
 
+@ON_SQLITE
 def test_a_comparison_that_is_not_there_is_named(client: TestClient) -> None:
     for path in ("", "/picture", "/report"):
         answer = client.get(f"/api/v1/comparisons/cmp_none{path}")
@@ -287,6 +293,7 @@ def test_a_comparison_that_is_not_there_is_named(client: TestClient) -> None:
     assert client.post("/api/v1/comparisons/cmp_none/cancel").status_code == 404
 
 
+@ON_SQLITE
 def test_a_version_for_another_task_is_refused_naming_its_recipe(
     client: TestClient, services: Services, dataset: str
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import records
 import sample
 from fastapi.testclient import TestClient
+from on_databases import ON_SQLITE
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event
 
@@ -73,12 +74,14 @@ def dataset(client: TestClient, services: Services) -> str:
     return ready(client, services, [ClassCount("a", 30, 30), ClassCount("b", 4, 4), ClassCount("c", 40, 20)])
 
 
+@ON_SQLITE
 def test_the_documented_surface_is_the_reviewed_one(client: TestClient) -> None:
     """After a change that is meant: python tests/api/snapshot.py, then review the difference."""
     found = client.get("/openapi.json").json()
     assert found == json.loads(SNAPSHOT.read_text())
 
 
+@ON_SQLITE
 def test_values_that_do_not_work_yet_are_not_offered(client: TestClient) -> None:
     run_jobs = client.get("/openapi.json").json()["components"]["schemas"]
     assert run_jobs["Mode"]["enum"] == ["feature-extraction", "fine-tuning", "from-scratch"]
@@ -120,6 +123,7 @@ def test_a_run_is_queued_with_every_default_filled_in(
     assert client.get(answer.headers["location"]).json() == run
 
 
+@ON_SQLITE
 def test_fine_tuning_wakes_the_worker_with_a_gpu_if_there_is_one(
     client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
 ) -> None:
@@ -166,6 +170,7 @@ def test_fine_tuning_wakes_the_worker_with_a_gpu_if_there_is_one(
         ({"seed": -1}, "recipe.seed"),
     ],
 )
+@ON_SQLITE
 def test_an_impossible_recipe_is_refused_at_once_naming_the_field(
     client: TestClient, dataset: str, recipe: dict[str, Any], field: str
 ) -> None:
@@ -177,10 +182,12 @@ def test_an_impossible_recipe_is_refused_at_once_naming_the_field(
     assert client.get("/api/v1/runs").json()["items"] == []
 
 
+@ON_SQLITE
 def test_a_k_that_is_too_large_says_which_class_is_too_small(client: TestClient, dataset: str) -> None:
     assert "'b'" in start(client, dataset, folds={"k": 5}).json()["detail"]
 
 
+@ON_SQLITE
 def test_a_class_that_belongs_together_as_a_whole_cannot_be_folded(client: TestClient, services: Services) -> None:
     alone = ready(client, services, [ClassCount("a", 30, 30), ClassCount("b", 10, 1)], name="alone")
     answer = start(client, alone)
@@ -210,6 +217,7 @@ def test_a_run_needs_a_version_that_exists(client: TestClient, dataset: str, ver
 
 
 @pytest.mark.parametrize("body", [b"{not json", b"\xff\xfe", b"[" * 100_000, b'{"version": ' + b"9" * 5000 + b"}"])
+@ON_SQLITE
 def test_a_body_that_is_no_json_is_told(client: TestClient, body: bytes) -> None:
     answer = client.post("/api/v1/runs", content=body)
     assert answer.status_code == 422
@@ -219,6 +227,7 @@ def test_a_body_that_is_no_json_is_told(client: TestClient, body: bytes) -> None
 
 
 @pytest.mark.parametrize("way", ["announced", "streamed"])
+@ON_SQLITE
 def test_a_json_body_above_a_mebibyte_is_refused(client: TestClient, way: str) -> None:
     body = json.dumps({"dataset": "x" * 2**20, "name": "m"}).encode()
     answer = client.post("/api/v1/runs", content=body if way == "announced" else iter([body]))
@@ -229,6 +238,7 @@ def test_a_json_body_above_a_mebibyte_is_refused(client: TestClient, way: str) -
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "application/json"])
+@ON_SQLITE
 def test_a_json_body_is_read_whatever_it_is_called(client: TestClient, dataset: str, content_type: str) -> None:
     order = json.dumps({"dataset": dataset, "name": "m"})
     answer = client.post("/api/v1/runs", content=order, headers={"Content-Type": content_type})
@@ -247,6 +257,7 @@ def test_a_json_body_is_read_whatever_it_is_called(client: TestClient, dataset: 
         ([], "body: "),
     ],
 )
+@ON_SQLITE
 def test_a_problem_says_what_was_expected_and_what_was_received(client: TestClient, order: Any, detail: str) -> None:
     answer = client.post("/api/v1/runs", json=order)
     assert answer.status_code == 422
@@ -285,6 +296,7 @@ def test_lists_are_paged_newest_first_without_gaps(client: TestClient, dataset: 
     assert seen == made[::-1]
 
 
+@ON_SQLITE
 def test_an_empty_cursor_asks_for_the_first_page(client: TestClient, dataset: str) -> None:
     for path in ("/api/v1/datasets", f"/api/v1/datasets/{dataset}/images", "/api/v1/runs", "/api/v1/models"):
         assert client.get(f"{path}?cursor=").json() == client.get(path).json()
@@ -324,6 +336,7 @@ def test_an_empty_label_chooses_nothing(client: TestClient, database: Database) 
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=201", "limit=x", "cursor=%F0%9F", "cursor=!!!", "cursor=AGE"])
+@ON_SQLITE
 def test_a_wrong_page_is_told(client: TestClient, query: str) -> None:
     answer = client.get(f"/api/v1/runs?{query}")
     assert answer.status_code == 422
@@ -471,6 +484,7 @@ def test_readiness_names_each_part(client: TestClient) -> None:
     assert {name for name, check in checks.items() if check["ok"]} == good
 
 
+@ON_SQLITE
 def test_a_process_that_ends_soon_is_not_ready_and_has_its_clients_leave(
     client: TestClient, services: Services
 ) -> None:
@@ -498,6 +512,7 @@ def swap(client: TestClient, **parts: Any) -> None:
     state.services = replace(state.services, **run_jobs)
 
 
+@ON_SQLITE
 def test_a_part_that_breaks_in_any_way_is_named_and_the_others_are_still_asked(
     client: TestClient, services: Services
 ) -> None:
@@ -548,6 +563,7 @@ def test_metrics_are_answered_without_a_schema(client: TestClient, services: Ser
     assert client.get("/metrics").status_code == 200
 
 
+@ON_SQLITE
 def test_every_route_documents_its_problems(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -560,6 +576,7 @@ def test_every_route_documents_its_problems(client: TestClient) -> None:
     assert set(document["components"]["schemas"]["Problem"]["required"]) < real.keys()
 
 
+@ON_SQLITE
 def test_the_documentation_needs_no_other_server(client: TestClient) -> None:
     page = client.get("/docs").text
     assert "https://" not in page

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sample
+from exporting import Exports
 
 from artifacts.features import FeatureSpace
 from artifacts.images import IMAGE_RULE, ImageLimits
@@ -20,7 +21,6 @@ from recipes.recipe import Precision, Resize
 from training.data.arrays import drop_unused, load_maps, load_pixels, maps_bytes
 from training.data.pixels import ImageDecoder
 from training.networks import backbones
-from training.networks.export import export
 
 
 @pytest.fixture
@@ -86,14 +86,14 @@ def test_what_a_killed_process_left_unfinished_goes_once_nobody_writes_to_it(tmp
 
 @pytest.mark.slow
 def test_maps_are_computed_once_where_there_is_room_and_another_network_has_others(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = digests(store, 70)
     pixels = load_pixels(rows, ImageDecoder(store, 32, Resize.SQUASH, ImageLimits(), 2), tmp_path, lambda *done: None)
-    weights = backbones.random_weights(BackboneName.VGG16)
+    weights = exports.weights(BackboneName.VGG16).read_bytes()
     for cut in ("block1", "block2"):
         model = backbones.build_backbone(BackboneName.VGG16, cut, 32, weights)
-        backbone = store.put(export(model, 2).onnx)
+        backbone = store.put(exports.get(BackboneName.VGG16, cut).onnx)
         engine = OpenVinoEngine(store.path(backbone), Precision.FLOAT32, 2)
         space = FeatureSpace(IMAGE_RULE, 32, Resize.SQUASH, backbone, Precision.FLOAT32)
         told: list[tuple[int, int]] = []

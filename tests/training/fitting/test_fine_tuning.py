@@ -29,9 +29,10 @@ from training.fitting.fine_tuning import FineTuningInputs, fine_tune
 from training.fitting.fit_task import FittedNetwork
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.learners import Lesson
-from training.fitting.training_loop import Epoch, Passage, Snapshot
+from training.fitting.training_loop import Passage, Snapshot
 from training.networks import backbones
 from training.networks.export import export
+from training.progress import Epoch
 
 NONE = np.array([], dtype=np.intp)
 COUNT = 24
@@ -176,10 +177,9 @@ def test_numbers_sides_and_labels_are_tuned_too_and_answered_as_keras_does(task:
         assert np.abs(again - targets).mean() < targets.std(), "in the unit of the targets"
 
 
-@pytest.mark.parametrize("is_from_maps", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_layers_from_the_cut_on_learn_and_those_before_it_do_not(is_from_maps: bool) -> None:
+def test_layers_from_the_cut_on_learn_and_those_before_it_do_not() -> None:
     trial = Trial(recipe(unfreeze="block2"))
-    tuned = trial.fine_tune(trial.maps() if is_from_maps else None)
+    tuned = trial.fine_tune(trial.maps())
     found = changed(trial.weights, tuned.network(), trial.recipe)
     assert all(has_changed == ("block2" <= name < "block4") for name, has_changed in found.items())
 
@@ -192,9 +192,8 @@ def test_everything_learns_if_asked() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unfreeze", ["conv5", "all"])
-def test_batch_normalisation_stays_as_it_is(unfreeze: str) -> None:
-    trial = Trial(recipe("resnet50", unfreeze=unfreeze))
+def test_batch_normalisation_stays_as_it_is() -> None:
+    trial = Trial(recipe("resnet50", features_from="conv3", unfreeze="all"))
     tuned = trial.fine_tune(epochs=1)
     one, other = (backbones.build_network(trial.recipe.backbone, 32) for _ in range(2))
     backbones.load_weights(one, trial.weights)
@@ -297,8 +296,8 @@ def test_what_is_exported_answers_as_keras_did(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(BackboneName))
-def test_every_backbone_is_fine_tuned_from_its_last_block(name: BackboneName) -> None:
+@pytest.mark.parametrize("name", [BackboneName.INCEPTION_V3, BackboneName.XCEPTION])
+def test_a_network_with_branches_is_fine_tuned_from_its_last_block(name: BackboneName) -> None:
     trial = Trial(recipe(name.value, features_from=None, unfreeze=None))
     tuned = trial.fine_tune(trial.maps(), epochs=1)
     found = changed(trial.weights, tuned.network(), trial.recipe)
@@ -326,7 +325,7 @@ def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> 
 def test_the_learning_rate_rises_and_falls() -> None:
     wanted = recipe(fine_tune={"learning_rate": 1e-3, "epochs": 10, "warmup_epochs": 2}).fine_tune
     assert wanted is not None
-    schedule = fine_tuning.schedule(wanted, steps_per_epoch=5)
+    schedule = fine_tuning.learning_rate_schedule(wanted, steps_per_epoch=5)
     rates = [float(schedule(step)) for step in range(51)]
     assert rates[0] == 0 and rates[10] == pytest.approx(1e-3) and rates[50] == pytest.approx(0, abs=1e-9)
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)

@@ -8,7 +8,7 @@ import pytest
 from artifacts.features import Features
 from errors import TrainingDiverged
 from inference import heads
-from recipes.recipe import ClassWeights, EarlyStopping, HeadRecipe, OptimizerName, OptimizerRecipe, Recipe, Target, Task
+from recipes.recipe import ClassWeights, EarlyStopping, HeadRecipe, OptimizerRecipe, Recipe, Target, Task
 from training.data.split import Indices
 from training.fitting.compile_options import class_weights
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
@@ -76,9 +76,7 @@ def test_a_binary_head_has_one_output() -> None:
     assert ((logits[:, 0] > 0) == truth).mean() > 0.9
 
 
-@pytest.mark.parametrize(
-    "activation", ["relu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid", "tanh", "linear"))]
-)
+@pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=pytest.mark.slow)])
 def test_a_head_with_hidden_layers_and_dropout_answers_as_keras_does(activation: str) -> None:
     features, truth = clouds()
     recipe = quick(head=HeadRecipe(hidden=(16, 8), activation=activation, dropout=0.1))
@@ -117,27 +115,13 @@ def test_standardising_is_learned_from_the_training_rows_alone() -> None:
     assert scaled.std(axis=0) == pytest.approx(np.ones(8), abs=1e-5)
 
 
-@pytest.mark.parametrize("spread", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-5])
-def test_features_that_hardly_vary_answer_as_keras_did(spread: float) -> None:
+def test_features_that_hardly_vary_answer_as_keras_did() -> None:
     features, truth = clouds()
-    narrow = (1.0 + spread * features).astype(np.float32)
+    narrow = (1.0 + 1e-5 * features).astype(np.float32)
     result = fitted(quick(head=HeadRecipe(hidden=(8,))), narrow, truth)
     kept = result.trained.history[result.trained.best_epoch - 1]["val_accuracy"]
     rows = np.arange(len(truth)) % 4 == 0
     assert accuracy(result, narrow[rows], truth[rows]) == pytest.approx(kept)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in (OptimizerName.ADAM, OptimizerName.SGD) else pytest.mark.slow)
-        for name in OptimizerName
-    ],
-)
-def test_every_optimizer_lowers_the_loss(name: OptimizerName) -> None:
-    features, truth = clouds()
-    result = fitted(quick(optimizer=OptimizerRecipe(name=name, learning_rate=0.02)), features, truth)
-    assert result.trained.history[-1]["loss"] < result.trained.history[0]["loss"]
 
 
 def test_the_same_seed_gives_the_same_head_and_another_seed_another() -> None:

@@ -185,7 +185,7 @@ def test_classes_as_numbers_and_as_one_hot_rows_train_alike() -> None:
 def test_the_learning_rate_follows_its_formula(warmup_epochs: int) -> None:
     """A straight rise (Goyal et al. 2017), then half a cosine to zero (Loshchilov & Hutter 2017, without restarts)."""
     steps_per_epoch, epochs = 7, 5
-    schedule = fine_tuning.schedule(
+    schedule = fine_tuning.learning_rate_schedule(
         FineTune(learning_rate=RATE, epochs=epochs, warmup_epochs=warmup_epochs), steps_per_epoch
     )
     rise, end = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch

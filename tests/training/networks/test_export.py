@@ -30,7 +30,7 @@ def test_an_exported_network_answers_as_keras_does_at_any_batch_size(
     path.write_bytes(result.onnx)
     engine = OpenVinoEngine(path, Precision.FLOAT32, threads=2)
     size = CATALOGUE[name].minimum_size
-    model = backbones.build_backbone(name, cut, size, backbones.random_weights(name))
+    model = backbones.build_backbone(name, cut, size, exports.weights(name).read_bytes())
     images = np.random.default_rng(7).integers(0, 256, (5, size, size, 3), dtype=np.uint8)
     expected = keras.ops.convert_to_numpy(model(images)["features"])
     together = engine.features(images)

@@ -11,7 +11,7 @@ import pytest
 COUNT = """
 import ctypes, resource
 import numpy as np
-from training import memory
+from training.networks import freed_memory
 
 def pages(times):
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
@@ -20,10 +20,10 @@ def pages(times):
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
 
 libc = ctypes.CDLL(None)
-for parameter in (memory._M_MMAP_THRESHOLD, memory._M_TRIM_THRESHOLD):
+for parameter in (freed_memory._M_MMAP_THRESHOLD, freed_memory._M_TRIM_THRESHOLD):
     assert libc.mallopt(parameter, 128 * 1024)
 print(pages(100) * resource.getpagesize())
-memory.keep_freed()
+freed_memory.keep_freed()
 pages(1)
 print(pages(100) * resource.getpagesize())
 """

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exporting import Exports
 
 from artifacts.images import Pixels
 from errors import PrecisionUnsupported
 from inference.engine import TOLERANCE, OpenVinoEngine
 from recipes.catalogue import BackboneName
 from recipes.recipe import Precision
-from training.networks import backbones
-from training.networks.export import export
 from training.networks.network_files import calibration_rows
 from training.networks.quantisation import CALIBRATED_ON, calibration_size, quantise
 
@@ -19,9 +18,8 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def network() -> bytes:
-    weights = backbones.random_weights(BackboneName.VGG16)
-    return export(backbones.build_backbone(BackboneName.VGG16, "block2", SIZE, weights), threads=2).onnx
+def network(exports: Exports) -> bytes:
+    return exports.get(BackboneName.VGG16, "block2").onnx
 
 
 @pytest.fixture(scope="module")

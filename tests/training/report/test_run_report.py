@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from recipes.recipe import ClassWeights, EarlyStopping, Recipe
-from training.fitting.fold_outcome import FoldResult
-from training.fitting.training_loop import Epoch
+from training.progress import Epoch, FoldResult
 from training.report.run_report import outcome, overfitting
 
 FALLING = (0.9, 0.5, 0.3, 0.2)

@@ -28,7 +28,7 @@ from training.statistics.comparison import (
     best_of,
     compare,
     holm,
-    paired,
+    paired_difference,
 )
 
 ACCURACY = HEADLINES[Task.BINARY]
@@ -69,7 +69,7 @@ def test_the_test_agrees_with_exchanging_answers_by_hand(of_a_group: int) -> Non
     groups = np.repeat(np.arange(80 // of_a_group), of_a_group)
     best = of(random.random(80) < 0.85)
     one = of((best[:, 1] == 1) & (random.random(80) < 0.93))
-    found = paired(one, best, groups, share)
+    found = paired_difference(one, best, groups, share)
     observed, p_value = loop_paired(one, best, groups, 2000)
     assert found.difference == pytest.approx(observed)
     assert found.p_value == pytest.approx(p_value, abs=0.04)
@@ -80,7 +80,7 @@ def test_the_p_value_of_few_images_is_that_of_every_exchange() -> None:
     apart = one[:, 1] - best[:, 1]
     every = [abs((apart * signs).sum()) for signs in itertools.product((-1, 1), repeat=7)]
     exact = np.mean([value >= abs(apart.sum()) for value in every])
-    assert paired(one, best, np.arange(7), share).p_value == pytest.approx(exact, abs=0.01)
+    assert paired_difference(one, best, np.arange(7), share).p_value == pytest.approx(exact, abs=0.01)
 
 
 def test_the_interval_is_of_the_difference_under_the_same_draw() -> None:
@@ -88,7 +88,7 @@ def test_the_interval_is_of_the_difference_under_the_same_draw() -> None:
     best = random.random(400) < 0.7
     one = best.copy()
     one[np.flatnonzero(best)[:20]] = False
-    found = paired(of(one), of(best), np.arange(400), share)
+    found = paired_difference(of(one), of(best), np.arange(400), share)
     # As if each image's difference were drawn alone: -1 for 20 of 400, else 0.
     error = np.std(one.astype(float) - best) / np.sqrt(400)
     assert found.difference == pytest.approx(-0.05)
@@ -101,16 +101,16 @@ def test_whole_groups_are_drawn_and_exchanged() -> None:
     random = np.random.default_rng(3)
     groups = np.repeat(np.arange(30), 10)
     best, one = (np.repeat(random.random(30) < chance, 10) for chance in (0.8, 0.6))
-    together = paired(of(one), of(best), groups, share)
-    once_each = paired(of(one[::10]), of(best[::10]), np.arange(30), share)
+    together = paired_difference(of(one), of(best), groups, share)
+    once_each = paired_difference(of(one[::10]), of(best[::10]), np.arange(30), share)
     assert (together.ci95, together.p_value) == (pytest.approx(once_each.ci95), once_each.p_value)
-    alone = paired(of(one), of(best), np.arange(300), share)
+    alone = paired_difference(of(one), of(best), np.arange(300), share)
     assert alone.ci95[1] - alone.ci95[0] < 0.5 * (together.ci95[1] - together.ci95[0])
 
 
 def test_equal_answers_differ_by_nothing() -> None:
     answers = of(np.array([1, 0, 1, 1]))
-    assert paired(answers, answers, np.arange(4), share) == Difference(0.0, (0.0, 0.0), 1.0)
+    assert paired_difference(answers, answers, np.arange(4), share) == Difference(0.0, (0.0, 0.0), 1.0)
 
 
 @pytest.mark.slow
@@ -120,8 +120,8 @@ def test_chance_alone_is_rarely_called_a_difference_and_the_interval_holds_the_t
     for _ in range(400):
         hard = random.random(150)  # both recipes find the same images hard
         first, second, worse = (random.random(150) < chance - 0.4 * hard for chance in (1.0, 1.0, 0.9))
-        p_values.append(paired(of(first), of(second), np.arange(150), share, swaps=500).p_value)
-        low, high = paired(of(worse), of(second), np.arange(150), share, swaps=1).ci95
+        p_values.append(paired_difference(of(first), of(second), np.arange(150), share, swaps=500).p_value)
+        low, high = paired_difference(of(worse), of(second), np.arange(150), share, swaps=1).ci95
         held.append(low <= -0.1 + 1e-9 <= high)
     shares = [np.mean(np.array(p_values) <= level) for level in (0.05, 0.25, 0.5)]
     assert 0.02 <= shares[0] <= 0.08 and 0.18 <= shares[1] <= 0.30 and 0.40 <= shares[2] <= 0.56, shares

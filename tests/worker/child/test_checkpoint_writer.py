@@ -41,7 +41,7 @@ def state(epochs: int) -> Checkpoint:
 MARKED = {"run": "run_1"}
 
 
-def keeper(store: Store, said: Said, found: list[str] | None = None) -> _Keeper:
+def keeper(store: Store, said: Said, found: list[Digest] | None = None) -> _Keeper:
     return _Keeper(said, store, MARKED, 0, found or [], share=1.0)
 
 
@@ -49,7 +49,7 @@ def offered(keeper: _Keeper, epochs: int) -> None:
     keeper.offer(lambda: state(epochs))
 
 
-def epochs_of(store: Store, said: Said, kept: list[str]) -> int:
+def epochs_of(store: Store, said: Said, kept: list[Digest]) -> int:
     """Return how many epochs the next attempt goes on from."""
     found = keeper(store, said, kept).found
     assert found is not None and found.snapshot is not None
@@ -129,7 +129,7 @@ def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_lear
     clock = ByHand()
     monkeypatch.setattr(train, "time", clock)
     store, said = Store(tmp_path / "store"), Said()
-    kept: list[str] = []
+    kept: list[Digest] = []
     for abreast, spent_s, expected_s in ((1, 100.0, 100.0), (2, 60.0, 130.0), (1, 10.0, 140.0)):
         attempt = _Keeper(said, store, MARKED, 0, kept[-1:], share=1.0, abreast=lambda count=abreast: count)
         clock.sleep(spent_s)

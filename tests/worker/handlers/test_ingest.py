@@ -38,11 +38,12 @@ from models.job import Job, JobKind, JobState, Queue
 from models.session import Database
 from recipes.defaults import ClassCount
 from recipes.recipe import Task
-from worker.child_process import Child, Message
+from worker.child_process import Child
 from worker.handlers import ingest
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
 from worker.lease import Clock, Complete, Handler, Timings, Work
 from worker.loop import Loop
+from worker.messages import ChildMessage, Failed, ImageBegun
 
 LIMITS = IngestLimits(
     archive=ArchiveLimits(),
@@ -458,9 +459,9 @@ def held_at_the_slow_image() -> Iterator[threading.Event]:
     is_there, may_go_on = threading.Event(), threading.Event()
     receive = Child.receive
 
-    def held(child: Child, work: Work, idle: Callable[[], None] = lambda: None) -> Message | None:
-        message = receive(child, work, idle)
-        if message is not None and message["type"] == "reading" and message["path"] == "green/slow.jpg":
+    def held(child: Child, work: Work) -> ChildMessage | None:
+        message = receive(child, work)
+        if isinstance(message, ImageBegun) and message.path == "green/slow.jpg":
             is_there.set()
             may_go_on.wait(120)
         return message
@@ -629,7 +630,7 @@ def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Inta
 
 def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(intake: Intake, say: Say) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(per_class=3)))
-    say({"type": "error", "error": DiskFull("The disk is full.").record()})
+    say(Failed.by(DiskFull("The disk is full.")))
     assert intake.loop().work()
     job = intake.job(version_id)
     assert (job.state, job.attempt) == (JobState.QUEUED, 0) and job.next_attempt_at is not None
