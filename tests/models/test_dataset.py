@@ -100,16 +100,16 @@ def test_only_a_ready_version_may_be_trained_on(database: Database) -> None:
     with database.writing() as session:
         version = records.waiting_version(session)
         dataset = records.dataset_of(session, version)
-        with pytest.raises(NotReady, match="is uploaded. Wait"):
+        with pytest.raises(NotReady, match=r"is uploaded\. Wait"):
             datasets.ready_version(session, dataset, None)
         datasets.start_ingest(session, version.id)
-        with pytest.raises(NotReady, match="is ingesting. Wait"):
+        with pytest.raises(NotReady, match=r"is ingesting\. Wait"):
             datasets.ready_version(session, dataset, 1)
         records.make_ready(session, version)
         second = datasets.add_version(session, dataset, digest("more"))
         assert datasets.ready_version(session, dataset, None) is version
         assert datasets.ready_version(session, dataset, 1) is version
-        with pytest.raises(NotReady, match="is uploaded. Wait"):
+        with pytest.raises(NotReady, match=r"is uploaded\. Wait"):
             datasets.ready_version(session, dataset, 2)
         with pytest.raises(NotFound, match="no version 3"):
             datasets.ready_version(session, dataset, 3)
