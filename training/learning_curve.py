@@ -28,6 +28,7 @@ from training.data.split import Indices, nested_subsets, set_aside
 from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
 from training.fitting.checkpoint import NoKeeper
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, Lesson, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
@@ -164,7 +165,8 @@ def _answers(
     Of a data set so small that two fractions come to the same images only the larger one is left.
     """
     measured = subject.measured
-    learner = Frozen(subject.recipe, task, measured.logits.shape[2], subject.features, targets.truth)
+    data = FitData(task, measured.logits.shape[2], subject.features, targets.truth)
+    learner = Frozen(subject.recipe, data)
     folds = [
         _parts(subject, targets, groups, learner.plan, repeat, number)
         for repeat, fold_of in enumerate(measured.folds)

@@ -110,7 +110,7 @@ class Scheduler:
         self.current: VirtualThread = None  # type: ignore[assignment]  # only until the main thread is created
         self._main = self.current = VirtualThread(self, _nothing, "main", ThreadGroup())
 
-    # --- called by the running thread ----------------------------------------------------------------------------------
+    # --- called by the running thread --------------------------------------------------------------------------------
 
     def wait(self, seconds: float) -> None:
         """Let other threads run for this long, or until woken. Raises MachineKilled."""
