@@ -32,6 +32,7 @@ from recipes.defaults import ClassCount, fill
 from recipes.filled import HeadedRecipe
 from recipes.recipe import HeadRecipe, Recipe, Task
 from training.data.split import Fold, Indices, make_folds
+from training.fitting.fit_task import FitData
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
 from training.fitting.training_loop import Passage
@@ -66,15 +67,8 @@ def fold_by_fold(
     return [
         fit_head(
             recipe.model_copy(update={"head": recipe.head.model_copy(update={"l2": one.l2})}),
-            Task.MULTICLASS,
-            CLASSES,
-            features,
-            truth,
-            one.train,
-            one.validation,
-            epochs=one.epochs,
-            seed=one.seed,
-            passage=one.passage,
+            FitData(Task.MULTICLASS, CLASSES, features, truth),
+            one,
         )
         for one in wanted
     ]
@@ -84,7 +78,7 @@ def side_by_side(
     recipe: HeadedRecipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
 ) -> list[FittedHead]:
     """Fit all heads at once."""
-    fits = dict(fit_linear_heads(recipe, Task.MULTICLASS, CLASSES, features, truth, wanted))
+    fits = dict(fit_linear_heads(recipe, FitData(Task.MULTICLASS, CLASSES, features, truth), wanted))
     return [fits[place] for place in range(len(wanted))]
 
 
@@ -151,7 +145,7 @@ def compared(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence
     features, truth = drawn(rows, width)
     recipe = fill(Recipe(early_stopping=None), Task.MULTICLASS, [ClassCount("one of many", rows, rows)])
     assert isinstance(recipe, HeadedRecipe)
-    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, 0.0, QUIET) for fold in folded(truth)]
+    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, QUIET, 0.0) for fold in folded(truth)]
     wanted = l2_grid(folds, strengths)
     given = recipe, features, truth
     rival = Rival(features, truth, wanted, side_by_side(*given, wanted))

@@ -14,8 +14,8 @@ from recipes.defaults import ClassCount, fill
 from recipes.filled import FineTuningRecipe, HeadedRecipe
 from recipes.recipe import FineTune, Mode, Recipe, Task
 from training.data.split import Indices
-from training.fitting import head_fit
-from training.fitting.head_fit import FittedHead
+from training.fitting.fit_task import FitData, FitTask
+from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.training_loop import Passage
 from training.networks import backbones
 
@@ -58,18 +58,9 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
 
 def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> FittedHead:
     """Return a head that has learned a little, to go on from."""
-    return head_fit.fit_head(
-        recipe,
-        Task.MULTICLASS,
-        int(targets.max()) + 1,
-        features,
-        targets,
-        np.arange(len(targets)),
-        NONE,
-        epochs=_HEAD_EPOCHS,
-        seed=0,
-        passage=Passage(lambda number, metrics: None),
-    )
+    data = FitData(Task.MULTICLASS, int(targets.max()) + 1, features, targets)
+    passage = Passage(lambda number, metrics: None)
+    return fit_head(recipe, data, FitTask(np.arange(len(targets)), NONE, _HEAD_EPOCHS, 0, passage))
 
 
 def multiply_adds(model: Any) -> int:

@@ -47,7 +47,8 @@ from recipes.recipe import Precision, Resize, Task
 from training.data.arrays import Maps, load_maps, maps_bytes
 from training.data.split import Fold, Indices, make_folds
 from training.fitting import fine_tuning
-from training.fitting.fine_tuning import FineTuningInputs
+from training.fitting.fine_tuning import FineTuningData
+from training.fitting.fit_task import FitTask
 from training.fitting.head_fit import FittedHead
 from training.fitting.training_loop import Passage, Rows
 from training.networks import backbones
@@ -108,30 +109,25 @@ class Trial:
             assert maps is not None, "The disk has no room for the maps."
             yield maps
 
-    def ours(self, material: FineTuningInputs, train: Indices, validation: Indices) -> Timed:
+    def data(self, inputs: Any, are_maps: bool) -> FineTuningData:
+        """Return the images of the case as pixels, or as maps at the cut."""
+        given = self.given
+        return FineTuningData(Task.MULTICLASS, len(given.labels), inputs, given.truth, are_maps)
+
+    def ours(self, data: FineTuningData, train: Indices, validation: Indices) -> Timed:
         """Fine-tune as the service does."""
         _drop_networks()
         ends: list[float] = []
-        tuned = fine_tuning.fine_tune(
-            self.recipe,
-            Task.MULTICLASS,
-            self.weights,
-            material,
-            self.head,
-            self.given.truth,
-            train,
-            validation,
-            epochs=self._epochs,
-            seed=SEED,
-            passage=Passage(lambda number, metrics: ends.append(time.perf_counter())),
-        )
+        passage = Passage(lambda number, metrics: ends.append(time.perf_counter()))
+        fit = FitTask(train, validation, self._epochs, SEED, passage)
+        tuned = fine_tuning.fine_tune(self.recipe, data, self.weights, self.head, fit)
         return Timed(np.diff(ends).tolist(), tuned.trained.history)
 
-    def bare(self, material: FineTuningInputs, steps: int, **data: Any) -> Timed:
-        """Fine-tune the same layers by `fit` alone; `data` is what it learns from."""
+    def bare(self, data: FineTuningData, steps: int, **arguments: Any) -> Timed:
+        """Fine-tune the same layers by `keras.Model.fit` alone; `arguments` are those of `fit` that have the data."""
         _drop_networks()
         keras.utils.set_random_seed(SEED)
-        _, model, _ = fine_tuning.build(self.recipe, self.weights, material, self.head, SEED)
+        _, model, _ = fine_tuning.build_model(self.recipe, data, self.weights, self.head, SEED)
         schedule = fine_tuning.learning_rate_schedule(self.recipe.fine_tune, steps)
         model.compile(
             keras.optimizers.Adam(schedule, global_clipnorm=fine_tuning.CLIP_NORM),
@@ -141,7 +137,7 @@ class Trial:
         )
         ends: list[float] = []
         clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()))
-        history = model.fit(**data, epochs=self._epochs, callbacks=[clock], verbose=0).history
+        history = model.fit(**arguments, epochs=self._epochs, callbacks=[clock], verbose=0).history
         epochs = [{name: values[epoch] for name, values in history.items()} for epoch in range(self._epochs)]
         return Timed(np.diff(ends).tolist(), epochs)
 
@@ -156,10 +152,10 @@ def step(trial: Trial, pairs: int) -> dict[str, Any]:
     ours, bare = [], []
     with trial.maps() as mapped:
         maps = np.array(mapped)
-        material = FineTuningInputs(maps, are_maps=True)
+        data = trial.data(maps, are_maps=True)
         for _ in range(pairs):
-            ours.append(trial.ours(material, np.arange(len(maps)), NONE))
-            bare.append(trial.bare(material, -(-len(maps) // BATCH), x=maps, y=truth, batch_size=BATCH))
+            ours.append(trial.ours(data, np.arange(len(maps)), NONE))
+            bare.append(trial.bare(data, -(-len(maps) // BATCH), x=maps, y=truth, batch_size=BATCH))
     return {
         "pairs": pairs,
         "seconds_epoch_ours": spread([float(np.median(timed.epochs_s)) for timed in ours]),
@@ -179,9 +175,9 @@ def cut(trial: Trial, folds: Sequence[Fold]) -> dict[str, Any]:
     started = time.perf_counter()
     with trial.maps() as maps:
         once_s = time.perf_counter() - started
-        pixels = FineTuningInputs(given.pixels, are_maps=False)
+        pixels = trial.data(given.pixels, are_maps=False)
         for fold in folds:
-            cached.append(trial.ours(FineTuningInputs(maps, are_maps=True), fold.train, fold.test))
+            cached.append(trial.ours(trial.data(maps, are_maps=True), fold.train, fold.test))
             rows = Rows(given.pixels, given.truth, fold.train, BATCH, SEED)
             watched = (given.pixels[fold.test], given.truth[fold.test])
             plain.append(trial.bare(pixels, len(rows), x=rows, validation_data=watched, shuffle=False))

@@ -28,6 +28,7 @@ from training.data.pixels import ImageDecoder
 from training.data.split import Fold, Indices, make_folds, nested_subsets
 from training.data.targets import Targets
 from training.fitting.checkpoint import NoKeeper
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, Lesson
 from training.fitting.trials import Trial
 from training.networks import backbones
@@ -206,7 +207,7 @@ def _score(
     steps: _Steps,
 ) -> float | None:
     """Return the out-of-fold headline score of heads on features; None if training diverged."""
-    learner = Frozen(recipe, task, outputs, features, truth)
+    learner = Frozen(recipe, FitData(task, outputs, features, truth))
     lessons = [
         (Lesson(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved), NoKeeper())
         for fold in folds

@@ -29,6 +29,7 @@ from training.data.split import Indices, nested_subsets, set_aside
 from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
 from training.fitting.checkpoint import NoKeeper
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, Lesson, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
@@ -166,7 +167,8 @@ def _logits_by_size(
     In a data set so small that two fractions give the same number of images, only the larger fraction is used.
     """
     measured = subject.measured
-    learner = Frozen(subject.recipe, task, measured.logits.shape[2], subject.features, targets.truth)
+    data = FitData(task, measured.logits.shape[2], subject.features, targets.truth)
+    learner = Frozen(subject.recipe, data)
     folds = [
         _head_fits(subject, targets, groups, learner.plan, repeat, number)
         for repeat, fold_of in enumerate(measured.folds)

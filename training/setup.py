@@ -38,7 +38,8 @@ from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
 from training.delivery import TrainedNetworkExporter, golden_images, spread
 from training.fitting.checkpoint import NoKeeper
-from training.fitting.fine_tuning import FineTuningInputs
+from training.fitting.fine_tuning import FineTuningData
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, Growing, Learner, Lesson, Tuning
 from training.fitting.training_loop import finite
 from training.fitting.trials import Trials
@@ -230,7 +231,7 @@ def _growing(data: Data, recipe: FromScratchRecipe, place: Workspace, told: Told
         return scratch_networks.build_feature_network(recipe.network, recipe.image_size, weights)
 
     return Course(
-        Growing(recipe, data.task, data.outputs, pixels, data.truth),
+        Growing(recipe, FitData(data.task, data.outputs, pixels, data.truth)),
         Precision.FLOAT32,
         extraction,
         pixels=pixels,
@@ -272,11 +273,11 @@ class _Beginning:
         source = LoadedPixels(data.digests, pixels)
         told.stage("backbone")
         trunk, _ = self._trunk([Precision.FLOAT32], source)
-        material, notes = self._material(recipe, pixels)
+        fine_tuning_data, notes = self._fine_tuning_data(recipe, pixels)
         extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
         told.extracted(extraction)
         head = self._heads(trunk)
-        learner = Tuning(recipe, data.task, head, place.store.read(self._weights), material, data.truth)
+        learner = Tuning(recipe, head, place.store.read(self._weights), fine_tuning_data)
 
         def rebuild(weights: bytes) -> Any:
             return backbones.build_backbone(recipe.backbone, recipe.features_from, recipe.image_size, weights)
@@ -291,7 +292,7 @@ class _Beginning:
 
     def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data
-        return Frozen(self._recipe, data.task, data.outputs, trunk.features, data.truth)
+        return Frozen(self._recipe, FitData(data.task, data.outputs, trunk.features, data.truth))
 
     def _trunk(
         self, precisions: Sequence[Precision], source: PixelSource
@@ -355,15 +356,15 @@ class _Beginning:
         learned = dict(learner.learn_many(lessons))
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
-    def _material(self, recipe: FineTuningRecipe, pixels: Pixels) -> tuple[FineTuningInputs, Sequence[str]]:
+    def _fine_tuning_data(self, recipe: FineTuningRecipe, pixels: Pixels) -> tuple[FineTuningData, Sequence[str]]:
         """Return what the learning part reads, and what to know of it.
 
         Without augmentation the frozen part is gone through only once, if there is room for what it gives.
         """
-        place, networks = self._place, self._networks
+        data, place, networks = self._data, self._place, self._networks
         boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
         if boundary is None or recipe.augmentation is not None:
-            return FineTuningInputs(pixels, are_maps=False), ()
+            return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), ()
         frozen = networks.export_cut(boundary)
         engine = networks.engine(frozen, Precision.FLOAT32)
         self._told.stage("activations")
@@ -371,13 +372,13 @@ class _Beginning:
         room_bytes = place.pixels_bytes - pixels.nbytes
         maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._told.images)
         if maps is not None:
-            return FineTuningInputs(maps, are_maps=True), ()
+            return FineTuningData(data.task, data.outputs, maps, data.truth, are_maps=True), ()
         note = (
             f"The layers before `{recipe.unfreeze}` were gone through in every epoch, where the final network learned: "
             f"what they give of all images takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which "
             "ESPALIER_PIXELS_BYTES or the disk has no room."
         )
-        return FineTuningInputs(pixels, are_maps=False), (note,)
+        return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), (note,)
 
 
 def _pixels(data: Data, recipe: DecidedRecipe, place: Workspace, told: Told) -> Pixels:

@@ -164,8 +164,8 @@ def test_a_data_set_too_small_to_be_divided_says_so() -> None:
     curve = measure_learning_curve(subject(12, epochs=1), lambda share: None)
     assert [point.images for point in curve.points] == [3, 6]
     assert (curve.law, curve.twice) == (None, None)
-    assert curve.sentence.startswith("There are too few images for a forecast what more of them would bring: ")
-    assert "2 different numbers of images, where a law needs 4" in curve.sentence
+    assert curve.sentence.startswith("There are too few images for a forecast: ")
+    assert "2 different numbers of images and a power law needs 4" in curve.sentence
 
 
 # --- what is foretold ------------------------------------------------------------------------------------------------
