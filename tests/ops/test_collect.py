@@ -60,10 +60,10 @@ def test_an_operator_sees_what_would_go_then_removes_it(tmp_path: Path, database
     )
     assert set(store.digests()) == {old, fresh, checkpoint}
     done = collect(tmp_path)
-    assert done.stdout.startswith("Removed 2 files") and done.returncode == 0
+    assert done.stdout.startswith("Removed 2 unreferenced files") and done.returncode == 0
     assert list(store.digests()) == [fresh] and not list((store.root / "incoming").iterdir())
     again = collect(tmp_path)
-    assert again.stdout.startswith("Removed 0 files")
+    assert again.stdout.startswith("Removed 0 unreferenced files")
     database.close()
 
 
