@@ -61,13 +61,13 @@ class Settings(BaseSettings):
     """Names that a Host header may carry, separated by commas; by default loopback names, or any once a key is set."""
 
     queues: Annotated[tuple[str, ...], NoDecode] = ("ingest", "cpu", "tracking")
-    """Queues that a worker serves, separated by commas, one job of each at a time."""
+    """Queues that `make up` starts workers for, separated by commas. A worker without `--queues` serves all of them."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers that `make up` starts; several train the folds of a fine-tuning run side by side."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads for one network, 0: as many as processors are at hand. They decide the last digits of a score."""
     look_every_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds between two looks for work without a bell: the most that a lost message costs."""
+    """Seconds between two sweeps of a worker: the most that a lost message costs."""
     renew_every_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between two signs of life of a job's holder."""
     lease_s: Annotated[float, Field(gt=0)] = 60.0
@@ -187,6 +187,11 @@ class Settings(BaseSettings):
         if not self.renew_every_s < self.let_go_s < self.lease_s:
             raise ValueError("Expected ESPALIER_RENEW_EVERY_S < ESPALIER_LET_GO_S < ESPALIER_LEASE_S.")
         return self
+
+    @property
+    def live_s(self) -> float:
+        """Seconds within which a worker must have been seen to have jobs sent to it: three of its sweeps."""
+        return 3 * self.look_every_s
 
     @cached_property
     def database(self) -> str:

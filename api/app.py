@@ -27,7 +27,8 @@ from api.routes import comparisons, datasets, events, models, networks, operatio
 from api.socket_drain import ACCEPT_BACKLOG_S, DRAIN_S, stop_accepting
 from api.version_resolver import VersionResolver
 from artifacts.bucket_store import open_store
-from bell import Bell, CeleryBell, EagerBell
+from broker import CeleryBroker
+from dispatch import Dispatcher, NoDispatcher, ThreadDispatcher
 from errors import EngineMissing, StoreRefused
 from inference.engine_choice import choose_engine_loader
 from inference.shelf import Shelf
@@ -45,12 +46,12 @@ _REMOVED_SETTING = "ESPALIER_API_PROCESSES"
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
+def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> FastAPI:
     """Return the application.
 
     Args:
         settings: the settings of this process.
-        bell: wakes workers; by default through the broker, if the settings name one.
+        dispatcher: sends due jobs to workers; by default through the broker, if the settings name one.
 
     Raises:
         StoreRefused: the bucket of stored files does not exist or denies access.
@@ -63,17 +64,21 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     metrics.watch(shelf.loaded)
     version_resolver = VersionResolver(database, shelf)
     prediction_queue = PredictionQueue(settings, shelf)
-    own_bell = CeleryBell(settings.redis_url) if bell is None and settings.redis_url else None
+    own_dispatcher: ThreadDispatcher | None = None
+    if dispatcher is None and settings.redis_url:
+        own_dispatcher = ThreadDispatcher(database, CeleryBroker(settings.redis_url), settings.live_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         version_resolver.start()
+        if own_dispatcher is not None:
+            own_dispatcher.start()
         yield
         version_resolver.close()
         prediction_queue.close()
         shelf.close()
-        if own_bell is not None:
-            own_bell.close()
+        if own_dispatcher is not None:
+            own_dispatcher.close()
         database.close()
 
     app = FastAPI(
@@ -90,7 +95,7 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         settings=settings,
         database=database,
         store=store,
-        bell=bell or own_bell or EagerBell(lambda queue, job_id: None),
+        dispatcher=dispatcher or own_dispatcher or NoDispatcher(),
         shelf=shelf,
         version_resolver=version_resolver,
         prediction_queue=prediction_queue,

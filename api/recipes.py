@@ -9,14 +9,16 @@ from sqlalchemy.orm import Session
 from errors import RecipeInvalid
 from models import registry
 from models.dataset import DatasetVersion
+from recipes.catalogue import BackboneName
 from recipes.defaults import fill
-from recipes.recipe import IMAGENET, RANDOM, BackboneChoice, Recipe
+from recipes.filled import FilledRecipe
+from recipes.recipe import IMAGENET, RANDOM, Recipe
 
 # Recipes of one comparison must share these fields, so that they are tested on the same images.
 _SHARED_FIELDS = ("seed", "folds.k", "folds.repeats", "task")
 
 
-def fill_recipe(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> Recipe:
+def fill_recipe(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> FilledRecipe:
     """Return a recipe with every default filled in, as it will be trained on a version that is ready.
 
     `path` is the recipe's place in the request. Raises RecipeInvalid, which names the field by its path in the
@@ -35,7 +37,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
     """Raise RecipeInvalid if the weights neither exist nor can be downloaded."""
     if recipe.backbone is None or recipe.weights is None:  # `fill` refuses null where it is not allowed
         return
-    if recipe.backbone is BackboneChoice.AUTO:
+    if not isinstance(recipe.backbone, BackboneName):
         if not registry.find_weights_by_name(session, recipe.weights):
             raise RecipeInvalid(
                 "weights",
@@ -45,7 +47,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
         return
     if recipe.weights in (IMAGENET, RANDOM):
         return
-    backbone = recipe.known_backbone.name
+    backbone = recipe.backbone
     if registry.find_weights(session, backbone, recipe.weights):
         return
     raise RecipeInvalid(

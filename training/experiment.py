@@ -14,8 +14,10 @@ from artifacts.bundle import Float32
 from artifacts.neighbours import FeatureNormaliser, build_index
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
+from recipes.filled import DecidedRecipe, UndecidedRecipe
 from recipes.recipe import Precision
 from training import delivery
+from training.bake_off import Pick
 from training.data.split import Fold, Indices
 from training.delivery import Served
 from training.fitting.checkpoint import Keeper
@@ -73,11 +75,13 @@ class Experiment:
     def __init__(self, order: Order, place: Workspace, registry: Registry, report: Reporter) -> None:
         self._place, self._report = place, report
         data = self._data = Data(order, place)
-        weights = order.weights
-        self._pick = pick(data, order, place, registry, report)
-        if self._pick is not None:
-            data.recipe, weights = self._pick.settled(data.recipe), self._pick.weights
-        self._course = begin(data, weights, place, registry, report)
+        recipe, weights = order.recipe, order.weights
+        self._pick: Pick | None = None
+        if isinstance(recipe, UndecidedRecipe):
+            self._pick = pick(data, recipe, order, place, registry, report)
+            recipe, weights = self._pick.settled(recipe), self._pick.weights
+        self._recipe: DecidedRecipe = recipe
+        self._course = begin(data, recipe, weights, place, registry, report)
 
     @property
     def folds(self) -> Sequence[Fold]:
@@ -114,7 +118,7 @@ class Experiment:
     def _lesson(self, number: int, learner: Learner) -> Lesson:
         """Return what is to be learned in a fold."""
         fold = self.folds[number]
-        return Lesson(fold.train, fold.validation, learner.plan, seed_of(self._data.recipe, number))
+        return Lesson(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
 
     def _end_fold(self, number: int, learned: Learned, part: Part, started: float) -> FoldOutcome:
         """Measure on a fold's test images, and tell that it ended."""
@@ -144,7 +148,7 @@ class Experiment:
             extraction: what the run had to compute, where this experiment found it computed.
         """
         data, course, place = self._data, self._course, self._place
-        recipe, labels, task, truth = data.recipe, data.labels, data.task, data.truth
+        recipe, labels, task, truth = self._recipe, data.labels, data.task, data.truth
         trained_on, held_out = data.trained_on, data.held_out
         extraction = extraction or course.extraction
         started = time.perf_counter()

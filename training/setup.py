@@ -18,8 +18,16 @@ from artifacts.manifest import Row
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from inference.engine import OpenVinoEngine
-from recipes.catalogue import BackboneName
-from recipes.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.filled import (
+    DecidedRecipe,
+    FeatureExtractionRecipe,
+    FilledRecipe,
+    FineTuningRecipe,
+    FromScratchRecipe,
+    UndecidedRecipe,
+)
+from recipes.recipe import Precision, Task
 from training import bake_off
 from training.bake_off import Pick
 from training.data.arrays import ReportProgress, drop_unused, load_maps, load_pixels, maps_bytes
@@ -30,7 +38,8 @@ from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
 from training.delivery import Taught, golden_images, spread
 from training.fitting.checkpoint import NoKeeper
-from training.fitting.fine_tuning import FineTuningInputs
+from training.fitting.fine_tuning import FineTuningData
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, Growing, Learner, Lesson, Tuning
 from training.fitting.training_loop import finite
 from training.fitting.trials import Trials
@@ -40,8 +49,6 @@ from training.networks.network_files import (
     NetworkFiles,
     Registry,
     Workspace,
-    image_side_of,
-    image_size_of,
 )
 from training.networks.precision import (
     PrecisionDecision,
@@ -86,7 +93,7 @@ class Order:
         candidates: the weights of the backbones that it is to be chosen among.
     """
 
-    recipe: Recipe
+    recipe: FilledRecipe
     manifest: Digest
     labels: Sequence[str]
     weights: Digest | None
@@ -97,10 +104,11 @@ class Data:
     """The images of a data set version as a recipe sees them: what is to be learned of each, and who learns from it."""
 
     def __init__(self, order: Order, place: Workspace) -> None:
-        recipe = self.recipe = order.recipe
+        recipe = order.recipe
+        self.repeats = recipe.folds.repeats
         self.labels = order.labels
         self.rows: Sequence[Row] = manifest.load(place.store.read(order.manifest))
-        self.task = Task(recipe.task.value)
+        self.task = recipe.task
         targets = self.targets = make_targets(self.task, order.labels, self.rows)
         self.truth = targets.truth
         belongs = manifest.group_rows(self.rows)
@@ -115,9 +123,9 @@ class Data:
             targets.needed,
             self.groups,
             self.watched,
-            k=recipe.folds.k or 0,
+            k=recipe.folds.k,
             repeats=recipe.folds.repeats,
-            validation_fraction=recipe.folds.validation_fraction if recipe.early_stopping else 0.0,
+            validation_fraction=recipe.validation_fraction,
             seed=recipe.seed,
         )
 
@@ -133,7 +141,7 @@ class Data:
 
     def out_of_fold(self, logits: Sequence[Float32]) -> Float32:
         """Return the logits of every fold as float32 [repeats, N, outputs], NaN for images that were in none."""
-        found = np.full((self.recipe.folds.repeats, len(self.rows), self.outputs), np.nan, dtype=np.float32)
+        found = np.full((self.repeats, len(self.rows), self.outputs), np.nan, dtype=np.float32)
         for fold, of_fold in zip(self.folds, logits, strict=True):
             found[fold.repeat, fold.test] = of_fold
         return found
@@ -169,18 +177,15 @@ class Course:
     notes: Sequence[str] = ()
 
 
-def pick(data: Data, order: Order, place: Workspace, registry: Registry, told: Told) -> Pick | None:
-    """Return where features come from if a recipe leaves that open; a run that was interrupted keeps to its choice."""
-    recipe = data.recipe
-    if not bake_off.is_asked(recipe):
-        return None
+def pick(data: Data, recipe: UndecidedRecipe, order: Order, place: Workspace, registry: Registry, told: Told) -> Pick:
+    """Return where the features of a recipe come from; a run that was interrupted keeps its earlier choice."""
     known = registry.find_pick()
     if known is not None:
         return Pick.of(known)
     told.stage("bake-off")
     candidates = order.candidates
-    if order.weights is not None:
-        candidates = {recipe.known_backbone.name: order.weights}
+    if order.weights is not None and isinstance(recipe.backbone, BackboneName):
+        candidates = {recipe.backbone: order.weights}
     found = bake_off.bake_off(
         recipe,
         data.task,
@@ -197,34 +202,34 @@ def pick(data: Data, order: Order, place: Workspace, registry: Registry, told: T
     return found
 
 
-def begin(data: Data, weights: Digest | None, place: Workspace, registry: Registry, told: Told) -> Course:
-    """Make ready what all folds of a run read, of a recipe that leaves nothing open."""
-    if data.recipe.precision is not PrecisionChoice.AUTO:
-        OpenVinoEngine.check(Precision(data.recipe.precision.value))
-    match data.recipe.mode:
-        case Mode.FEATURE_EXTRACTION:
-            return _Beginning(data, weights, place, registry, told).frozen()
-        case Mode.FINE_TUNING:
-            return _Beginning(data, weights, place, registry, told).tuning()
-        case Mode.FROM_SCRATCH:
-            return _growing(data, place, told)
+def begin(
+    data: Data, recipe: DecidedRecipe, weights: Digest | None, place: Workspace, registry: Registry, told: Told
+) -> Course:
+    """Make ready what all folds of a run read."""
+    if isinstance(recipe.precision, Precision):
+        OpenVinoEngine.check(recipe.precision)
+    if isinstance(recipe, FromScratchRecipe):
+        return _growing(data, recipe, place, told)
+    assert weights is not None, "A recipe with a backbone has weights. This is a bug."
+    beginning = _Beginning(data, recipe, weights, place, registry, told)
+    if isinstance(recipe, FineTuningRecipe):
+        return beginning.tuning(recipe)
+    return beginning.frozen()
 
 
-def _growing(data: Data, place: Workspace, told: Told) -> Course:
+def _growing(data: Data, recipe: FromScratchRecipe, place: Workspace, told: Told) -> Course:
     """Return the course of a network from scratch."""
-    recipe, network = data.recipe, data.recipe.network
-    assert network is not None
     started = time.perf_counter()
-    pixels = _pixels(data, place, told)
+    pixels = _pixels(data, recipe, place, told)
     considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
     extraction = Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3))
     told.extracted(extraction)
 
     def rebuild(weights: bytes) -> Any:
-        return scratch_networks.build_feature_network(network, image_size_of(recipe), weights)
+        return scratch_networks.build_feature_network(recipe.network, recipe.image_size, weights)
 
     return Course(
-        Growing(recipe, data.task, data.outputs, pixels, data.truth),
+        Growing(recipe, FitData(data.task, data.outputs, pixels, data.truth)),
         Precision.FLOAT32,
         extraction,
         pixels=pixels,
@@ -235,38 +240,45 @@ def _growing(data: Data, place: Workspace, told: Told) -> Course:
 class _Beginning:
     """The beginning of a run on a backbone."""
 
-    def __init__(self, data: Data, weights: Digest | None, place: Workspace, registry: Registry, told: Told) -> None:
-        assert weights is not None
+    def __init__(
+        self,
+        data: Data,
+        recipe: FeatureExtractionRecipe | FineTuningRecipe,
+        weights: Digest,
+        place: Workspace,
+        registry: Registry,
+        told: Told,
+    ) -> None:
+        self._recipe = recipe
         self._data, self._place, self._registry, self._told = data, place, registry, told
         self._weights = weights
-        self._networks = NetworkFiles(data.recipe, weights, place, registry)
-        self._considered = candidate_precisions(data.recipe.precision, OpenVinoEngine.precisions())
+        self._networks = NetworkFiles(recipe, weights, place, registry)
+        self._considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
 
     def frozen(self) -> Course:
         """Return the course of a head on a frozen backbone."""
-        recipe, place = self._data.recipe, self._place
-        source = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
+        recipe, place = self._recipe, self._place
+        source = ImageDecoder(place.store, recipe.image_size, recipe.resize, place.image_limits, place.threads)
         self._told.stage("backbone")
         trunk, choice = self._trunk(self._considered, source)
         return Course(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
 
-    def tuning(self) -> Course:
+    def tuning(self, recipe: FineTuningRecipe) -> Course:
         """Return the course of a backbone that learns with its head."""
-        data, place, told, recipe = self._data, self._place, self._told, self._data.recipe
+        data, place, told = self._data, self._place, self._told
         started = time.perf_counter()
-        pixels = _pixels(data, place, told)
+        pixels = _pixels(data, recipe, place, told)
         source = LoadedPixels(data.digests, pixels)
         told.stage("backbone")
         trunk, _ = self._trunk([Precision.FLOAT32], source)
-        material, notes = self._material(pixels)
+        fine_tuning_data, notes = self._fine_tuning_data(recipe, pixels)
         extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
         told.extracted(extraction)
         head = self._heads(trunk)
-        learner = Tuning(recipe, data.task, head, place.store.read(self._weights), material, data.truth)
+        learner = Tuning(recipe, head, place.store.read(self._weights), fine_tuning_data)
 
         def rebuild(weights: bytes) -> Any:
-            name = recipe.known_backbone.name
-            return backbones.build_backbone(name, recipe.features_from or "", image_side_of(recipe), weights)
+            return backbones.build_backbone(recipe.backbone, recipe.features_from, recipe.image_size, weights)
 
         def still_frozen(precision: Precision, train: Indices, report: ReportProgress) -> Digest:
             if precision is not Precision.INT8:
@@ -278,7 +290,7 @@ class _Beginning:
 
     def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data
-        return Frozen(data.recipe, data.task, data.outputs, trunk.features, data.truth)
+        return Frozen(self._recipe, FitData(data.task, data.outputs, trunk.features, data.truth))
 
     def _trunk(
         self, precisions: Sequence[Precision], source: PixelSource
@@ -288,13 +300,13 @@ class _Beginning:
         Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
         """
         data, report, networks, registry = self._data, self._told, self._networks, self._registry
-        recipe, digests = data.recipe, data.digests
+        recipe, digests = self._recipe, data.digests
         choice: PrecisionDecision | None = None
         known = registry.find_precision_decision() if len(precisions) > 1 else None
         if known is not None:
             choice = PrecisionDecision.from_facts(known)
             precisions = [choice.precision]
-        exported = networks.export_cut(recipe.features_from or "")
+        exported = networks.export_cut(recipe.features_from)
         started = time.perf_counter()
         files = dict.fromkeys(precisions, exported)
         if Precision.INT8 in files:
@@ -312,7 +324,7 @@ class _Beginning:
             report.extracted(extraction)  # the trials that follow may be interrupted
             report.stage("precision")
             engines = {trunk.precision: trunk.engine for trunk in trunks}
-            times = measure_image_ms(engines, golden_images(image_size_of(recipe)), lambda: report.images(0, 1))
+            times = measure_image_ms(engines, golden_images(recipe.image_size), lambda: report.images(0, 1))
             tried = [
                 PrecisionScore(
                     trunk.precision, self._score(trunk, _one_of(number, len(trunks), report)), times[trunk.precision]
@@ -333,7 +345,7 @@ class _Beginning:
         trials = Trials(learner.plan.epochs, len(data.folds), report)
         lessons = [
             (
-                Lesson(fold.train, fold.validation, learner.plan, seed_of(data.recipe, fold.number)),
+                Lesson(fold.train, fold.validation, learner.plan, seed_of(self._recipe, fold.number)),
                 trials.of(fold.number),
                 NoKeeper(),
             )
@@ -342,15 +354,15 @@ class _Beginning:
         learned = dict(learner.learn_many(lessons))
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
-    def _material(self, pixels: Pixels) -> tuple[FineTuningInputs, Sequence[str]]:
+    def _fine_tuning_data(self, recipe: FineTuningRecipe, pixels: Pixels) -> tuple[FineTuningData, Sequence[str]]:
         """Return what the learning part reads, and what to know of it.
 
         Without augmentation the frozen part is gone through only once, if there is room for what it gives.
         """
-        place, networks, recipe = self._place, self._networks, self._data.recipe
-        boundary = recipe.known_backbone.cut_before(recipe.unfreeze or "")
+        data, place, networks = self._data, self._place, self._networks
+        boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
         if boundary is None or recipe.augmentation is not None:
-            return FineTuningInputs(pixels, are_maps=False), ()
+            return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), ()
         frozen = networks.export_cut(boundary)
         engine = networks.engine(frozen, Precision.FLOAT32)
         self._told.stage("activations")
@@ -358,21 +370,20 @@ class _Beginning:
         room_bytes = place.pixels_bytes - pixels.nbytes
         maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._told.images)
         if maps is not None:
-            return FineTuningInputs(maps, are_maps=True), ()
+            return FineTuningData(data.task, data.outputs, maps, data.truth, are_maps=True), ()
         note = (
             f"The layers before `{recipe.unfreeze}` were gone through in every epoch, where the final network learned: "
             f"what they give of all images takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which "
             "ESPALIER_PIXELS_BYTES or the disk has no room."
         )
-        return FineTuningInputs(pixels, are_maps=False), (note,)
+        return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), (note,)
 
 
-def _pixels(data: Data, place: Workspace, told: Told) -> Pixels:
+def _pixels(data: Data, recipe: DecidedRecipe, place: Workspace, told: Told) -> Pixels:
     """Return the pixels of every image, decoded once, and keep a picture of how they are varied."""
-    recipe = data.recipe
     told.stage("pixels")
     drop_unused(place.pixels, place.pixels_bytes)
-    decoder = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
+    decoder = ImageDecoder(place.store, recipe.image_size, recipe.resize, place.image_limits, place.threads)
     pixels = load_pixels(data.digests, decoder, place.pixels, told.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
@@ -393,6 +404,6 @@ def _rows_in(splits: Sequence[Split], wanted: Split) -> Indices:
     return np.flatnonzero(np.array([split is wanted for split in splits], dtype=bool))
 
 
-def seed_of(recipe: Recipe, number: int) -> int:
+def seed_of(recipe: FilledRecipe, number: int) -> int:
     """Return the seed of a fold, or of the final fit, whose number follows the last fold's."""
     return int(np.random.SeedSequence((recipe.seed, number)).generate_state(1)[0])

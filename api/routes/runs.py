@@ -55,11 +55,11 @@ def start_run(
         version = datasets.ready_version(session, dataset, body.version)
         recipe = fill_recipe(session, body.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, body.name, recipe)
-        job = run_jobs.queue_training(session, run)
+        run_jobs.queue_training(session, run)
         shown = _run_out(session, services, run)
         location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
         idempotency.keep_answer(session, shown, location)
-    services.bell.ring(job.queue, job.id)
+    services.dispatcher.request()
     return shown
 
 
@@ -92,7 +92,7 @@ def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> R
             due = comparisons.on_run_ended(session, run_id)
         shown = _run_out(session, services, run)
     if due is not None:
-        services.bell.ring(due.queue, due.id)
+        services.dispatcher.request()
     return shown
 
 
@@ -106,11 +106,11 @@ def retry_run(
         return earlier
     with services.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
-        job = run_jobs.retry(session, run)
+        run_jobs.retry(session, run)
         comparisons.on_run_retried(session, run_id)
         shown = _run_out(session, services, run)
         idempotency.keep_answer(session, shown, None)
-    services.bell.ring(job.queue, job.id)
+    services.dispatcher.request()
     return shown
 
 

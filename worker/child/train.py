@@ -21,7 +21,8 @@ from artifacts.images import IMAGE_RULE
 from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
 from errors import Corrupt, DiskFull, NotFound, OutOfMemory, StoreUnavailable
-from recipes.recipe import BackboneChoice, Recipe
+from recipes.catalogue import BackboneName
+from recipes.filled import parse_filled
 from worker.child import weights
 from worker.child.channel import Channel
 from worker.child.fold_progress import Abreast
@@ -99,7 +100,7 @@ class _Desk:
         self._spec = order.spec
         self._channel = channel
         self._store = open_store(order.spec.store)
-        self._recipe = Recipe.model_validate(order.spec.recipe)
+        self._recipe = parse_filled(order.spec.recipe)
         self._reporter = _Reporter(channel, self._store)
         self._reporter.follow(order)
         self._weights = self._find_weights()
@@ -156,9 +157,9 @@ class _Desk:
     def _find_weights(self) -> Digest | None:
         """Return the stored weights, after download if need be; None for a network from scratch or one to choose."""
         spec, recipe = self._spec, self._recipe
-        if recipe.backbone in (None, BackboneChoice.AUTO) or recipe.weights is None:
+        backbone = recipe.backbone
+        if not isinstance(backbone, BackboneName) or recipe.weights is None:
             return None
-        backbone = recipe.known_backbone.name
         if spec.weights is not None:
             return spec.weights
 

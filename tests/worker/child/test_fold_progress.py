@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clock import ByHand
+from manual_clock import ByHand
 
 from artifacts.images import ImageLimits
 from artifacts.store import Store, StoreAddress, digest_of
