@@ -17,9 +17,9 @@ from artifacts.store import Digest
 from recipes.filled import DecidedRecipe, UndecidedRecipe
 from recipes.recipe import Precision
 from training import delivery
-from training.bake_off import Pick
+from training.bake_off import BakeOffResult
 from training.data.split import Fold, Indices
-from training.delivery import Served
+from training.delivery import DeliveredModel
 from training.fitting.checkpoint import Keeper
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
@@ -76,10 +76,10 @@ class Experiment:
         self._place, self._report = place, report
         data = self._data = Data(order, place)
         recipe, weights = order.recipe, order.weights
-        self._pick: Pick | None = None
+        self._pick: BakeOffResult | None = None
         if isinstance(recipe, UndecidedRecipe):
             self._pick = pick(data, recipe, order, place, registry, report)
-            recipe, weights = self._pick.settled(recipe), self._pick.weights
+            recipe, weights = self._pick.decide(recipe), self._pick.weights
         self._recipe: DecidedRecipe = recipe
         self._course = begin(data, recipe, weights, place, registry, report)
 
@@ -124,9 +124,11 @@ class Experiment:
         """Measure on a fold's test images, and tell that it ended."""
         fold = self.folds[number]
         logits = {self._course.precision: finite(learned.logits(fold.test))}
-        if self._course.taught is not None:
+        if self._course.exporter is not None:
             epochs = float(len(learned.history))
-            logits |= self._course.taught.logits(learned, fold.train, fold.test, lambda done, total: part.batch(epochs))
+            logits |= self._course.exporter.logits(
+                learned, fold.train, fold.test, lambda done, total: part.batch(epochs)
+            )
         result = FoldResult(
             number=number,
             epochs=len(learned.history),
@@ -225,12 +227,12 @@ class Experiment:
             },
         )
 
-    def _serve(self, final: Learned, outcomes: Sequence[FoldOutcome]) -> Served:
+    def _serve(self, final: Learned, outcomes: Sequence[FoldOutcome]) -> DeliveredModel:
         """Return what answers."""
         course = self._course
-        if course.taught is None:
+        if course.exporter is None:
             assert course.trunk is not None
-            return Served(course.precision, course.trunk.backbone, course.trunk.engine, course.choice)
+            return DeliveredModel(course.precision, course.trunk.backbone, course.trunk.engine, course.choice)
         if final.network is not None:
             self._report.stage("export")
         scores = {
@@ -240,9 +242,9 @@ class Experiment:
         }
         data = self._data
         shown = data.held_out if len(data.held_out) else data.trained_on
-        return course.taught.serve(final, data.trained_on, shown, scores, self._report.images)
+        return course.exporter.serve(final, data.trained_on, shown, scores, self._report.images)
 
-    def _neighbours(self, served: Served, rows: Indices) -> bytes:
+    def _neighbours(self, served: DeliveredModel, rows: Indices) -> bytes:
         """Return the file of the rows' images as the network that is served sees them."""
         trunk, pixels = self._course.trunk, self._course.pixels
         if trunk is not None and (served.backbone, served.precision) == (trunk.backbone, trunk.precision):

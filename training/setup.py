@@ -29,14 +29,14 @@ from recipes.filled import (
 )
 from recipes.recipe import Precision, Task
 from training import bake_off
-from training.bake_off import Pick
+from training.bake_off import BakeOffResult
 from training.data.arrays import ReportProgress, drop_unused, load_maps, load_pixels, maps_bytes
 from training.data.augmentation import contact_sheet
 from training.data.extraction import sum_extractions
 from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
-from training.delivery import Taught, golden_images, spread
+from training.delivery import TrainedNetworkExporter, golden_images, spread
 from training.fitting.checkpoint import NoKeeper
 from training.fitting.fine_tuning import FineTuningData
 from training.fitting.fit_task import FitData
@@ -172,16 +172,18 @@ class Course:
     extraction: Extraction
     trunk: FrozenBackbone | None = None
     pixels: Pixels | None = None
-    taught: Taught | None = None
+    exporter: TrainedNetworkExporter | None = None
     choice: PrecisionDecision | None = None
     notes: Sequence[str] = ()
 
 
-def pick(data: Data, recipe: UndecidedRecipe, order: Order, place: Workspace, registry: Registry, told: Told) -> Pick:
+def pick(
+    data: Data, recipe: UndecidedRecipe, order: Order, place: Workspace, registry: Registry, told: Told
+) -> BakeOffResult:
     """Return where the features of a recipe come from; a run that was interrupted keeps its earlier choice."""
-    known = registry.find_pick()
+    known = registry.find_bake_off_result()
     if known is not None:
-        return Pick.of(known)
+        return BakeOffResult.of(known)
     told.stage("bake-off")
     candidates = order.candidates
     if order.weights is not None and isinstance(recipe.backbone, BackboneName):
@@ -198,7 +200,7 @@ def pick(data: Data, recipe: UndecidedRecipe, order: Order, place: Workspace, re
         place,
         told.images,
     )
-    registry.set_pick(found.facts(data.task))
+    registry.set_bake_off_result(found.facts(data.task))
     return found
 
 
@@ -233,7 +235,7 @@ def _growing(data: Data, recipe: FromScratchRecipe, place: Workspace, told: Told
         Precision.FLOAT32,
         extraction,
         pixels=pixels,
-        taught=Taught(recipe, data.task, considered, pixels, place, rebuild, frozen=None),
+        exporter=TrainedNetworkExporter(recipe, data.task, considered, pixels, place, rebuild, frozen=None),
     )
 
 
@@ -285,8 +287,8 @@ class _Beginning:
                 return trunk.backbone
             return self._networks.quantise(trunk.backbone, [data.digests[row] for row in train], source, report)
 
-        taught = Taught(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
-        return Course(learner, trunk.precision, extraction, trunk, pixels, taught, notes=notes)
+        exporter = TrainedNetworkExporter(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
+        return Course(learner, trunk.precision, extraction, trunk, pixels, exporter, notes=notes)
 
     def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data
