@@ -24,6 +24,7 @@ from models import run as runs
 from models import run_jobs
 from models.base import NO_KEY_UPDATE, Base, new_id, now, text_enum
 from models.job import Job, JobKind, Queue
+from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
 from models.run import Run, RunState
 from recipes.recipe import Recipe
@@ -83,6 +84,12 @@ def get_comparison(session: Session, principal: Principal, comparison_id: str) -
     if comparison is None:
         raise NotFound(f"No comparison has the id {comparison_id!r}.")
     return comparison
+
+
+def list_comparisons(session: Session, principal: Principal, page: PageRequest) -> RowPage[Comparison]:
+    """Return one page of the comparisons, the newest first."""
+    query = select(Comparison).where(scope(Comparison.project_id, principal))
+    return fetch_records(session, query, Comparison.id, page)
 
 
 def get_runs(session: Session, comparison_id: str) -> Sequence[Run]:

@@ -20,6 +20,9 @@ from sqlalchemy import (
     String,
     UniqueConstraint,
     delete,
+    func,
+    literal,
+    or_,
     select,
     text,
     update,
@@ -34,6 +37,7 @@ from artifacts.manifest import Row
 from artifacts.store import Digest
 from errors import NameTaken, NotFound, NotReady, Refused
 from models.base import Base, Json, new_id, now, text_enum
+from models.paging import PageRequest, RowPage, fetch_page, fetch_records
 from models.project import Principal, owner, scope
 from recipes.defaults import ClassCount
 from recipes.recipe import Task
@@ -166,6 +170,53 @@ def get_dataset(session: Session, principal: Principal, dataset_id: str, *, for_
     if dataset is None:
         raise NotFound(f"No data set has the id {dataset_id!r}.")
     return dataset
+
+
+def list_datasets(session: Session, principal: Principal, page: PageRequest) -> RowPage[Dataset]:
+    """Return one page of the data sets that are not deleted, the newest first."""
+    query = select(Dataset).where(Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal))
+    return fetch_records(session, query, Dataset.id, page)
+
+
+def list_images(
+    session: Session, version_id: str, label: str | None, page: PageRequest
+) -> RowPage[tuple[Membership, Image]]:
+    """Return one page of a version's images in the order of its manifest; with a label, only those that have it."""
+    query = (
+        select(Membership, Image)
+        .join(Image, Image.id == Membership.image_id)
+        .where(Membership.version_id == version_id)
+    )
+    if label:
+        position = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
+        joined = literal("|") + Membership.label + literal("|")
+        query = query.where(or_(Membership.label == label, position(joined, f"|{label}|") > 0))
+    key = path_order(session)
+    found = fetch_page(session, query, key, lambda row: str(row.Membership.path), page, ascending=True)
+    return RowPage([(row.Membership, row.Image) for row in found.rows], found.next_after)
+
+
+def find_image(session: Session, dataset_id: str, sha256: str) -> Digest | None:
+    """Return the digest of an image if any version of the data set has it, else None."""
+    query = (
+        select(Image.sha256)
+        .join(Membership, Membership.image_id == Image.id)
+        .join(DatasetVersion, DatasetVersion.id == Membership.version_id)
+        .where(DatasetVersion.dataset_id == dataset_id, Image.sha256 == sha256)
+    )
+    found = session.scalar(query.limit(1))
+    return None if found is None else Digest(found)
+
+
+def find_version_image(session: Session, version_id: str, sha256: str) -> Digest | None:
+    """Return the digest of an image if the version has it, else None."""
+    query = (
+        select(Image.sha256)
+        .join(Membership, Membership.image_id == Image.id)
+        .where(Membership.version_id == version_id, Image.sha256 == sha256)
+    )
+    found = session.scalar(query.limit(1))
+    return None if found is None else Digest(found)
 
 
 def get_versions(session: Session, dataset_id: str) -> Sequence[DatasetVersion]:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from artifacts.store import Digest
 from errors import NotFound
 from models.base import Base, new_id, now, text_enum
+from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
 from recipes.catalogue import BackboneName
 
@@ -124,6 +125,11 @@ def get_model(session: Session, principal: Principal, name: str) -> Model:
     if model is None:
         raise NotFound(f"No model is named {name!r}. GET /api/v1/models lists all models.")
     return model
+
+
+def list_models(session: Session, principal: Principal, page: PageRequest) -> RowPage[Model]:
+    """Return one page of the models, the newest first."""
+    return fetch_records(session, select(Model).where(scope(Model.project_id, principal)), Model.id, page)
 
 
 def get_model_version(session: Session, model: Model, number: int) -> ModelVersion:
@@ -291,6 +297,11 @@ def add_quantised_backbone(
 def find_weights(session: Session, network: BackboneName, name: str) -> Weights | None:
     """Return the stored weights of a network under this name, or None."""
     return session.get(Weights, (network, name))
+
+
+def get_weights_digests(session: Session) -> dict[tuple[BackboneName, str], str]:
+    """Return the digest of all weights in the store, by network and name."""
+    return {(row.network, row.name): row.sha256 for row in session.scalars(select(Weights))}
 
 
 def find_weights_by_name(session: Session, name: str) -> list[Weights]:

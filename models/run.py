@@ -19,6 +19,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from artifacts.store import Digest
 from errors import NotFound
 from models.base import NO_KEY_UPDATE, Base, Json, new_id, now, text_enum
+from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
 from recipes.recipe import Recipe
 
@@ -157,6 +158,11 @@ def get_run(session: Session, principal: Principal, run_id: str) -> Run:
     if run is None:
         raise NotFound(f"No run has the id {run_id!r}.")
     return run
+
+
+def list_runs(session: Session, principal: Principal, page: PageRequest) -> RowPage[Run]:
+    """Return one page of the runs, the newest first."""
+    return fetch_records(session, select(Run).where(scope(Run.project_id, principal)), Run.id, page)
 
 
 def get_folds(session: Session, run_id: str) -> Sequence[Fold]:

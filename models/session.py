@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, func, select
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, func, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
@@ -93,6 +93,11 @@ class Database:
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
         with _reachable(), self._locks.hold(number) as is_held:
             yield is_held
+
+    def ping(self) -> None:
+        """Ask the database for an answer. Raises Unavailable if it gives none."""
+        with self.reading() as session:
+            session.execute(text("SELECT 1"))
 
     def close(self) -> None:
         """Close every connection."""
