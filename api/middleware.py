@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 class ShutdownState:
-    """Whether this process is about to end: then every answer closes its connection, and clients reconnect elsewhere."""
+    """Whether this process will end soon: then every answer closes its connection, so clients reconnect elsewhere."""
 
     is_draining = False
 

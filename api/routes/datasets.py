@@ -109,9 +109,8 @@ async def _receive_version(
 
     def check_first() -> None:  # before gigabytes are uploaded in vain
         with services.database.reading() as session:
-            if not idempotency.is_known(
-                session
-            ):  # else the upload may be a repetition, which shows only after its last byte
+            # A known key may mean a repeated upload, which only its last byte can show.
+            if not idempotency.is_known(session):
                 check(session)
 
     await run_in_threadpool(check_first)
@@ -134,9 +133,8 @@ def _record(
         if earlier is not None:
             return earlier
         with services.database.writing() as session:
-            lock_files(
-                session
-            )  # first: a request that finds the name taken deletes its archive, which may be the same file
+            # First: a request that finds the name taken deletes its archive, which may be the same file.
+            lock_files(session)
             dataset = find(session)
             if not services.store.has(archive):
                 raise Unavailable("The archive was removed just after it arrived. Send it again.")
