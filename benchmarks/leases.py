@@ -79,7 +79,7 @@ def bare(order: dict[str, Any]) -> None:
     from benchmarks.folds import Known, Silent
     from training.experiment import Experiment
     from training.networks.network_files import Workspace
-    from training.setup import Order
+    from training.setup import TrainingRequest
 
     place = Workspace(
         store=Store(Path(order["store"])),
@@ -89,7 +89,9 @@ def bare(order: dict[str, Any]) -> None:
         image_limits=LIMITS,
         threads=order["threads"],
     )
-    wanted = Order(Recipe.model_validate(order["recipe"]), order["manifest"], order["labels"], order["weights"])
+    wanted = TrainingRequest(
+        Recipe.model_validate(order["recipe"]), order["manifest"], order["labels"], order["weights"]
+    )
     experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
     print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
 

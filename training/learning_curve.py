@@ -26,8 +26,7 @@ from recipes.recipe import Recipe, Task
 from training.data.split import Indices, nested_subsets, set_aside
 from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
-from training.fitting.checkpoint import NoKeeper
-from training.fitting.learners import Frozen, Lesson, Plan
+from training.fitting.learners import Frozen, LearningTask, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
 from training.statistics import evaluation, power_law, resampling
@@ -150,7 +149,7 @@ class _Part:
     """What one head learns from and is tested on; `images` counts those that it may stop by, too."""
 
     repeat: int
-    lesson: Lesson
+    task: LearningTask
     test: Indices
     images: int
 
@@ -177,7 +176,7 @@ def _answers(
         logits = np.full(measured.logits.shape, np.nan, dtype=np.float32)
         for part in (parts[number] for parts in folds):
             listener = Trial(partial(_tell, report, done / total, part.images / total / learner.plan.epochs))
-            answered = learner.learn(part.lesson, listener, NoKeeper()).logits(part.test)
+            answered = learner.learn(part.task, listener).logits(part.test)
             if not np.isfinite(answered).all():
                 raise TrainingDiverged(
                     f"What was learned from {part.images} images answers with infinite numbers. Lower "
@@ -207,8 +206,8 @@ def _parts(subject: Subject, targets: Targets, groups: Indices, plan: Plan, repe
         aside = watched
         if share:
             aside = set_aside(rows, strata, needed, groups, share, seed)
-        lesson = Lesson(np.setdiff1d(rows, aside), aside, plan, seed)
-        found.append(_Part(repeat, lesson, test, len(rows)))
+        task = LearningTask(np.setdiff1d(rows, aside), aside, plan, seed)
+        found.append(_Part(repeat, task, test, len(rows)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Begins a run: lays out its images and folds, and makes ready what all folds of its mode read."""
+"""Sets up a run: lays out its images and folds, and prepares the inputs that all folds of its mode share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,8 @@ from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
 from training.delivery import Taught, golden_images, spread
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fine_tuning import FineTuningInputs
-from training.fitting.learners import Frozen, Growing, Learner, Lesson, Tuning
+from training.fitting.learners import Frozen, Growing, Learner, LearningTask, Tuning
 from training.fitting.training_loop import finite
 from training.fitting.trials import Trials
 from training.networks import backbones, scratch_networks
@@ -50,33 +49,13 @@ from training.networks.precision import (
     choose_precision,
     measure_image_ms,
 )
-from training.progress import Extraction
+from training.progress import Extraction, StageListener
 from training.statistics import evaluation
 
 
-class Told(Protocol):
-    """Who is told how far the beginning is."""
-
-    def stage(self, name: str) -> None:
-        """Tell that a stage begins."""
-        ...
-
-    def images(self, done: int, total: int) -> None:
-        """Tell how many of its images, or epochs, the present stage has seen to."""
-        ...
-
-    def extracted(self, extraction: Extraction) -> None:
-        """Tell what extraction had to compute."""
-        ...
-
-    def file(self, name: RunFile, data: bytes, media_type: str) -> None:
-        """Keep a file with the run, before its end."""
-        ...
-
-
 @dataclass(frozen=True)
-class Order:
-    """What is to be done.
+class TrainingRequest:
+    """The run to train.
 
     Attributes:
         recipe: every default filled in.
@@ -93,15 +72,15 @@ class Order:
     candidates: Mapping[BackboneName, Digest] = field(default_factory=dict)
 
 
-class Data:
+class RunData:
     """The images of a data set version as a recipe sees them: what is to be learned of each, and who learns from it."""
 
-    def __init__(self, order: Order, place: Workspace) -> None:
-        recipe = self.recipe = order.recipe
-        self.labels = order.labels
-        self.rows: Sequence[Row] = manifest.load(place.store.read(order.manifest))
+    def __init__(self, request: TrainingRequest, place: Workspace) -> None:
+        recipe = self.recipe = request.recipe
+        self.labels = request.labels
+        self.rows: Sequence[Row] = manifest.load(place.store.read(request.manifest))
         self.task = Task(recipe.task.value)
-        targets = self.targets = make_targets(self.task, order.labels, self.rows)
+        targets = self.targets = make_targets(self.task, request.labels, self.rows)
         self.truth = targets.truth
         belongs = manifest.group_rows(self.rows)
         self.groups = np.array(belongs, dtype=np.intp)
@@ -145,8 +124,8 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Course:
-    """How the folds of a run learn, and what of it is served.
+class TrainingSetup:
+    """How the folds of a run learn, and what of it answers predictions.
 
     Attributes:
         learner: learns from rows.
@@ -169,7 +148,9 @@ class Course:
     notes: Sequence[str] = ()
 
 
-def pick(data: Data, order: Order, place: Workspace, registry: Registry, told: Told) -> Pick | None:
+def choose_features(
+    data: RunData, request: TrainingRequest, place: Workspace, registry: Registry, listener: StageListener
+) -> Pick | None:
     """Return where features come from if a recipe leaves that open; a run that was interrupted keeps to its choice."""
     recipe = data.recipe
     if not bake_off.is_asked(recipe):
@@ -177,10 +158,10 @@ def pick(data: Data, order: Order, place: Workspace, registry: Registry, told: T
     known = registry.find_pick()
     if known is not None:
         return Pick.of(known)
-    told.stage("bake-off")
-    candidates = order.candidates
-    if order.weights is not None:
-        candidates = {recipe.known_backbone.name: order.weights}
+    listener.stage("bake-off")
+    candidates = request.candidates
+    if request.weights is not None:
+        candidates = {recipe.known_backbone.name: request.weights}
     found = bake_off.bake_off(
         recipe,
         data.task,
@@ -191,39 +172,41 @@ def pick(data: Data, order: Order, place: Workspace, registry: Registry, told: T
         data.digests,
         candidates,
         place,
-        told.images,
+        listener.images,
     )
     registry.set_pick(found.facts(data.task))
     return found
 
 
-def begin(data: Data, weights: Digest | None, place: Workspace, registry: Registry, told: Told) -> Course:
-    """Make ready what all folds of a run read, of a recipe that leaves nothing open."""
+def set_up(
+    data: RunData, weights: Digest | None, place: Workspace, registry: Registry, listener: StageListener
+) -> TrainingSetup:
+    """Prepare the inputs that all folds of a run share; its recipe leaves no choice open."""
     if data.recipe.precision is not PrecisionChoice.AUTO:
         OpenVinoEngine.check(Precision(data.recipe.precision.value))
     match data.recipe.mode:
         case Mode.FEATURE_EXTRACTION:
-            return _Beginning(data, weights, place, registry, told).frozen()
+            return _BackboneSetup(data, weights, place, registry, listener).set_up_frozen()
         case Mode.FINE_TUNING:
-            return _Beginning(data, weights, place, registry, told).tuning()
+            return _BackboneSetup(data, weights, place, registry, listener).set_up_fine_tuning()
         case Mode.FROM_SCRATCH:
-            return _growing(data, place, told)
+            return _set_up_from_scratch(data, place, listener)
 
 
-def _growing(data: Data, place: Workspace, told: Told) -> Course:
-    """Return the course of a network from scratch."""
+def _set_up_from_scratch(data: RunData, place: Workspace, listener: StageListener) -> TrainingSetup:
+    """Return the setup of a network from scratch."""
     recipe, network = data.recipe, data.recipe.network
     assert network is not None
     started = time.perf_counter()
-    pixels = _pixels(data, place, told)
+    pixels = _pixels(data, place, listener)
     considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
     extraction = Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3))
-    told.extracted(extraction)
+    listener.extracted(extraction)
 
     def rebuild(weights: bytes) -> Any:
         return scratch_networks.build_feature_network(network, image_size_of(recipe), weights)
 
-    return Course(
+    return TrainingSetup(
         Growing(recipe, data.task, data.outputs, pixels, data.truth),
         Precision.FLOAT32,
         extraction,
@@ -232,35 +215,37 @@ def _growing(data: Data, place: Workspace, told: Told) -> Course:
     )
 
 
-class _Beginning:
-    """The beginning of a run on a backbone."""
+class _BackboneSetup:
+    """Prepares a run on a backbone: exports it, quantises it if need be, and extracts features."""
 
-    def __init__(self, data: Data, weights: Digest | None, place: Workspace, registry: Registry, told: Told) -> None:
+    def __init__(
+        self, data: RunData, weights: Digest | None, place: Workspace, registry: Registry, listener: StageListener
+    ) -> None:
         assert weights is not None
-        self._data, self._place, self._registry, self._told = data, place, registry, told
+        self._data, self._place, self._registry, self._listener = data, place, registry, listener
         self._weights = weights
         self._networks = NetworkFiles(data.recipe, weights, place, registry)
         self._considered = candidate_precisions(data.recipe.precision, OpenVinoEngine.precisions())
 
-    def frozen(self) -> Course:
-        """Return the course of a head on a frozen backbone."""
+    def set_up_frozen(self) -> TrainingSetup:
+        """Return the setup of a head on a frozen backbone."""
         recipe, place = self._data.recipe, self._place
         source = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
-        self._told.stage("backbone")
+        self._listener.stage("backbone")
         trunk, choice = self._trunk(self._considered, source)
-        return Course(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
+        return TrainingSetup(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
 
-    def tuning(self) -> Course:
-        """Return the course of a backbone that learns with its head."""
-        data, place, told, recipe = self._data, self._place, self._told, self._data.recipe
+    def set_up_fine_tuning(self) -> TrainingSetup:
+        """Return the setup of a backbone that learns with its head."""
+        data, place, listener, recipe = self._data, self._place, self._listener, self._data.recipe
         started = time.perf_counter()
-        pixels = _pixels(data, place, told)
+        pixels = _pixels(data, place, listener)
         source = LoadedPixels(data.digests, pixels)
-        told.stage("backbone")
+        listener.stage("backbone")
         trunk, _ = self._trunk([Precision.FLOAT32], source)
         material, notes = self._material(pixels)
         extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
-        told.extracted(extraction)
+        listener.extracted(extraction)
         head = self._heads(trunk)
         learner = Tuning(recipe, data.task, head, place.store.read(self._weights), material, data.truth)
 
@@ -274,7 +259,7 @@ class _Beginning:
             return self._networks.quantise(trunk.backbone, [data.digests[row] for row in train], source, report)
 
         taught = Taught(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
-        return Course(learner, trunk.precision, extraction, trunk, pixels, taught, notes=notes)
+        return TrainingSetup(learner, trunk.precision, extraction, trunk, pixels, taught, notes=notes)
 
     def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data
@@ -287,7 +272,7 @@ class _Beginning:
 
         Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
         """
-        data, report, networks, registry = self._data, self._told, self._networks, self._registry
+        data, report, networks, registry = self._data, self._listener, self._networks, self._registry
         recipe, digests = data.recipe, data.digests
         choice: PrecisionDecision | None = None
         known = registry.find_precision_decision() if len(precisions) > 1 else None
@@ -305,8 +290,8 @@ class _Beginning:
         report.stage("features")
         trunks = []
         for number, (precision, network) in enumerate(files.items()):
-            told = _one_of(number, len(files), report)
-            trunks.append(networks.frozen_backbone(network, precision, digests, source, told))
+            report_images = _one_of(number, len(files), report)
+            trunks.append(networks.frozen_backbone(network, precision, digests, source, report_images))
         extraction = sum_extractions([trunk.extraction for trunk in trunks])
         if len(trunks) > 1:
             report.extracted(extraction)  # the trials that follow may be interrupted
@@ -331,15 +316,14 @@ class _Beginning:
         """Return the headline score of heads on a frozen network, out of fold."""
         data, learner = self._data, self._heads(trunk)
         trials = Trials(learner.plan.epochs, len(data.folds), report)
-        lessons = [
+        tasks = [
             (
-                Lesson(fold.train, fold.validation, learner.plan, seed_of(data.recipe, fold.number)),
+                LearningTask(fold.train, fold.validation, learner.plan, seed_of(data.recipe, fold.number)),
                 trials.of(fold.number),
-                NoKeeper(),
             )
             for fold in data.folds
         ]
-        learned = dict(learner.learn_many(lessons))
+        learned = dict(learner.learn_many(tasks))
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
     def _material(self, pixels: Pixels) -> tuple[FineTuningInputs, Sequence[str]]:
@@ -353,10 +337,10 @@ class _Beginning:
             return FineTuningInputs(pixels, are_maps=False), ()
         frozen = networks.export_cut(boundary)
         engine = networks.engine(frozen, Precision.FLOAT32)
-        self._told.stage("activations")
+        self._listener.stage("activations")
         space = networks.feature_space(frozen, Precision.FLOAT32)
         room_bytes = place.pixels_bytes - pixels.nbytes
-        maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._told.images)
+        maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._listener.images)
         if maps is not None:
             return FineTuningInputs(maps, are_maps=True), ()
         note = (
@@ -367,16 +351,16 @@ class _Beginning:
         return FineTuningInputs(pixels, are_maps=False), (note,)
 
 
-def _pixels(data: Data, place: Workspace, told: Told) -> Pixels:
+def _pixels(data: RunData, place: Workspace, listener: StageListener) -> Pixels:
     """Return the pixels of every image, decoded once, and keep a picture of how they are varied."""
     recipe = data.recipe
-    told.stage("pixels")
+    listener.stage("pixels")
     drop_unused(place.pixels, place.pixels_bytes)
     decoder = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
-    pixels = load_pixels(data.digests, decoder, place.pixels, told.images)
+    pixels = load_pixels(data.digests, decoder, place.pixels, listener.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
-        told.file(RunFile.AUGMENTATIONS, shown, "image/png")
+        listener.file(RunFile.AUGMENTATIONS, shown, "image/png")
     return pixels
 
 
@@ -384,8 +368,8 @@ def _pixels(data: Data, place: Workspace, told: Told) -> Pixels:
 _SHOWN = 8
 
 
-def _one_of(number: int, count: int, report: Told) -> ReportProgress:
-    """Return who is told of one of several passes of the same length, and tells how far all of them are."""
+def _one_of(number: int, count: int, report: StageListener) -> ReportProgress:
+    """Return what reports one of several passes of the same length as a part of all of them."""
     return lambda done, total: report.images(number * total + done, count * total)
 
 
