@@ -51,8 +51,6 @@ class Settings(BaseSettings):
     """Address that the API listens on. Anything but loopback needs a key."""
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port of the API."""
-    api_processes: Annotated[int, Field(ge=1, le=64)] = 1
-    """Processes of the API on its port; they divide the processors, ESPALIER_THREADS and ESPALIER_SHELF_BYTES."""
     api_public_url: str | None = None
     """Address of the API as MLflow's readers see it; by default loopback with the API's port."""
     mlflow_port: Annotated[int, Field(ge=1, le=65535)] = 5000
@@ -63,13 +61,13 @@ class Settings(BaseSettings):
     """Names that a Host header may carry, separated by commas; by default loopback names, or any once a key is set."""
 
     queues: Annotated[tuple[str, ...], NoDecode] = ("ingest", "cpu", "tracking")
-    """Queues that a worker serves, separated by commas, one job of each at a time."""
+    """Queues that `make up` starts workers for, separated by commas. A worker without `--queues` serves all of them."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers that `make up` starts; several train the folds of a fine-tuning run side by side."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads for one network, 0: as many as processors are at hand. They decide the last digits of a score."""
     look_every_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds between two looks for work without a bell: the most that a lost message costs."""
+    """Seconds between two sweeps of a worker: the most that a lost message costs."""
     renew_every_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between two signs of life of a job's holder."""
     lease_s: Annotated[float, Field(gt=0)] = 60.0
@@ -146,7 +144,7 @@ class Settings(BaseSettings):
     engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
     """What runs networks for predictions; `auto`: ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
-    """Memory for loaded networks, of all API processes; those not used for longest are dropped beyond it."""
+    """Memory for loaded networks; those not used for longest are dropped beyond it."""
 
     pixels_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
     """Disk for decoded pixels, which fine-tuning reads; those not used for longest are dropped beyond it."""
@@ -189,6 +187,11 @@ class Settings(BaseSettings):
         if not self.renew_every_s < self.let_go_s < self.lease_s:
             raise ValueError("Expected ESPALIER_RENEW_EVERY_S < ESPALIER_LET_GO_S < ESPALIER_LEASE_S.")
         return self
+
+    @property
+    def live_s(self) -> float:
+        """Seconds within which a worker must have been seen to have jobs sent to it: three of its sweeps."""
+        return 3 * self.look_every_s
 
     @cached_property
     def database(self) -> str:

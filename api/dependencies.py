@@ -17,7 +17,7 @@ from api.middleware import ShutdownState
 from api.prediction_queue import PredictionQueue
 from api.version_resolver import VersionResolver
 from artifacts.store import Store
-from bell import Bell
+from dispatch import Dispatcher
 from inference.shelf import Shelf
 from models.project import Principal
 from models.session import Database
@@ -31,7 +31,7 @@ class Services:
     settings: Settings
     database: Database
     store: Store
-    bell: Bell
+    dispatcher: Dispatcher
     shelf: Shelf
     version_resolver: VersionResolver
     prediction_queue: PredictionQueue

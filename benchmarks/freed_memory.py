@@ -37,8 +37,8 @@ def side(is_kept: bool, images: int, epochs: int) -> Side:
     from benchmarks.networks import NONE, fine_tuning_case, first_head
     from recipes.catalogue import BackboneName
     from recipes.recipe import Task
-    from training.fitting import fine_tuning
-    from training.fitting.fine_tuning import FineTuningInputs
+    from training.fitting.fine_tuning import FineTuningData, fine_tune
+    from training.fitting.fit_task import FitTask
     from training.fitting.training_loop import Passage
     from training.networks import backbones, freed_memory
 
@@ -50,25 +50,14 @@ def side(is_kept: bool, images: int, epochs: int) -> Side:
     rows = np.arange(images)
     whole, cut = (backbones.build_backbone(BackboneName.VGG16, name, SIZE, weights) for name in ("block5", "block2"))
     head = first_head(recipe, whole.predict(pixels, verbose=0)["features"], rows % 10)
-    material = FineTuningInputs(cut.predict(pixels, verbose=0)["maps"], are_maps=True)
+    maps = cut.predict(pixels, verbose=0)["maps"]
+    data = FineTuningData(Task.MULTICLASS, 10, maps, rows % 10, are_maps=True)
     seen: list[tuple[float, int]] = []
 
     def look(number: int, metrics: dict[str, float]) -> None:
         seen.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 
-    fine_tuning.fine_tune(
-        recipe,
-        Task.MULTICLASS,
-        weights,
-        material,
-        head,
-        rows % 10,
-        rows,
-        NONE,
-        epochs=1 + epochs,
-        seed=0,
-        passage=Passage(look),
-    )
+    fine_tune(recipe, data, weights, head, FitTask(rows, NONE, 1 + epochs, 0, Passage(look)))
     (began, pages_before), (ended, pages) = seen[0], seen[-1]
     greatest_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Side((ended - began) / epochs, (pages - pages_before) / epochs, greatest_bytes)

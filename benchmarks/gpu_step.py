@@ -27,7 +27,8 @@ try:
     from benchmarks.networks import NONE, calibrated, fine_tuning_case, first_head, multiply_adds
     from recipes.catalogue import ALL, CATALOGUE, BackboneName
     from recipes.recipe import Task
-    from training.fitting.fine_tuning import FineTuningInputs, fine_tune
+    from training.fitting.fine_tuning import FineTuningData, fine_tune
+    from training.fitting.fit_task import FitTask
     from training.fitting.training_loop import Passage
     from training.networks import backbones
 except ImportError as error:
@@ -87,19 +88,10 @@ def images_per_s(
     width = CATALOGUE[name].cuts[CATALOGUE[name].last_cut]
     features = np.random.default_rng(0).normal(size=(len(pixels), width)).astype(np.float32)
     ends: list[float] = []
-    fine_tune(
-        recipe,
-        Task.MULTICLASS,
-        weights,
-        FineTuningInputs(pixels, are_maps=False),
-        first_head(recipe, features, targets),
-        targets,
-        np.resize(np.arange(len(pixels)), batch * steps),
-        NONE,
-        epochs=1 + epochs,
-        seed=0,
-        passage=Passage(lambda number, metrics: ends.append(time.perf_counter())),
-    )
+    data = FineTuningData(Task.MULTICLASS, CLASSES, pixels, targets, are_maps=False)
+    passage = Passage(lambda number, metrics: ends.append(time.perf_counter()))
+    fit = FitTask(np.resize(np.arange(len(pixels)), batch * steps), NONE, 1 + epochs, 0, passage)
+    fine_tune(recipe, data, weights, first_head(recipe, features, targets), fit)
     return [batch * steps / float(seconds) for seconds in np.diff(ends)]
 
 

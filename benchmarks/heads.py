@@ -28,8 +28,11 @@ from threadpoolctl import threadpool_limits
 from artifacts.features import Features
 from benchmarks.figures import report, spread
 from inference import heads
-from recipes.recipe import Recipe, Task
+from recipes.defaults import ClassCount, fill
+from recipes.filled import HeadedRecipe
+from recipes.recipe import HeadRecipe, Recipe, Task
 from training.data.split import Fold, Indices, make_folds
+from training.fitting.fit_task import FitData
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
 from training.fitting.training_loop import Passage
@@ -58,31 +61,24 @@ def folded(truth: Indices) -> list[Fold]:
 
 
 def fold_by_fold(
-    recipe: Recipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
+    recipe: HeadedRecipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
 ) -> list[FittedHead]:
     """Fit each head by itself."""
     return [
         fit_head(
-            recipe.model_copy(update={"head": recipe.known_head.model_copy(update={"l2": one.l2})}),
-            Task.MULTICLASS,
-            CLASSES,
-            features,
-            truth,
-            one.train,
-            one.validation,
-            epochs=one.epochs,
-            seed=one.seed,
-            passage=one.passage,
+            recipe.model_copy(update={"head": recipe.head.model_copy(update={"l2": one.l2})}),
+            FitData(Task.MULTICLASS, CLASSES, features, truth),
+            one,
         )
         for one in wanted
     ]
 
 
 def side_by_side(
-    recipe: Recipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
+    recipe: HeadedRecipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
 ) -> list[FittedHead]:
     """Fit all heads at once."""
-    fits = dict(fit_linear_heads(recipe, Task.MULTICLASS, CLASSES, features, truth, wanted))
+    fits = dict(fit_linear_heads(recipe, FitData(Task.MULTICLASS, CLASSES, features, truth), wanted))
     return [fits[place] for place in range(len(wanted))]
 
 
@@ -147,8 +143,9 @@ def timed(work: Callable[[], list[Any]]) -> tuple[float, list[Any]]:
 def compared(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence[float]) -> dict[str, Any]:
     """Measure one size, with heads of each strength of the penalty."""
     features, truth = drawn(rows, width)
-    recipe = Recipe(early_stopping=None)
-    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, 0.0, QUIET) for fold in folded(truth)]
+    recipe = fill(Recipe(early_stopping=None), Task.MULTICLASS, [ClassCount("one of many", rows, rows)])
+    assert isinstance(recipe, HeadedRecipe)
+    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, QUIET, 0.0) for fold in folded(truth)]
     wanted = l2_grid(folds, strengths)
     given = recipe, features, truth
     rival = Rival(features, truth, wanted, side_by_side(*given, wanted))
@@ -182,7 +179,7 @@ def main() -> None:
     wanted = parser.parse_args()
     rows = []
     for size in SIZES:
-        rows.append(compared(*size, wanted.epochs, wanted.pairs, [Recipe().known_head.l2]))
+        rows.append(compared(*size, wanted.epochs, wanted.pairs, [HeadRecipe().l2]))
         print(rows[-1], flush=True)
     rows.append(compared(*SIZES[0], wanted.epochs, 1, GRID))
     report("heads", {"aim": "ratio >= 2", "sizes": rows})

@@ -37,13 +37,14 @@ from ops.migrate import upgrade
 from ops.up import mlflow_answers, mlflow_server
 from recipes.catalogue import BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import parse_filled
 from recipes.recipe import FineTune, Folds, Mode, Recipe, Task
 from settings import Settings
 from worker.child_process import computing_threads
 from worker.handlers.tracking import Publish, TrackingPlace
 from worker.handlers.train import Train, TrainingPlace
 from worker.lease import Handler, Timings
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
@@ -89,9 +90,7 @@ def bare(order: dict[str, Any]) -> None:
         image_limits=LIMITS,
         threads=order["threads"],
     )
-    wanted = TrainingRequest(
-        Recipe.model_validate(order["recipe"]), order["manifest"], order["labels"], order["weights"]
-    )
+    wanted = TrainingRequest(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
     experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
     print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
 
@@ -121,7 +120,7 @@ class Service:
             JobKind.PUBLISH: publish,
         }
         queues = [Queue.CPU, Queue.TRACKING]
-        self._loops = [Loop(self.database, queue, handlers, "bench", Timings()) for queue in queues]
+        self._loops = [LocalWorker(self.database, queue, handlers, "bench", Timings()) for queue in queues]
         self._sweeper = Sweeper(self.database, queues, handlers, "bench", Timings())
         self.version_id = self._add_dataset(given)
         for loop in self._loops:
@@ -139,7 +138,7 @@ class Service:
             run = runs.create_run(session, Principal(), self.version_id, "bench", recipe)
             run_jobs.queue_training(session, run)
         for loop in self._loops:
-            loop.ring()
+            loop.wake()
         while True:
             with self.database.reading() as session:
                 found = runs.get_run(session, Principal(), run.id)

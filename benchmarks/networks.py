@@ -11,10 +11,11 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import FineTuningRecipe, HeadedRecipe
 from recipes.recipe import FineTune, Mode, Recipe, Task
 from training.data.split import Indices
-from training.fitting import head_fit
-from training.fitting.head_fit import FittedHead
+from training.fitting.fit_task import FitData, FitTask
+from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.training_loop import Passage
 from training.networks import backbones
 
@@ -38,7 +39,7 @@ def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
     return backbones.dump_weights(network)
 
 
-def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> Recipe:
+def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> FineTuningRecipe:
     """Return a recipe that fine-tunes without augmentation and without an early end."""
     recipe = Recipe(
         mode=Mode.FINE_TUNING,
@@ -50,23 +51,16 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
         early_stopping=None,
         fine_tune=FineTune(learning_rate=_LEARNING_RATE, epochs=epochs),
     )
-    return fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
+    filled = fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
+    assert isinstance(filled, FineTuningRecipe)
+    return filled
 
 
-def first_head(recipe: Recipe, features: Features, targets: Indices) -> FittedHead:
+def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> FittedHead:
     """Return a head that has learned a little, to go on from."""
-    return head_fit.fit_head(
-        recipe,
-        Task.MULTICLASS,
-        int(targets.max()) + 1,
-        features,
-        targets,
-        np.arange(len(targets)),
-        NONE,
-        epochs=_HEAD_EPOCHS,
-        seed=0,
-        passage=Passage(lambda number, metrics: None),
-    )
+    data = FitData(Task.MULTICLASS, int(targets.max()) + 1, features, targets)
+    passage = Passage(lambda number, metrics: None)
+    return fit_head(recipe, data, FitTask(np.arange(len(targets)), NONE, _HEAD_EPOCHS, 0, passage))
 
 
 def multiply_adds(model: Any) -> int:

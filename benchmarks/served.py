@@ -29,9 +29,11 @@ from inference.predictor import ClassPrediction
 from inference.shelf import Shelf
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import FromScratchRecipe
 from recipes.recipe import Mode, Precision, Recipe, Resize, Task
-from training.fitting import fine_tuning, from_scratch
-from training.fitting.fine_tuning import FineTuningInputs
+from training.fitting.fine_tuning import FineTuningData, fine_tune
+from training.fitting.fit_task import FitData, FitTask
+from training.fitting.from_scratch import fit_from_scratch
 from training.fitting.training_loop import Passage
 from training.networks import backbones, scratch_networks
 from training.networks.export import export
@@ -60,19 +62,9 @@ def tuned(given: Ground, wanted: argparse.Namespace) -> Subject:
     features = frozen.features(given.pixels)
     head = first_head(recipe, features, given.truth)
     everything = np.arange(len(given.truth))
-    learned = fine_tuning.fine_tune(
-        recipe,
-        Task.MULTICLASS,
-        given.store.read(given.weights),
-        FineTuningInputs(given.pixels, are_maps=False),
-        head,
-        given.truth,
-        everything,
-        NONE,
-        epochs=wanted.epochs,
-        seed=0,
-        passage=_NOBODY,
-    )
+    data = FineTuningData(Task.MULTICLASS, len(given.labels), given.pixels, given.truth, are_maps=False)
+    fit = FitTask(everything, NONE, wanted.epochs, 0, _NOBODY)
+    learned = fine_tune(recipe, data, given.store.read(given.weights), head, fit)
     by_keras = heads.probabilities(Task.MULTICLASS, learned.logits(everything)).astype(np.float32)
     before = heads.probabilities(Task.MULTICLASS, heads.logits(head.layers, features))
     facts = {
@@ -87,20 +79,10 @@ def grown(given: Ground, wanted: argparse.Namespace) -> Subject:
     """Let the CNN learn that a recipe has by default."""
     counts = [ClassCount(label, 100, 100) for label in given.labels]
     recipe = fill(Recipe(mode=Mode.FROM_SCRATCH, image_size=wanted.size), Task.MULTICLASS, counts)
-    assert recipe.network is not None
+    assert isinstance(recipe, FromScratchRecipe)
     everything = np.arange(len(given.truth))
-    learned = from_scratch.fit_from_scratch(
-        recipe,
-        Task.MULTICLASS,
-        len(given.labels),
-        given.pixels,
-        given.truth,
-        everything,
-        NONE,
-        epochs=wanted.epochs,
-        seed=0,
-        passage=_NOBODY,
-    )
+    data = FitData(Task.MULTICLASS, len(given.labels), given.pixels, given.truth)
+    learned = fit_from_scratch(recipe, data, FitTask(everything, NONE, wanted.epochs, 0, _NOBODY))
     by_keras = heads.probabilities(Task.MULTICLASS, learned.logits(everything)).astype(np.float32)
     network = scratch_networks.build_feature_network(recipe.network, wanted.size, learned.network())
     return Subject(

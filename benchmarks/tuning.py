@@ -43,15 +43,15 @@ from benchmarks.ground import Ground, ground
 from benchmarks.networks import NONE, fine_tuning_case, first_head, multiply_adds
 from inference.engine import OpenVinoEngine
 from recipes.catalogue import CATALOGUE, BackboneName
-from recipes.recipe import Precision, Recipe, Resize, Task
+from recipes.recipe import Precision, Resize, Task
 from training.data.arrays import Maps, load_maps, maps_bytes
 from training.data.split import Fold, Indices, make_folds
 from training.fitting import fine_tuning
-from training.fitting.fine_tuning import FineTuningInputs
+from training.fitting.fine_tuning import FineTuningData
+from training.fitting.fit_task import FitTask
 from training.fitting.head_fit import FittedHead
 from training.fitting.training_loop import Passage, Rows
 from training.networks import backbones
-from training.networks.network_files import image_side_of
 from training.progress import Epoch
 
 BATCH = 32
@@ -89,7 +89,7 @@ class Trial:
 
     def __init__(self, case: Case, given: Ground, epochs: int) -> None:
         self.given = given
-        self.recipe: Recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
+        self.recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
         self.weights = given.store.read(given.weights)
         self.engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
         whole = backbones.build_backbone(case.backbone, CATALOGUE[case.backbone].last_cut, case.size, self.weights)
@@ -109,31 +109,25 @@ class Trial:
             assert maps is not None, "The disk has no room for the maps."
             yield maps
 
-    def ours(self, material: FineTuningInputs, train: Indices, validation: Indices) -> Timed:
+    def data(self, inputs: Any, are_maps: bool) -> FineTuningData:
+        """Return the images of the case as pixels, or as maps at the cut."""
+        given = self.given
+        return FineTuningData(Task.MULTICLASS, len(given.labels), inputs, given.truth, are_maps)
+
+    def ours(self, data: FineTuningData, train: Indices, validation: Indices) -> Timed:
         """Fine-tune as the service does."""
         _drop_networks()
         ends: list[float] = []
-        tuned = fine_tuning.fine_tune(
-            self.recipe,
-            Task.MULTICLASS,
-            self.weights,
-            material,
-            self.head,
-            self.given.truth,
-            train,
-            validation,
-            epochs=self._epochs,
-            seed=SEED,
-            passage=Passage(lambda number, metrics: ends.append(time.perf_counter())),
-        )
+        passage = Passage(lambda number, metrics: ends.append(time.perf_counter()))
+        fit = FitTask(train, validation, self._epochs, SEED, passage)
+        tuned = fine_tuning.fine_tune(self.recipe, data, self.weights, self.head, fit)
         return Timed(np.diff(ends).tolist(), tuned.trained.history)
 
-    def bare(self, material: FineTuningInputs, steps: int, **data: Any) -> Timed:
-        """Fine-tune the same layers by `fit` alone; `data` is what it learns from."""
-        assert self.recipe.fine_tune is not None
+    def bare(self, data: FineTuningData, steps: int, **arguments: Any) -> Timed:
+        """Fine-tune the same layers by `keras.Model.fit` alone; `arguments` are those of `fit` that have the data."""
         _drop_networks()
         keras.utils.set_random_seed(SEED)
-        _, model, _ = fine_tuning.build(self.recipe, self.weights, material, self.head, SEED)
+        _, model, _ = fine_tuning.build_model(self.recipe, data, self.weights, self.head, SEED)
         schedule = fine_tuning.learning_rate_schedule(self.recipe.fine_tune, steps)
         model.compile(
             keras.optimizers.Adam(schedule, global_clipnorm=fine_tuning.CLIP_NORM),
@@ -143,13 +137,12 @@ class Trial:
         )
         ends: list[float] = []
         clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()))
-        history = model.fit(**data, epochs=self._epochs, callbacks=[clock], verbose=0).history
+        history = model.fit(**arguments, epochs=self._epochs, callbacks=[clock], verbose=0).history
         epochs = [{name: values[epoch] for name, values in history.items()} for epoch in range(self._epochs)]
         return Timed(np.diff(ends).tolist(), epochs)
 
     @property
     def _epochs(self) -> int:
-        assert self.recipe.fine_tune is not None
         return self.recipe.fine_tune.epochs
 
 
@@ -159,10 +152,10 @@ def step(trial: Trial, pairs: int) -> dict[str, Any]:
     ours, bare = [], []
     with trial.maps() as mapped:
         maps = np.array(mapped)
-        material = FineTuningInputs(maps, are_maps=True)
+        data = trial.data(maps, are_maps=True)
         for _ in range(pairs):
-            ours.append(trial.ours(material, np.arange(len(maps)), NONE))
-            bare.append(trial.bare(material, -(-len(maps) // BATCH), x=maps, y=truth, batch_size=BATCH))
+            ours.append(trial.ours(data, np.arange(len(maps)), NONE))
+            bare.append(trial.bare(data, -(-len(maps) // BATCH), x=maps, y=truth, batch_size=BATCH))
     return {
         "pairs": pairs,
         "seconds_epoch_ours": spread([float(np.median(timed.epochs_s)) for timed in ours]),
@@ -182,9 +175,9 @@ def cut(trial: Trial, folds: Sequence[Fold]) -> dict[str, Any]:
     started = time.perf_counter()
     with trial.maps() as maps:
         once_s = time.perf_counter() - started
-        pixels = FineTuningInputs(given.pixels, are_maps=False)
+        pixels = trial.data(given.pixels, are_maps=False)
         for fold in folds:
-            cached.append(trial.ours(FineTuningInputs(maps, are_maps=True), fold.train, fold.test))
+            cached.append(trial.ours(trial.data(maps, are_maps=True), fold.train, fold.test))
             rows = Rows(given.pixels, given.truth, fold.train, BATCH, SEED)
             watched = (given.pixels[fold.test], given.truth[fold.test])
             plain.append(trial.bare(pixels, len(rows), x=rows, validation_data=watched, shuffle=False))
@@ -217,11 +210,10 @@ def _drop_networks() -> None:
 def _limit(trial: Trial, folds: Sequence[Fold], epochs: int) -> float:
     """Return what the cut saves at most, by the formula above."""
     recipe = trial.recipe
-    assert recipe.unfreeze
-    whole = backbones.build_network(recipe.known_backbone.name, image_side_of(recipe))
-    boundary = recipe.known_backbone.cut_before(recipe.unfreeze)
+    whole = backbones.build_network(recipe.backbone, recipe.image_size)
+    boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
     assert boundary is not None
-    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.known_backbone.name, boundary).output)
+    front = keras.Model(whole.input, backbones.cut_layer(whole, recipe.backbone, boundary).output)
     frozen = multiply_adds(front)
     learning = multiply_adds(whole) - frozen
     learned = sum(epochs * (3 * len(fold.train) + len(fold.test)) for fold in folds) * learning

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from errors import RecipeInvalid
-from recipes.catalogue import ALL, CATALOGUE
+from recipes.catalogue import ALL, CATALOGUE, Backbone, BackboneName
+from recipes.filled import FilledRecipe, parse_filled
 from recipes.layers import NetworkKind, NetworkRecipe, Threshold, sides
 from recipes.recipe import (
     AUTO,
     Augmentation,
-    BackboneChoice,
     ClassWeights,
     FineTune,
     Loss,
@@ -19,11 +20,10 @@ from recipes.recipe import (
     Monitor,
     OptimizerName,
     OptimizerRecipe,
-    PrecisionChoice,
+    Precision,
     Recipe,
     TargetMetric,
     Task,
-    TaskChoice,
 )
 from recipes.shapes import default_size, filled_network, table
 
@@ -40,7 +40,7 @@ class ClassCount:
     groups: int
 
 
-def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int = 0) -> Recipe:
+def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int = 0) -> FilledRecipe:
     """Return the recipe with every default filled in for a data set.
 
     Args:
@@ -56,13 +56,14 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int 
     _check_task_fits(recipe, chosen)
     _check_recalibrate(recipe)
     from_scratch = recipe.mode is Mode.FROM_SCRATCH
-    return recipe.model_copy(
+    filled = recipe.model_copy(
         update={
             **(_filled_network(recipe, chosen, classes) if from_scratch else _filled_backbone(recipe)),
-            "task": TaskChoice(chosen.value),
+            "task": chosen,
             "folds": recipe.folds.model_copy(update={"k": _filled_k(recipe.folds.k, classes, groups)}),
         }
     )
+    return parse_filled(filled.model_dump())
 
 
 def _filled_backbone(recipe: Recipe) -> dict[str, object]:
@@ -73,19 +74,19 @@ def _filled_backbone(recipe: Recipe) -> dict[str, object]:
     for name in ("backbone", "weights", "head"):
         if getattr(recipe, name) is None:
             raise RecipeInvalid(name, f"Expected one: only mode {Mode.FROM_SCRATCH.value!r} has none.")
-    if AUTO in (recipe.backbone, recipe.features_from):
+    if not isinstance(recipe.backbone, BackboneName) or recipe.features_from == AUTO:
         return _left_open(recipe)
-    backbone = recipe.known_backbone
+    backbone = CATALOGUE[recipe.backbone]
     size = recipe.image_size
     if size is not None and not isinstance(size, int):
         raise RecipeInvalid("image_size", f"Expected one number: {backbone.title} sees squares. Received {list(size)}.")
     cut, size = backbone.fitted(recipe.features_from, size)
-    return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, cut)}
+    return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, backbone, cut)}
 
 
 def _left_open(recipe: Recipe) -> dict[str, object]:
     """Return what concerns a pretrained network, as far as it is not left to a bake-off. Raises RecipeInvalid."""
-    field = "backbone" if recipe.backbone is BackboneChoice.AUTO else "features_from"
+    field = "backbone" if recipe.backbone == AUTO else "features_from"
     if recipe.mode is Mode.FINE_TUNING:
         raise RecipeInvalid(
             field, f"Expected one: mode {recipe.mode.value!r} has none tried. Try with 'feature-extraction' first."
@@ -93,7 +94,9 @@ def _left_open(recipe: Recipe) -> dict[str, object]:
     size, cut = recipe.image_size, recipe.features_from
     if size is not None and not isinstance(size, int):
         raise RecipeInvalid("image_size", f"Expected one number: backbones see squares. Received {list(size)}.")
-    if recipe.backbone is BackboneChoice.AUTO:
+    if isinstance(recipe.backbone, BackboneName):
+        _, size = CATALOGUE[recipe.backbone].fitted(None, size)
+    else:
         if cut not in (None, AUTO):
             raise RecipeInvalid(
                 "features_from",
@@ -102,9 +105,7 @@ def _left_open(recipe: Recipe) -> dict[str, object]:
         least = min(backbone.minimum_size for backbone in CATALOGUE.values())
         if size is not None and size < least:
             raise RecipeInvalid("image_size", f"Expected at least {least} pixels. Received {size}.")
-    else:
-        _, size = recipe.known_backbone.fitted(None, size)
-    return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, "")}
+    return {"image_size": size, "features_from": cut, **_without_tuning(recipe)}
 
 
 _OF_BACKBONES = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")
@@ -137,7 +138,7 @@ def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -
             f"Expected false: images would be compared by {features:,} values each, and {MOST_COMPARED:,} are allowed. "
             "Use layers that end in fewer.",
         )
-    if recipe.precision is not PrecisionChoice.FLOAT32 and network.kind is NetworkKind.PERCEPTRON:
+    if recipe.precision is not Precision.FLOAT32 and network.kind is NetworkKind.PERCEPTRON:
         raise RecipeInvalid("precision", "Expected 'float32': a perceptron has no layers before its output.")
     return {**filled, "image_size": size, "network": network}
 
@@ -175,9 +176,9 @@ def _is_given(recipe: Recipe, name: str) -> bool:
 
 def _check_recalibrate(recipe: Recipe) -> None:
     """See that there is something to calibrate. Raises RecipeInvalid."""
-    if recipe.recalibrate and recipe.precision not in (PrecisionChoice.INT8, PrecisionChoice.AUTO):
+    if recipe.recalibrate and recipe.precision not in (Precision.INT8, AUTO):
         raise RecipeInvalid(
-            "recalibrate", f"Expected false with precision {recipe.precision.value!r}: only int8 is calibrated."
+            "recalibrate", f"Expected false with precision {str(recipe.precision)!r}: only int8 is calibrated."
         )
     if recipe.recalibrate and recipe.mode is not Mode.FEATURE_EXTRACTION:
         raise RecipeInvalid("recalibrate", "Expected false: a network that has learned is calibrated anew anyway.")
@@ -186,13 +187,19 @@ def _check_recalibrate(recipe: Recipe) -> None:
 _LITTLE = Augmentation(rotate_degrees=10.0, zoom=0.1, brightness=0.1)
 
 
-def _filled_tuning(recipe: Recipe, cut: str) -> dict[str, object]:
+_OF_TUNING = ("augmentation", "unfreeze", "fine_tune")
+
+
+def _without_tuning(recipe: Recipe) -> dict[str, object]:
+    """Return null for what concerns fine-tuning alone. Raises RecipeInvalid if the recipe asks for it."""
+    _see_absent(recipe, _OF_TUNING, f"this is for mode {Mode.FINE_TUNING.value!r} alone")
+    return dict.fromkeys(_OF_TUNING)
+
+
+def _filled_tuning(recipe: Recipe, backbone: Backbone, cut: str) -> dict[str, object]:
     """Return what concerns fine-tuning alone, filled in. Raises RecipeInvalid for it in another mode."""
-    names = ("augmentation", "unfreeze", "fine_tune")
     if recipe.mode is not Mode.FINE_TUNING:
-        _see_absent(recipe, names, f"this is for mode {Mode.FINE_TUNING.value!r} alone")
-        return dict.fromkeys(names)
-    backbone = recipe.known_backbone
+        return _without_tuning(recipe)
     cuts = list(backbone.cuts)
     allowed = [*cuts[: cuts.index(cut) + 1], ALL]
     unfreeze = cut if recipe.unfreeze is None else recipe.unfreeze
@@ -212,17 +219,17 @@ def _filled_tuning(recipe: Recipe, cut: str) -> dict[str, object]:
 _DEFAULT_K = 5
 
 
-def _filled_task(wanted: TaskChoice, task: Task, classes: Sequence[ClassCount]) -> Task:
+def _filled_task(wanted: Task | Literal["auto"], task: Task, classes: Sequence[ClassCount]) -> Task:
     allowed = {
         Task.BINARY: [Task.BINARY, Task.MULTICLASS, Task.MULTILABEL],
         Task.MULTICLASS: [Task.MULTICLASS, Task.MULTILABEL],
     }.get(task, [task])
-    chosen = task if wanted is TaskChoice.AUTO else Task(wanted.value)
+    chosen = wanted if isinstance(wanted, Task) else task
     if chosen not in allowed:
         raise RecipeInvalid(
             "task",
             f"Expected {' or '.join(repr(choice.value) for choice in allowed)} for a data set of task {task.value!r} "
-            f"with {len(classes)} classes. Received {wanted.value!r}.",
+            f"with {len(classes)} classes. Received {str(wanted)!r}.",
         )
     return chosen
 

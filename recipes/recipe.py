@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+from typing_extensions import TypeAliasType
 
-from recipes.catalogue import CATALOGUE, Backbone, BackboneName
+from recipes.catalogue import BackboneName
 from recipes.layers import Activation, NetworkRecipe, Part, Sides
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 IMAGENET, RANDOM = "imagenet", "random"
+AUTO: Final = "auto"
 
 
 class Mode(StrEnum):
@@ -29,33 +32,9 @@ class Mode(StrEnum):
     FROM_SCRATCH = "from-scratch"
 
 
-AUTO = "auto"
-
-
-class BackboneChoice(StrEnum):
-    """The backbone that a recipe asks for; `auto` tries those whose weights are here, and takes the best."""
-
-    AUTO = "auto"
-    VGG16 = "vgg16"
-    VGG19 = "vgg19"
-    RESNET50 = "resnet50"
-    INCEPTION_V3 = "inception_v3"
-    XCEPTION = "xception"
-
-
 class Task(StrEnum):
     """What is predicted."""
 
-    MULTICLASS = "multiclass"
-    BINARY = "binary"
-    MULTILABEL = "multilabel"
-    REGRESSION = "regression"
-
-
-class TaskChoice(StrEnum):
-    """The task that a recipe asks for; `auto` takes the data set's."""
-
-    AUTO = "auto"
     MULTICLASS = "multiclass"
     BINARY = "binary"
     MULTILABEL = "multilabel"
@@ -120,13 +99,43 @@ class Precision(StrEnum):
     INT8 = "int8"
 
 
-class PrecisionChoice(StrEnum):
-    """The precision that a recipe asks for; `auto` tries those of the machine and takes the fastest that is as good."""
+class _EnumOrAuto:
+    """Validates and documents the values of an enum and `auto` together, as if they were one enum."""
 
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    INT8 = "int8"
+    def __init__(self, values: type[StrEnum], title: str, description: str) -> None:
+        self._values = values
+        self._title = title
+        self._description = description
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        values = core_schema.literal_schema([AUTO, *(member.value for member in self._values)])
+        return core_schema.no_info_after_validator_function(self._member, values)
+
+    def _member(self, value: str) -> StrEnum | str:
+        return value if value == AUTO else self._values(value)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        values = [AUTO, *(member.value for member in self._values)]
+        return {"description": self._description, "enum": values, "title": self._title, "type": "string"}
+
+
+# Aliases of a type, so that each is a schema of its own in the documentation of the API.
+_BACKBONE_CHOICE = "The backbone that a recipe asks for; `auto` tries those whose weights are here, and takes the best."
+_TASK_CHOICE = "The task that a recipe asks for; `auto` takes the data set's."
+_PRECISION_CHOICE = (
+    "The precision that a recipe asks for; `auto` tries those of the machine and takes the fastest that is as good."
+)
+BackboneChoice = TypeAliasType(
+    "BackboneChoice",
+    Annotated[BackboneName | Literal["auto"], _EnumOrAuto(BackboneName, "BackboneChoice", _BACKBONE_CHOICE)],
+)
+TaskChoice = TypeAliasType(
+    "TaskChoice", Annotated[Task | Literal["auto"], _EnumOrAuto(Task, "TaskChoice", _TASK_CHOICE)]
+)
+PrecisionChoice = TypeAliasType(
+    "PrecisionChoice",
+    Annotated[Precision | Literal["auto"], _EnumOrAuto(Precision, "PrecisionChoice", _PRECISION_CHOICE)],
+)
 
 
 class HeadRecipe(Part):
@@ -210,7 +219,7 @@ class Recipe(Part):
     """Everything that a run is asked to do."""
 
     mode: Mode = Mode.FEATURE_EXTRACTION
-    backbone: BackboneChoice | None = BackboneChoice.XCEPTION
+    backbone: BackboneChoice | None = BackboneName.XCEPTION
     """`null` for a network from scratch. `auto` tries, on a sample, the last cut of each backbone whose weights are
     here, or all cuts with `features_from` `auto`; the report shows what it tried."""
     weights: Annotated[str, Field(pattern=NAME_PATTERN)] | None = IMAGENET
@@ -224,7 +233,7 @@ class Recipe(Part):
     """Side of the square in pixels that images are resized to; by default the backbone's own, for a CNN from scratch 64
     and for other networks 32. A network from scratch may also have `[height, width]`."""
     resize: Resize = Resize.SQUASH
-    task: TaskChoice = TaskChoice.AUTO
+    task: TaskChoice = AUTO
     head: HeadRecipe | None = HeadRecipe()
     """What learns on a backbone's features; a network from scratch has an output layer of its own."""
     loss: Loss = Loss.AUTO
@@ -245,7 +254,7 @@ class Recipe(Part):
     fine_tune: FineTune | None = None
     """Fine-tuning only: the second phase."""
     class_weights: ClassWeights = ClassWeights.NONE
-    precision: PrecisionChoice = PrecisionChoice.FLOAT32
+    precision: PrecisionChoice = Precision.FLOAT32
     """The arithmetic of the backbone, for training and answers alike. `auto` measures each on the folds and takes the
     fastest whose score is at most half a point below that of `float32`; the report shows what it tried."""
     recalibrate: bool = False
@@ -254,18 +263,6 @@ class Recipe(Part):
     """Whether to keep what the training images look like to the network, so that `?explain=neighbours` shows those that
     are nearest to a new one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-
-    @property
-    def known_backbone(self) -> Backbone:
-        """The backbone of a filled recipe that has one."""
-        assert self.backbone is not None, "A network from scratch has no backbone. This is a bug."
-        return CATALOGUE[BackboneName(self.backbone.value)]
-
-    @property
-    def known_head(self) -> HeadRecipe:
-        """The head of a filled recipe that has one."""
-        assert self.head is not None, "A network from scratch has no head of its own. This is a bug."
-        return self.head
 
     def flat(self) -> dict[str, Any]:
         """Return every value by its path, such as `head.l2`."""

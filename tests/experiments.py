@@ -224,7 +224,7 @@ class Bench:
         counts = [ClassCount(label, 99, 99) for label in labels]
         base = {} if change.get("mode") == "from-scratch" else QUICK
         recipe = fill(Recipe.model_validate({**base, **change}), task_of(rows, labels), counts, groups=99)
-        weights = self.weights_of(recipe.known_backbone.name) if recipe.backbone and not candidates else None
+        weights = self.weights_of(recipe.backbone) if recipe.backbone and not candidates else None
         return TrainingRequest(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
 
     def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:

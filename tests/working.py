@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from waiting import until
 
 from artifacts.images import ImageLimits
+from clock import Clock
 from errors import DiskFull, EspalierError, Unavailable
 from models import job as jobs
 from models.base import now
@@ -26,8 +27,8 @@ from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
 from worker.handlers.train import TrainingPlace
-from worker.lease import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
-from worker.loop import Loop
+from worker.lease import Bench, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
@@ -120,7 +121,7 @@ class StartLoop(Protocol):
         queue: Queue = Queue.CPU,
         timings: Timings = QUICK,
         worker: str = "here",
-    ) -> Loop: ...
+    ) -> LocalWorker: ...
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def claimed_work(
 ) -> Iterator[Work]:
     """Claim the next job and hold it while a block runs, without a loop; the work itself may go `through` another."""
     with database.writing() as session:
-        job = jobs.claim(session, list(Queue), "here")
+        job = records.claim_next(session, list(Queue), "here")
     assert job is not None
     is_draining = (draining or threading.Event()).is_set
     bench = Bench()

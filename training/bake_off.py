@@ -20,12 +20,14 @@ from artifacts.features import Features
 from artifacts.store import Digest
 from errors import RecipeInvalid, TrainingDiverged
 from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.filled import FeatureExtractionRecipe, UndecidedRecipe
 from recipes.headline import HEADLINES
-from recipes.recipe import AUTO, BackboneChoice, Recipe, Task
+from recipes.recipe import AUTO, Task
 from training.data.arrays import ReportProgress
 from training.data.pixels import ImageDecoder
 from training.data.split import Fold, Indices, make_folds, nested_subsets
 from training.data.targets import Targets
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, LearningTask
 from training.fitting.trials import Trial
 from training.networks import backbones
@@ -78,27 +80,17 @@ class Pick:
             "tried": [asdict(one) for one in self.tried],
         }
 
-    def settled(self, recipe: Recipe) -> Recipe:
+    def settled(self, recipe: UndecidedRecipe) -> FeatureExtractionRecipe:
         """Return the recipe with what was chosen in place of `auto`."""
-        chosen = {
-            "backbone": BackboneChoice(self.chosen.backbone.value),
-            "features_from": self.chosen.features_from,
-            "image_size": self.chosen.image_size,
-        }
-        return recipe.model_copy(update=chosen)
+        return recipe.decided(self.chosen.backbone, self.chosen.features_from, self.chosen.image_size)
 
 
 def _tasted(facts: Mapping[str, Any]) -> Tasted:
     return Tasted(**{**facts, "backbone": BackboneName(facts["backbone"])})
 
 
-def is_asked(recipe: Recipe) -> bool:
-    """Say whether a recipe leaves to a bake-off where its features come from."""
-    return AUTO in (recipe.backbone, recipe.features_from)
-
-
 def bake_off(
-    recipe: Recipe,
+    recipe: UndecidedRecipe,
     task: Task,
     outputs: int,
     targets: Targets,
@@ -112,7 +104,7 @@ def bake_off(
     """Try every cut that a recipe leaves open, and choose the one whose heads score best.
 
     Args:
-        recipe: filled, with `auto` for backbone or features_from.
+        recipe: what heads to train.
         task: what is predicted.
         outputs: number of logits.
         targets: of every row of the data set.
@@ -135,21 +127,20 @@ def bake_off(
         targets.needed[tried_on],
         groups[tried_on],
         np.array([], dtype=np.intp),
-        k=min(FOLDS, recipe.folds.k or FOLDS),
+        k=min(FOLDS, recipe.folds.k),
         repeats=1,
-        validation_fraction=recipe.folds.validation_fraction if recipe.early_stopping else 0.0,
+        validation_fraction=recipe.validation_fraction,
         seed=_SEED,
     )
     names = [digests[row] for row in tried_on]
     sizes = {name: recipe.image_size or CATALOGUE[name].size for name in weights}
-    able = [name for name, size in sizes.items() if isinstance(size, int) and size >= CATALOGUE[name].minimum_size]
+    able = [name for name, size in sizes.items() if size >= CATALOGUE[name].minimum_size]
     if not able:
         raise RecipeInvalid("image_size", "Expected images that are large enough for a backbone that is here.")
     steps = _Steps(report, sum(len(names) + len(_cuts(recipe, name)) * len(folds) * _FIT for name in able))
     tried = []
     for name in able:
         size = sizes[name]
-        assert isinstance(size, int)
         cuts = _cuts(recipe, name)
         decoder = ImageDecoder(place.store, size, recipe.resize, place.image_limits, place.threads)
         model = backbones.build_multi_cut_network(name, cuts, size, place.store.read(weights[name]))
@@ -170,7 +161,7 @@ def bake_off(
     return Pick(best, weights[best.backbone], len(tried_on), spent_s, tuple(tried))
 
 
-def _cuts(recipe: Recipe, name: BackboneName) -> list[str]:
+def _cuts(recipe: UndecidedRecipe, name: BackboneName) -> list[str]:
     """Return the cuts of a backbone that a recipe leaves open."""
     if recipe.features_from == AUTO:
         return list(CATALOGUE[name].cuts)
@@ -202,7 +193,7 @@ def _sample(rows: Indices, targets: Targets, groups: Indices) -> Indices:
 
 
 def _score(
-    recipe: Recipe,
+    recipe: UndecidedRecipe,
     task: Task,
     outputs: int,
     features: Features,
@@ -211,7 +202,7 @@ def _score(
     steps: _Steps,
 ) -> float | None:
     """Return the headline score of heads on features, out of fold; None if one is not a number."""
-    learner = Frozen(recipe, task, outputs, features, truth)
+    learner = Frozen(recipe, FitData(task, outputs, features, truth))
     tasks = [
         (LearningTask(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved))
         for fold in folds

@@ -20,14 +20,15 @@ from artifacts.images import IMAGE_RULE, Pixels
 from artifacts.store import Digest
 from inference import heads
 from inference.engine import Engine, OpenVinoEngine
+from recipes.filled import DecidedRecipe
 from recipes.layers import Sides, sides
-from recipes.recipe import Precision, PrecisionChoice, Recipe, Task
+from recipes.recipe import Precision, Task
 from training.data.arrays import ReportProgress
 from training.data.pixels import BATCH
 from training.data.split import Indices
 from training.fitting.learners import Learned
 from training.networks.export import ExportedNetwork, export
-from training.networks.network_files import Workspace, calibration_rows, image_size_of
+from training.networks.network_files import Workspace, calibration_rows
 from training.networks.precision import (
     PrecisionDecision,
     PrecisionScore,
@@ -69,7 +70,7 @@ class Taught:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: DecidedRecipe,
         task: Task,
         precisions: Sequence[Precision],
         pixels: Pixels,
@@ -146,11 +147,11 @@ class Taught:
     def _choose(
         self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine], report: ReportProgress
     ) -> PrecisionDecision:
-        times = measure_image_ms(engines, golden_images(image_size_of(self._recipe)), lambda: report(0, 1))
+        times = measure_image_ms(engines, golden_images(self._recipe.image_size), lambda: report(0, 1))
         tried = [PrecisionScore(precision, scores[precision], time) for precision, time in times.items()]
-        if self._recipe.precision is PrecisionChoice.AUTO:
+        wanted = self._recipe.precision
+        if not isinstance(wanted, Precision):
             return choose_precision(self._task, tried)
-        wanted = Precision(self._recipe.precision.value)
         good = is_as_good(self._task, scores[wanted], scores[Precision.FLOAT32])
         return PrecisionDecision(wanted if good else Precision.FLOAT32, tuple(tried))
 
@@ -158,7 +159,7 @@ class Taught:
         """Return the file of a network that has learned for a precision."""
         if precision is not Precision.INT8:
             return network
-        return quantise(network, self._pixels[calibration_rows(train, image_size_of(self._recipe))], report).onnx
+        return quantise(network, self._pixels[calibration_rows(train, self._recipe.image_size)], report).onnx
 
     def _frozen_in(self, precision: Precision, train: Indices, report: ReportProgress) -> Digest:
         """Return the frozen network for a precision."""
@@ -215,7 +216,7 @@ def spread(count: int, most: int) -> Indices:
 
 
 def bundle(
-    recipe: Recipe,
+    recipe: DecidedRecipe,
     task: Task,
     labels: Sequence[str],
     served: Served,
@@ -223,7 +224,7 @@ def bundle(
     neighbours: Digest | None,
 ) -> Bundle:
     """Return the bundle of a head on what is served, with the file of training images that it may show."""
-    golden_input = golden_images(image_size_of(recipe))
+    golden_input = golden_images(recipe.image_size)
     return Bundle(
         task=task,
         labels=tuple(labels),
@@ -231,7 +232,7 @@ def bundle(
         engine=served.engine.name,
         precision=served.precision,
         image_rule=IMAGE_RULE,
-        size=image_size_of(recipe),
+        size=recipe.image_size,
         resize=recipe.resize,
         layers=layers,
         golden_input=golden_input,

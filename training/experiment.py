@@ -14,8 +14,10 @@ from artifacts.bundle import Float32
 from artifacts.neighbours import FeatureNormaliser, build_index
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
+from recipes.filled import DecidedRecipe, UndecidedRecipe
 from recipes.recipe import Precision
 from training import delivery
+from training.bake_off import Pick
 from training.data.split import Fold, Indices
 from training.delivery import Served
 from training.fitting.fold_outcome import FoldOutcome
@@ -58,11 +60,13 @@ class Experiment:
     ) -> None:
         self._place, self._report = place, report
         data = self._data = RunData(request, place)
-        weights = request.weights
-        self._pick = choose_features(data, request, place, registry, report)
-        if self._pick is not None:
-            data.recipe, weights = self._pick.settled(data.recipe), self._pick.weights
-        self._setup = set_up(data, weights, place, registry, report)
+        recipe, weights = request.recipe, request.weights
+        self._pick: Pick | None = None
+        if isinstance(recipe, UndecidedRecipe):
+            self._pick = choose_features(data, recipe, request, place, registry, report)
+            recipe, weights = self._pick.settled(recipe), self._pick.weights
+        self._recipe: DecidedRecipe = recipe
+        self._setup = set_up(data, recipe, weights, place, registry, report)
 
     @property
     def folds(self) -> Sequence[Fold]:
@@ -99,7 +103,7 @@ class Experiment:
     def _task(self, number: int, learner: Learner) -> LearningTask:
         """Return the task of a fold."""
         fold = self.folds[number]
-        return LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._data.recipe, number))
+        return LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
 
     def _end_fold(self, number: int, learned: Learned, fit: FitListener, started: float) -> FoldOutcome:
         """Measure on a fold's test images, and report its end."""
@@ -131,7 +135,7 @@ class Experiment:
             extraction: what the run had to compute, where this experiment found it computed.
         """
         data, setup, place = self._data, self._setup, self._place
-        recipe, labels, task, truth = data.recipe, data.labels, data.task, data.truth
+        recipe, labels, task, truth = self._recipe, data.labels, data.task, data.truth
         trained_on, held_out = data.trained_on, data.held_out
         extraction = extraction or setup.extraction
         started = time.perf_counter()

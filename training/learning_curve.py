@@ -21,11 +21,13 @@ from artifacts.features import Features
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from errors import TrainingDiverged
+from recipes.filled import HeadedRecipe
 from recipes.headline import HEADLINES, Headline
-from recipes.recipe import Recipe, Task
+from recipes.recipe import Task
 from training.data.split import Indices, nested_subsets, set_aside
 from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, LearningTask, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
@@ -59,7 +61,7 @@ class Subject:
         measured: what the run answered for the test images of its folds.
     """
 
-    recipe: Recipe
+    recipe: HeadedRecipe
     labels: Sequence[str]
     rows: Sequence[Row]
     features: Features
@@ -121,7 +123,7 @@ def measure(subject: Subject, report: Share) -> Curve:
     Raises:
         TrainingDiverged: a head's loss is not a number any more.
     """
-    task = Task(subject.recipe.task.value)
+    task = subject.recipe.task
     headline = HEADLINES[task]
     targets = make_targets(task, subject.labels, subject.rows)
     groups = np.array(manifest.group_rows(subject.rows), dtype=np.intp)
@@ -162,7 +164,8 @@ def _answers(
     Of a data set so small that two fractions come to the same images only the larger one is left.
     """
     measured = subject.measured
-    learner = Frozen(subject.recipe, task, measured.logits.shape[2], subject.features, targets.truth)
+    data = FitData(task, measured.logits.shape[2], subject.features, targets.truth)
+    learner = Frozen(subject.recipe, data)
     folds = [
         _parts(subject, targets, groups, learner.plan, repeat, number)
         for repeat, fold_of in enumerate(measured.folds)
@@ -199,7 +202,7 @@ def _parts(subject: Subject, targets: Targets, groups: Indices, plan: Plan, repe
     recipe, fold_of = subject.recipe, subject.measured.folds[repeat]
     test, rest = np.flatnonzero(fold_of == number), np.flatnonzero((fold_of >= 0) & (fold_of != number))
     watched = _rows_to_watch(subject, groups)
-    share = recipe.folds.validation_fraction if recipe.early_stopping and not len(watched) else 0.0
+    share = 0.0 if len(watched) else recipe.validation_fraction
     strata, needed, seed = targets.strata, targets.needed, _seed(recipe.seed, number)
     found = []
     for rows in nested_subsets(rest, strata, needed, groups, [*FRACTIONS, 1.0], seed):

@@ -18,8 +18,16 @@ from artifacts.manifest import Row
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from inference.engine import OpenVinoEngine
-from recipes.catalogue import BackboneName
-from recipes.recipe import Mode, Precision, PrecisionChoice, Recipe, Task
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.filled import (
+    DecidedRecipe,
+    FeatureExtractionRecipe,
+    FilledRecipe,
+    FineTuningRecipe,
+    FromScratchRecipe,
+    UndecidedRecipe,
+)
+from recipes.recipe import Precision, Task
 from training import bake_off
 from training.bake_off import Pick
 from training.data.arrays import ReportProgress, drop_unused, load_maps, load_pixels, maps_bytes
@@ -29,7 +37,8 @@ from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
 from training.delivery import Taught, golden_images, spread
-from training.fitting.fine_tuning import FineTuningInputs
+from training.fitting.fine_tuning import FineTuningData
+from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, Growing, Learner, LearningTask, Tuning
 from training.fitting.training_loop import finite
 from training.fitting.trials import Trials
@@ -39,8 +48,6 @@ from training.networks.network_files import (
     NetworkFiles,
     Registry,
     Workspace,
-    image_side_of,
-    image_size_of,
 )
 from training.networks.precision import (
     PrecisionDecision,
@@ -65,7 +72,7 @@ class TrainingRequest:
         candidates: the weights of the backbones that it is to be chosen among.
     """
 
-    recipe: Recipe
+    recipe: FilledRecipe
     manifest: Digest
     labels: Sequence[str]
     weights: Digest | None
@@ -76,10 +83,11 @@ class RunData:
     """The images of a data set version as a recipe sees them: what is to be learned of each, and who learns from it."""
 
     def __init__(self, request: TrainingRequest, place: Workspace) -> None:
-        recipe = self.recipe = request.recipe
+        recipe = request.recipe
+        self.repeats = recipe.folds.repeats
         self.labels = request.labels
         self.rows: Sequence[Row] = manifest.load(place.store.read(request.manifest))
-        self.task = Task(recipe.task.value)
+        self.task = recipe.task
         targets = self.targets = make_targets(self.task, request.labels, self.rows)
         self.truth = targets.truth
         belongs = manifest.group_rows(self.rows)
@@ -94,9 +102,9 @@ class RunData:
             targets.needed,
             self.groups,
             self.watched,
-            k=recipe.folds.k or 0,
+            k=recipe.folds.k,
             repeats=recipe.folds.repeats,
-            validation_fraction=recipe.folds.validation_fraction if recipe.early_stopping else 0.0,
+            validation_fraction=recipe.validation_fraction,
             seed=recipe.seed,
         )
 
@@ -112,7 +120,7 @@ class RunData:
 
     def out_of_fold(self, logits: Sequence[Float32]) -> Float32:
         """Return the logits of every fold as float32 [repeats, N, outputs], NaN for images that were in none."""
-        found = np.full((self.recipe.folds.repeats, len(self.rows), self.outputs), np.nan, dtype=np.float32)
+        found = np.full((self.repeats, len(self.rows), self.outputs), np.nan, dtype=np.float32)
         for fold, of_fold in zip(self.folds, logits, strict=True):
             found[fold.repeat, fold.test] = of_fold
         return found
@@ -149,19 +157,21 @@ class TrainingSetup:
 
 
 def choose_features(
-    data: RunData, request: TrainingRequest, place: Workspace, registry: Registry, listener: StageListener
-) -> Pick | None:
-    """Return where features come from if a recipe leaves that open; a run that was interrupted keeps to its choice."""
-    recipe = data.recipe
-    if not bake_off.is_asked(recipe):
-        return None
+    data: RunData,
+    recipe: UndecidedRecipe,
+    request: TrainingRequest,
+    place: Workspace,
+    registry: Registry,
+    listener: StageListener,
+) -> Pick:
+    """Return where the features of a recipe come from; a run that was interrupted keeps its earlier choice."""
     known = registry.find_pick()
     if known is not None:
         return Pick.of(known)
     listener.stage("bake-off")
     candidates = request.candidates
-    if request.weights is not None:
-        candidates = {recipe.known_backbone.name: request.weights}
+    if request.weights is not None and isinstance(recipe.backbone, BackboneName):
+        candidates = {recipe.backbone: request.weights}
     found = bake_off.bake_off(
         recipe,
         data.task,
@@ -179,35 +189,40 @@ def choose_features(
 
 
 def set_up(
-    data: RunData, weights: Digest | None, place: Workspace, registry: Registry, listener: StageListener
+    data: RunData,
+    recipe: DecidedRecipe,
+    weights: Digest | None,
+    place: Workspace,
+    registry: Registry,
+    listener: StageListener,
 ) -> TrainingSetup:
-    """Prepare the inputs that all folds of a run share; its recipe leaves no choice open."""
-    if data.recipe.precision is not PrecisionChoice.AUTO:
-        OpenVinoEngine.check(Precision(data.recipe.precision.value))
-    match data.recipe.mode:
-        case Mode.FEATURE_EXTRACTION:
-            return _BackboneSetup(data, weights, place, registry, listener).set_up_frozen()
-        case Mode.FINE_TUNING:
-            return _BackboneSetup(data, weights, place, registry, listener).set_up_fine_tuning()
-        case Mode.FROM_SCRATCH:
-            return _set_up_from_scratch(data, place, listener)
+    """Prepare the inputs that all folds of a run share."""
+    if isinstance(recipe.precision, Precision):
+        OpenVinoEngine.check(recipe.precision)
+    if isinstance(recipe, FromScratchRecipe):
+        return _set_up_from_scratch(data, recipe, place, listener)
+    assert weights is not None, "A recipe with a backbone has weights. This is a bug."
+    setup = _BackboneSetup(data, recipe, weights, place, registry, listener)
+    if isinstance(recipe, FineTuningRecipe):
+        return setup.set_up_fine_tuning(recipe)
+    return setup.set_up_frozen()
 
 
-def _set_up_from_scratch(data: RunData, place: Workspace, listener: StageListener) -> TrainingSetup:
+def _set_up_from_scratch(
+    data: RunData, recipe: FromScratchRecipe, place: Workspace, listener: StageListener
+) -> TrainingSetup:
     """Return the setup of a network from scratch."""
-    recipe, network = data.recipe, data.recipe.network
-    assert network is not None
     started = time.perf_counter()
-    pixels = _pixels(data, place, listener)
+    pixels = _pixels(data, recipe, place, listener)
     considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
     extraction = Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3))
     listener.extracted(extraction)
 
     def rebuild(weights: bytes) -> Any:
-        return scratch_networks.build_feature_network(network, image_size_of(recipe), weights)
+        return scratch_networks.build_feature_network(recipe.network, recipe.image_size, weights)
 
     return TrainingSetup(
-        Growing(recipe, data.task, data.outputs, pixels, data.truth),
+        Growing(recipe, FitData(data.task, data.outputs, pixels, data.truth)),
         Precision.FLOAT32,
         extraction,
         pixels=pixels,
@@ -219,39 +234,44 @@ class _BackboneSetup:
     """Prepares a run on a backbone: exports it, quantises it if need be, and extracts features."""
 
     def __init__(
-        self, data: RunData, weights: Digest | None, place: Workspace, registry: Registry, listener: StageListener
+        self,
+        data: RunData,
+        recipe: FeatureExtractionRecipe | FineTuningRecipe,
+        weights: Digest,
+        place: Workspace,
+        registry: Registry,
+        listener: StageListener,
     ) -> None:
-        assert weights is not None
+        self._recipe = recipe
         self._data, self._place, self._registry, self._listener = data, place, registry, listener
         self._weights = weights
-        self._networks = NetworkFiles(data.recipe, weights, place, registry)
-        self._considered = candidate_precisions(data.recipe.precision, OpenVinoEngine.precisions())
+        self._networks = NetworkFiles(recipe, weights, place, registry)
+        self._considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
 
     def set_up_frozen(self) -> TrainingSetup:
         """Return the setup of a head on a frozen backbone."""
-        recipe, place = self._data.recipe, self._place
-        source = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
+        recipe, place = self._recipe, self._place
+        source = ImageDecoder(place.store, recipe.image_size, recipe.resize, place.image_limits, place.threads)
         self._listener.stage("backbone")
         trunk, choice = self._trunk(self._considered, source)
         return TrainingSetup(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
 
-    def set_up_fine_tuning(self) -> TrainingSetup:
+    def set_up_fine_tuning(self, recipe: FineTuningRecipe) -> TrainingSetup:
         """Return the setup of a backbone that learns with its head."""
-        data, place, listener, recipe = self._data, self._place, self._listener, self._data.recipe
+        data, place, listener = self._data, self._place, self._listener
         started = time.perf_counter()
-        pixels = _pixels(data, place, listener)
+        pixels = _pixels(data, recipe, place, listener)
         source = LoadedPixels(data.digests, pixels)
         listener.stage("backbone")
         trunk, _ = self._trunk([Precision.FLOAT32], source)
-        material, notes = self._material(pixels)
+        fine_tuning_data, notes = self._fine_tuning_data(recipe, pixels)
         extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
         listener.extracted(extraction)
         head = self._heads(trunk)
-        learner = Tuning(recipe, data.task, head, place.store.read(self._weights), material, data.truth)
+        learner = Tuning(recipe, head, place.store.read(self._weights), fine_tuning_data)
 
         def rebuild(weights: bytes) -> Any:
-            name = recipe.known_backbone.name
-            return backbones.build_backbone(name, recipe.features_from or "", image_side_of(recipe), weights)
+            return backbones.build_backbone(recipe.backbone, recipe.features_from, recipe.image_size, weights)
 
         def still_frozen(precision: Precision, train: Indices, report: ReportProgress) -> Digest:
             if precision is not Precision.INT8:
@@ -263,7 +283,7 @@ class _BackboneSetup:
 
     def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data
-        return Frozen(data.recipe, data.task, data.outputs, trunk.features, data.truth)
+        return Frozen(self._recipe, FitData(data.task, data.outputs, trunk.features, data.truth))
 
     def _trunk(
         self, precisions: Sequence[Precision], source: PixelSource
@@ -273,13 +293,13 @@ class _BackboneSetup:
         Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
         """
         data, report, networks, registry = self._data, self._listener, self._networks, self._registry
-        recipe, digests = data.recipe, data.digests
+        recipe, digests = self._recipe, data.digests
         choice: PrecisionDecision | None = None
         known = registry.find_precision_decision() if len(precisions) > 1 else None
         if known is not None:
             choice = PrecisionDecision.from_facts(known)
             precisions = [choice.precision]
-        exported = networks.export_cut(recipe.features_from or "")
+        exported = networks.export_cut(recipe.features_from)
         started = time.perf_counter()
         files = dict.fromkeys(precisions, exported)
         if Precision.INT8 in files:
@@ -297,7 +317,7 @@ class _BackboneSetup:
             report.extracted(extraction)  # the trials that follow may be interrupted
             report.stage("precision")
             engines = {trunk.precision: trunk.engine for trunk in trunks}
-            times = measure_image_ms(engines, golden_images(image_size_of(recipe)), lambda: report.images(0, 1))
+            times = measure_image_ms(engines, golden_images(recipe.image_size), lambda: report.images(0, 1))
             tried = [
                 PrecisionScore(
                     trunk.precision, self._score(trunk, _one_of(number, len(trunks), report)), times[trunk.precision]
@@ -318,7 +338,7 @@ class _BackboneSetup:
         trials = Trials(learner.plan.epochs, len(data.folds), report)
         tasks = [
             (
-                LearningTask(fold.train, fold.validation, learner.plan, seed_of(data.recipe, fold.number)),
+                LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._recipe, fold.number)),
                 trials.of(fold.number),
             )
             for fold in data.folds
@@ -326,15 +346,15 @@ class _BackboneSetup:
         learned = dict(learner.learn_many(tasks))
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
-    def _material(self, pixels: Pixels) -> tuple[FineTuningInputs, Sequence[str]]:
+    def _fine_tuning_data(self, recipe: FineTuningRecipe, pixels: Pixels) -> tuple[FineTuningData, Sequence[str]]:
         """Return what the learning part reads, and what to know of it.
 
         Without augmentation the frozen part is gone through only once, if there is room for what it gives.
         """
-        place, networks, recipe = self._place, self._networks, self._data.recipe
-        boundary = recipe.known_backbone.cut_before(recipe.unfreeze or "")
+        data, place, networks = self._data, self._place, self._networks
+        boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
         if boundary is None or recipe.augmentation is not None:
-            return FineTuningInputs(pixels, are_maps=False), ()
+            return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), ()
         frozen = networks.export_cut(boundary)
         engine = networks.engine(frozen, Precision.FLOAT32)
         self._listener.stage("activations")
@@ -342,21 +362,20 @@ class _BackboneSetup:
         room_bytes = place.pixels_bytes - pixels.nbytes
         maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._listener.images)
         if maps is not None:
-            return FineTuningInputs(maps, are_maps=True), ()
+            return FineTuningData(data.task, data.outputs, maps, data.truth, are_maps=True), ()
         note = (
             f"The layers before `{recipe.unfreeze}` were gone through in every epoch, where the final network learned: "
             f"what they give of all images takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which "
             "ESPALIER_PIXELS_BYTES or the disk has no room."
         )
-        return FineTuningInputs(pixels, are_maps=False), (note,)
+        return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), (note,)
 
 
-def _pixels(data: RunData, place: Workspace, listener: StageListener) -> Pixels:
+def _pixels(data: RunData, recipe: DecidedRecipe, place: Workspace, listener: StageListener) -> Pixels:
     """Return the pixels of every image, decoded once, and keep a picture of how they are varied."""
-    recipe = data.recipe
     listener.stage("pixels")
     drop_unused(place.pixels, place.pixels_bytes)
-    decoder = ImageDecoder(place.store, image_size_of(recipe), recipe.resize, place.image_limits, place.threads)
+    decoder = ImageDecoder(place.store, recipe.image_size, recipe.resize, place.image_limits, place.threads)
     pixels = load_pixels(data.digests, decoder, place.pixels, listener.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
@@ -377,6 +396,6 @@ def _rows_in(splits: Sequence[Split], wanted: Split) -> Indices:
     return np.flatnonzero(np.array([split is wanted for split in splits], dtype=bool))
 
 
-def seed_of(recipe: Recipe, number: int) -> int:
+def seed_of(recipe: FilledRecipe, number: int) -> int:
     """Return the seed of a fold, or of the final fit, whose number follows the last fold's."""
     return int(np.random.SeedSequence((recipe.seed, number)).generate_state(1)[0])

@@ -64,8 +64,8 @@ def start_comparison(
         shown = _comparison_out(session, comparison)
         location = response.headers["Location"] = f"/api/v1/comparisons/{shown.id}"
         idempotency.keep_answer(session, shown, location)
-    for job in due:
-        services.bell.ring(job.queue, job.id)
+    if due:
+        services.dispatcher.request()
     return shown
 
 
@@ -98,7 +98,7 @@ def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison
         due = comparisons.request_cancel(session, comparison.id)
         shown = _comparison_out(session, comparison)
     if due is not None:
-        services.bell.ring(due.queue, due.id)
+        services.dispatcher.request()
     return shown
 
 

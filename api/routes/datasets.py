@@ -139,7 +139,7 @@ def _record(
             if not services.store.has(archive):
                 raise Unavailable("The archive was removed just when it had arrived. Send it again.")
             version = datasets.add_version(session, dataset, archive)
-            job = jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
+            jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
             created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
             location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
             idempotency.keep_answer(session, created, location)
@@ -148,7 +148,7 @@ def _record(
         if not is_of_use:
             with services.database.writing() as session:
                 try_delete_unreferenced(session, services.store, [archive])
-    services.bell.ring(Queue.INGEST, job.id)
+    services.dispatcher.request()
     return created
 
 
@@ -233,8 +233,8 @@ def delete_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: s
                 datasets.cancel_ingest(session, version_id)
         views.request_cancel(session, versions)
         datasets.delete_dataset(dataset)
-        job = jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)
-    services.bell.ring(Queue.INGEST, job.id)
+        jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id)
+    services.dispatcher.request()
 
 
 def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:

@@ -68,7 +68,7 @@ def metrics(services: ServicesDep) -> Response:
             counts = jobs.count_jobs(session)
     except (Unavailable, SQLAlchemyError) as error:
         log.warning("jobs not counted", error=str(error))
-    return Response(services.metrics.page(counts), media_type=CONTENT_TYPE_LATEST)
+    return Response(services.metrics.render(counts), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/api/v1/workers")

@@ -38,9 +38,10 @@ from models.dataset import DatasetVersion
 from models.project import scope
 from models.registry import ModelVersion, Weights
 from models.run import Run
-from recipes.catalogue import ALL, CATALOGUE, Backbone
+from recipes.catalogue import ALL, CATALOGUE, Backbone, BackboneName
 from recipes.defaults import fill
-from recipes.recipe import IMAGENET, RANDOM, BackboneChoice, Recipe
+from recipes.filled import FilledRecipe
+from recipes.recipe import IMAGENET, RANDOM, Recipe
 
 router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
 
@@ -58,11 +59,11 @@ def start_run(
         version = datasets.ready_version(session, dataset, wanted.version)
         recipe = filled(session, wanted.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, wanted.name, recipe)
-        job = run_jobs.queue_training(session, run)
+        run_jobs.queue_training(session, run)
         shown = _run_out(session, services, run)
         location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
         idempotency.keep_answer(session, shown, location)
-    services.bell.ring(job.queue, job.id)
+    services.dispatcher.request()
     return shown
 
 
@@ -94,7 +95,7 @@ def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> R
             due = comparisons.on_run_ended(session, run_id)
         shown = _run_out(session, services, run)
     if due is not None:
-        services.bell.ring(due.queue, due.id)
+        services.dispatcher.request()
     return shown
 
 
@@ -108,11 +109,11 @@ def retry_run(
         return earlier
     with services.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
-        job = run_jobs.retry(session, run)
+        run_jobs.retry(session, run)
         comparisons.on_run_retried(session, run_id)
         shown = _run_out(session, services, run)
         idempotency.keep_answer(session, shown, None)
-    services.bell.ring(job.queue, job.id)
+    services.dispatcher.request()
     return shown
 
 
@@ -151,7 +152,7 @@ def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
     return Page(items=items, next_cursor=None)
 
 
-def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> Recipe:
+def filled(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> FilledRecipe:
     """Return the recipe as it will be trained on a version that is ready.
 
     Raises RecipeInvalid, naming the field by its path in the request; `path` is that of the recipe.
@@ -169,7 +170,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
     """See that the weights exist or can be had. Raises RecipeInvalid."""
     if recipe.backbone is None or recipe.weights is None:  # `fill` refuses what must not be null
         return
-    if recipe.backbone is BackboneChoice.AUTO:
+    if not isinstance(recipe.backbone, BackboneName):
         if not registry.find_weights_by_name(session, recipe.weights):
             raise RecipeInvalid(
                 "weights",
@@ -179,7 +180,7 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
         return
     if recipe.weights in (IMAGENET, RANDOM):
         return
-    backbone = recipe.known_backbone.name
+    backbone = recipe.backbone
     if registry.find_weights(session, backbone, recipe.weights):
         return
     raise RecipeInvalid(

@@ -144,7 +144,7 @@ def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
     with services.database.writing() as session:
         view, job = views.request_view(session, run, kind, key)
     if job is not None:
-        services.bell.ring(job.queue, job.id)
+        services.dispatcher.request()
     return view
 
 

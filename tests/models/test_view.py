@@ -60,7 +60,7 @@ def test_a_view_is_made_before_a_run_that_waited_longer(database: Database) -> N
         run_id = runs.succeed_run(session, run.id, {}, 1.0).id
     view_id, _ = ask(database, run_id, ViewKind.LEARNING_CURVE, "")
     with database.writing() as session:
-        claimed = [jobs.claim(session, [ViewKind.LEARNING_CURVE.queue], "here") for _ in range(2)]
+        claimed = [records.claim_next(session, [ViewKind.LEARNING_CURVE.queue], "here") for _ in range(2)]
         assert [job.subject_id for job in claimed if job] == [view_id, older.subject_id]
 
 

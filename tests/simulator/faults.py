@@ -31,10 +31,11 @@ class Fault(StrEnum):
     PARTITION = "one machine cut off"
     DATABASE_FULL = "database full"
     # of the broker
-    BELL_DROPPED = "bell dropped"
-    BELL_DOUBLED = "bell doubled"
-    BELL_LATE = "bell late"
-    BELL_TO_ALL = "bell to all"
+    MESSAGE_LOST = "message lost"
+    MESSAGE_DOUBLED = "message delivered twice"
+    MESSAGE_LATE = "message late"
+    BROKER_AWAY = "broker away"
+    BROKER_EMPTIED = "broker lost its messages"
     # of the work
     BROKEN = "work failed for good"
     PASSING = "work failed for now"
@@ -50,7 +51,7 @@ class Fault(StrEnum):
     RETRY = "run tried again"
 
 
-# How often each strikes where it can, in a schedule that has it: per transaction, per step of work, per bell and so on.
+# How often each strikes where it can, in a schedule that has it: per transaction, step of work, message and so on.
 _TYPICAL = {
     Fault.CRASH: 0.008,
     Fault.API_CRASH: 0.1,
@@ -66,10 +67,11 @@ _TYPICAL = {
     Fault.OUTAGE: 0.06,
     Fault.PARTITION: 0.08,
     Fault.DATABASE_FULL: 0.05,
-    Fault.BELL_DROPPED: 0.4,
-    Fault.BELL_DOUBLED: 0.2,
-    Fault.BELL_LATE: 0.3,
-    Fault.BELL_TO_ALL: 0.2,
+    Fault.MESSAGE_LOST: 0.4,
+    Fault.MESSAGE_DOUBLED: 0.2,
+    Fault.MESSAGE_LATE: 0.3,
+    Fault.BROKER_AWAY: 0.08,
+    Fault.BROKER_EMPTIED: 0.08,
     Fault.BROKEN: 0.05,
     Fault.PASSING: 0.1,
     Fault.MEMORY: 0.05,

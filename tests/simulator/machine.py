@@ -10,12 +10,12 @@ from typing import Protocol
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from clock import Clock
 from errors import DiskFull, Unavailable
 from models.base import wall_clock
 from models.session import Database
 from simulator.faults import Chance, Fault
 from simulator.virtual_threads import Scheduler, ThreadGroup, VirtualEvent, VirtualThread
-from worker.lease import Clock
 
 _BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -13,7 +13,7 @@ from models import job as jobs
 from models.job import JobKind, Queue
 from models.session import Database
 from worker.lease import Handler, Timings
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 from worker.messages import ChildMessage, line_of
 
 
@@ -44,7 +44,7 @@ def outage(database: Database) -> Iterator[Outage]:
 @pytest.fixture
 def start_loop() -> Iterator[StartLoop]:
     """Start loops that are drained at the end of the test."""
-    loops: list[Loop] = []
+    loops: list[LocalWorker] = []
 
     def start(
         database: Database,
@@ -54,8 +54,8 @@ def start_loop() -> Iterator[StartLoop]:
         queue: Queue = Queue.CPU,
         timings: Timings = QUICK,
         worker: str = "here",
-    ) -> Loop:
-        loop = Loop(database, queue, {kind: handler}, worker, timings)
+    ) -> LocalWorker:
+        loop = LocalWorker(database, queue, {kind: handler}, worker, timings)
         loops.append(loop)
         loop.start()
         return loop

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from clock import ByHand
+from manual_clock import ByHand
 
 from recipes.recipe import Mode
 from worker.messages import JobProgress

@@ -32,7 +32,7 @@ from worker.child_process import store_keys
 from worker.handlers.compare import Compare
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
 from worker.handlers.train import Train
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 from worker.messages import Failed, line_of
 
 LIMITS = IngestLimits(ArchiveLimits(), ImageLimits(), classes=1000, decode_cpu_s=60, memory_bytes=1536 * 1024**2)
@@ -52,7 +52,7 @@ class Case:
 
     def work(self) -> bool:
         handlers = {JobKind.INGEST: Ingest(self.store, LIMITS), JobKind.PURGE: Purge(self.store)}
-        return Loop(self.database, Queue.INGEST, handlers, "here", QUICK).work()
+        return LocalWorker(self.database, Queue.INGEST, handlers, "here", QUICK).work()
 
     def version(self, version_id: str) -> DatasetVersion:
         with self.database.reading() as session:
@@ -262,7 +262,7 @@ def test_a_run_waits_for_a_bucket_that_is_away(sqlite: Database, bucket: Bucket,
         job = run_jobs.queue_training(session, run)
     say(Failed.by(StoreUnavailable("Away.")))
     train = Train(bucket.store(), training_place(tmp_path))
-    assert Loop(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()
+    assert LocalWorker(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()
     with sqlite.reading() as session:
         waiting, run = session.get_one(Job, job.id), runs.get_run(session, records.PRINCIPAL, run.id)
     assert (waiting.state, waiting.attempt) == (JobState.QUEUED, 0) and waiting.next_attempt_at is not None

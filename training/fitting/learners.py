@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from artifacts.bundle import Dense, Float32
-from artifacts.features import Features
-from artifacts.images import Pixels
 from errors import TrainingDiverged
 from inference import heads
+from recipes.filled import FineTuningRecipe, FromScratchRecipe, HeadedRecipe
 from recipes.recipe import Monitor, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting.checkpoint import Checkpoint
-from training.fitting.fine_tuning import FINE_TUNE_LEARNING_RATE, FineTuningInputs, fine_tune
+from training.fitting.fine_tuning import FINE_TUNE_LEARNING_RATE, FineTuningData, fine_tune
+from training.fitting.fit_task import FitData, FitTask
 from training.fitting.from_scratch import fit_from_scratch
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, is_linear
@@ -164,13 +164,10 @@ _LARGEST_ABREAST, _WEIGHTS_ABREAST = 262_144, 16_000_000
 class Frozen:
     """Learns a head on features that were computed once."""
 
-    def __init__(self, recipe: Recipe, task: Task, outputs: int, features: Features, targets: Truth) -> None:
+    def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
         self._recipe = recipe
-        self._task = task
-        self._outputs = outputs
-        self._features = features
-        self._targets = targets
-        self.validation = Validation(recipe, task, targets)
+        self._data = data
+        self.validation = Validation(recipe, data.task, data.targets)
         self.plan = Plan(recipe.epochs)
 
     def learn(self, task: LearningTask, listener: FitListener) -> Learned:
@@ -184,11 +181,11 @@ class Frozen:
 
         Not with heads so large that Keras has the better of it, with all processors in one product.
         """
-        return is_linear(self._recipe.known_head) and self._weights <= _LARGEST_ABREAST
+        return is_linear(self._recipe.head) and self._weights <= _LARGEST_ABREAST
 
     @property
     def _weights(self) -> int:
-        return int(self._features.shape[1]) * self._outputs
+        return int(self._data.inputs.shape[1]) * self._data.outputs
 
     def learn_many(self, tasks: Sequence[tuple[LearningTask, FitListener]]) -> Iterator[tuple[int, Learned]]:
         """Learn a head for each task; yield its place among the tasks and what was learned, as soon as it has ended."""
@@ -204,35 +201,26 @@ class Frozen:
                     task.validation,
                     task.plan.head,
                     task.seed,
-                    self._recipe.known_head.l2,
                     _passage(listener),
+                    self._recipe.head.l2,
                 )
                 for task, listener in tasks[start : start + at_once]
             ]
-            fits = fit_linear_heads(self._recipe, self._task, self._outputs, self._features, self._targets, wanted)
+            fits = fit_linear_heads(self._recipe, self._data, wanted)
             for place, head in fits:
                 yield start + place, self.of_head(head, wanted[place].validation)
 
     def fit_head(self, task: LearningTask, listener: FitListener) -> FittedHead:
         """Fit the recipe's head on the rows' features, by itself."""
-        return fit_head(
-            self._recipe,
-            self._task,
-            self._outputs,
-            self._features,
-            self._targets,
-            task.train,
-            task.validation,
-            epochs=task.plan.head,
-            seed=task.seed,
-            passage=_passage(listener),
-        )
+        passage = _passage(listener)
+        fit = FitTask(task.train, task.validation, task.plan.head, task.seed, passage)
+        return fit_head(self._recipe, self._data, fit)
 
     def of_head(self, head: FittedHead, validation: Indices) -> Learned:
         """Return a fitted head as what was learned."""
 
         def logits(rows: Indices) -> Float32:
-            return heads.logits(head.layers, self._features[rows])
+            return heads.logits(head.layers, self._data.inputs[rows])
 
         value = self.validation(logits, validation)
         trained = head.trained
@@ -257,16 +245,11 @@ class Tuning:
     Where the network diverges the head is kept, except in the final model: raises TrainingDiverged.
     """
 
-    def __init__(
-        self, recipe: Recipe, task: Task, frozen: Frozen, weights: bytes, material: FineTuningInputs, targets: Truth
-    ) -> None:
-        assert recipe.fine_tune is not None
+    def __init__(self, recipe: FineTuningRecipe, frozen: Frozen, weights: bytes, data: FineTuningData) -> None:
         self._recipe = recipe
-        self._task = task
         self._frozen = frozen
         self._weights = weights
-        self._material = material
-        self._targets = targets
+        self._data = data
         self.plan = Plan(recipe.epochs, recipe.fine_tune.epochs)
 
     def learn(self, task: LearningTask, listener: FitListener) -> Learned:
@@ -295,19 +278,9 @@ class Tuning:
         listener.network_unfrozen(trained)
         gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
         try:
-            tuned = fine_tune(
-                self._recipe,
-                self._task,
-                self._weights,
-                self._material,
-                head,
-                self._targets,
-                task.train,
-                task.validation,
-                epochs=task.plan.network,
-                seed=task.seed,
-                passage=Passage(hear, lambda epochs: listener.epochs_done(trained + epochs), offer, since),
-            )
+            passage = Passage(hear, lambda epochs: listener.epochs_done(trained + epochs), offer, since)
+            fit = FitTask(task.train, task.validation, task.plan.network, task.seed, passage)
+            tuned = fine_tune(self._recipe, self._data, self._weights, head, fit)
             if not len(task.validation):  # no loss is told after the last step
                 finite(tuned.logits(task.train[:LOOKED_AT]), FINE_TUNE_LEARNING_RATE)
         except TrainingDiverged:
@@ -333,30 +306,18 @@ class Tuning:
 class Growing:
     """Learns a network from scratch."""
 
-    def __init__(self, recipe: Recipe, task: Task, outputs: int, pixels: Pixels, targets: Truth) -> None:
+    def __init__(self, recipe: FromScratchRecipe, data: FitData) -> None:
         self._recipe = recipe
-        self._task = task
-        self._outputs = outputs
-        self._pixels = pixels
-        self._targets = targets
-        self._validation = Validation(recipe, task, targets)
+        self._data = data
+        self._validation = Validation(recipe, data.task, data.targets)
         self.plan = Plan(0, recipe.epochs)
 
     def learn(self, task: LearningTask, listener: FitListener) -> Learned:
         """Learn all layers."""
         gc.collect()  # the network of the fold before, which holds itself in cycles
-        grown = fit_from_scratch(
-            self._recipe,
-            self._task,
-            self._outputs,
-            self._pixels,
-            self._targets,
-            task.train,
-            task.validation,
-            epochs=task.plan.network,
-            seed=task.seed,
-            passage=_passage(listener),
-        )
+        passage = _passage(listener)
+        fit = FitTask(task.train, task.validation, task.plan.network, task.seed, passage)
+        grown = fit_from_scratch(self._recipe, self._data, fit)
         went = grown.trained
         value = self._validation(grown.logits, task.validation)
         phase = Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value)

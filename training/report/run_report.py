@@ -13,9 +13,10 @@ from artifacts.bundle import Float32
 from artifacts.run_files import RunFile
 from recipes import shapes
 from recipes.catalogue import ALL, CATALOGUE
+from recipes.filled import BackboneRecipe, DecidedRecipe, FineTuningRecipe, FromScratchRecipe
 from recipes.headline import HEADLINES
 from recipes.layers import NetworkKind, sides
-from recipes.recipe import ClassWeights, Mode, Precision, PrecisionChoice, Recipe, Task
+from recipes.recipe import ClassWeights, Mode, Precision, Task
 from training.bake_off import FOLDS, Pick
 from training.data.targets import Truth
 from training.figures import png
@@ -31,7 +32,7 @@ _LABELS_SHOWN = 60
 class Description:
     """A finished run, as its report needs it; `truth` and `logits` (out of fold) are of the images that were folded."""
 
-    recipe: Recipe
+    recipe: DecidedRecipe
     task: Task
     labels: Sequence[str]
     images: int
@@ -70,7 +71,7 @@ def report(run: Description) -> str:
         "",
         verdict(run.task, metrics),
         "",
-        *(_grown(run) if recipe.mode is Mode.FROM_SCRATCH else _features(run)),
+        *(_grown(run, recipe) if isinstance(recipe, FromScratchRecipe) else _features(run, recipe)),
         f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final "
         f"{'network' if recipe.mode is Mode.FROM_SCRATCH else 'head'} was trained on all images for "
         f"{run.plan.head or run.plan.network} epochs, the median of the folds' best.",
@@ -136,29 +137,29 @@ def _picked(run: Description) -> list[str]:
     ]
 
 
-def _title(recipe: Recipe) -> str:
+def _title(recipe: DecidedRecipe) -> str:
     """Return what the network is called."""
-    return _KINDS[recipe.network.kind] if recipe.network else recipe.known_backbone.title
+    if isinstance(recipe, FromScratchRecipe):
+        return _KINDS[recipe.network.kind]
+    return CATALOGUE[recipe.backbone].title
 
 
 _KINDS = {NetworkKind.PERCEPTRON: "Perceptron", NetworkKind.MLP: "Multilayer perceptron", NetworkKind.CNN: "CNN"}
 
 
-def _features(run: Description) -> list[str]:
+def _features(run: Description, recipe: BackboneRecipe) -> list[str]:
     """Return what heads learned on, as lines of the report."""
-    recipe = run.recipe
     return [
         f"- Images: {run.images:,}{_learned(run)}; {run.extraction.computed:,} went through the backbone, "
         f"{run.extraction.cached:,} were cached{_in_all_precisions(run)}.",
-        f"- Features: {_title(recipe)} ({recipe.weights}) up to `{recipe.features_from}` at {recipe.image_size} px, "
-        f"{run.precision.value}, resized by `{recipe.resize.value}`.",
+        f"- Features: {CATALOGUE[recipe.backbone].title} ({recipe.weights}) up to `{recipe.features_from}` at "
+        f"{recipe.image_size} px, {run.precision.value}, resized by `{recipe.resize.value}`.",
     ]
 
 
-def _grown(run: Description) -> list[str]:
+def _grown(run: Description, recipe: FromScratchRecipe) -> list[str]:
     """Return what a network from scratch is and saw, as lines of the report."""
-    recipe, network = run.recipe, run.recipe.network
-    assert network is not None and recipe.image_size is not None
+    network = recipe.network
     rows = shapes.table(network, *sides(recipe.image_size))
     outputs = run.logits.shape[-1]
     parameters = sum(row.parameters for row in rows) + (rows[-1].shape[0] + 1) * outputs
@@ -188,7 +189,7 @@ def _learned(run: Description) -> str:
 def _tuning(run: Description) -> list[str]:
     """Return what fine-tuning did, as lines of the report."""
     recipe = run.recipe
-    if recipe.mode is not Mode.FINE_TUNING or recipe.fine_tune is None:
+    if not isinstance(recipe, FineTuningRecipe):
         return []
     lines = [
         f"- Fine-tuning: {'all layers' if recipe.unfreeze == ALL else f'layers from `{recipe.unfreeze}` on'}, learning "
@@ -245,9 +246,9 @@ def _precision(run: Description) -> list[str]:
     else:
         bound = f"at most {RELATIVE_MARGIN:.0%} above that of float32"
     wanted = run.recipe.precision
-    if wanted is PrecisionChoice.AUTO:
+    if not isinstance(wanted, Precision):
         why = f"`{run.precision.value}` answers: the fastest on this machine whose {headline.title.lower()} is {bound}"
-    elif wanted.value == run.precision.value:
+    elif wanted is run.precision:
         why = f"`{run.precision.value}` answers as asked: its {headline.title.lower()} is {bound}"
     else:
         why = f"`{run.precision.value}` answers, not `{wanted.value}`, whose {headline.title.lower()} is not {bound}"
@@ -258,7 +259,7 @@ def _precision(run: Description) -> list[str]:
 _RISE = 0.02
 
 
-def overfitting(folds: Sequence[FoldResult], recipe: Recipe) -> str:
+def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
     """Return in one sentence whether the folds went on to learn their training images by heart."""
     watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
     if not watched:

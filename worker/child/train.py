@@ -11,7 +11,8 @@ from artifacts.bucket_store import open_store
 from artifacts.images import IMAGE_RULE
 from artifacts.store import Digest
 from errors import OutOfMemory
-from recipes.recipe import BackboneChoice, Recipe
+from recipes.catalogue import BackboneName
+from recipes.filled import parse_filled
 from worker.child import weights
 from worker.child.channel import Channel
 from worker.child.run_reporter import RunReporter, store_file
@@ -72,7 +73,7 @@ class _TrainingSession:
         self._spec = order.spec
         self._channel = channel
         self._store = open_store(order.spec.store)
-        self._recipe = Recipe.model_validate(order.spec.recipe)
+        self._recipe = parse_filled(order.spec.recipe)
         self._reporter = RunReporter(channel, self._store, order)
         self._weights = self._find_weights()
         self._reporter.belongs = {
@@ -129,9 +130,9 @@ class _TrainingSession:
     def _find_weights(self) -> Digest | None:
         """Return the stored weights, after download if need be; None for a network from scratch or one to choose."""
         spec, recipe = self._spec, self._recipe
-        if recipe.backbone in (None, BackboneChoice.AUTO) or recipe.weights is None:
+        backbone = recipe.backbone
+        if not isinstance(backbone, BackboneName) or recipe.weights is None:
             return None
-        backbone = recipe.known_backbone.name
         if spec.weights is not None:
             return spec.weights
 

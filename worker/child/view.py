@@ -16,7 +16,7 @@ from artifacts.bundle import Bundle
 from artifacts.images import IMAGE_RULE
 from artifacts.store import Digest, Store
 from errors import Corrupt, ImageRefused
-from recipes.recipe import Recipe
+from recipes.filled import HeadedRecipe, parse_filled
 from worker.child.channel import Channel
 from worker.messages import ActivationsOrder, LayersOrder, LearningCurveOrder, ViewOrder, ViewOutcome, ViewProgress
 
@@ -74,7 +74,8 @@ def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, cha
 
     progress = _ViewReporter(channel)
     progress.begin_stage(0.0, _FEATURES_SHARE)
-    recipe = Recipe.model_validate(order.recipe)
+    recipe = parse_filled(order.recipe)
+    assert isinstance(recipe, HeadedRecipe), "Expected a head on features. This is a bug."
     subject = learning_curve.Subject(
         recipe=recipe,
         labels=order.labels,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from buckets import Bucket, Line
-from clock import ByHand
+from manual_clock import ByHand
 
 from artifacts.store import Digest, Store, Writer
 from training.fitting.checkpoint import Checkpoint

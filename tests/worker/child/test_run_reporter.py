@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clock import ByHand
+from manual_clock import ByHand
 
 from artifacts.images import ImageLimits
 from artifacts.store import Store, StoreAddress, digest_of

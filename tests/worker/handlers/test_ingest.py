@@ -14,7 +14,7 @@ import pytest
 import records
 import sample
 from buckets import EACH_STORE, EACH_STORE_SLOWLY
-from clock import ByHand
+from manual_clock import ByHand
 from PIL import Image
 from records import PRINCIPAL
 from sqlalchemy import select
@@ -28,6 +28,7 @@ from artifacts.images import ImageLimits, encode
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.store import Digest, Store, digest_of
+from clock import Clock
 from errors import Crashed, DiskFull
 from models import dataset as datasets
 from models import job as jobs
@@ -41,8 +42,8 @@ from recipes.recipe import Task
 from worker.child_process import Child
 from worker.handlers import ingest
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
-from worker.lease import Clock, Complete, Handler, Timings, Work
-from worker.loop import Loop
+from worker.lease import Complete, Handler, Timings, Work
+from worker.local_worker import LocalWorker
 from worker.messages import ChildMessage, Failed, ImageBegun
 
 LIMITS = IngestLimits(
@@ -88,14 +89,14 @@ class Intake:
             datasets.delete_dataset(dataset)
             return jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id).id
 
-    def loop(self, **handlers: Handler) -> Loop:
+    def loop(self, **handlers: Handler) -> LocalWorker:
         """Return a loop for the ingest queue; `ingest=…` replaces the real handler."""
         known: dict[JobKind, Handler] = {
             JobKind.INGEST: Ingest(self.store, self.limits),
             JobKind.PURGE: Purge(self.store),
         }
         replaced = {JobKind(kind): handler for kind, handler in handlers.items()}
-        return Loop(self.database, Queue.INGEST, known | replaced, "here", self.timings, self.clock)
+        return LocalWorker(self.database, Queue.INGEST, known | replaced, "here", self.timings, self.clock)
 
     def version(self, version_id: str) -> DatasetVersion:
         with self.database.reading() as session:
@@ -474,7 +475,7 @@ def held_at_the_slow_image() -> Iterator[threading.Event]:
             may_go_on.set()
 
 
-Begin = Callable[..., tuple[str, Loop]]
+Begin = Callable[..., tuple[str, LocalWorker]]
 
 
 @pytest.fixture
@@ -482,7 +483,7 @@ def begin() -> Iterator[Begin]:
     """Begin an ingest in a thread; return its version and its loop once all images but the last are stored."""
     threads = []
 
-    def begin(intake: Intake, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, Loop]:
+    def begin(intake: Intake, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, LocalWorker]:
         version_id = intake.upload(sample.zipped(files, zipfile.ZIP_STORED), name)
         loop = intake.loop()
         threads.append(threading.Thread(target=loop.work))

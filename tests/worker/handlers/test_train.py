@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import records
-from clock import ByHand
 from cutting import cut_off
+from manual_clock import ByHand
 from on_databases import ON_SQLITE
 from resting import has_ended
 from sqlalchemy import select
@@ -32,13 +32,13 @@ from models.registry import ModelVersion, QuantisedBackbone, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
 from recipes.catalogue import BackboneName
-from recipes.recipe import Mode, Recipe, TaskChoice
+from recipes.recipe import Mode, Recipe, Task
 from training.progress import Extraction, FoldResult
 from worker import app as worker_app
 from worker.child_process import Child
 from worker.handlers.train import DRAIN_WITHIN_S, Train, _answer
 from worker.lease import Bench, Complete, Stopped, Work
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 from worker.messages import (
     AddBackbone,
     AddQuantised,
@@ -83,7 +83,7 @@ OUTCOME = RunOutcome(
     training_s=12.5,
     files=(),
 )
-TUNING = Recipe(task=TaskChoice.BINARY, mode=Mode.FINE_TUNING)
+TUNING = Recipe(task=Task.BINARY, mode=Mode.FINE_TUNING)
 
 
 @dataclass
@@ -230,7 +230,7 @@ def done_late(case: Case, folder: Path, *gaps_s: float) -> Job:
     """Do the job with a child that is late, where nothing may stand still for longer than 1.5 s; return the job."""
     clock = ByHand()
     handlers = dict.fromkeys(JobKind, Train(case.store, training_place(folder), late(clock, *gaps_s)))
-    loop = Loop(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
+    loop = LocalWorker(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
     assert loop.work()
     return look(case.database, case.job_id)
 
@@ -526,7 +526,7 @@ def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) 
     tuning.do()
     other = STATE.model_copy(update={"fold": 1, "share": 0.25, "spent_s": 1.0, "eta_s": 3.0})
     with tuning.database.writing() as session:
-        job = jobs.claim(session, [Queue.CPU], "elsewhere")
+        job = records.claim_next(session, [Queue.CPU], "elsewhere")
         assert job is not None and job.index == 0
         session.get_one(Job, job.id).progress = {"writes": 1, "said": STATE.model_dump()}
     say(Progress(state=other), EXTRACTED)
@@ -575,7 +575,7 @@ def test_a_fold_of_an_attempt_that_was_given_up_has_lost_its_lease(tuning: Case,
     tuning.do()
     with claimed_work(tuning.database) as work:
         say(Failed.by(OutOfMemory("too much")))
-        loop = Loop(tuning.database, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "there", QUICK)
+        loop = LocalWorker(tuning.database, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "there", QUICK)
         assert loop.work()
         assert tuning.jobs(JobState.CANCELLED) == [(JobKind.FOLD, 0)], "its holder has not even noticed"
         with pytest.raises(Stopped):
@@ -624,7 +624,7 @@ def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(tuning:
         assert run_jobs.restart_with_half_batch(session, session.get_one(Job, tuning.job_id)) is None
 
     with tuning.database.writing() as session:
-        assert jobs.claim(session, [Queue.CPU], "here") is not None
+        assert records.claim_next(session, [Queue.CPU], "here") is not None
     with tuning.database.writing() as session:
         change(session)
     assert tuning.run().batch_size is None and tuning.jobs(JobState.QUEUED) == []
@@ -658,7 +658,7 @@ def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) ->
 
     def end(number: int) -> None:
         with tuning.database.writing() as session:
-            job = jobs.claim(session, [Queue.CPU], f"worker {number}")
+            job = records.claim_next(session, [Queue.CPU], f"worker {number}")
             assert job is not None
         together.wait()
         message = tuning.fold(job.index)
@@ -681,7 +681,7 @@ def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) ->
 def out_of_memory(case: Case, say: Say, times: int) -> None:
     """Have the run's next jobs run out of memory."""
     say(Failed.by(OutOfMemory("too much")))
-    loop = Loop(case.database, Queue.CPU, dict.fromkeys(JobKind, case.train), "here", QUICK)
+    loop = LocalWorker(case.database, Queue.CPU, dict.fromkeys(JobKind, case.train), "here", QUICK)
     for _ in range(times):
         assert loop.work()
 
@@ -705,7 +705,7 @@ def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, 
     say(Prepared())
     tuning.do()
     with tuning.database.writing() as session:
-        elsewhere = jobs.claim(session, [Queue.CPU], "elsewhere")
+        elsewhere = records.claim_next(session, [Queue.CPU], "elsewhere")
     assert elsewhere is not None and elsewhere.index == 0
     out_of_memory(tuning, say, times=1)
     run = tuning.run()
@@ -732,7 +732,7 @@ def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
 def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say) -> None:
     with cut_off(tuning.database) as (through, wire):
-        loop = Loop(through, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "here", QUICK)
+        loop = LocalWorker(through, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "here", QUICK)
 
         def work() -> None:
             """Do the next job; a claim whose answer was cut off is held by nobody who knows, until it is taken over."""
@@ -743,7 +743,7 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say
                     if tuning.jobs(JobState.RUNNING):
                         assert sweep_twice(tuning.database, tuning.train) == 1
                 else:
-                    loop._bench.clear()  # the child has said what it was told to, and can do no other part
+                    loop.runner.close()  # the child has said what it was told to, and can do no other part
                     return
 
         say(Prepared())

@@ -40,7 +40,7 @@ from models.run import Run
 from models.session import Database
 from models.view import View, ViewKind, ViewState
 from recipes.layers import Activation
-from recipes.recipe import Precision, Recipe, Resize, Task, TaskChoice
+from recipes.recipe import Precision, Recipe, Resize, Task
 from worker.handlers.ingest import Purge
 from worker.handlers.view import Look
 from worker.messages import Failed, ViewOutcome, ViewProgress
@@ -110,7 +110,7 @@ def case(sqlite: Database, store: Store, tmp_path: Path) -> Case:
         version = records.ready_version(session)
         version.manifest_sha256 = store.put(manifest.dump(rows))
         version.classes = [{"name": name, "images": IMAGES // 2, "groups": IMAGES // 2} for name in ("blue", "red")]
-        recipe = Recipe.model_validate(RECIPE).model_copy(update={"task": TaskChoice.BINARY})
+        recipe = Recipe.model_validate(RECIPE).model_copy(update={"task": Task.BINARY})
         run = runs.create_run(session, PRINCIPAL, version.id, "colours", recipe)
         runs.start_run(session, run.id)
         runs.succeed_run(session, run.id, {"accuracy": 1.0}, 1.0)
