@@ -56,10 +56,10 @@ class Known:
     def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
         return digest
 
-    def find_pick(self) -> dict[str, Any] | None:
+    def find_bake_off_result(self) -> dict[str, Any] | None:
         return None
 
-    def set_pick(self, facts: dict[str, Any]) -> None: ...
+    def set_bake_off_result(self, facts: dict[str, Any]) -> None: ...
 
     def find_precision_decision(self) -> dict[str, Any] | None:
         return None

@@ -69,10 +69,10 @@ class Known:
         self.facts = facts
         return self.quantised.setdefault(backbone, digest)
 
-    def find_pick(self) -> dict[str, Any] | None:
+    def find_bake_off_result(self) -> dict[str, Any] | None:
         return self.pick
 
-    def set_pick(self, facts: dict[str, Any]) -> None:
+    def set_bake_off_result(self, facts: dict[str, Any]) -> None:
         self.pick = json.loads(json.dumps(facts))
 
     def find_precision_decision(self) -> dict[str, Any] | None:

@@ -17,9 +17,9 @@ from artifacts.store import Digest
 from recipes.filled import DecidedRecipe, UndecidedRecipe
 from recipes.recipe import Precision
 from training import delivery
-from training.bake_off import Pick
+from training.bake_off import BakeOffResult
 from training.data.split import Fold, Indices
-from training.delivery import Served
+from training.delivery import DeliveredModel
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
 from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, LearningTask, final_plan
@@ -61,10 +61,10 @@ class Experiment:
         self._place, self._report = place, report
         data = self._data = RunData(request, place)
         recipe, weights = request.recipe, request.weights
-        self._pick: Pick | None = None
+        self._pick: BakeOffResult | None = None
         if isinstance(recipe, UndecidedRecipe):
             self._pick = choose_features(data, recipe, request, place, registry, report)
-            recipe, weights = self._pick.settled(recipe), self._pick.weights
+            recipe, weights = self._pick.decide(recipe), self._pick.weights
         self._recipe: DecidedRecipe = recipe
         self._setup = set_up(data, recipe, weights, place, registry, report)
 
@@ -109,9 +109,9 @@ class Experiment:
         """Measure on a fold's test images, and report its end."""
         fold = self.folds[number]
         logits = {self._setup.precision: finite(learned.logits(fold.test))}
-        if self._setup.taught is not None:
+        if self._setup.exporter is not None:
             epochs = float(len(learned.history))
-            logits |= self._setup.taught.logits(
+            logits |= self._setup.exporter.logits(
                 learned, fold.train, fold.test, lambda done, total: fit.epochs_done(epochs)
             )
         result = FoldResult(
@@ -212,12 +212,12 @@ class Experiment:
             },
         )
 
-    def _serve(self, final: Learned, outcomes: Sequence[FoldOutcome]) -> Served:
+    def _serve(self, final: Learned, outcomes: Sequence[FoldOutcome]) -> DeliveredModel:
         """Return what answers."""
         setup = self._setup
-        if setup.taught is None:
+        if setup.exporter is None:
             assert setup.trunk is not None
-            return Served(setup.precision, setup.trunk.backbone, setup.trunk.engine, setup.choice)
+            return DeliveredModel(setup.precision, setup.trunk.backbone, setup.trunk.engine, setup.choice)
         if final.network is not None:
             self._report.stage("export")
         scores = {
@@ -227,9 +227,9 @@ class Experiment:
         }
         data = self._data
         shown = data.held_out if len(data.held_out) else data.trained_on
-        return setup.taught.serve(final, data.trained_on, shown, scores, self._report.images)
+        return setup.exporter.serve(final, data.trained_on, shown, scores, self._report.images)
 
-    def _neighbours(self, served: Served, rows: Indices) -> bytes:
+    def _neighbours(self, served: DeliveredModel, rows: Indices) -> bytes:
         """Return the file of the rows' images as the network that is served sees them."""
         trunk, pixels = self._setup.trunk, self._setup.pixels
         if trunk is not None and (served.backbone, served.precision) == (trunk.backbone, trunk.precision):

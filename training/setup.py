@@ -29,14 +29,14 @@ from recipes.filled import (
 )
 from recipes.recipe import Precision, Task
 from training import bake_off
-from training.bake_off import Pick
+from training.bake_off import BakeOffResult
 from training.data.arrays import ReportProgress, drop_unused, load_maps, load_pixels, maps_bytes
 from training.data.augmentation import contact_sheet
 from training.data.extraction import sum_extractions
 from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
-from training.delivery import Taught, golden_images, spread
+from training.delivery import TrainedNetworkExporter, golden_images, spread
 from training.fitting.fine_tuning import FineTuningData
 from training.fitting.fit_task import FitData
 from training.fitting.learners import Frozen, Growing, Learner, LearningTask, Tuning
@@ -151,7 +151,7 @@ class TrainingSetup:
     extraction: Extraction
     trunk: FrozenBackbone | None = None
     pixels: Pixels | None = None
-    taught: Taught | None = None
+    exporter: TrainedNetworkExporter | None = None
     choice: PrecisionDecision | None = None
     notes: Sequence[str] = ()
 
@@ -163,11 +163,11 @@ def choose_features(
     place: Workspace,
     registry: Registry,
     listener: StageListener,
-) -> Pick:
+) -> BakeOffResult:
     """Return where the features of a recipe come from; a run that was interrupted keeps its earlier choice."""
-    known = registry.find_pick()
+    known = registry.find_bake_off_result()
     if known is not None:
-        return Pick.of(known)
+        return BakeOffResult.of(known)
     listener.stage("bake-off")
     candidates = request.candidates
     if request.weights is not None and isinstance(recipe.backbone, BackboneName):
@@ -184,7 +184,7 @@ def choose_features(
         place,
         listener.images,
     )
-    registry.set_pick(found.facts(data.task))
+    registry.set_bake_off_result(found.facts(data.task))
     return found
 
 
@@ -226,7 +226,7 @@ def _set_up_from_scratch(
         Precision.FLOAT32,
         extraction,
         pixels=pixels,
-        taught=Taught(recipe, data.task, considered, pixels, place, rebuild, frozen=None),
+        exporter=TrainedNetworkExporter(recipe, data.task, considered, pixels, place, rebuild, frozen=None),
     )
 
 
@@ -278,8 +278,8 @@ class _BackboneSetup:
                 return trunk.backbone
             return self._networks.quantise(trunk.backbone, [data.digests[row] for row in train], source, report)
 
-        taught = Taught(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
-        return TrainingSetup(learner, trunk.precision, extraction, trunk, pixels, taught, notes=notes)
+        exporter = TrainedNetworkExporter(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
+        return TrainingSetup(learner, trunk.precision, extraction, trunk, pixels, exporter, notes=notes)
 
     def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data

@@ -17,7 +17,7 @@ from recipes.filled import BackboneRecipe, DecidedRecipe, FineTuningRecipe, From
 from recipes.headline import HEADLINES
 from recipes.layers import NetworkKind, sides
 from recipes.recipe import ClassWeights, Mode, Precision, Task
-from training.bake_off import FOLDS, Pick
+from training.bake_off import FOLDS, BakeOffResult
 from training.data.targets import Truth
 from training.figures import png
 from training.fitting.learners import DIVERGED, NETWORK, Plan
@@ -44,7 +44,7 @@ class Description:
     extraction: Extraction
     precision: Precision
     choice: PrecisionDecision | None
-    pick: Pick | None
+    pick: BakeOffResult | None
     notes: Sequence[str]
 
 

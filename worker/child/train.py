@@ -184,10 +184,10 @@ class _WorkerRegistry:
     def add_quantised(self, backbone: Digest, digest: Digest, facts: JsonObject) -> Digest:
         return self._settled(AddQuantised(backbone=backbone, image_rule=IMAGE_RULE, digest=digest, facts=facts))
 
-    def find_pick(self) -> JsonObject | None:
+    def find_bake_off_result(self) -> JsonObject | None:
         return self._channel.ask(FindFeaturesChoice(), ChoiceAnswer).choice
 
-    def set_pick(self, facts: JsonObject) -> None:
+    def set_bake_off_result(self, facts: JsonObject) -> None:
         self._channel.ask(SetFeaturesChoice(choice=facts, weights=facts["weights"]), Stored)
 
     def find_precision_decision(self) -> JsonObject | None:
