@@ -2,7 +2,7 @@
 
 The worker renews a lease, its child sends epochs, progress and checkpoints, rows are written to a database on disk, and
 MLflow receives the metrics meanwhile. The bare loop is `Experiment.learn_fold` in a process of its own, which reports
-and keeps nothing. Each measurement starts a new process with all caches filled. Only the seconds of the two folds count,
+and keeps nothing. Each measurement starts a new process with all caches filled. Only the seconds of the folds count,
 without start-up and preparation. The two take turns.
 
 Run as `python -m benchmarks.leases [--images 240] [--size 64] [--epochs 8] [--pairs 10] [--mode fine-tuning]
