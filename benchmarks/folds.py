@@ -1,8 +1,8 @@
-"""A whole k-fold run against the loop that tutorials show: Keras `fit` per fold with the frozen backbone in the graph.
+"""Measures a whole k-fold run against the loop of tutorials: Keras `fit` per fold, the frozen backbone in the graph.
 
-The loop trains on 80 % of the images for every epoch of every fold and tests each fold once; its time is that of two
-epochs of each fold, scaled. Tracing and compiling it, and decoding its images, are left out; ours counts decoding,
-extraction, all folds and the final head. Its limit is 0.8 · k · epochs + 1 forward passes to one.
+The loop trains on 80 % of the images in every epoch of every fold and tests each fold once. Its time is that of two
+epochs of each fold, scaled; tracing, compiling and decoding are not counted. Our time includes decoding, extraction,
+all folds and the final head. The ratio is limited by the forward passes: 0.8 · k · epochs + 1 to one.
 
 Run as `python -m benchmarks.folds [--images 1024] [--size 96] [--data archive.zip]`.
 """
@@ -20,8 +20,8 @@ import numpy as np
 from artifacts import manifest
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
+from benchmarks.bench_data import LIMITS, BenchData, prepare_bench_data
 from benchmarks.figures import report
-from benchmarks.ground import LIMITS, Ground, ground
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.recipe import Recipe, Task
@@ -98,7 +98,7 @@ class SilentPart(NoKeeper):
     def unfrozen(self, epochs: int) -> None: ...
 
 
-def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
+def ours(given: BenchData, wanted: argparse.Namespace) -> tuple[float, float]:
     """Return the seconds of a whole run, and of its extraction alone."""
     recipe = fill(
         Recipe(backbone=wanted.backbone, image_size=wanted.size, epochs=wanted.epochs, early_stopping=None),
@@ -120,7 +120,7 @@ def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
     return time.perf_counter() - started, silent.extraction_s
 
 
-def tutorial(given: Ground, wanted: argparse.Namespace) -> float:
+def tutorial(given: BenchData, wanted: argparse.Namespace) -> float:
     """Return the seconds that the tutorial's loop would take for all epochs of all folds."""
     cut = CATALOGUE[wanted.backbone].last_cut
     frozen = backbones.build_backbone(wanted.backbone, cut, wanted.size, given.store.read(given.weights))
@@ -161,7 +161,7 @@ class _Features(keras.layers.Layer):  # type: ignore[misc]
 
 
 def main() -> None:
-    """Measure."""
+    """Measure both once and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", type=BackboneName, default=BackboneName.VGG16)
     parser.add_argument("--size", type=int, default=96)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     wanted = parser.parse_args()
     cut = CATALOGUE[wanted.backbone].last_cut
-    with ground(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
+    with prepare_bench_data(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
         whole, extraction = ours(given, wanted)
         loop = tutorial(given, wanted)
         report(

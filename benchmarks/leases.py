@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.store import Store
+from benchmarks.bench_data import LIMITS, BenchData, add_dataset, free_port, prepare_bench_data
 from benchmarks.figures import processor, report, spread, table
-from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
 from models import registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
@@ -108,7 +108,7 @@ def bare_folds(order: dict[str, Any]) -> float:
 class Service:
     """A worker's loops and its sweeper on a database of its own, with a data set."""
 
-    def __init__(self, given: Ground, place: TrainingPlace, mlflow_url: str) -> None:
+    def __init__(self, given: BenchData, place: TrainingPlace, mlflow_url: str) -> None:
         self.database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
         upgrade(self.database)
         train = Train(given.store, place)
@@ -127,7 +127,7 @@ class Service:
             loop.start()
         self._sweeper.start()
 
-    def _add_dataset(self, given: Ground) -> str:
+    def _add_dataset(self, given: BenchData) -> str:
         with self.database.writing() as session:
             registry.set_weights(session, Weights(network=NETWORK, name=NAME, sha256=given.weights, source={}))
             return add_dataset(session, given).id
@@ -186,7 +186,10 @@ def main() -> None:
     if wanted.bare:
         bare(wanted.bare)
         return
-    with ground(NETWORK, CUT, wanted.size, wanted.images, wanted.data) as given, mlflow(given.folder) as url:
+    with (
+        prepare_bench_data(NETWORK, CUT, wanted.size, wanted.images, wanted.data) as given,
+        mlflow(given.folder) as url,
+    ):
         recipe = recipe_of(wanted, given.labels)
         place = TrainingPlace(
             features=str(given.folder / "features"),

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import func, literal, or_, select
 from sqlalchemy.orm import Session
 
 from api import bodies, problems
 from api.dependencies import PrincipalDep, Services, ServicesDep
 from api.idempotency import IdempotencyDep, IdempotentRequest
-from api.paging import CursorQuery, LimitQuery, page
+from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.schemas import (
     ClassImages,
     DatasetCreated,
@@ -38,7 +37,6 @@ from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
 from models.file_references import lock_files, try_delete_unreferenced
 from models.job import JobKind, Queue
-from models.project import scope
 
 THUMBNAIL_SIDE = 160
 
@@ -158,9 +156,9 @@ def list_datasets(
 ) -> Page[DatasetOut]:
     """List data sets, the newest first."""
     with services.database.reading() as session:
-        query = select(Dataset).where(Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal))
-        rows, next_cursor = page(session, query, Dataset.id, lambda row: row.Dataset.id, limit, cursor)
-        return Page(items=[_dataset_out(session, row.Dataset) for row in rows], next_cursor=next_cursor)
+        page = datasets.list_datasets(session, principal, page_request(limit, cursor))
+        items = [_dataset_out(session, dataset) for dataset in page.rows]
+        return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/{dataset_id}")
@@ -183,19 +181,10 @@ def list_images(
     """List the images of a version by path, as its manifest does; with a label only those that have it."""
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
-        query = (
-            select(Membership, Image)
-            .join(Image, Image.id == Membership.image_id)
-            .where(Membership.version_id == datasets.ready_version(session, dataset, version).id)
-        )
-        if label:
-            among = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
-            joined = literal("|") + Membership.label + literal("|")
-            query = query.where(or_(Membership.label == label, among(joined, f"|{label}|") > 0))
-        order = datasets.path_order(session)
-        rows, next_cursor = page(session, query, order, lambda row: row.Membership.path, limit, cursor, ascending=True)
-        items = [_image_out(dataset.id, row.Membership, row.Image) for row in rows]
-        return Page(items=items, next_cursor=next_cursor)
+        chosen = datasets.ready_version(session, dataset, version)
+        page = datasets.list_images(session, chosen.id, label, page_request(limit, cursor))
+        items = [_image_out(dataset.id, membership, image) for membership, image in page.rows]
+        return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
@@ -203,16 +192,10 @@ def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: st
     """Return a small WEBP of an image, upright and without its metadata."""
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
-        query = (
-            select(Image.sha256)
-            .join(Membership, Membership.image_id == Image.id)
-            .join(DatasetVersion, DatasetVersion.id == Membership.version_id)
-            .where(DatasetVersion.dataset_id == dataset.id, Image.sha256 == image)
-        )
-        digest = session.scalar(query.limit(1))
+        digest = datasets.find_image(session, dataset.id, image)
     if digest is None:
         raise NotFound(f"Data set {dataset.name!r} has no image {image!r}.")
-    data = images.thumbnail(services.store.read(Digest(digest)), THUMBNAIL_SIDE, services.settings.image_limits)
+    data = images.thumbnail(services.store.read(digest), THUMBNAIL_SIDE, services.settings.image_limits)
     return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
 

@@ -8,19 +8,19 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.routes.runs import stored_file
+from api.files import stored_file
 from api.schemas import LearningCurveOut, ViewOut, ViewProgress, VisibleLayer, VisibleLayers
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from errors import EspalierError, NotFound, NotReady, RequestInvalid, from_record
+from models import dataset as datasets
 from models import run as runs
 from models import view as views
-from models.dataset import Dataset, DatasetVersion, Image, Membership
+from models.dataset import Dataset, DatasetVersion
 from models.project import Principal
 from models.run import Run, RunState
 from models.view import View, ViewKind, ViewState
@@ -96,7 +96,7 @@ def get_activations(
     if view.state is not ViewState.SUCCEEDED:
         return _computing(view)
     assert view.sha256 is not None
-    return stored_file(services, view.sha256, "image/png")
+    return stored_file(services.store, view.sha256, "image/png")
 
 
 def _finished(session: Session, principal: Principal, run_id: str) -> Run:
@@ -115,18 +115,13 @@ def _image(session: Session, run: Run, image: str | None) -> Digest:
     listing = f"GET /api/v1/datasets/{version.dataset_id}/images?version={version.number} lists"
     if image is None:
         raise RequestInvalid(f"image: Expected one of the images that {listing}. Received none.", field="image")
-    query = (
-        select(Image.sha256)
-        .join(Membership, Membership.image_id == Image.id)
-        .where(Membership.version_id == version.id, Image.sha256 == image)
-    )
-    found = session.scalar(query.limit(1))
+    found = datasets.find_version_image(session, version.id, image)
     if found is None:
         raise NotFound(
             f"The run's data set version has no image {image!r}. {listing} the {version.images:,} that it has, each "
             "with its SHA-256 as 'image'."
         )
-    return Digest(found)
+    return found
 
 
 def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:

@@ -98,7 +98,7 @@ def test_a_checkpoint_that_the_bucket_does_not_take_leaves_the_one_before_and_th
     offered(kept, 2)
     line.mend()
     (first,) = said.checkpoints()
-    assert bucket.digests() == {first["sha256"]} and "cannot be used just now" in capsys.readouterr().err
+    assert bucket.digests() == {first["sha256"]} and "is unavailable" in capsys.readouterr().err
     there = bucket.seen_from(tmp_path / "there").store()
     assert epochs_of(there, said, [first["sha256"]]) == 1
 
