@@ -133,7 +133,8 @@ def _bake_off_lines(run: Description) -> list[str]:
         "",
         f"`{chosen.features_from}` of {CATALOGUE[chosen.backbone].title} was chosen by a bake-off on "
         f"{run.pick.images:,} images in {FOLDS} folds of their own. The score above was measured "
-        "afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the choice depends on some of the labels "
+        "afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
+        "choice depends on some of the labels "
         "that the score is measured on.",
         "",
         f"| backbone | features from | width | {headline.title} |",
@@ -202,7 +203,8 @@ def _fine_tuning_lines(run: Description) -> list[str]:
         return []
     lines = [
         f"- Fine-tuning: {'all layers' if recipe.unfreeze == ALL else f'layers from `{recipe.unfreeze}` on'} "
-        f"were trained with learning rate {recipe.fine_tune.learning_rate:g}, after the head alone. {fine_tuning_outcome(run.folds)}"
+        f"were trained with learning rate {recipe.fine_tune.learning_rate:g}, after the head alone. "
+        f"{fine_tuning_outcome(run.folds)}"
     ]
     if run.plan.network:
         export = run.metrics["export"]
