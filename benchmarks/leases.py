@@ -1,10 +1,9 @@
-"""What it costs that no run is lost: folds trained by a worker against the same folds trained by a bare loop.
+"""Measures the cost of durable jobs: folds trained by a worker against the same folds trained by a bare loop.
 
-The worker's folds come with a lease that is renewed, a child that sends each epoch, its progress and its checkpoints,
-rows in a database on disk, and MLflow, which is told meanwhile. The bare ones are `Experiment.learn_fold` in a process
-of its own, to which nobody listens and which keeps nothing. Each side is a new process every time, with all caches
-filled, and what counts are the seconds of its two folds: start-up and preparation are on neither side. Pairs are
-interleaved.
+The worker renews a lease, its child sends epochs, progress and checkpoints, rows are written to a database on disk, and
+MLflow receives the metrics meanwhile. The bare loop is `Experiment.learn_fold` in a process of its own, which reports
+and keeps nothing. Each measurement starts a new process with all caches filled. Only the seconds of the folds count,
+without start-up and preparation. The two take turns.
 
 Run as `python -m benchmarks.leases [--images 240] [--size 64] [--epochs 8] [--pairs 10] [--mode fine-tuning]
 [--data archive.zip]`. Aim: at most 1.03.
@@ -80,7 +79,7 @@ def bare(order: dict[str, Any]) -> None:
     from benchmarks.folds import Known, Silent
     from training.experiment import Experiment
     from training.networks.network_files import Workspace
-    from training.setup import Order
+    from training.setup import TrainingRequest
 
     place = Workspace(
         store=Store(Path(order["store"])),
@@ -90,7 +89,7 @@ def bare(order: dict[str, Any]) -> None:
         image_limits=LIMITS,
         threads=order["threads"],
     )
-    wanted = Order(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
+    wanted = TrainingRequest(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
     experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
     print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
 
@@ -173,7 +172,7 @@ def mlflow(folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure in pairs and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=240)
     parser.add_argument("--size", type=int, default=64)
