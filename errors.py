@@ -60,9 +60,14 @@ class EspalierError(Exception):
     """Something failed inside Espalier; this is a bug if no narrower error says otherwise."""
 
     code: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Something broke"
     # Whether the same work may succeed a little later, and whether it only waits for somebody to make room.
     is_transient: ClassVar[bool] = False
     is_parked: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "title" not in cls.__dict__:
+            cls.title = cls.code.replace("-", " ").capitalize()
 
     def __init__(self, detail: str, **extra: Any) -> None:
         super().__init__(detail)
@@ -154,6 +159,7 @@ class DatasetRefused(Invalid):
     """The files can be read but make no data set."""
 
     code = "dataset-refused"
+    title = "Data set refused"
 
 
 class ImageRefused(Invalid):

@@ -1,8 +1,9 @@
-"""Makes the API: its parts, its door and its routes. Run as `python -m api.app`."""
+"""Builds the application from its services, middleware and routes, and serves it. Run as `python -m api.app`."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import threading
@@ -11,21 +12,23 @@ from contextlib import asynccontextmanager
 from socket import socket
 from types import FrameType
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 
 import logs
-from api import openapi, problems, processes
+from api import openapi, problems
 from api.dependencies import Services
-from api.metrics import Metrics, shared_folder
+from api.metrics import Metrics
 from api.middleware import RequestMiddleware, ShutdownState
 from api.prediction_queue import PredictionQueue
 from api.routes import comparisons, datasets, events, models, networks, operations, predictions, runs, views
 from api.socket_drain import ACCEPT_BACKLOG_S, DRAIN_S, stop_accepting
 from api.version_resolver import VersionResolver
 from artifacts.bucket_store import open_store
-from bell import Bell, CeleryBell, EagerBell
+from broker import CeleryBroker
+from dispatch import Dispatcher, NoDispatcher, ThreadDispatcher
 from errors import EngineMissing, StoreRefused
 from inference.engine_choice import choose_engine_loader
 from inference.shelf import Shelf
@@ -38,35 +41,44 @@ Every error is `application/problem+json` with a stable `type`.
 """
 
 
-def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
+_REMOVED_SETTING = "ESPALIER_API_PROCESSES"
+
+log = structlog.get_logger()
+
+
+def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> FastAPI:
     """Return the application.
 
     Args:
-        settings: the process' settings.
-        bell: rings workers; by default through the broker, if there is one.
+        settings: the settings of this process.
+        dispatcher: sends due jobs to workers; by default through the broker, if the settings name one.
 
-    Raises StoreRefused if the bucket of stored files does not let this process in, EngineMissing.
+    Raises:
+        StoreRefused: the bucket of stored files does not exist or denies access.
+        EngineMissing: the engine that the settings name is not installed.
     """
     database = Database(settings.database)
     store = open_store(settings.store)
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, choose_engine_loader(settings.engine))
-    metrics, shutdown = Metrics(shared_folder()), ShutdownState()
+    metrics, shutdown = Metrics(), ShutdownState()
     metrics.watch(shelf.loaded)
     version_resolver = VersionResolver(database, shelf)
     prediction_queue = PredictionQueue(settings, shelf)
-    own_bell = CeleryBell(settings.redis_url) if bell is None and settings.redis_url else None
+    own_dispatcher: ThreadDispatcher | None = None
+    if dispatcher is None and settings.redis_url:
+        own_dispatcher = ThreadDispatcher(database, CeleryBroker(settings.redis_url), settings.live_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         version_resolver.start()
-        metrics.start()
+        if own_dispatcher is not None:
+            own_dispatcher.start()
         yield
-        metrics.close()
         version_resolver.close()
         prediction_queue.close()
         shelf.close()
-        if own_bell is not None:
-            own_bell.close()
+        if own_dispatcher is not None:
+            own_dispatcher.close()
         database.close()
 
     app = FastAPI(
@@ -77,21 +89,21 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
-        strict_content_type=False,  # curl calls any body a form; what a body is shows in the body
+        strict_content_type=False,  # curl labels any body as a form; the body itself shows what it is
     )
     app.state.services = Services(
         settings=settings,
         database=database,
         store=store,
-        bell=bell or own_bell or EagerBell(lambda queue, job_id: None),
+        dispatcher=dispatcher or own_dispatcher or NoDispatcher(),
         shelf=shelf,
         version_resolver=version_resolver,
         prediction_queue=prediction_queue,
         metrics=metrics,
         shutdown=shutdown,
     )
-    for part in (datasets, runs, views, events, networks, comparisons, models, predictions, operations):
-        app.include_router(part.router)
+    for group in (datasets, runs, views, events, networks, comparisons, models, predictions, operations):
+        app.include_router(group.router)
     patch_fastapi(app)
     problems.install(app)
     key = settings.api_key.get_secret_value() if settings.api_key else None
@@ -100,10 +112,11 @@ def create_app(settings: Settings, bell: Bell | None = None) -> FastAPI:
     return app
 
 
-class _Server(uvicorn.Server):
-    """Goes on for a moment when it is told to end, so that clients with open connections leave before these close.
+class DrainingServer(uvicorn.Server):
+    """A server that loses no request when it is told to stop.
 
-    Ctrl-C ends it at once.
+    After SIGTERM it goes on for a moment, so that clients with open connections leave before these close. Ctrl-C stops
+    it at once.
     """
 
     def __init__(self, config: uvicorn.Config, shutdown: ShutdownState) -> None:
@@ -113,31 +126,26 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig != signal.SIGTERM:
             super().handle_exit(sig, frame)
-        elif (
-            not self._shutdown.is_draining
-        ):  # else it was told twice, by a supervisor and by whoever told all processes
+        elif not self._shutdown.is_draining:  # a second SIGTERM must not cut the drain short
             self._shutdown.is_draining = True
             threading.Timer(DRAIN_S, super().handle_exit, (sig, frame)).start()
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """End what was begun. A port of its own takes no more before that; one that is shared is the supervisor's."""
-        if sockets is None:
-            for server in self.servers:
-                for listening in server.sockets:
-                    stop_accepting(listening.fileno())
-            await asyncio.sleep(ACCEPT_BACKLOG_S)
+        """Stop accepting connections, serve those that wait already, and finish the requests that have begun."""
+        for server in self.servers:
+            for listening in server.sockets:
+                stop_accepting(listening.fileno())
+        await asyncio.sleep(ACCEPT_BACKLOG_S)
         await super().shutdown(sockets)
 
 
-# Longer than proxies keep connections to what is behind them (60 s is usual): whoever closes first must be the client,
-# or a request that is just being sent is lost.
+# Proxies usually keep idle connections for 60 s. The server must keep them longer: if it closed a connection first, a
+# request that the proxy is just sending would be lost.
 _KEEP_ALIVE_S = 75
 
 
-def make_server() -> uvicorn.Server:
-    """Return the server of one process. Raises StoreRefused and EngineMissing."""
-    logs.configure()
-    settings = Settings()
+def make_server(settings: Settings) -> uvicorn.Server:
+    """Return the server of this process. Raises StoreRefused and EngineMissing."""
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -149,20 +157,19 @@ def make_server() -> uvicorn.Server:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
     )
-    return _Server(config, app.state.services.shutdown)
+    return DrainingServer(config, app.state.services.shutdown)
 
 
 def main() -> None:
     """Serve until told to stop."""
     logs.configure()
-    settings = Settings()
+    if os.environ.get(_REMOVED_SETTING, "1") != "1":
+        log.warning(
+            f"{_REMOVED_SETTING} is no longer used; this machine serves with one API process. Start several containers "
+            "behind a proxy instead (docs/deploy.md)"
+        )
     try:
-        if settings.api_processes == 1:
-            make_server().run()
-        else:
-            open_store(settings.store)  # so that what would end each of them is told once, and at once
-            choose_engine_loader(settings.engine)
-            processes.run(settings, make_server)
+        make_server(Settings()).run()
     except (StoreRefused, EngineMissing) as error:
         sys.exit(error.detail)
 

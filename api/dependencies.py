@@ -1,6 +1,6 @@
-"""What routes are given: the parts of the process, and who asks.
+"""Dependencies of the routes: the services of this process, and the principal of the request.
 
-Both are coroutines, since FastAPI runs plain functions on threads, and these may all be taken.
+Both are coroutines, because FastAPI would run plain functions on its threads, and these may all be busy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from api.middleware import ShutdownState
 from api.prediction_queue import PredictionQueue
 from api.version_resolver import VersionResolver
 from artifacts.store import Store
-from bell import Bell
+from dispatch import Dispatcher
 from inference.shelf import Shelf
 from models.project import Principal
 from models.session import Database
@@ -26,12 +26,12 @@ from settings import Settings
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of one API process."""
+    """What one API process is made of; routes receive it as a dependency."""
 
     settings: Settings
     database: Database
     store: Store
-    bell: Bell
+    dispatcher: Dispatcher
     shelf: Shelf
     version_resolver: VersionResolver
     prediction_queue: PredictionQueue
@@ -41,13 +41,13 @@ class Services:
 
 
 async def get_services(request: Request) -> Services:
-    """Return the parts of this process."""
+    """Return the services of this process."""
     found: Services = request.app.state.services
     return found
 
 
 async def get_principal() -> Principal:
-    """Return who asks; there is one project today."""
+    """Return who sent the request; today everybody works in one project."""
     return Principal()
 
 

@@ -1,4 +1,4 @@
-"""Networks without pretrained weights that can be fine-tuned, and what they cost. Keras alone, on any backend."""
+"""Networks for benchmarks without pretrained weights, and their cost. Uses Keras only, on any backend."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
+from recipes.filled import FineTuningRecipe, HeadedRecipe
 from recipes.recipe import FineTune, Mode, Recipe, Task
 from training.data.split import Indices
-from training.fitting import head_fit
-from training.fitting.head_fit import FittedHead
+from training.fitting.fit_task import FitData, FitTask
+from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.training_loop import Passage
 from training.networks import backbones
 
 NONE = np.array([], dtype=np.intp)
-# So small that what random weights have learned follows from the data, not from rounding.
+# So small that the result follows from the data and not from rounding, although the weights are random.
 _LEARNING_RATE = 1e-6
 _HEAD_EPOCHS = 3
 
 
 def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
-    """Return random weights whose BatchNorm layers know their inputs, as those of a trained network do.
+    """Return random weights whose BatchNorm statistics match their inputs, as in a trained network.
 
-    Without, the features of a deep one are as small as 1e-10, and its gradients overflow.
+    Without that, the features of a deep network are as small as 1e-10, and its gradients overflow.
     """
     network = backbones.build_network(name, pixels.shape[1])
     backbones.load_weights(network, backbones.random_weights(name))
@@ -38,7 +39,7 @@ def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
     return backbones.dump_weights(network)
 
 
-def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> Recipe:
+def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> FineTuningRecipe:
     """Return a recipe that fine-tunes without augmentation and without an early end."""
     recipe = Recipe(
         mode=Mode.FINE_TUNING,
@@ -50,29 +51,22 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
         early_stopping=None,
         fine_tune=FineTune(learning_rate=_LEARNING_RATE, epochs=epochs),
     )
-    return fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
+    filled = fill(recipe, Task.MULTICLASS, [ClassCount(label, 100, 100) for label in ("one", "other")])
+    assert isinstance(filled, FineTuningRecipe)
+    return filled
 
 
-def first_head(recipe: Recipe, features: Features, targets: Indices) -> FittedHead:
-    """Return a head that has learned a little, to go on from."""
-    return head_fit.fit_head(
-        recipe,
-        Task.MULTICLASS,
-        int(targets.max()) + 1,
-        features,
-        targets,
-        np.arange(len(targets)),
-        NONE,
-        epochs=_HEAD_EPOCHS,
-        seed=0,
-        passage=Passage(lambda number, metrics: None),
-    )
+def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> FittedHead:
+    """Return a head after a few epochs, from which fine-tuning can start."""
+    data = FitData(Task.MULTICLASS, int(targets.max()) + 1, features, targets)
+    passage = Passage(lambda number, metrics: None)
+    return fit_head(recipe, data, FitTask(np.arange(len(targets)), NONE, _HEAD_EPOCHS, 0, passage))
 
 
 def multiply_adds(model: Any) -> int:
     """Return the multiply-adds of one image forward through a model's dense and convolution layers.
 
-    Every value of a kernel is used once at each place of the layer's output; the rest of a network is next to nothing.
+    Every value of a kernel is used once at each position of the layer's output. Other layers cost next to nothing.
     """
     return sum(
         int(np.prod(layer.output.shape[1:-1])) * sum(int(np.prod(kernel.shape)) for kernel in _kernels(layer))

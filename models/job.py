@@ -164,25 +164,20 @@ def add_job(
     return job
 
 
-def claim(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
-    """Take the eligible job that waits longest, highest priority first; None if there is none."""
-    # Further ahead than any wait: the clock was set back since.
-    longest = now() + timedelta(seconds=BACK_OFF_S)
-    is_due = or_(Job.next_attempt_at.is_(None), Job.next_attempt_at <= now(), Job.next_attempt_at > longest)
-    eligible = (
-        select(Job.id)
-        .where(Job.state == JobState.QUEUED, Job.queue.in_(queues), is_due)
-        .order_by(Job.priority.desc(), Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
-    job_id = session.scalar(eligible)
-    if job_id is None:
-        return None
+def due_jobs(session: Session, queue: Queue, limit: int) -> list[tuple[str, JobKind]]:
+    """Return ids and kinds of the jobs of a queue that can begin now: highest priority first, then the oldest."""
+    query = select(Job.id, Job.kind).where(*_is_due(), Job.queue == queue)
+    return [
+        (job_id, kind) for job_id, kind in session.execute(query.order_by(Job.priority.desc(), Job.id).limit(limit))
+    ]
+
+
+def claim(session: Session, job_id: str, queues: Sequence[Queue], owner: str) -> Job | None:
+    """Take a job, if it is due and in one of the queues; None if it is not, or if somebody else has it."""
     taken = _execute(
         session,
         update(Job)
-        .where(Job.id == job_id, Job.state == JobState.QUEUED)
+        .where(Job.id == job_id, Job.queue.in_(queues), *_is_due())
         .values(
             state=JobState.RUNNING,
             lease_owner=owner,
@@ -195,6 +190,13 @@ def claim(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
         ),
     )
     return session.get_one(Job, job_id, populate_existing=True) if taken else None
+
+
+def _is_due() -> tuple[Any, ...]:
+    # Further ahead than any wait: the clock was set back since.
+    longest = now() + timedelta(seconds=BACK_OFF_S)
+    is_due = or_(Job.next_attempt_at.is_(None), Job.next_attempt_at <= now(), Job.next_attempt_at > longest)
+    return (Job.state == JobState.QUEUED, is_due)
 
 
 # --- running, by the holder of the lease -----------------------------------------------------------------------------

@@ -1,7 +1,11 @@
-"""Workers: which queues they serve and when they last looked. Where work waits hangs on this, never whose it is."""
+"""Workers: which queues they serve and when they were last seen.
+
+A worker process has one slot, so it does one job at a time.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,9 +16,9 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from models.base import Base, Json, now
 from models.job import Job, JobState, Queue
 
-# A worker that has not looked for work for this long counts as gone, as does one whose clock is that far ahead.
-UNSEEN_S = 300.0
-# Each start of a worker is a row of its own; those of long ago tell nothing.
+GPU_GRACE_S = 300.0
+"""Runs wait so long for a GPU worker that is gone: it may be restarting, and without a GPU they take hours."""
+# Each start of a worker is a row of its own; rows of killed workers are deleted after a week.
 _FORGOTTEN_S = 7 * 86_400.0
 
 
@@ -30,7 +34,7 @@ class Worker(Base):
 
 
 def see_worker(session: Session, name: str, queues: Sequence[Queue]) -> None:
-    """Note that a worker looked for work."""
+    """Note that a worker is alive."""
     worker = session.get(Worker, name)
     if worker is None:
         session.execute(delete(Worker).where(Worker.looked_at < now() - timedelta(seconds=_FORGOTTEN_S)))
@@ -40,24 +44,43 @@ def see_worker(session: Session, name: str, queues: Sequence[Queue]) -> None:
         worker.queues = list(queues)  # a new process may have an old one's name
 
 
-def count_serving(session: Session, queue: Queue) -> int:
-    """Return how many workers that were seen lately serve a queue."""
-    near = timedelta(seconds=UNSEEN_S)
-    seen = session.scalars(select(Worker).where(Worker.looked_at > now() - near, Worker.looked_at < now() + near))
-    return sum(queue in worker.queues for worker in seen)
+def list_workers(session: Session, limit: int) -> Sequence[Worker]:
+    """Return the workers of the last days, at most `limit`; those that were seen last come first."""
+    return session.scalars(select(Worker).order_by(Worker.looked_at.desc()).limit(limit)).all()
+
+
+def remove_worker(session: Session, name: str) -> None:
+    """Forget a worker that has ended."""
+    session.execute(delete(Worker).where(Worker.name == name))
+
+
+def count_live(session: Session, queue: Queue, live_s: float) -> int:
+    """Return how many live workers serve a queue."""
+    return sum(queue in worker.queues for worker in _live(session, live_s))
+
+
+def count_free(session: Session, live_s: float) -> dict[Queue, int]:
+    """Return for each queue how many live workers serve it and have no job."""
+    busy = set(session.scalars(select(Job.lease_owner).where(Job.state == JobState.RUNNING)))
+    free = Counter(queue for worker in _live(session, live_s) if worker.name not in busy for queue in worker.queues)
+    return {queue: free[queue] for queue in Queue}
 
 
 def training_queue(session: Session, learns_layers: bool) -> Queue:
-    """Return where a run belongs: on a GPU if its layers learn and a worker with one has been seen lately."""
-    return Queue.GPU if learns_layers and count_serving(session, Queue.GPU) else Queue.CPU
+    """Return where a run belongs: on a GPU if its layers learn and a worker with one was seen lately."""
+    return Queue.GPU if learns_layers and count_live(session, Queue.GPU, GPU_GRACE_S) else Queue.CPU
 
 
-def hand_over_unserved(session: Session) -> int:
-    """Give what waits for a GPU to the processors once no worker with one is there; return how many jobs."""
-    if count_serving(session, Queue.GPU):
-        return 0
+def move_to_cpu(session: Session) -> int:
+    """Move the jobs that wait for a GPU to the queue `cpu`; return how many."""
     waiting = (Job.queue == Queue.GPU, Job.state == JobState.QUEUED)
     result: Any = session.execute(
         update(Job).where(*waiting).values(queue=Queue.CPU), execution_options={"synchronize_session": False}
     )
     return int(result.rowcount)
+
+
+def _live(session: Session, live_s: float) -> Sequence[Worker]:
+    # A clock that is ahead by more than that tells as little as one that has stopped.
+    near = timedelta(seconds=live_s)
+    return session.scalars(select(Worker).where(Worker.looked_at > now() - near, Worker.looked_at < now() + near)).all()

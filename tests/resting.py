@@ -9,16 +9,17 @@ from dataclasses import replace
 
 from working import QUICK
 
+from clock import Clock
 from models.job import JobKind, Queue
 from models.session import Database
-from worker.lease import Clock, Handler
-from worker.loop import Loop
+from worker.lease import Handler
+from worker.local_worker import LocalWorker
 
 _LOOK_EVERY_S = 600.0
 
 
 @contextmanager
-def resting_loop(database: Database, handler: Handler) -> Iterator[Loop]:
+def resting_loop(database: Database, handler: Handler) -> Iterator[LocalWorker]:
     """Run a loop that would not look by itself; it has done what was queued before, and has found no more."""
     is_resting = threading.Event()
 
@@ -29,7 +30,7 @@ def resting_loop(database: Database, handler: Handler) -> Iterator[Loop]:
             return super().wait(timeout)
 
     timings = replace(QUICK, look_every_s=_LOOK_EVERY_S)
-    loop = Loop(database, Queue.CPU, {JobKind.TRAIN: handler}, "here", timings, Clock(flag=Flag))
+    loop = LocalWorker(database, Queue.CPU, {JobKind.TRAIN: handler}, "here", timings, Clock(flag=Flag))
     loop.start()
     try:
         assert is_resting.wait(120)
@@ -40,7 +41,7 @@ def resting_loop(database: Database, handler: Handler) -> Iterator[Loop]:
     assert has_ended(loop)
 
 
-def has_ended(loop: Loop) -> bool:
+def has_ended(loop: LocalWorker) -> bool:
     """Say whether a loop's own thread is over."""
     assert isinstance(loop._thread, threading.Thread)
     return not loop._thread.is_alive()

@@ -21,7 +21,8 @@ ROOMS = {
     "models",
     "artifacts",
     "migrations",
-    "bell",
+    "broker",
+    "dispatch",
     "settings",
     "logs",
 }
@@ -29,7 +30,14 @@ ROOMS = {
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("errors.py", set()), ("settings.py", {"artifacts", "recipes"}), ("bell.py", set()), ("logs.py", set())],
+    [
+        ("errors.py", set()),
+        ("clock.py", set()),
+        ("logs.py", set()),
+        ("settings.py", {"artifacts", "recipes"}),
+        ("broker.py", set()),
+        ("dispatch.py", {"broker", "models"}),
+    ],
 )
 def test_a_leaf_module_imports_only_what_it_may(module: str, allowed: set[str]) -> None:
     imported = set()

@@ -19,16 +19,17 @@ from sqlalchemy.orm import Session
 from waiting import until
 
 from artifacts.images import ImageLimits
+from clock import Clock
 from errors import DiskFull, EspalierError, Unavailable
 from models import job as jobs
 from models.base import now
 from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
-from worker.child.weights import Source
 from worker.handlers.train import TrainingPlace
-from worker.lease import Bench, Clock, Complete, Handler, Holder, Reason, Stopped, Timings, Work
-from worker.loop import Loop
+from worker.lease import Bench, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.local_worker import LocalWorker
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
 QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=300.0)
@@ -105,7 +106,7 @@ class Roomless(Database):
 
 
 Say = Callable[..., None]
-"""Have the next child say these messages, `apart_s` apart."""
+"""Have the next child send these messages, `apart_s` apart."""
 
 
 class StartLoop(Protocol):
@@ -120,7 +121,7 @@ class StartLoop(Protocol):
         queue: Queue = Queue.CPU,
         timings: Timings = QUICK,
         worker: str = "here",
-    ) -> Loop: ...
+    ) -> LocalWorker: ...
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def claimed_work(
 ) -> Iterator[Work]:
     """Claim the next job and hold it while a block runs, without a loop; the work itself may go `through` another."""
     with database.writing() as session:
-        job = jobs.claim(session, list(Queue), "here")
+        job = records.claim_next(session, list(Queue), "here")
     assert job is not None
     is_draining = (draining or threading.Event()).is_set
     bench = Bench()
@@ -140,7 +141,7 @@ def claimed_work(
 
 def training_place(folder: Path) -> TrainingPlace:
     """Return where training would happen, with nowhere to get weights from."""
-    source = Source("http://127.0.0.1:1", "", 1.0, 1.0)
+    source = WeightsSource("http://127.0.0.1:1", "", 1.0, 1.0)
     return TrainingPlace(
         features=str(folder / "features"),
         pixels=str(folder / "pixels"),

@@ -1,25 +1,28 @@
-"""The worker process: Celery for the bell, one loop per queue for the work. Run as `python -m worker.app`."""
+"""The worker as a Celery app. Run as `celery -A worker.app worker -Q cpu`; everything else stands in its configuration.
+
+A worker process has one slot. A job runs in a child process of its own; a sweeper, a dispatcher and a collector run
+beside it.
+"""
 
 from __future__ import annotations
 
 import os
-import socket
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import structlog
-from celery import signals
+from celery import Celery, bootsteps, signals
 
-import bell
 import logs
 from artifacts.bucket_store import open_store
 from artifacts.store import Store
+from broker import LOCAL_URL, CeleryBroker, make_celery
+from clock import Clock
+from dispatch import ThreadDispatcher
 from errors import StoreRefused
 from models.job import JobKind, Queue
 from models.session import Database
 from settings import Settings
-from worker.child.weights import Source
 from worker.child_process import clear_left_folders
 from worker.garbage_collector import Collector
 from worker.handlers.compare import Compare
@@ -27,24 +30,29 @@ from worker.handlers.ingest import Ingest, IngestLimits, Purge
 from worker.handlers.tracking import Publish, TrackingPlace
 from worker.handlers.train import Train, TrainingPlace
 from worker.handlers.view import Look
+from worker.job_runner import JobRunner, Outcome
 from worker.lease import Handler, Timings
-from worker.loop import Loop
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
-from worker.tasks import add_task
+from worker.tasks import add_tasks
 
 log = structlog.get_logger()
 
 # Supervisors wait longer than this before they kill.
 _DRAIN_S = 25.0
+# A child that is kept for the next part of its run ends if none has come for so many sweeps.
+_IDLE_SWEEPS = 2
 
 
 class WorkerService:
-    """Everything of a worker but Celery: usable without a broker."""
+    """Everything of a worker but Celery: runs jobs, sweeps, sends due jobs, collects files."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.database = Database(settings.database)
-        self.queues = [Queue(name) for name in settings.queues]
-        name = f"{socket.gethostname()}-{os.getpid()}"
+    def __init__(self, settings: Settings, name: str, queues: Sequence[Queue]) -> None:
+        """Prepare a worker. Raises StoreRefused if the bucket of stored files refuses it."""
+        self._store = open_store(settings.store)
+        self._clock = Clock()
+        self._database = Database(settings.database)
+        self._queues = queues
         timings = Timings(
             look_every_s=settings.look_every_s,
             renew_every_s=settings.renew_every_s,
@@ -53,41 +61,53 @@ class WorkerService:
             cancel_every_s=settings.cancel_every_s,
             stall_s=settings.stall_s,
         )
-        self._store = open_store(settings.store)
         handlers = make_handlers(settings, self._store)
-        self._loops = [Loop(self.database, queue, handlers, name, timings) for queue in self.queues]
-        self._sweeper = Sweeper(self.database, self.queues, handlers, name, timings)
-        self._collector = Collector(self.database, self._store, settings.collect_every_s, settings.collect_after_s)
+        self._idle_s = _IDLE_SWEEPS * settings.look_every_s
+        broker = CeleryBroker(settings.redis_url or LOCAL_URL)
+        self._dispatcher = ThreadDispatcher(self._database, broker, settings.live_s)
+        request = self._dispatcher.request
+        self._runner = JobRunner(self._database, queues, handlers, name, timings, self._clock, after=request)
+        self._sweeper = Sweeper(self._database, queues, handlers, name, timings, self._clock, after=self._after_sweep)
+        self._collector = Collector(self._database, self._store, settings.collect_every_s, settings.collect_after_s)
+        self._is_idle = self._clock.flag()
+        self._is_idle.set()
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the threads; jobs come through `run`."""
         clear_left_folders()
-        for loop in self._loops:
-            loop.start()
+        self._dispatcher.start()
         self._sweeper.start()
         self._collector.start()
-        log.info("worker started", queues=[queue.value for queue in self.queues])
+        log.info("worker started", queues=[queue.value for queue in self._queues])
 
-    def wake(self) -> None:
-        """Look for work now."""
-        for loop in self._loops:
-            loop.ring()
+    def run(self, job_id: str) -> Outcome:
+        """Do a job. Raises JobFailed."""
+        self._is_idle.clear()
+        try:
+            return self._runner.run(job_id)
+        finally:
+            self._is_idle.set()
 
     def drain(self) -> None:
-        """Give the present jobs back and take no more."""
-        for loop in self._loops:
-            loop.drain()
+        """Give the present job back and accept no other one."""
+        self._runner.drain()
 
     def stop(self) -> None:
-        """Drain and wait for the end of it."""
+        """Drain, and stop everything. A job that does not end in time is left to the next holder of its lease."""
         self.drain()
-        until = time.monotonic() + _DRAIN_S
-        for loop in self._loops:
-            loop.join(max(0.0, until - time.monotonic()))
+        if not self._is_idle.wait(_DRAIN_S):
+            log.error("job did not end in time, so the process is ended", within_s=_DRAIN_S)
+            os._exit(1)  # its child ends with it
+        self._runner.close()
         self._sweeper.stop()
         self._collector.stop()
-        self.database.close()
+        self._dispatcher.close()
+        self._database.close()
         log.info("worker stopped")
+
+    def _after_sweep(self) -> None:
+        self._runner.stop_idle_child(self._idle_s)
+        self._dispatcher.request()
 
 
 def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]:
@@ -99,7 +119,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         decode_cpu_s=settings.decode_cpu_s,
         memory_bytes=settings.ingest_memory_bytes,
     )
-    source = Source(
+    source = WeightsSource(
         url=settings.weights_url,
         cache=str(settings.weights_cache),
         connect_s=settings.weights_connect_s,
@@ -128,34 +148,49 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
     }
 
 
-def main() -> None:
-    """Run until told to stop."""
+def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
+    """Return the Celery app of workers; its settings are loaded when a worker starts."""
+    app = make_celery(lambda: load_settings().redis_url or LOCAL_URL, lambda: load_settings().queues)
+    running: list[WorkerService] = []
+
+    class Service(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Starts a `WorkerService` with a Celery worker, and drains it when that shuts down, whoever asked for it."""
+
+        requires = ("celery.worker.components:Pool",)
+
+        def start(self, worker: Any) -> None:
+            """Start before the first message is fetched."""
+            if worker.concurrency != 1:
+                log.warning("only one job at a time is sent to a worker: start more workers", slots=worker.concurrency)
+            queues = [Queue(name) for name in app.amqp.queues.consume_from]
+            try:
+                service = WorkerService(load_settings(), f"{worker.hostname} {os.getpid()}", queues)
+            except StoreRefused as error:
+                log.critical("worker cannot start", error=error.detail)
+                raise SystemExit(1) from error
+            running.append(service)
+            # A signal is handled at once; the steps are closed when the consumer has returned from what it does.
+            signals.worker_shutting_down.connect(lambda **_: service.drain(), weak=False)
+            service.start()
+
+        def close(self, worker: Any) -> None:
+            """Give the present job back as soon as a shutdown begins."""
+            for service in running:
+                service.drain()
+
+        def stop(self, worker: Any) -> None:
+            """Stop after the consumer and before the pool."""
+            while running:
+                running.pop().stop()
+
+    app.steps["worker"].add(Service)
+    add_tasks(app, lambda job_id: running[-1].run(job_id))
+    return app
+
+
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+def _configure_logs(**_: Any) -> None:
     logs.configure()
-    settings = Settings()
-    try:
-        service = WorkerService(settings)
-    except StoreRefused as error:
-        sys.exit(error.detail)
-    celery = bell.celery_app(settings.redis_url or "redis://127.0.0.1:6379/0")
-    celery.conf.worker_redirect_stdouts = False
-    add_task(celery, service.wake)
-    # Before Celery connects: the loops work without a broker, and Celery keeps trying.
-    signals.worker_init.connect(lambda **_: service.start(), weak=False)
-    signals.worker_shutting_down.connect(lambda **_: service.drain(), weak=False)
-    signals.worker_shutdown.connect(lambda **_: service.stop(), weak=False)
-    celery.worker_main(
-        [
-            "worker",
-            "--pool=threads",
-            "--concurrency=1",
-            "--without-gossip",
-            "--without-mingle",
-            "--without-heartbeat",
-            "--loglevel=WARNING",
-            f"--queues={','.join(bell.celery_queue(queue.value) for queue in service.queues)}",
-        ]
-    )
 
 
-if __name__ == "__main__":
-    main()
+app = make_app()

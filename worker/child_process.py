@@ -1,4 +1,4 @@
-"""A child process for a job, or for several about one run: starts it, talks with it in JSON lines, and ends it.
+"""A child process for a job, or for several about one run: starts it, exchanges JSON lines with it, and ends it.
 
 The child runs in a process group of its own and ends when its standard input closes, so that it cannot outlive its
 worker. Messages come through a pipe of their own; whatever libraries print, from their import on, goes to standard
@@ -7,7 +7,6 @@ error.
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import shutil
@@ -17,14 +16,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Final, Protocol
+
+import structlog
 
 from artifacts.store import Store, disk_errors
-from errors import Crashed, EspalierError, OutOfMemory, from_record
-from worker.lease import Stopped, Work
+from errors import Crashed, EspalierError, OutOfMemory
+from worker.lease import Work
+from worker.messages import ChildMessage, Drain, Failed, Order, WorkerMessage, line_of, parse_child_message
 from worker.oom_kills import count_kills
+
+log = structlog.get_logger()
 
 STOP_GRACE_S = 5.0
 _POLL_S = 0.25
@@ -36,9 +40,8 @@ _SECRETS = ("DATABASE_URL", "ESPALIER_API_KEY", "MLFLOW_TRACKING_URI", "REDIS_UR
 _STORE_KEYS = "AWS_"
 _FOLDERS = "espalier-child-"
 
-Message = dict[str, Any]
-
-_END = object()
+# Stands in the queue of lines for the end of the pipe; no line is empty.
+_END: Final = ""
 
 
 def store_keys(store: Store) -> dict[str, str]:
@@ -49,9 +52,9 @@ def store_keys(store: Store) -> dict[str, str]:
 
 
 def computing_threads(threads: int) -> dict[str, str]:
-    """Return the variables that limit TensorFlow to so many threads; once it is imported they change nothing.
+    """Return the variables that limit TensorFlow to so many threads; after its import they have no effect.
 
-    Scores hang on the number, if only in their last digits: sums are made in another order.
+    The last digits of scores depend on the number, since sums are made in another order.
     """
     return {"TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": str(threads)}
 
@@ -67,14 +70,14 @@ def _is_there(pid: int) -> bool:
 
 
 def clear_left_folders() -> None:
-    """Remove what children of workers that were killed have left in the folder for temporary files."""
+    """Remove the temporary folders of children whose workers were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
         owner = folder.name.removeprefix(_FOLDERS).split("-")[0]
         if owner.isdigit() and not _is_there(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class Died(Exception):
+class ChildDied(Exception):
     """The child ended without a result; `signal` is the number that killed it, or None."""
 
     def __init__(self, returncode: int, *, for_memory: bool = False) -> None:
@@ -85,7 +88,7 @@ class Died(Exception):
         super().__init__(self.detail)
 
     def as_failure(self) -> EspalierError:
-        """Return what this means for a whole job."""
+        """Return the error that this is for a whole job."""
         if self.for_memory:
             return OutOfMemory(
                 "The kernel killed the work for the memory it took. Use smaller images, a smaller batch_size or a "
@@ -94,19 +97,21 @@ class Died(Exception):
         return Crashed(f"{self.detail} The worker's log has more.")
 
 
-class Talking(Protocol):
-    """A child as those see it who talk with it: a `Child`, or one that a simulation plays."""
+class ChildEnded(Exception):
+    """The child has done its work and ended; it will send nothing more."""
+
+
+class ChildConnection(Protocol):
+    """A child as its handler sees it: a `Child`, or one that a simulation plays."""
 
     @property
     def is_alive(self) -> bool: ...
 
-    def order(self, order: Mapping[str, Any]) -> None: ...
+    def send(self, message: WorkerMessage) -> None: ...
 
-    def send(self, message: Mapping[str, Any]) -> None: ...
+    def receive(self, work: Work) -> ChildMessage | None: ...
 
-    def receive(self, work: Work, idle: Callable[[], None] = ...) -> Message | None: ...
-
-    def drain(self, within_s: float) -> list[Message]: ...
+    def drain(self, within_s: float) -> list[ChildMessage]: ...
 
     def stop(self) -> object: ...
 
@@ -116,7 +121,7 @@ class Child:
 
     def __init__(
         self,
-        order: Mapping[str, Any] | None = None,
+        order: Order | None = None,
         environment: Mapping[str, str] | None = None,
         count_kills: Callable[[], int] = count_kills,
     ) -> None:
@@ -147,11 +152,11 @@ class Child:
             raise Crashed(f"No process could be started for the work: {error}.") from error
         finally:
             os.close(outgoing)
-        self._messages: queue.Queue[Any] = queue.Queue(_WAITING)
+        self._lines: queue.Queue[str] = queue.Queue(_WAITING)
         self._reader = threading.Thread(target=self._read, name="child-reader", daemon=True)
         self._reader.start()
         if order is not None:
-            self.order(order)
+            self.send(order)
 
     def __enter__(self) -> Child:
         return self
@@ -169,63 +174,59 @@ class Child:
         """The child's process id, which is its group's too."""
         return self._process.pid
 
-    def order(self, order: Mapping[str, Any]) -> None:
-        """Have the child do something."""
-        self.send({"type": "order", **order})
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send one message to the child; a child that has died is noticed when it is listened to."""
+    def send(self, message: WorkerMessage) -> None:
+        """Send one message to the child; that it has died is noticed by `receive`."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.write(line_of(message))
             self._process.stdin.flush()
         except BrokenPipeError:
             return
 
-    def receive(self, work: Work, idle: Callable[[], None] = lambda: None) -> Message | None:
-        """Return the child's next message, or None at its end; `idle` is called now and then while there is none.
+    def receive(self, work: Work) -> ChildMessage | None:
+        """Return the child's next message, or None if there was none for a moment.
 
         Raises:
             Stopped: the job must end.
-            Died: the child ended without being done.
-            EspalierError: the child said what went wrong.
+            ChildEnded: the child has done its work and ended.
+            ChildDied: the child ended otherwise.
+            EspalierError: the child reported what went wrong; Crashed if it sent a line that is no message.
         """
-        while True:
-            work.check()
-            try:
-                message = self._messages.get(timeout=_POLL_S)
-            except queue.Empty:
-                idle()
-                continue
-            work.moved()
-            if message is _END:
-                returncode = self._process.wait()
-                if returncode:
-                    is_killed = returncode == -signal.SIGKILL
-                    raise Died(returncode, for_memory=is_killed and self._count_kills() > self._kills)
-                return None
-            if message["type"] == "error":
-                raise from_record(message["error"])
-            return dict(message)
+        work.check()
+        try:
+            line = self._lines.get(timeout=_POLL_S)
+        except queue.Empty:
+            return None
+        work.moved()
+        if line == _END:
+            returncode = self._process.wait()
+            if returncode:
+                is_killed = returncode == -signal.SIGKILL
+                raise ChildDied(returncode, for_memory=is_killed and self._count_kills() > self._kills)
+            raise ChildEnded
+        message = parse_child_message(line)
+        if isinstance(message, Failed):
+            raise message.as_error()
+        return message
 
-    def drain(self, within_s: float) -> list[Message]:
-        """Tell the child to keep how far it is and to end; return all that it has to say until then."""
+    def drain(self, within_s: float) -> list[ChildMessage]:
+        """Tell the child to write its last checkpoints and to end; return all messages until then."""
         until = time.monotonic() + within_s
-        self.send({"type": "drain"})
-        heard: list[Message] = []
+        self.send(Drain())
+        lines: list[str] = []
         while (left_s := until - time.monotonic()) > 0:
             try:
-                message = self._messages.get(timeout=left_s)
+                line = self._lines.get(timeout=left_s)
             except queue.Empty:
                 break
-            if message is _END:
-                self._messages.put(_END)  # for whoever listens next
+            if line == _END:
+                self._lines.put(_END)  # for the next `receive`
                 break
-            heard.append(message)
-        return heard
+            lines.append(line)
+        return _messages_in(lines)
 
-    def stop(self) -> list[Message]:
-        """End the child's whole group: politely, then not. Return what it had said that nobody has heard."""
+    def stop(self) -> list[ChildMessage]:
+        """End the child's whole process group, by SIGTERM and then by SIGKILL; return its unread messages."""
         if self._process.poll() is None:
             self._signal(signal.SIGTERM)
             try:
@@ -234,14 +235,14 @@ class Child:
                 self._signal(signal.SIGKILL)
                 self._process.wait()
         self._signal(signal.SIGKILL)  # whatever the child itself left running
-        unheard = self._drain()
+        unread = self._take_lines()
         while self._reader.is_alive():
             self._reader.join(0.05)
-            unheard += self._drain()
+            unread += self._take_lines()
         for stream in (self._process.stdin, self._incoming):
             _close(stream)
         self._folder.cleanup()
-        return unheard
+        return _messages_in(unread)
 
     def _signal(self, number: int) -> None:
         try:
@@ -249,22 +250,43 @@ class Child:
         except ProcessLookupError:
             return
 
-    def _drain(self) -> list[Message]:
-        waiting = [self._messages.get_nowait() for _ in range(self._messages.qsize())]
-        return [message for message in waiting if message is not _END]
+    def _take_lines(self) -> list[str]:
+        waiting = [self._lines.get_nowait() for _ in range(self._lines.qsize())]
+        return [line for line in waiting if line != _END]
 
     def _read(self) -> None:
+        """Queue each line as it is: a broken one is an error of whoever receives it, not of this thread."""
         for line in self._incoming:
             if line.endswith("\n"):  # else the child died in the middle of a message
-                self._messages.put(json.loads(line))
-        self._messages.put(_END)
+                self._lines.put(line)
+        self._lines.put(_END)
 
 
-def _close(stream: Any) -> None:
+def messages(child: ChildConnection, work: Work) -> Iterator[ChildMessage]:
+    """Yield the messages of a child until it ends. Raises what `Child.receive` does, but for ChildEnded."""
+    while True:
+        try:
+            message = child.receive(work)
+        except ChildEnded:
+            return
+        if message is not None:
+            yield message
+
+
+def _messages_in(lines: Sequence[str]) -> list[ChildMessage]:
+    """Return the messages of a child that is ending; lines that are none are logged and left out."""
+    messages = []
+    for line in lines:
+        try:
+            messages.append(parse_child_message(line))
+        except Crashed as error:
+            log.error("unreadable message of a child", error=error.detail)
+    return messages
+
+
+def _close(stream: IO[str] | None) -> None:
+    assert stream is not None
     try:
         stream.close()
     except BrokenPipeError:
         return
-
-
-__all__ = ["Child", "Died", "Message", "Stopped"]

@@ -7,22 +7,22 @@ worker took over, nothing moved, this worker is to end.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from sqlalchemy.orm import Session
 
+from clock import Clock
 from errors import DiskFull, EspalierError, Unavailable
 from models import job as jobs
 from models.job import Job, Lease, LeaseLost
 from models.session import Database
 
 if TYPE_CHECKING:
-    from worker.child_process import Talking
+    from worker.child_process import ChildConnection
 
 T = TypeVar("T")
 
@@ -45,40 +45,6 @@ class Timings:
     let_go_s: float = 45.0
     cancel_every_s: float = 2.0
     stall_s: float = 300.0
-
-
-class Flag(Protocol):
-    """What one thread raises and others wait for: a `threading.Event`."""
-
-    def is_set(self) -> bool: ...
-
-    def set(self) -> None: ...
-
-    def clear(self) -> None: ...
-
-    def wait(self, timeout: float | None = None) -> bool: ...
-
-
-class Thread(Protocol):
-    """A thread that was not started yet: a `threading.Thread`."""
-
-    def start(self) -> None: ...
-
-    def join(self, timeout: float | None = None) -> None: ...
-
-
-def _thread(run: Callable[[], None], name: str) -> Thread:
-    return threading.Thread(target=run, name=name, daemon=True)
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Time as a worker sees it, of which only differences mean anything, and all that waits in it."""
-
-    now: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-    flag: Callable[[], Flag] = threading.Event
-    thread: Callable[[Callable[[], None], str], Thread] = _thread
 
 
 class Reason(StrEnum):
@@ -120,21 +86,25 @@ class Handler:
 
 
 class Bench:
-    """The child process that one loop keeps from one job to the next, for as long as they are about one subject."""
+    """The child process that a worker keeps from one job to the next, for as long as they are about one subject."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = Clock()) -> None:  # noqa: B008 - frozen
+        self._clock = clock
+        self._lock = threading.Lock()
         self._subject_id: str | None = None
-        self._child: Talking | None = None
+        self._child: ChildConnection | None = None
+        self._kept_at = clock.now()
 
-    def keep(self, subject_id: str, child: Talking) -> None:
-        """Keep a child until a job about another subject comes, or none."""
+    def keep(self, subject_id: str, child: ChildConnection) -> None:
+        """Keep a child until a job about another subject comes, or none for some time."""
         self.clear()
-        self._subject_id, self._child = subject_id, child
+        with self._lock:
+            self._subject_id, self._child, self._kept_at = subject_id, child, self._clock.now()
 
-    def take(self, subject_id: str) -> Talking | None:
-        """Hand over the child that is kept for a subject, if it lives; it is the caller's to stop now."""
+    def take(self, subject_id: str) -> ChildConnection | None:
+        """Hand over the child that is kept for a subject, if it lives; the caller has to stop it from now on."""
         self.clear(but=subject_id)
-        child, self._child = self._child, None
+        child = self._remove(lambda: True)
         if child is not None and not child.is_alive:  # killed while it waited
             child.stop()
             return None
@@ -142,9 +112,22 @@ class Bench:
 
     def clear(self, but: str | None = None) -> None:
         """Stop the child that is kept, unless it is for the subject `but`."""
-        if self._child is not None and self._subject_id != but:
-            self._child.stop()
-            self._child = None
+        child = self._remove(lambda: self._subject_id != but)
+        if child is not None:
+            child.stop()
+
+    def stop_if_idle(self, idle_s: float) -> None:
+        """Stop the child if it was kept for `idle_s` without a job for it."""
+        child = self._remove(lambda: self._clock.now() - self._kept_at >= idle_s)
+        if child is not None:
+            child.stop()
+
+    def _remove(self, is_meant: Callable[[], bool]) -> ChildConnection | None:
+        with self._lock:
+            if self._child is None or not is_meant():
+                return None
+            child, self._child = self._child, None
+            return child
 
 
 class Work:
@@ -238,7 +221,7 @@ class Holder:
         lease: Lease,
         timings: Timings,
         is_draining: Callable[[], bool],
-        clock: Clock = Clock(),
+        clock: Clock = Clock(),  # noqa: B008 - frozen
     ) -> None:
         self.clock = clock
         self._database = database

@@ -1,17 +1,23 @@
-"""Takes over the jobs of holders that stand still, and notes that this worker is alive. Does no job itself."""
+"""Looks at all jobs every few seconds: takes over those whose worker is gone, and has due ones sent.
+
+It also notes that this worker is alive. Does no job itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
+from clock import Clock
 from errors import DiskFull, Stalled, Unavailable
 from models import job as jobs
+from models import outbox
 from models import worker as workers
 from models.job import JobKind, JobState, Queue, Sighting
 from models.session import Database
-from worker.lease import Clock, Handler, Timings
+from models.worker import GPU_GRACE_S
+from worker.lease import Handler, Timings
 
 log = structlog.get_logger()
 
@@ -34,14 +40,17 @@ class Sweeper:
         worker: str,
         timings: Timings,
         clock: Clock = Clock(),  # noqa: B008 - frozen
+        after: Callable[[], None] = lambda: None,
     ) -> None:
+        """Prepare a sweeper; `after` is called at the end of each sweep, whether the database answered or not."""
+        self._after = after
         self._database = database
         self._queues = queues
         self._handlers = handlers
         self._worker = worker
         self._timings = timings
         self._clock = clock
-        self._looked_at = clock.now()
+        self._looked_at = self._gpu_seen_at = clock.now()
         self._unmoved_s: dict[Sighting, float] = {}
         self._over = clock.flag()
         self._thread = clock.thread(self._run, "sweeper")
@@ -51,9 +60,14 @@ class Sweeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop sweeping, and forget this worker: it takes no jobs any more."""
         self._over.set()
         self._thread.join()
+        try:
+            with self._database.writing() as session:
+                workers.remove_worker(session, self._worker)
+        except (Unavailable, DiskFull) as error:
+            log.warning("worker not removed", worker=self._worker, error=error.detail)
 
     def _run(self) -> None:
         while not self._over.is_set():
@@ -63,14 +77,19 @@ class Sweeper:
                 log.warning("database away", thread="sweeper", error=error.detail)
             except Exception:
                 log.exception("sweep failed")
+            self._after()
             self._over.wait(self._timings.look_every_s)
 
     def sweep(self) -> int:
         """Look once at every running job; return how many were taken over."""
+        now = self._clock.now()
         with self._database.writing() as session:
             workers.see_worker(session, self._worker, self._queues)
-            if Queue.CPU in self._queues:
-                workers.hand_over_unserved(session)
+            outbox.add_publish_jobs(session)
+            if workers.count_live(session, Queue.GPU, GPU_GRACE_S):
+                self._gpu_seen_at = now
+            elif now - self._gpu_seen_at >= GPU_GRACE_S:
+                workers.move_to_cpu(session)
             seen = jobs.sightings(session)
         now = self._clock.now()
         watched_s = min(now - self._looked_at, _ATTENTIVE * self._timings.look_every_s)

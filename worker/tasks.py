@@ -1,4 +1,4 @@
-"""The one Celery task: a bell. It wakes the loop that claims whatever is due; a stale bell wakes it for nothing."""
+"""The Celery tasks: one for each kind of job, its argument the job's id. What a task does is `JobRunner.run`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Callable
 
 from celery import Celery
 
-import bell
+from broker import task_name
+from models.job import JobKind
+from worker.job_runner import JobFailed, Outcome
 
 
-def add_task(celery: Celery, wake: Callable[[], None]) -> None:
-    """Answer `espalier.work(job_id)` by waking the worker's loops."""
+def add_tasks(app: Celery, run: Callable[[str], Outcome]) -> None:
+    """Register `espalier.<kind>(job_id)` for every kind of job.
 
-    @celery.task(name=bell.TASK, shared=False)  # type: ignore[untyped-decorator]
-    def work(job_id: str) -> None:
-        wake()
+    A task returns how the attempt ended, and fails with `JobFailed` if the job failed.
+    """
+    for kind in JobKind:
+
+        @app.task(name=task_name(kind.value), throws=(JobFailed,), shared=False)  # type: ignore[untyped-decorator]
+        def do(job_id: str) -> str:
+            return run(job_id).value

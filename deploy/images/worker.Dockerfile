@@ -21,7 +21,7 @@ ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERE
     MLFLOW_DISABLE_TELEMETRY=true NNCF_CI=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /opt/espalier
 COPY --from=build /opt/venv /opt/venv
-COPY bell.py errors.py logs.py settings.py ./
+COPY broker.py clock.py dispatch.py errors.py logs.py settings.py ./
 COPY artifacts artifacts/
 COPY inference inference/
 COPY migrations migrations/
@@ -34,5 +34,5 @@ COPY worker worker/
 RUN chmod -R a+rX . && python -m compileall -q .
 USER 10001:10001
 # A missing room or library fails the build instead of the first start.
-RUN python -c "import worker.app, worker.child, ops.collect, ops.weights, training.experiment, mlflow"
-CMD ["python", "-m", "worker.app"]
+RUN python -c "import worker.app, worker.child.__main__, ops.collect, ops.weights, training.experiment, mlflow"
+CMD ["celery", "--app", "worker.app", "worker", "--loglevel", "WARNING"]

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 
 from api.app import create_app
 from api.dependencies import Services
-from bell import EagerBell
+from models.job import Job, JobState
+from models.session import Database
 from settings import Settings
 
 
@@ -30,16 +32,29 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
     return Settings(var=tmp_path / "var", DATABASE_URL=database_url, predict_deadline_s=30, **limits)
 
 
+class RecordingDispatcher:
+    """Records the queue and the id of each job that was queued when a dispatch was requested."""
+
+    def __init__(self, database: Database, requested: list[tuple[str, str]]) -> None:
+        self._database = database
+        self._requested = requested
+
+    def request(self) -> None:
+        query = select(Job.queue, Job.id).where(Job.state == JobState.QUEUED).order_by(Job.id)
+        with self._database.reading() as session:
+            found = [(queue.value, job_id) for queue, job_id in session.execute(query)]
+        self._requested += [job for job in found if job not in self._requested]
+
+
 @pytest.fixture
-def rung() -> list[tuple[str, str]]:
-    """The bells that were rung."""
+def requested() -> list[tuple[str, str]]:
+    """Queue and id of each job that a dispatch was requested for."""
     return []
 
 
 @pytest.fixture
-def client(settings: Settings, rung: list[tuple[str, str]]) -> Iterator[TestClient]:
-    bell = EagerBell(lambda queue, job_id: rung.append((queue, job_id)))
-    app = create_app(settings, bell)
+def client(settings: Settings, requested: list[tuple[str, str]]) -> Iterator[TestClient]:
+    app = create_app(settings, RecordingDispatcher(Database(settings.database), requested))
     with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         yield client
 

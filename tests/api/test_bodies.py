@@ -29,7 +29,7 @@ def stored(services: Services) -> list[str]:
 
 @pytest.mark.parametrize("way", ["raw", "multipart", "chunked"])
 def test_an_archive_is_stored_whole_and_its_ingest_is_owed(
-    client: TestClient, services: Services, rung: list[tuple[str, str]], way: str
+    client: TestClient, services: Services, requested: list[tuple[str, str]], way: str
 ) -> None:
     match way:
         case "raw":
@@ -45,7 +45,7 @@ def test_an_archive_is_stored_whole_and_its_ingest_is_owed(
     assert answer.headers["location"] == f"/api/v1/datasets/{created['id']}"
     assert (created["name"], created["state"]) == ("colours", "uploaded")
     assert stored(services) == [digest_of(ARCHIVE)]
-    assert [queue for queue, _ in rung] == [Queue.INGEST]
+    assert [queue for queue, _ in requested] == [Queue.INGEST]
     assert client.get(answer.headers["location"]).json()["state"] == "uploaded"
 
 

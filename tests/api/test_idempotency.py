@@ -64,11 +64,11 @@ def count(services: Services) -> dict[str, int]:
 
 
 def test_a_request_that_is_sent_again_is_answered_again_and_changes_nothing(
-    send: Send, services: Services, rung: list[tuple[str, str]]
+    send: Send, services: Services, requested: list[tuple[str, str]]
 ) -> None:
     first = send(**KEY)
     assert first.status_code == 202, first.text
-    before, bells = count(services), len(rung)
+    before, requests = count(services), len(requested)
     again = send(**KEY)
     assert (again.status_code, again.json(), again.headers["location"]) == (
         202,
@@ -76,7 +76,7 @@ def test_a_request_that_is_sent_again_is_answered_again_and_changes_nothing(
         first.headers["location"],
     )
     assert again.headers["idempotency-replayed"] == "true" and "idempotency-replayed" not in first.headers
-    assert count(services) == before and len(rung) == bells
+    assert count(services) == before and len(requested) == requests
 
 
 def test_a_key_with_another_request_is_refused(send: Send, services: Services) -> None:

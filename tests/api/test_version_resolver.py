@@ -114,7 +114,7 @@ def test_an_alias_moved_again_meanwhile_goes_where_it_points_last(
 def test_a_version_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(
     resolver: VersionResolver, services: Services, loads: Loads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.version_resolver.AGAIN_S", 0.1)
+    monkeypatch.setattr("api.version_resolver.RETRY_AFTER_S", 0.1)
     network = services.store.put(b"another network")
     add_model(services, NAME, flat_bundle(network, seed=3))
     whole = services.store.path(network).read_bytes()

@@ -25,7 +25,8 @@ from models.job import Queue
 from settings import Settings
 
 SECRETS = {"ESPALIER_API_KEY": "key", "POSTGRES_PASSWORD": "secret", "MLFLOW_POSTGRES_PASSWORD": "other"}
-OURS = ("api", "worker", "worker-gpu", "migrate")
+WORKERS = ("worker", "worker-ingest", "worker-tracking", "worker-gpu")
+OURS = ("api", *WORKERS, "migrate")
 ALIASES = {"DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"}
 
 
@@ -163,8 +164,10 @@ def test_links_follow_the_ports_and_public_addresses(monkeypatch: pytest.MonkeyP
     assert named.api_public == "https://models.example.org"
 
 
-def test_every_queue_is_served_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = [queue for name in ("worker", "worker-gpu") for queue in settings_of(name, monkeypatch).queues]
+def test_every_queue_is_served_once() -> None:
+    commands = [SERVICES[name]["command"].split() for name in WORKERS]
+    assert {tuple(command[:4]) for command in commands} == {("celery", "--app", "worker.app", "worker")}
+    served = [command[command.index("--queues") + 1] for command in commands]
     assert sorted(served) == sorted(queue.value for queue in Queue)
     assert SERVICES["worker-gpu"]["profiles"] == ["gpu"]
 
@@ -256,7 +259,7 @@ def test_an_image_is_built_here_or_pinned_to_an_exact_version(name: str) -> None
 
 
 def test_nothing_starts_before_the_schema_is_there() -> None:
-    for name in ("api", "worker", "worker-gpu"):
+    for name in ("api", *WORKERS):
         assert SERVICES[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
     assert SERVICES["migrate"]["command"] == ["python", "-m", "ops.migrate"]
     assert SERVICES["migrate"]["restart"] == "no"
@@ -277,14 +280,14 @@ def test_everything_but_the_migration_comes_back_by_itself() -> None:
     assert {n for n, s in SERVICES.items() if s["restart"] != "unless-stopped"} == {"migrate"}
 
 
-@pytest.mark.parametrize("name", ["worker", "worker-gpu"])
+@pytest.mark.parametrize("name", WORKERS)
 def test_a_worker_has_time_to_give_its_jobs_back(name: str) -> None:
     assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > worker.app._DRAIN_S + 10
 
 
 def test_api_and_workers_share_one_data_folder() -> None:
-    mounts = {name: SERVICES[name]["volumes"] for name in ("api", "worker", "worker-gpu")}
-    assert list(mounts.values()) == [["espalier:/var/lib/espalier"]] * 3
+    mounts = {name: SERVICES[name]["volumes"] for name in ("api", *WORKERS)}
+    assert list(mounts.values()) == [["espalier:/var/lib/espalier"]] * 5
     assert {SERVICES[name]["environment"]["ESPALIER_VAR"] for name in mounts} == {"/var/lib/espalier"}
 
 

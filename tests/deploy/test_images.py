@@ -199,7 +199,7 @@ def test_the_worker_loads_from_its_files_with_all_that_learns(tmp_path: Path) ->
     run(
         copied("worker", tmp_path),
         "-c",
-        "import worker.app, worker.child, ops.collect, ops.weights, training.experiment, mlflow",
+        "import worker.app, worker.child.__main__, ops.collect, ops.weights, training.experiment, mlflow",
     )
 
 

@@ -126,9 +126,9 @@ def test_the_table_is_made_before_a_run_that_waited_longer(database: Database) -
     for run_id in made:
         end(database, run_id, "succeeded")
     with database.writing() as session:
-        job = jobs.claim(session, [Queue.CPU], "here")
+        job = records.claim_next(session, [Queue.CPU], "here")
         assert job is not None and (job.kind, job.subject_id) == (JobKind.COMPARE, comparison_id)
-        following = jobs.claim(session, [Queue.CPU], "here")
+        following = records.claim_next(session, [Queue.CPU], "here")
         assert following is not None and following.kind is JobKind.TRAIN
     assert look(database, other_id).state is ComparisonState.QUEUED
 

@@ -40,7 +40,7 @@ def add(database: Database, *subjects: str, kind: JobKind = JobKind.TRAIN, queue
 
 def claim(database: Database, queues: Sequence[Queue] = (Queue.CPU,), owner: str = "here") -> Job | None:
     with database.writing() as session:
-        return jobs.claim(session, queues, owner)
+        return records.claim_next(session, queues, owner)
 
 
 def claimed(database: Database) -> tuple[Job, Lease]:
@@ -265,7 +265,7 @@ def test_a_sighting_that_no_longer_stands_takes_nothing_over(database: Database)
     assert take_over(database, sighting) is None
     assert take_over(database, Sighting(lease.job_id, lease.epoch + 1, 0)) is None  # queued: nobody holds it
     with database.writing() as session:
-        claimed_again = jobs.claim(session, [Queue.CPU], "there")
+        claimed_again = records.claim_next(session, [Queue.CPU], "there")
         assert claimed_again is not None
         jobs.hold(session, Lease(claimed_again.id, claimed_again.lease_epoch))
 

@@ -32,6 +32,7 @@ from sqlalchemy import delete, select
 from working import WATCHING, training_place
 
 from artifacts.store import Digest
+from clock import Clock
 from errors import DiskFull, EspalierError, NotReady, OutOfMemory, TrainingDiverged, Unavailable
 from models import job as jobs
 from models import run as runs
@@ -40,11 +41,12 @@ from models.base import Base, wall_clock
 from models.job import MAX_ATTEMPTS, Job, JobKind, JobState, Lease, Queue
 from models.run import RunState
 from models.session import Database
-from recipes.recipe import Folds, Mode, Recipe, TaskChoice
-from worker.child_process import Message
-from worker.handlers.train import Train
-from worker.lease import Bench, Clock, Complete, Holder, Reason, Stopped, Work
-from worker.loop import Loop
+from recipes.recipe import Folds, Mode, Recipe, Task
+from training.progress import FoldResult
+from worker.handlers.train import PartEnd, Train
+from worker.lease import Bench, Complete, Holder, Reason, Stopped, Work
+from worker.local_worker import LocalWorker
+from worker.messages import FoldEnded, Prepared, RunOutcome
 from worker.sweeper import Sweeper
 
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
@@ -81,7 +83,7 @@ class Life:
 class Told(Train):
     """Trains nothing: how a job ends is said before."""
 
-    end: Message | EspalierError | Reason = Reason.LOST
+    end: PartEnd | EspalierError | Reason = Reason.LOST
 
     def run(self, work: Work) -> Complete:
         match self.end:
@@ -90,7 +92,7 @@ class Told(Train):
             case Reason() as reason:
                 raise Stopped(reason)
             case message:
-                return partial(self._complete, job=work.job, last=message)
+                return partial(self._complete, job=work.job, end=message)
 
 
 class Lives(RuleBasedStateMachine):
@@ -110,7 +112,7 @@ class Lives(RuleBasedStateMachine):
         self.told = Told(self.store, training_place(self.store.root))
         self.handlers = dict.fromkeys(JobKind, self.told)
         self.clock = Clock(now=lambda: self.now_s)
-        self.loop = Loop(database, Queue.CPU, self.handlers, "here", WATCHING, self.clock)
+        self.loop = LocalWorker(database, Queue.CPU, self.handlers, "here", WATCHING, self.clock)
         self.checks = Invariants(self.query, lambda digest: self.store.has(Digest(digest)))
         self.places = itertools.count()
         self.lives: list[Life] = []
@@ -133,7 +135,7 @@ class Lives(RuleBasedStateMachine):
     @rule(k=st.integers(2, 3), is_fanned_out=st.booleans())
     def order(self, k: int, is_fanned_out: bool) -> None:
         mode = Mode.FINE_TUNING if is_fanned_out else Mode.FEATURE_EXTRACTION
-        recipe = Recipe(task=TaskChoice.BINARY, mode=mode, folds=Folds(k=k))
+        recipe = Recipe(task=Task.BINARY, mode=mode, folds=Folds(k=k))
         with self.database.writing() as session:
             run = runs.create_run(session, records.PRINCIPAL, self.version_id, "flowers", recipe)
             run_jobs.queue_training(session, run)
@@ -200,7 +202,7 @@ class Lives(RuleBasedStateMachine):
             if part.job is None and part.due_at <= self.now_s
         ]
         with self.database.writing() as session:
-            job = jobs.claim(session, [Queue.CPU], "here")
+            job = records.claim_next(session, [Queue.CPU], "here")
         self.checks.check(Writer("claim"))
         if job is None:
             assert not due
@@ -209,9 +211,9 @@ class Lives(RuleBasedStateMachine):
         assert (job.subject_id, job.kind, job.index) == (life.run_id, part.kind, part.number)
         part.job = job
         part.attempt += 1
-        order = self._work(job).write(lambda session: self.told._begin(session, job))
+        order = self._work(job).write(lambda session: self.told._make_order(session, job))
         self.checks.check(Writer("begin", Lease(job.id, job.lease_epoch)))
-        assert order is not None and set(order["outcomes"]) == life.folds
+        assert order is not None and set(order.outcomes) == life.folds
         life.state = RunState.RUNNING
         return life, part, job
 
@@ -334,7 +336,7 @@ class Lives(RuleBasedStateMachine):
         life = next(life for life in self.lives if life.run_id == job.subject_id)
         for end in (self._message(life, Part(job.kind, job.index, 0)), TrainingDiverged("late"), Reason.DRAINING):
             self.told.end = end
-            self.loop.see_through(self._work(job))
+            self.loop.runner.see_through(self._work(job))
         assert self.checks.check(Writer("late", Lease(job.id, job.lease_epoch))) == []
 
     @rule()
@@ -386,23 +388,22 @@ class Lives(RuleBasedStateMachine):
         lease = Lease(job.id, job.lease_epoch)
         return Work(self.database, job, Holder(self.database, lease, WATCHING, lambda: False, self.clock), Bench())
 
-    def _message(self, life: Life, part: Part) -> Message:
+    def _message(self, life: Life, part: Part) -> PartEnd:
         match part.kind:
             case JobKind.TRAIN if life.is_fanned_out:
-                return {"type": "prepared"}
+                return Prepared()
             case JobKind.FOLD:
                 outcome = self.store.write(f"{life.run_id} {part.number}")
-                fold = {"epochs": 1, "best_epoch": 1, "stopped": "", "metrics": {}, "history": [], "seconds": 1.0}
-                return {"type": "fold", "result": {"number": part.number, **fold}, "outcome": outcome}
+                result = FoldResult(part.number, 1, 1, "", metrics={}, history=[], seconds=1.0)
+                return FoldEnded(result=result, outcome=outcome)
             case _:
                 bundle, backbone = self.store.write("bundle"), self.store.write("backbone")
-                measured = {"metrics": {}, "training_s": 1.0, "files": []}
-                return {"type": "outcome", "bundle": bundle, "backbone": backbone, **measured}
+                return RunOutcome(bundle=bundle, backbone=backbone, metrics={}, training_s=1.0, files=())
 
-    def _end(self, life: Life, part: Part, job: Job, end: Message | EspalierError | Reason) -> None:
+    def _end(self, life: Life, part: Part, job: Job, end: PartEnd | EspalierError | Reason) -> None:
         """Have the loop see a job through to this end."""
         self.told.end = end
-        self.loop.see_through(self._work(job))
+        self.loop.runner.see_through(self._work(job))
         self.checks.check(Writer("end", Lease(job.id, job.lease_epoch)))
         self._leave(life, part, job)
 

@@ -37,7 +37,7 @@ def test_a_run_that_is_owed_something_gets_one_publish_job(database: Database) -
         assert outbox.add_publish_jobs(session) == 0
     assert publish_jobs(database) == {first: 1, second: 1}
     with database.writing() as session:
-        job = jobs.claim(session, [Queue.TRACKING], "here")
+        job = records.claim_next(session, [Queue.TRACKING], "here")
     assert job is not None
     with database.writing() as session:
         assert outbox.add_publish_jobs(session) == 0  # running counts too

@@ -60,7 +60,7 @@ def test_a_view_is_made_before_a_run_that_waited_longer(database: Database) -> N
         run_id = runs.succeed_run(session, run.id, {}, 1.0).id
     view_id, _ = ask(database, run_id, ViewKind.LEARNING_CURVE, "")
     with database.writing() as session:
-        claimed = [jobs.claim(session, [ViewKind.LEARNING_CURVE.queue], "here") for _ in range(2)]
+        claimed = [records.claim_next(session, [ViewKind.LEARNING_CURVE.queue], "here") for _ in range(2)]
         assert [job.subject_id for job in claimed if job] == [view_id, older.subject_id]
 
 
@@ -157,7 +157,7 @@ def test_what_is_being_computed_from_deleted_images_ends_and_what_needs_none_goe
         views.cancel_view(session, running)
     assert look(database, running) is None and look(database, layers) is not None
     for kind, key in ((ViewKind.ACTIVATIONS, KEY), (ViewKind.LEARNING_CURVE, "")):
-        with pytest.raises(NotReady, match="deleted with its images"):
+        with pytest.raises(NotReady, match="and its images were deleted"):
             ask(database, run_id, kind, key)
 
 

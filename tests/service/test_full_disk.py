@@ -30,7 +30,7 @@ from models.session import Database
 from ops.migrate import upgrade
 from settings import Settings
 from worker.app import make_handlers
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 
 pytestmark = pytest.mark.slow
 
@@ -63,9 +63,9 @@ class Place:
     def free(self) -> None:
         self._filler.unlink()
 
-    def loop(self, queue: Queue) -> Loop:
+    def loop(self, queue: Queue) -> LocalWorker:
         handlers = make_handlers(self.settings, open_store(self.settings.store))
-        return Loop(self.database, queue, handlers, "here", TIMINGS)
+        return LocalWorker(self.database, queue, handlers, "here", TIMINGS)
 
     def job(self, subject_id: str) -> Job:
         with self.database.reading() as session:

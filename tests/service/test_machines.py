@@ -19,7 +19,7 @@ from models.job import Queue
 from models.session import Database
 from settings import Settings
 from worker.app import make_handlers
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)]
 
@@ -53,7 +53,7 @@ class Machines:
         """Do the next job of a queue on a machine; return whether there was one."""
         settings = self.settings(machine)
         handlers = make_handlers(settings, open_store(settings.store))
-        return Loop(self._database, queue, handlers, machine, TIMINGS).work()
+        return LocalWorker(self._database, queue, handlers, machine, TIMINGS).work()
 
     def cached(self, machine: str) -> set[str]:
         return {path.name for path in (self._folder / machine / "cache").glob("??/*")}

@@ -19,7 +19,7 @@ def test_the_walk_through_of_the_readme_works_as_it_stands(service: Service, tmp
         target.write_bytes(data)
     script = "\necho\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
     script = script.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")
-    script, replaced = re.subn(r"WEIGHTS=imagenet\b.*", "WEIGHTS=random", script)
+    script, replaced = re.subn(r'(RECIPE=.*)"imagenet"', r'\1"random"', script)
     assert replaced == 1
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=360
@@ -27,7 +27,6 @@ def test_the_walk_through_of_the_readme_works_as_it_stands(service: Service, tmp
     assert done.returncode == 0, done.stderr + done.stdout
     assert "event: fold" in done.stdout and "# VGG16" in done.stdout and "95 % interval" in done.stdout
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
-    shown = re.findall(r"```(?:json|text)\n(.*?)```", README, re.DOTALL)
-    fields = {field for output in shown for field in re.findall(r'"(\w+)":', output)}
-    # Names of classes and of images are those of other data.
-    assert {field for field in fields if not field.isdigit()} <= set(re.findall(r'"(\w+)":', done.stdout))
+    fields = set(re.findall(r'"([a-z_]\w*)": ?', "\n".join(re.findall(r"^#> (.*)$", README, re.MULTILINE))))
+    assert len(fields) > 20
+    assert fields <= set(re.findall(r'"(\w+)":', done.stdout))

@@ -13,15 +13,16 @@ from api.idempotency import IdempotentRequest
 from api.routes import comparisons as comparison_routes
 from api.routes import runs as run_routes
 from api.schemas import ComparisonRequest, RunRequest
+from dispatch import ThreadDispatcher
 from errors import DiskFull, EspalierError, InFlight, NotReady, Unavailable
-from models.job import Queue
 from models.project import Principal
 from recipes.recipe import RANDOM, Folds, Mode, Recipe
 from settings import Settings
+from simulator.broker import SimulatedBroker
 from simulator.faults import Fault
 from simulator.machine import Machine
 from simulator.simulation import Simulation
-from simulator.workers import Crew
+from simulator.workers import LIVE_S
 
 T = TypeVar("T")
 Request = Callable[[Services], T]
@@ -33,35 +34,14 @@ _PATIENCE_S = 60.0
 _LOOK_AGAIN_S = 0.2
 
 
-class Broker:
-    """Carries bells to workers: late, twice, to all, or not at all."""
-
-    def __init__(self, simulation: Simulation, crew: Crew) -> None:
-        self._simulation = simulation
-        self._crew = crew
-
-    def ring(self, queue: str, job_id: str) -> None:
-        """Wake a worker, perhaps."""
-        chance = self._simulation.chance
-        if chance.strikes(Fault.BELL_DROPPED):
-            return
-        for _ in range(2 if chance.strikes(Fault.BELL_DOUBLED) else 1):
-            self._simulation.spawn(partial(self._carry, Queue(queue)), "bell")
-
-    def _carry(self, queue: Queue) -> None:
-        chance = self._simulation.chance
-        self._simulation.scheduler.wait(chance.seconds(0.0, 60.0 if chance.strikes(Fault.BELL_LATE) else 0.1))
-        self._crew.hear(queue, is_for_all=chance.strikes(Fault.BELL_TO_ALL))
-
-
 class Api:
     """The API process, and the network before it."""
 
-    def __init__(self, simulation: Simulation, broker: Broker, settings: Settings) -> None:
+    def __init__(self, simulation: Simulation, broker: SimulatedBroker, settings: Settings) -> None:
         self._simulation = simulation
         self._broker = broker
         self._settings = settings
-        self.machine = self._machine()
+        self.machine, self._dispatcher = self._start()
 
     def ask(self, name: str, request: Request[T], key: str | None = None, cancels: str | None = None) -> T:
         """Send a request until it is answered. Raises the EspalierError that is the answer."""
@@ -99,7 +79,7 @@ class Api:
     def _answer(self, machine: Machine, request: Request[T], key: str | None) -> T:
         # The routes that are asked here need no more of a process.
         nothing = cast(Any, None)
-        services = Services(self._settings, machine.database, self._simulation.store, self._broker, *[nothing] * 5)
+        services = Services(self._settings, machine.database, self._simulation.store, self._dispatcher, *[nothing] * 5)
         if key is None:
             return request(services)
         with machine.database.exclusive(key) as is_held:
@@ -107,11 +87,14 @@ class Api:
                 raise InFlight("The same request is being answered.")
             return request(services)
 
-    def _machine(self) -> Machine:
+    def _start(self) -> tuple[Machine, ThreadDispatcher]:
         def replace() -> None:
-            self.machine = self._machine()
+            self.machine, self._dispatcher = self._start()
 
-        return Machine(self._simulation, "API", Fault.API_CRASH, replace)
+        machine = Machine(self._simulation, "API", Fault.API_CRASH, replace)
+        dispatcher = ThreadDispatcher(machine.database, self._broker, LIVE_S, machine.clock)
+        dispatcher.start()
+        return machine, dispatcher
 
 
 class Person:

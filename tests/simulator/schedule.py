@@ -1,6 +1,6 @@
 """One schedule from its seed to its end: first things go wrong, then nothing does any more.
 
-Whatever is still owed then must get done, bells or not, and in a time that follows from the lengths of leases.
+Whatever is still owed then must get done, and in a time that follows from the lengths of leases.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from settings import Settings
-from simulator.clients import Api, Broker, Person
+from simulator.broker import SimulatedBroker
+from simulator.clients import Api, Person
 from simulator.databases import InMemoryDatabase, ScheduleDatabase
 from simulator.faults import Fault
 from simulator.invariants import InvariantViolated, RunRow
@@ -85,8 +86,9 @@ class _Schedule:
     def __init__(self, simulation: Simulation, settings: Settings) -> None:
         self._simulation = simulation
         self._chance = simulation.chance
-        self._crew = Crew(simulation)
-        self._api = Api(simulation, Broker(simulation, self._crew), settings)
+        self._broker = SimulatedBroker(simulation)
+        self._crew = Crew(simulation, self._broker)
+        self._api = Api(simulation, self._broker, settings)
         self._people = [
             Person(simulation, self._api, number) for number in range(1, self._chance.choice([1, 1, 1, 1, 2, 3]) + 1)
         ]
@@ -100,7 +102,7 @@ class _Schedule:
         if not self._is_over():
             self._simulation.log("from here on nothing goes wrong")
         self._chance.stop_faults()
-        self._simulation.away_until = self._simulation.full_until = 0.0
+        self._simulation.away_until = self._simulation.full_until = self._broker.away_until = 0.0
         calm_since = self._simulation.scheduler.now
         while not self._is_over():
             if self._simulation.scheduler.now - calm_since > _PATIENCE_S:
@@ -119,6 +121,12 @@ class _Schedule:
             if chance.strikes(Fault.OUTAGE):
                 simulation.away_until = simulation.scheduler.now + chance.seconds(1.0, 60.0)
                 simulation.log("the database is away")
+            if chance.strikes(Fault.BROKER_AWAY):
+                self._broker.away_until = simulation.scheduler.now + chance.seconds(1.0, 180.0)
+                simulation.log("the broker is away")
+            if chance.strikes(Fault.BROKER_EMPTIED):
+                self._broker.lose_all()
+                simulation.log("the broker lost its messages")
             if chance.strikes(Fault.DATABASE_FULL):
                 simulation.full_until = simulation.scheduler.now + chance.seconds(1.0, 100.0)
                 simulation.log("the database has no room")

@@ -6,34 +6,62 @@ Each says and keeps what the real one does, so that the code that talks with it 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store, digest_of
-from errors import DiskFull, EspalierError, StoreUnavailable, TrainingDiverged, Unavailable, from_record
+from errors import DiskFull, StoreUnavailable, TrainingDiverged, Unavailable
+from recipes.catalogue import BackboneName
 from simulator.faults import Fault
 from simulator.invariants import InvariantViolated
 from simulator.machine import Machine
-from worker.child_process import Died, Message
-from worker.handlers.compare import OUT_OF_FOLD
+from training.progress import Extraction, FoldResult
+from worker.child_process import ChildDied, ChildEnded
 from worker.handlers.tracking import Facts, OpenPages, TrackingPlace
 from worker.lease import Work
+from worker.messages import (
+    AddBackbone,
+    Alive,
+    Answer,
+    CheckpointWritten,
+    ChildMessage,
+    ChoiceAnswer,
+    CompareOrder,
+    ComparisonOutcome,
+    DigestAnswer,
+    Drain,
+    EpochEnded,
+    Extracted,
+    Failed,
+    FileWritten,
+    FindBackbone,
+    FoldEnded,
+    JobProgress,
+    Order,
+    Prepared,
+    Progress,
+    RunOutcome,
+    Stored,
+    StoredFile,
+    TrainOrder,
+    TrainPart,
+    WorkerMessage,
+)
 
-# How often whoever listens to a child looks for reasons to stop.
+# How often a handler that waits for a child looks for reasons to stop.
 _POLL_S = 1.0
 _FOR_EVER_S = 1e9
 _KILLED = -9
 _SEGMENTATION_FAULT = -11
 
 
-# After these a child waits for an answer, and after those it is no more.
-_ASKS = ("find_backbone", "add_backbone")
-_NEVER_LAST = (*_ASKS, "error", "end")
+# After these a child waits for an answer.
+_QUESTIONS = (FindBackbone, AddBackbone)
 
 
 class MemoryStore(Store):
@@ -65,20 +93,20 @@ class MemoryStore(Store):
 
 # --- children ------------------------------------------------------------------------------------------------------
 
-Said = Iterator[tuple[float, Message | Exception]]
-"""What a child says, each after some seconds; an exception is its death."""
+Script = Iterator[tuple[float, ChildMessage | Exception]]
+"""What a child sends, each after some seconds; an exception is its end."""
 
 
 class TrainingChild:
-    """Says what a child says that trains a run, and keeps files as it does. Lives on its worker's machine."""
+    """Sends what a child sends that trains a run, and stores files as it does. Lives on its worker's machine."""
 
     def __init__(self, machine: Machine, store: MemoryStore) -> None:
         self._machine = machine
         self._chance = machine.simulation.chance
         self._store = store
-        self._said: Said = iter(())
-        self._next: tuple[float, Message | Exception] | None = None
-        self._answer: Mapping[str, Any] = {}
+        self._script: Script = iter(())
+        self._next: tuple[float, ChildMessage | Exception] | None = None
+        self._answer: Answer | None = None
         self._subject_id = ""
         self._part: int | None = None
         self._is_hung = False
@@ -94,205 +122,214 @@ class TrainingChild:
     def is_alive(self) -> bool:
         return True
 
-    def order(self, order: Mapping[str, Any]) -> None:
-        self._said, self._next, self._is_waiting = self._obey(order), None, False
+    def send(self, message: WorkerMessage) -> None:
+        match message:
+            case DigestAnswer() | ChoiceAnswer() | Stored():
+                self._answer, self._is_waiting = message, False
+            case Drain():
+                raise AssertionError("a handler drains a child by `drain`")
+            case order:
+                self._script, self._next, self._is_waiting = self._carry_out(order), None, False
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        self._answer, self._is_waiting = message, False
-
-    def receive(self, work: Work, idle: Callable[[], None] = lambda: None) -> Message | None:
+    def receive(self, work: Work) -> ChildMessage | None:
         self._subject_id = work.subject_id
-        while True:
-            work.check()
-            if not self._has_said(_POLL_S):
-                idle()
-                continue
-            work.moved()
-            said = self._take()
-            if isinstance(said, Exception):
-                raise said
-            if said["type"] == "error":
-                raise from_record(said["error"])
-            return None if said["type"] == "end" else said
+        work.check()
+        if not self._has_sent(_POLL_S):
+            return None
+        work.moved()
+        sent = self._take()
+        if isinstance(sent, Exception):
+            raise sent
+        if isinstance(sent, Failed):
+            raise sent.as_error()
+        return sent
 
-    def drain(self, within_s: float) -> list[Message]:
+    def drain(self, within_s: float) -> list[ChildMessage]:
         if self._is_hung:
             self._machine.sleep(within_s)
             return []
         self._machine.sleep(self._chance.seconds(0.0, within_s))
-        kept = [self._checkpoint(self._part, 1)] if self._chance.happens(0.5) else []
+        kept: list[ChildMessage] = [self._checkpoint(self._part, 1)] if self._chance.happens(0.5) else []
         if self._chance.happens(0.2):  # it was about to be done
             kept += self._rest()
         return kept
 
-    def _rest(self) -> list[Message]:
-        """Return all that is still to be said; nothing if it would ask, hang or die before it was done."""
-        rest: list[Message] = []
+    def _rest(self) -> list[ChildMessage]:
+        """Return all messages that are left; none if it would ask, hang or die before it was done."""
+        rest: list[ChildMessage] = []
         if self._is_waiting:
             return rest
-        for message in itertools.chain([self._next[1]] if self._next else [], (said for _, said in self._said)):
-            if self._is_hung or isinstance(message, Exception) or message["type"] in _NEVER_LAST:
+        for message in itertools.chain([self._next[1]] if self._next else [], (sent for _, sent in self._script)):
+            if self._is_hung or isinstance(message, (Exception, Failed, *_QUESTIONS)):
                 return []
             rest.append(message)
         return rest
 
     def stop(self) -> object:
-        self._said, self._next = iter(()), None
+        self._script, self._next = iter(()), None
         return None
 
-    def _has_said(self, within_s: float) -> bool:
-        """Listen for so long at most; say whether there is a message."""
+    def _has_sent(self, within_s: float) -> bool:
+        """Wait for so long at most; return whether there is a message."""
         now = self._machine.simulation.scheduler.now
         if self._next is None:
-            after_s, message = next(self._said)
+            after_s, message = next(self._script)
             self._next = now + after_s, message
         self._machine.sleep(min(within_s, max(0.0, self._next[0] - now)))
         return self._machine.simulation.scheduler.now >= self._next[0]
 
-    def _take(self) -> Message | Exception:
+    def _take(self) -> ChildMessage | Exception:
         assert self._next is not None
-        said, self._next = self._next[1], None
-        self._is_waiting = not isinstance(said, Exception) and said["type"] in _ASKS
-        return said
+        sent, self._next = self._next[1], None
+        self._is_waiting = isinstance(sent, _QUESTIONS)
+        return sent
 
-    # --- what it says -----------------------------------------------------------------------------------------------
+    # --- what it sends -----------------------------------------------------------------------------------------------
 
-    def _obey(self, order: Mapping[str, Any]) -> Said:
-        recipe = order["experiment"]["recipe"]
+    def _carry_out(self, order: Order) -> Script:
+        assert isinstance(order, TrainOrder)
+        recipe = order.spec.recipe
         folds = range(recipe["folds"]["k"] * recipe["folds"]["repeats"])
-        self._part = order["fold"]
-        match order["part"]:
-            case "prepare":
-                yield from self._prepare(order)
-                yield self._soon({"type": "prepared"})
-            case "fold":
-                yield from self._learn(order["fold"])
-                yield self._soon(self._fold(order, order["fold"]))
-            case "final":
-                self._see_outcomes(order, folds)
-                yield from self._finish(order)
-            case _:
-                yield from self._prepare(order)
+        self._part = order.fold
+        match order.part:
+            case TrainPart.PREPARE:
+                yield from self._prepare()
+                yield self._soon(Prepared())
+            case TrainPart.FOLD:
+                yield from self._learn(order.fold)
+                yield self._soon(self._fold(order, order.fold))
+            case TrainPart.FINAL:
+                self._check_outcomes(order, folds)
+                yield from self._finish()
+            case TrainPart.ALL:
+                yield from self._prepare()
                 for number in folds:
-                    if number not in order["outcomes"]:
+                    if number not in order.outcomes:
                         yield from self._learn(number)
                         yield self._soon(self._fold(order, number))
-                yield from self._finish(order)
+                yield from self._finish()
 
-    def _prepare(self, order: Mapping[str, Any]) -> Said:
+    def _prepare(self) -> Script:
         yield from self._work("features")
         if self._chance.happens(0.3):
-            key = {"network": "vgg16", "weights": "0" * 64, "cut": "block5", "size": 224, "export_version": 1}
-            yield self._soon({"type": "find_backbone", "key": key})
-            if self._answer["digest"] is None:
+            weights = Digest("0" * 64)
+            yield self._soon(
+                FindBackbone(network=BackboneName.VGG16, weights=weights, cut="block5", size=224, export_version=1)
+            )
+            assert isinstance(self._answer, DigestAnswer)
+            if self._answer.digest is None:
                 export = self._store.write(f"export {self._chance.integer(0, 10**9)}")
-                yield self._soon({"type": "add_backbone", "key": key, "digest": export, "facts": {}})
-        extraction = {"images": 20, "computed": 20, "cached": 0, "seconds": 1.0}
-        yield self._soon({"type": "extraction", "extraction": extraction})
+                yield self._soon(
+                    AddBackbone(
+                        network=BackboneName.VGG16,
+                        weights=weights,
+                        cut="block5",
+                        size=224,
+                        export_version=1,
+                        digest=export,
+                        facts={},
+                    )
+                )
+        yield self._soon(Extracted(extraction=Extraction(images=20, computed=20, cached=0, seconds=1.0)))
 
-    def _learn(self, number: int | None) -> Said:
+    def _learn(self, number: int | None) -> Script:
         """Train a part for some epochs."""
         for epoch in range(1, self._chance.choice([1, 1, 1, 2, 3]) + 1):
             yield from self._work("final" if number is None else "folds", number)
-            yield self._at_once({"type": "epoch", "fold": number, "epoch": epoch, "metrics": {"loss": 1.0}})
+            yield self._at_once(EpochEnded(fold=number, epoch=epoch, metrics={"loss": 1.0}))
             if self._chance.happens(0.4):
                 yield self._soon(self._checkpoint(number, epoch))
 
-    def _finish(self, order: Mapping[str, Any]) -> Said:
+    def _finish(self) -> Script:
         yield from self._learn(None)
-        table = {"name": OUT_OF_FOLD, "sha256": self._file("out of fold"), "size_bytes": 9, "media_type": "a/b"}
+        table = StoredFile(name=RunFile.OUT_OF_FOLD, sha256=self._file("out of fold"), size_bytes=9, media_type="a/b")
         if self._chance.happens(0.3):
-            yield self._soon({"type": "file", "file": table})
+            yield self._soon(FileWritten(file=table))
         yield self._soon(
-            {
-                "type": "outcome",
-                "bundle": self._file("bundle"),
-                "backbone": self._file("backbone"),
-                "metrics": {"accuracy": 0.5},
-                "training_s": 1.0,
-                "files": [table],
-            }
+            RunOutcome(
+                bundle=self._file("bundle"),
+                backbone=self._file("backbone"),
+                metrics={"accuracy": 0.5},
+                training_s=1.0,
+                files=(table,),
+            )
         )
 
-    def _work(self, stage: str, number: int | None = None) -> Said:
-        """Do something for a while; it may go wrong."""
-        state = {"stage": stage, "share": 0.5, "fold": number, "epoch": 1, "epochs": 3, "spent_s": 1.0, "eta_s": 1.0}
-        said = {"type": "progress", "state": state} if self._chance.happens(0.5) else {"type": "alive", "step_s": 0.1}
+    def _work(self, stage: str, number: int | None = None) -> Script:
+        """Work for a while; it may go wrong."""
+        state = JobProgress(stage=stage, share=0.5, fold=number, epoch=1, epochs=3, spent_s=1.0, eta_s=1.0)
+        said: ChildMessage = Progress(state=state) if self._chance.happens(0.5) else Alive(step_s=0.1)
         yield self._chance.seconds(0.1, 6.0), said
         chance = self._chance
         if chance.strikes(Fault.HANG):
             self._is_hung = True
-            yield _FOR_EVER_S, {"type": "alive", "step_s": 0.0}
+            yield _FOR_EVER_S, Alive()
         if chance.strikes(Fault.BROKEN):
-            yield self._soon(_error(TrainingDiverged("The loss is no number.")))
+            yield self._soon(Failed.by(TrainingDiverged("The loss is no number.")))
         if chance.strikes(Fault.MEMORY):
-            yield 0.1, Died(_KILLED, for_memory=True)
+            yield 0.1, ChildDied(_KILLED, for_memory=True)
         if chance.strikes(Fault.DISK_FULL):
-            yield self._soon(_error(DiskFull("No room.")))
+            yield self._soon(Failed.by(DiskFull("No room.")))
         if chance.strikes(Fault.STORE_AWAY):
-            yield self._soon(_error(StoreUnavailable("The bucket is away.")))
+            yield self._soon(Failed.by(StoreUnavailable("The bucket is away.")))
         if chance.strikes(Fault.PASSING):
-            yield 0.1, Died(_SEGMENTATION_FAULT) if chance.happens(0.5) else Unavailable("The weights are away.")
+            yield 0.1, ChildDied(_SEGMENTATION_FAULT) if chance.happens(0.5) else Unavailable("The weights are away.")
 
-    def _fold(self, order: Mapping[str, Any], number: int) -> Message:
-        batch = order["experiment"]["recipe"]["batch_size"]
+    def _fold(self, order: TrainOrder, number: int) -> FoldEnded:
+        batch = order.spec.recipe["batch_size"]
         outcome = self._store.write(f"{self._subject_id} fold {number} batch {batch}")
-        measured = {"epochs": 3, "best_epoch": 2, "stopped": "", "metrics": {}, "history": [], "seconds": 1.0}
-        return {"type": "fold", "result": {"number": number, **measured}, "outcome": outcome}
+        result = FoldResult(number, epochs=3, best_epoch=2, stopped="", metrics={}, history=[], seconds=1.0)
+        return FoldEnded(result=result, outcome=outcome)
 
-    def _see_outcomes(self, order: Mapping[str, Any], folds: range) -> None:
-        """See that the end of a run is given every fold, and that all were trained alike."""
-        batch = order["experiment"]["recipe"]["batch_size"]
-        given = {number: self._store.read(digest).decode() for number, digest in order["outcomes"].items()}
+    def _check_outcomes(self, order: TrainOrder, folds: Sequence[int]) -> None:
+        """Check that the end of a run is given every fold, and that all were trained alike."""
+        batch = order.spec.recipe["batch_size"]
+        given = {number: self._store.read(digest).decode() for number, digest in order.outcomes.items()}
         wanted = {number: f"{self._subject_id} fold {number} batch {batch}" for number in folds}
         if given != wanted:
             raise InvariantViolated(f"the end of a run is not given its folds: {given}")
 
-    def _checkpoint(self, number: int | None, epochs: int) -> Message:
+    def _checkpoint(self, number: int | None, epochs: int) -> CheckpointWritten:
         digest = self._file(f"checkpoint of part {number} at epoch {epochs}")
-        return {"type": "checkpoint", "fold": number, "epochs": epochs, "sha256": digest, "size_bytes": 9}
+        return CheckpointWritten(fold=number, epochs=epochs, sha256=digest, size_bytes=9)
 
     def _file(self, name: str) -> Digest:
         """Store a file that no other attempt has."""
         return self._store.write(f"{name} of {self._subject_id}, {self._chance.integer(0, 10**12)}")
 
-    def _at_once(self, message: Message) -> tuple[float, Message]:
+    def _at_once(self, message: ChildMessage) -> tuple[float, ChildMessage]:
         return 0.0, message
 
-    def _soon(self, message: Message) -> tuple[float, Message]:
+    def _soon(self, message: ChildMessage | Exception) -> tuple[float, ChildMessage | Exception]:
         return self._chance.seconds(0.0, 0.5), message
 
 
 class ComparingChild(TrainingChild):
-    """Says what a child says that compares."""
+    """Sends what a child sends that compares."""
 
     def __init__(
-        self, machine: Machine, store: MemoryStore, order: Mapping[str, Any], environment: Mapping[str, str]
+        self, machine: Machine, store: MemoryStore, order: CompareOrder, environment: Mapping[str, str]
     ) -> None:
         super().__init__(machine, store)
-        self.order(order)
+        self.send(order)
 
-    def _obey(self, order: Mapping[str, Any]) -> Said:
-        for candidate in order["candidates"]:
-            for file in (candidate["bundle"], candidate["backbone"], candidate["out_of_fold"]):
+    def _carry_out(self, order: Order) -> Script:
+        assert isinstance(order, CompareOrder)
+        for run in order.runs:
+            for file in (run.bundle, run.backbone, run.out_of_fold):
                 if not self._store.has(file):
                     raise InvariantViolated(f"a comparison is given a file that is gone: {file}")
         for _ in range(self._chance.integer(1, 6)):
             yield from self._work("comparing")
-        rows = [{"position": candidate["position"], "difference": None} for candidate in order["candidates"]]
+        rows = [{"position": run.position, "difference": None} for run in order.runs]
         yield self._soon(
-            {
-                "type": "outcome",
-                "table": {"rows": rows, "verdict": "equal"},
-                "picture": self._file("picture"),
-                "report": self._file("report"),
-            }
+            ComparisonOutcome(
+                table={"rows": rows, "verdict": "equal"},
+                picture=self._file("picture"),
+                report=self._file("report"),
+            )
         )
-        yield self._soon({"type": "end"})
-
-
-def _error(error: EspalierError) -> Message:
-    return {"type": "error", "error": error.record()}
+        yield self._soon(ChildEnded())
 
 
 # --- MLflow --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+import models.worker
 from api.idempotency import IdempotentRequest
 from models import comparison as comparisons
 from models import job as jobs
@@ -25,9 +26,9 @@ from simulator import workers
 from simulator.faults import Fault
 from simulator.postgresql import PostgresqlDatabase
 from simulator.schedule import Failed, Simulator
-from worker.child_process import Message
 from worker.handlers import train
-from worker.handlers.train import Train
+from worker.handlers.train import PartEnd, ProgressWriter, Train
+from worker.messages import FoldEnded, Prepared, RunOutcome
 from worker.sweeper import Sweeper
 
 QUICK, ALL, TOGETHER = 20, 300, 20
@@ -91,7 +92,7 @@ def test_a_seed_says_all_that_happens(simulator: Simulator) -> None:
 # --- broken cores ----------------------------------------------------------------------------------------------------
 # Our own code is replaced here and nowhere else: that is what these tests are about.
 
-CLAIM, TAKE_OVER, CHANGE = jobs.claim, jobs.take_over, train._Conversation._change
+CLAIM, TAKE_OVER, WRITE_ROWS = jobs.claim, jobs.take_over, ProgressWriter._write_rows
 
 
 def hold_without_a_fence(session: Session, lease: Lease) -> Job:
@@ -114,8 +115,13 @@ def take_over_in_the_same_epoch(session: Session, sighting: Sighting) -> Job | N
     return _epoch_less_one(session, TAKE_OVER(session, sighting))
 
 
-def claim_in_the_same_epoch(session: Session, queues: list[Queue], owner: str) -> Job | None:
-    return _epoch_less_one(session, CLAIM(session, queues, owner))
+def claim_in_the_same_epoch(session: Session, job_id: str, queues: list[Queue], owner: str) -> Job | None:
+    return _epoch_less_one(session, CLAIM(session, job_id, queues, owner))
+
+
+def claim_whatever_its_state(session: Session, job_id: str, queues: list[Queue], owner: str) -> Job | None:
+    session.execute(update(Job).where(Job.id == job_id).values(state=JobState.QUEUED))
+    return CLAIM(session, job_id, queues, owner)
 
 
 def run_of_whatever_became_of_it(session: Session, job: Job) -> Run | None:
@@ -158,19 +164,19 @@ def owe_no_fold(session: Session, run_id: str, kind: str, payload: dict[str, obj
         owe(session, run_id, kind, payload)
 
 
-def complete_all_the_same(self: Train, session: Session, job: Job, last: Message) -> None:
-    match last["type"]:
-        case "prepared":
+def complete_all_the_same(self: Train, session: Session, job: Job, end: PartEnd) -> None:
+    match end:
+        case Prepared():
             run_jobs.queue_folds(session, job)
-        case "fold":
-            self._end_fold(session, job, last)
-        case "outcome":
-            self._end_run(session, job, last)
+        case FoldEnded():
+            self._end_fold(session, job, end)
+        case RunOutcome():
+            self._end_run(session, job, end)
 
 
-def change_once_more(self: train._Conversation, session: Session) -> None:
+def write_rows_once_more(self: ProgressWriter, session: Session) -> None:
     session.get_one(Job, self._work.lease.job_id).progress = None
-    CHANGE(self, session)
+    WRITE_ROWS(self, session)
 
 
 @dataclass(frozen=True)
@@ -188,11 +194,11 @@ BROKEN_CORES = {
     "hold does not fence": BrokenCore(
         jobs, "hold", hold_without_a_fence, "under a lease that was over|UNIQUE constraint"
     ),
-    "renew does not fence": BrokenCore(jobs, "renew", renew_without_a_fence, "under a lease that was over", 12),
+    "renew does not fence": BrokenCore(jobs, "renew", renew_without_a_fence, "under a lease that was over", 60),
     "a take-over keeps the epoch": BrokenCore(jobs, "take_over", take_over_in_the_same_epoch, "was not counted up"),
     "a claim keeps the epoch": BrokenCore(jobs, "claim", claim_in_the_same_epoch, "a lease is given out twice"),
     "completed unseen": BrokenCore(
-        run_jobs, "lock_active_run", run_of_whatever_became_of_it, "This is a bug|nobody needs it", 180
+        run_jobs, "lock_active_run", run_of_whatever_became_of_it, "This is a bug|nobody needs it", 20
     ),
     "no fold is the last": BrokenCore(run_jobs, "finish_fold", end_fold_and_forget_the_last, "a run is lost"),
     "the last fold but one": BrokenCore(
@@ -202,20 +208,28 @@ BROKEN_CORES = {
         jobs, "end_others", end_others_by_asking_them, "UNIQUE constraint failed: job.kind", 2955
     ),
     "given back though cancelled": BrokenCore(
-        jobs, "give_back", give_back_all_the_same, "its run was asked to end", 30
+        jobs, "give_back", give_back_all_the_same, "its run was asked to end", 20
     ),
     "completed though cancelled": BrokenCore(
-        Train, "_complete", complete_all_the_same, "asked to end|a run is lost", 80
+        Train, "_complete", complete_all_the_same, "asked to end|a run is lost", 20
     ),
     "endless attempts": BrokenCore(jobs, "attempts_are_used_up", lambda job: False, "more than 3 attempts", 140),
     "files go at once": BrokenCore(
-        train, "delete_unreferenced_after_commit", try_delete_unreferenced, "a row names a file that is gone", 114
+        train, "delete_unreferenced_after_commit", try_delete_unreferenced, "a row names a file that is gone", 130
     ),
     "no end for MLflow": BrokenCore(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
     "no folds for MLflow": BrokenCore(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
-    "told twice": BrokenCore(train._Conversation, "_change", change_once_more, "UNIQUE constraint failed: fold", 400),
-    "nobody sweeps": BrokenCore(Sweeper, "_take_over", lambda self, sighting: False, "is running for ever"),
-    "only bells wake": BrokenCore(workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever"),
+    "told twice": BrokenCore(
+        ProgressWriter, "_write_rows", write_rows_once_more, "UNIQUE constraint failed: fold", 400
+    ),
+    "nobody sweeps": BrokenCore(Sweeper, "_take_over", lambda self, sighting: False, "for ever|not over"),
+    "nobody makes up for lost messages": BrokenCore(
+        workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever|not over"
+    ),
+    "a message is an order": BrokenCore(
+        jobs, "claim", claim_whatever_its_state, "running → |succeeded → |cancelled → "
+    ),
+    "jobs are sent to nobody": BrokenCore(models.worker, "count_free", lambda session, live_s: {}, "for ever|not over"),
     "a comparison stays closed": BrokenCore(
         comparisons, "on_run_retried", lambda *asked: None, "is not in its table", 160
     ),

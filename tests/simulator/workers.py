@@ -1,4 +1,4 @@
-"""The workers of a schedule: the real loops and sweepers, on machines that die, freeze and come back."""
+"""The workers of a schedule: real runners, sweepers and dispatchers, on machines that die, freeze and come back."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from functools import partial
 from typing import Any
 
 from artifacts.images import ImageLimits
+from dispatch import ThreadDispatcher
+from errors import DiskFull, Unavailable
 from models.job import JobKind, Queue
+from simulator.broker import SimulatedBroker
 from simulator.faults import Fault
 from simulator.machine import Machine
 from simulator.simulation import Simulation
 from simulator.stand_ins import ComparingChild, TrainingChild
-from worker.child.weights import Source
 from worker.handlers.compare import Compare
 from worker.handlers.tracking import Publish, TrackingPlace
 from worker.handlers.train import Train, TrainingPlace
+from worker.job_runner import JobFailed, JobRunner, Outcome
 from worker.lease import Timings, Work
-from worker.loop import Loop
+from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
 # In the proportions of `settings`, with fewer looks to the length of a lease: each is a transaction.
 TIMINGS = Timings(look_every_s=12.0, renew_every_s=10.0, lease_s=40.0, let_go_s=30.0, cancel_every_s=6.0, stall_s=60.0)
 
+LIVE_S = 3 * TIMINGS.look_every_s
+
 _DRAIN_S = 25.0
-_PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, Source("", "", 1.0, 1.0), 1.0)
+_PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, WeightsSource("", "", 1.0, 1.0), 1.0)
 
 
 class Crew:
     """All workers; those that die or are drained are followed by others, as supervisors see to."""
 
-    def __init__(self, simulation: Simulation) -> None:
+    def __init__(self, simulation: Simulation, broker: SimulatedBroker) -> None:
         self.simulation = simulation
+        self.broker = broker
         self.workers: list[SimulatedWorker] = []
         self._numbers = 0
         chance = simulation.chance
@@ -62,15 +68,9 @@ class Crew:
 
         self.simulation.spawn(hire, "supervisor")
 
-    def hear(self, queue: Queue, is_for_all: bool) -> None:
-        """Wake a worker that serves a queue, or all of them."""
-        serving = [worker for worker in self.workers if queue in worker.queues]
-        for worker in serving if is_for_all else [self.simulation.chance.choice(serving)] if serving else []:
-            worker.wake()
-
 
 class SimulatedWorker:
-    """The real loops and sweeper of a worker process, as `worker.app` has them."""
+    """What `worker.app` has in a process, and a thread that fetches messages as Celery does."""
 
     def __init__(self, crew: Crew, name: str, queues: Sequence[Queue]) -> None:
         simulation = crew.simulation
@@ -85,51 +85,61 @@ class SimulatedWorker:
             JobKind.COMPARE: compare,
             JobKind.PUBLISH: Publish(simulation.store, TrackingPlace("", 1.0, ""), pages),
         }
-        self._loops = [
-            WatchedLoop(simulation, machine.database, queue, handlers, name, TIMINGS, machine.clock) for queue in queues
-        ]
-        self._sweeper = Sweeper(machine.database, queues, handlers, name, TIMINGS, machine.clock)
+        clock, database = machine.clock, machine.database
+        self._dispatcher = ThreadDispatcher(database, crew.broker, LIVE_S, clock)
+        self._runner = WatchedRunner(
+            simulation, database, queues, handlers, name, TIMINGS, clock, self._dispatcher.request
+        )
+        self._sweeper = Sweeper(database, queues, handlers, name, TIMINGS, clock, self._after_sweep)
+        self._draining, self._is_idle = clock.flag(), clock.flag()
 
     def start(self) -> None:
         """Begin to work."""
-        for loop in self._loops:
-            loop.start()
+        self._dispatcher.start()
         self._sweeper.start()
-
-    def wake(self) -> None:
-        """Look for work now."""
-        for loop in self._loops:
-            loop.ring()
+        self.machine.thread(self._consume, "pool").start()
 
     def drain(self) -> None:
-        """Give the present jobs back, take no more, and end; killed if that takes too long."""
+        """Give the present job back, take no more, and end; killed if that takes too long."""
         self._crew.hire_later(self)
         self.machine.thread(self._end, "main").start()
 
+    def _consume(self) -> None:
+        while not self._draining.is_set():
+            job_id = self._crew.broker.fetch(self.queues)
+            if job_id is None:
+                continue
+            try:
+                self._runner.run(job_id)
+            except (JobFailed, Unavailable, DiskFull) as error:
+                self._crew.simulation.log(f"{self.machine.name}: task failed: {error}")
+        self._is_idle.set()
+
     def _end(self) -> None:
-        clock = self.machine.clock
-        for loop in self._loops:
-            loop.drain()
-        until = clock.now() + _DRAIN_S
-        for loop in self._loops:
-            loop.join(max(0.0, until - clock.now()))
+        self._draining.set()
+        self._runner.drain()
+        self._is_idle.wait(_DRAIN_S)
         self._sweeper.stop()
         self._crew.simulation.log(f"{self.machine.name} ends")
         self._crew.simulation.scheduler.kill(self.machine.thread_group)
 
+    def _after_sweep(self) -> None:
+        self._runner.stop_idle_child(2 * TIMINGS.look_every_s)
+        self._dispatcher.request()
 
-class WatchedLoop(Loop):
-    """A loop of which the world knows under which lease it works."""
+
+class WatchedRunner(JobRunner):
+    """A runner of which the simulation knows under which lease it works."""
 
     def __init__(self, simulation: Simulation, *given: Any) -> None:
         super().__init__(*given)
         self._simulation = simulation
 
-    def see_through(self, work: Work) -> None:
+    def see_through(self, work: Work) -> Outcome:
         task, leases = self._simulation.scheduler.current, self._simulation.leases
         holders = [other for other in task.thread_group.threads if other.parent is task]
         leases |= dict.fromkeys([task, *holders], work.lease)
         try:
-            super().see_through(work)
+            return super().see_through(work)
         finally:
             del leases[task]

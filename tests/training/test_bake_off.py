@@ -17,8 +17,9 @@ from artifacts import bundle as bundles
 from artifacts.manifest import Row
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
-from recipes.recipe import BackboneChoice, Recipe, Task
-from training.bake_off import FOLDS, Pick, _sample, is_asked
+from recipes.filled import FeatureExtractionRecipe, UndecidedRecipe
+from recipes.recipe import Recipe, Task
+from training.bake_off import FOLDS, BakeOffResult, _sample
 from training.data.split import make_folds
 from training.data.targets import Targets
 from training.networks import backbones
@@ -132,12 +133,14 @@ def test_a_choice_is_kept_as_it_was_and_settles_the_recipe() -> None:
         "seconds": 4.5,
         "tried": [],
     }
-    assert Pick.of(facts).facts(Task.MULTICLASS) == facts
-    recipe = Recipe.model_validate({"backbone": "auto", "features_from": "auto"})
-    assert is_asked(recipe) and not is_asked(Recipe())
-    done = Pick.of(facts).settled(recipe)
-    assert (done.backbone, done.features_from, done.image_size) == (BackboneChoice.VGG19, "block4", 48)
-    assert not is_asked(done)
+    assert BakeOffResult.of(facts).facts(Task.MULTICLASS) == facts
+    recipe = fill(
+        Recipe.model_validate({"backbone": "auto", "features_from": "auto"}), Task.BINARY, [ClassCount("a", 9, 9)]
+    )
+    assert isinstance(recipe, UndecidedRecipe)
+    done = BakeOffResult.of(facts).decide(recipe)
+    assert (done.backbone, done.features_from, done.image_size) == (BackboneName.VGG19, "block4", 48)
+    assert isinstance(done, FeatureExtractionRecipe)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_what_cannot_be_left_open_is_refused(recipe: dict[str, Any], field: str)
 def test_what_is_left_open_stays_open_until_a_worker_has_tried() -> None:
     counts = [ClassCount("a", 9, 9), ClassCount("b", 9, 9)]
     filled = fill(Recipe.model_validate({"backbone": "auto"}), Task.BINARY, counts)
-    assert (filled.backbone, filled.features_from, filled.image_size) == (BackboneChoice.AUTO, None, None)
+    assert (filled.backbone, filled.features_from, filled.image_size) == ("auto", None, None)
     assert fill(filled, Task.BINARY, counts) == filled
     filled = fill(Recipe.model_validate({"backbone": "vgg16", "features_from": "auto"}), Task.BINARY, counts)
     assert (filled.features_from, filled.image_size) == ("auto", 224)

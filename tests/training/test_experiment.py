@@ -32,6 +32,7 @@ from recipes.recipe import Precision, Recipe, Task
 from training import delivery, setup
 from training.data.arrays import load_pixels
 from training.data.split import make_folds
+from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import fit_head
 from training.fitting.training_loop import Passage
 from training.statistics import evaluation
@@ -218,18 +219,8 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
         hidden = features.copy()
         hidden[fold.test] = np.nan
         seed = int(np.random.SeedSequence((recipe.seed, fold.number)).generate_state(1)[0])
-        alone = fit_head(
-            recipe,
-            Task.MULTICLASS,
-            3,
-            hidden,
-            truth,
-            fold.train,
-            fold.validation,
-            epochs=4,
-            seed=seed,
-            passage=Passage(lambda number, metrics: None),
-        )
+        fit = FitTask(fold.train, fold.validation, 4, seed, Passage(lambda number, metrics: None))
+        alone = fit_head(recipe, FitData(Task.MULTICLASS, 3, hidden, truth), fit)
         assert [epoch["val_loss"] for epoch in alone.trained.history] == pytest.approx(
             [epoch["val_loss"] for epoch in result.history], rel=1e-4
         )
@@ -467,7 +458,7 @@ def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
     chosen = "int8" if scores["int8"] >= scores["float32"] - found["margin"] else "float32"
     assert found["chosen"] == chosen and outcome.metrics["accuracy"] == pytest.approx(scores[chosen])
     assert bundles.load(bench.store.read(outcome.bundle)).precision == chosen
-    assert f"`{chosen}` answers: the fastest" in outcome.files["report.md"][0].decode()
+    assert f"`{chosen}` is used: the fastest" in outcome.files["report.md"][0].decode()
     for precision in Precision.FLOAT32, Precision.INT8:
         alone, _ = bench.run(rows, precision=precision.value)
         assert alone.metrics["accuracy"] == pytest.approx(scores[precision])
@@ -511,7 +502,7 @@ def test_a_network_that_has_learned_answers_in_int8_if_it_is_as_good_on_held_out
     answers = predictor.predict([bench.store.read(row.sha256) for row in held], ImageLimits(), deadline_s=120)
     right = np.mean([one.label == row.labels[0] for one, row in zip(answers, held, strict=True)])
     assert outcome.metrics["test"]["accuracy"] == pytest.approx(right)
-    said = "`int8` answers as asked" if is_good else "`float32` answers, not `int8`"
+    said = "`int8` is used as requested" if is_good else "`float32` is used instead of `int8`"
     assert said in outcome.files["report.md"][0].decode()
 
 

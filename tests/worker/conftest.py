@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from working import QUICK, Outage, Say, StartLoop
@@ -15,7 +13,8 @@ from models import job as jobs
 from models.job import JobKind, Queue
 from models.session import Database
 from worker.lease import Handler, Timings
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
+from worker.messages import ChildMessage, line_of
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def outage(database: Database) -> Iterator[Outage]:
 @pytest.fixture
 def start_loop() -> Iterator[StartLoop]:
     """Start loops that are drained at the end of the test."""
-    loops: list[Loop] = []
+    loops: list[LocalWorker] = []
 
     def start(
         database: Database,
@@ -55,8 +54,8 @@ def start_loop() -> Iterator[StartLoop]:
         queue: Queue = Queue.CPU,
         timings: Timings = QUICK,
         worker: str = "here",
-    ) -> Loop:
-        loop = Loop(database, queue, {kind: handler}, worker, timings)
+    ) -> LocalWorker:
+        loop = LocalWorker(database, queue, {kind: handler}, worker, timings)
         loops.append(loop)
         loop.start()
         return loop
@@ -82,11 +81,11 @@ def long_back_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], float]:
 
 @pytest.fixture
 def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Have the next child say these messages, a while apart; after one that asks it waits for the answer."""
+    """Have the next child send these messages, a while apart; after one that asks it waits for the answer."""
 
-    def make(*messages: dict[str, Any], apart_s: float = 0.0, on_drain: Sequence[dict[str, Any]] | None = None) -> None:
-        (tmp_path / "messages").write_text("\n".join(map(json.dumps, messages)))
-        (tmp_path / "last").write_text("\n".join(map(json.dumps, on_drain or [])))
+    def make(*messages: ChildMessage, apart_s: float = 0.0, on_drain: Sequence[ChildMessage] | None = None) -> None:
+        (tmp_path / "messages").write_text("".join(map(line_of, messages)))
+        (tmp_path / "last").write_text("".join(map(line_of, on_drain or [])))
         (tmp_path / "sitecustomize.py").write_text(
             f"""
 import os, sys, time
@@ -102,7 +101,7 @@ if "worker.child" in sys.orig_argv:
         time.sleep({apart_s})
     if {on_drain is not None}:
         sys.stdin.readline()
-        os.write(channel, open({str(tmp_path / "last")!r}, "rb").read() + b"\\n")
+        os.write(channel, open({str(tmp_path / "last")!r}, "rb").read())
     os._exit(0)
 """
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from waiting import until
 
+from models.job import Queue
 from models.session import Database
 from ops.migrate import upgrade
 from settings import Settings
@@ -17,7 +18,7 @@ def test_a_worker_that_starts_clears_away_what_killed_ones_left_half_written(tmp
     database = Database(settings.database)
     upgrade(database)
     database.close()
-    service = WorkerService(settings)
+    service = WorkerService(settings, "here", [Queue.INGEST])
     left = tmp_path / "store" / "incoming" / "left"
     left.write_bytes(b"half a file")
     yesterday = time.time() - 90_000

@@ -13,7 +13,6 @@ import termios
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,26 @@ from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store, digest_of
 from errors import ArchiveRefused, Corrupt, Crashed, DiskFull, EspalierError, LayoutUnknown, NotFound, OutOfMemory
 from models.session import Database
+from recipes.recipe import Task
 from worker import child_process
-from worker.child_process import Child, Died, Message, clear_left_folders
+from worker.child_process import Child, ChildDied, clear_left_folders, messages
 from worker.lease import Reason, Stopped, Work
+from worker.messages import (
+    Alive,
+    ChildMessage,
+    DigestAnswer,
+    ImageAccepted,
+    ImageBegun,
+    ImageRejected,
+    IngestOrder,
+    LayoutFound,
+    line_of,
+)
 
 MIB = 1024 * 1024
 ROOT = Path(__file__).parent.parent.parent
 
-Order = Callable[..., dict[str, Any]]
+MakeOrder = Callable[..., IngestOrder]
 Sidecar = Callable[[str], dict[str, str]]
 
 
@@ -48,26 +59,25 @@ def work(sqlite: Database) -> Iterator[Work]:
 
 
 @pytest.fixture
-def order(store: Store) -> Order:
+def order(store: Store) -> MakeOrder:
     """Order the ingest of an archive, given as its bytes or as a digest."""
 
-    def make(archive: bytes | Digest, **changed: Any) -> dict[str, Any]:
-        return {
-            "kind": "ingest",
-            "store": str(store.root),
-            "archive": archive if isinstance(archive, str) else store.put(archive),
-            "archive_limits": asdict(ArchiveLimits()),
-            "image_limits": asdict(ImageLimits(scans=100_000)),  # so that an image may take long
-            "decode_cpu_s": 100,
-            "memory_bytes": 1536 * MIB,
-            "done": [],
-        } | changed
+    def make(archive: bytes | Digest, memory_bytes: int = 1536 * MIB) -> IngestOrder:
+        return IngestOrder(
+            store=str(store.root),
+            archive=archive if isinstance(archive, str) else store.put(archive),
+            archive_limits=ArchiveLimits(),
+            image_limits=ImageLimits(scans=100_000),  # so that an image may take long
+            decode_cpu_s=100,
+            memory_bytes=memory_bytes,
+            done=(),
+        )
 
     return make
 
 
 @pytest.fixture
-def endless(store: Store, order: Order) -> dict[str, Any]:
+def endless(store: Store, order: MakeOrder) -> IngestOrder:
     """An order that takes for ever and burns nothing: its archive is a pipe that nobody writes to."""
     digest = digest_of(b"endless")
     store.path_for(digest).parent.mkdir()
@@ -95,25 +105,29 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def listen(child: Child, work: Work) -> list[Message]:
+def listen(child: Child, work: Work) -> list[ChildMessage]:
     """Return all that a child says until it is done."""
-    messages = []
-    while (message := child.receive(work)) is not None:
-        messages.append(message)
-    return messages
+    return list(messages(child, work))
+
+
+def next_message(child: Child, work: Work) -> ChildMessage:
+    """Wait for a child's next message."""
+    while (message := child.receive(work)) is None:
+        pass
+    return message
 
 
 # --- what a child says -----------------------------------------------------------------------------------------------
 
 
-def test_a_child_says_everything_and_then_ends(work: Work, order: Order) -> None:
+def test_a_child_says_everything_and_then_ends(work: Work, order: MakeOrder) -> None:
     files = sample.coloured(per_class=2)
     with Child(order(sample.zipped(files))) as child:
-        messages = listen(child, work)
+        layout, *images = listen(child, work)
         assert not is_alive(child.pid)
-    assert messages[0] == {"type": "layout", "task": "multiclass", "samples": 6, "ignored": 0, "refused": []}
-    assert [message["type"] for message in messages[1:]] == ["reading", "accepted"] * 6
-    assert [(message["path"], message["sha256"]) for message in messages[2::2]] == [
+    assert layout == LayoutFound(task=Task.MULTICLASS, samples=6, ignored=0, refused=())
+    assert [type(message) for message in images] == [ImageBegun, ImageAccepted] * 6
+    assert [(image.path, image.sha256) for image in images if isinstance(image, ImageAccepted)] == [
         (path, digest_of(data)) for path, data in files.items()
     ]
 
@@ -127,50 +141,49 @@ def test_a_child_says_everything_and_then_ends(work: Work, order: Order) -> None
     ],
 )
 def test_a_killed_child_has_said_all_that_came_before(
-    work: Work, order: Order, number: signal.Signals, kills: list[int], meaning: type[EspalierError]
+    work: Work, order: MakeOrder, number: signal.Signals, kills: list[int], meaning: type[EspalierError]
 ) -> None:
     files = sample.coloured(per_class=2, classes=2) | {"red/slow.jpg": slow_jpeg(20_000)}
-    messages: list[Message] = []
+    sent: list[ChildMessage] = []
     counted = iter(kills)
     with Child(order(sample.zipped(files, zipfile.ZIP_STORED)), count_kills=lambda: next(counted)) as child:
-        while not messages or messages[-1].get("path") != "red/slow.jpg":
-            message = child.receive(work)
-            assert message is not None
-            messages.append(message)
+        while not sent or not isinstance(sent[-1], ImageBegun) or sent[-1].path != "red/slow.jpg":
+            sent.append(next_message(child, work))
         os.kill(child.pid, number)
-        with pytest.raises(Died, match=f"ended with {number.name}") as death:
-            child.receive(work)
-    assert [message["path"] for message in messages if message["type"] == "accepted"] == list(files)[:-1]
+        with pytest.raises(ChildDied, match=f"ended with {number.name}") as death:
+            next_message(child, work)
+    assert [message.path for message in sent if isinstance(message, ImageAccepted)] == list(files)[:-1]
     failure = death.value.as_failure()
     assert death.value.signal == number
     assert type(failure) is meaning and failure.is_transient is (meaning is Crashed)
 
 
-def test_messages_that_wait_are_heard_after_the_child_was_killed(work: Work, order: Order) -> None:
+def test_messages_that_wait_are_heard_after_the_child_was_killed(work: Work, order: MakeOrder) -> None:
     files = sample.coloured(per_class=2, classes=2) | {"red/slow.jpg": slow_jpeg(20_000)}
     with Child(order(sample.zipped(files, zipfile.ZIP_STORED))) as child:
-        until(lambda: child._messages.qsize() == 10)  # it is at the slow one; nobody listened yet
+        until(lambda: child._lines.qsize() == 10)  # it is at the slow one; nobody listened yet
         os.kill(child.pid, signal.SIGKILL)
         heard = [child.receive(work) for _ in range(10)]
-        with pytest.raises(Died, match="SIGKILL"):
-            child.receive(work)
-    assert [message and message["type"] for message in heard] == ["layout", *["reading", "accepted"] * 4, "reading"]
+        with pytest.raises(ChildDied, match="SIGKILL"):
+            next_message(child, work)
+    assert [type(message) for message in heard] == [LayoutFound, *[ImageBegun, ImageAccepted] * 4, ImageBegun]
 
 
-def test_a_child_that_breaks_is_a_crash(work: Work, order: Order) -> None:
-    with Child(order(b"", kind="no such kind")) as child, pytest.raises(Died, match="exit status 1") as death:
-        child.receive(work)
+def test_a_child_that_breaks_is_a_crash(work: Work, endless: IngestOrder, sidecar: Sidecar) -> None:
+    broken = sidecar("import resource; resource.setrlimit = None")
+    with Child(endless, broken) as child, pytest.raises(ChildDied, match="exit status 1") as death:
+        next_message(child, work)
     failure = death.value.as_failure()
     assert death.value.signal is None
     assert isinstance(failure, Crashed) and failure.is_transient
 
 
-def test_an_error_arrives_as_the_class_it_was(work: Work, order: Order, store: Store) -> None:
+def test_an_error_arrives_as_the_class_it_was(work: Work, order: MakeOrder, store: Store) -> None:
     corrupt = store.put(sample.zipped(sample.coloured(1)))
     store.path_for(corrupt).write_bytes(b"flipped")
     wrong: list[tuple[bytes | Digest, type[EspalierError], str]] = [
         (digest_of(b"never stored"), NotFound, "No stored file has the digest"),
-        (corrupt, Corrupt, "is not what its digest says"),
+        (corrupt, Corrupt, "does not match its digest"),
         (b"just text, but long enough to be read as an archive's head" * 10, ArchiveRefused, "Expected a zip"),
         (sample.zipped({"loose.png": b"x"}), LayoutUnknown, "one folder per class"),
     ]
@@ -180,7 +193,7 @@ def test_an_error_arrives_as_the_class_it_was(work: Work, order: Order, store: S
         assert type(raised.value) is kind
 
 
-def test_a_child_that_may_not_have_the_memory_it_wants_says_so(work: Work, order: Order) -> None:
+def test_a_child_that_may_not_have_the_memory_it_wants_says_so(work: Work, order: MakeOrder) -> None:
     archive = sample.zipped({"a/1.png": bytes(60 * MIB), "b/2.png": b"x"}, zipfile.ZIP_STORED)
     with Child(order(archive, memory_bytes=220 * MIB)) as child, pytest.raises(OutOfMemory, match="more memory"):
         listen(child, work)
@@ -190,7 +203,7 @@ def test_a_child_that_may_not_have_the_memory_it_wants_says_so(work: Work, order
 
 
 def test_what_libraries_print_is_no_message(
-    work: Work, order: Order, sidecar: Sidecar, capfd: pytest.CaptureFixture[str]
+    work: Work, order: MakeOrder, sidecar: Sidecar, capfd: pytest.CaptureFixture[str]
 ) -> None:
     loud = sidecar(
         """
@@ -214,27 +227,46 @@ threading.Thread(target=chatter, daemon=True).start()
 
 
 def test_a_child_that_dies_in_the_middle_of_a_message_is_heard_to_die(
-    work: Work, order: Order, sidecar: Sidecar
+    work: Work, order: MakeOrder, sidecar: Sidecar
 ) -> None:
     cut = sidecar(
         """
 import os, signal, sys
-os.write(int(sys.orig_argv[-1]), b'{"type": "layout"}\\n{"type": "outco')
+os.write(int(sys.orig_argv[-1]), b'{"type": "alive"}\\n{"type": "outco')
 os.kill(os.getpid(), signal.SIGKILL)
 """
     )
     with Child(order(b""), cut) as child:
-        assert child.receive(work) == {"type": "layout"}
-        with pytest.raises(Died, match="SIGKILL"):
-            child.receive(work)
+        assert next_message(child, work) == Alive()
+        with pytest.raises(ChildDied, match="SIGKILL"):
+            next_message(child, work)
+
+
+def test_a_line_that_is_no_message_is_an_error_that_shows_it(
+    work: Work, order: MakeOrder, sidecar: Sidecar, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = sidecar(
+        """
+import os, sys, time
+lines = (b'{"type": "ali}', b'{"type": "alive", "step": 1}', b'{"type": "sleepy"}', b'{"type": "alive"}', b'no JSON')
+os.write(int(sys.orig_argv[-1]), b"\\n".join(lines) + b"\\n")
+time.sleep(600)
+"""
+    )
+    with Child(order(b""), wrong) as child:
+        for shown in ("ali}", "step", "sleepy"):
+            with pytest.raises(Crashed, match=f"Expected a message.*{shown}"):
+                next_message(child, work)
+        assert next_message(child, work) == Alive(), "the lines after it are read"
+        until(lambda: child._lines.qsize() == 1)
+        assert child.stop() == []
+    assert "no JSON" in "".join(capfd.readouterr())
 
 
 # --- what a child is given -------------------------------------------------------------------------------------------
 
 
-def test_a_child_is_given_no_secrets(
-    endless: dict[str, Any], sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_is_given_no_secrets(endless: IngestOrder, sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI", "ESPALIER_API_KEY", "ESPALIER_STORE_URL")
     secret += ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
     for name in (*secret, "ESPALIER_TEST_OTHER"):
@@ -257,7 +289,7 @@ os.rename(os.environ["SIDECAR"] + "/new", os.environ["SIDECAR"] + "/environment"
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["ended", "killed"])
 def test_what_a_child_left_in_its_temporary_folder_goes_with_it(
-    work: Work, endless: dict[str, Any], order: Order, sidecar: Sidecar, is_killed: bool
+    work: Work, endless: IngestOrder, order: MakeOrder, sidecar: Sidecar, is_killed: bool
 ) -> None:
     environment = sidecar(
         """
@@ -319,7 +351,7 @@ def test_a_child_for_which_there_is_no_room_waits_and_one_that_cannot_start_is_t
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_a_child_ends_what_it_started_too(endless: dict[str, Any], sidecar: Sidecar) -> None:
+def test_stopping_a_child_ends_what_it_started_too(endless: IngestOrder, sidecar: Sidecar) -> None:
     environment = sidecar(GRANDCHILD)
     with Child(endless, environment) as child:
         grandchild = grandchild_of(environment)
@@ -328,7 +360,7 @@ def test_stopping_a_child_ends_what_it_started_too(endless: dict[str, Any], side
     until(lambda: not is_alive(grandchild))
 
 
-def test_what_a_child_left_running_ends_with_it(work: Work, order: Order, sidecar: Sidecar) -> None:
+def test_what_a_child_left_running_ends_with_it(work: Work, order: MakeOrder, sidecar: Sidecar) -> None:
     environment = sidecar(GRANDCHILD)
     with Child(order(sample.zipped(sample.coloured(1))), environment) as child:
         listen(child, work)
@@ -338,7 +370,7 @@ def test_what_a_child_left_running_ends_with_it(work: Work, order: Order, sideca
 
 
 def test_a_child_that_does_not_want_to_end_is_killed(
-    endless: dict[str, Any], sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
+    endless: IngestOrder, sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert child_process.STOP_GRACE_S < 10, "the time that a cancelled run may take"
     monkeypatch.setattr(child_process, "STOP_GRACE_S", 0.3)
@@ -348,16 +380,17 @@ def test_a_child_that_does_not_want_to_end_is_killed(
     assert not is_alive(child.pid) and child._process.returncode == -signal.SIGKILL
 
 
-def test_a_child_ends_when_its_worker_is_killed(endless: dict[str, Any], sidecar: Sidecar, tmp_path: Path) -> None:
+def test_a_child_ends_when_its_worker_is_killed(endless: IngestOrder, sidecar: Sidecar, tmp_path: Path) -> None:
     environment = sidecar(GRANDCHILD)
     helper = """
 import json, sys, time
 from worker.child_process import Child
-child = Child(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+from worker.messages import parse_worker_message
+child = Child(parse_worker_message(sys.argv[1]), json.loads(sys.argv[2]))
 print(child.pid, flush=True)
 time.sleep(600)
 """
-    command = [sys.executable, "-c", helper, json.dumps(endless), json.dumps(environment)]
+    command = [sys.executable, "-c", helper, line_of(endless), json.dumps(environment)]
     here = os.environ | {"TMPDIR": str(tmp_path)}  # nobody is left to remove the child's own folder
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=here) as worker:
         assert worker.stdout is not None
@@ -376,7 +409,7 @@ def test_half_an_order_from_a_worker_that_died_ends_the_child(sidecar: Sidecar) 
         command, stdin=subprocess.PIPE, pass_fds=(outgoing,), cwd=ROOT, start_new_session=True
     ) as child:
         assert child.stdin is not None
-        child.stdin.write(b'{"type": "order", "kind": "tr')
+        child.stdin.write(b'{"type": "tr')
         child.stdin.close()
         assert child.wait(60) == -signal.SIGKILL
     os.close(incoming)
@@ -390,37 +423,37 @@ def unread_bytes(child: Child) -> int:
     return found[0]
 
 
-def test_a_stopped_child_hands_over_what_nobody_has_heard(order: Order) -> None:
+def test_a_stopped_child_hands_over_what_nobody_has_heard(order: MakeOrder) -> None:
     # 3,200 messages: more than wait in the queue, so the child's pipe fills up behind it.
     archive = sample.zipped({f"{name}/{number}.png": b"no image" for name in "ab" for number in range(800)})
     with Child(order(archive)) as child:
-        until(lambda: child._messages.full() and unread_bytes(child) > 16_384)
-        messages = child.stop()
+        until(lambda: child._lines.full() and unread_bytes(child) > 16_384)
+        unread = child.stop()
         assert not is_alive(child.pid)
         assert child.stop() == []
-    assert messages[0]["type"] == "layout" and 1100 < len(messages) < 3200
-    assert [message["type"] for message in messages[1:5]] == ["reading", "refused"] * 2
+    assert isinstance(unread[0], LayoutFound) and 1100 < len(unread) < 3200
+    assert [type(message) for message in unread[1:5]] == [ImageBegun, ImageRejected] * 2
 
 
-def test_a_job_that_must_stop_stops_listening(sqlite: Database, endless: dict[str, Any]) -> None:
+def test_a_job_that_must_stop_stops_listening(sqlite: Database, endless: IngestOrder) -> None:
     add_job(sqlite)
     draining = threading.Event()
     with claimed_work(sqlite, draining) as work, Child(endless) as child:
         threading.Timer(0.2, draining.set).start()
         with pytest.raises(Stopped) as stopped:
-            child.receive(work)  # which would never say a word
+            next_message(child, work)  # which would never come
     assert stopped.value.reason is Reason.DRAINING
     assert not is_alive(child.pid)
 
 
-def test_a_message_to_a_dead_child_is_no_error(work: Work, endless: dict[str, Any]) -> None:
+def test_a_message_to_a_dead_child_is_no_error(work: Work, endless: IngestOrder) -> None:
     with Child(endless) as child:
         os.kill(child.pid, signal.SIGKILL)
         until(lambda: not is_alive(child.pid))
         for _ in range(3):
-            child.send({"digest": None})
-        with pytest.raises(Died, match="SIGKILL"):
-            child.receive(work)
+            child.send(DigestAnswer(digest=None))
+        with pytest.raises(ChildDied, match="SIGKILL"):
+            next_message(child, work)
 
 
 GRANDCHILD = """

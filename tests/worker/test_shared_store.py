@@ -19,7 +19,7 @@ from working import QUICK, Say, claimed_work, make_due, training_place
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
 from artifacts.images import ImageLimits
-from artifacts.store import Digest, Store, digest_of
+from artifacts.store import Digest, Store, StoreAddress, digest_of
 from errors import EspalierError, StoreUnavailable
 from models import dataset as datasets
 from models import job as jobs
@@ -32,7 +32,8 @@ from worker.child_process import store_keys
 from worker.handlers.compare import Compare
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
 from worker.handlers.train import Train
-from worker.loop import Loop
+from worker.local_worker import LocalWorker
+from worker.messages import Failed, line_of
 
 LIMITS = IngestLimits(ArchiveLimits(), ImageLimits(), classes=1000, decode_cpu_s=60, memory_bytes=1536 * 1024**2)
 
@@ -51,7 +52,7 @@ class Case:
 
     def work(self) -> bool:
         handlers = {JobKind.INGEST: Ingest(self.store, LIMITS), JobKind.PURGE: Purge(self.store)}
-        return Loop(self.database, Queue.INGEST, handlers, "here", QUICK).work()
+        return LocalWorker(self.database, Queue.INGEST, handlers, "here", QUICK).work()
 
     def version(self, version_id: str) -> DatasetVersion:
         with self.database.reading() as session:
@@ -218,16 +219,16 @@ def test_a_training_child_is_given_the_keys_and_where_the_bucket_is(
         job = run_jobs.queue_training(session, run)
     train = Train(store, training_place(tmp_path))
     with sqlite.writing() as session:
-        order = train._begin(session, session.get_one(Job, job.id))
+        order = train._make_order(session, session.get_one(Job, job.id))
     assert order is not None
-    assert order["experiment"]["store"] == {
-        "folder": str(bucket.folder),
-        "url": bucket.address.url,
-        "endpoint": bucket.endpoint,
-        "region": bucket.address.region,
-        "cache_bytes": bucket.cache_bytes,
-    }
-    assert not [value for value in KEYS.values() if value in json.dumps(order)]
+    assert order.spec.store == StoreAddress(
+        folder=str(bucket.folder),
+        url=bucket.address.url,
+        endpoint=bucket.endpoint,
+        region=bucket.address.region,
+        cache_bytes=bucket.cache_bytes,
+    )
+    assert not [value for value in KEYS.values() if value in line_of(order)]
     assert store_keys(store) == KEYS and store_keys(Store(tmp_path / "folder")) == {}
 
 
@@ -259,9 +260,9 @@ def test_a_run_waits_for_a_bucket_that_is_away(sqlite: Database, bucket: Bucket,
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
         job = run_jobs.queue_training(session, run)
-    say({"type": "error", "error": StoreUnavailable("Away.").record()})
+    say(Failed.by(StoreUnavailable("Away.")))
     train = Train(bucket.store(), training_place(tmp_path))
-    assert Loop(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()
+    assert LocalWorker(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()
     with sqlite.reading() as session:
         waiting, run = session.get_one(Job, job.id), runs.get_run(session, records.PRINCIPAL, run.id)
     assert (waiting.state, waiting.attempt) == (JobState.QUEUED, 0) and waiting.next_attempt_at is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,18 +11,9 @@ from artifacts.features import FeatureCache
 from artifacts.store import Digest
 from inference.engine import Engine
 from training.data.pixels import PixelSource
+from training.progress import Extraction
 
 _BATCHES_KEPT = 16
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """How many different images a run has, for how many features were computed, and for how many they were cached."""
-
-    images: int
-    computed: int
-    cached: int
-    seconds: float
 
 
 def sum_extractions(parts: Sequence[Extraction]) -> Extraction:

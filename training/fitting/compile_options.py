@@ -8,8 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from recipes.filled import FromScratchRecipe
 from recipes.layers import NetworkKind, Threshold
-from recipes.recipe import ClassWeights, Loss, OptimizerName, OptimizerRecipe, Recipe, Task
+from recipes.recipe import ClassWeights, Loss, OptimizerName, OptimizerRecipe, Task
 from training.data.targets import Truth
 
 MOMENTUM = 0.9
@@ -82,9 +83,8 @@ def _all_labels_right(truth: Any, logits: Any) -> Any:
     return keras.ops.cast(keras.ops.all(is_right, axis=-1), "float32")
 
 
-def recipe_loss(recipe: Recipe, task: Task) -> Any:
+def recipe_loss(recipe: FromScratchRecipe, task: Task) -> Any:
     """Return the Keras loss that a recipe for a network from scratch asks for; it takes logits [N, outputs]."""
-    assert recipe.network is not None
     if recipe.network.kind is NetworkKind.PERCEPTRON:
         return PerceptronLoss(recipe.network.threshold, squared_error=recipe.loss is Loss.MEAN_SQUARED_ERROR)
     return SigmoidSquaredError() if recipe.loss is Loss.MEAN_SQUARED_ERROR else task_loss(task)

@@ -17,20 +17,18 @@ import keras
 import numpy as np
 
 from artifacts.bundle import Float32
-from artifacts.images import Pixels
-from recipes.recipe import FineTune, Recipe, Task
-from training.data.arrays import Maps
+from recipes.catalogue import CATALOGUE
+from recipes.filled import FineTuningRecipe
+from recipes.recipe import FineTune
 from training.data.augmentation import build_augmentation
 from training.data.split import Indices
-from training.data.targets import Truth
 from training.fitting import head_fit
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
-from training.fitting.fit_task import FittedNetwork
+from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.head_fit import FittedHead, Scaler
-from training.fitting.training_loop import Beat, Passage, Rows, predict_batch
+from training.fitting.training_loop import Beat, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
-from training.networks.network_files import image_side_of
 
 # Gradients with a larger norm are scaled down to it, so that the first steps do not destroy the pretrained weights.
 CLIP_NORM = 1.0
@@ -38,111 +36,89 @@ FINE_TUNE_LEARNING_RATE = "fine_tune.learning_rate"
 
 
 @dataclass(frozen=True)
-class FineTuningInputs:
-    """The inputs of the part of a network that learns.
+class FineTuningData(FitData):
+    """The images as the part of a network that learns reads them: pixels, or the maps of the frozen part."""
 
-    Attributes:
-        array: uint8 pixels [N, size, size, 3], or float32 maps [N, h, w, C] that the frozen part gives for them.
-        are_maps: whether `array` holds maps.
-    """
-
-    array: Pixels | Maps
     are_maps: bool
 
 
 def fine_tune(
-    recipe: Recipe,
-    task: Task,
-    weights: bytes,
-    material: FineTuningInputs,
-    head: FittedHead,
-    targets: Truth,
-    train: Indices,
-    validation: Indices,
-    *,
-    epochs: int,
-    seed: int,
-    passage: Passage,
+    recipe: FineTuningRecipe, data: FineTuningData, weights: bytes, head: FittedHead, fit: FitTask
 ) -> FittedNetwork:
     """Fine-tune a network from the recipe's cut on.
 
     Args:
-        recipe: filled, with mode fine-tuning.
-        task: what is predicted.
-        weights: the network's weights before, from `backbones.dump_weights`.
-        material: what the learning part reads, row by row.
-        head: the head that has learned on frozen features.
-        targets: what is to be learned of each row, as `training.data.targets` has it.
-        train: rows to learn from.
-        validation: rows that early stopping watches; if empty, every epoch is trained.
-        epochs: epochs to train at most; the learning rate falls as if for all of the recipe's.
-        seed: the same seed gives the same network on the same machine.
-        passage: what to go on from, and who hears how it goes.
+        recipe: what to fine-tune, and how.
+        data: its inputs are pixels uint8 [N, size, size, 3], or maps float32 [N, h, w, C] of the frozen part.
+        weights: the network's weights before fine-tuning, from `backbones.dump_weights`.
+        head: the head that was fitted on frozen features.
+        fit: rows, epochs and seed. With fewer epochs than the recipe has, the learning rate still falls as if for all.
 
     Raises:
-        TrainingDiverged: the loss is not a number any more.
+        TrainingDiverged: the loss became infinite or NaN.
     """
-    assert recipe.fine_tune is not None
-    activation = recipe.known_head.activation
-    keras.utils.set_random_seed(seed)
-    network, model, served = build(recipe, weights, material, head, seed)
-    learned = head.target_scaler(targets) if head.target_scaler else targets
-    at_once = predict_batch(image_side_of(recipe), recipe.batch_size)
-    batches = Rows(material.array, learned, train, recipe.batch_size, seed)
+    keras.utils.set_random_seed(fit.seed)
+    network, model, top = build_model(recipe, data, weights, head, fit.seed)
+    fit_targets = head.target_scaler(data.targets) if head.target_scaler else data.targets
+    batches = Rows(data.inputs, fit_targets, fit.train, recipe.batch_size, fit.seed)
+
+    def in_order(rows: Indices) -> Rows:
+        batch_size = predict_batch(recipe.image_size, recipe.batch_size)
+        return Rows(data.inputs, fit_targets, rows, batch_size, None)
+
+    rate = learning_rate_schedule(recipe.fine_tune, len(batches))
     model.compile(
-        optimizer=build_optimizer(
-            recipe.optimizer, learning_rate_schedule(recipe.fine_tune, len(batches)), global_clipnorm=CLIP_NORM
-        ),
-        loss=task_loss(task),
-        metrics=accuracy_metrics(task),
+        optimizer=build_optimizer(recipe.optimizer, rate, global_clipnorm=CLIP_NORM),
+        loss=task_loss(data.task),
+        metrics=accuracy_metrics(data.task),
         jit_compile="auto" if _has_gpu() else False,  # compiling for a processor takes longer than it saves
     )
     trained = epoch_by_epoch(
         model,
         batches,
-        Rows(material.array, learned, validation, at_once, None) if len(validation) else None,
-        epochs=epochs,
+        in_order(fit.validation) if len(fit.validation) else None,
+        epochs=fit.epochs,
         early_stopping=recipe.early_stopping,
-        class_weight=class_weights(targets[train], recipe.class_weights),
-        passage=passage,
+        class_weight=class_weights(data.targets[fit.train], recipe.class_weights),
+        passage=fit.passage,
         rate=FINE_TUNE_LEARNING_RATE,
     )
 
     def logits(rows: Indices) -> Float32:
-        asked = Rows(material.array, learned, rows, at_once, None)
-        found: Float32 = model.predict(asked, callbacks=[Beat(passage, len(trained.history))], verbose=0)
-        return head.target_scaler.inverse_transform(found) if head.target_scaler else found.astype(np.float32)
+        beat = Beat(fit.passage, len(trained.history))
+        values: Float32 = model.predict(in_order(rows), callbacks=[beat], verbose=0)
+        return head.target_scaler.inverse_transform(values) if head.target_scaler else values.astype(np.float32)
 
+    activation = recipe.head.activation
     return FittedNetwork(
         trained=trained,
-        layers=head_fit.dense_layers(served.get_weights(), activation, head.scaler, head.target_scaler),
+        layers=head_fit.dense_layers(top.get_weights(), activation, head.scaler, head.target_scaler),
         network=lambda: backbones.dump_weights(network),
         logits=logits,
     )
 
 
-def build(
-    recipe: Recipe, weights: bytes, material: FineTuningInputs, head: FittedHead, seed: int
+def build_model(
+    recipe: FineTuningRecipe, data: FineTuningData, weights: bytes, head: FittedHead, seed: int
 ) -> tuple[Any, Any, Any]:
     """Return the whole network, the model that learns (from the inputs to logits), and its head. They share layers."""
-    backbone = recipe.known_backbone
-    assert recipe.features_from and recipe.unfreeze
+    backbone = CATALOGUE[recipe.backbone]
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
-        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, image_side_of(recipe), weights)
-    if material.are_maps:
-        x = inputs = keras.Input(material.array.shape[1:])
+        parts = backbones.split_network(backbone.name, boundary, recipe.features_from, recipe.image_size, weights)
+    if data.are_maps:
+        x = inputs = keras.Input(data.inputs.shape[1:])
     else:
-        inputs = keras.Input(material.array.shape[1:], dtype="uint8")
+        inputs = keras.Input(data.inputs.shape[1:], dtype="uint8")
         x = keras.ops.cast(inputs, "float32")
         if recipe.augmentation is not None:
-            x = build_augmentation(recipe.augmentation, image_side_of(recipe), seed)(x)
+            x = build_augmentation(recipe.augmentation, recipe.image_size, seed)(x)
         x = backbones.preprocess(x, backbone.preprocessing)
         if parts.frozen is not None:
             x = parts.frozen(x)
     x = parts.trainable(x)
     features = FixedNormalization(head.scaler)(x)
-    top = head_fit.build_head(recipe.known_head, features.shape[1], head.layers[-1].bias.shape[0])
+    top = head_fit.build_head(recipe.head, features.shape[1], head.layers[-1].bias.shape[0])
     top.set_weights(head.weights)
     return parts.full, keras.Model(inputs, top(features)), top
 

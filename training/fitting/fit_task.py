@@ -1,13 +1,54 @@
-"""What the fit of a network returns, whether the network is fine-tuned or begins with random weights."""
+"""What a fit is given, and what the fit of a network returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
 
 from artifacts.bundle import Dense, Float32
+from recipes.recipe import Task
 from training.data.split import Indices
-from training.fitting.training_loop import Trained
+from training.data.targets import Truth
+from training.fitting.training_loop import Passage, Trained
+
+
+@dataclass(frozen=True)
+class FitData:
+    """The images of a data set version as all fits of a run read them, row by row.
+
+    Attributes:
+        task: what is predicted.
+        outputs: number of logits: one for binary and regression, else one per class or label.
+        inputs: float32 features [N, D], uint8 pixels [N, H, W, 3] or float32 maps [N, h, w, C]; may be memory-mapped.
+        targets: the true answers, as `training.data.targets` has them.
+    """
+
+    task: Task
+    outputs: int
+    inputs: npt.NDArray[Any]
+    targets: Truth
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """One fit: the rows to learn from, and how long.
+
+    Attributes:
+        train: rows to learn from.
+        validation: rows that early stopping watches; if empty, every epoch is trained.
+        epochs: largest number of epochs.
+        seed: the same seed gives the same result on the same machine.
+        passage: the snapshot to continue from, and who is told of the progress.
+    """
+
+    train: Indices
+    validation: Indices
+    epochs: int
+    seed: int
+    passage: Passage
 
 
 @dataclass(frozen=True)

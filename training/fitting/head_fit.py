@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from artifacts.bundle import Dense
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
-from training.data.targets import Truth
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
-from training.fitting.training_loop import Passage, Rows, Trained
+from training.fitting.fit_task import FitData, FitTask
+from training.fitting.training_loop import Rows, Trained
 from training.fitting.training_loop import train as epoch_by_epoch
 
 # A step of a head takes much less time than leaving the compiled graph, which is done once for so many steps.
@@ -49,67 +50,45 @@ class FittedHead:
     trained: Trained
 
 
-def fit_head(
-    recipe: Recipe,
-    task: Task,
-    outputs: int,
-    features: Features,
-    targets: Truth,
-    train: Indices,
-    validation: Indices,
-    *,
-    epochs: int,
-    seed: int,
-    passage: Passage,
-) -> FittedHead:
-    """Fit the recipe's head.
+def fit_head(recipe: HeadedRecipe, data: FitData, fit: FitTask) -> FittedHead:
+    """Fit the recipe's head on features.
 
     Args:
         recipe: head, optimizer, batch size, class weights and early stopping.
-        task: what is predicted.
-        outputs: number of logits: one for binary and regression, else one per class or label.
-        features: float32 [N, D], raw.
-        targets: what is to be learned of each row, as `training.data.targets` has it.
-        train: rows to learn from.
-        validation: rows that early stopping watches; if empty, every epoch is trained.
-        epochs: epochs to train at most.
-        seed: the same seed gives the same head on the same machine.
-        passage: what to go on from, and who hears how it goes.
+        data: its inputs are features float32 [N, D], not standardised.
+        fit: rows, epochs and seed.
 
     Raises:
-        TrainingDiverged: the loss is not a number any more.
+        TrainingDiverged: the loss became infinite or NaN.
     """
-    keras.utils.set_random_seed(seed)
-    scaler = Scaler.fit(features, train)
-    target_scaler = Scaler.fit(targets, train) if task is Task.REGRESSION else None
-    learned = target_scaler(targets) if target_scaler else targets
-    model = build_head(recipe.known_head, features.shape[1], outputs)
-    batches = Rows(features, learned, train, recipe.batch_size, seed, scaler)
+    keras.utils.set_random_seed(fit.seed)
+    features, targets = data.inputs, data.targets
+    scaler = Scaler.fit(features, fit.train)
+    target_scaler = Scaler.fit(targets, fit.train) if data.task is Task.REGRESSION else None
+    fit_targets = target_scaler(targets) if target_scaler else targets
+    model = build_head(recipe.head, features.shape[1], data.outputs)
+    batches = Rows(features, fit_targets, fit.train, recipe.batch_size, fit.seed, scaler)
     model.compile(
         optimizer=build_optimizer(recipe.optimizer),
-        loss=task_loss(task),
-        metrics=accuracy_metrics(task),
+        loss=task_loss(data.task),
+        metrics=accuracy_metrics(data.task),
         jit_compile=False,  # compiling takes longer than it saves on a network this small
         steps_per_execution=min(len(batches), _STEPS_PER_EXECUTION),
     )
+    has_validation = len(fit.validation) > 0
     trained = epoch_by_epoch(
         model,
         batches,
-        (scaler(features[validation]), learned[validation]) if len(validation) else None,
-        epochs=epochs,
+        (scaler(features[fit.validation]), fit_targets[fit.validation]) if has_validation else None,
+        epochs=fit.epochs,
         early_stopping=recipe.early_stopping,
-        class_weight=class_weights(targets[train], recipe.class_weights),
-        passage=passage,
+        class_weight=class_weights(targets[fit.train], recipe.class_weights),
+        passage=fit.passage,
         validation_batch_size=1024,
     )
     weights = model.get_weights()
-    return FittedHead(
-        dense_layers(weights, recipe.known_head.activation, scaler, target_scaler),
-        scaler,
-        target_scaler,
-        weights,
-        trained,
-    )
+    layers = dense_layers(weights, recipe.head.activation, scaler, target_scaler)
+    return FittedHead(layers, scaler, target_scaler, weights, trained)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,17 @@ from threadpoolctl import ThreadpoolController
 
 from artifacts.bundle import Float32
 from artifacts.features import Features
+from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
-from recipes.recipe import HeadRecipe, Recipe, Task
+from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
+from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers
-from training.fitting.training_loop import Arrays, Epoch, Passage, Snapshot, Stopping, Trained, Watch, shuffled
+from training.fitting.training_loop import Arrays, Snapshot, Stopping, Trained, Watch, shuffled
 from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
+from training.progress import Epoch
 
 # The weights and batches of a stack should fit into a processor's own cache.
 _STACK_BYTES = 2**20
@@ -44,24 +47,10 @@ answer is right, or None for a regression. It overwrites the logits with the gra
 
 
 @dataclass(frozen=True)
-class LinearHeadTask:
-    """A linear head to fit.
+class LinearHeadTask(FitTask):
+    """A linear head to fit; `l2` is the weight of its squared weights in its loss, instead of the recipe's."""
 
-    Attributes:
-        train: rows to learn from.
-        validation: rows that early stopping watches; if empty, every epoch is trained.
-        seed: the same seed gives the same head.
-        epochs: epochs to train at most.
-        l2: weight of the squared weights in the loss.
-        passage: what to go on from, and who hears how it goes.
-    """
-
-    train: Indices
-    validation: Indices
-    epochs: int
-    seed: int
     l2: float
-    passage: Passage
 
 
 def l2_grid(tasks: Sequence[LinearHeadTask], strengths: Sequence[float]) -> list[LinearHeadTask]:
@@ -75,37 +64,29 @@ def is_linear(recipe: HeadRecipe) -> bool:
 
 
 def fit_linear_heads(
-    recipe: Recipe,
-    task: Task,
-    outputs: int,
-    features: Features,
-    targets: Truth,
-    tasks: Sequence[LinearHeadTask],
+    recipe: HeadedRecipe, data: FitData, tasks: Sequence[LinearHeadTask]
 ) -> Iterator[tuple[int, FittedHead]]:
     """Fit linear heads. Yield the number of each task, and its head, as soon as the head is fitted.
 
     Args:
-        recipe: optimizer, batch size, class weights and early stopping; the penalty is that of each wanted head.
-        task: what is predicted.
-        outputs: number of logits: one for binary and regression, else one per class or label.
-        features: float32 [N, D], raw.
-        targets: what is to be learned of each row, as `training.data.targets` has it.
+        recipe: optimizer, batch size, class weights and early stopping.
+        data: its inputs are features float32 [N, D], not standardised.
         tasks: the heads to fit.
 
     Raises:
-        TrainingDiverged: the loss of one is not a number any more.
+        TrainingDiverged: the loss of one became infinite or NaN.
     """
-    if not is_linear(recipe.known_head):
+    if not is_linear(recipe.head):
         raise ValueError(f"Expected a linear head without dropout. Received {recipe.head}. This is a bug.")
 
     @cache
     def first_weights(seed: int) -> Float32:
         keras.utils.set_random_seed(seed)
-        kernel, bias = build_head(recipe.known_head, features.shape[1], outputs).get_weights()
+        kernel, bias = build_head(recipe.head, data.inputs.shape[1], data.outputs).get_weights()
         return np.concatenate([kernel, bias[None]])
 
-    loss, update = _LOSSES[task], update_rule(recipe.optimizer)
-    folds = _FoldDataCache(recipe, task, features, targets)
+    loss, update = _LOSSES[data.task], update_rule(recipe.optimizer)
+    folds = _FoldDataCache(recipe, data)
     heads: list[_HeadInTraining] = []
     for number, one in enumerate(tasks):
         heads.append(_HeadInTraining(number, one, folds.of(one), first_weights(one.seed), update.initial_state, recipe))
@@ -132,11 +113,9 @@ def fit_linear_heads(
 class _FoldDataCache:
     """Prepares the rows of each fold once; heads that learn from the same rows share them."""
 
-    def __init__(self, recipe: Recipe, task: Task, features: Features, targets: Truth) -> None:
+    def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
         self._recipe = recipe
-        self._task = task
-        self._features = features
-        self._targets = targets
+        self._data = data
         self._made: dict[tuple[bytes, bytes], _FoldData] = {}
         self._left_bytes = _KEPT_BYTES
 
@@ -148,9 +127,9 @@ class _FoldDataCache:
         return self._made[key]
 
     def _make(self, train: Indices, validation: Indices) -> _FoldData:
-        targets, features = self._targets, self._features
+        task, targets, features = self._data.task, self._data.targets, self._data.inputs
         scaler = Scaler.fit(features, train)
-        target_scaler = Scaler.fit(targets, train) if self._task is Task.REGRESSION else None
+        target_scaler = Scaler.fit(targets, train) if task is Task.REGRESSION else None
         weights = class_weights(targets[train], self._recipe.class_weights)
         size_bytes = 4 * (len(train) + len(validation)) * (features.shape[1] + 1)
         is_kept = size_bytes <= self._left_bytes
@@ -158,7 +137,7 @@ class _FoldDataCache:
 
         def targets_of(rows: Indices) -> Truth:
             values = target_scaler(targets[rows]) if target_scaler else targets[rows]
-            return values[:, None].astype(np.float32) if self._task is Task.BINARY else values
+            return values[:, None].astype(np.float32) if task is Task.BINARY else values
 
         return _FoldData(
             scaler,
@@ -254,7 +233,7 @@ class _HeadInTraining:
         fold: _FoldData,
         first_weights: Float32,
         initial_state: Sequence[float],
-        recipe: Recipe,
+        recipe: HeadedRecipe,
     ) -> None:
         self.number = number
         self.fold = fold

@@ -21,12 +21,12 @@ from recipes.recipe import EarlyStopping, Target
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.networks import freed_memory
+from training.progress import Epoch
 
 LEARNING_RATE = "optimizer.learning_rate"
 # Images that are answered at once at most, and their pixels: a layer of 64 channels holds 256 MiB of so many.
 _ANSWERED_AT_ONCE, _ANSWERED_PLACES = 256, 2**20
 
-Epoch = dict[str, float]
 Arrays = list[npt.NDArray[Any]]
 
 

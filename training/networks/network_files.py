@@ -13,16 +13,18 @@ from artifacts.features import FeatureCache, Features, FeatureSpace
 from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.store import Digest, Store
 from inference.engine import OpenVinoEngine
-from recipes.catalogue import BackboneName
+from recipes.catalogue import CATALOGUE, BackboneName
+from recipes.filled import BackboneRecipe
 from recipes.layers import Sides
-from recipes.recipe import Precision, Recipe
+from recipes.recipe import Precision
 from training.data.arrays import ReportProgress
-from training.data.extraction import Extraction, extract
+from training.data.extraction import extract
 from training.data.pixels import PixelSource
 from training.data.split import Indices
 from training.networks import backbones
 from training.networks.export import EXPORT_VERSION, export
 from training.networks.quantisation import calibration_size, quantise
+from training.progress import Extraction
 
 # The calibration images depend on the data set alone, not on the recipe's seed, so that runs share quantised networks.
 _SAMPLE_SEED = 0
@@ -82,11 +84,11 @@ class Registry(Protocol):
         """Record a quantised copy. Return the one that this run has to use."""
         ...
 
-    def find_pick(self) -> dict[str, Any] | None:
+    def find_bake_off_result(self) -> dict[str, Any] | None:
         """Return the facts of the bake-off that this run has finished before it was interrupted, or None."""
         ...
 
-    def set_pick(self, facts: dict[str, Any]) -> None:
+    def set_bake_off_result(self, facts: dict[str, Any]) -> None:
         """Record which cut this run's features come from, and what was tried for that."""
         ...
 
@@ -121,7 +123,7 @@ class FrozenBackbone:
 class NetworkFiles:
     """Makes the networks that a recipe needs, or finds them where another run has made them."""
 
-    def __init__(self, recipe: Recipe, weights: Digest, workspace: Workspace, registry: Registry) -> None:
+    def __init__(self, recipe: BackboneRecipe, weights: Digest, workspace: Workspace, registry: Registry) -> None:
         self._recipe = recipe
         self._weights = weights
         self._workspace = workspace
@@ -130,11 +132,11 @@ class NetworkFiles:
     def export_cut(self, cut: str) -> Digest:
         """Return the network up to a cut; export it if nobody has done so before."""
         recipe, store = self._recipe, self._workspace.store
-        backbone, size = recipe.known_backbone, image_side_of(recipe)
-        key = BackboneKey(backbone.name, self._weights, cut, size)
+        backbone, size = recipe.backbone, recipe.image_size
+        key = BackboneKey(backbone, self._weights, cut, size)
         digest = self._registry.find_backbone(key)
         if digest is None:
-            model = backbones.build_backbone(backbone.name, cut, size, store.read(self._weights))
+            model = backbones.build_backbone(backbone, cut, size, store.read(self._weights))
             made = export(model, self._workspace.threads)
             digest = self._registry.add_backbone(key, store.put(made.onnx), made.facts())
         return digest
@@ -154,7 +156,7 @@ class NetworkFiles:
         digest = self._registry.find_quantised(backbone)
         if digest is None:
             begin()
-            store, size = self._workspace.store, image_size_of(self._recipe)
+            store, size = self._workspace.store, self._recipe.image_size
             names = [images[row] for row in calibration_rows(np.arange(len(images)), size)]
             pixels = np.concatenate([batch for _, batch in source.batches(names)])
             made = quantise(store.read(backbone), pixels, report)
@@ -167,7 +169,7 @@ class NetworkFiles:
 
     def feature_space(self, network: Digest, precision: Precision) -> FeatureSpace:
         """Return the key of the cache for features through a network."""
-        return FeatureSpace(IMAGE_RULE, image_size_of(self._recipe), self._recipe.resize, network, precision)
+        return FeatureSpace(IMAGE_RULE, self._recipe.image_size, self._recipe.resize, network, precision)
 
     def frozen_backbone(
         self,
@@ -179,7 +181,7 @@ class NetworkFiles:
     ) -> FrozenBackbone:
         """Return a network with the features of every image; compute those that no run has computed before."""
         engine = self.engine(network, precision)
-        width = self._recipe.known_backbone.cuts[self._recipe.features_from or ""]
+        width = CATALOGUE[self._recipe.backbone].cuts[self._recipe.features_from]
         cache = FeatureCache(self._workspace.features, self.feature_space(network, precision), width)
         extraction = extract(images, engine, cache, source, report)
         cache.close()
@@ -190,16 +192,3 @@ def calibration_rows(rows: Indices, size: Sides) -> Indices:
     """Return a random sample of the rows, in their order, as large as calibration needs for images of that size."""
     count = min(len(rows), calibration_size(size))
     return np.sort(np.random.default_rng(_SAMPLE_SEED).choice(rows, count, replace=False))
-
-
-def image_size_of(recipe: Recipe) -> Sides:
-    """Return the size in pixels of the images of a filled recipe."""
-    assert recipe.image_size is not None
-    return recipe.image_size
-
-
-def image_side_of(recipe: Recipe) -> int:
-    """Return the side in pixels of the square images of a filled recipe that has a backbone."""
-    size = image_size_of(recipe)
-    assert isinstance(size, int)
-    return size

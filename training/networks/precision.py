@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from artifacts.images import Pixels
 from inference.engine import Engine
 from inference.timing import medians_ms
 from recipes.headline import HEADLINES
-from recipes.recipe import Precision, PrecisionChoice, Task
+from recipes.recipe import Precision, Task
 
 MARGIN = 0.005
 """How far a score of which more is better, such as accuracy, may be below that of float32."""
@@ -57,10 +57,10 @@ class PrecisionDecision:
         }
 
 
-def candidate_precisions(wanted: PrecisionChoice, available: Sequence[Precision]) -> list[Precision]:
+def candidate_precisions(wanted: Precision | Literal["auto"], available: Sequence[Precision]) -> list[Precision]:
     """Return the precisions that a recipe asks to try, float32 first: one, or for `auto` all that this machine has."""
-    if wanted is not PrecisionChoice.AUTO:
-        return [Precision(wanted.value)]
+    if isinstance(wanted, Precision):
+        return [wanted]
     return [Precision.FLOAT32, *(one for one in Precision if one in available and one is not Precision.FLOAT32)]
 
 

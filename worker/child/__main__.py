@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from artifacts.store import disk_errors
 from errors import EspalierError, OutOfMemory
 from worker.child import compare, ingest, train, view
 from worker.child.channel import Channel
-
-_ORDERS: Mapping[str, Callable[[Mapping[str, Any], Channel], None]] = {
-    "ingest": ingest.ingest,
-    "train": train.train,
-    "compare": compare.compare,
-    "view": view.look,
-}
+from worker.messages import CompareOrder, Failed, IngestOrder, Order, TrainOrder
 
 
 def main() -> int:
-    """Do what the order says."""
+    """Carry out the orders that come; return the exit status."""
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)  # what this process starts must not keep the pipe open after its end
     channel = Channel(sys.stdin, os.fdopen(descriptor, "w", encoding="utf-8"))
@@ -33,12 +25,24 @@ def main() -> int:
     order = channel.next_order()
     try:
         with disk_errors():
-            _ORDERS[order["kind"]](order, channel)
+            _carry_out(order, channel)
     except EspalierError as error:
-        channel.send("error", error=error.record())
+        channel.send(Failed.by(error))
     except MemoryError:
-        channel.send("error", error=OutOfMemory("The work took more memory than it may.").record())
+        channel.send(Failed.by(OutOfMemory("The work took more memory than it may.")))
     return 0
+
+
+def _carry_out(order: Order, channel: Channel) -> None:
+    match order:
+        case IngestOrder():
+            ingest.ingest(order, channel)
+        case TrainOrder():
+            train.train(order, channel)
+        case CompareOrder():
+            compare.compare(order, channel)
+        case _:
+            view.compute(order, channel)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Compares the runs of a comparison, inside a child process: what they left is read, nothing is trained."""
+"""Compares the runs of a comparison, inside a child process: reads what they left, and trains nothing."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from artifacts import manifest
 from artifacts.bucket_store import open_store
-from artifacts.store import Digest, Store, StoreAddress
+from artifacts.store import Digest, Store
 from errors import EspalierError
 from recipes.headline import HEADLINES, Headline
 from recipes.layers import sides
-from recipes.recipe import Task
 from worker.child.channel import Channel
+from worker.messages import Alive, ComparedRun, CompareOrder, ComparisonOutcome
 
 if TYPE_CHECKING:
     from inference.predictor import Predictor
@@ -30,66 +30,67 @@ _ROUNDS_WITHIN_S = 60.0
 _TURNS_BYTES = 4 * 1024**3
 
 
-def compare(order: Mapping[str, Any], channel: Channel) -> None:
-    """Compare the runs of a comparison, sending `alive`, then `outcome` with the table, its picture and its report."""
+def compare(order: CompareOrder, channel: Channel) -> None:
+    """Compare the runs of a comparison; send Alive now and then, and ComparisonOutcome at the end."""
     from safetensors.numpy import load as load_tensors
 
     from training.report import comparison_report
     from training.statistics import comparison as comparing
 
-    store = open_store(StoreAddress(**order["store"]))
-    candidates: list[dict[str, Any]] = order["candidates"]
-    task = Task(candidates[0]["task"])
+    store = open_store(order.store)
+    task = order.runs[0].task
     headline = HEADLINES[task]
 
-    def out_of_fold(digest: str) -> comparing.OutOfFoldLogits:
-        return comparing.OutOfFoldLogits(**load_tensors(store.read(Digest(digest))))
+    def out_of_fold(digest: Digest) -> comparing.OutOfFoldLogits:
+        return comparing.OutOfFoldLogits(**load_tensors(store.read(digest)))
+
+    def alive() -> None:
+        channel.send(Alive())
 
     entries = [
         comparing.Entry(
-            title=candidate["title"],
-            score=candidate["metrics"][headline.metric],
-            load=partial(out_of_fold, candidate["out_of_fold"]),
+            title=run.title,
+            score=run.metrics[headline.metric],
+            load=partial(out_of_fold, run.out_of_fold),
         )
-        for candidate in candidates
+        for run in order.runs
     ]
-    rows = manifest.load(store.read(Digest(order["manifest"])))
-    found = comparing.compare(task, order["labels"], rows, entries, lambda: channel.send("alive"))
-    channel.send("alive")
-    times = _prediction_times(candidates, store, order["threads"], lambda: channel.send("alive"))
+    rows = manifest.load(store.read(order.manifest))
+    found = comparing.compare(task, order.labels, rows, entries, alive)
+    alive()
+    times = _prediction_times(order.runs, store, order.threads, alive)
     lines = [
         comparison_report.Line(
-            title=candidate["title"],
-            version=candidate["version"],
+            title=run.title,
+            version=run.version,
             score=entry.score,
-            ci95=headline.interval(candidate["metrics"]),
+            ci95=headline.interval(run.metrics),
             difference=difference,
-            training_s=candidate["training_s"],
+            training_s=run.training_s,
             predict_ms=predict_ms,
-            backbone_bytes=store.path(Digest(candidate["backbone"])).stat().st_size,
-            bundle_bytes=store.path(Digest(candidate["bundle"])).stat().st_size,
+            backbone_bytes=store.path(run.backbone).stat().st_size,
+            bundle_bytes=store.path(run.bundle).stat().st_size,
         )
-        for candidate, entry, difference, predict_ms in zip(candidates, entries, found.differences, times, strict=True)
+        for run, entry, difference, predict_ms in zip(order.runs, entries, found.differences, times, strict=True)
     ]
-    interval = headline.interval_kind(candidates[0]["metrics"])
+    interval = headline.interval_kind(order.runs[0].metrics)
     ranked = sorted(lines, key=lambda line: (line.difference is not None, _loss(headline, line.score)))
-    report = comparison_report.report(order["name"], headline, ranked, found.verdict, interval)
+    report = comparison_report.report(order.name, headline, ranked, found.verdict, interval)
+    table = {
+        "metric": headline.metric,
+        "greater_is_better": headline.is_greater_better,
+        "best": order.runs[found.best].position,
+        "verdict": found.verdict,
+        "interval": interval,
+        "test": comparing.TEST,
+        "rows": [{"position": run.position, **asdict(line)} for run, line in zip(order.runs, lines, strict=True)],
+    }
     channel.send(
-        "outcome",
-        picture=store.put(comparison_report.forest(headline, ranked)),
-        report=store.put(report.encode()),
-        table={
-            "metric": headline.metric,
-            "greater_is_better": headline.is_greater_better,
-            "best": candidates[found.best]["position"],
-            "verdict": found.verdict,
-            "interval": interval,
-            "test": comparing.TEST,
-            "rows": [
-                {"position": candidate["position"], **asdict(line)}
-                for candidate, line in zip(candidates, lines, strict=True)
-            ],
-        },
+        ComparisonOutcome(
+            picture=store.put(comparison_report.forest(headline, ranked)),
+            report=store.put(report.encode()),
+            table=table,
+        )
     )
 
 
@@ -98,24 +99,24 @@ def _loss(headline: Headline, score: float) -> float:
 
 
 def _prediction_times(
-    candidates: Sequence[Mapping[str, Any]], store: Store, threads: int, alive: Callable[[], None]
+    runs: Sequence[ComparedRun], store: Store, threads: int, alive: Callable[[], None]
 ) -> list[float | None]:
     """Return the median milliseconds that each bundle takes for one decoded image.
 
-    None for a bundle that this machine cannot serve: what was measured in training counts all the same.
+    A bundle that this machine cannot serve gets None; its scores count all the same.
     """
     from inference.shelf import Shelf
     from inference.timing import medians_ms
 
-    found: list[float | None] = [None] * len(candidates)
-    for turns in _turns([store.path(Digest(candidate["backbone"])) for candidate in candidates]):
+    found: list[float | None] = [None] * len(runs)
+    for turns in _turns([store.path(run.backbone) for run in runs]):
         shelf = Shelf(store, threads, budget_bytes=sys.maxsize)  # all of these at once
         loaded: list[tuple[int, Predictor]] = []
         for number in turns:
             try:
-                loaded.append((number, shelf.predictor(Digest(candidates[number]["bundle"]))))
+                loaded.append((number, shelf.predictor(runs[number].bundle)))
             except EspalierError as error:
-                sys.stderr.write(f"Not timed: {error.detail}\n")
+                sys.stderr.write(f"Bundle not timed: {error.detail}\n")
             alive()
         measured = medians_ms([_ask(predictor) for _, predictor in loaded], _ROUNDS, _ROUNDS_WITHIN_S, alive)
         shelf.close()

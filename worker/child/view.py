@@ -4,86 +4,87 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from artifacts import bundle as bundles
 from artifacts import images, manifest
 from artifacts.bucket_store import open_store
 from artifacts.bundle import Bundle
-from artifacts.images import IMAGE_RULE, ImageLimits
-from artifacts.store import Digest, Store, StoreAddress
+from artifacts.images import IMAGE_RULE
+from artifacts.store import Digest, Store
 from errors import Corrupt, ImageRefused
-from recipes.recipe import Recipe
+from recipes.filled import HeadedRecipe, parse_filled
 from worker.child.channel import Channel
+from worker.messages import ActivationsOrder, LayersOrder, LearningCurveOrder, ViewOrder, ViewOutcome, ViewProgress
 
 if TYPE_CHECKING:
     from artifacts.features import Features
 
-_SAY_EVERY_S = 1.0
+_REPORT_EVERY_S = 1.0
 
 
-def look(order: Mapping[str, Any], channel: Channel) -> None:
-    """Compute what is ordered, sending `progress`, then `outcome` with the digests of what was stored."""
-    store = open_store(StoreAddress(**order["store"]))
-    bundle = bundles.load(store.read(Digest(order["bundle"])))
-    match order["what"]:
-        case "layers":
-            channel.send("outcome", file=store.put(_layers(order, store, bundle)))
-        case "activations":
-            channel.send("outcome", file=store.put(_activations(order, store, bundle)))
-        case "learning-curve":
+def compute(order: ViewOrder, channel: Channel) -> None:
+    """Compute a view; send ViewProgress now and then, and ViewOutcome at the end."""
+    store = open_store(order.store)
+    bundle = bundles.load(store.read(order.bundle))
+    match order:
+        case LayersOrder():
+            channel.send(ViewOutcome(file=store.put(_layers(order, store, bundle))))
+        case ActivationsOrder():
+            channel.send(ViewOutcome(file=store.put(_activations(order, store, bundle))))
+        case LearningCurveOrder():
             curve, picture = _learning_curve(order, store, bundle, channel)
-            channel.send("outcome", file=store.put(curve), picture=store.put(picture))
+            channel.send(ViewOutcome(file=store.put(curve), picture=store.put(picture)))
 
 
-def _layers(order: Mapping[str, Any], store: Store, bundle: Bundle) -> bytes:
-    """Return the layers that can be looked at, as JSON."""
+def _layers(order: LayersOrder, store: Store, bundle: Bundle) -> bytes:
+    """Return the network's layers as JSON: name, height, width and channels of each."""
     from inference.layer_maps import LayerReader
 
-    insight = LayerReader(store.verified_path(bundle.backbone), order["threads"])
+    insight = LayerReader(store.verified_path(bundle.backbone), order.threads)
     return json.dumps([asdict(layer) for layer in insight.layers]).encode()
 
 
-def _activations(order: Mapping[str, Any], store: Store, bundle: Bundle) -> bytes:
+def _activations(order: ActivationsOrder, store: Store, bundle: Bundle) -> bytes:
     """Return the picture of what a layer makes of an image, as PNG."""
     from inference import explain
     from inference.layer_maps import CHANNELS, LayerReader
 
-    image = Digest(order["image"])
     try:
-        pixels = images.decode(store.read(image), bundle.size, bundle.resize, _limits(order))
+        pixels = images.decode(store.read(order.image), bundle.size, bundle.resize, order.image_limits)
     except ImageRefused as error:
-        raise Corrupt(f"Image {image} was accepted but cannot be decoded any more: {error.detail}") from error
-    insight = LayerReader(store.verified_path(bundle.backbone), order["threads"])
-    return explain.grid(insight.maps(pixels, order["layer"]), CHANNELS)
+        raise Corrupt(f"Image {order.image} was accepted but cannot be decoded any more: {error.detail}") from error
+    insight = LayerReader(store.verified_path(bundle.backbone), order.threads)
+    return explain.grid(insight.maps(pixels, order.layer), CHANNELS)
 
 
-def _learning_curve(order: Mapping[str, Any], store: Store, bundle: Bundle, channel: Channel) -> tuple[bytes, bytes]:
+def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, channel: Channel) -> tuple[bytes, bytes]:
     """Return the curve as JSON and its picture as PNG."""
-    # Imported here and now: TensorFlow takes seconds, and what was deleted meanwhile should be told before.
-    rows = manifest.load(store.read(Digest(order["manifest"])))
-    measured = store.read(Digest(order["out_of_fold"]))
+    # TensorFlow takes seconds to import: read first, so that files that were deleted meanwhile are reported at once.
+    rows = manifest.load(store.read(order.manifest))
+    measured = store.read(order.out_of_fold)
     from safetensors.numpy import load as load_tensors
 
     from recipes.headline import HEADLINES
     from training import learning_curve
     from training.statistics.comparison import OutOfFoldLogits
 
-    said = _Said(channel)
-    said.begin(0.0, _FEATURES_SHARE)
-    recipe = Recipe.model_validate(order["recipe"])
-    subject = learning_curve.Subject(
+    progress = _ViewReporter(channel)
+    progress.begin_stage(0.0, _FEATURES_SHARE)
+    recipe = parse_filled(order.recipe)
+    assert isinstance(recipe, HeadedRecipe), "Expected a head on features. This is a bug."
+    subject = learning_curve.MeasuredRun(
         recipe=recipe,
-        labels=order["labels"],
+        labels=order.labels,
         rows=rows,
-        features=_features(order, store, bundle, [row.sha256 for row in rows], said),
+        features=_features(order, store, bundle, [row.sha256 for row in rows], progress),
         measured=OutOfFoldLogits(**load_tensors(measured)),
     )
-    said.begin(_FEATURES_SHARE, 1.0)
-    found = learning_curve.measure(subject, said.say)
+    progress.begin_stage(_FEATURES_SHARE, 1.0)
+    found = learning_curve.measure_learning_curve(subject, progress.report)
     headline = HEADLINES[bundle.task]
     curve = {
         "metric": headline.metric,
@@ -97,12 +98,12 @@ def _learning_curve(order: Mapping[str, Any], store: Store, bundle: Bundle, chan
     return json.dumps(curve).encode(), found.picture
 
 
-# Of the bar: features are cached as a rule.
+# Share of the progress bar; small, since features are cached as a rule.
 _FEATURES_SHARE = 0.05
 
 
 def _features(
-    order: Mapping[str, Any], store: Store, bundle: Bundle, digests: Sequence[Digest], said: _Said
+    order: LearningCurveOrder, store: Store, bundle: Bundle, digests: Sequence[Digest], progress: _ViewReporter
 ) -> Features:
     """Return the features of every image through the run's network, computing those that are not cached any more."""
     from artifacts.features import FeatureCache, FeatureSpace
@@ -112,41 +113,37 @@ def _features(
 
     width = bundle.layers[0].kernel.shape[0]
     space = FeatureSpace(IMAGE_RULE, bundle.size, bundle.resize, bundle.backbone, bundle.precision)
-    cache = FeatureCache(Path(order["features"]), space, width)
+    cache = FeatureCache(Path(order.features), space, width)
     try:
         if cache.missing(digests):
-            engine = OpenVinoEngine(store.verified_path(bundle.backbone), bundle.precision, order["threads"])
-            decoder = ImageDecoder(store, bundle.size, bundle.resize, _limits(order), order["threads"])
-            extract(digests, engine, cache, decoder, lambda done, total: said.say(done / total))
+            engine = OpenVinoEngine(store.verified_path(bundle.backbone), bundle.precision, order.threads)
+            decoder = ImageDecoder(store, bundle.size, bundle.resize, order.image_limits, order.threads)
+            extract(digests, engine, cache, decoder, lambda done, total: progress.report(done / total))
         return cache.rows(digests)
     finally:
         cache.close()
 
 
-def _limits(order: Mapping[str, Any]) -> ImageLimits:
-    return ImageLimits(**{**order["image_limits"], "formats": tuple(order["image_limits"]["formats"])})
-
-
-class _Said:
-    """Says at most once a second how much is done, and how long the present stage should still take by its speed."""
+class _ViewReporter:
+    """Reports at most once a second how much is done, and how long the present stage will take at its speed so far."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def begin(self, start: float, end: float) -> None:
-        """Begin a stage, which is this part of the whole."""
+    def begin_stage(self, start: float, end: float) -> None:
+        """Begin a stage that spans this part of the whole, both ends from 0 to 1."""
         self._start, self._end = start, end
         self._begun_at = time.monotonic()
-        self._tell(0.0)
+        self._send(0.0)
 
-    def say(self, share: float) -> None:
-        """Say how much of the stage is done."""
-        if time.monotonic() - self._said_at >= _SAY_EVERY_S:
-            self._tell(share)
+    def report(self, share: float) -> None:
+        """Report how much of the stage is done, from 0 to 1."""
+        if time.monotonic() - self._sent_at >= _REPORT_EVERY_S:
+            self._send(share)
 
-    def _tell(self, share: float) -> None:
-        self._said_at = time.monotonic()
-        spent_s = self._said_at - self._begun_at
+    def _send(self, share: float) -> None:
+        self._sent_at = time.monotonic()
+        spent_s = self._sent_at - self._begun_at
         eta_s = spent_s * (1 - share) / share if share > 0 else None
         fraction = self._start + (self._end - self._start) * share
-        self._channel.send("progress", state={"fraction": min(1.0, fraction), "eta_s": eta_s})
+        self._channel.send(ViewProgress(fraction=min(1.0, fraction), eta_s=eta_s))

@@ -23,6 +23,7 @@ from artifacts.store import Digest, Store, disk_errors
 from errors import WeightsUnavailable
 from recipes.catalogue import CATALOGUE, Backbone, BackboneName, WeightsFile
 from recipes.recipe import IMAGENET, RANDOM
+from worker.messages import JsonObject, WeightsSource
 
 Progress = Callable[[int, int | None, float | None], None]
 
@@ -30,28 +31,18 @@ _CHUNK = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where ImageNet weights come from: a base address, a folder of earlier downloads, and patience in seconds."""
-
-    url: str
-    cache: str
-    connect_s: float
-    stall_s: float
-
-
-@dataclass(frozen=True)
 class Obtained:
     """Weights that lie in the store now, and where they came from."""
 
     sha256: Digest
-    source: dict[str, Any]
+    source: JsonObject
 
 
 def obtain(
     network: BackboneName,
     name: str,
     store: Store,
-    source: Source,
+    source: WeightsSource,
     progress: Progress,
     catalogue: Mapping[BackboneName, Backbone] = CATALOGUE,
 ) -> Obtained:
@@ -79,7 +70,9 @@ def obtain(
         return Obtained(store.put(backbones.import_weights(network, file)), facts)
 
 
-def _download(network: BackboneName, published: WeightsFile, source: Source, file: Path, progress: Progress) -> None:
+def _download(
+    network: BackboneName, published: WeightsFile, source: WeightsSource, file: Path, progress: Progress
+) -> None:
     """Fetch a published file and check its MD5. Raises WeightsUnavailable."""
     url = f"{source.url.rstrip('/')}/{published.path}"
     timeout = httpx2.Timeout(source.stall_s, connect=source.connect_s)
@@ -114,7 +107,7 @@ def _download(network: BackboneName, published: WeightsFile, source: Source, fil
         )
 
 
-def _open(client: httpx2.Client, url: str, source: Source) -> httpx2.Response:
+def _open(client: httpx2.Client, url: str, source: WeightsSource) -> httpx2.Response:
     """Send the request, from a thread of its own that can be left behind, and return the answer without its content.
 
     No HTTP client bounds the look-up of a name, and each of a host's addresses has `connect_s` to itself: this waits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
-from artifacts.images import ImageFacts, ImageLimits
+from artifacts.images import ImageLimits
 from artifacts.layout import Split, check_class_names
 from artifacts.manifest import Row, group_rows, splits_of
 from artifacts.store import Digest, Store
@@ -26,8 +26,9 @@ from models.file_references import delete_unreferenced_after_commit, lock_files,
 from models.job import Job, JobKind, Queue
 from recipes.defaults import ClassCount
 from recipes.recipe import Task
-from worker.child_process import Child, Died, Message
+from worker.child_process import Child, ChildDied, messages
 from worker.lease import Complete, Handler, Reason, Stopped, Work
+from worker.messages import ChildMessage, ImageAccepted, ImageBegun, ImageRejected, IngestOrder, LayoutFound
 
 T = TypeVar("T")
 
@@ -138,30 +139,29 @@ class Ingest(Handler):
                             _take_in(intake, message)
                         raise
                 return
-            except Died as death:
+            except ChildDied as death:
                 deaths += 1
                 if intake.reading is None or deaths > BAD_FILES:
                     raise death.as_failure() from death
                 intake.refused.append(Refused(intake.reading, f"it breaks the decoder: {death.detail}"))
                 intake.reading = None
 
-    def _order(self, lent: Store, archive: Digest, intake: _Intake) -> dict[str, Any]:
-        return {
-            "kind": "ingest",
-            "store": str(lent.root),
-            "archive": archive,
-            "archive_limits": asdict(self._limits.archive),
-            "image_limits": asdict(self._limits.image),
-            "decode_cpu_s": self._limits.decode_cpu_s,
-            "memory_bytes": self._limits.memory_bytes,
-            "done": intake.done,
-        }
+    def _order(self, lent: Store, archive: Digest, intake: _Intake) -> IngestOrder:
+        return IngestOrder(
+            store=str(lent.root),
+            archive=archive,
+            archive_limits=self._limits.archive,
+            image_limits=self._limits.image,
+            decode_cpu_s=self._limits.decode_cpu_s,
+            memory_bytes=self._limits.memory_bytes,
+            done=tuple(intake.done),
+        )
 
     def _listen(self, work: Work, child: Child, intake: _Intake) -> None:
-        told = _Told(work, "reading", len(intake.done))
-        while (message := child.receive(work)) is not None:
+        progress = _ProgressReporter(work, "reading", len(intake.done))
+        for message in messages(child, work):
             _take_in(intake, message)
-            told.tell(len(intake.done), intake.samples)
+            progress.report(len(intake.done), intake.samples)
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
@@ -205,11 +205,11 @@ class Ingest(Handler):
         while parent is not None and after is not None:
             copy = partial(datasets.copy_memberships, to_version=version_id, after_path=after, limit=_ROWS_PER_WRITE)
             after = work.write(partial(copy, from_version=parent.version_id))
-        told = _Told(work, "storing")
+        progress = _ProgressReporter(work, "storing")
         for start, piece in _pieces(new):
             for done, _ in enumerate(self._store.import_files(lent, [image.row.sha256 for image in piece]), start):
                 work.moved()
-                told.tell(done, len(new))
+                progress.report(done, len(new))
             work.write(partial(_add_images, project_id=work.job.project_id, version_id=version_id, images=piece))
         for _, piece in _pieces(new):
             if any(self._store.missing(image.row.sha256 for image in piece)):
@@ -312,8 +312,8 @@ def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
         pass
 
 
-class _Told:
-    """Tells how far the intake of a version is, once a second; `done` files were so before it began."""
+class _ProgressReporter:
+    """Writes how far the intake of a version is, once a second; `done` files were read before it began."""
 
     def __init__(self, work: Work, stage: str, done: int = 0) -> None:
         self._work = work
@@ -321,8 +321,8 @@ class _Told:
         self._before = done
         self._started = self._at = time.monotonic()
 
-    def tell(self, done: int, total: int) -> None:
-        """Say that so many files of all are done, if it is time. Raises Stopped if the work must end."""
+    def report(self, done: int, total: int) -> None:
+        """Write that so many of all files are done, if it is time. Raises Stopped if the work must end."""
         self._work.check()
         now = time.monotonic()
         if now - self._at < _PROGRESS_EVERY_S or not total:
@@ -345,31 +345,24 @@ def _add_images(session: Session, project_id: str, version_id: str, images: Sequ
     datasets.add_images(session, project_id, version_id, images)
 
 
-def _take_in(intake: _Intake, message: Message) -> None:
-    match message["type"]:
-        case "layout" if intake.task is None:
-            intake.task = Task(message["task"])
-            intake.samples = message["samples"]
-            intake.ignored = message["ignored"]
-            intake.refused += [Refused(**file) for file in message["refused"]]
+def _take_in(intake: _Intake, message: ChildMessage) -> None:
+    match message:
+        case LayoutFound() if intake.task is None:
+            intake.task = message.task
+            intake.samples = message.samples
+            intake.ignored = message.ignored
+            intake.refused += message.refused
             intake.files = intake.samples + len(intake.refused)
-        case "reading":
-            intake.reading = message["path"]
-            if message["sha256"] is not None:
-                intake.stored.add(Digest(message["sha256"]))
-        case "refused":
-            intake.refused.append(Refused(message["path"], message["reason"]))
+        case ImageBegun():
+            intake.reading = message.path
+            if message.sha256 is not None:
+                intake.stored.add(message.sha256)
+        case ImageRejected():
+            intake.refused.append(Refused(message.path, message.reason))
             intake.reading = None
-        case "accepted":
-            row = Row(
-                path=message["path"],
-                sha256=Digest(message["sha256"]),
-                labels=tuple(message["labels"]),
-                target=message["target"],
-                group=message["group"],
-                split=Split(message["split"]),
-            )
-            intake.accepted.append(IngestedImage(row, ImageFacts(**message["facts"]), message["size_bytes"]))
+        case ImageAccepted():
+            row = Row(message.path, message.sha256, message.labels, message.target, message.group, message.split)
+            intake.accepted.append(IngestedImage(row, message.facts, message.size_bytes))
             intake.reading = None
 
 

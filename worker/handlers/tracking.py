@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
 from errors import Unavailable
 from models import comparison as comparisons
@@ -37,7 +38,7 @@ from worker.lease import Complete, Handler, Work
 
 _NOTE = "mlflow.note.content"
 # Files that only the service reads, and large.
-_NOT_SHOWN = ("neighbours.safetensors",)
+_NOT_SHOWN = (RunFile.NEIGHBOURS,)
 _OF_A_ROW = {"espalier.best_of", "espalier.difference_to_best", "espalier.p_value"}
 _NOTE_CHARACTERS = 20_000
 _VIEW = "espalier"
@@ -332,7 +333,7 @@ class _Page:
 
     def _log_files(self, store: Store) -> None:
         shown = [file for file in self._facts.files if file.name not in _NOT_SHOWN]
-        self._log_artifacts(store, sorted(shown, key=lambda file: file.name != "report.md"))
+        self._log_artifacts(store, sorted(shown, key=lambda file: file.name != RunFile.REPORT))
         self._client.log_dict(self.run_id, self._facts.run.recipe, "recipe.json")
         per_class = (self._facts.run.metrics or {}).get("per_class")
         if per_class:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from sqlalchemy.orm import Session
 
 from artifacts.images import ImageLimits
+from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
 from errors import EspalierError
 from models import registry
@@ -21,19 +20,19 @@ from models.file_references import delete_unreferenced_after_commit, lock_files
 from models.job import Job
 from models.outbox import owe
 from models.run import Run
-from models.view import CURVE_PICTURE, View, ViewKind
-from worker.child_process import Child, Died, Message, Talking, computing_threads, store_keys
-from worker.handlers.compare import OUT_OF_FOLD
+from models.view import View, ViewKind
+from worker.child_process import Child, ChildConnection, ChildDied, computing_threads, messages, store_keys
 from worker.lease import Complete, Handler, Work
+from worker.messages import ActivationsOrder, LayersOrder, LearningCurveOrder, ViewOrder, ViewOutcome, ViewProgress
 
-Start = Callable[[Mapping[str, Any], Mapping[str, str]], AbstractContextManager[Talking]]
+StartChild = Callable[[ViewOrder, Mapping[str, str]], AbstractContextManager[ChildConnection]]
 
 
 class Look(Handler):
     """The job that makes one view of a run."""
 
     def __init__(
-        self, store: Store, features: str, image_limits: ImageLimits, threads: int, start: Start = Child
+        self, store: Store, features: str, image_limits: ImageLimits, threads: int, start: StartChild = Child
     ) -> None:
         self._store = store
         self._features = features
@@ -46,25 +45,26 @@ class Look(Handler):
         order = work.write(lambda session: self._begin(session, work.subject_id))
         if order is None:  # the data set was deleted meanwhile
             return lambda session: None
-        outcome: Message | None = None
-        # No GPU: it belongs to the trainings, and a head is as quick without.
+        outcome: ViewOutcome | None = None
+        # No GPU: trainings have it, and a head trains as fast without.
         surroundings = {"CUDA_VISIBLE_DEVICES": "-1", **computing_threads(self._threads), **store_keys(self._store)}
         try:
             with self._start(order, surroundings) as child:
-                while (message := child.receive(work)) is not None:
-                    match message["type"]:
-                        case "outcome":
+                for message in messages(child, work):
+                    match message:
+                        case ViewOutcome():
                             outcome = message
-                        case "progress":
-                            tell = partial(views.set_progress, view_id=work.subject_id, progress=message["state"])
-                            work.write(tell)
-        except Died as death:
+                        case ViewProgress(fraction=fraction, eta_s=eta_s):
+                            progress = {"fraction": fraction, "eta_s": eta_s}
+                            work.write(partial(views.set_progress, view_id=work.subject_id, progress=progress))
+        except ChildDied as death:
             raise death.as_failure() from death
         if outcome is None:
             raise RuntimeError("The child ended without an outcome. This is a bug.")
-        files: dict[str, Digest] = {name: Digest(outcome[name]) for name in ("file", "picture") if name in outcome}
-        contents = {digest: self._store.read(digest) for digest in files.values()}
-        return lambda session: self._complete(session, work.subject_id, files, contents)
+        computed = outcome
+        files = [computed.file] if computed.picture is None else [computed.file, computed.picture]
+        contents = {digest: self._store.read(digest) for digest in files}
+        return lambda session: self._complete(session, work.subject_id, computed, contents)
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
         views.requeue_view(session, job.subject_id)
@@ -75,60 +75,60 @@ class Look(Handler):
     def cancelled(self, session: Session, job: Job) -> None:
         views.cancel_view(session, job.subject_id)
 
-    def _begin(self, session: Session, view_id: str) -> dict[str, Any] | None:
+    def _begin(self, session: Session, view_id: str) -> ViewOrder | None:
         """Note that the view is worked on; return the order for the child, or None if nobody wants it any more."""
         view = views.start_view(session, view_id)
         if view is None:
             return None
-        run = session.get_one(Run, view.run_id)
-        return {
-            "kind": "view",
-            "what": view.kind.value,
-            "store": asdict(self._store.address),
-            "threads": self._threads,
-            "image_limits": asdict(self._image_limits),
-            "bundle": _bundle_of(session, run),
-            **_more(session, self._features, run, view),
-        }
+        return self._order(session, view, session.get_one(Run, view.run_id))
 
-    def _complete(
-        self, session: Session, view_id: str, files: Mapping[str, Digest], contents: Mapping[Digest, bytes]
-    ) -> None:
+    def _order(self, session: Session, view: View, run: Run) -> ViewOrder:
+        store, threads, limits, bundle = (
+            self._store.address,
+            self._threads,
+            self._image_limits,
+            _bundle_of(session, run),
+        )
+        match view.kind:
+            case ViewKind.LAYERS:
+                return LayersOrder(store=store, threads=threads, image_limits=limits, bundle=bundle)
+            case ViewKind.ACTIVATIONS:
+                image, layer = views.image_and_layer(view)
+                return ActivationsOrder(
+                    store=store, threads=threads, image_limits=limits, bundle=bundle, image=Digest(image), layer=layer
+                )
+            case ViewKind.LEARNING_CURVE:
+                dataset = session.get_one(DatasetVersion, run.dataset_version_id)
+                assert dataset.manifest_sha256 is not None, "Runs train on a version that is ready. This is a bug."
+                files = {file.name: file.sha256 for file in runs.get_artifacts(session, run.id)}
+                return LearningCurveOrder(
+                    store=store,
+                    threads=threads,
+                    image_limits=limits,
+                    bundle=bundle,
+                    features=self._features,
+                    recipe=run.recipe if run.batch_size is None else {**run.recipe, "batch_size": run.batch_size},
+                    manifest=Digest(dataset.manifest_sha256),
+                    labels=tuple(count.name for count in dataset.class_counts),
+                    out_of_fold=Digest(files[RunFile.OUT_OF_FOLD]),
+                )
+
+    def _complete(self, session: Session, view_id: str, outcome: ViewOutcome, contents: Mapping[Digest, bytes]) -> None:
         """Name what was computed, unless nobody wants it any more."""
         lock_files(session)
         for missing in self._store.missing(contents):  # it was removed just now, with a view that was the same
             self._store.put(contents[missing])
-        view = views.succeed_view(session, view_id, files["file"], len(contents[files["file"]]))
+        view = views.succeed_view(session, view_id, outcome.file, len(contents[outcome.file]))
         if view is None:
             delete_unreferenced_after_commit(session, self._store, list(contents))
-        elif "picture" in files:
-            picture = files["picture"]
-            runs.add_artifact(session, view.run_id, CURVE_PICTURE, picture, len(contents[picture]), "image/png")
-            owe(session, view.run_id, "file", {"name": CURVE_PICTURE})
+        elif outcome.picture is not None:
+            name, picture = RunFile.LEARNING_CURVE.value, outcome.picture
+            runs.add_artifact(session, view.run_id, name, picture, len(contents[picture]), "image/png")
+            owe(session, view.run_id, "file", {"name": name})
 
 
-def _bundle_of(session: Session, run: Run) -> str:
-    """Return the bundle that a run made: it names the network, and how images come to it."""
+def _bundle_of(session: Session, run: Run) -> Digest:
+    """Return the bundle of a run's model: it names the network, and how images are decoded for it."""
     version = registry.find_run_version(session, run.id)
     assert version is not None, "A run that has succeeded made a model version. This is a bug."
-    return version.bundle_sha256
-
-
-def _more(session: Session, features: str, run: Run, view: View) -> dict[str, Any]:
-    """Return what a kind of view needs besides the bundle."""
-    match view.kind:
-        case ViewKind.LAYERS:
-            return {}
-        case ViewKind.ACTIVATIONS:
-            image, layer = views.image_and_layer(view)
-            return {"image": image, "layer": layer}
-        case ViewKind.LEARNING_CURVE:
-            dataset = session.get_one(DatasetVersion, run.dataset_version_id)
-            files = {file.name: file.sha256 for file in runs.get_artifacts(session, run.id)}
-            return {
-                "features": features,
-                "recipe": run.recipe if run.batch_size is None else {**run.recipe, "batch_size": run.batch_size},
-                "manifest": dataset.manifest_sha256,
-                "labels": [count.name for count in dataset.class_counts],
-                "out_of_fold": files[OUT_OF_FOLD],
-            }
+    return Digest(version.bundle_sha256)

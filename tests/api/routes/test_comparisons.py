@@ -40,7 +40,7 @@ def start(client: TestClient, dataset: str, recipes: list[dict[str, Any]], **mor
 
 
 def test_a_comparison_is_a_queued_run_for_each_recipe(
-    client: TestClient, dataset: str, rung: list[tuple[str, str]]
+    client: TestClient, dataset: str, requested: list[tuple[str, str]]
 ) -> None:
     answer = start(client, dataset, [{"backbone": "vgg16"}, {"backbone": "vgg16", "features_from": "block3"}])
     assert answer.status_code == 202, answer.text
@@ -54,7 +54,7 @@ def test_a_comparison_is_a_queued_run_for_each_recipe(
     assert (found["best"], found["verdict"], found["rows"][0]["difference"]) == (None, None, None)
     made = [client.get(f"/api/v1/runs/{row['run']}").json() for row in found["rows"]]
     assert [(run["name"], run["recipe"]["features_from"]) for run in made] == [("m", "block5"), ("m", "block3")]
-    assert [queue for queue, _ in rung] == ["cpu", "cpu"]
+    assert [queue for queue, _ in requested] == ["cpu", "cpu"]
     assert client.get(answer.headers["location"]).json() == found
     assert client.get("/api/v1/comparisons").json()["items"] == [found]
 
@@ -116,7 +116,7 @@ def test_cancelling_ends_every_run_and_asking_twice_changes_nothing(client: Test
 
 
 def test_cancelling_the_last_queued_run_makes_the_table_due_and_rings(
-    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+    client: TestClient, services: Services, dataset: str, requested: list[tuple[str, str]]
 ) -> None:
     found = start(client, dataset, TWO).json()
     first, second = (row["run"] for row in found["rows"])
@@ -126,7 +126,7 @@ def test_cancelling_the_last_queued_run_makes_the_table_due_and_rings(
         records.job_of(session, first).state = JobState.SUCCEEDED
         assert comparisons.on_run_ended(session, first) is None
     client.post(f"/api/v1/runs/{second}/cancel")
-    assert len(rung) == 3
+    assert len(requested) == 3
     progress = client.get(f"/api/v1/comparisons/{found['id']}").json()["progress"]
     assert (progress["stage"], progress["fraction"], progress["ended"]) == ("comparing", 1.0, 2)
     refused = client.delete(f"/api/v1/datasets/{dataset}")
@@ -137,7 +137,7 @@ def test_cancelling_the_last_queued_run_makes_the_table_due_and_rings(
 
 
 def test_cancelling_what_is_tried_again_keeps_the_table_and_rings_for_the_last_one(
-    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+    client: TestClient, services: Services, dataset: str, requested: list[tuple[str, str]]
 ) -> None:
     found = start(client, dataset, TWO).json()
     url = f"/api/v1/comparisons/{found['id']}"
@@ -156,10 +156,10 @@ def test_cancelling_what_is_tried_again_keeps_the_table_and_rings_for_the_last_o
     assert client.post(f"/api/v1/runs/{second}/retry").status_code == 202
     shown = client.get(url).json()
     assert (shown["state"], shown["rows"][0]["score"], shown["progress"]["stage"]) == ("running", 0.9, "training")
-    before = len(rung)
+    before = len(requested)
     shown = client.post(f"{url}/cancel").json()
     assert (shown["state"], shown["rows"][0]["score"], shown["progress"]["stage"]) == ("running", 0.9, "comparing")
-    assert len(rung) == before + 1 and client.get(f"{url}/picture").content == b"picture"
+    assert len(requested) == before + 1 and client.get(f"{url}/picture").content == b"picture"
 
 
 def test_the_end_is_foretold_by_the_runs_that_ended_and_by_the_one_that_runs(

@@ -88,7 +88,7 @@ def test_values_that_do_not_work_yet_are_not_offered(client: TestClient) -> None
 
 
 def test_a_run_is_queued_with_every_default_filled_in(
-    client: TestClient, dataset: str, rung: list[tuple[str, str]]
+    client: TestClient, dataset: str, requested: list[tuple[str, str]]
 ) -> None:
     answer = start(client, dataset)
     assert answer.status_code == 202, answer.text
@@ -119,20 +119,20 @@ def test_a_run_is_queued_with_every_default_filled_in(
         "neighbours": False,
         "seed": 0,
     }
-    assert rung[-1][0] == "cpu"
+    assert requested[-1][0] == "cpu"
     assert client.get(answer.headers["location"]).json() == run
 
 
 @ON_SQLITE
 def test_fine_tuning_wakes_the_worker_with_a_gpu_if_there_is_one(
-    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+    client: TestClient, services: Services, dataset: str, requested: list[tuple[str, str]]
 ) -> None:
     start(client, dataset, mode="fine-tuning")
     with services.database.writing() as session:
         workers.see_worker(session, "there", [Queue.GPU])
     start(client, dataset, mode="fine-tuning")
     start(client, dataset)
-    assert [queue for queue, _ in rung[-3:]] == ["cpu", "gpu", "cpu"]
+    assert [queue for queue, _ in requested[-3:]] == ["cpu", "gpu", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ def test_an_old_schema_is_not_ready(client: TestClient, services: Services) -> N
 def swap(client: TestClient, **parts: Any) -> None:
     """Replace parts of the process."""
     state = client.app.state  # type: ignore[attr-defined]
-    state.services = replace(state.services, **run_jobs)
+    state.services = replace(state.services, **parts)
 
 
 @ON_SQLITE
@@ -603,7 +603,7 @@ def test_a_version_record_is_never_shown_half(client: TestClient, services: Serv
 
 
 def test_a_failed_run_is_queued_once_more_with_what_it_has(
-    client: TestClient, services: Services, dataset: str, rung: list[tuple[str, str]]
+    client: TestClient, services: Services, dataset: str, requested: list[tuple[str, str]]
 ) -> None:
     run = start(client, dataset).json()["id"]
     url = f"/api/v1/runs/{run}"
@@ -621,7 +621,7 @@ def test_a_failed_run_is_queued_once_more_with_what_it_has(
     shown = again.json()
     assert (shown["state"], shown["error"], shown["finished_at"]) == ("queued", None, None)
     assert [fold["fold"] for fold in shown["folds"]] == [0]
-    assert len(rung) == 3 and rung[-1][0] == "cpu"
+    assert len(requested) == 3 and requested[-1][0] == "cpu"
     assert client.post(f"{url}/retry").status_code == 409, "it waits already"
     assert client.post("/api/v1/runs/run_unknown/retry").status_code == 404
 

@@ -87,13 +87,13 @@ def kind_of(answer: Any) -> str:
 
 
 def test_a_curve_is_computed_once_and_then_there(
-    client: TestClient, services: Services, run: str, rung: list[tuple[str, str]]
+    client: TestClient, services: Services, run: str, requested: list[tuple[str, str]]
 ) -> None:
     for _ in range(3):
         answer = client.get(curve_url(run))
         assert answer.status_code == 202 and answer.headers["Retry-After"] == "2"
         assert answer.json() == {"state": "queued", "progress": {"fraction": 0.0, "eta_s": None}}
-    assert [queue for queue, _ in rung] == ["cpu"]
+    assert [queue for queue, _ in requested] == ["cpu"]
     with services.database.writing() as session:
         (job,) = view_jobs(session)
         job.state = JobState.RUNNING
@@ -110,7 +110,7 @@ def test_a_curve_is_computed_once_and_then_there(
         assert answer.status_code == 200
         assert answer.json() == {**CURVE, "picture": f"/api/v1/runs/{run}/files/learning-curve.png"}
     with services.database.reading() as session:
-        assert len(view_jobs(session)) == 1 == len(rung)
+        assert len(view_jobs(session)) == 1 == len(requested)
 
 
 def test_a_curve_of_too_few_images_has_no_law(client: TestClient, services: Services, run: str) -> None:
@@ -127,7 +127,7 @@ def test_a_failure_is_told_once_and_whoever_asks_again_has_it_tried_anew(
     fail_as_a_worker(services)
     answer = client.get(curve_url(run))
     assert (answer.status_code, kind_of(answer)) == (422, "training-diverged")
-    assert answer.json()["detail"] == "The loss is no longer a number. Asked again, it is tried anew."
+    assert answer.json()["detail"] == "The loss is no longer a number. Ask again to retry."
     assert client.get(curve_url(run)).status_code == 202
     with services.database.reading() as session:
         assert [job.state for job in view_jobs(session)] == [JobState.FAILED, JobState.QUEUED]
@@ -149,7 +149,7 @@ def test_many_who_ask_at_once_have_it_computed_once(client: TestClient, services
 
 
 def test_layers_are_listed_and_one_of_them_drawn(
-    client: TestClient, services: Services, run: str, rung: list[tuple[str, str]]
+    client: TestClient, services: Services, run: str, requested: list[tuple[str, str]]
 ) -> None:
     assert client.get(activations_url(run)).status_code == 202
     wanted = {"image": IMAGE, "layer": "pool"}
@@ -164,7 +164,7 @@ def test_layers_are_listed_and_one_of_them_drawn(
         answer = client.get(activations_url(run), params=wanted)
         assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"a picture", "image/png")
     assert client.get(activations_url(run), params={**wanted, "image": OTHER}).status_code == 202
-    assert [queue for queue, _ in rung] == ["ingest"] * 3, "which does not wait for trainings"
+    assert [queue for queue, _ in requested] == ["ingest"] * 3, "which does not wait for trainings"
 
 
 def test_what_is_not_there_is_named_with_what_there_is(client: TestClient, services: Services, run: str) -> None:

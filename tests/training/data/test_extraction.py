@@ -13,8 +13,9 @@ from artifacts.store import Digest, Store, digest_of
 from errors import Corrupt
 from inference.engine import FlatEngine
 from recipes.recipe import Precision, Resize
-from training.data.extraction import Extraction, extract
+from training.data.extraction import extract
 from training.data.pixels import BATCH, ImageDecoder
+from training.progress import Extraction
 
 SIZE = 16
 LIMITS = ImageLimits()

@@ -25,15 +25,17 @@ from recipes.recipe import Precision, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
 from training.fitting import fine_tuning, learners, training_loop
-from training.fitting.fine_tuning import FineTuningInputs, fine_tune
-from training.fitting.fit_task import FittedNetwork
+from training.fitting.fine_tuning import FineTuningData, fine_tune
+from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.head_fit import FittedHead, fit_head
-from training.fitting.learners import Lesson
-from training.fitting.training_loop import Epoch, Passage, Snapshot
+from training.fitting.learners import LearningTask
+from training.fitting.training_loop import Passage, Snapshot
 from training.networks import backbones
 from training.networks.export import export
+from training.progress import Epoch
 
 NONE = np.array([], dtype=np.intp)
+QUIET = Passage(lambda number, metrics: None)
 COUNT = 24
 # VGG16 has 1.5 million weights in its third block, and 13 million in the two after it.
 FEW = {"features_from": "block3", "unfreeze": "block3"}
@@ -84,48 +86,30 @@ class Trial:
         self.truth = classes if targets is None else targets
         self.weights, self.features = beginning(wanted.backbone, wanted.features_from, wanted.image_size)
         self.rows = np.arange(COUNT)
+        self.outputs = 3 if targets is None else 1 if targets.ndim == 1 else targets.shape[1]
         self.head: FittedHead = fit_head(
-            wanted,
-            task,
-            3 if targets is None else 1 if targets.ndim == 1 else targets.shape[1],
-            self.features,
-            self.truth,
-            self.rows,
-            NONE,
-            epochs=head_epochs,
-            seed=0,
-            passage=Passage(lambda number, metrics: None),
+            wanted, self.feature_data, FitTask(self.rows, NONE, epochs=head_epochs, seed=0, passage=QUIET)
         )
 
-    def fine_tune(self, material: FineTuningInputs | None = None, **change: Any) -> FittedNetwork:
-        options: dict[str, Any] = {
-            "train": self.rows[self.rows % 4 != 0],
-            "validation": self.rows[self.rows % 4 == 0],
-            "epochs": 3,
-            "passage": Passage(lambda number, metrics: None),
-            "seed": 0,
-            **change,
-        }
-        return fine_tune(
-            self.recipe,
-            self.task,
-            self.weights,
-            material or FineTuningInputs(self.pixels, are_maps=False),
-            self.head,
-            self.truth,
-            options["train"],
-            options["validation"],
-            epochs=options["epochs"],
-            seed=options["seed"],
-            passage=options["passage"],
-        )
+    @property
+    def feature_data(self) -> FitData:
+        return FitData(self.task, self.outputs, self.features, self.truth)
 
-    def maps(self) -> FineTuningInputs:
+    def data(self, inputs: Any, are_maps: bool) -> FineTuningData:
+        return FineTuningData(self.task, self.outputs, inputs, self.truth, are_maps)
+
+    def fine_tune(self, data: FineTuningData | None = None, **change: Any) -> FittedNetwork:
+        is_validation = self.rows % 4 == 0
+        fit = FitTask(self.rows[~is_validation], self.rows[is_validation], epochs=3, seed=0, passage=QUIET)
+        data = data or self.data(self.pixels, are_maps=False)
+        return fine_tune(self.recipe, data, self.weights, self.head, replace(fit, **change))
+
+    def maps(self) -> FineTuningData:
         """Return the maps at the cut, by Keras."""
         boundary = CATALOGUE[self.recipe.backbone].cut_before(self.recipe.unfreeze or "")
         assert boundary and self.recipe.image_size
         network = backbones.build_backbone(self.recipe.backbone, boundary, self.recipe.image_size, self.weights)
-        return FineTuningInputs(np.asarray(network(self.pixels)["maps"]), are_maps=True)
+        return self.data(np.asarray(network(self.pixels)["maps"]), are_maps=True)
 
 
 def changed(before: bytes, after: bytes, wanted: Recipe) -> dict[str, bool]:
@@ -148,8 +132,8 @@ def changed(before: bytes, after: bytes, wanted: Recipe) -> dict[str, bool]:
 def test_an_untrained_network_answers_as_the_head_on_frozen_features_did() -> None:
     trial = Trial(recipe(fine_tune={"learning_rate": 1e-12, "epochs": 1}))
     before = heads.logits(trial.head.layers, trial.features)
-    for material in (None, trial.maps()):
-        tuned = trial.fine_tune(material, epochs=1)
+    for data in (None, trial.maps()):
+        tuned = trial.fine_tune(data, epochs=1)
         assert tuned.logits(trial.rows) == pytest.approx(before, rel=1e-3, abs=1e-3)
 
 
@@ -306,11 +290,11 @@ def test_a_network_with_branches_is_fine_tuned_from_its_last_block(name: Backbon
 @pytest.mark.slow
 def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> None:
     trial = Trial(recipe())
-    broken = FineTuningInputs(np.full_like(trial.maps().array, np.nan, dtype=np.float32), are_maps=True)
-    frozen = learners.Frozen(trial.recipe, trial.task, 3, trial.features, trial.truth)
-    learner = learners.Tuning(trial.recipe, trial.task, frozen, trial.weights, broken, trial.truth)
+    broken = trial.data(np.full_like(trial.maps().inputs, np.nan, dtype=np.float32), are_maps=True)
+    frozen = learners.Frozen(trial.recipe, trial.feature_data)
+    learner = learners.Tuning(trial.recipe, frozen, trial.weights, broken)
     plan = replace(learner.plan, head=2)
-    fold = Lesson(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
+    fold = LearningTask(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
     heard = Kept(0, None, lambda part, checkpoint: False)
     learned = learner.learn(fold, heard, heard)
     head, network = learned.phases

@@ -26,12 +26,13 @@ from recipes.defaults import ClassCount, fill
 from recipes.layers import Layer, NetworkRecipe
 from recipes.recipe import Recipe, Task
 from recipes.shapes import filled_network
-from training.fitting.fit_task import FittedNetwork
+from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.from_scratch import fit_from_scratch
-from training.fitting.training_loop import Epoch, Passage
+from training.fitting.training_loop import Passage
 from training.networks import backbones, scratch_networks
 from training.networks.export import export
 from training.networks.stochastic_pooling import StochasticPooling
+from training.progress import Epoch
 
 SILENT = Passage(lambda number, epoch: None)
 # The four pictures of two pixels, in black and white.
@@ -57,7 +58,7 @@ def learn(
     recipe: Recipe, truth: Any, epochs: int, seed: int = 0, pixels: Any = PIXELS, task: Task = Task.BINARY
 ) -> FittedNetwork:
     rows = np.arange(len(pixels))
-    return fit_from_scratch(recipe, task, 1, pixels, truth, rows, NONE, epochs=epochs, seed=seed, passage=SILENT)
+    return fit_from_scratch(recipe, FitData(task, 1, pixels, truth), FitTask(rows, NONE, epochs, seed, SILENT))
 
 
 def order_of(rows: int, epochs: int, seed: int = 0) -> list[int]:
@@ -107,7 +108,7 @@ def test_of_several_classes_each_output_learns_by_itself() -> None:
     counts = [ClassCount(name, 9, 9) for name in "abc"]
     wanted = {"mode": "from-scratch", "network": network, "image_size": [1, 2], "early_stopping": None}
     recipe = fill(Recipe.model_validate(wanted), Task.MULTICLASS, counts)
-    grown = fit_from_scratch(recipe, Task.MULTICLASS, 3, PIXELS, classes, ALL, NONE, epochs=3, seed=0, passage=SILENT)
+    grown = fit_from_scratch(recipe, FitData(Task.MULTICLASS, 3, PIXELS, classes), FitTask(ALL, NONE, 3, 0, SILENT))
     w, b = np.zeros((2, 3)), np.zeros(3)
     for row in order_of(4, epochs=3):
         error = np.eye(3)[classes[row]] - sigmoid(INPUTS[row] @ w + b)
@@ -422,5 +423,5 @@ def test_a_network_learns_tags_and_numbers(bench: Bench) -> None:
 def test_epochs_are_told(bench: Bench) -> None:
     told: list[tuple[int, Epoch]] = []
     passage = Passage(lambda number, epoch: told.append((number, epoch)))
-    fit_from_scratch(perceptron("sigmoid"), Task.BINARY, 1, PIXELS, AND, ALL, NONE, epochs=3, seed=0, passage=passage)
+    fit_from_scratch(perceptron("sigmoid"), FitData(Task.BINARY, 1, PIXELS, AND), FitTask(ALL, NONE, 3, 0, passage))
     assert [number for number, _ in told] == [1, 2, 3] and told[-1][1]["loss"] < told[0][1]["loss"]

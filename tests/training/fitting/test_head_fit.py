@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from inference import heads
 from recipes.recipe import ClassWeights, EarlyStopping, HeadRecipe, OptimizerRecipe, Recipe, Target, Task
 from training.data.split import Indices
 from training.fitting.compile_options import class_weights
+from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
 from training.fitting.training_loop import Passage, Rows
 from training.networks import freed_memory
@@ -28,28 +30,16 @@ def clouds(rows: int = 120, classes: int = 3, width: int = 8, scale: float = 1.0
 
 
 def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0, **change: Any) -> FittedHead:
-    rows = np.arange(len(truth))
-    options: dict[str, Any] = {
-        "train": rows[rows % 4 != 0],
-        "validation": rows[rows % 4 == 0],
-        "epochs": EPOCHS,
-        "passage": Passage(lambda number, metrics: None),
-        **change,
-    }
-    binary = truth.max() == 1
-    task, outputs = (Task.BINARY, 1) if binary else (Task.MULTICLASS, int(truth.max()) + 1)
-    return fit_head(
-        recipe,
-        task,
-        outputs,
-        features,
-        truth,
-        options["train"],
-        options["validation"],
-        epochs=options["epochs"],
-        seed=seed,
-        passage=options["passage"],
-    )
+    is_binary = truth.max() == 1
+    task, outputs = (Task.BINARY, 1) if is_binary else (Task.MULTICLASS, int(truth.max()) + 1)
+    return fit_head(recipe, FitData(task, outputs, features, truth), replace(quarter(len(truth), seed), **change))
+
+
+def quarter(count: int, seed: int = 0) -> FitTask:
+    """Return a fit that validates on a quarter of the rows."""
+    rows = np.arange(count)
+    passage = Passage(lambda number, metrics: None)
+    return FitTask(rows[rows % 4 != 0], rows[rows % 4 == 0], EPOCHS, seed, passage)
 
 
 def quick(**fields: Any) -> Recipe:
@@ -236,19 +226,7 @@ def test_class_weights_make_a_rare_class_answered_more_often() -> None:
 
 
 def fitted_to(task: Task, features: Features, targets: Any, recipe: Recipe | None = None) -> FittedHead:
-    rows = np.arange(len(targets))
-    return fit_head(
-        recipe or quick(),
-        task,
-        targets.shape[1],
-        features,
-        targets,
-        rows[rows % 4 != 0],
-        rows[rows % 4 == 0],
-        epochs=EPOCHS,
-        seed=0,
-        passage=Passage(lambda number, metrics: None),
-    )
+    return fit_head(recipe or quick(), FitData(task, targets.shape[1], features, targets), quarter(len(targets)))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from inference import heads
 from recipes.recipe import ClassWeights, EarlyStopping, HeadRecipe, OptimizerRecipe, Recipe, Task
 from training.data.targets import Truth
 from training.fitting import linear_heads as module
+from training.fitting.fit_task import FitData
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
 from training.fitting.training_loop import Passage, Snapshot
@@ -57,7 +58,7 @@ def recipe(**fields: Any) -> Recipe:
 
 def together(recipe: Recipe, task: Task, wanted: Sequence[LinearHeadTask]) -> list[FittedHead]:
     features, targets, outputs = some(task)
-    fits = dict(fit_linear_heads(recipe, task, outputs, features, targets, wanted))
+    fits = dict(fit_linear_heads(recipe, FitData(task, outputs, features, targets), wanted))
     return [fits[place] for place in range(len(wanted))]
 
 
@@ -65,15 +66,8 @@ def alone(recipe: Recipe, task: Task, one: LinearHeadTask) -> FittedHead:
     features, targets, outputs = some(task)
     return fit_head(
         recipe.model_copy(update={"head": HeadRecipe(l2=one.l2)}),
-        task,
-        outputs,
-        features,
-        targets,
-        one.train,
-        one.validation,
-        epochs=one.epochs,
-        seed=one.seed,
-        passage=one.passage,
+        FitData(task, outputs, features, targets),
+        one,
     )
 
 
@@ -154,7 +148,7 @@ def test_a_column_that_never_changes_in_one_fold_is_left_out_of_its_head() -> No
     features, targets, outputs = some(Task.MULTICLASS)
     one, other = wanted(2)
     features[one.train, 3] = 7.0
-    fits = dict(fit_linear_heads(recipe(), Task.MULTICLASS, outputs, features, targets, [one, other]))
+    fits = dict(fit_linear_heads(recipe(), FitData(Task.MULTICLASS, outputs, features, targets), [one, other]))
     assert not fits[0].layers[0].kernel[3].any() and fits[1].layers[0].kernel[3].any()
 
 
@@ -166,8 +160,8 @@ def test_a_head_sees_nothing_of_rows_that_are_not_its_own() -> None:
     hidden[:60] = features[:60]
     rows = np.concatenate([one.train, one.validation])
     hidden[rows] = features[rows]
-    ((_, seen),) = fit_linear_heads(recipe(), Task.MULTICLASS, outputs, features, targets, [one])
-    ((_, blind),) = fit_linear_heads(recipe(), Task.MULTICLASS, outputs, hidden, targets, [one])
+    ((_, seen),) = fit_linear_heads(recipe(), FitData(Task.MULTICLASS, outputs, features, targets), [one])
+    ((_, blind),) = fit_linear_heads(recipe(), FitData(Task.MULTICLASS, outputs, hidden, targets), [one])
     assert np.array_equal(seen.weights[0], blind.weights[0])
 
 
@@ -207,7 +201,8 @@ def test_every_epoch_of_every_head_is_told_and_what_has_ended_is_given_at_once()
     ]
     features, targets, outputs = some(Task.BINARY)
     given = []
-    for place, fitted in fit_linear_heads(recipe(early_stopping=None), Task.BINARY, outputs, features, targets, asked):
+    data = FitData(Task.BINARY, outputs, features, targets)
+    for place, fitted in fit_linear_heads(recipe(early_stopping=None), data, asked):
         given.append((place, len(told), len(fitted.trained.history)))
     assert given == [(1, 4, 2), (0, 6, 4)]
     assert sorted(told) == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]

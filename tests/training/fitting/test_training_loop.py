@@ -10,7 +10,8 @@ import pytest
 
 from recipes.layers import Sides
 from recipes.recipe import EarlyStopping, Target
-from training.fitting.training_loop import Arrays, Epoch, Stopping, predict_batch
+from training.fitting.training_loop import Arrays, Stopping, predict_batch
+from training.progress import Epoch
 
 
 class Counter:

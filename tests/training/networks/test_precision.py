@@ -9,7 +9,7 @@ import pytest
 from artifacts.features import Features
 from artifacts.images import Pixels
 from inference.engine import FlatEngine
-from recipes.recipe import Precision, PrecisionChoice, Task
+from recipes.recipe import Precision, Task
 from training.networks.precision import (
     PrecisionDecision,
     PrecisionScore,
@@ -23,9 +23,9 @@ FLOAT32, BFLOAT16, INT8 = Precision
 
 
 def test_auto_tries_what_the_machine_has_and_anything_else_only_itself() -> None:
-    assert candidate_precisions(PrecisionChoice.AUTO, [INT8, FLOAT32]) == [FLOAT32, INT8]
-    assert candidate_precisions(PrecisionChoice.AUTO, list(Precision)) == [FLOAT32, BFLOAT16, INT8]
-    assert candidate_precisions(PrecisionChoice.BFLOAT16, [FLOAT32]) == [BFLOAT16]
+    assert candidate_precisions("auto", [INT8, FLOAT32]) == [FLOAT32, INT8]
+    assert candidate_precisions("auto", list(Precision)) == [FLOAT32, BFLOAT16, INT8]
+    assert candidate_precisions(Precision.BFLOAT16, [FLOAT32]) == [BFLOAT16]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from errors import WeightsUnavailable
 from recipes.catalogue import CATALOGUE, BackboneName, WeightsFile
 from training.networks import backbones
 from worker.child import weights
-from worker.child.weights import Obtained, Source, obtain
+from worker.child.weights import Obtained, obtain
+from worker.messages import WeightsSource
 
 MIB = 1024 * 1024
 PATH = "vgg16/weights_notop.h5"
@@ -95,7 +96,7 @@ class Place:
 
     store: Store
     temporary: Path
-    source: Source
+    source: WeightsSource
     told: list[tuple[int, int | None, float | None]] = field(default_factory=list)
 
     def obtain(self, content: bytes = CONTENT, name: str = "imagenet") -> Obtained:
@@ -139,7 +140,7 @@ def path_for(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.M
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    return Place(store, temporary, Source(mirror.url, str(tmp_path / "cache"), connect_s=20.0, stall_s=60.0))
+    return Place(store, temporary, WeightsSource(mirror.url, str(tmp_path / "cache"), connect_s=20.0, stall_s=60.0))
 
 
 @pytest.fixture(scope="module")

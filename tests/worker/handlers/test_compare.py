@@ -23,6 +23,7 @@ from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
 from artifacts.layout import Split
 from artifacts.manifest import Row
+from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
 from errors import Crashed
 from models import comparison as comparisons
@@ -36,25 +37,25 @@ from models.run import RunState
 from models.session import Database
 from recipes.layers import Activation
 from recipes.recipe import Precision, Resize, Task
-from worker.handlers.compare import OUT_OF_FOLD, Compare
+from worker.handlers.compare import Compare
 from worker.handlers.train import Train
 from worker.lease import Complete
+from worker.messages import Alive, ComparisonOutcome, Failed, RunOutcome
 
 ERROR = Crashed("It died.")
-OUTCOME: dict[str, Any] = {
-    "type": "outcome",
-    "bundle": records.digest("bundle"),
-    "backbone": records.digest("backbone"),
-    "metrics": {"accuracy": 0.5},
-    "training_s": 1.0,
-    "files": [],
-}
+OUTCOME = RunOutcome(
+    bundle=records.digest("bundle"),
+    backbone=records.digest("backbone"),
+    metrics={"accuracy": 0.5},
+    training_s=1.0,
+    files=(),
+)
 
 
 def end(database: Database, train: Train, run_id: str, how: str) -> None:
     """End a run as the worker does."""
     with database.writing() as session:
-        assert train._begin(session, records.job_of(session, run_id)) is not None
+        assert train._make_order(session, records.job_of(session, run_id)) is not None
     with database.writing() as session:
         job = records.job_of(session, run_id)
         match how:
@@ -160,7 +161,7 @@ def add_run(case: Case, session: Any, run_id: str, wrong: int) -> None:
     )
     runs.start_run(session, run_id)
     runs.succeed_run(session, run_id, metrics, 1.0)
-    runs.add_artifact(session, run_id, OUT_OF_FOLD, file, 1, "application/octet-stream")
+    runs.add_artifact(session, run_id, RunFile.OUT_OF_FOLD, file, 1, "application/octet-stream")
     digest = case.store.put(bundle.dump())
     registry.add_model_version(session, PRINCIPAL, "flowers", run_id, digest, backbone)
     comparisons.on_run_ended(session, run_id)
@@ -222,9 +223,9 @@ def test_a_bundle_that_this_machine_does_not_serve_is_compared_but_not_timed(cas
     assert table["rows"][0]["difference"]["difference"] == pytest.approx(-11 / 40)
 
 
-def outcome(case: Case) -> dict[str, Any]:
+def outcome(case: Case) -> ComparisonOutcome:
     picture, report = case.store.put(b"picture"), case.store.put(b"report")
-    return {"type": "outcome", "table": {"rows": []}, "picture": picture, "report": report}
+    return ComparisonOutcome(table={"rows": []}, picture=picture, report=report)
 
 
 def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, say: Say) -> None:
@@ -238,7 +239,7 @@ def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, sa
             complete(session)
     found = case.comparison()
     assert (found.state, found.table) == (ComparisonState.CANCELLED, None)
-    assert not case.store.has(message["picture"]) and not case.store.has(message["report"])
+    assert not case.store.has(message.picture) and not case.store.has(message.report)
     assert case.owed() == []
 
 
@@ -252,7 +253,7 @@ def lose(database: Database, complete: Complete) -> None:
 def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(case: Case, say: Say) -> None:
     table = {"rows": [{"position": 0}, {"position": 2}], "verdict": "equal"}
     told = [
-        {"type": "outcome", "table": table, "picture": case.store.put(name), "report": case.store.put(name + b".md")}
+        ComparisonOutcome(table=table, picture=case.store.put(name), report=case.store.put(name + b".md"))
         for name in (b"first", b"second")
     ]
     for number, message in enumerate(told):
@@ -262,17 +263,17 @@ def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(c
             with pytest.raises(ConnectionError):
                 lose(case.database, complete)
             shown = case.comparison()
-            assert shown.picture_sha256 == (told[0]["picture"] if number else None)
-            assert all(case.store.has(one[file]) for one in told for file in ("picture", "report"))
+            assert shown.picture_sha256 == (told[0].picture if number else None)
+            assert all(case.store.has(file) for one in told for file in (one.picture, one.report))
             with case.database.writing() as session:
                 complete(session)
                 jobs.finish(session, work.lease, JobState.SUCCEEDED)
-        assert case.comparison().picture_sha256 == message["picture"]
+        assert case.comparison().picture_sha256 == message.picture
         with case.database.writing() as session:
             comparison = session.get_one(Comparison, case.comparison_id)
             comparison.state = ComparisonState.RUNNING
             assert number or comparisons.on_run_ended(session, case.run_ids[0]) is not None
-    assert [case.store.has(one[file]) for one in told for file in ("picture", "report")] == [False, False, True, True]
+    assert [case.store.has(file) for one in told for file in (one.picture, one.report)] == [False, False, True, True]
 
 
 def test_a_table_that_fails_while_a_run_is_tried_again_leaves_the_comparison_open(case: Case) -> None:
@@ -305,7 +306,7 @@ def test_a_table_that_fails_is_made_anew_if_a_run_has_succeeded_meanwhile(case: 
 
 
 def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, say: Say) -> None:
-    say({"type": "error", "error": ERROR.record()})
+    say(Failed.by(ERROR))
     with case.database.writing() as session:
         comparisons.cancel_comparison(session, case.comparison_id)
     with claimed_work(case.database) as work:
@@ -314,7 +315,7 @@ def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, say:
 
 def test_a_comparison_fails_with_what_its_child_said(case: Case, say: Say, start_loop: StartLoop) -> None:
     error = {"code": "corrupt", "detail": "The stored file is not what its digest says."}
-    say({"type": "error", "error": error})
+    say(Failed(error=error))
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
     settled(case.database, case.job_id, JobState.FAILED)
     found = case.comparison()
@@ -322,7 +323,7 @@ def test_a_comparison_fails_with_what_its_child_said(case: Case, say: Say, start
 
 
 def test_cancelling_stops_the_child(case: Case, say: Say, start_loop: StartLoop) -> None:
-    say({"type": "alive"}, outcome(case), apart_s=600.0)
+    say(Alive(), outcome(case), apart_s=600.0)
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
     settled(case.database, case.job_id, JobState.RUNNING)
     with case.database.writing() as session:
@@ -333,7 +334,7 @@ def test_cancelling_stops_the_child(case: Case, say: Say, start_loop: StartLoop)
 
 def test_a_comparison_whose_worker_was_lost_waits_again(case: Case, say: Say) -> None:
     draining = threading.Event()
-    say({"type": "alive"}, outcome(case))
+    say(Alive(), outcome(case))
     with claimed_work(case.database, draining) as work:
         Compare(case.store, 1).run(work)
         with case.database.writing() as session:

@@ -14,7 +14,7 @@ import pytest
 import records
 import sample
 from buckets import EACH_STORE, EACH_STORE_SLOWLY
-from clock import ByHand
+from manual_clock import ByHand
 from PIL import Image
 from records import PRINCIPAL
 from sqlalchemy import select
@@ -28,6 +28,7 @@ from artifacts.images import ImageLimits, encode
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.store import Digest, Store, digest_of
+from clock import Clock
 from errors import Crashed, DiskFull
 from models import dataset as datasets
 from models import job as jobs
@@ -38,11 +39,12 @@ from models.job import Job, JobKind, JobState, Queue
 from models.session import Database
 from recipes.defaults import ClassCount
 from recipes.recipe import Task
-from worker.child_process import Child, Message
+from worker.child_process import Child
 from worker.handlers import ingest
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
-from worker.lease import Clock, Complete, Handler, Timings, Work
-from worker.loop import Loop
+from worker.lease import Complete, Handler, Timings, Work
+from worker.local_worker import LocalWorker
+from worker.messages import ChildMessage, Failed, ImageBegun
 
 LIMITS = IngestLimits(
     archive=ArchiveLimits(),
@@ -87,14 +89,14 @@ class Intake:
             datasets.delete_dataset(dataset)
             return jobs.add_job(session, dataset.project_id, JobKind.PURGE, Queue.INGEST, dataset.id).id
 
-    def loop(self, **handlers: Handler) -> Loop:
+    def loop(self, **handlers: Handler) -> LocalWorker:
         """Return a loop for the ingest queue; `ingest=…` replaces the real handler."""
         known: dict[JobKind, Handler] = {
             JobKind.INGEST: Ingest(self.store, self.limits),
             JobKind.PURGE: Purge(self.store),
         }
         replaced = {JobKind(kind): handler for kind, handler in handlers.items()}
-        return Loop(self.database, Queue.INGEST, known | replaced, "here", self.timings, self.clock)
+        return LocalWorker(self.database, Queue.INGEST, known | replaced, "here", self.timings, self.clock)
 
     def version(self, version_id: str) -> DatasetVersion:
         with self.database.reading() as session:
@@ -458,9 +460,9 @@ def held_at_the_slow_image() -> Iterator[threading.Event]:
     is_there, may_go_on = threading.Event(), threading.Event()
     receive = Child.receive
 
-    def held(child: Child, work: Work, idle: Callable[[], None] = lambda: None) -> Message | None:
-        message = receive(child, work, idle)
-        if message is not None and message["type"] == "reading" and message["path"] == "green/slow.jpg":
+    def held(child: Child, work: Work) -> ChildMessage | None:
+        message = receive(child, work)
+        if isinstance(message, ImageBegun) and message.path == "green/slow.jpg":
             is_there.set()
             may_go_on.wait(120)
         return message
@@ -473,7 +475,7 @@ def held_at_the_slow_image() -> Iterator[threading.Event]:
             may_go_on.set()
 
 
-Begin = Callable[..., tuple[str, Loop]]
+Begin = Callable[..., tuple[str, LocalWorker]]
 
 
 @pytest.fixture
@@ -481,7 +483,7 @@ def begin() -> Iterator[Begin]:
     """Begin an ingest in a thread; return its version and its loop once all images but the last are stored."""
     threads = []
 
-    def begin(intake: Intake, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, Loop]:
+    def begin(intake: Intake, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, LocalWorker]:
         version_id = intake.upload(sample.zipped(files, zipfile.ZIP_STORED), name)
         loop = intake.loop()
         threads.append(threading.Thread(target=loop.work))
@@ -629,7 +631,7 @@ def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Inta
 
 def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(intake: Intake, say: Say) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(per_class=3)))
-    say({"type": "error", "error": DiskFull("The disk is full.").record()})
+    say(Failed.by(DiskFull("The disk is full.")))
     assert intake.loop().work()
     job = intake.job(version_id)
     assert (job.state, job.attempt) == (JobState.QUEUED, 0) and job.next_attempt_at is not None

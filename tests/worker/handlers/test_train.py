@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,8 +10,8 @@ from typing import Any
 
 import pytest
 import records
-from clock import ByHand
 from cutting import cut_off
+from manual_clock import ByHand
 from on_databases import ON_SQLITE
 from resting import has_ended
 from sqlalchemy import select
@@ -21,8 +19,9 @@ from sqlalchemy.orm import Session
 from waiting import until
 from working import QUICK, Forgetful, Say, StartLoop, claimed_work, look, settled, sweep_twice, training_place
 
+from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
-from errors import Crashed, OutOfMemory, Unavailable
+from errors import Crashed, OutOfMemory, TrainingDiverged, Unavailable
 from models import job as jobs
 from models import registry, run_jobs
 from models import run as runs
@@ -33,29 +32,58 @@ from models.registry import ModelVersion, QuantisedBackbone, Weights
 from models.run import FINAL_PART, EventKind, RunState
 from models.session import Database
 from recipes.catalogue import BackboneName
-from recipes.recipe import Mode, Recipe, TaskChoice
+from recipes.recipe import Mode, Recipe, Task
+from training.progress import Extraction, FoldResult
 from worker import app as worker_app
-from worker.child import train as inside_train
-from worker.child.channel import Channel
-from worker.child.train import _Pulse
-from worker.child_process import Child, Message
+from worker.child_process import Child
 from worker.handlers.train import DRAIN_WITHIN_S, Train, _answer
 from worker.lease import Bench, Complete, Stopped, Work
-from worker.loop import Loop
-from worker.run_progress import whole
+from worker.local_worker import LocalWorker
+from worker.messages import (
+    AddBackbone,
+    AddQuantised,
+    Alive,
+    Answer,
+    CheckpointWritten,
+    ChildMessage,
+    ChoiceAnswer,
+    DigestAnswer,
+    EpochEnded,
+    Extracted,
+    Failed,
+    FileWritten,
+    FindPrecisionChoice,
+    FindQuantised,
+    FoldEnded,
+    JobProgress,
+    Prepared,
+    Progress,
+    RunOutcome,
+    SetPrecisionChoice,
+    Stored,
+    StoredFile,
+)
 
-FOLD = {"epochs": 3, "best_epoch": 2, "stopped": "epochs", "metrics": {"accuracy": 0.5}, "history": [], "seconds": 2.0}
-PROGRESS = {"stage": "folds", "share": 0.5, "fold": 0, "epoch": 2, "epochs": 3, "spent_s": 1.0, "eta_s": 1.0}
-EXTRACTION = {"images": 20, "computed": 20, "cached": 0, "seconds": 3.0}
-OUTCOME = {
-    "type": "outcome",
-    "bundle": records.digest("bundle"),
-    "backbone": records.digest("backbone"),
+FOLD: dict[str, Any] = {
+    "epochs": 3,
+    "best_epoch": 2,
+    "stopped": "epochs",
     "metrics": {"accuracy": 0.5},
-    "training_s": 12.5,
-    "files": [],
+    "history": [],
+    "seconds": 2.0,
 }
-TUNING = Recipe(task=TaskChoice.BINARY, mode=Mode.FINE_TUNING)
+STATE = JobProgress(stage="folds", share=0.5, fold=0, epoch=2, epochs=3, spent_s=1.0, eta_s=1.0)
+PROGRESS = Progress(state=STATE)
+EXTRACTION = {"images": 20, "computed": 20, "cached": 0, "seconds": 3.0}
+EXTRACTED = Extracted(extraction=Extraction(images=20, computed=20, cached=0, seconds=3.0))
+OUTCOME = RunOutcome(
+    bundle=records.digest("bundle"),
+    backbone=records.digest("backbone"),
+    metrics={"accuracy": 0.5},
+    training_s=12.5,
+    files=(),
+)
+TUNING = Recipe(task=Task.BINARY, mode=Mode.FINE_TUNING)
 
 
 @dataclass
@@ -90,15 +118,15 @@ class Case:
             query = select(Job.kind, Job.index).where(Job.state == state).order_by(Job.kind, Job.index)
             return [tuple(row) for row in session.execute(query)]  # type: ignore[misc]
 
-    def fold(self, number: int) -> dict[str, Any]:
+    def fold(self, number: int) -> FoldEnded:
         """Return what a child says at the end of a fold."""
         outcome = self.store.put(f"outcome of fold {number}".encode())
-        return {"type": "fold", "result": {"number": number, **FOLD}, "outcome": outcome}
+        return FoldEnded(result=FoldResult(number=number, **FOLD), outcome=outcome)
 
-    def checkpoint(self, fold: int | None, epochs: int) -> dict[str, Any]:
+    def checkpoint(self, fold: int | None, epochs: int) -> CheckpointWritten:
         """Return what a child says when it has kept how far a fold is."""
         digest = self.store.put(f"fold {fold} at epoch {epochs}".encode())
-        return {"type": "checkpoint", "fold": fold, "epochs": epochs, "sha256": digest, "size_bytes": 9}
+        return CheckpointWritten(fold=fold, epochs=epochs, sha256=digest, size_bytes=9)
 
     def do(self, through: Database | None = None) -> Work:
         """Do the job that is due, to its end."""
@@ -137,10 +165,10 @@ def tuning(database: Database, store: Store, tmp_path: Path) -> Iterator[Case]:
 
 
 def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, say: Say) -> None:
-    epochs = [{"type": "epoch", "fold": 0, "epoch": number, "metrics": {"loss": 1.0}} for number in (1, 2, 3)]
+    epochs = [EpochEnded(fold=0, epoch=number, metrics={"loss": 1.0}) for number in (1, 2, 3)]
     say(
         *epochs,
-        {"type": "progress", "state": PROGRESS},
+        PROGRESS,
         case.checkpoint(0, 2),
         case.fold(0),
         case.fold(1),
@@ -163,7 +191,7 @@ def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, sa
 
 
 def test_progress_is_that_of_the_whole_run(case: Case, say: Say) -> None:
-    say({"type": "progress", "state": PROGRESS}, {"type": "extraction", "extraction": EXTRACTION})
+    say(PROGRESS, EXTRACTED)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     progress = case.run().progress
@@ -174,8 +202,8 @@ def test_progress_is_that_of_the_whole_run(case: Case, say: Say) -> None:
 
 
 def test_progress_of_folds_that_one_child_learns_side_by_side_is_that_of_all_of_them(case: Case, say: Say) -> None:
-    side_by_side = {**PROGRESS, "folds": 2, "share": 0.5 + 0.25, "spent_s": 3.0, "eta_s": 5.0}
-    say({"type": "progress", "state": side_by_side}, {"type": "extraction", "extraction": EXTRACTION})
+    side_by_side = {"folds": 2, "share": 0.5 + 0.25, "spent_s": 3.0, "eta_s": 5.0}
+    say(Progress(state=STATE.model_copy(update=side_by_side)), EXTRACTED)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     progress = case.run().progress
@@ -188,10 +216,12 @@ def late(clock: ByHand, *gaps_s: float) -> Callable[[Mapping[str, str]], Child]:
     left = iter(gaps_s)
 
     class Late(Child):
-        def receive(self, work: Work, idle: Callable[[], None] = lambda: None) -> Message | None:
+        def receive(self, work: Work) -> ChildMessage | None:
             clock.sleep(next(left))
             work._holder.look()
-            return super().receive(work, idle)
+            while (message := super().receive(work)) is None:
+                pass
+            return message
 
     return lambda environment: Late(environment=environment)
 
@@ -200,18 +230,18 @@ def done_late(case: Case, folder: Path, *gaps_s: float) -> Job:
     """Do the job with a child that is late, where nothing may stand still for longer than 1.5 s; return the job."""
     clock = ByHand()
     handlers = dict.fromkeys(JobKind, Train(case.store, training_place(folder), late(clock, *gaps_s)))
-    loop = Loop(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
+    loop = LocalWorker(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
     assert loop.work()
     return look(case.database, case.job_id)
 
 
 def test_a_long_epoch_is_not_stopped_while_it_moves(case: Case, say: Say, tmp_path: Path) -> None:
-    say(*[{"type": "alive", "step_s": 0.01}] * 10, OUTCOME)
+    say(*[Alive(step_s=0.01)] * 10, OUTCOME)
     assert done_late(case, tmp_path, *[1.4] * 11).state is JobState.SUCCEEDED
 
 
 def test_a_long_epoch_is_stopped_if_nothing_moves(case: Case, say: Say, start_loop: StartLoop) -> None:
-    say({"type": "alive", "step_s": 0.01}, OUTCOME, apart_s=600.0)
+    say(Alive(step_s=0.01), OUTCOME, apart_s=600.0)
     start_loop(case.database, case.train, timings=replace(QUICK, stall_s=1.5))
     job = settled(case.database, case.job_id, JobState.FAILED)
     assert (job.error or {})["code"] == "stalled"
@@ -223,31 +253,25 @@ def test_a_long_epoch_is_stopped_if_nothing_moves(case: Case, say: Say, start_lo
 def test_steps_that_take_long_are_waited_for(
     case: Case, say: Say, tmp_path: Path, gap_s: float, state: JobState
 ) -> None:
-    say({"type": "alive", "step_s": 1.0}, OUTCOME)
+    say(Alive(step_s=1.0), OUTCOME)
     job = done_late(case, tmp_path, 1.4, gap_s)
     assert job.state is state
     assert (job.error or {}).get("code") == (None if state is JobState.SUCCEEDED else "stalled")
 
 
-def test_a_child_says_at_most_once_a_second_that_it_lives_and_what_a_step_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock, said = ByHand(), io.StringIO()
-    monkeypatch.setattr(inside_train, "time", clock)
-    pulse = _Pulse(Channel(io.StringIO(), said))
-    for _ in range(11):
-        clock.sleep(0.25)
-        pulse.beat()
-    messages = [json.loads(line) for line in said.getvalue().splitlines()]
-    assert messages == [{"type": "alive", "step_s": 0.25}] * 2
-
-
 def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) -> None:
     quicker, slower = case.store.put(b"one export"), case.store.put(b"another export")
-    key = {"network": "vgg16", "weights": records.digest("weights"), "cut": "block2", "size": 32, "export_version": 1}
 
-    def export(digest: Digest) -> dict[str, Any]:
-        return {"type": "add_backbone", "key": key, "digest": digest, "facts": {}}
+    def export(digest: Digest) -> AddBackbone:
+        return AddBackbone(
+            network=BackboneName.VGG16,
+            weights=records.digest("weights"),
+            cut="block2",
+            size=32,
+            export_version=1,
+            digest=digest,
+            facts={},
+        )
 
     say(export(quicker), export(slower), export(quicker), OUTCOME)
     with claimed_work(case.database) as work:
@@ -258,46 +282,50 @@ def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) ->
 def test_all_parts_of_a_run_use_one_quantised_network_whatever_others_calibrate_meanwhile(case: Case) -> None:
     export = records.digest("export")
 
-    def ask(kind: str, run_id: str = case.run_id, **fields: Any) -> Any:
-        asked = {"type": f"{kind}_quantised", "backbone": export, "image_rule": 1, **fields}
+    def ask(question: ChildMessage, run_id: str) -> Digest | None:
         with case.database.writing() as session:
-            return _answer(session, run_id, case.store, asked)["digest"]
+            answer = _answer(session, run_id, case.store, question)
+        assert isinstance(answer, DigestAnswer)
+        return answer.digest
 
-    def made(data: bytes, run_id: str = case.run_id) -> tuple[Digest, Any]:
+    def find(run_id: str = case.run_id) -> Digest | None:
+        return ask(FindQuantised(backbone=export, image_rule=1), run_id)
+
+    def made(data: bytes, run_id: str = case.run_id) -> tuple[Digest, Digest | None]:
         digest = case.store.put(data)
-        return digest, ask("add", run_id, digest=digest, facts={"images": 20})
+        return digest, ask(AddQuantised(backbone=export, image_rule=1, digest=digest, facts={"images": 20}), run_id)
 
-    assert ask("find") is None
+    assert find() is None
     first, settled = made(b"first")
-    assert settled == first == ask("find")
+    assert settled == first == find()
     with case.database.writing() as session:
         run = runs.get_run(session, records.PRINCIPAL, case.run_id)
         anew = Recipe(**{**run.recipe, "precision": "int8", "recalibrate": True})
         other = runs.create_run(session, records.PRINCIPAL, run.dataset_version_id, "other", anew).id
         (row,) = session.scalars(select(QuantisedBackbone))
         assert row.manifest == {"images": 20, "dataset_version": run.dataset_version_id}
-    assert ask("find", other) is None
+    assert find(other) is None
     second, settled = made(b"second", other)
     assert settled == second != first
-    assert ask("find") == first and ask("find", other) == second
+    assert find() == first and find(other) == second
     late, settled = made(b"another part of the same run", other)
     assert settled == second and not case.store.has(late)
     with case.database.writing() as session:
         runs.drop_networks(session, case.run_id)
-    assert ask("find") == second
+    assert find() == second
 
 
 def test_what_a_run_chose_of_precisions_is_kept_until_it_is_over(case: Case) -> None:
-    def ask(kind: str, **fields: Any) -> Any:
+    def ask(question: ChildMessage) -> Answer:
         with case.database.writing() as session:
-            return _answer(session, case.run_id, case.store, {"type": kind, **fields}).get("choice")
+            return _answer(session, case.run_id, case.store, question)
 
-    assert ask("find_choice") is None
-    ask("set_choice", choice={"chosen": "int8"})
-    assert ask("find_choice") == {"chosen": "int8"}
+    assert ask(FindPrecisionChoice()) == ChoiceAnswer(choice=None)
+    assert ask(SetPrecisionChoice(choice={"chosen": "int8"})) == Stored()
+    assert ask(FindPrecisionChoice()) == ChoiceAnswer(choice={"chosen": "int8"})
     with case.database.writing() as session:
         run_jobs.drop_leftovers(session, case.run_id)
-    assert ask("find_choice") is None
+    assert ask(FindPrecisionChoice()) == ChoiceAnswer(choice=None)
 
 
 @pytest.mark.parametrize(
@@ -327,27 +355,28 @@ def test_the_last_two_checkpoints_of_a_part_are_kept_and_go_with_its_end(case: C
     say(first, *kept, last)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
-    found = {0: [kept[1]["sha256"], kept[0]["sha256"]], FINAL_PART: [last["sha256"]]}
+    found = {0: [kept[1].sha256, kept[0].sha256], FINAL_PART: [last.sha256]}
     assert case.checkpoints() == found
     assert set(case.store.digests()) == {digest for digests in found.values() for digest in digests}
     with case.database.writing() as session:
-        order = case.train._begin(session, session.get_one(Job, case.job_id))
-    assert order is not None and order["checkpoints"] == {0: found[0], "final": found[FINAL_PART]}
+        order = case.train._make_order(session, session.get_one(Job, case.job_id))
+    assert order is not None and order.checkpoints == {0: tuple(found[0])}
+    assert order.final_checkpoints == tuple(found[FINAL_PART])
 
     say(case.fold(0))
     with case.database.writing() as session:
         jobs.give_back(session, work.lease)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
-    assert case.checkpoints() == {FINAL_PART: [last["sha256"]]}
+    assert case.checkpoints() == {FINAL_PART: [last.sha256]}
 
 
 def test_what_a_child_kept_when_its_worker_was_told_to_end_is_written(
     case: Case, say: Say, start_loop: StartLoop
 ) -> None:
     kept = case.checkpoint(0, 7)
-    epoch = {"type": "epoch", "fold": 0, "epoch": 7, "metrics": {}}
-    say({"type": "progress", "state": PROGRESS}, on_drain=[epoch, kept])
+    epoch = EpochEnded(fold=0, epoch=7, metrics={})
+    say(PROGRESS, on_drain=[epoch, kept])
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
@@ -356,7 +385,7 @@ def test_what_a_child_kept_when_its_worker_was_told_to_end_is_written(
     job = settled(case.database, case.job_id, JobState.QUEUED)
     assert job.attempt == 0, "the attempt does not count"
     assert case.run().state is RunState.QUEUED
-    assert case.checkpoints() == {0: [kept["sha256"]]}
+    assert case.checkpoints() == {0: [kept.sha256]}
     assert [payload["epoch"] for kind, payload in case.events() if kind is EventKind.EPOCH] == [7]
 
 
@@ -364,20 +393,20 @@ def test_of_folds_that_are_learned_side_by_side_each_is_kept_when_the_worker_is_
     case: Case, say: Say, start_loop: StartLoop
 ) -> None:
     kept = [case.checkpoint(number, 7) for number in range(2)]
-    say({"type": "progress", "state": PROGRESS}, on_drain=kept)
+    say(PROGRESS, on_drain=kept)
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
     loop.join(60)
-    assert case.checkpoints() == {number: [message["sha256"]] for number, message in enumerate(kept)}
+    assert case.checkpoints() == {number: [message.sha256] for number, message in enumerate(kept)}
 
 
 def test_a_fold_that_ends_while_its_worker_is_told_to_end_is_done(
     tuning: Case, say: Say, start_loop: StartLoop
 ) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
-    say({"type": "progress", "state": PROGRESS}, on_drain=[tuning.checkpoint(0, 2), tuning.fold(0)])
+    say(PROGRESS, on_drain=[tuning.checkpoint(0, 2), tuning.fold(0)])
     loop = start_loop(tuning.database, tuning.train, kind=JobKind.FOLD)
     until(lambda: tuning.run().progress.get("stage") == "folds")
     loop.drain()
@@ -391,9 +420,11 @@ def test_a_fold_that_ends_while_its_worker_is_told_to_end_is_done(
 def test_a_run_that_ends_while_its_worker_is_told_to_end_lacks_nothing(
     case: Case, say: Say, start_loop: StartLoop
 ) -> None:
-    sheet = {"name": "sheet.png", "sha256": case.store.put(b"sheet"), "size_bytes": 5, "media_type": "image/png"}
-    said = [{"type": "extraction", "extraction": EXTRACTION}, {"type": "file", "file": sheet}]
-    say({"type": "progress", "state": PROGRESS}, on_drain=[*said, case.fold(0), case.fold(1), OUTCOME])
+    sheet = StoredFile(
+        name=RunFile.AUGMENTATIONS, sha256=case.store.put(b"sheet"), size_bytes=5, media_type="image/png"
+    )
+    said = [EXTRACTED, FileWritten(file=sheet)]
+    say(PROGRESS, on_drain=[*said, case.fold(0), case.fold(1), OUTCOME])
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
@@ -402,7 +433,7 @@ def test_a_run_that_ends_while_its_worker_is_told_to_end_lacks_nothing(
     assert run.state is RunState.SUCCEEDED and run.extraction == EXTRACTION
     with case.database.reading() as session:
         assert [fold.number for fold in runs.get_folds(session, run.id)] == [0, 1]
-        assert [file.name for file in runs.get_artifacts(session, run.id)] == ["sheet.png"]
+        assert [file.name for file in runs.get_artifacts(session, run.id)] == ["augmentations.png"]
 
 
 def test_attempts_count_from_where_the_work_stands(case: Case, say: Say) -> None:
@@ -416,9 +447,11 @@ def test_attempts_count_from_where_the_work_stands(case: Case, say: Say) -> None
 
 
 def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(tuning: Case, say: Say) -> None:
-    def told() -> Any:
+    def told() -> Digest | None:
         with tuning.database.writing() as session:
-            return (tuning.train._begin(session, session.get_one(Job, tuning.job_id)) or {})["experiment"]["weights"]
+            order = tuning.train._make_order(session, session.get_one(Job, tuning.job_id))
+        assert order is not None
+        return order.spec.weights
 
     def name(digest: Digest) -> None:
         with tuning.database.writing() as session:
@@ -450,7 +483,7 @@ def test_a_child_that_cannot_be_told_is_ended_all_the_same(
     case: Case, say: Say, start_loop: StartLoop, tmp_path: Path
 ) -> None:
     case.train = Train(case.store, training_place(tmp_path), drain_within_s=0.5)
-    say({"type": "progress", "state": PROGRESS}, OUTCOME, apart_s=600.0)
+    say(PROGRESS, OUTCOME, apart_s=600.0)
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
@@ -463,7 +496,7 @@ def test_a_child_that_cannot_be_told_is_ended_all_the_same(
 
 
 def test_folds_are_jobs_of_their_own_and_the_last_one_owes_the_final_one(tuning: Case, say: Say) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 0), (JobKind.FOLD, 1)]
     assert tuning.run().state is RunState.RUNNING
@@ -483,20 +516,20 @@ def test_folds_are_jobs_of_their_own_and_the_last_one_owes_the_final_one(tuning:
 def test_a_run_that_goes_on_owes_only_the_folds_that_are_left(tuning: Case, say: Say) -> None:
     with tuning.database.writing() as session:
         runs.add_fold(session, runs.Fold(run_id=tuning.run_id, number=0, outcome_sha256="ab", **FOLD))
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 1)]
 
 
 def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
-    other = {**PROGRESS, "fold": 1, "share": 0.25, "spent_s": 1.0, "eta_s": 3.0}
+    other = STATE.model_copy(update={"fold": 1, "share": 0.25, "spent_s": 1.0, "eta_s": 3.0})
     with tuning.database.writing() as session:
-        job = jobs.claim(session, [Queue.CPU], "elsewhere")
+        job = records.claim_next(session, [Queue.CPU], "elsewhere")
         assert job is not None and job.index == 0
-        session.get_one(Job, job.id).progress = {"writes": 1, "said": PROGRESS}
-    say({"type": "progress", "state": other}, {"type": "extraction", "extraction": EXTRACTION})
+        session.get_one(Job, job.id).progress = {"writes": 1, "said": STATE.model_dump()}
+    say(Progress(state=other), EXTRACTED)
     with claimed_work(tuning.database) as work, pytest.raises(Crashed, match="without a result"):
         tuning.train.run(work)
     progress = tuning.run().progress
@@ -504,33 +537,10 @@ def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) 
     assert progress["fold"] == 1 and progress["eta_s"] == pytest.approx(3.0 + (2.0 + 4.0) / 2)
 
 
-def test_folds_that_ended_foretell_those_that_do_not_know_yet_and_the_final_fit() -> None:
-    head = {**PROGRESS, "eta_s": None, "spent_s": 4.0}
-    assert whole(Mode.FINE_TUNING, 3, [], [head])["eta_s"] is None, "the network has not begun"
-    assert whole(Mode.FINE_TUNING, 3, [10.0], [head])["eta_s"] == pytest.approx(6.0 + 10.0 + 10.0)
-    final = {**head, "stage": "final", "fold": None}
-    assert whole(Mode.FINE_TUNING, 3, [10.0, 10.0, 13.0], [final])["eta_s"] == pytest.approx(11.0 - 4.0)
-    late = {**final, "spent_s": 20.0}
-    assert whole(Mode.FINE_TUNING, 3, [10.0, 10.0, 13.0], [late])["eta_s"] == 0.0
-
-
-def test_a_fold_that_does_not_know_yet_takes_as_long_as_one_that_does() -> None:
-    nearly = {**PROGRESS, "spent_s": 990.0, "eta_s": 10.0}
-    begun = {**PROGRESS, "fold": 1, "spent_s": 20.0, "eta_s": None}
-    assert whole(Mode.FINE_TUNING, 2, [], [nearly, begun])["eta_s"] == pytest.approx(980.0 + 1000.0)
-    brought = {**PROGRESS, "spent_s": 900.0, "eta_s": 100.0}  # a checkpoint had most of it
-    assert whole(Mode.FINE_TUNING, 3, [], [brought])["eta_s"] == pytest.approx(100.0 + 2 * 1000.0 + 1000.0)
-
-
-def test_a_fold_that_takes_longer_than_others_is_believed() -> None:
-    slow = {**PROGRESS, "fold": 1, "spent_s": 30.0, "eta_s": 7.0}
-    assert whole(Mode.FINE_TUNING, 2, [10.0], [slow])["eta_s"] == pytest.approx(7.0 + 10.0)
-
-
 def test_a_fold_that_fails_ends_the_run_and_the_other_folds(tuning: Case, say: Say, start_loop: StartLoop) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
-    say({"type": "error", "error": {"code": "training-diverged", "detail": "no number"}})
+    say(Failed.by(TrainingDiverged("no number")))
     start_loop(tuning.database, tuning.train, kind=JobKind.FOLD)
     with tuning.database.reading() as session:
         fold = session.scalars(select(Job.id).where(Job.kind == JobKind.FOLD, Job.index == 0)).one()
@@ -542,7 +552,7 @@ def test_a_fold_that_fails_ends_the_run_and_the_other_folds(tuning: Case, say: S
 
 
 def test_a_fold_of_a_run_that_is_over_changes_nothing(tuning: Case, say: Say) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     kept = tuning.checkpoint(0, 1)
     say(kept, tuning.fold(0))
@@ -556,21 +566,21 @@ def test_a_fold_of_a_run_that_is_over_changes_nothing(tuning: Case, say: Say) ->
     assert tuning.run().state is RunState.FAILED
     with tuning.database.reading() as session:
         assert list(runs.get_folds(session, tuning.run_id)) == []
-    assert list(tuning.store.digests()) == [kept["sha256"]], "the fold goes on from it if the run is tried again"
+    assert list(tuning.store.digests()) == [kept.sha256], "the fold goes on from it if the run is tried again"
     assert tuning.owed() == ["started", "finished"]
 
 
 def test_a_fold_of_an_attempt_that_was_given_up_has_lost_its_lease(tuning: Case, say: Say) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     with claimed_work(tuning.database) as work:
-        say({"type": "error", "error": OutOfMemory("too much").record()})
-        loop = Loop(tuning.database, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "there", QUICK)
+        say(Failed.by(OutOfMemory("too much")))
+        loop = LocalWorker(tuning.database, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "there", QUICK)
         assert loop.work()
         assert tuning.jobs(JobState.CANCELLED) == [(JobKind.FOLD, 0)], "its holder has not even noticed"
         with pytest.raises(Stopped):
             work.write(lambda session: None)
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 0), (JobKind.FOLD, 1)]
 
@@ -578,7 +588,7 @@ def test_a_fold_of_an_attempt_that_was_given_up_has_lost_its_lease(tuning: Case,
 @pytest.mark.parametrize("last", ["prepared", "a fold", "the last fold"])
 @ON_SQLITE
 def test_a_run_that_is_cancelled_in_the_last_moment_of_a_part_ends(tuning: Case, say: Say, last: str) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     if last != "prepared":
         tuning.do()
         say(tuning.fold(0))
@@ -614,7 +624,7 @@ def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(tuning:
         assert run_jobs.restart_with_half_batch(session, session.get_one(Job, tuning.job_id)) is None
 
     with tuning.database.writing() as session:
-        assert jobs.claim(session, [Queue.CPU], "here") is not None
+        assert records.claim_next(session, [Queue.CPU], "here") is not None
     with tuning.database.writing() as session:
         change(session)
     assert tuning.run().batch_size is None and tuning.jobs(JobState.QUEUED) == []
@@ -622,7 +632,7 @@ def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(tuning:
 
 def test_what_the_end_of_a_run_needs_is_kept_until_that_end_is_committed(tuning: Case, say: Say) -> None:
     outcomes = [tuning.fold(number) for number in range(2)]
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     for outcome in outcomes:
         say(outcome)
@@ -638,17 +648,17 @@ def test_what_the_end_of_a_run_needs_is_kept_until_that_end_is_committed(tuning:
         complete = tuning.train.run(work)
         with pytest.raises(Unavailable):
             lose_the_connection(complete)
-    assert set(tuning.store.digests()) == {outcome["outcome"] for outcome in outcomes}
+    assert set(tuning.store.digests()) == {ended.outcome for ended in outcomes}
 
 
 def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     together = threading.Barrier(2)
 
     def end(number: int) -> None:
         with tuning.database.writing() as session:
-            job = jobs.claim(session, [Queue.CPU], f"worker {number}")
+            job = records.claim_next(session, [Queue.CPU], f"worker {number}")
             assert job is not None
         together.wait()
         message = tuning.fold(job.index)
@@ -670,8 +680,8 @@ def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) ->
 
 def out_of_memory(case: Case, say: Say, times: int) -> None:
     """Have the run's next jobs run out of memory."""
-    say({"type": "error", "error": OutOfMemory("too much").record()})
-    loop = Loop(case.database, Queue.CPU, dict.fromkeys(JobKind, case.train), "here", QUICK)
+    say(Failed.by(OutOfMemory("too much")))
+    loop = LocalWorker(case.database, Queue.CPU, dict.fromkeys(JobKind, case.train), "here", QUICK)
     for _ in range(times):
         assert loop.work()
 
@@ -692,10 +702,10 @@ def test_a_run_that_runs_out_of_memory_is_tried_once_at_half_the_batch(case: Cas
 
 
 def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, say: Say) -> None:
-    say({"type": "prepared"})
+    say(Prepared())
     tuning.do()
     with tuning.database.writing() as session:
-        elsewhere = jobs.claim(session, [Queue.CPU], "elsewhere")
+        elsewhere = records.claim_next(session, [Queue.CPU], "elsewhere")
     assert elsewhere is not None and elsewhere.index == 0
     out_of_memory(tuning, say, times=1)
     run = tuning.run()
@@ -722,7 +732,7 @@ def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
 def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say) -> None:
     with cut_off(tuning.database) as (through, wire):
-        loop = Loop(through, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "here", QUICK)
+        loop = LocalWorker(through, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "here", QUICK)
 
         def work() -> None:
             """Do the next job; a claim whose answer was cut off is held by nobody who knows, until it is taken over."""
@@ -733,13 +743,13 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say
                     if tuning.jobs(JobState.RUNNING):
                         assert sweep_twice(tuning.database, tuning.train) == 1
                 else:
-                    loop._bench.clear()  # the child has said what it was told to, and can do no other part
+                    loop.runner.close()  # the child has said what it was told to, and can do no other part
                     return
 
-        say({"type": "prepared"})
+        say(Prepared())
         work()
         for number in (0, 1):
-            epochs = [{"type": "epoch", "fold": number, "epoch": epoch, "metrics": {}} for epoch in (1, 2)]
+            epochs = [EpochEnded(fold=number, epoch=epoch, metrics={}) for epoch in (1, 2)]
             say(*epochs, tuning.checkpoint(number, 1), tuning.fold(number))
             work()
         say(OUTCOME)

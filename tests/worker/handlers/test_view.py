@@ -25,7 +25,9 @@ from artifacts import manifest
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.manifest import Row
+from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store, digest_of
+from errors import Crashed
 from models import dataset as datasets
 from models import job as jobs
 from models import registry
@@ -36,12 +38,12 @@ from models.job import JobKind, JobState, Queue
 from models.outbox import Outbox
 from models.run import Run
 from models.session import Database
-from models.view import CURVE_PICTURE, View, ViewKind, ViewState
+from models.view import View, ViewKind, ViewState
 from recipes.layers import Activation
-from recipes.recipe import Precision, Recipe, Resize, Task, TaskChoice
-from worker.handlers.compare import OUT_OF_FOLD
+from recipes.recipe import Precision, Recipe, Resize, Task
 from worker.handlers.ingest import Purge
 from worker.handlers.view import Look
+from worker.messages import Failed, ViewOutcome, ViewProgress
 
 IMAGES = 48
 RECIPE = {"backbone": "vgg16", "weights": "random", "image_size": 32, "epochs": 2, "task": "binary", "folds": {"k": 2}}
@@ -108,12 +110,12 @@ def case(sqlite: Database, store: Store, tmp_path: Path) -> Case:
         version = records.ready_version(session)
         version.manifest_sha256 = store.put(manifest.dump(rows))
         version.classes = [{"name": name, "images": IMAGES // 2, "groups": IMAGES // 2} for name in ("blue", "red")]
-        recipe = Recipe.model_validate(RECIPE).model_copy(update={"task": TaskChoice.BINARY})
+        recipe = Recipe.model_validate(RECIPE).model_copy(update={"task": Task.BINARY})
         run = runs.create_run(session, PRINCIPAL, version.id, "colours", recipe)
         runs.start_run(session, run.id)
         runs.succeed_run(session, run.id, {"accuracy": 1.0}, 1.0)
         file = store.put(save_tensors({"folds": folds, "logits": logits}))
-        runs.add_artifact(session, run.id, OUT_OF_FOLD, file, 1, "application/octet-stream")
+        runs.add_artifact(session, run.id, RunFile.OUT_OF_FOLD, file, 1, "application/octet-stream")
         registry.add_model_version(session, PRINCIPAL, "colours", run.id, store.put(bundle.dump()), network)
         return Case(sqlite, store, tmp_path / "features", run.id, images)
 
@@ -149,19 +151,19 @@ def test_the_child_measures_a_learning_curve(case: Case, start_loop: StartLoop) 
     assert curve["law"] is not None and curve["twice"]["images"] == 48 and curve["sentence"]
     with case.database.reading() as session:
         files = {file.name: file for file in runs.get_artifacts(session, case.run_id)}
-        picture = case.store.read(Digest(files[CURVE_PICTURE].sha256))
-        assert Image.open(BytesIO(picture)).format == "PNG" and files[CURVE_PICTURE].size_bytes == len(picture)
+        picture = case.store.read(Digest(files[RunFile.LEARNING_CURVE].sha256))
+        assert Image.open(BytesIO(picture)).format == "PNG" and files[RunFile.LEARNING_CURVE].size_bytes == len(picture)
         assert [(row.kind, row.payload) for row in session.scalars(select(Outbox))] == [
-            ("file", {"name": CURVE_PICTURE})
+            ("file", {"name": RunFile.LEARNING_CURVE})
         ]
 
 
-def progress(fraction: float) -> dict[str, Any]:
-    return {"type": "progress", "state": {"fraction": fraction, "eta_s": 3.0}}
+def progress(fraction: float) -> ViewProgress:
+    return ViewProgress(fraction=fraction, eta_s=3.0)
 
 
-def outcome(case: Case) -> dict[str, Any]:
-    return {"type": "outcome", "file": case.store.put(b"curve"), "picture": case.store.put(b"picture")}
+def outcome(case: Case) -> ViewOutcome:
+    return ViewOutcome(file=case.store.put(b"curve"), picture=case.store.put(b"picture"))
 
 
 def test_progress_is_told_while_the_child_works_and_cancelling_stops_it(
@@ -185,7 +187,7 @@ def test_progress_is_told_while_the_child_works_and_cancelling_stops_it(
 
 def test_a_child_that_failed_is_told_and_the_next_one_may_succeed(case: Case, say: Say, start_loop: StartLoop) -> None:
     error = {"code": "training-diverged", "detail": "The loss is no longer a number."}
-    say({"type": "error", "error": error})
+    say(Failed(error=error))
     view_id, job = case.ask(ViewKind.LEARNING_CURVE)
     start_loop(case.database, case.handler, kind=JobKind.VIEW)
     settled(case.database, job, JobState.FAILED)
@@ -218,9 +220,9 @@ def test_what_was_removed_with_another_view_that_was_the_same_is_put_anew(case: 
     view_id, _ = case.ask(ViewKind.LEARNING_CURVE)
     with claimed_work(case.database) as work:
         complete = case.handler.run(work)
-        case.store.delete(message["file"], message["picture"])
+        case.store.delete(message.file, message.picture)
         work.write(complete)
-    assert case.content(view_id) == b"curve" and case.store.has(message["picture"])
+    assert case.content(view_id) == b"curve" and case.store.has(message.picture)
 
 
 def test_a_view_that_nobody_wants_any_more_leaves_no_files(case: Case, say: Say) -> None:
@@ -232,14 +234,14 @@ def test_a_view_that_nobody_wants_any_more_leaves_no_files(case: Case, say: Say)
         with case.database.writing() as session:
             views.cancel_view(session, view_id)
         work.write(complete)
-        assert not case.store.has(message["file"]) and not case.store.has(message["picture"])
+        assert not case.store.has(message.file) and not case.store.has(message.picture)
     with case.database.reading() as session:
-        assert CURVE_PICTURE not in {file.name for file in runs.get_artifacts(session, case.run_id)}
+        assert RunFile.LEARNING_CURVE not in {file.name for file in runs.get_artifacts(session, case.run_id)}
         assert records.count(session, Outbox) == 0
 
 
 def test_a_view_that_was_given_up_before_starts_no_child(case: Case, say: Say) -> None:
-    say({"type": "error", "error": {"code": "crashed", "detail": "It died."}})
+    say(Failed.by(Crashed("It died.")))
     view_id, _ = case.ask(ViewKind.LAYERS)
     with case.database.writing() as session:
         views.cancel_view(session, view_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from worker.lease import Clock
+from clock import Clock
 
 
 class ByHand:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 import records
-from clock import ByHand
+from manual_clock import ByHand
 from on_databases import ON_SQLITE
 from resting import has_ended, resting_loop
 from sqlalchemy import select
@@ -35,13 +35,15 @@ from working import (
     work_on,
 )
 
+from clock import Clock
 from errors import DatasetRefused, DiskFull, EspalierError, NotFound, StoreRefused, StoreUnavailable, Unavailable
 from models import outbox
 from models.base import now
 from models.job import MAX_ATTEMPTS, Job, JobKind, JobState, Lease, Queue
 from models.session import Database
-from worker.lease import DATABASE_PAUSE_S, Clock, Complete, Reason, Stopped, Timings, Work
-from worker.loop import Loop
+from worker.job_runner import JobFailed, JobRunner, Outcome
+from worker.lease import DATABASE_PAUSE_S, Complete, Reason, Stopped, Timings, Work
+from worker.local_worker import LocalWorker
 
 LongBackOff = Callable[[int], float]
 
@@ -154,33 +156,51 @@ def test_what_mlflow_cannot_be_told_is_tried_again_by_the_same_job(
         assert records.count(session, Job) == 1
 
 
-# --- waking --------------------------------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------------------------
 
 
-def test_a_bell_wakes_the_loop_at_once(sqlite: Database) -> None:
-    with resting_loop(sqlite, Hands(lambda work: None)) as loop:
-        job_id = add_job(sqlite)
-        loop.ring()
-        settled(sqlite, job_id, JobState.SUCCEEDED)
-
-
-def test_without_a_bell_the_loop_looks_by_itself(sqlite: Database, start_loop: StartLoop) -> None:
-    first = add_job(sqlite, "run_1")
-    start_loop(sqlite, Hands(lambda work: None), timings=replace(QUICK, look_every_s=0.5))
-    settled(sqlite, first, JobState.SUCCEEDED)
-    second = add_job(sqlite, "run_2")
-    settled(sqlite, second, JobState.SUCCEEDED)
-
-
-def test_a_thousand_stale_bells_do_nothing(sqlite: Database, start_loop: StartLoop) -> None:
+def test_a_thousand_stale_messages_do_nothing(sqlite: Database) -> None:
     done: list[str] = []
-    job_id = add_job(sqlite)
-    loop = start_loop(sqlite, Hands(lambda work: done.append(work.subject_id)))
-    settled(sqlite, job_id, JobState.SUCCEEDED)
+    first, second = add_job(sqlite, "run_1"), add_job(sqlite, "run_2")
+    handler = Hands(lambda work: done.append(work.subject_id))
+    runner = JobRunner(sqlite, [Queue.CPU], {JobKind.TRAIN: handler}, "here", QUICK)
+    assert runner.run(first) is Outcome.SUCCEEDED
     for _ in range(1000):
-        loop.ring()
-    assert settled(sqlite, add_job(sqlite, "run_2"), JobState.SUCCEEDED).attempt == 1
+        assert runner.run(first) is Outcome.NOT_CLAIMED
+    assert runner.run(second) is Outcome.SUCCEEDED
     assert done == ["run_1", "run_2"] and marks(sqlite) == 2
+
+
+def test_a_job_of_another_queue_is_not_claimed(sqlite: Database) -> None:
+    moved = add_job(sqlite, "run_1", queue=Queue.CPU)
+    runner = JobRunner(sqlite, [Queue.GPU], {JobKind.TRAIN: Hands(lambda work: None)}, "here", QUICK)
+    assert runner.run(moved) is Outcome.NOT_CLAIMED
+    assert look(sqlite, moved).state is JobState.QUEUED
+
+
+def test_an_attempt_says_how_it_ended_and_asks_for_a_dispatch_at_its_begin_and_end(sqlite: Database) -> None:
+    def end(work: Work) -> None:
+        match work.subject_id:
+            case "cancelled":
+                raise Stopped(Reason.CANCELLED)
+            case "away":
+                raise Unavailable("The store is away.")
+            case "refused":
+                raise DatasetRefused("Received 1 class.")
+
+    requests: list[str] = []
+    handlers = {JobKind.TRAIN: Hands(end)}
+    runner = JobRunner(sqlite, [Queue.CPU], handlers, "here", QUICK, after=lambda: requests.append("request"))
+    assert runner.run(add_job(sqlite, "well")) is Outcome.SUCCEEDED
+    assert len(requests) == 2
+    assert runner.run(add_job(sqlite, "cancelled")) is Outcome.CANCELLED
+    assert runner.run(add_job(sqlite, "away")) is Outcome.WILL_BE_RETRIED
+    with pytest.raises(JobFailed, match=r"^Data set refused: Received 1 class\.$"):
+        runner.run(add_job(sqlite, "refused"))
+    runner.drain()
+    waiting = add_job(sqlite, "late")
+    assert runner.run(waiting) is Outcome.NOT_CLAIMED
+    assert look(sqlite, waiting).state is JobState.QUEUED
 
 
 # --- stopping ------------------------------------------------------------------------------------------------------
@@ -253,7 +273,7 @@ def test_a_job_that_does_not_move_is_failed_as_stalled(database: Database, start
 
 def work_by_hand(database: Database, clock: Clock, run: Callable[[Work], None], timings: Timings) -> None:
     """Do the next job on this thread; the lease is looked after when `run` has its holder look."""
-    loop = Loop(database, Queue.CPU, {JobKind.TRAIN: Hands(run)}, "here", timings, clock)
+    loop = LocalWorker(database, Queue.CPU, {JobKind.TRAIN: Hands(run)}, "here", timings, clock)
     assert loop.work()
 
 
