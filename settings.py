@@ -1,7 +1,7 @@
-"""Every setting, with its unit, default and reason. Read by processes only: floor 4 passes plain values down.
+"""All settings, with unit, default and reason. Only processes read them and pass plain values to lower floors.
 
-Names are prefixed with ESPALIER_, but for DATABASE_URL, REDIS_URL and MLFLOW_TRACKING_URI, which others set too.
-`docs/settings.md` is this file as a table; a test keeps the two together.
+Variables have the prefix ESPALIER_, except DATABASE_URL, REDIS_URL and MLFLOW_TRACKING_URI, which other programs use,
+too. `docs/settings.md` is generated from this file; a test compares the two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="ESPALIER_",
-        # `ESPALIER_API_KEY=$(cat missing)` is no key, and `REDIS_URL=` no broker.
+        # An empty variable counts as not set: `ESPALIER_API_KEY=$(cat missing)`, `REDIS_URL=`.
         env_ignore_empty=True,
         frozen=True,
         hide_input_in_errors=True,
@@ -38,87 +38,87 @@ class Settings(BaseSettings):
     )
 
     var: Path = Path("var")
-    """Folder for everything that is kept: database, stored files, logs."""
+    """Folder for all data: database, stored files, logs."""
     database_url: Annotated[str | None, Field(validation_alias=AliasChoices("DATABASE_URL"))] = None
     """PostgreSQL or SQLite address; by default an SQLite file in the data folder."""
     redis_url: Annotated[str | None, Field(validation_alias=AliasChoices("REDIS_URL"))] = None
-    """Redis or Valkey address; `make up` starts a private Valkey if there is none."""
+    """Redis or Valkey address; without it `make up` starts a private Valkey."""
     mlflow_url: Annotated[str | None, Field(validation_alias=AliasChoices("MLFLOW_TRACKING_URI"))] = None
-    """Where workers send experiments; by default MLflow on this machine at ESPALIER_MLFLOW_PORT."""
+    """MLflow address that workers log runs to; by default this machine at ESPALIER_MLFLOW_PORT."""
     mlflow_public_url: str | None = None
-    """Address of MLflow as browsers see it, for links in answers; by default the one above."""
+    """MLflow address for links that users open in a browser; by default MLFLOW_TRACKING_URI."""
     api_host: str = "127.0.0.1"
-    """Address that the API listens on. Anything but loopback needs a key."""
+    """Address that the API listens on; anything but loopback needs ESPALIER_API_KEY."""
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """Port of the API."""
+    """TCP port of the API."""
     api_public_url: str | None = None
-    """Address of the API as MLflow's readers see it; by default loopback with the API's port."""
+    """API address for links in MLflow; by default loopback with the API's port."""
     mlflow_port: Annotated[int, Field(ge=1, le=65535)] = 5000
-    """Port of the MLflow pages that `make up` starts."""
+    """TCP port of the MLflow server that `make up` starts."""
     api_key: SecretStr | None = None
-    """Key that every call must carry as `Authorization: Bearer …`; none: loopback only."""
+    """Key that every request must send as `Authorization: Bearer …`; without it only loopback is allowed."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    """Names that a Host header may carry, separated by commas; by default loopback names, or any once a key is set."""
+    """Allowed Host headers, separated by commas; by default loopback names, or any if a key is set."""
 
     queues: Annotated[tuple[str, ...], NoDecode] = ("ingest", "cpu", "tracking")
     """Queues that `make up` starts workers for, separated by commas. A worker without `--queues` serves all of them."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers that `make up` starts; several train the folds of a fine-tuning run side by side."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads for one network, 0: as many as processors are at hand. They decide the last digits of a score."""
+    """Threads of one network, 0 for one per available processor; the number affects the last digits of a score."""
     look_every_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between two sweeps of a worker: the most that a lost message costs."""
     renew_every_s: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds between two signs of life of a job's holder."""
+    """Seconds between two lease renewals of a running job."""
     lease_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds without a sign of life after which a job is taken over; several times the renewal."""
+    """Seconds without renewal after which another worker takes a job over; several times the renewal interval."""
     let_go_s: Annotated[float, Field(gt=0)] = 45.0
-    """Seconds without a renewal after which a holder stops by itself; less than the lease."""
+    """Seconds without a successful renewal after which a worker stops its job itself; less than the lease."""
     cancel_every_s: Annotated[float, Field(gt=0)] = 2.0
-    """Seconds between two looks whether a job was cancelled."""
+    """Seconds between two checks whether a running job was cancelled."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds without progress after which a child process counts as hung."""
+    """Seconds without progress after which a child process counts as hung and is killed."""
     checkpoint_share: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Share of the training time that checkpoints may take; 1 writes one at the end of every epoch."""
+    """Fraction of the training time that checkpoints may take; 1 writes one after every epoch."""
     mlflow_timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds that one call to MLflow may take; training never waits for it."""
+    """Timeout in seconds of one call to MLflow; training never waits for it."""
 
     store_url: str | None = None
-    """Bucket for stored files, `s3://bucket/prefix`; keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY; none: a folder."""
+    """Bucket for stored files, `s3://bucket/prefix`, with keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
     store_endpoint: str | None = None
-    """Address of an S3-compatible server, such as `https://s3.example.org`; by default that of AWS in the region."""
+    """Address of an S3-compatible server, such as `https://s3.example.org`; by default AWS in the region."""
     store_region: str = "us-east-1"
-    """Region of the bucket; servers of one's own mostly take any."""
+    """Region of the bucket; most self-hosted servers accept any."""
     store_cache_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
-    """Disk for copies of the bucket's files on this machine; those not used for longest are dropped beyond it."""
+    """Bytes of local copies of files in the bucket; beyond it the least recently used are evicted."""
     collect_every_s: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds between two collections of files that nothing names any more; one worker at a time collects."""
+    """Seconds between two garbage collections of unreferenced files; one worker at a time collects."""
     collect_after_s: Annotated[float, Field(gt=0)] = 86_400.0
-    """Seconds that a file without a name is kept: longer than anything takes from storing a file to naming it."""
+    """Minimum age in seconds of an unreferenced file to be deleted; longer than any job needs to reference it."""
 
     weights_url: str = "https://storage.googleapis.com/tensorflow/keras-applications"
-    """Base address of Keras' published weights; set it to a mirror where that cannot be reached."""
+    """Base address of Keras' published weights; may be a mirror."""
     weights_connect_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds to wait for the weights' server, so that a machine without network says so at once."""
+    """Connection timeout in seconds for the weights; short, so that a machine without network reports it soon."""
     weights_stall_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds that a download of weights may stand still."""
+    """Seconds without data after which a download of weights fails."""
     weights_cache: Path = Path("~/.keras/models")
-    """Folder where Keras keeps downloads; a file that is there with the right MD5 is used."""
+    """Folder of Keras' downloads; a file there with the right MD5 is used."""
 
     archive_bytes: Annotated[int, Field(gt=0)] = 2 * GIB
-    """Bytes of one uploaded archive at most."""
+    """Maximum bytes of an uploaded archive."""
     archive_entries: Annotated[int, Field(gt=0)] = 200_000
-    """Files in one archive at most."""
+    """Maximum number of files in an archive."""
     archive_inflated_bytes: Annotated[int, Field(gt=0)] = 20 * GIB
-    """Bytes that one archive may unpack to."""
+    """Maximum bytes of an archive when unpacked."""
     classes: Annotated[int, Field(ge=2)] = 1000
-    """Classes of a data set at most."""
+    """Maximum number of classes of a data set."""
     image_bytes: Annotated[int, Field(gt=0)] = 20 * MIB
-    """Bytes of one image file at most, in an archive and in a prediction."""
+    """Maximum bytes of an image file, in an archive and in a prediction."""
     image_pixels: Annotated[int, Field(gt=0)] = 40_000_000
-    """Pixels of one image at most: 40 megapixels take 120 MB decoded."""
+    """Maximum pixels of an image: 40 megapixels take 120 MB when decoded."""
     image_side: Annotated[int, Field(gt=0)] = 16_384
-    """Pixels of an image's longer side at most."""
+    """Maximum pixels of an image's longer side."""
     image_formats: Annotated[tuple[ImageFormat, ...], NoDecode, Field(min_length=1)] = (
         "JPEG",
         "PNG",
@@ -126,28 +126,28 @@ class Settings(BaseSettings):
         "BMP",
         "GIF",
     )
-    """Formats that are decoded, separated by commas; TIFF may be added, others have had too many holes."""
+    """Accepted image formats, separated by commas; TIFF may be added, other decoders had too many vulnerabilities."""
     decode_cpu_s: Annotated[int, Field(gt=0)] = 10
-    """Processor seconds that decoding one image may take while a data set is taken in."""
+    """Maximum processor seconds to decode an image during ingest."""
     ingest_memory_bytes: Annotated[int, Field(gt=0)] = 3 * GIB // 2
-    """Memory of the process that takes a data set in: a decoder that wants more is stopped."""
+    """Memory limit in bytes of the ingest process; a decoder that needs more is stopped."""
     free_disk_bytes: Annotated[int, Field(ge=0)] = 2 * GIB
-    """Bytes that must stay free on the disk for uploads to be accepted."""
+    """Minimum free disk bytes to accept an upload."""
     predict_images: Annotated[int, Field(gt=0)] = 32
-    """Images in one prediction request at most."""
+    """Maximum number of images in a prediction request."""
     predict_bytes: Annotated[int, Field(gt=0)] = 64 * MIB
-    """Bytes of one prediction request at most."""
+    """Maximum bytes of a prediction request."""
     predict_waiting: Annotated[int, Field(gt=0)] = 64
     """Images that may wait for the engine of one API process before a prediction is turned away."""
     predict_deadline_s: Annotated[float, Field(gt=0, le=30)] = 5.0
-    """Seconds that a prediction may wait, once it has arrived: for its model to be loaded and for the engine."""
+    """Seconds that a received prediction may wait for its model to be loaded and for the engine."""
     engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
-    """What runs networks for predictions; `auto`: ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
+    """Engine for predictions; `auto` is ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
     """Memory for loaded networks; those not used for longest are dropped beyond it."""
 
     pixels_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
-    """Disk for decoded pixels, which fine-tuning reads; those not used for longest are dropped beyond it."""
+    """Disk bytes of decoded pixels for fine-tuning; beyond it the least recently used are deleted."""
 
     @field_validator("allowed_hosts", "queues", "image_formats", mode="before")
     @classmethod
@@ -169,19 +169,19 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _strip(cls, value: SecretStr | None) -> SecretStr | None:
-        """Drop what surrounds a key in a file: a header could not carry it."""
+        """Strip whitespace around a key from a file, which a header cannot contain."""
         if value is None:
             return None
         key = value.get_secret_value().strip()
         if not key:
-            raise ValueError("Expected ESPALIER_API_KEY to hold a key. Received only spaces; unset it for none.")
+            raise ValueError("Expected a key in ESPALIER_API_KEY. Received only spaces. Unset it to use no key.")
         return SecretStr(key)
 
     @model_validator(mode="after")
     def _refuse_open_doors(self) -> Settings:
         if self.api_host not in _LOOPBACK and self.api_key is None:
             raise ValueError(
-                f"ESPALIER_API_HOST={self.api_host} would let anyone on the network in. "
+                f"ESPALIER_API_HOST={self.api_host} would give everyone on the network access. "
                 "Set ESPALIER_API_KEY too, or leave the host at 127.0.0.1."
             )
         if not self.renew_every_s < self.let_go_s < self.lease_s:
@@ -195,32 +195,32 @@ class Settings(BaseSettings):
 
     @cached_property
     def database(self) -> str:
-        """The database's address."""
+        """The database address, by default an SQLite file in the data folder."""
         return self.database_url or f"sqlite:///{self.var.absolute() / 'espalier.db'}"
 
     @cached_property
     def mlflow(self) -> str:
-        """MLflow's address for workers."""
+        """The MLflow address that workers use."""
         return self.mlflow_url or f"http://127.0.0.1:{self.mlflow_port}"
 
     @cached_property
     def mlflow_public(self) -> str:
-        """MLflow's address for readers."""
+        """The MLflow address for links that users open."""
         return (self.mlflow_public_url or self.mlflow).rstrip("/")
 
     @cached_property
     def api_public(self) -> str:
-        """The API's address for readers."""
+        """The API address for links that users open."""
         return (self.api_public_url or f"http://127.0.0.1:{self.api_port}").rstrip("/")
 
     @cached_property
     def hosts(self) -> tuple[str, ...]:
-        """The Host names that are answered; `*` means any."""
+        """The accepted Host names; `*` accepts any."""
         return self.allowed_hosts or (("*",) if self.api_key else ("127.0.0.1", "localhost", "[::1]"))
 
     @cached_property
     def store(self) -> StoreAddress:
-        """Where stored files are. Copies of a bucket's lie apart from files that are nowhere else."""
+        """The address of stored files. Copies of a bucket have their own folder, apart from original files."""
         return StoreAddress(
             folder=str((self.var / ("store" if self.store_url is None else "cache")).absolute()),
             url=self.store_url,
@@ -231,25 +231,25 @@ class Settings(BaseSettings):
 
     @cached_property
     def features_folder(self) -> Path:
-        """Where the cache of features lies."""
+        """Folder of the feature cache."""
         return self.var / "features"
 
     @cached_property
     def pixels_folder(self) -> Path:
-        """Where decoded pixels lie for fine-tuning."""
+        """Folder of decoded pixels for fine-tuning."""
         return self.var / "pixels"
 
     @cached_property
     def engine_threads(self) -> int:
-        """Threads for one network."""
+        """Number of threads of one network, never 0."""
         return self.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     @cached_property
     def archive_limits(self) -> ArchiveLimits:
-        """What an archive may be at most."""
+        """Upper limits for an archive, from the settings."""
         return ArchiveLimits(entries=self.archive_entries, inflated_bytes=self.archive_inflated_bytes)
 
     @cached_property
     def image_limits(self) -> ImageLimits:
-        """What an image may be at most."""
+        """Upper limits for an image, from the settings."""
         return ImageLimits(self.image_bytes, self.image_pixels, self.image_side, self.image_formats)

@@ -1,1 +1,1 @@
-"""Stored files: by digest, in a folder or a bucket, with their formats; archives, images and bundles. Knows no SQL."""
+"""Stored files by digest, in a folder or a bucket, and their formats: archives, images, bundles. Knows no SQL."""

@@ -1,7 +1,7 @@
-"""Reads zip, tar and tar.gz archives, hostile ones too. Nothing is ever extracted: a member's name is only text.
+"""Reads zip, tar and tar.gz archives safely. Never extracts to disk: a member's name is only text.
 
-Names and sizes are checked before any member is read; inflated bytes are counted as they come, whatever headers say.
-What the folders mean is `artifacts.layout`'s business; what the bytes mean is `artifacts.images`'.
+Names and sizes are checked before any member is read, and inflated bytes are counted while reading, whatever the
+headers say. `artifacts.layout` interprets the folders, `artifacts.images` decodes the bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """What an archive may be at most. Sizes in bytes."""
+    """Upper limits for an archive. Sizes are in bytes, ratios are inflated bytes per stored byte."""
 
     entries: int = 200_000
     depth: int = 8
@@ -42,36 +42,36 @@ class ArchiveLimits:
 
 @dataclass(frozen=True)
 class Entry:
-    """One regular file of an archive, by its checked path with `/` between the parts."""
+    """One regular file of an archive; `path` is checked and uses `/`."""
 
     path: str
     size_bytes: int
 
 
 class Archive(Protocol):
-    """A checked archive. `ignored` counts the litter of operating systems that was left out of `entries`."""
+    """A checked archive. `ignored` counts hidden and operating system files, which are not in `entries`."""
 
     entries: tuple[Entry, ...]
     ignored: int
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
-        """Yield (path, bytes) for each wanted path in the archive's order; Refused in place of damaged bytes."""
+        """Yield (path, bytes) for each wanted path in the archive's order; Refused instead of bytes if damaged."""
         ...
 
 
 def open_archive(path: Path, limits: ArchiveLimits) -> Archive:
-    """Check the archive at `path` and return it, ready to be read. Raises ArchiveRefused."""
+    """Check the archive at `path` and return it for reading. Raises ArchiveRefused."""
     with path.open("rb") as file:
         kind = sniff(file.read(262))
     if kind == "zip":
         return ZipArchive(path, limits)
     if kind in ("tar", "tar.gz"):
         return TarArchive(path, limits)
-    raise ArchiveRefused("Expected a zip, tar or tar.gz archive. Received a file that is none of them.")
+    raise ArchiveRefused("Expected a zip, tar or tar.gz archive. Received a file in another format.")
 
 
 def sniff(head: bytes) -> str | None:
-    """Name the kind of archive that begins with these (at least 262) bytes: `zip`, `tar`, `tar.gz` or None."""
+    """Return the format of an archive from its first (at least 262) bytes: `zip`, `tar`, `tar.gz` or None."""
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return "zip"
     if head[:2] == b"\x1f\x8b":
@@ -88,16 +88,16 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def check_path(name: str, limits: ArchiveLimits) -> str:
-    """Return an archive's member name as a relative path with `/`. Raises ArchiveRefused for a name that could harm."""
+    """Return a member name as a relative path with `/`. Raises ArchiveRefused for an unsafe or overlong name."""
     shown = ascii(name if len(name) <= 200 else name[:200] + "…")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-        raise ArchiveRefused(f"A file name holds control characters: {shown}. Rename it and pack the archive again.")
+        raise ArchiveRefused(f"Expected file names without control characters. Received: {shown}. Rename the file.")
     path = name.replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or (parts and _DRIVE.match(parts[0])):
-        raise ArchiveRefused(f"A file name is absolute: {shown}. Pack the archive with relative paths.")
+        raise ArchiveRefused(f"Expected relative paths. Received: {shown}. Pack the archive with relative paths.")
     if ".." in parts:
-        raise ArchiveRefused(f"A file name climbs out of its folder: {shown}. Pack the archive without '..'.")
+        raise ArchiveRefused(f"Expected paths without '..'. Received: {shown}. Pack the archive without '..'.")
     if len(parts) > limits.depth:
         raise ArchiveRefused(f"Expected paths of at most {limits.depth} parts. Received: {shown}.")
     sizes = [len(part.encode()) for part in parts]
@@ -110,13 +110,13 @@ def check_path(name: str, limits: ArchiveLimits) -> str:
 
 
 def is_litter(path: str) -> bool:
-    """Say whether a path is what macOS or Windows leaves behind, or a hidden file."""
+    """Return whether a path is a hidden file or one that macOS or Windows creates by itself."""
     parts = path.split("/")
     return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _LITTER
 
 
 class _EntryCollector:
-    """The entries seen so far, with the limits that hold for all of them together."""
+    """Collects entries while checking duplicates and the limits on their number and total size."""
 
     def __init__(self, stored_bytes: int, limits: ArchiveLimits) -> None:
         self.entries: list[Entry] = []
@@ -128,19 +128,19 @@ class _EntryCollector:
         self._inflated = 0
 
     def add_folder(self, name: str) -> None:
-        """Check one folder."""
+        """Check the path of a folder and the number of folders. Raises ArchiveRefused."""
         check_path(name, self._limits)
         self._folders += 1
         if self._folders > self._limits.entries:
             raise ArchiveRefused(f"Expected at most {self._limits.entries:,} folders. Received more.")
 
     def add(self, name: str, size_bytes: int) -> str | None:
-        """Check one file; return its path, or None for litter."""
+        """Check one file and add it; return its path, or None if it is ignored. Raises ArchiveRefused."""
         path = check_path(name, self._limits)
         if not path:
-            raise ArchiveRefused(f"A file has no name: {name!a}. Pack the archive again.")
+            raise ArchiveRefused(f"Expected a name for each file. Received: {name!a}. Pack the archive again.")
         if path in self._seen:
-            raise ArchiveRefused(f"Two files have the same name: {path!r}. Pack the archive again with each file once.")
+            raise ArchiveRefused(f"Expected each file once. Received {path!r} twice. Pack the archive again.")
         self._seen.add(path)
         if len(self._seen) > self._limits.entries:
             raise ArchiveRefused(f"Expected at most {self._limits.entries:,} files. Received more.")
@@ -167,7 +167,7 @@ def _budget(stored_bytes: int, limits: ArchiveLimits) -> int:
 def _too_inflated(budget: int) -> ArchiveRefused:
     return ArchiveRefused(
         f"Expected an archive that unpacks to at most {_mib(budget)}. Received one that unpacks to more. "
-        "Split it, or add the rest as further versions."
+        "Split it into several archives and upload the others as further versions."
     )
 
 
@@ -229,7 +229,7 @@ class ZipArchive:
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
             return Refused(path, f"damaged in the archive: {error}")
         if len(data) != info.file_size:
-            return Refused(path, f"damaged in the archive: {info.file_size} bytes announced, {len(data)} found")
+            return Refused(path, f"damaged in the archive: expected {info.file_size} bytes, found {len(data)}")
         return data
 
     def _check(self, info: zipfile.ZipInfo) -> None:
@@ -251,11 +251,11 @@ class ZipArchive:
 
 
 def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory: int) -> None:
-    """Compare every local header with the central directory, and see that no two members overlap."""
+    """Check that every local header agrees with the central directory, and that no two members overlap."""
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         shown = ascii(info.filename[:200])
-        if not 0 <= info.header_offset < directory:  # no file can be sought there
+        if not 0 <= info.header_offset < directory:  # not a position that can be sought
             raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
         file.seek(info.header_offset)
         raw = file.read(_LOCAL.size)
@@ -276,14 +276,14 @@ def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory:
             and plain in (info.file_size, 0, _IN_ZIP64)
         )
         if not agrees:
-            raise ArchiveRefused(f"The zip says two different things about {shown}. Pack it again.")
+            raise ArchiveRefused(f"The zip has two different headers for {shown}. Pack it again.")
         if info.header_offset < end or start + info.compress_size > directory:
             raise ArchiveRefused(f"Two files of the zip overlap, or one is cut off: {shown}. Pack it again.")
         end = start + info.compress_size
 
 
 def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
-    """Return the two sizes of a local header, taken from its zip64 field where they stand there."""
+    """Return the two sizes of a local header, from its zip64 field if they are there."""
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:
@@ -296,9 +296,9 @@ def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    """Return a member's name whole (zipfile cuts it at a NUL), and as UTF-8 where it is that.
+    """Return a member's full name (zipfile cuts it at a NUL), decoded as UTF-8 if possible.
 
-    macOS writes UTF-8 without saying so, which zipfile reads as code page 437: a class would be called `caf├⌐`.
+    macOS writes UTF-8 without setting the flag, and zipfile would read it as code page 437: `caf├⌐` for a class.
     """
     try:
         return _raw_name(info).decode()
@@ -313,17 +313,17 @@ def _raw_name(info: zipfile.ZipInfo) -> bytes:
 # --- tar -----------------------------------------------------------------------------------------------------------
 
 
-# RecursionError: tarfile calls itself for every header that only announces the next one.
+# RecursionError: tarfile recurses for every header that only describes the next one.
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError)
 _ANNOUNCING = frozenset(
     (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 )
 _ANNOUNCED_BYTES = 64 * 1024  # names and attributes of one member; read into memory at once
-_OCTAL_BYTES = 8**11  # the most that a plain header can say: 8 GiB
+_OCTAL_BYTES = 8**11  # the largest size that a plain header can hold: 8 GiB
 
 
 class TarArchive:
-    """A tar, plain or gzipped, of files and folders; read as a stream, once for the names and once for the bytes."""
+    """A tar, plain or gzipped, of files and folders; read as a stream, once for the names and once per `read`."""
 
     def __init__(self, path: Path, limits: ArchiveLimits) -> None:
         self._path = path
@@ -337,7 +337,7 @@ class TarArchive:
                 continue
             if not info.isreg() or info.issparse():
                 raise _not_regular(info)
-            _check_size(info, _OCTAL_BYTES)  # what a pax header says, tarfile puts here unseen
+            _check_size(info, _OCTAL_BYTES)  # tarfile takes the size of a pax header unchecked
             entry = index.add(info.name, info.size)
             if entry is not None:
                 self._names[info.name] = entry
@@ -346,10 +346,10 @@ class TarArchive:
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         for tar, info in self._members():
             path = self._names.get(info.name)
-            if path is None or path not in wanted or not info.isreg():  # a folder may have a file's name
+            if path is None or path not in wanted or not info.isreg():  # a folder may have the name of a file
                 continue
             member = tar.extractfile(info)  # opens the member's bytes in place; nothing is written anywhere
-            assert member is not None  # as it is regular
+            assert member is not None  # because it is a regular file
             try:
                 data = member.read()
             except _TAR_ERRORS as error:
@@ -357,7 +357,7 @@ class TarArchive:
             yield path, data
 
     def _members(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-        """Go through the members of a fresh stream."""
+        """Open the archive again and yield its members in order."""
         with self._path.open("rb") as file:
             is_gzip = sniff(file.read(262)) == "tar.gz"
             file.seek(0)
@@ -367,19 +367,19 @@ class TarArchive:
                     tar = tarfile.open(fileobj=counted, mode="r|", encoding="utf-8", tarinfo=_Header)  # noqa: SIM115
                     while (info := tar.next()) is not None:
                         yield tar, info
-                        tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header it ever saw
+                        tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
                     _check_end(tar)
                 except _TAR_ERRORS as error:
                     raise _tar_damaged(error) from error
 
 
 class _Header(tarfile.TarInfo):
-    """A header of a tar, judged before tarfile acts on it. What tarfile takes for the end, a whole tar never has."""
+    """A tar header that is checked before tarfile acts on it; a header that is cut off is an error, not the end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         if len(buf) < tarfile.BLOCKSIZE:
-            raise ArchiveRefused("The tar is cut off. Send it again.")
+            raise ArchiveRefused("The tar is incomplete. Upload it again.")
         try:
             info = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -387,7 +387,7 @@ class _Header(tarfile.TarInfo):
                 raise _tar_damaged(error) from error
             raise  # a block of zeros: the end
         _check_size(info, _ANNOUNCED_BYTES if info.type in _ANNOUNCING else _OCTAL_BYTES)
-        if info.type == tarfile.GNUTYPE_SPARSE:  # tarfile would read its map, however long that is
+        if info.type == tarfile.GNUTYPE_SPARSE:  # tarfile would read its map of any length
             raise _not_regular(info)
         return info
 
@@ -395,25 +395,25 @@ class _Header(tarfile.TarInfo):
 def _check_size(info: tarfile.TarInfo, most: int) -> None:
     if not 0 <= info.size <= most:
         raise ArchiveRefused(
-            f"Expected a header of the tar to say 0 to {most:,} bytes. It does not: {info.name[:200]!a}."
+            f"Expected a size of 0 to {most:,} bytes in a tar header. Received {info.size:,} for {info.name[:200]!a}."
         )
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Read to the end of the stream, where gzip keeps its checksum; nothing may follow the last member."""
+    """Read to the end of the stream, so that gzip checks its checksum; only zeros may follow the last member."""
     stream: Any = tar.fileobj
     while rest := stream.read(tarfile.RECORDSIZE):
         if any(rest):
-            raise ArchiveRefused("The tar goes on after its end. Pack everything into one.")
+            raise ArchiveRefused("Expected one tar. Received more data after its end. Pack everything into one.")
 
 
 class _LimitedStream:
-    """A stream that refuses to give more than its budget, headers and padding included."""
+    """A stream that raises ArchiveRefused when more bytes than its budget are read, headers and padding included."""
 
     def __init__(self, raw: Any, budget: int, limits: ArchiveLimits) -> None:
         self._raw = raw
         self._budget = budget
-        # Every member costs a header of 512 bytes and padding, some two more for long names.
+        # Every member has a header of 512 bytes and padding; long names take two more blocks.
         self._left = budget + limits.entries * 4 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
 
     def read(self, size: int = -1) -> bytes:

@@ -1,8 +1,8 @@
-"""Stored files in a bucket that machines share, by the protocol of S3; the local folder is a cache of it.
+"""Stored files in an S3 bucket that machines share, with a local folder as a cache.
 
-A file is uploaded before it is named in the folder, so that what is named here is in the bucket, too. What is read is
-looked for in the folder first. The files not used for longest make room for others there; a reader that has one of them
-open keeps it. Keys of the bucket are `ab/ab12…` below its prefix, as paths are in a folder.
+A file is uploaded before it is added to the folder, so every file in the folder is in the bucket, too. Reads look in
+the folder first. The least recently used files are evicted from it; open readers keep their file. Keys in the bucket
+are `ab/ab12…` below its prefix, like paths in a folder.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ T = TypeVar("T")
 CONNECT_S = 5.0
 """Seconds to wait for a connection to the bucket."""
 STALL_S = 20.0
-"""Seconds that an answer of the bucket, or a piece of one, may take: as long as uploading one part may."""
+"""Seconds that the bucket may take to send a response or a piece of one, and to receive one part of an upload."""
 
-# A request may stand still and not last long: of a large file every piece comes in time.
+# Limit for a whole request, large files included: `STALL_S` limits each piece.
 _REQUEST_S = 3600.0
 _RETRIES = 2
-# None is tried once more after this, so that one that hangs is told after its first wait.
+# No request is retried later than this, so a bucket that hangs is reported after the first timeout.
 _RETRY_WITHIN_S = 5.0
 _CHUNK_BYTES = 1024 * 1024
-# In 20 s it needs 400 kB a second. S3 takes at most 10,000 parts, which makes 80 GiB.
+# A part within 20 s needs 400 kB/s. S3 allows 10,000 parts: files of at most 80 GiB.
 _PART_BYTES = 8 * 1024 * 1024
 _PARTS_AT_ONCE = 4
-# An image is on its way for some 20 ms, of which the processor has one.
+# Downloading an image takes about 20 ms, of which the processor works 1 ms.
 _FILES_AT_ONCE = 8
 
-# What was found a moment ago stays, since whoever asked is about to open it.
+# Files found within this time are not evicted, since the caller is about to open them.
 _RECENTLY_USED_S = 60.0
 _TARGET_FILL = 0.9
 _CHECK_AFTER_SHARE = 0.05
@@ -63,7 +63,7 @@ _REASON_LENGTH = 300
 
 
 def open_store(address: StoreAddress) -> Store:
-    """Open a store where it is said to be. Raises StoreRefused; a bucket that is away may come back later."""
+    """Open the store at an address. Raises StoreRefused, but not if the bucket is only unreachable for now."""
     if address.url is None:
         return Store(Path(address.folder))
     store = BucketStore(address)
@@ -84,13 +84,13 @@ def parse_url(url: str) -> tuple[str, str]:
 
 
 class BucketStore(Store):
-    """The files in a bucket, with those that were used last in a folder of this machine.
+    """The files in a bucket, with recently used ones in a folder on this machine.
 
-    Every method raises StoreUnavailable while the bucket is away that it needs; what lies in the folder needs none.
+    Methods raise StoreUnavailable if they need the bucket and cannot reach it; files in the folder need no bucket.
     """
 
     def __init__(self, address: StoreAddress) -> None:
-        """Open a store with the keys that stand in the environment. Raises StoreRefused if there are none."""
+        """Open a store with the keys in the environment. Raises StoreRefused if there are none."""
         assert address.url is not None
         super().__init__(Path(address.folder))
         self._address = address
@@ -104,7 +104,7 @@ class BucketStore(Store):
         return self._address
 
     def check(self) -> None:
-        """See that the bucket answers and lets us in; the first time, that it can be written."""
+        """Check that the bucket can be read; on its first use, check that it can be written."""
         try:
             with self._request_errors():
                 obstore.get(self._bucket, _MARKER_KEY).bytes()
@@ -114,7 +114,7 @@ class BucketStore(Store):
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def has(self, digest: Digest) -> bool:
-        """Say whether the file is in the bucket."""
+        """Return whether the file is in the bucket."""
         return self.find(digest) is not None
 
     def find(self, digest: Digest) -> StoredFile | None:
@@ -126,7 +126,7 @@ class BucketStore(Store):
         return StoredFile(digest, found["size"], found["last_modified"].timestamp())
 
     def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Yield those of the files that are not in the bucket."""
+        """Yield those of the digests whose files are not in the bucket."""
         wanted = list(digests)
         for digest, has in zip(wanted, _map_concurrently(self.has, wanted), strict=True):
             if not has:
@@ -146,7 +146,7 @@ class BucketStore(Store):
                     yield StoredFile(Digest(name), found["size"], found["last_modified"].timestamp())
 
     def path(self, digest: Digest) -> Path:
-        """Return where the file lies on this machine, after downloading it if need be. Raises NotFound or Corrupt."""
+        """Return the local path of a file, after downloading it if necessary. Raises NotFound or Corrupt."""
         if not self._touch_cached(digest):
             self._download(digest).close()
         return self.path_for(digest)
@@ -160,7 +160,7 @@ class BucketStore(Store):
 
     def open(self, digest: Digest) -> BufferedReader:
         while self._touch_cached(digest):
-            with contextlib.suppress(FileNotFoundError):  # it was dropped just when it was found
+            with contextlib.suppress(FileNotFoundError):  # evicted just after it was found
                 return self.path_for(digest).open("rb")
         return self._download(digest)
 
@@ -171,7 +171,7 @@ class BucketStore(Store):
         return self._read_or_refetch(super().verified_path, digest)
 
     def _read_or_refetch(self, read: Callable[[Digest], T], digest: Digest) -> T:
-        """Read a file, from the bucket if the copy on this machine is not what it was. Raises NotFound or Corrupt."""
+        """Read a file, and download it again if the local copy is damaged. Raises NotFound or Corrupt."""
         try:
             return read(digest)
         except Corrupt:
@@ -179,7 +179,7 @@ class BucketStore(Store):
             return read(digest)
 
     def _download(self, digest: Digest) -> BufferedReader:
-        """Download the file and return it open, since its name may be dropped at once. Raises NotFound or Corrupt."""
+        """Download a file and return it open, since it may be evicted at once. Raises NotFound or Corrupt."""
         with self._folder.writer() as writer:
             try:
                 with self._request_errors():
@@ -194,7 +194,7 @@ class BucketStore(Store):
                 writer.write(piece)
             if writer.digest != digest:
                 raise Corrupt(
-                    f"The file {digest} in the bucket {self._address.url} is not what its digest says. Restore it from "
+                    f"The file {digest} in the bucket {self._address.url} does not match its digest. Restore it from "
                     "a backup or from an older version of the object."
                 )
             with contextlib.ExitStack() as unless_kept:
@@ -207,14 +207,14 @@ class BucketStore(Store):
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def add_file(self, temporary: Path, digest: Digest) -> None:
-        """Upload a file that is written and synced, then name it by its digest. Raises DiskFull."""
+        """Upload a finished temporary file, then move it into the folder under its digest. Raises DiskFull."""
         size_bytes = temporary.stat().st_size
         self._upload(temporary, digest)
         self._folder.add_file(temporary, digest)
         self._make_room_for(size_bytes)
 
     def _upload(self, file: Path, digest: Digest) -> None:
-        """Upload a file, even if it is there: that repairs it, and to a collection it is new again."""
+        """Upload a file even if it exists: that repairs it, and garbage collection then counts it as new."""
         with file.open("rb") as stream:
             try:
                 with self._request_errors():
@@ -226,11 +226,11 @@ class BucketStore(Store):
                         max_concurrency=_PARTS_AT_ONCE,
                     )
             except NotFound as error:
-                raise self._unavailable("it dropped what was uploaded") from error
+                raise self._unavailable("it did not keep an upload") from error
 
     @contextlib.contextmanager
     def lend_store(self, digest: Digest) -> Iterator[Store]:
-        """Yield a folder of its own, which no other process makes room in and which goes at the end of the block."""
+        """Yield a store in a temporary folder that contains this file; nothing is evicted from it."""
         lent = Store(self._incoming / secrets.token_hex(16))
         try:
             place, found = lent.path_for(digest), self.path(digest)
@@ -242,23 +242,23 @@ class BucketStore(Store):
             shutil.rmtree(lent.root, ignore_errors=True)
 
     def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Upload files that were put into a store that was lent, and yield each as soon as that is done.
+        """Upload files from a lent store, and yield each digest when that is done.
 
-        Those that were taken over before are passed over. Raises Corrupt if one is not what its digest says.
+        Files that were imported before are skipped. Raises Corrupt if a file does not match its digest.
         """
 
         def import_one(digest: Digest) -> Digest:
             place = lent.path_for(digest)
             if place.exists():
                 if digest_at(place) != digest:
-                    raise Corrupt(f"A file that was to be kept is not what its digest {digest} says.")
+                    raise Corrupt(f"A file from a child process does not match its digest {digest}. Run the job again.")
                 self.add_file(place, digest)
             return digest
 
         return _map_concurrently(import_one, list(dict.fromkeys(digests)))
 
     def now(self) -> float:
-        """Return the time by the bucket's clock, which the stamp of something that is written there shows."""
+        """Return the time of the bucket's clock, read from the timestamp of a marker object that is written."""
         with self._request_errors():
             obstore.put(self._bucket, _MARKER_KEY, b"This bucket holds files of Espalier, named by their SHA-256.\n")
             return obstore.head(self._bucket, _MARKER_KEY)["last_modified"].timestamp()
@@ -278,7 +278,7 @@ class BucketStore(Store):
         self._folder.delete(*digests)
 
     def make_room(self) -> int:
-        """Drop the copies not used for longest until the others fit well; return how many were dropped."""
+        """Evict the least recently used copies until the others fit into the budget; return how many were evicted."""
         files = sorted(self.cached(), key=lambda file: file.written_at)
         held_bytes = sum(file.size_bytes for file in files)
         if held_bytes <= self._address.cache_bytes:
@@ -294,7 +294,7 @@ class BucketStore(Store):
         return dropped
 
     def _make_room_for(self, size_bytes: int) -> None:
-        """Count what was added; look at the whole folder, which others fill too, once that is a part of the budget."""
+        """Count added bytes; at each 5 % of the budget check the whole folder, which other processes fill too."""
         with self._lock:
             self._added_bytes += size_bytes
             if self._added_bytes < _CHECK_AFTER_SHARE * self._address.cache_bytes:
@@ -303,7 +303,7 @@ class BucketStore(Store):
         self.make_room()
 
     def _touch_cached(self, digest: Digest) -> bool:
-        """Say whether the file lies in the folder, and note there that it is used."""
+        """Return whether the file is in the folder, and mark it as recently used."""
         place = self.path_for(digest)
         try:
             if place.stat().st_mtime < time.time() - _RECENTLY_USED_S / 2:
@@ -316,13 +316,13 @@ class BucketStore(Store):
 
     @contextlib.contextmanager
     def _request_errors(self) -> Iterator[None]:
-        """Turn what goes wrong in a request into NotFound, StoreRefused or StoreUnavailable."""
+        """Convert errors of requests in the block to NotFound, StoreRefused or StoreUnavailable."""
         try:
             yield
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StoreRefused(
-                f"The bucket {self._address.url} does not let this service in. Check AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, and that this key may list, read, write and delete there."
+                f"The bucket {self._address.url} denies access. Check AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, and that this key may list, read, write and delete objects there."
             ) from error
         except (BaseError, FileNotFoundError) as error:
             if "NoSuchBucket" in str(error):
@@ -336,8 +336,8 @@ class BucketStore(Store):
 
     def _unavailable(self, reason: str) -> StoreUnavailable:
         return StoreUnavailable(
-            f"The bucket {self._address.url} cannot be used just now: {reason}. See that its server runs and that this "
-            "machine can reach it; what waits for it goes on by itself then."
+            f"The bucket {self._address.url} is unavailable: {reason}. Check that its server runs and that this "
+            "machine can reach it. Waiting jobs then continue by themselves."
         )
 
 
@@ -368,13 +368,13 @@ def _key(digest: Digest) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of a long message that says what happened."""
+    """Return the first line of an error message, shortened to `_REASON_LENGTH`."""
     first = str(error).partition("\n")[0].strip().rstrip(".")
     return first if len(first) <= _REASON_LENGTH else f"{first[:_REASON_LENGTH]}…"
 
 
 def _map_concurrently(do: Callable[[Digest], T], digests: Sequence[Digest]) -> Iterator[T]:
-    """Yield what a function returns for each file, in their order; the rest is not begun once one fails."""
+    """Yield the results of a function for each digest, in order; after an error no further calls start."""
     pool = ThreadPoolExecutor(_FILES_AT_ONCE, "bucket")
     try:
         yield from pool.map(do, digests)

@@ -1,7 +1,7 @@
-"""Bundle format 1: everything that answers for one model version, in one safetensors file named by its digest.
+"""Bundle format 1: one model version as it is served, in one safetensors file named by its digest.
 
-The manifest travels in the file's metadata, the head's weights and a golden input with its golden output as tensors.
-The backbone is only named, by digest: a thousand bundles on one backbone share it. Holds arrays and text, never code.
+The file's metadata holds the manifest; its tensors are the weights of the head and a golden input with its output.
+The backbone is referenced by digest, so that bundles share it. A bundle contains arrays and text, never code.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Float32 = npt.NDArray[np.float32]
 class Dense:
     """One dense layer: `activation((x - offset) @ kernel + bias)`.
 
-    kernel is float32 [inputs, units], bias float32 [units]. The offset, float32 [inputs] or None, is what keeps the
-    digits of features that vary little around a large mean: taken into the bias, it would drown them.
+    kernel is float32 [inputs, units], bias float32 [units]. offset is float32 [inputs] or None. It is not merged into
+    the bias, because features that vary little around a large mean would lose their precision in float32.
     """
 
     kernel: Float32
@@ -48,14 +48,14 @@ class Bundle:
         task: what is predicted.
         labels: class names in the order of the outputs; a binary bundle has two labels and one output.
         backbone: digest of the network that turns images into features.
-        image_rule: number of the rule by which images are decoded.
+        image_rule: number of the rule for decoding images (see `artifacts.images`).
         layers: the head, from features [N, D] to logits [N, outputs]; the last activation is linear.
         temperature: logits are divided by it before they become probabilities.
-        threshold: probability from which on the second class of a binary task is answered.
+        threshold: minimum probability for the second class of a binary task, and for each label of a multi-label task.
         size: of the images, in pixels: the side of a square, or height and width.
         golden_input: uint8 [N, H, W, 3].
         golden_output: float32 [N, outputs], the logits that belong to `golden_input`.
-        neighbours: digest of the training images that may be shown, if the run was told to keep them.
+        neighbours: digest of the file of training images to show as neighbours, if the recipe asked for it.
     """
 
     task: Task
@@ -155,7 +155,7 @@ _F32, _U8 = np.dtype(np.float32), np.dtype(np.uint8)
 
 
 def _check(bundle: Bundle) -> None:
-    """See that the arrays fit each other, the labels and the size. Raises BundleRefused."""
+    """Check that the shapes of the arrays fit each other, the labels and the size. Raises BundleRefused."""
     units = [layer.kernel.shape[-1] for layer in bundle.layers]
     images, outputs = max(1, len(bundle.golden_input)), units[-1]
     for number, layer in enumerate(bundle.layers):

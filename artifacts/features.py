@@ -1,8 +1,8 @@
 """The cache of features: one float32 row per image, so that no image goes through a backbone twice.
 
-Rows of one (image rule, size, resize, backbone, precision) live together in append-only segments of at most 64 MiB,
-each with an index of image digests and checksums. A segment has one writer, so workers never wait for each other;
-a row counts once its index entry is whole, so a torn tail is simply not there. A cache: it may be deleted at any time.
+Rows of one (image rule, size, resize, backbone, precision) are stored in append-only segments of at most 64 MiB, each
+with an index of image digests and checksums. A segment has one writer, so workers never wait for each other. A row is
+read only if its index entry is complete and its checksum is right. The cache may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENTRY = struct.Struct("<32sI")
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What a feature depends on besides the image."""
+    """Everything that features depend on besides the image."""
 
     image_rule: int
     size: Sides
@@ -42,7 +42,7 @@ class FeatureSpace:
 
     @property
     def name(self) -> str:
-        """A file name for this space."""
+        """Folder name for this space: a hash of its fields."""
         return hashlib.sha256(repr([str(part) for part in astuple(self)]).encode()).hexdigest()[:32]
 
 
@@ -59,7 +59,7 @@ class FeatureCache:
             self._load(index)
 
     def missing(self, images: Sequence[Digest]) -> list[Digest]:
-        """Return the images that have no row yet, each once, in their order."""
+        """Return the images without a row, each once, in the given order."""
         return [image for image in dict.fromkeys(images) if bytes.fromhex(image) not in self._places]
 
     def add(self, images: Sequence[Digest], rows: Features) -> None:
@@ -86,7 +86,7 @@ class FeatureCache:
             positions.append(position)
             rows.append(row)
         for data, (positions, rows) in by_segment.items():
-            whole = data.stat().st_size // (4 * self._width)  # a torn tail holds part of a row
+            whole = data.stat().st_size // (4 * self._width)  # an interrupted write may leave part of a row
             result[positions] = np.memmap(data, dtype=np.float32, mode="r", shape=(whole, self._width))[rows]
         return result
 
@@ -102,13 +102,13 @@ class FeatureCache:
         try:
             first = self._segment.append(images, rows)
         except BaseException:
-            self.close()  # what it holds by halves would shift every row after it
+            self.close()  # a partly written row would shift all later rows
             raise
         for offset, image in enumerate(images):
             self._places[bytes.fromhex(image)] = (self._segment.data, first + offset)
 
     def _load(self, index: Path) -> None:
-        """Take over the rows of a segment whose index entry is whole and whose checksum is right."""
+        """Add the rows of a segment whose index entry is complete and whose checksum is right."""
         data = index.with_suffix(".f32")
         if not data.exists():
             return
@@ -122,14 +122,14 @@ class FeatureCache:
                     self._places[image] = (data, row)
 
     def close(self) -> None:
-        """Close the segment that is being written."""
+        """Close the segment that is being written, if there is one."""
         if self._segment is not None:
             self._segment.close()
             self._segment = None
 
 
 class _Segment:
-    """One pair of files being appended to: rows first, then their index entries."""
+    """A pair of open files, data and index; rows are written before their index entries."""
 
     def __init__(self, stem: Path) -> None:
         self.data = stem.with_suffix(".f32")
@@ -138,7 +138,7 @@ class _Segment:
         self._index = stem.with_suffix(".index").open("xb")
 
     def append(self, images: Sequence[Digest], rows: Features) -> int:
-        """Append and sync; return the number of the first row."""
+        """Append rows and sync both files; return the number of the first row."""
         first = self.rows
         entries = b"".join(
             _ENTRY.pack(bytes.fromhex(image), zlib.crc32(row.tobytes()))
@@ -154,5 +154,5 @@ class _Segment:
 
     def close(self) -> None:
         for file in (self._data, self._index):
-            with contextlib.suppress(OSError):  # a full disk fails the last flush too, and the rows were not promised
+            with contextlib.suppress(OSError):  # on a full disk the last flush fails, too; its rows do not count yet
                 file.close()

@@ -1,8 +1,8 @@
-"""The only decode and resize in the program: what training saw is what prediction sees. Knows no archive.
+"""Decodes and resizes images, the same way for training and prediction. Knows no archives.
 
-Image rule 1, part of every cache key and bundle: a JPEG is decoded at the next DCT scale that is at least twice the
-target; EXIF orientation is applied once; 16-bit greys are scaled, not clipped; transparency is laid on white; the rest
-is an antialiased bilinear resize of RGB. Changing any of it means a new rule number.
+Image rule 1 is part of every cache key and bundle. A JPEG is decoded at the smallest DCT scale that is at least twice
+the target size; EXIF orientation is applied once; 16-bit grey values are scaled, not clipped; transparent pixels are
+blended with white; then RGB is resized bilinearly with antialiasing. Any change to this needs a new rule number.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ IMAGE_RULE = 1
 MIB = 1024 * 1024
 Pixels = npt.NDArray[np.uint8]
 
-# Pillow's own limit is one global number with a warning below it and an error above; `_open` checks ours, which an
-# operator may raise, before a single pixel is decoded.
+# Pillow's own limit is global and warns before it raises. `_open` checks ours, which an operator may raise, before any
+# pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image may be at most, at both doors. `size_bytes` in bytes, `side` in pixels.
+    """Upper limits for one image, in data sets and in predictions. `side` is in pixels.
 
-    `scans` are the passes over the whole picture that a JPEG asks for: 25 ms each at 40 megapixels, for a few hundred
-    bytes. A progressive one has about ten.
+    `scans` counts the passes of a JPEG over the whole image: each takes 25 ms at 40 megapixels but only a few hundred
+    bytes of the file. A progressive JPEG has about ten.
     """
 
     size_bytes: int = 20 * MIB
@@ -48,7 +48,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is kept of an image besides its bytes: its upright size in pixels and its format's name."""
+    """Size in pixels after EXIF rotation, and the name of the format."""
 
     width: int
     height: int
@@ -56,9 +56,9 @@ class ImageFacts:
 
 
 def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
-    """Decode the whole image once to see that it can be used. Raises ImageRefused."""
+    """Decode the whole image once and return its facts. Raises ImageRefused if it cannot be used."""
     with _open(data, limits) as image:
-        # A JPEG with further pictures behind it, as phones write them, calls itself MPO.
+        # Pillow reports a JPEG with further pictures in the file, as phones write them, as MPO.
         facts = ImageFacts(*_upright_size(image), "JPEG" if image.format == "MPO" else image.format or "")
         _to_rgb(_upright(image))
         return facts
@@ -77,14 +77,14 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pix
         uint8 [H, W, 3], RGB.
 
     Raises:
-        ImageRefused: the bytes are no image that can be used.
+        ImageRefused: the bytes are not a valid image within the limits.
     """
     with _open(data, limits) as image:
         down, across = sides(size)
         width, height = _fitted(_upright_size(image), (across, down), resize)
         image.draft(None, (2 * height, 2 * width) if _is_lying(image) else (2 * width, 2 * height))
         upright = _to_rgb(_upright(image))
-        if resize is Resize.CROP:  # cut first: all of a 16,384 × 1 image at this height would take gigabytes
+        if resize is Resize.CROP:  # crop first: a whole 16,384 × 1 image at this height would take gigabytes
             box = _middle(upright, (width, height), (across, down))
             scaled = upright.resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
         else:
@@ -96,7 +96,7 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pix
 
 
 def thumbnail(data: bytes, side: int, limits: ImageLimits) -> bytes:
-    """Return the image as a WEBP of at most `side` pixels, re-encoded and without metadata. Raises ImageRefused."""
+    """Return the image as a WEBP without metadata, at most `side` pixels wide and high. Raises ImageRefused."""
     with _open(data, limits) as image:
         image.draft(None, (2 * side, 2 * side))
         upright = _to_rgb(_upright(image))
@@ -115,7 +115,7 @@ def encode(image: Image.Image, format: str) -> bytes:
 
 @contextmanager
 def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
-    """Open `data` under the limits; whatever a decoder raises inside the block becomes ImageRefused."""
+    """Open `data` and check the limits; any error of a decoder inside the block becomes ImageRefused."""
     if len(data) > limits.size_bytes:
         raise ImageRefused(
             f"Expected a file of at most {limits.size_bytes / MIB:g} MiB. Received {len(data) / MIB:.1f} MiB."
@@ -135,18 +135,18 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
         raise ImageRefused(f"Expected an image ({', '.join(limits.formats)}). Received something else.") from error
     except ImageRefused:
         raise
-    except Exception as error:  # decoders raise whatever they stumble over: TypeError, AssertionError, MemoryError
+    except Exception as error:  # decoders raise anything: TypeError, AssertionError, MemoryError
         raise ImageRefused(f"The image is damaged: {str(error) or type(error).__name__}.") from error
 
 
 _SCAN = b"\xff\xda"
 _END = b"\xd9"
-# Not those without content: restarts, stuffed zeros and what the decoder skips.
+# Segments with content: not restarts, stuffed zeros or bytes that the decoder skips.
 _SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
 
 
 def _has_more_scans(data: bytes, most: int) -> bool:
-    """Say whether a JPEG has more scans than `most`, as its decoder counts: none in thumbnails or after its end."""
+    """Return whether a JPEG has more than `most` scans as the decoder counts: not in thumbnails or after the end."""
     if data.count(_SCAN) <= most:
         return False
     scans, at = 0, 2
@@ -173,12 +173,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _is_lying(image: Image.Image) -> bool:
-    """Say whether EXIF asks for a quarter turn."""
+    """Return whether EXIF rotates the image by 90 degrees, which swaps width and height."""
     return _orientation(image) >= 5
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn the image as EXIF asks. `ImageOps.exif_transpose` would write the other tags anew, and fail on odd ones."""
+    """Apply the EXIF orientation. `ImageOps.exif_transpose` would rewrite the other tags and fail on invalid ones."""
     orientation = _orientation(image)
     return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
@@ -189,7 +189,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -> tuple[int, int]:
-    """Return the width and height to scale to, before cropping or padding to those of the target."""
+    """Return the width and height to scale to, before cropping or padding to the target."""
     width, height = upright
     if resize is Resize.SQUASH:
         return target
@@ -198,7 +198,7 @@ def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -
 
 
 def _middle(image: Image.Image, scaled: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the part of the image that lies in the middle pixels, as many as the target has, once it is scaled."""
+    """Return the box of the image that becomes the central `target` pixels when it is resized to `scaled`."""
     (width, height), (left, top) = scaled, ((side - size) // 2 for side, size in zip(scaled, target, strict=True))
     return (
         left * image.width / width,

@@ -1,6 +1,6 @@
-"""What an archive's folders or its labels.csv say of each image: labels or target, group and split. Reads no image.
+"""Reads labels or target, group and split of each image from an archive's folders or its labels.csv. Reads no image.
 
-Three layouts are known, each with or without one extra folder around everything:
+Three layouts are supported, each with or without one outer folder around everything:
 `daisy/1.jpg` · `train/daisy/1.jpg` with `test/…` and `validation/…` beside it · `labels.csv` at the top.
 """
 
@@ -21,7 +21,7 @@ LABELS_FILE = "labels.csv"
 
 
 class Split(StrEnum):
-    """What an image may be used for. `test` is scored once by the final model and never trained on."""
+    """What an image is used for. `test` images are scored once by the final model and never trained on."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -41,7 +41,7 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set and what is known of it. `labels` is empty where there is a `target`."""
+    """One image of a data set with its annotations. `labels` is empty if there is a `target`."""
 
     path: str
     labels: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples of an archive by path, the task they make, and the files that belong to none."""
+    """The samples of an archive, the task they define, and the files that were refused."""
 
     task: Task
     samples: tuple[Sample, ...]
@@ -60,7 +60,7 @@ class Layout:
 
 
 def labels_file(paths: Iterable[str]) -> str | None:
-    """Return the path of the labels.csv at the archive's top, or under its one outer folder; None without one."""
+    """Return the path of labels.csv at the top of the archive or in its one outer folder; None if there is none."""
     paths = list(paths)
     if LABELS_FILE in paths:
         return LABELS_FILE
@@ -69,9 +69,9 @@ def labels_file(paths: Iterable[str]) -> str | None:
 
 
 def from_folders(paths: Sequence[str]) -> Layout:
-    """Read one folder per class. Raises LayoutUnknown, saying what was expected."""
+    """Read the layout with one folder per class. Raises LayoutUnknown with the expected layouts."""
     outer = _outer_folder(paths)
-    if outer.removesuffix("/").lower() in _SPLITS:  # an archive of test images alone must not be trained on
+    if outer.removesuffix("/").lower() in _SPLITS:  # an archive with only test images must not be trained on
         outer = ""
     inner = [path.removeprefix(outer).split("/") for path in paths]
     if not inner:
@@ -80,8 +80,8 @@ def from_folders(paths: Sequence[str]) -> Layout:
     has_splits = splits <= _SPLITS.keys() and any(len(parts) == 3 for parts in inner)
     if splits and splits <= _SPLITS.keys() and not has_splits:
         raise LayoutUnknown(
-            f"{_EXPECTED} Splits have class folders in them (train/daisy/1.jpg, test/daisy/2.jpg). Received images "
-            f"right in {' and '.join(sorted(splits))}, which says nothing of their classes."
+            f"{_EXPECTED} Splits contain class folders (train/daisy/1.jpg, test/daisy/2.jpg). Received images "
+            f"directly in {' and '.join(sorted(splits))}, so their classes are unknown."
         )
     depth = 3 if has_splits else 2
     samples, refused = [], []
@@ -101,7 +101,7 @@ def from_folders(paths: Sequence[str]) -> Layout:
 
 
 def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
-    """Read a labels.csv for an archive of `paths`. Raises LayoutUnknown, naming the line at fault."""
+    """Read the labels.csv of an archive with these `paths`. Raises LayoutUnknown with the number of the wrong line."""
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         rows = [(reader.line_num, row) for row in reader if any(row)]
@@ -118,15 +118,15 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
         sample = _sample(line, dict(zip(columns, (value.strip() for value in row), strict=True)))
         path = next((path for path in (sample.path, folder + sample.path) if path in present), None)
         if path is None:
-            refused.append(Refused(sample.path, "named in labels.csv but not in the archive"))
+            refused.append(Refused(sample.path, "listed in labels.csv but not in the archive"))
         elif path in samples:
-            raise LayoutUnknown(f"Line {line} of labels.csv: {sample.path!r} was named before.")
+            raise LayoutUnknown(f"Line {line} of labels.csv: expected each file once. Received {sample.path!r} again.")
         else:
             samples[path] = Sample(path, sample.labels, sample.target, sample.group, sample.split)
     unnamed = present - samples.keys()
-    refused += [Refused(path, "not named in labels.csv") for path in paths if path in unnamed]
+    refused += [Refused(path, "not listed in labels.csv") for path in paths if path in unnamed]
     if not samples:
-        raise LayoutUnknown("labels.csv names no file of the archive. Its paths count from the archive's top.")
+        raise LayoutUnknown("labels.csv lists no file of the archive. Write paths relative to the top of the archive.")
     _check_groups(samples.values())
     names = {label for sample in samples.values() for label in sample.labels}
     check_class_names(names)
@@ -135,7 +135,7 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
 
 _EXPECTED = "Expected one folder per class (daisy/1.jpg, rose/2.jpg), or a labels.csv at the top."
 _TEXT_BYTES = 1024
-# What a network can answer in single precision, and whose squares are numbers, too.
+# Magnitudes of targets that float32 can represent, squares included.
 _LEAST, _GREATEST = 1e-15, 1e15
 _KNOWN_COLUMNS = ("path", "label", "target", "group", "split")
 
@@ -167,7 +167,7 @@ def _sample(line: int, values: dict[str, str]) -> Sample:
     else:
         labels = tuple(sorted({label.strip() for label in values["label"].split("|")} - {""}))
         if not labels and "|" not in values["label"]:
-            raise LayoutUnknown(f"Line {line} of labels.csv: the label is empty (a lone | says: none of the labels).")
+            raise LayoutUnknown(f"Line {line} of labels.csv: expected a label (or | for none of them). Received none.")
     return Sample(path, labels, target, values.get("group") or None, split)
 
 
@@ -187,8 +187,8 @@ def _number(line: int, text: str) -> float:
         number = math.nan
     if not (number == 0 or _LEAST <= abs(number) <= _GREATEST):
         raise LayoutUnknown(
-            f"Line {line} of labels.csv: expected a number as target, at most {_GREATEST:g} and, but for 0, at least "
-            f"{_LEAST:g} in size. Received {text!r}."
+            f"Line {line} of labels.csv: expected as target 0 or a number of magnitude {_LEAST:g} to {_GREATEST:g}. "
+            f"Received {text!r}."
         )
     return number
 
@@ -206,12 +206,13 @@ def _check_groups(samples: Iterable[Sample]) -> None:
     for sample in samples:
         if sample.group and splits.setdefault(sample.group, sample.split) != sample.split:
             raise LayoutUnknown(
-                f"Group {sample.group!r} of labels.csv is in two splits. What belongs together must stay together."
+                f"Expected each group of labels.csv in one split. Received group {sample.group!r} in two. Give all "
+                "images of a group the same split."
             )
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """See that no two class names look the same to a reader, or one like several. Raises LayoutUnknown."""
+    """Check that class names contain no `|` and differ by more than case or Unicode form. Raises LayoutUnknown."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         if "|" in name:
@@ -225,7 +226,7 @@ def check_class_names(names: Iterable[str]) -> None:
 
 
 def _outer_folder(paths: Iterable[str]) -> str:
-    """Return the one folder around everything, with its slash; empty if there is none or it is itself a class."""
+    """Return the one folder around everything, with a slash; empty if there is none or it is a class folder."""
     split = [path.split("/") for path in paths]
     firsts = {parts[0] for parts in split}
     if len(firsts) != 1 or min(map(len, split)) < 2:

@@ -1,4 +1,4 @@
-"""The manifest of a data set version: one JSON line per image, sorted by path. It is all that a run reads."""
+"""The manifest of a data set version: one JSON line per image, sorted by path. A run reads nothing else of it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Row:
 
 
 def dump(rows: Iterable[Row]) -> bytes:
-    """Return the manifest of `rows`, sorted by path."""
+    """Return the manifest of `rows`, sorted by path, as bytes."""
     lines = (json.dumps(asdict(row), ensure_ascii=False) for row in sorted(rows, key=lambda row: row.path))
     return "".join(line + "\n" for line in lines).encode()
 
 
 def load(data: bytes) -> list[Row]:
-    """Return the rows of a manifest."""
+    """Return the rows of a manifest in its order, by path."""
     return [_row(json.loads(line)) for line in data.decode().split("\n") if line]
 
 
@@ -46,7 +46,7 @@ def _row(fields: dict[str, Any]) -> Row:
 
 
 def group_rows(rows: Sequence[Row]) -> list[int]:
-    """Return a group number for every row: rows of one group or with identical files share theirs."""
+    """Return a group number for every row: rows with the same group or the same file have the same number."""
     leader = list(range(len(rows)))
 
     def find(row: int) -> int:
@@ -64,7 +64,7 @@ def group_rows(rows: Sequence[Row]) -> list[int]:
 
 
 def splits_of(rows: Sequence[Row], groups: Sequence[int]) -> list[Split]:
-    """Return each row's split, made the same throughout a group: test wins over validation over train."""
+    """Return the split of each row. A group gets one split: test takes precedence over validation, then train."""
     rank = {Split.TRAIN: 0, Split.VALIDATION: 1, Split.TEST: 2}
     best: dict[int, Split] = {}
     for row, group in zip(rows, groups, strict=True):

@@ -1,7 +1,7 @@
-"""What the training images of a model look like to its network, as one file: the nearest to a new image are among them.
+"""The file of a model's training images with their features, in which the neighbours of a new image are searched.
 
-Features are standardised, since some channels are a thousand times larger than others, and of unit length, so that a
-product is the cosine of the angle between two images. Holds arrays and text, never code.
+Features are standardised, since some channels are a thousand times larger than others, and scaled to unit length, so
+that a dot product is the cosine similarity of two images. The file contains arrays and text, never code.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from artifacts.store import Digest
 from errors import Corrupt
 
 MOST_BYTES = 256 * 1024 * 1024
-"""What the features of one file may take; of more images a sample is kept."""
+"""Maximum size of the features in one file; a larger training set is sampled."""
 
-# A digest, a path and labels, with the objects around them.
-_KNOWN_BYTES = 512
+# Memory per image for digest, path and labels.
+_IMAGE_BYTES = 512
 
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """A training image: its file, where it lay in the data set, and what it shows."""
+    """A training image: the digest of its file, its path in the data set, and its labels or target."""
 
     image: Digest
     path: str
@@ -37,7 +37,7 @@ class TrainingImage:
 
 @dataclass(frozen=True)
 class FeatureNormaliser:
-    """How features become directions: standardised, (features - mean) * scale, then of unit length.
+    """Normalises features: standardises them by (features - mean) * scale, then scales them to unit length.
 
     mean and scale are float32 [D].
     """
@@ -45,8 +45,8 @@ class FeatureNormaliser:
     mean: Features
     scale: Features
 
-    def of(self, features: Features) -> Features:
-        """Return float32 [N, D] for features float32 [N, D]; features that are the mean have no direction: zeros."""
+    def normalise(self, features: Features) -> Features:
+        """Return float32 [N, D] for features float32 [N, D]; rows equal to the mean become zeros."""
         standardised: Features = (features - self.mean) * self.scale
         length = np.linalg.norm(standardised, axis=1, keepdims=True)
         found: Features = np.divide(standardised, length, out=np.zeros_like(standardised), where=length > 0)
@@ -55,21 +55,24 @@ class FeatureNormaliser:
 
 @dataclass(frozen=True)
 class NeighbourIndex:
-    """Training images that may be shown, and their directions, float16 [N, D]."""
+    """Training images that may be shown as neighbours.
 
-    known: Sequence[TrainingImage]
-    kept: npt.NDArray[np.float16]
-    directions: FeatureNormaliser
+    vectors are their normalised features, float16 [N, D]; normaliser is what made them.
+    """
+
+    images: Sequence[TrainingImage]
+    vectors: npt.NDArray[np.float16]
+    normaliser: FeatureNormaliser
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in memory, about."""
-        return self.kept.nbytes + _KNOWN_BYTES * len(self.known)
+        """Approximate size in memory."""
+        return self.vectors.nbytes + _IMAGE_BYTES * len(self.images)
 
     def dump(self) -> bytes:
-        """Return it as a file."""
-        values = {"known": [[one.image, one.path, one.labels, one.target] for one in self.known]}
-        arrays: tensors.Tensors = {"kept": self.kept, "mean": self.directions.mean, "scale": self.directions.scale}
+        """Return the index as the bytes of a file, for `load`."""
+        values = {"known": [[image.image, image.path, image.labels, image.target] for image in self.images]}
+        arrays: tensors.Tensors = {"kept": self.vectors, "mean": self.normaliser.mean, "scale": self.normaliser.scale}
         return tensors.dump(values, arrays)
 
 
@@ -77,23 +80,23 @@ def load(data: bytes) -> NeighbourIndex:
     """Return what `dump` wrote. Raises Corrupt."""
     try:
         values, arrays = tensors.load(data)
-        known = [
+        shown = [
             TrainingImage(Digest(image), path, tuple(labels), target) for image, path, labels, target in values["known"]
         ]
-        return NeighbourIndex(known, arrays["kept"], FeatureNormaliser(arrays["mean"], arrays["scale"]))
+        return NeighbourIndex(shown, arrays["kept"], FeatureNormaliser(arrays["mean"], arrays["scale"]))
     except tensors.UNREADABLE as error:
-        raise Corrupt(f"The images that a model has kept cannot be read: {error}.") from error
+        raise Corrupt(f"The file of neighbours cannot be read: {error}. Restore it from a backup.") from error
 
 
-def build_index(rows: Sequence[Row], features: Features, directions: FeatureNormaliser) -> NeighbourIndex:
-    """Return what is kept of training images: of all, or of a sample evenly over them.
+def build_index(rows: Sequence[Row], features: Features, normaliser: FeatureNormaliser) -> NeighbourIndex:
+    """Return the index of all training images, or of an evenly spaced sample if they exceed `MOST_BYTES`.
 
     Args:
-        rows: the images.
+        rows: the training images.
         features: float32 [len(rows), D].
-        directions: made from these features.
+        normaliser: computed from these features.
     """
     most = max(1, MOST_BYTES // (2 * features.shape[1]))
     kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.intp))
-    known = [TrainingImage(rows[row].sha256, rows[row].path, rows[row].labels, rows[row].target) for row in kept]
-    return NeighbourIndex(known, directions.of(features[kept]).astype(np.float16), directions)
+    shown = [TrainingImage(rows[row].sha256, rows[row].path, rows[row].labels, rows[row].target) for row in kept]
+    return NeighbourIndex(shown, normaliser.normalise(features[kept]).astype(np.float16), normaliser)

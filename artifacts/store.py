@@ -1,7 +1,7 @@
-"""Files named by the SHA-256 of what is in them, in a folder. Knows nothing of what the bytes mean, nor of buckets.
+"""Files in a folder, named by the SHA-256 of their content. Knows no file formats and no buckets.
 
-A file is written under a temporary name, synced, then renamed: a digest either names the whole file or nothing.
-`artifacts.bucket_store` keeps them in a bucket behind the same methods.
+A file is written under a temporary name, synced, then renamed, so a digest names a complete file or nothing.
+`artifacts.bucket_store` keeps the files in a bucket behind the same methods.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def is_digest(text: str) -> bool:
-    """Say whether `text` could be a digest."""
+    """Return whether `text` has the form of a digest."""
     return _DIGEST.fullmatch(text) is not None
 
 
@@ -53,10 +53,10 @@ def digest_at(path: Path) -> Digest:
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where stored files are, as processes and children are told it: plain values, no keys.
+    """Where stored files are, as plain values that can be sent to a child process; contains no keys.
 
-    Without a `url` (`s3://bucket/prefix`) that is the folder; with one the folder is a cache of the bucket, of at most
-    `cache_bytes`. `endpoint` is an S3-compatible server's; None means that of AWS in the region.
+    Without a `url` (`s3://bucket/prefix`) files are in the folder; with one the folder is a cache of the bucket, of at
+    most `cache_bytes`. `endpoint` is the address of an S3-compatible server; None means AWS in the region.
     """
 
     folder: str
@@ -68,7 +68,7 @@ class StoreAddress:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A stored file, and when it was written: seconds since 1970 by the clock of what keeps it."""
+    """A stored file; `written_at` is in seconds since 1970 by the clock of the folder or bucket."""
 
     digest: Digest
     size_bytes: int
@@ -76,7 +76,7 @@ class StoredFile:
 
 
 class Store:
-    """The files in one folder of a local or shared file system, each at `ab/ab12…`."""
+    """Stores files in one folder of a local or shared file system, each at `ab/ab12…`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -86,16 +86,16 @@ class Store:
 
     @property
     def address(self) -> StoreAddress:
-        """What another process must be told to open this store."""
+        """The address with which another process opens this store."""
         return StoreAddress(str(self.root))
 
     def check(self) -> None:
-        """See that the store can be used. Raises NotFound."""
+        """Check that the folder of the store exists. Raises NotFound."""
         if not self._incoming.is_dir():
-            raise NotFound(f"The folder {self.root} is gone. Restore it from a backup, then start the service again.")
+            raise NotFound(f"The folder {self.root} does not exist. Restore it from a backup, then start again.")
 
     def writer(self) -> Writer:
-        """Return a writer for a new file; use it in a `with` block."""
+        """Return a writer for a new file, to be used in a `with` block."""
         return Writer(self, self._incoming / secrets.token_hex(16))
 
     def put(self, chunks: bytes | Iterable[bytes]) -> Digest:
@@ -106,16 +106,16 @@ class Store:
             return writer.commit()
 
     def drop_unfinished(self, older_than_s: float = 86_400.0) -> int:
-        """Remove what writers and borrowers that were killed left behind; return how many files and folders."""
+        """Remove what killed writers and borrowers left behind; return the number of files and folders."""
         dropped = 0
         for left in self.unfinished(older_than_s):
-            with contextlib.suppress(FileNotFoundError):  # its writer ends just now, or another process drops it too
+            with contextlib.suppress(FileNotFoundError):  # its writer has just ended, or another process removed it
                 _remove(left)
                 dropped += 1
         return dropped
 
     def unfinished(self, older_than_s: float) -> Iterator[Path]:
-        """Yield what has been on its way for so long that its writer or borrower must have been killed."""
+        """Yield temporary files and folders that did not change for `older_than_s`: their writer was killed."""
         for left in self._incoming.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 if _touched_at(left) < time.time() - older_than_s:
@@ -123,34 +123,34 @@ class Store:
 
     @contextlib.contextmanager
     def lend_store(self, digest: Digest) -> Iterator[Store]:
-        """Yield a store for a process that is told a folder and nothing else; the file is in it.
+        """Yield a store that contains the file, for a process that gets only a folder and no keys of a bucket.
 
-        What that process puts there is this store's once it is taken over, by `adopt`.
+        `import_files` takes the files that the process writes there into this store.
         """
         self.path(digest)
         yield self
 
     def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Take over files that were put into a store that was lent, and yield each as soon as it is kept."""
+        """Take files from a lent store into this one, and yield each digest when its file is stored."""
         yield from digests
 
     def has(self, digest: Digest) -> bool:
-        """Say whether the file is here."""
+        """Return whether the store has the file."""
         return self.path_for(digest).exists()
 
     def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Yield those of the files that are not here."""
+        """Yield those of the digests whose files the store does not have."""
         return (digest for digest in digests if not self.has(digest))
 
     def path(self, digest: Digest) -> Path:
-        """Return where the file lies on this machine. Raises NotFound."""
+        """Return the local path of a stored file. Raises NotFound."""
         place = self.path_for(digest)
         if not place.exists():
             raise NotFound(f"No stored file has the digest {digest}.")
         return place
 
     def prefetch(self, digests: Iterable[Digest]) -> None:
-        """Have files lie on this machine, so that whoever reads them next waits for none. Raises NotFound."""
+        """Download files that are not on this machine, so that later reads do not wait. Raises NotFound."""
 
     def open(self, digest: Digest) -> BufferedReader:
         """Open the file for reading. Raises NotFound."""
@@ -165,19 +165,19 @@ class Store:
         return data
 
     def verified_path(self, digest: Digest) -> Path:
-        """Return where the file lies, after reading it once against its digest. Raises NotFound or Corrupt."""
+        """Return the local path of a file after checking its content against the digest. Raises NotFound or Corrupt."""
         with self.open(digest) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise _corrupt(digest)
         return self.path_for(digest)
 
     def delete(self, *digests: Digest) -> None:
-        """Remove those of the files that are here."""
+        """Remove files; those that do not exist are ignored."""
         for digest in digests:
             self.path_for(digest).unlink(missing_ok=True)
 
     def digests(self) -> Iterator[Digest]:
-        """Yield the digest of every stored file, in their order."""
+        """Yield the digest of every stored file in ascending order."""
         return (file.digest for file in self.files())
 
     def files(self) -> Iterator[StoredFile]:
@@ -185,7 +185,7 @@ class Store:
         return files_in(self.root)
 
     def find(self, digest: Digest) -> StoredFile | None:
-        """Return what is known of a stored file; None if it is not here."""
+        """Return size and time of a stored file, or None if it does not exist."""
         try:
             status = self.path_for(digest).stat()
         except FileNotFoundError:
@@ -193,19 +193,19 @@ class Store:
         return StoredFile(digest, status.st_size, status.st_mtime)
 
     def now(self) -> float:
-        """Return the time by the clock that stamps the files: on a network's file system that is not this machine's."""
+        """Return the time by the clock that sets `written_at`: on a network file system not this machine's clock."""
         os.utime(self._incoming)
         return self._incoming.stat().st_mtime
 
     def cached(self) -> Iterator[StoredFile]:
-        """Yield the files that lie on this machine as copies of what is kept elsewhere."""
+        """Yield the files on this machine that are only copies of files in a bucket."""
         return iter(())
 
     def drop_cached(self, digests: Sequence[Digest]) -> None:
-        """Remove copies from this machine."""
+        """Remove copies from this machine; files in the bucket stay."""
 
     def add_file(self, temporary: Path, digest: Digest) -> None:
-        """Name a file that is written and synced by its digest. Raises DiskFull."""
+        """Move a written and synced temporary file into the store. Raises DiskFull."""
         place = self.path_for(digest)
         with disk_errors():
             if not place.parent.exists():
@@ -215,12 +215,12 @@ class Store:
             _sync_folder(place.parent)
 
     def path_for(self, digest: Digest) -> Path:
-        """Return where a file of this digest belongs, whether it is here or not."""
+        """Return the path for a file of this digest, whether it exists or not."""
         return self.root / digest[:2] / digest
 
 
 class Writer:
-    """A file on its way into a store; it exists there only after `commit`."""
+    """Writes a new file; it is in the store only after `commit`."""
 
     def __init__(self, store: Store, temporary: Path) -> None:
         self.size_bytes = 0
@@ -238,7 +238,7 @@ class Writer:
 
     @property
     def digest(self) -> Digest:
-        """The digest of what was written so far."""
+        """The digest of the bytes written so far."""
         return Digest(self._hash.hexdigest())
 
     def write(self, chunk: bytes) -> None:
@@ -249,13 +249,13 @@ class Writer:
         self.size_bytes += len(chunk)
 
     def reader(self) -> BufferedReader:
-        """Open for reading what was written so far."""
+        """Open the bytes written so far for reading."""
         with disk_errors():
             self._file.flush()
         return self._temporary.open("rb")
 
     def commit(self) -> Digest:
-        """Sync the file, name it by its digest and return that. Raises DiskFull."""
+        """Sync the file, add it to the store and return its digest. Raises DiskFull."""
         digest = self.digest
         with disk_errors():
             self._file.flush()
@@ -265,25 +265,25 @@ class Writer:
         return digest
 
     def discard(self) -> None:
-        """Drop what was written; does nothing after `commit`."""
-        with contextlib.suppress(OSError):  # a full disk fails the last flush too, and the file goes anyway
+        """Delete what was written; does nothing after `commit`."""
+        with contextlib.suppress(OSError):  # on a full disk the last flush fails, too; the file is deleted anyway
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn "no space left" inside the block into DiskFull."""
+    """Convert "no space left" errors in the block to DiskFull."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("The disk is full. Free some space, then send it again; nothing was kept.") from error
+            raise DiskFull("The disk is full. Free some space, then send it again; nothing was stored.") from error
         raise
 
 
 def files_in(root: Path) -> Iterator[StoredFile]:
-    """Yield the files of a folder that are named by their digests, in the order of these."""
+    """Yield the files of a folder that are named by digests, in ascending order."""
     for folder in sorted(root.glob("??")):
         for file in sorted(folder.iterdir()):
             if is_digest(file.name):
@@ -293,7 +293,7 @@ def files_in(root: Path) -> Iterator[StoredFile]:
 
 
 def _touched_at(left: Path) -> float:
-    """Return when something was last written to a file, or into a folder of files."""
+    """Return when a file, or a folder or any file in it, was last written."""
     inside = [entry.stat().st_mtime for entry in os.scandir(left)] if left.is_dir() else []
     return max([left.stat().st_mtime, *inside])
 
@@ -306,7 +306,7 @@ def _remove(left: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
+    """Sync a folder, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -315,4 +315,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _corrupt(digest: Digest) -> Corrupt:
-    return Corrupt(f"The stored file {digest} is not what its digest says. Restore it from a backup.")
+    return Corrupt(f"The stored file {digest} does not match its digest. Restore it from a backup.")

@@ -1,4 +1,4 @@
-"""Files of arrays with plain values beside them: safetensors, whose metadata holds the values as JSON. Never code."""
+"""Safetensors files of arrays, with plain values as JSON in their metadata. Never contain code."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from safetensors.numpy import save as save_tensors
 Tensors = dict[str, npt.NDArray[Any]]
 
 UNREADABLE = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
-"""What reading a file raises that is not what it should be."""
+"""Exceptions that reading an invalid file raises."""
 
 
 def dump(values: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """Return a file."""
+    """Return the bytes of a file with these values and arrays; equal input gives equal bytes."""
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     return save_tensors(arrays, metadata={"espalier": json.dumps(values, sort_keys=True, ensure_ascii=False)})
 
 
 def load_values(data: bytes) -> dict[str, Any]:
-    """Return the values of a file, reading 8 bytes of length and then JSON (the format's own specification).
+    """Return the values of a file without reading its arrays: 8 bytes of length, then JSON, as safetensors specifies.
 
     Raises one of UNREADABLE.
     """

@@ -1,1 +1,1 @@
-"""What was measured, to be measured again: ratios to a baseline in the same run, never absolute times alone."""
+"""Benchmarks behind docs/benchmarks.md. Each measures a ratio to a baseline in the same run, not times alone."""

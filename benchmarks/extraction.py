@@ -1,4 +1,4 @@
-"""Extraction against the bare engine on the same batches: what decoding, the store and the cache cost.
+"""Measures what decoding, the store and the cache cost: extraction against the bare engine on the same batches.
 
 Run as `python -m benchmarks.extraction [--images 512] [--size 96] [--data archive.zip]`.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from artifacts.features import FeatureCache, FeatureSpace
 from artifacts.images import IMAGE_RULE
+from benchmarks.bench_data import LIMITS, prepare_bench_data
 from benchmarks.figures import report, spread
-from benchmarks.ground import LIMITS, ground
 from inference.engine import OpenVinoEngine
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.recipe import Precision, Resize
@@ -22,40 +22,40 @@ from training.data.pixels import BATCH, ImageDecoder
 
 
 def main() -> None:
-    """Measure."""
+    """Measure both in pairs and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", type=BackboneName, default=BackboneName.VGG16)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--data", type=Path)
-    wanted = parser.parse_args()
-    cut = CATALOGUE[wanted.backbone].last_cut
-    with ground(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
-        engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
-        digests = [row.sha256 for row in given.rows]
-        pixels = given.pixels
+    args = parser.parse_args()
+    cut = CATALOGUE[args.backbone].last_cut
+    with prepare_bench_data(args.backbone, cut, args.size, args.images, args.data) as bench:
+        engine = OpenVinoEngine(bench.store.path(bench.backbone), Precision.FLOAT32, bench.threads)
+        digests = [row.sha256 for row in bench.rows]
+        pixels = bench.pixels
         engine.features(pixels[:BATCH])
         bare, whole = [], []
-        for _ in range(wanted.pairs):
+        for _ in range(args.pairs):
             started = time.perf_counter()
             for start in range(0, len(pixels), BATCH):
                 engine.features(pixels[start : start + BATCH])
             bare.append(time.perf_counter() - started)
 
-            folder = given.folder / "features"
+            folder = bench.folder / "features"
             shutil.rmtree(folder, ignore_errors=True)
             started = time.perf_counter()
-            space = FeatureSpace(IMAGE_RULE, wanted.size, Resize.SQUASH, given.backbone, Precision.FLOAT32)
-            cache = FeatureCache(folder, space, CATALOGUE[wanted.backbone].cuts[cut])
-            decoder = ImageDecoder(given.store, wanted.size, Resize.SQUASH, LIMITS, given.threads)
+            space = FeatureSpace(IMAGE_RULE, args.size, Resize.SQUASH, bench.backbone, Precision.FLOAT32)
+            cache = FeatureCache(folder, space, CATALOGUE[args.backbone].cuts[cut])
+            decoder = ImageDecoder(bench.store, args.size, Resize.SQUASH, LIMITS, bench.threads)
             extract(digests, engine, cache, decoder, lambda done, total: None)
             cache.close()
             whole.append(time.perf_counter() - started)
         report(
             "extraction",
             {
-                "network": f"{wanted.backbone.value} at {wanted.size} px, float32",
+                "network": f"{args.backbone.value} at {args.size} px, float32",
                 "images": len(pixels),
                 "images_per_s_bare_engine": spread([len(pixels) / spent for spent in bare]),
                 "images_per_s_extraction": spread([len(pixels) / spent for spent in whole]),

@@ -1,9 +1,9 @@
-"""The folds of one run on two workers against one: each worker has one processor, and nothing else changes.
+"""Measures the folds of one run on two workers against one worker. Each worker has one processor.
 
-Starts the whole service with two workers, each pinned to a processor of its own, and fine-tunes the same recipe again
-and again: with both, and with the second one stopped. What counts are the seconds from `running` to the end, as a user
-waits; getting ready and the final fit are the same work for one and for two, so that the limit is below 2. Every fold
-must have been trained once.
+It starts the whole service with two workers, each pinned to a processor of its own, and fine-tunes the same recipe
+several times: with both workers, and with the second one suspended. What counts are the seconds from `running` to the
+end, as a user waits. The preparation and the final fit are the same work in both cases, so that the limit is below 2.
+Every fold must have been trained exactly once.
 
 Run as `python -m benchmarks.fan_out [--images 120] [--folds 5] [--epochs 6] [--pairs 3]`.
 """
@@ -48,8 +48,8 @@ def workers_of(settings: Settings) -> list[psutil.Process]:
     return found
 
 
-def train(api: httpx2.Client, dataset: str, name: str, wanted: argparse.Namespace) -> dict[str, Any]:
-    """Train a run; return it at its end."""
+def train(api: httpx2.Client, dataset: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a run and return it as the API shows it when it has ended."""
     recipe = {
         "mode": "fine-tuning",
         "backbone": "vgg16",
@@ -58,8 +58,8 @@ def train(api: httpx2.Client, dataset: str, name: str, wanted: argparse.Namespac
         "image_size": 32,
         "epochs": 5,
         "early_stopping": None,
-        "folds": {"k": wanted.folds},
-        "fine_tune": {"learning_rate": 1e-5, "epochs": wanted.epochs},
+        "folds": {"k": args.folds},
+        "fine_tune": {"learning_rate": 1e-5, "epochs": args.epochs},
     }
     run: dict[str, Any] = api.post("/api/v1/runs", json={"dataset": dataset, "name": name, "recipe": recipe}).json()
     while run["state"] not in ("succeeded", "failed", "cancelled"):
@@ -71,19 +71,19 @@ def train(api: httpx2.Client, dataset: str, name: str, wanted: argparse.Namespac
 
 
 def seconds_of(run: dict[str, Any]) -> float:
-    """Return how long a run took."""
+    """Return the seconds between the start and the end of a run."""
     began, ended = (datetime.fromisoformat(run[at]) for at in ("started_at", "finished_at"))
     return (ended - began).total_seconds()
 
 
 def main() -> None:
-    """Measure."""
+    """Measure in pairs and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=3)
-    wanted = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {
             "ESPALIER_VAR": str(Path(folder) / "var"),
@@ -96,18 +96,18 @@ def main() -> None:
         with up.running(settings), up.client(settings) as api:
             workers = workers_of(settings)
             contents = demo.digits().contents
-            chosen = {path: contents[path] for path in list(contents)[:: len(contents) // wanted.images]}
+            chosen = {path: contents[path] for path in list(contents)[:: len(contents) // args.images]}
             body = demo.zipped(demo.Files("digits", chosen))
             dataset = api.post("/api/v1/datasets", params={"name": "digits"}, content=body).json()["id"]
             while api.get(f"/api/v1/datasets/{dataset}").json()["state"] != "ready":
                 time.sleep(0.2)
-            train(api, dataset, "warm-up", wanted)
+            train(api, dataset, "warm-up", args)
             one, two, parts = [], [], []
-            for number in range(wanted.pairs):
+            for number in range(args.pairs):
                 workers[1].suspend()
-                one.append(train(api, dataset, "one", wanted))
+                one.append(train(api, dataset, "one", args))
                 workers[1].resume()
-                two.append(train(api, dataset, "two", wanted))
+                two.append(train(api, dataset, "two", args))
                 parts += [sorted(fold["fold"] for fold in run["folds"]) for run in (one[-1], two[-1])]
                 print(
                     f"pair {number + 1}: {seconds_of(one[-1]):.0f} s, {seconds_of(two[-1]):.0f} s",
@@ -117,18 +117,18 @@ def main() -> None:
     speed_up = spread([seconds_of(a) / seconds_of(b) for a, b in zip(one, two, strict=True)])
     shares = [sum(fold["seconds"] for fold in run["folds"]) / seconds_of(run) for run in one]
     figures = {
-        "folds": wanted.folds,
+        "folds": args.folds,
         "seconds_one_worker": spread([seconds_of(run) for run in one]),
         "seconds_two_workers": spread([seconds_of(run) for run in two]),
         "speed_up": speed_up,
         "share_of_folds_in_one": spread(shares),
-        "every_fold_once": all(found == list(range(wanted.folds)) for found in parts),
+        "every_fold_once": all(found == list(range(args.folds)) for found in parts),
         "same_metrics": len({str(run["metrics"]["confusion"]) for run in one + two}) == 1,
     }
     report("fan_out", figures)
-    what = f"a fine-tuning run of {wanted.folds} folds on two workers of a processor each against one"
+    what = f"a fine-tuning run of {args.folds} folds on two workers of a processor each against one"
     measured = (
-        f"{speed_up['median']:.2f} ({speed_up['min']:.2f} to {speed_up['max']:.2f} in {wanted.pairs} pairs); folds are "
+        f"{speed_up['median']:.2f} ({speed_up['min']:.2f} to {speed_up['max']:.2f} in {args.pairs} pairs); folds are "
         f"{spread(shares)['median']:.0%} of the time of one"
     )
     table([(what, measured, "–")], f"{len(os.sched_getaffinity(0))} processors ({processor()})")

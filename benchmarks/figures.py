@@ -1,4 +1,4 @@
-"""How a benchmark tells what it measured. Imports no network: a machine with a GPU has other parts installed."""
+"""Prints and stores what a benchmark has measured. Imports no TensorFlow: machines with a GPU may not have it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def report(name: str, figures: dict[str, Any]) -> None:
-    """Print the figures and keep them as JSON, with the machine they were measured on."""
+    """Print the figures and write them to results/<name>.json, with the machine that they were measured on."""
     machine = {
         "processor": processor(),
         "processors": len(os.sched_getaffinity(0)),
@@ -37,7 +37,7 @@ def table(rows: Sequence[tuple[str, str, str]], where: str) -> None:
 
 
 def processor() -> str:
-    """Return the name of the processor."""
+    """Return the model name of the processor, or `unknown`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -46,5 +46,5 @@ def processor() -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest."""
+    """Return the median, minimum and maximum of measurements."""
     return {"median": float(np.median(values)), "min": min(values), "max": max(values)}

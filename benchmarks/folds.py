@@ -1,8 +1,8 @@
-"""A whole k-fold run against the loop that tutorials show: Keras `fit` per fold with the frozen backbone in the graph.
+"""Measures a whole k-fold run against the loop of tutorials: Keras `fit` per fold, the frozen backbone in the graph.
 
-The loop trains on 80 % of the images for every epoch of every fold and tests each fold once; its time is that of two
-epochs of each fold, scaled. Tracing and compiling it, and decoding its images, are left out; ours counts decoding,
-extraction, all folds and the final head. Its limit is 0.8 · k · epochs + 1 forward passes to one.
+The loop trains on 80 % of the images in every epoch of every fold and tests each fold once. Its time is that of two
+epochs of each fold, scaled; tracing, compiling and decoding are not counted. Our time includes decoding, extraction,
+all folds and the final head. The ratio is limited by the forward passes: 0.8 · k · epochs + 1 to one.
 
 Run as `python -m benchmarks.folds [--images 1024] [--size 96] [--data archive.zip]`.
 """
@@ -20,27 +20,26 @@ import numpy as np
 from artifacts import manifest
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
+from benchmarks.bench_data import LIMITS, BenchData, prepare_bench_data
 from benchmarks.figures import report
-from benchmarks.ground import LIMITS, Ground, ground
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.recipe import Recipe, Task
 from training import experiment
 from training.data.split import make_folds
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.learners import Plan
 from training.networks import backbones
 from training.networks.network_files import BackboneKey, Workspace
-from training.progress import Epoch, Extraction
-from training.setup import Order
+from training.progress import Extraction, SilentFit
+from training.setup import TrainingRequest
 
 K = 5
 TIMED_EPOCHS = 2
 
 
 class Known:
-    """The backbone is exported already."""
+    """A registry of networks in which the backbone is exported already, so that the export is not measured."""
 
     def __init__(self, digest: Digest) -> None:
         self._digest = digest
@@ -57,10 +56,10 @@ class Known:
     def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
         return digest
 
-    def find_pick(self) -> dict[str, Any] | None:
+    def find_bake_off_result(self) -> dict[str, Any] | None:
         return None
 
-    def set_pick(self, facts: dict[str, Any]) -> None: ...
+    def set_bake_off_result(self, facts: dict[str, Any]) -> None: ...
 
     def find_precision_decision(self) -> dict[str, Any] | None:
         return None
@@ -80,25 +79,15 @@ class Silent:
     def extracted(self, extraction: Extraction) -> None:
         self.extraction_s = extraction.seconds
 
-    def part(self, number: int | None, plan: Plan) -> SilentPart:
-        return SilentPart()
+    def begin_fit(self, fold: int | None, plan: Plan) -> SilentFit:
+        return SilentFit()
 
-    def fold(self, outcome: FoldOutcome) -> None: ...
+    def fold_ended(self, outcome: FoldOutcome) -> None: ...
 
     def file(self, name: RunFile, data: bytes, media_type: str) -> None: ...
 
 
-class SilentPart(NoKeeper):
-    """Nobody listens to a part, either."""
-
-    def epoch(self, number: int, metrics: Epoch) -> None: ...
-
-    def batch(self, epochs: float) -> None: ...
-
-    def unfrozen(self, epochs: int) -> None: ...
-
-
-def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
+def ours(given: BenchData, wanted: argparse.Namespace) -> tuple[float, float]:
     """Return the seconds of a whole run, and of its extraction alone."""
     recipe = fill(
         Recipe(backbone=wanted.backbone, image_size=wanted.size, epochs=wanted.epochs, early_stopping=None),
@@ -116,11 +105,11 @@ def ours(given: Ground, wanted: argparse.Namespace) -> tuple[float, float]:
     )
     started = time.perf_counter()
     silent = Silent()
-    experiment.run(Order(recipe, version, given.labels, given.weights), place, Known(given.backbone), silent)
+    experiment.run(TrainingRequest(recipe, version, given.labels, given.weights), place, Known(given.backbone), silent)
     return time.perf_counter() - started, silent.extraction_s
 
 
-def tutorial(given: Ground, wanted: argparse.Namespace) -> float:
+def tutorial(given: BenchData, wanted: argparse.Namespace) -> float:
     """Return the seconds that the tutorial's loop would take for all epochs of all folds."""
     cut = CATALOGUE[wanted.backbone].last_cut
     frozen = backbones.build_backbone(wanted.backbone, cut, wanted.size, given.store.read(given.weights))
@@ -161,7 +150,7 @@ class _Features(keras.layers.Layer):  # type: ignore[misc]
 
 
 def main() -> None:
-    """Measure."""
+    """Measure both once and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", type=BackboneName, default=BackboneName.VGG16)
     parser.add_argument("--size", type=int, default=96)
@@ -170,7 +159,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     wanted = parser.parse_args()
     cut = CATALOGUE[wanted.backbone].last_cut
-    with ground(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
+    with prepare_bench_data(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
         whole, extraction = ours(given, wanted)
         loop = tutorial(given, wanted)
         report(

@@ -1,9 +1,8 @@
-"""What it costs that TensorFlow has glibc give freed memory back at once: fine-tuning with and without our cure.
+"""Measures what `training.networks.freed_memory.keep_freed` saves: epochs of fine-tuning without it and with it.
 
 TensorFlow sets glibc's M_TRIM_THRESHOLD to 128 KiB when it first reads from a generator, as Keras does for a
-`PyDataset`; `training.networks.freed_memory.keep_freed` undoes it after the first batch. In pairs, each side in a
-fresh process: VGG16 from block3 at 32 px, batch 16, on maps computed once. The first epoch, in which Keras traces, does
-not count.
+`PyDataset`. `keep_freed` undoes that after the first batch. Both are measured in pairs, each in a fresh process: VGG16
+from block3 at 32 px, batch 16, on maps computed once. The first epoch, in which Keras traces, does not count.
 
 Run as `python -m benchmarks.freed_memory [--images 160] [--pairs 3] [--epochs 3]`.
 """
@@ -24,16 +23,16 @@ SIZE, BATCH = 32, 16
 
 
 @dataclass(frozen=True)
-class Side:
-    """What an epoch took: seconds, and pages from the system. `greatest_bytes` is the most that the process had."""
+class EpochCost:
+    """The cost of an epoch: its seconds and page faults, and the peak memory of the process in bytes."""
 
     seconds: float
     pages: float
     greatest_bytes: int
 
 
-def side(is_kept: bool, images: int, epochs: int) -> Side:
-    """Measure with or without the cure."""
+def measure(is_kept: bool, images: int, epochs: int) -> EpochCost:
+    """Measure an epoch with or without `keep_freed`. Runs in a process of its own."""
     from benchmarks.networks import NONE, fine_tuning_case, first_head
     from recipes.catalogue import BackboneName
     from recipes.recipe import Task
@@ -60,33 +59,33 @@ def side(is_kept: bool, images: int, epochs: int) -> Side:
     fine_tune(recipe, data, weights, head, FitTask(rows, NONE, 1 + epochs, 0, Passage(look)))
     (began, pages_before), (ended, pages) = seen[0], seen[-1]
     greatest_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Side((ended - began) / epochs, (pages - pages_before) / epochs, greatest_bytes)
+    return EpochCost((ended - began) / epochs, (pages - pages_before) / epochs, greatest_bytes)
 
 
 def main() -> None:
-    """Measure."""
+    """Measure in pairs and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=160)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3, help="epochs that are timed, after the first")
-    wanted = parser.parse_args()
-    sides: dict[bool, list[Side]] = {False: [], True: []}
-    for number in range(wanted.pairs):
+    args = parser.parse_args()
+    sides: dict[bool, list[EpochCost]] = {False: [], True: []}
+    for number in range(args.pairs):
         for is_kept in (False, True) if number % 2 == 0 else (True, False):
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                sides[is_kept].append(fresh.apply(side, (is_kept, wanted.images, wanted.epochs)))
+                sides[is_kept].append(fresh.apply(measure, (is_kept, args.images, args.epochs)))
     ratios = spread([without.seconds / kept.seconds for without, kept in zip(sides[False], sides[True], strict=True)])
     report(
         "freed_memory",
         {
-            "images": wanted.images,
+            "images": args.images,
             "batch": BATCH,
             "without": [asdict(one) for one in sides[False]],
             "with": [asdict(one) for one in sides[True]],
             "ratio": ratios,
         },
     )
-    what = f"{ratios['median']:.2f} ({ratios['min']:.2f} to {ratios['max']:.2f} in {wanted.pairs} pairs)"
+    what = f"{ratios['median']:.2f} ({ratios['min']:.2f} to {ratios['max']:.2f} in {args.pairs} pairs)"
     table([("an epoch of fine-tuning without keeping freed memory against with it", what, "-")], processor())
 
 

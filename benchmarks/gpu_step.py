@@ -1,9 +1,9 @@
-"""The fine-tuning step of each backbone on a GPU, by Keras on JAX: images a second, and the share of the chip's rate.
+"""Measures the fine-tuning step of each backbone on a GPU, with Keras on JAX: images a second and share of peak rate.
 
-The whole network learns, at its own size, compiled, in bfloat16 where there is a GPU. Images come from an array in
-memory, so that nothing is decoded. The batch is doubled until memory or speed stops growing; the first epoch, in which
-JAX compiles, does not count. A training step takes 3 · 2 floating-point operations for each multiply-add of the
-forward pass: the backward pass needs the gradients of inputs and of weights.
+The whole network learns at its own image size, compiled, in bfloat16 if there is a GPU. The images are in memory, so
+that nothing is decoded. The batch is doubled until memory runs out or speed stops growing. The first epoch, in which
+JAX compiles, does not count. A training step takes 3 · 2 floating-point operations for each multiply-add of the forward
+pass, since the backward pass needs the gradients of inputs and of weights.
 
 Run as `KERAS_BACKEND=jax python -m benchmarks.gpu_step [--backbone vgg16] [--batch 64] [--steps 20] [--peak 989e12]
 [--size 96]`. It needs no TensorFlow and no OpenVINO.
@@ -40,22 +40,22 @@ except ImportError as error:
 CLASSES = 10
 IMAGES = 256
 LARGEST_BATCH = 4096
-# A larger batch that gains less than this is not worth its memory.
+# The search ends when a larger batch is not faster by at least this factor.
 LEAST_GAIN = 1.03
 FLOP_PER_MULTIPLY_ADD = 2 * 3
 
 
-def measure(name: BackboneName, size: int, wanted: argparse.Namespace) -> dict[str, Any]:
+def measure(name: BackboneName, size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one backbone at its best batch."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
     weights = calibrated(name, pixels[:16])
     forward = multiply_adds(backbones.build_network(name, size))
     best: dict[str, Any] = {}
-    batch = wanted.batch
+    batch = args.batch
     while batch <= LARGEST_BATCH:
         try:
-            rates = images_per_s(name, weights, pixels, batch, wanted.steps, wanted.epochs)
+            rates = images_per_s(name, weights, pixels, batch, args.steps, args.epochs)
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -69,7 +69,7 @@ def measure(name: BackboneName, size: int, wanted: argparse.Namespace) -> dict[s
                 "batch": batch,
                 "images_per_s": spread(rates),
                 "giga_multiply_adds_forward": round(forward / 1e9, 3),
-                "share_of_peak": rate * forward * FLOP_PER_MULTIPLY_ADD / wanted.peak,
+                "share_of_peak": rate * forward * FLOP_PER_MULTIPLY_ADD / args.peak,
             }
         if gain < LEAST_GAIN:
             break
@@ -80,7 +80,7 @@ def measure(name: BackboneName, size: int, wanted: argparse.Namespace) -> dict[s
 def images_per_s(
     name: BackboneName, weights: bytes, pixels: np.ndarray, batch: int, steps: int, epochs: int
 ) -> list[float]:
-    """Return the images a second of each epoch but the first, by the service's own fine-tuning."""
+    """Return the images a second of each epoch but the first, measured with the service's own fine-tuning."""
     keras.utils.clear_session()
     gc.collect()
     recipe = fine_tuning_case(name, ALL, pixels.shape[1], batch, 1 + epochs)
@@ -96,7 +96,7 @@ def images_per_s(
 
 
 def main() -> None:
-    """Measure."""
+    """Measure the chosen backbones and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", type=BackboneName, choices=list(BackboneName), help="by default all")
     parser.add_argument("--size", type=int, help="by default each backbone's own")
@@ -104,17 +104,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of an epoch")
     parser.add_argument("--epochs", type=int, default=4, help="epochs that are timed, after the first")
     parser.add_argument("--peak", type=float, default=989e12, help="dense bfloat16 FLOP/s; by default an H200's")
-    wanted = parser.parse_args()
+    args = parser.parse_args()
     if keras.backend.backend() != "jax":
         sys.exit(f"Expected Keras on JAX. Received {keras.backend.backend()}: run this with KERAS_BACKEND=jax.")
     chip = jax.devices()[0].device_kind
-    figures: dict[str, Any] = {"chip": chip, "peak_flop_per_s": wanted.peak}
+    figures: dict[str, Any] = {"chip": chip, "peak_flop_per_s": args.peak}
     rows = []
-    for name in [wanted.backbone] if wanted.backbone else BackboneName:
-        size = wanted.size or CATALOGUE[name].size
-        found = measure(name, size, wanted)
+    for name in [args.backbone] if args.backbone else BackboneName:
+        size = args.size or CATALOGUE[name].size
+        found = measure(name, size, args)
         if not found:
-            sys.exit(f"Expected memory for batches of {wanted.batch}. Received less: give a smaller --batch.")
+            sys.exit(f"Expected memory for batches of {args.batch}. Received less: give a smaller --batch.")
         figures[name.value] = found
         rows.append(
             (

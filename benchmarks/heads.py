@@ -1,4 +1,4 @@
-"""Linear heads of all folds side by side against fold by fold, and against a loop of scikit-learn at equal loss.
+"""Measures linear heads fitted together against one by one, and against a loop of scikit-learn at equal loss.
 
 Fold by fold is `training.fitting.head_fit.fit_head`: Keras, which traces anew for each head. Side by side is
 `training.fitting.linear_heads.fit_linear_heads`, which takes the same steps. Both train every epoch, so that they do
@@ -7,7 +7,7 @@ the same work. The two take turns in pairs; figures are medians.
 scikit-learn's `LogisticRegression` minimises C * sum(cross-entropy) + ||W||²/2 over standardised features, which is
 C * n times our mean(cross-entropy) + l2 * ||W||² where C = 1 / (2 * l2 * n), for n rows. It is stopped at the first
 iteration at which this loss is no greater than that of our head on the same training rows: equal loss, not equal
-weights. Ours is stochastic and may still be above the least loss after its last epoch. Both compute on one thread.
+weights. Our fit is stochastic and may still be above the minimum after its last epoch. Both compute on one thread.
 
 Run as `python -m benchmarks.heads [--pairs 3] [--epochs 60]`.
 """
@@ -44,8 +44,8 @@ QUIET = Passage(lambda number, metrics: None)
 _MOST_ITERATIONS = 1000
 
 
-def drawn(rows: int, width: int) -> tuple[Features, Indices]:
-    """Return features as those of a network with ReLU, of classes that overlap, and the class of each row."""
+def draw_features(rows: int, width: int) -> tuple[Features, Indices]:
+    """Return random features like those of a network with ReLU, of overlapping classes, and the class of each row."""
     random = np.random.default_rng(0)
     truth = np.arange(rows) % CLASSES
     centres = random.normal(0, 1, (CLASSES, width))
@@ -53,7 +53,7 @@ def drawn(rows: int, width: int) -> tuple[Features, Indices]:
     return np.maximum(seen, 0).astype(np.float32), truth
 
 
-def folded(truth: Indices) -> list[Fold]:
+def make_benchmark_folds(truth: Indices) -> list[Fold]:
     """Return the folds of a default recipe."""
     rows = np.arange(len(truth))
     labels = np.eye(CLASSES, dtype=bool)[truth]
@@ -61,49 +61,51 @@ def folded(truth: Indices) -> list[Fold]:
 
 
 def fold_by_fold(
-    recipe: HeadedRecipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
+    recipe: HeadedRecipe, features: Features, truth: Indices, tasks: Sequence[LinearHeadTask]
 ) -> list[FittedHead]:
-    """Fit each head by itself."""
+    """Fit the heads one after the other with Keras."""
     return [
         fit_head(
             recipe.model_copy(update={"head": recipe.head.model_copy(update={"l2": one.l2})}),
             FitData(Task.MULTICLASS, CLASSES, features, truth),
             one,
         )
-        for one in wanted
+        for one in tasks
     ]
 
 
 def side_by_side(
-    recipe: HeadedRecipe, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask]
+    recipe: HeadedRecipe, features: Features, truth: Indices, tasks: Sequence[LinearHeadTask]
 ) -> list[FittedHead]:
-    """Fit all heads at once."""
-    fits = dict(fit_linear_heads(recipe, FitData(Task.MULTICLASS, CLASSES, features, truth), wanted))
-    return [fits[place] for place in range(len(wanted))]
+    """Fit all heads together in NumPy; return them in the order of their tasks."""
+    fits = dict(fit_linear_heads(recipe, FitData(Task.MULTICLASS, CLASSES, features, truth), tasks))
+    return [fits[place] for place in range(len(tasks))]
 
 
-class Rival:
-    """A loop of scikit-learn over the folds, each stopped at the loss that our head has on its training rows."""
+class ScikitLearnLoop:
+    """A loop of scikit-learn over the folds. Each fit stops at the loss that our head has on its training rows."""
 
     def __init__(
-        self, features: Features, truth: Indices, wanted: Sequence[LinearHeadTask], ours: Sequence[FittedHead]
+        self, features: Features, truth: Indices, tasks: Sequence[LinearHeadTask], ours: Sequence[FittedHead]
     ) -> None:
-        self._features, self._truth, self._wanted = features, truth, wanted
-        losses = [self._loss_of(one, fit.weights[0], fit.weights[1]) for one, fit in zip(wanted, ours, strict=True)]
-        self.iterations = [self._needed(one, loss) for one, loss in zip(wanted, losses, strict=True)]
+        self._features, self._truth, self._tasks = features, truth, tasks
+        losses = [self._loss_of(one, fit.weights[0], fit.weights[1]) for one, fit in zip(tasks, ours, strict=True)]
+        self.iterations = [self._needed(one, loss) for one, loss in zip(tasks, losses, strict=True)]
 
     def fit_all(self) -> list[Any]:
-        """Fit all heads."""
+        """Fit all heads with scikit-learn, each for the iterations that were found to be enough."""
         with threadpool_limits(1):
-            return [self._fit(one, iterations) for one, iterations in zip(self._wanted, self.iterations, strict=True)]
+            return [self._fit(one, iterations) for one, iterations in zip(self._tasks, self.iterations, strict=True)]
 
     def _needed(self, one: LinearHeadTask, loss: float) -> int:
-        """Return the first iteration whose loss is no greater."""
+        """Return the number of iterations after which the loss is no greater than ours."""
         for iterations in range(1, _MOST_ITERATIONS):
             fitted = self._fit(one, iterations)
             if self._loss_of(one, fitted.coef_.T, fitted.intercept_) <= loss:
                 return iterations
-        raise AssertionError(f"Expected a loss of {loss} at most. Not in {_MOST_ITERATIONS} iterations.")
+        raise AssertionError(
+            f"Expected a loss of at most {loss}. scikit-learn does not reach it in {_MOST_ITERATIONS} iterations."
+        )
 
     def _fit(self, one: LinearHeadTask, iterations: int) -> Any:
         rows = Scaler.fit(self._features, one.train)(self._features[one.train])
@@ -120,68 +122,71 @@ class Rival:
         return float(-np.log(of_truth).mean() + one.l2 * np.square(kernel, dtype=np.float64).sum())
 
 
-def differ(
-    features: Features, wanted: Sequence[LinearHeadTask], one: Sequence[FittedHead], other: Sequence[FittedHead]
+def largest_difference(
+    features: Features, tasks: Sequence[LinearHeadTask], one: Sequence[FittedHead], other: Sequence[FittedHead]
 ) -> float:
-    """Return how much the out-of-fold probabilities of two fits of the same heads differ at most."""
+    """Return the largest difference of an out-of-fold probability between two fits of the same heads."""
     rows = np.arange(len(features))
     most = 0.0
-    for asked, a, b in zip(wanted, one, other, strict=True):
+    for asked, a, b in zip(tasks, one, other, strict=True):
         test = np.setdiff1d(rows, np.concatenate([asked.train, asked.validation]))
         both = [heads.probabilities(Task.MULTICLASS, heads.logits(fit.layers, features[test])) for fit in (a, b)]
         most = max(most, float(np.abs(both[0] - both[1]).max()))
     return most
 
 
-def timed(work: Callable[[], list[Any]]) -> tuple[float, list[Any]]:
-    """Return how many seconds something takes, and what it brings."""
+def time_of(work: Callable[[], list[Any]]) -> tuple[float, list[Any]]:
+    """Return the seconds that a call takes, and its result."""
     started = time.perf_counter()
     brought = work()
     return time.perf_counter() - started, brought
 
 
-def compared(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence[float]) -> dict[str, Any]:
-    """Measure one size, with heads of each strength of the penalty."""
-    features, truth = drawn(rows, width)
+def compare(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence[float]) -> dict[str, Any]:
+    """Return the figures of one size, with a head of each fold and each strength of the penalty."""
+    features, truth = draw_features(rows, width)
     recipe = fill(Recipe(early_stopping=None), Task.MULTICLASS, [ClassCount("one of many", rows, rows)])
     assert isinstance(recipe, HeadedRecipe)
-    folds = [LinearHeadTask(fold.train, fold.validation, epochs, fold.number, QUIET, 0.0) for fold in folded(truth)]
-    wanted = l2_grid(folds, strengths)
-    given = recipe, features, truth
-    rival = Rival(features, truth, wanted, side_by_side(*given, wanted))
+    folds = [
+        LinearHeadTask(fold.train, fold.validation, epochs, fold.number, QUIET, 0.0)
+        for fold in make_benchmark_folds(truth)
+    ]
+    tasks = l2_grid(folds, strengths)
+    inputs = recipe, features, truth
+    scikit_learn = ScikitLearnLoop(features, truth, tasks, side_by_side(*inputs, tasks))
     loop, many, scikit = [], [], []
     for _ in range(pairs):
-        taken, theirs = timed(lambda: fold_by_fold(*given, wanted))
+        taken, theirs = time_of(lambda: fold_by_fold(*inputs, tasks))
         loop.append(taken)
-        taken, ours = timed(lambda: side_by_side(*given, wanted))
+        taken, ours = time_of(lambda: side_by_side(*inputs, tasks))
         many.append(taken)
-        scikit.append(timed(rival.fit_all)[0])
+        scikit.append(time_of(scikit_learn.fit_all)[0])
     return {
         "rows": rows,
         "width": width,
-        "heads": len(wanted),
+        "heads": len(tasks),
         "epochs": epochs,
         "seconds_fold_by_fold": round(float(np.median(loop)), 2),
         "seconds_side_by_side": round(float(np.median(many)), 2),
         "ratio": spread([a / b for a, b in zip(loop, many, strict=True)]),
-        "probabilities_differ_by": differ(features, wanted, theirs, ours),
+        "probabilities_differ_by": largest_difference(features, tasks, theirs, ours),
         "seconds_scikit_learn": round(float(np.median(scikit)), 3),
-        "scikit_learn_iterations": rival.iterations,
+        "scikit_learn_iterations": scikit_learn.iterations,
         "ratio_to_scikit_learn": spread([a / b for a, b in zip(scikit, many, strict=True)]),
     }
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all sizes and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=60)
-    wanted = parser.parse_args()
+    args = parser.parse_args()
     rows = []
     for size in SIZES:
-        rows.append(compared(*size, wanted.epochs, wanted.pairs, [HeadRecipe().l2]))
+        rows.append(compare(*size, args.epochs, args.pairs, [HeadRecipe().l2]))
         print(rows[-1], flush=True)
-    rows.append(compared(*SIZES[0], wanted.epochs, 1, GRID))
+    rows.append(compare(*SIZES[0], args.epochs, 1, GRID))
     report("heads", {"aim": "ratio >= 2", "sizes": rows})
 
 

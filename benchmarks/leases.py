@@ -1,10 +1,9 @@
-"""What it costs that no run is lost: folds trained by a worker against the same folds trained by a bare loop.
+"""Measures the cost of durable jobs: folds trained by a worker against the same folds trained by a bare loop.
 
-The worker's folds come with a lease that is renewed, a child that sends each epoch, its progress and its checkpoints,
-rows in a database on disk, and MLflow, which is told meanwhile. The bare ones are `Experiment.learn_fold` in a process
-of its own, to which nobody listens and which keeps nothing. Each side is a new process every time, with all caches
-filled, and what counts are the seconds of its two folds: start-up and preparation are on neither side. Pairs are
-interleaved.
+The worker renews a lease, its child sends epochs, progress and checkpoints, rows are written to a database on disk, and
+MLflow receives the metrics meanwhile. The bare loop is `Experiment.learn_fold` in a process of its own, which reports
+and keeps nothing. Each measurement starts a new process with all caches filled. Only the seconds of the folds count,
+without start-up and preparation. The two take turns.
 
 Run as `python -m benchmarks.leases [--images 240] [--size 64] [--epochs 8] [--pairs 10] [--mode fine-tuning]
 [--data archive.zip]`. Aim: at most 1.03.
@@ -24,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.store import Store
+from benchmarks.bench_data import LIMITS, BenchData, add_dataset, free_port, prepare_bench_data
 from benchmarks.figures import processor, report, spread, table
-from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
 from models import registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
@@ -80,7 +79,7 @@ def bare(order: dict[str, Any]) -> None:
     from benchmarks.folds import Known, Silent
     from training.experiment import Experiment
     from training.networks.network_files import Workspace
-    from training.setup import Order
+    from training.setup import TrainingRequest
 
     place = Workspace(
         store=Store(Path(order["store"])),
@@ -90,7 +89,7 @@ def bare(order: dict[str, Any]) -> None:
         image_limits=LIMITS,
         threads=order["threads"],
     )
-    wanted = Order(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
+    wanted = TrainingRequest(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
     experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
     print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
 
@@ -108,7 +107,7 @@ def bare_folds(order: dict[str, Any]) -> float:
 class Service:
     """A worker's loops and its sweeper on a database of its own, with a data set."""
 
-    def __init__(self, given: Ground, place: TrainingPlace, mlflow_url: str) -> None:
+    def __init__(self, given: BenchData, place: TrainingPlace, mlflow_url: str) -> None:
         self.database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
         upgrade(self.database)
         train = Train(given.store, place)
@@ -127,7 +126,7 @@ class Service:
             loop.start()
         self._sweeper.start()
 
-    def _add_dataset(self, given: Ground) -> str:
+    def _add_dataset(self, given: BenchData) -> str:
         with self.database.writing() as session:
             registry.set_weights(session, Weights(network=NETWORK, name=NAME, sha256=given.weights, source={}))
             return add_dataset(session, given).id
@@ -173,7 +172,7 @@ def mlflow(folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure in pairs and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=240)
     parser.add_argument("--size", type=int, default=64)
@@ -186,7 +185,10 @@ def main() -> None:
     if wanted.bare:
         bare(wanted.bare)
         return
-    with ground(NETWORK, CUT, wanted.size, wanted.images, wanted.data) as given, mlflow(given.folder) as url:
+    with (
+        prepare_bench_data(NETWORK, CUT, wanted.size, wanted.images, wanted.data) as given,
+        mlflow(given.folder) as url,
+    ):
         recipe = recipe_of(wanted, given.labels)
         place = TrainingPlace(
             features=str(given.folder / "features"),

@@ -1,7 +1,6 @@
-"""A load generator: clients that each send a request, wait for its answer and send the next, over open connections.
+"""A load generator: clients that each send a request, wait for the answer and send the next, over open connections.
 
-A process of its own would only take the processors from the server it measures all the same; one thread for all
-clients takes the least.
+All clients share one thread, which takes the least processor time from the server that is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 
 @dataclass
 class Load:
-    """What came of it: answers by status, how long those with 200 took, and how many requests lost their connection."""
+    """The result of a load: answers by status, the seconds of those with 200, and the number of broken connections."""
 
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -28,11 +27,11 @@ class Load:
 
     @property
     def per_second(self) -> float:
-        """Answers with 200, a second."""
+        """Number of answers with status 200 per second."""
         return self.statuses[200] / self.seconds
 
     def figures(self) -> dict[str, float | dict[str, int]]:
-        """Return what is told of it."""
+        """Return the numbers that a benchmark reports of it."""
         took_ms = 1000 * np.array(self.took_s or [float("nan")])
         return {
             "requests_per_s": round(self.per_second, 2),
@@ -44,13 +43,13 @@ class Load:
 
 
 def post(path: str, body: bytes, content_type: str = "application/octet-stream") -> bytes:
-    """Return a POST as it goes over the wire."""
+    """Return the bytes of a POST request."""
     head = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
 def form(path: str, field_name: str, file: bytes) -> bytes:
-    """Return a POST of one file in a multipart form."""
+    """Return the bytes of a POST request with one file in a multipart form."""
     edge = "4f1c2b7d9a"
     head = (
         f'--{edge}\r\nContent-Disposition: form-data; name="{field_name}"; filename="image.jpg"\r\n'
@@ -71,10 +70,19 @@ def load(
     per_second: float = float("inf"),
     is_over: Callable[[Load], bool] = lambda found: False,
 ) -> Load:
-    """Send requests in turn from so many clients, for so long, until so many were sent, or until it is over.
+    """Send requests from several clients and return what came back.
 
-    One that has no answer after `patience_s` counts as broken. With `per_second` they are sent at that rate whatever
-    comes of those before, as long as a client is free.
+    Args:
+        port: the server on this machine.
+        requests: the requests, which are sent in turn.
+        clients: number of clients.
+        seconds: how long to send requests.
+        keeps_bodies: whether to keep the bodies of the answers.
+        most: number of requests after which to stop earlier.
+        patience_s: a request without an answer after this time counts as broken.
+        per_second: rate at which requests are sent, whether earlier ones were answered or not, as long as a client is
+            free. By default every client sends its next request at once.
+        is_over: called before each request; True stops earlier.
     """
     return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most, patience_s, per_second, is_over))
 
@@ -122,7 +130,7 @@ async def _load(
             if status == 200:
                 found.took_s.append(time.perf_counter() - sent)
             elif status == 503:
-                await asyncio.sleep(0.05)  # as a client that was told to come back, only impatient
+                await asyncio.sleep(0.05)  # like a client that obeys Retry-After, but sooner
             if keeps_bodies:
                 found.bodies.append(body)
             if closes:

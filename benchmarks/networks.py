@@ -1,4 +1,4 @@
-"""Networks without pretrained weights that can be fine-tuned, and what they cost. Keras alone, on any backend."""
+"""Networks for benchmarks without pretrained weights, and their cost. Uses Keras only, on any backend."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from training.fitting.training_loop import Passage
 from training.networks import backbones
 
 NONE = np.array([], dtype=np.intp)
-# So small that what random weights have learned follows from the data, not from rounding.
+# So small that the result follows from the data and not from rounding, although the weights are random.
 _LEARNING_RATE = 1e-6
 _HEAD_EPOCHS = 3
 
 
 def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
-    """Return random weights whose BatchNorm layers know their inputs, as those of a trained network do.
+    """Return random weights whose BatchNorm statistics match their inputs, as in a trained network.
 
-    Without, the features of a deep one are as small as 1e-10, and its gradients overflow.
+    Without that, the features of a deep network are as small as 1e-10, and its gradients overflow.
     """
     network = backbones.build_network(name, pixels.shape[1])
     backbones.load_weights(network, backbones.random_weights(name))
@@ -57,7 +57,7 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
 
 
 def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> FittedHead:
-    """Return a head that has learned a little, to go on from."""
+    """Return a head after a few epochs, from which fine-tuning can start."""
     data = FitData(Task.MULTICLASS, int(targets.max()) + 1, features, targets)
     passage = Passage(lambda number, metrics: None)
     return fit_head(recipe, data, FitTask(np.arange(len(targets)), NONE, _HEAD_EPOCHS, 0, passage))
@@ -66,7 +66,7 @@ def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> Fi
 def multiply_adds(model: Any) -> int:
     """Return the multiply-adds of one image forward through a model's dense and convolution layers.
 
-    Every value of a kernel is used once at each place of the layer's output; the rest of a network is next to nothing.
+    Every value of a kernel is used once at each position of the layer's output. Other layers cost next to nothing.
     """
     return sum(
         int(np.prod(layer.output.shape[1:-1])) * sum(int(np.prod(kernel.shape)) for kernel in _kernels(layer))

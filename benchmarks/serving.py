@@ -1,10 +1,9 @@
-"""Requests a second, JPEG in and probabilities out: Espalier beside LitServe and BentoML, and the bare engine as limit.
+"""Measures requests a second, JPEG in and probabilities out, of Espalier, LitServe, BentoML and the bare engine.
 
-Every server has the same network with random weights, the same files, the same clients on the same processors, and
-the processors to itself; servers take turns, round by round. Espalier also answers in the other precisions that the
-processor has. Then, on Espalier alone: a thousand models on that
-backbone, their memory, and an alias that moves under load; `--overload 600` sends twice as many requests as can be
-answered for so many seconds.
+Every server has the same network with random weights, the same files and the same clients, and has the processors to
+itself. The servers take turns, round by round. Espalier also answers in the other precisions that the processor has.
+Three measurements are of Espalier alone: a thousand models on that backbone with their memory, an alias that moves
+under load, and with `--overload 600` twice as many requests as it can answer, for 600 seconds.
 
 The peers run in an environment of their own: `make bench-serving` makes it. Run as `python -m benchmarks.serving
 [--backbone xception] [--size 299] [--rounds 3] [--seconds 15] [--clients 1 8 32] [--heads 1000]
@@ -38,8 +37,8 @@ from artifacts import images
 from artifacts.bundle import Bundle, Dense
 from artifacts.images import IMAGE_RULE
 from artifacts.store import Digest
+from benchmarks.bench_data import LIMITS, BenchData, add_dataset, free_port, prepare_bench_data
 from benchmarks.figures import processor, report, spread, table
-from benchmarks.ground import LIMITS, Ground, add_dataset, free_port, ground
 from benchmarks.load import Load, form, load, post
 from inference import heads
 from inference.batcher import LARGEST_BATCH
@@ -56,7 +55,7 @@ from recipes.recipe import Precision, Recipe, Resize, Task
 from training.networks.quantisation import quantise
 
 _OURS = "Espalier"
-# What each is to reach against the best of the others with 8 clients.
+# The ratio to the best of the other servers that each should reach, with 8 clients.
 _AIMS = {_OURS: "1.2 at 8", f"{_OURS} bfloat16": "2 at 8", f"{_OURS} int8": "3 at 8"}
 _FILES = 64
 _PEERS = Path(__file__).parent / "peers"
@@ -65,7 +64,7 @@ _START_WITHIN_S = 1200.0
 
 @dataclass(frozen=True)
 class Server:
-    """A server as it is started and asked."""
+    """A server: how to start it, how to see that it is ready, and what to send to it."""
 
     name: str
     ready: str
@@ -77,7 +76,7 @@ class Server:
 
 @contextmanager
 def running(server: Server, port: int) -> Iterator[psutil.Process]:
-    """Start a server, wait for its first answer, and end it with all that it started."""
+    """Start a server, wait for its first answer, and terminate it with its child processes at the end."""
     with subprocess.Popen(
         server.command,
         cwd=server.folder,
@@ -87,14 +86,14 @@ def running(server: Server, port: int) -> Iterator[psutil.Process]:
     ) as process:
         try:
             deadline = time.monotonic() + _START_WITHIN_S
-            while not _is_ready(port, server.ready):  # LitServe breaks on what comes before it is
+            while not _is_ready(port, server.ready):  # LitServe fails if requests come before it is ready
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"{server.name} did not start")
+                    raise RuntimeError(f"Expected {server.name} to be ready within {_START_WITHIN_S:.0f} s. It is not.")
                 time.sleep(0.5)
-            # Whoever asks while a network is still read is told to come again.
+            # A server answers 503 while it is still reading its network.
             while (found := load(port, server.requests[:1], 1, 0.2)).statuses.keys() != {200}:
                 if found.statuses.keys() - {200, 503} or found.broken or time.monotonic() > deadline:
-                    raise RuntimeError(f"{server.name} does not answer: {found.figures()}")
+                    raise RuntimeError(f"Expected answers 200 of {server.name}. Received {found.figures()}.")
                 time.sleep(0.5)
             yield psutil.Process(process.pid)
         finally:
@@ -119,39 +118,39 @@ def _is_ready(port: int, path: str) -> bool:
 # --- the models -------------------------------------------------------------------------------------------------------
 
 
-def add_models(given: Ground, count: int, size: int, hidden: int | None) -> None:
-    """Add so many models on the backbone, each with a head of its own, and one in each other precision that there is.
+def add_models(bench: BenchData, count: int, size: int, hidden: int | None) -> None:
+    """Add `count` models on the backbone, each with its own head, and one model in each other precision.
 
-    The first has two versions.
+    The first model has two versions, so that its alias can move.
     """
-    networks = dict.fromkeys(OpenVinoEngine.precisions(), given.backbone)
-    exported = given.store.read(given.backbone)
-    networks[Precision.INT8] = given.store.put(quantise(exported, given.pixels, lambda done, total: None).onnx)
-    database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
+    networks = dict.fromkeys(OpenVinoEngine.precisions(), bench.backbone)
+    exported = bench.store.read(bench.backbone)
+    networks[Precision.INT8] = bench.store.put(quantise(exported, bench.pixels, lambda done, total: None).onnx)
+    database = Database(f"sqlite:///{bench.folder / 'espalier.db'}")
     upgrade(database)
-    recipe = fill(Recipe(), Task.MULTICLASS, [ClassCount(label, 100, 100) for label in given.labels])
+    recipe = fill(Recipe(), Task.MULTICLASS, [ClassCount(label, 100, 100) for label in bench.labels])
     with database.writing() as session:
-        version = add_dataset(session, given)
+        version = add_dataset(session, bench)
         for precision, network in networks.items():
-            engine = OpenVinoEngine(given.store.path(network), precision, given.threads)
-            features = engine.features(given.pixels[:1])
+            engine = OpenVinoEngine(bench.store.path(network), precision, bench.threads)
+            features = engine.features(bench.pixels[:1])
             names = [name(number) for number in [0, *range(count)]]
             for model in names if precision is Precision.FLOAT32 else [precision.value]:
-                bundle = replace(_bundle(given, features, size, hidden), precision=precision, backbone=network)
-                digest = given.store.put(bundle.dump())
+                bundle = replace(_bundle(bench, features, size, hidden), precision=precision, backbone=network)
+                digest = bench.store.put(bundle.dump())
                 run = runs.create_run(session, Principal(), version.id, model, recipe)
                 registry.add_model_version(session, Principal(), model, run.id, digest, network)
     database.close()
 
 
 def name(number: int) -> str:
-    """Return the name of a model."""
+    """Return the name of the model with this number."""
     return f"model-{number}"
 
 
-def _bundle(given: Ground, features: Any, size: int, hidden: int | None) -> Bundle:
+def _bundle(bench: BenchData, features: Any, size: int, hidden: int | None) -> Bundle:
     random = np.random.default_rng()
-    units = [features.shape[1], *([hidden] if hidden else []), len(given.labels)]
+    units = [features.shape[1], *([hidden] if hidden else []), len(bench.labels)]
     layers = tuple(
         Dense(
             (random.normal(size=(inputs, outputs)) / np.sqrt(inputs)).astype(np.float32),
@@ -162,15 +161,15 @@ def _bundle(given: Ground, features: Any, size: int, hidden: int | None) -> Bund
     )
     return Bundle(
         task=Task.MULTICLASS,
-        labels=tuple(given.labels),
-        backbone=Digest(given.backbone),
+        labels=tuple(bench.labels),
+        backbone=Digest(bench.backbone),
         engine="openvino",
         precision=Precision.FLOAT32,
         image_rule=IMAGE_RULE,
         size=size,
         resize=Resize.SQUASH,
         layers=layers,
-        golden_input=given.pixels[:1],
+        golden_input=bench.pixels[:1],
         golden_output=heads.logits(layers, features),
     )
 
@@ -178,13 +177,13 @@ def _bundle(given: Ground, features: Any, size: int, hidden: int | None) -> Bund
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def bare_rate(given: Ground, seconds: float) -> float:
-    """Return the images a second of the engine alone, fed with ready batches of the size that suits it best."""
-    engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
+def bare_rate(bench: BenchData, seconds: float) -> float:
+    """Return the images a second of the engine alone, on decoded batches of the size at which it is fastest."""
+    engine = OpenVinoEngine(bench.store.path(bench.backbone), Precision.FLOAT32, bench.threads)
     best = 0.0
     size = 1
     while size <= LARGEST_BATCH:
-        pixels = np.resize(given.pixels, (size, *given.pixels.shape[1:]))
+        pixels = np.resize(bench.pixels, (size, *bench.pixels.shape[1:]))
         engine.features(pixels)
         began, done = time.perf_counter(), 0
         while time.perf_counter() - began < seconds / 3 or not done:
@@ -198,7 +197,7 @@ def bare_rate(given: Ground, seconds: float) -> float:
 
 
 def median_ms(function: Callable[[], object], rounds: int = 20) -> float:
-    """Return the median time of a call."""
+    """Return the median duration of a call in milliseconds."""
     times = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -207,14 +206,14 @@ def median_ms(function: Callable[[], object], rounds: int = 20) -> float:
     return statistics.median(times)
 
 
-def alone_ms(given: Ground, file: bytes, size: int) -> float:
-    """Return what decoding and the engine take for one image without a server."""
-    engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
+def alone_ms(bench: BenchData, file: bytes, size: int) -> float:
+    """Return the milliseconds of decoding and the engine for one image, without a server."""
+    engine = OpenVinoEngine(bench.store.path(bench.backbone), Precision.FLOAT32, bench.threads)
     return median_ms(lambda: engine.features(images.decode(file, size, Resize.SQUASH, LIMITS)[None]))
 
 
 def moved_alias(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, Any]:
-    """Move an alias to and fro under load; return how long each took to be seen, and what failed."""
+    """Move an alias back and forth under load. Return the seconds until each move was seen, and the failed requests."""
     took: list[float] = []
     is_over = threading.Event()
 
@@ -244,7 +243,7 @@ def moved_alias(port: int, requests: Sequence[bytes], clients: int, seconds: flo
 
 
 def resident_mb(process: psutil.Process) -> float:
-    """Return the memory of a process and those below it."""
+    """Return the resident memory in MB of a process and its descendants."""
     found = 0
     for one in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # it has just ended
@@ -253,7 +252,7 @@ def resident_mb(process: psutil.Process) -> float:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all servers and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", type=BackboneName, choices=list(BackboneName), default=BackboneName.XCEPTION)
     parser.add_argument("--size", type=int)
@@ -266,18 +265,18 @@ def main() -> None:
     parser.add_argument("--peer-models", type=int, default=0)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--overload", type=float, default=0.0)
-    wanted = parser.parse_args()
-    size = wanted.size or CATALOGUE[wanted.backbone].size
-    with ground(wanted.backbone, CATALOGUE[wanted.backbone].last_cut, size, _FILES, wanted.data) as given:
-        files = [given.store.read(row.sha256) for row in given.rows]
-        add_models(given, wanted.heads, size, wanted.hidden)
+    args = parser.parse_args()
+    size = args.size or CATALOGUE[args.backbone].size
+    with prepare_bench_data(args.backbone, CATALOGUE[args.backbone].last_cut, size, _FILES, args.data) as bench:
+        files = [bench.store.read(row.sha256) for row in bench.rows]
+        add_models(bench, args.heads, size, args.hidden)
         port = free_port()
         ours = Server(
             _OURS,
             "/readyz",
             [sys.executable, "-m", "api.app"],
             Path.cwd(),
-            {"ESPALIER_VAR": str(given.folder), "ESPALIER_API_PORT": str(port), "ESPALIER_PREDICT_DEADLINE_S": "30"},
+            {"ESPALIER_VAR": str(bench.folder), "ESPALIER_API_PORT": str(port), "ESPALIER_PREDICT_DEADLINE_S": "30"},
             [post(f"/api/v1/models/{name(0)}/predict", file) for file in files],
         )
         coarser = [
@@ -285,71 +284,71 @@ def main() -> None:
             for other in OpenVinoEngine.precisions()
             if other is not Precision.FLOAT32
         ]
-        servers = [ours, *coarser, *(peers(wanted, size, port, files) if wanted.peers else [])]
+        servers = [ours, *coarser, *(peers(args, size, port, files) if args.peers else [])]
         found: dict[str, dict[int, list[Load]]] = {server.name: {} for server in servers}
         bare = []
-        for number in range(wanted.rounds):
-            bare.append(bare_rate(given, wanted.seconds))
+        for number in range(args.rounds):
+            bare.append(bare_rate(bench, args.seconds))
             for server in servers:
                 with running(server, port):
-                    for clients in wanted.clients:
+                    for clients in args.clients:
                         load(port, server.requests, clients, 2.0)
-                        one = load(port, server.requests, clients, wanted.seconds)
+                        one = load(port, server.requests, clients, args.seconds)
                         found[server.name].setdefault(clients, []).append(one)
                         print(
                             f"round {number + 1}: {server.name}, {clients} clients: {one.per_second:.2f}/s", flush=True
                         )
         figures: dict[str, Any] = {
-            "backbone": wanted.backbone,
+            "backbone": args.backbone,
             "size": size,
             "bare_engine_per_s": spread(bare),
             "servers": {
                 server: {str(clients): [one.figures() for one in many] for clients, many in of_server.items()}
                 for server, of_server in found.items()
             },
-            "alone_ms": alone_ms(given, files[0], size),
+            "alone_ms": alone_ms(bench, files[0], size),
         }
-        figures |= on_ours(ours, port, wanted, files)
-        if wanted.peers and wanted.peer_models:
+        figures |= on_ours(ours, port, args, files)
+        if args.peers and args.peer_models:
             litserve = next(server for server in servers if server.name == "LitServe")
-            figures["many_models_of_a_peer"] = of_a_peer(litserve, port, wanted.peer_models, files, wanted.seconds)
-    report(f"serving-{wanted.backbone.value}", figures)
-    show(figures, found, bare, wanted.clients)
+            figures["many_models_of_a_peer"] = of_a_peer(litserve, port, args.peer_models, files, args.seconds)
+    report(f"serving-{args.backbone.value}", figures)
+    show(figures, found, bare, args.clients)
 
 
-def on_ours(ours: Server, port: int, wanted: argparse.Namespace, files: Sequence[bytes]) -> dict[str, Any]:
-    """Measure what only Espalier has: many models on one backbone, and aliases that move."""
-    clients, seconds = 8, wanted.seconds
+def on_ours(ours: Server, port: int, args: argparse.Namespace, files: Sequence[bytes]) -> dict[str, Any]:
+    """Return the figures of what only Espalier has: many models on one backbone, aliases, and bounded queues."""
+    clients, seconds = 8, args.seconds
     spread_out = [
-        post(f"/api/v1/models/{name(number)}/predict", files[number % len(files)]) for number in range(wanted.heads)
+        post(f"/api/v1/models/{name(number)}/predict", files[number % len(files)]) for number in range(args.heads)
     ]
     figures: dict[str, Any] = {}
     with running(ours, port) as process:
         load(port, ours.requests, clients, seconds)
         before = resident_mb(process)
         ratios = []
-        for number in range(wanted.rounds):
+        for number in range(args.rounds):
             one = load(port, ours.requests, clients, seconds)
             if not number:  # every head once
-                load(port, spread_out, 32, 3600.0, most=wanted.heads)
+                load(port, spread_out, 32, 3600.0, most=args.heads)
                 after = resident_mb(process)
             many = load(port, spread_out, clients, seconds)
             ratios.append(many.per_second / one.per_second)
         figures["many_models"] = {
-            "models": wanted.heads,
-            "hidden": wanted.hidden,
+            "models": args.heads,
+            "hidden": args.hidden,
             "rate_against_one": spread(ratios),
             "more_memory_mb": round(after - before, 1),
         }
         figures["alias"] = moved_alias(port, ours.requests, clients, seconds)
-    if wanted.overload:
+    if args.overload:
         eager = replace(ours, environment=ours.environment | _FIVE_SECONDS)
         with running(eager, port) as process:
             capacity = load(port, ours.requests, 8, seconds).per_second
-            clients = max(16, int(4 * capacity * 5))  # some of them are always free
+            clients = max(16, int(4 * capacity * 5))  # so many that some are always free
             with ThreadPoolExecutor(1) as watching:
-                memory = watching.submit(watch, process, wanted.overload)
-                flood = load(port, ours.requests, clients, wanted.overload, per_second=2 * capacity)
+                memory = watching.submit(watch, process, args.overload)
+                flood = load(port, ours.requests, clients, args.overload, per_second=2 * capacity)
             figures["overload"] = {
                 "clients": clients,
                 "capacity_per_s": capacity,
@@ -361,7 +360,7 @@ def on_ours(ours: Server, port: int, wanted: argparse.Namespace, files: Sequence
 
 
 def watch(process: psutil.Process, seconds: float, times: int = 10) -> list[int]:
-    """Return the resident memory at the beginning and after each of so many parts of a time, in MB."""
+    """Return the resident memory in MB now and at `times` equal intervals within `seconds`."""
     found = [round(resident_mb(process))]
     for _ in range(times):
         time.sleep(0.99 * seconds / times)  # over before the load is
@@ -372,10 +371,10 @@ def watch(process: psutil.Process, seconds: float, times: int = 10) -> list[int]
 _FIVE_SECONDS = {"ESPALIER_PREDICT_DEADLINE_S": "5"}
 
 
-def peers(wanted: argparse.Namespace, size: int, port: int, files: Sequence[bytes]) -> list[Server]:
-    """Return the peers, in their own environment."""
+def peers(args: argparse.Namespace, size: int, port: int, files: Sequence[bytes]) -> list[Server]:
+    """Return the servers to compare with, which run in an environment of their own."""
     environment = {
-        "PEER_NETWORK": wanted.backbone.value,
+        "PEER_NETWORK": args.backbone.value,
         "PEER_SIZE": str(size),
         "PEER_BATCH": "8",
         "PEER_PORT": str(port),
@@ -383,7 +382,7 @@ def peers(wanted: argparse.Namespace, size: int, port: int, files: Sequence[byte
         "BENTOML_DO_NOT_TRACK": "true",
         "PYTHONPATH": str(_PEERS),
     }
-    python = wanted.peers.absolute()
+    python = args.peers.absolute()
     lit = [str(python), "litserve_app.py"]
     bento = [str(python.with_name("bentoml")), "serve", "bentoml_app:Classifier", "--port", str(port)]
     forms = [form("/predict", "images", file) for file in files]
@@ -394,13 +393,13 @@ def peers(wanted: argparse.Namespace, size: int, port: int, files: Sequence[byte
 
 
 def _json(file: bytes, model: int = 0) -> bytes:
-    """Return a file as LitServe is sent it."""
+    """Return the request that sends a file to LitServe."""
     body = {"image": base64.b64encode(file).decode(), "model": model}
     return post("/predict", json.dumps(body).encode(), "application/json")
 
 
 def of_a_peer(litserve: Server, port: int, models: int, files: Sequence[bytes], seconds: float) -> dict[str, Any]:
-    """Measure many models as LitServe has them, each a network of its own: memory and requests a second."""
+    """Return memory and requests a second of LitServe with many models, each of which has its own network."""
     figures: dict[str, Any] = {"models": models}
     for count in (1, models):
         requests = [_json(files[number % len(files)], number % count) for number in range(max(count, len(files)))]
@@ -417,7 +416,7 @@ def of_a_peer(litserve: Server, port: int, models: int, files: Sequence[bytes], 
 def show(
     figures: dict[str, Any], found: dict[str, dict[int, list[Load]]], bare: Sequence[float], clients: Sequence[int]
 ) -> None:
-    """Print rows for docs/benchmarks.md."""
+    """Print the figures as rows for docs/benchmarks.md."""
     rates = {
         server: {count: spread([one.per_second for one in many]) for count, many in of_server.items()}
         for server, of_server in found.items()

@@ -1,4 +1,4 @@
-"""Fine-tuning against the bare `keras.Model.fit`: what our step costs, and what computing the frozen part once saves.
+"""Measures fine-tuning against a bare `keras.Model.fit`: the cost of our step, and what caching the frozen part saves.
 
 The step: `training.fitting.fine_tuning.fine_tune` on maps at the cut, against `fit` on the same array with the same
 layers, optimizer and loss, in interleaved pairs. The cut: `fine_tune` on maps that the engine computes in one pass,
@@ -38,8 +38,8 @@ import numpy as np
 
 from artifacts.features import FeatureSpace
 from artifacts.images import IMAGE_RULE
+from benchmarks.bench_data import BenchData, prepare_bench_data
 from benchmarks.figures import processor, report, spread, table
-from benchmarks.ground import Ground, ground
 from benchmarks.networks import NONE, fine_tuning_case, first_head, multiply_adds
 from inference.engine import OpenVinoEngine
 from recipes.catalogue import CATALOGUE, BackboneName
@@ -56,13 +56,13 @@ from training.progress import Epoch
 
 BATCH = 32
 SEED = 0
-# Validation losses of two paths that compute the same in another order, relative.
+# Relative difference allowed between validation losses that were computed in a different order.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the first cut that learns, and a size that is quick."""
+    """A network, the first cut that learns, and an image size at which it is fast."""
 
     backbone: BackboneName
     unfreeze: str
@@ -77,53 +77,53 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Seconds of each epoch but the first, and metrics of all."""
+class EpochTimes:
+    """The seconds of each epoch but the first, and the metrics of all epochs."""
 
     epochs_s: list[float]
     history: list[Epoch]
 
 
-class Trial:
-    """One case on its images: a frozen part to go through once, and a head that has learned on frozen features."""
+class FineTuning:
+    """One case on its images: the frozen part of the network, and a head that was fitted on frozen features."""
 
-    def __init__(self, case: Case, given: Ground, epochs: int) -> None:
-        self.given = given
+    def __init__(self, case: Case, bench: BenchData, epochs: int) -> None:
+        self.bench = bench
         self.recipe = fine_tuning_case(case.backbone, case.unfreeze, case.size, BATCH, epochs)
-        self.weights = given.store.read(given.weights)
-        self.engine = OpenVinoEngine(given.store.path(given.backbone), Precision.FLOAT32, given.threads)
+        self.weights = bench.store.read(bench.weights)
+        self.engine = OpenVinoEngine(bench.store.path(bench.backbone), Precision.FLOAT32, bench.threads)
         whole = backbones.build_backbone(case.backbone, CATALOGUE[case.backbone].last_cut, case.size, self.weights)
-        features = whole.predict(given.pixels, batch_size=BATCH, verbose=0)["features"]
-        self.head: FittedHead = first_head(self.recipe, features, given.truth)
+        features = whole.predict(bench.pixels, batch_size=BATCH, verbose=0)["features"]
+        self.head: FittedHead = first_head(self.recipe, features, bench.truth)
 
     @contextmanager
     def maps(self) -> Iterator[Maps]:
-        """Yield the maps at the cut, computed now."""
-        given = self.given
-        size = given.pixels.shape[1]
-        space = FeatureSpace(IMAGE_RULE, size, Resize.SQUASH, given.backbone, Precision.FLOAT32)
-        digests = [row.sha256 for row in given.rows]
-        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            size_bytes = maps_bytes(given.pixels, self.engine)
-            maps = load_maps(digests, given.pixels, self.engine, space, Path(folder), size_bytes, lambda *done: None)
+        """Yield the maps at the cut, computed now and cached in a temporary folder."""
+        bench = self.bench
+        size = bench.pixels.shape[1]
+        space = FeatureSpace(IMAGE_RULE, size, Resize.SQUASH, bench.backbone, Precision.FLOAT32)
+        digests = [row.sha256 for row in bench.rows]
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            size_bytes = maps_bytes(bench.pixels, self.engine)
+            maps = load_maps(digests, bench.pixels, self.engine, space, Path(folder), size_bytes, lambda *done: None)
             assert maps is not None, "The disk has no room for the maps."
             yield maps
 
     def data(self, inputs: Any, are_maps: bool) -> FineTuningData:
         """Return the images of the case as pixels, or as maps at the cut."""
-        given = self.given
-        return FineTuningData(Task.MULTICLASS, len(given.labels), inputs, given.truth, are_maps)
+        bench = self.bench
+        return FineTuningData(Task.MULTICLASS, len(bench.labels), inputs, bench.truth, are_maps)
 
-    def ours(self, data: FineTuningData, train: Indices, validation: Indices) -> Timed:
+    def ours(self, data: FineTuningData, train: Indices, validation: Indices) -> EpochTimes:
         """Fine-tune as the service does."""
         _drop_networks()
         ends: list[float] = []
         passage = Passage(lambda number, metrics: ends.append(time.perf_counter()))
         fit = FitTask(train, validation, self._epochs, SEED, passage)
         tuned = fine_tuning.fine_tune(self.recipe, data, self.weights, self.head, fit)
-        return Timed(np.diff(ends).tolist(), tuned.trained.history)
+        return EpochTimes(np.diff(ends).tolist(), tuned.trained.history)
 
-    def bare(self, data: FineTuningData, steps: int, **arguments: Any) -> Timed:
+    def bare(self, data: FineTuningData, steps: int, **arguments: Any) -> EpochTimes:
         """Fine-tune the same layers by `keras.Model.fit` alone; `arguments` are those of `fit` that have the data."""
         _drop_networks()
         keras.utils.set_random_seed(SEED)
@@ -139,27 +139,27 @@ class Trial:
         clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()))
         history = model.fit(**arguments, epochs=self._epochs, callbacks=[clock], verbose=0).history
         epochs = [{name: values[epoch] for name, values in history.items()} for epoch in range(self._epochs)]
-        return Timed(np.diff(ends).tolist(), epochs)
+        return EpochTimes(np.diff(ends).tolist(), epochs)
 
     @property
     def _epochs(self) -> int:
         return self.recipe.fine_tune.epochs
 
 
-def step(trial: Trial, pairs: int) -> dict[str, Any]:
-    """Measure our training step against the bare one."""
-    truth = trial.given.truth
+def step(tuning: FineTuning, pairs: int) -> dict[str, Any]:
+    """Return the figures of our training step against the bare one."""
+    truth = tuning.bench.truth
     ours, bare = [], []
-    with trial.maps() as mapped:
+    with tuning.maps() as mapped:
         maps = np.array(mapped)
-        data = trial.data(maps, are_maps=True)
+        data = tuning.data(maps, are_maps=True)
         for _ in range(pairs):
-            ours.append(trial.ours(data, np.arange(len(maps)), NONE))
-            bare.append(trial.bare(data, -(-len(maps) // BATCH), x=maps, y=truth, batch_size=BATCH))
+            ours.append(tuning.ours(data, np.arange(len(maps)), NONE))
+            bare.append(tuning.bare(data, -(-len(maps) // BATCH), x=maps, y=truth, batch_size=BATCH))
     return {
         "pairs": pairs,
-        "seconds_epoch_ours": spread([float(np.median(timed.epochs_s)) for timed in ours]),
-        "seconds_epoch_bare": spread([float(np.median(timed.epochs_s)) for timed in bare]),
+        "seconds_epoch_ours": spread([float(np.median(times.epochs_s)) for times in ours]),
+        "seconds_epoch_bare": spread([float(np.median(times.epochs_s)) for times in bare]),
         "ratio_to_bare_fit": spread(
             [float(np.median(one.epochs_s) / np.median(other.epochs_s)) for one, other in zip(ours, bare, strict=True)]
         ),
@@ -167,30 +167,30 @@ def step(trial: Trial, pairs: int) -> dict[str, Any]:
     }
 
 
-def cut(trial: Trial, folds: Sequence[Fold]) -> dict[str, Any]:
-    """Measure the frozen part gone through once against gone through in every epoch."""
-    given = trial.given
+def cut(tuning: FineTuning, folds: Sequence[Fold]) -> dict[str, Any]:
+    """Return the figures of running the frozen part once against running it in every epoch."""
+    bench = tuning.bench
     cached, plain = [], []
-    trial.engine.maps(given.pixels[:BATCH])
+    tuning.engine.maps(bench.pixels[:BATCH])
     started = time.perf_counter()
-    with trial.maps() as maps:
+    with tuning.maps() as maps:
         once_s = time.perf_counter() - started
-        pixels = trial.data(given.pixels, are_maps=False)
+        pixels = tuning.data(bench.pixels, are_maps=False)
         for fold in folds:
-            cached.append(trial.ours(trial.data(maps, are_maps=True), fold.train, fold.test))
-            rows = Rows(given.pixels, given.truth, fold.train, BATCH, SEED)
-            watched = (given.pixels[fold.test], given.truth[fold.test])
-            plain.append(trial.bare(pixels, len(rows), x=rows, validation_data=watched, shuffle=False))
+            cached.append(tuning.ours(tuning.data(maps, are_maps=True), fold.train, fold.test))
+            rows = Rows(bench.pixels, bench.truth, fold.train, BATCH, SEED)
+            watched = (bench.pixels[fold.test], bench.truth[fold.test])
+            plain.append(tuning.bare(pixels, len(rows), x=rows, validation_data=watched, shuffle=False))
     ratios = [
         sum(other.epochs_s) / (once_s / len(folds) + sum(one.epochs_s))
         for one, other in zip(cached, plain, strict=True)
     ]
-    limit = _limit(trial, folds, len(cached[0].epochs_s))
+    limit = _limit(tuning, folds, len(cached[0].epochs_s))
     loss_difference, accuracy_difference = (_difference(cached, plain, name) for name in ("val_loss", "val_accuracy"))
     return {
         "seconds_once": round(once_s, 2),
-        "seconds_cached": round(once_s + sum(sum(timed.epochs_s) for timed in cached), 2),
-        "seconds_plain": round(sum(sum(timed.epochs_s) for timed in plain), 2),
+        "seconds_cached": round(once_s + sum(sum(times.epochs_s) for times in cached), 2),
+        "seconds_plain": round(sum(sum(times.epochs_s) for times in plain), 2),
         "ratio": spread(ratios),
         "limit": round(limit, 2),
         "share_of_limit": spread([ratio / limit for ratio in ratios]),
@@ -202,14 +202,14 @@ def cut(trial: Trial, folds: Sequence[Fold]) -> dict[str, Any]:
 
 
 def _drop_networks() -> None:
-    """Drop the networks of earlier runs: they hold themselves in cycles."""
+    """Free the networks of earlier runs, which are in reference cycles."""
     keras.utils.clear_session()
     gc.collect()
 
 
-def _limit(trial: Trial, folds: Sequence[Fold], epochs: int) -> float:
-    """Return what the cut saves at most, by the formula above."""
-    recipe = trial.recipe
+def _limit(tuning: FineTuning, folds: Sequence[Fold], epochs: int) -> float:
+    """Return the largest ratio that caching the frozen part can reach, by the formula of this module."""
+    recipe = tuning.recipe
     whole = backbones.build_network(recipe.backbone, recipe.image_size)
     boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
     assert boundary is not None
@@ -218,17 +218,17 @@ def _limit(trial: Trial, folds: Sequence[Fold], epochs: int) -> float:
     learning = multiply_adds(whole) - frozen
     learned = sum(epochs * (3 * len(fold.train) + len(fold.test)) for fold in folds) * learning
     again = sum(epochs * (len(fold.train) + len(fold.test)) for fold in folds) * frozen
-    return (again + learned) / (len(trial.given.truth) * frozen + learned)
+    return (again + learned) / (len(tuning.bench.truth) * frozen + learned)
 
 
-def _difference(cached: Sequence[Timed], plain: Sequence[Timed], name: str) -> float:
-    """Return how far a metric of any fold and epoch differs at most; a loss relative to its value."""
-    ours, theirs = (np.array([[epoch[name] for epoch in timed.history] for timed in side]) for side in (cached, plain))
+def _difference(cached: Sequence[EpochTimes], plain: Sequence[EpochTimes], name: str) -> float:
+    """Return the largest difference of a metric over all folds and epochs; for a loss relative to its value."""
+    ours, theirs = (np.array([[epoch[name] for epoch in times.history] for times in side]) for side in (cached, plain))
     return float(np.max(np.abs(ours - theirs) / (theirs if name == "val_loss" else 1.0)))
 
 
 def main() -> None:
-    """Measure."""
+    """Measure the chosen cases and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=160)
     parser.add_argument("--pairs", type=int, default=10)
@@ -237,46 +237,46 @@ def main() -> None:
     parser.add_argument("--backbone", type=BackboneName, choices=[case.backbone for case in CASES])
     parser.add_argument("--size", type=int)
     parser.add_argument("--data", type=Path)
-    wanted = parser.parse_args()
+    args = parser.parse_args()
     figures: dict[str, Any] = {
-        "images": wanted.images,
+        "images": args.images,
         "batch": BATCH,
-        "folds": wanted.folds,
-        "epochs": wanted.epochs,
+        "folds": args.folds,
+        "epochs": args.epochs,
     }
     rows = []
     for case in CASES:
-        if wanted.backbone not in (None, case.backbone):
+        if args.backbone not in (None, case.backbone):
             continue
-        case = Case(case.backbone, case.unfreeze, wanted.size or case.size)
+        case = Case(case.backbone, case.unfreeze, args.size or case.size)
         boundary = CATALOGUE[case.backbone].cut_before(case.unfreeze)
         assert boundary is not None
-        what = f"{CATALOGUE[case.backbone].title} from {case.unfreeze} at {case.size} px, {wanted.images} images"
-        with ground(case.backbone, boundary, case.size, wanted.images, wanted.data) as given:
-            trial = Trial(case, given, 1 + wanted.epochs)
-            everything = np.arange(len(given.truth))
-            one_hot = np.eye(len(given.labels), dtype=bool)[given.truth]
-            options = {"k": wanted.folds, "repeats": 1, "validation_fraction": 0.0, "seed": SEED}
-            folds = make_folds(everything, given.truth, one_hot, everything, NONE, **options)
-            measured = {"step": step(trial, wanted.pairs), "cut": cut(trial, folds)}
+        what = f"{CATALOGUE[case.backbone].title} from {case.unfreeze} at {case.size} px, {args.images} images"
+        with prepare_bench_data(case.backbone, boundary, case.size, args.images, args.data) as bench:
+            tuning = FineTuning(case, bench, 1 + args.epochs)
+            everything = np.arange(len(bench.truth))
+            one_hot = np.eye(len(bench.labels), dtype=bool)[bench.truth]
+            options = {"k": args.folds, "repeats": 1, "validation_fraction": 0.0, "seed": SEED}
+            folds = make_folds(everything, bench.truth, one_hot, everything, NONE, **options)
+            measured = {"step": step(tuning, args.pairs), "cut": cut(tuning, folds)}
         figures[what] = measured
-        rows += _rows(what, measured, wanted)
+        rows += _rows(what, measured, args)
     report("tuning", figures)
     table(rows, f"{len(os.sched_getaffinity(0))} processors ({processor()})")
 
 
-def _rows(what: str, measured: dict[str, dict[str, Any]], wanted: argparse.Namespace) -> list[tuple[str, str, str]]:
+def _rows(what: str, measured: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[tuple[str, str, str]]:
     ratio = measured["step"]["ratio_to_bare_fit"]
     saved = measured["cut"]
     least, most = (saved["share_of_limit"][name] for name in ("min", "max"))
     return [
         (
             f"a training step against a bare `keras.Model.fit` on the same arrays, {what}",
-            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f} in {wanted.pairs} pairs)",
+            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f} in {args.pairs} pairs)",
             "at most 1.05",
         ),
         (
-            f"the frozen part once against in each of {wanted.folds} folds × {wanted.epochs} epochs, {what}",
+            f"the frozen part once against in each of {args.folds} folds × {args.epochs} epochs, {what}",
             f"{saved['ratio']['median']:.2f}; its limit is {saved['limit']}, of which it reaches "
             f"{saved['share_of_limit']['median']:.2f} ({least:.2f} to {most:.2f}); metrics "
             f"{'equal' if saved['metrics_are_equal'] else 'DIFFER'}",

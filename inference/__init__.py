@@ -1,1 +1,1 @@
-"""Networks that answer: arrays in, arrays out. Knows no TensorFlow, SQL or HTTP."""
+"""Runs exported networks for predictions: arrays in, arrays out. Knows no TensorFlow, SQL or HTTP."""

@@ -1,8 +1,8 @@
-"""Batches for one backbone: what waits while the engine works goes through it together. Knows no heads, HTTP or files.
+"""Batches images for one backbone: those that arrive while the engine is busy form the next batch. Knows no heads.
 
-There is no timer. Two threads take turns: while the engine computes the batch of one, the other has taken what waits
-and stands ready; when the engine is free, it adds what has come since, and goes. A request ends with an answer or an
-error, whatever dies: its future is the only thing that its asker holds.
+There is no timer. Two threads alternate: while the engine computes the batch of one, the other prepares the next batch
+from the waiting images; when the engine is free, it adds images that arrived since and runs. Every request ends with an
+answer or an error, even if a thread dies: the caller holds only its future.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from inference.engine import Engine
 
 Maps = npt.NDArray[np.float32]
 
-# One batch in the engine, and one ready.
+# One batch in the engine, one prepared.
 _IN_FLIGHT = 2
-# How much the newest batch counts in how fast the engine is now.
+# Weight of the newest batch in the moving average of the engine's slowdown.
 _NEWEST = 0.2
 LARGEST_BATCH = 64
-# A larger batch that gains less than this only makes everybody wait longer, as does one that takes longer than that.
+# A larger batch must raise the rate by this factor, and take at most so long: otherwise it only adds waiting time.
 LEAST_GAIN = 1.03
 LONGEST_BATCH_S = 0.5
-# How often two sizes are timed side by side, and for how long at most: but twice in any case.
+# Number of measurements of a pair of sizes, and a limit in seconds after at least two.
 _TIMED = 7
 _TIMED_S = 1.0
-# Sizes in a row that gain nothing until larger ones are not tried: too small a limit costs more than a trial.
+# Stop after so many sizes in a row without gain: too small a batch costs more than one more trial.
 _IN_VAIN = 2
 
-_ENDING = "The network was put away, or the service is ending. Ask again in a moment."
+_ENDING = "The network was unloaded, or the service is shutting down. Try again in a moment."
 
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """What the engine made of a request's images, and where the time went.
+    """Output of the backbone for the images of a request, and the time it took.
 
     Attributes:
         features: float32 [n, D].
-        maps: float32 [n, h, w, D], if the request asked for them.
-        backbone_ms: from when the engine took its first image until its last one was done.
-        batch: how many images were in the batch of its last image.
+        maps: float32 [n, h, w, D], or None if the request did not ask for them.
+        backbone_ms: time from the start of the batch of the first image to the end of that of the last one.
+        batch: number of images in the batch of the last image.
     """
 
     features: Features
@@ -60,19 +60,19 @@ class BackboneOutput:
 
 
 class FeatureFuture(Future[BackboneOutput]):
-    """The answer to a request, once it is there; it always ends."""
+    """The future of a request's output; it always ends with a result, an error or a cancellation."""
 
     is_abandoned = False
 
     def abandon(self) -> None:
-        """Say that nobody waits any more: the engine sees none of its images that it has not begun with."""
+        """Declare that no caller waits any more: images that have not reached the engine are dropped."""
         self.is_abandoned = True
         self.cancel()
 
 
 @dataclass
 class _Request:
-    """Images that wait or are in the engine, and what is known of each by its place; changed under a lock."""
+    """Images that wait or are in the engine, with the outputs so far by index; changed only under the lock."""
 
     pixels: Pixels
     wants_maps: bool
@@ -94,26 +94,26 @@ class _QueuedImage:
 
 
 class _WaitEstimator:
-    """How long batches take: by size when nothing else ran, and how many times as long they take now.
+    """Estimates how long batches take: measured seconds by size, times the current slowdown of the engine.
 
-    Images of a full batch take less time each than one alone does, so after a quiet hour the last batches say little
-    about full ones; how much slower everything is than it was, they do say.
+    The seconds by size come from idle measurements, because a full batch takes less time per image than a small one and
+    recent batches may all have been small. The slowdown is a moving average over recent batches of any size.
     """
 
     def __init__(self, timed: Mapping[int, float], limit: int) -> None:
-        """Know the seconds of batches of up to `limit` by size; without any, the first one that is seen sets them."""
+        """Start from measured seconds by batch size up to `limit`; without any, the first batch sets them."""
         self._limit = limit
         self._slowness = 1.0
         self._alone_s = _seconds_by_size(timed, limit) if timed else []
 
     def update(self, images: int, seconds: float) -> None:
-        """Learn from a batch."""
+        """Update the slowdown with a batch of `images` that took `seconds`."""
         if not self._alone_s:
             self._alone_s = _seconds_by_size({images: seconds}, self._limit)
         self._slowness = (1 - _NEWEST) * self._slowness + _NEWEST * seconds / self._alone_s[images]
 
     def seconds(self, images: int) -> float:
-        """Return how long so many images should take, in full batches and a rest; 0 if nothing was timed yet."""
+        """Return the estimated seconds for so many images, in full batches and a rest; 0 without measurements."""
         if not self._alone_s:
             return 0.0
         full, rest = divmod(images, self._limit)
@@ -121,7 +121,7 @@ class _WaitEstimator:
 
 
 def _seconds_by_size(timed: Mapping[int, float], limit: int) -> list[float]:
-    """Return the seconds of a batch of each size from 0: between two timed ones on the line, else in proportion."""
+    """Return the seconds of a batch by size from 0: interpolated between measured sizes, proportional outside."""
     sizes = np.arange(1, limit + 1)
     known = sorted(timed)
     nearest = np.clip(sizes, known[0], known[-1])
@@ -129,7 +129,7 @@ def _seconds_by_size(timed: Mapping[int, float], limit: int) -> list[float]:
 
 
 class Batcher:
-    """Runs one engine for many askers."""
+    """Runs one engine for many callers."""
 
     def __init__(
         self,
@@ -138,12 +138,12 @@ class Batcher:
         timed: Mapping[int, float] | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Begin to wait for requests.
+        """Start the threads.
 
         Args:
-            engine: what computes.
-            limit: the most images of a batch, from 1.
-            timed: seconds of a batch by its size, to foretell waits before there are any.
+            engine: computes the features.
+            limit: maximum images of a batch, at least 1.
+            timed: measured seconds of a batch by size, for estimates before the first batch.
             now: the clock.
         """
         self._engine = engine
@@ -152,7 +152,7 @@ class Batcher:
         self.limit = limit
         self._waiting: deque[_QueuedImage] = deque()
         self._changed = threading.Condition()
-        # Whoever holds the first has a batch ready, whoever holds the second is in the engine: batches keep order.
+        # The holder of the first lock prepares a batch, that of the second runs the engine: batches stay in order.
         self._turnstile, self._engine_free = threading.Lock(), threading.Lock()
         self._is_closed = False
         self._in_engine = 0
@@ -166,11 +166,11 @@ class Batcher:
             thread.start()
 
     def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> FeatureFuture:
-        """Ask for the features of images, uint8 [n, H, W, 3]; return a future that always ends.
+        """Queue images, uint8 [n, H, W, 3], and return a future of their features that always ends.
 
-        A future that is cancelled before the engine takes its images costs nothing. `until` is the moment, on this
-        batcher's clock, after which nobody wants the answer: then the future ends with DeadlineExceeded. Other errors
-        are Unavailable once this is closed, and whatever the engine raises.
+        A future that is cancelled before the engine takes its images costs nothing. `until` is a time on this
+        batcher's clock: images that the engine has not taken by then end with DeadlineExceeded. Other errors are
+        Unavailable after `close`, and whatever the engine raises.
         """
         future = FeatureFuture()
         request = _Request(pixels, wants_maps, until, future, self._now())
@@ -183,12 +183,12 @@ class Batcher:
         return future
 
     def wait_s(self, images: int = 0) -> float:
-        """Return how long it should take until this many more images have been computed; 0 until that was measured."""
+        """Return the estimated seconds until so many more images would be computed; 0 before any measurement."""
         with self._changed:
             return self._pace.seconds(sum(map(_is_awaited, self._waiting)) + self._in_engine + images)
 
     def oldest_s(self) -> float:
-        """Return how long the image that waits longest has waited."""
+        """Return the seconds that the longest waiting image has waited, 0 if none waits."""
         with self._changed:
             oldest = next((slot for slot in self._waiting if _is_awaited(slot)), None)
             return self._now() - oldest.request.arrived if oldest else 0.0
@@ -200,11 +200,11 @@ class Batcher:
 
     @property
     def is_closed(self) -> bool:
-        """Whether every further request is turned away."""
+        """Whether further requests fail with Unavailable."""
         return self._is_closed
 
     def close(self, within_s: float = 30.0) -> None:
-        """Take no more requests, answer those that wait, and end; what is not answered in time ends with an error."""
+        """Refuse new requests, answer the waiting ones and stop; unanswered ones fail after `within_s`."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -223,7 +223,7 @@ class Batcher:
             self._end()
 
     def _run_batch(self) -> bool:
-        """See one batch through the engine; return False at the end."""
+        """Run one batch through the engine; return False when closed and empty."""
         slots: list[_QueuedImage] = []
         try:
             with contextlib.ExitStack() as engine:
@@ -244,7 +244,7 @@ class Batcher:
                 features, maps = self._engine.run(pixels[: len(slots)], wants_maps=wants_maps)
                 ended = self._now()
             self._resolve(slots, features, maps, started, ended)
-        except BaseException as error:  # whatever it is, nobody waits for ever
+        except BaseException as error:  # whatever it is, no caller may wait for ever
             _fail([slot.request for slot in slots], error)
             if not isinstance(error, Exception):
                 raise
@@ -254,7 +254,7 @@ class Batcher:
         return True
 
     def _end(self) -> None:
-        """Let nobody wait for threads that are gone, however they went."""
+        """Close, and fail all waiting requests, since a thread has ended."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -262,15 +262,15 @@ class Batcher:
         _fail([slot.request for slot in left], Unavailable(_ENDING))
 
     def _wait_for_images(self, slots: list[_QueuedImage]) -> None:
-        """Wait for images that are wanted, and take up to `limit`; take none at the end."""
+        """Wait for images that are still wanted and take up to `limit`; take none when closed."""
         with self._changed:
             while not self._add_waiting(slots) and not self._is_closed:
                 self._changed.wait()
 
     def _refill(self, slots: list[_QueuedImage], pixels: Pixels) -> None:
-        """Drop what nobody wants any more, and fill up with what came while the engine was busy.
+        """Drop abandoned images, and add images that arrived while the engine was busy.
 
-        Most pixels were laid out before that; copying one image takes some 30 µs at 299 pixels.
+        Most pixels were copied before; copying one image of 299 pixels takes about 30 µs.
         """
         with self._changed:
             kept = [place for place, slot in enumerate(slots) if self._is_wanted(slot.request)]
@@ -282,7 +282,7 @@ class Batcher:
         _copy_pixels(slots, pixels, len(kept))
 
     def _add_waiting(self, slots: list[_QueuedImage]) -> bool:
-        """Add waiting images that are wanted, up to `limit` of them together; the caller holds the lock."""
+        """Move waiting images that are still wanted to `slots`, up to `limit`; the caller holds the lock."""
         before = len(slots)
         while self._waiting and len(slots) < self.limit:
             slot = self._waiting.popleft()
@@ -292,7 +292,7 @@ class Batcher:
         return len(slots) > before
 
     def _is_wanted(self, request: _Request) -> bool:
-        """Say whether the engine should see an image of a request; one whose time is over ends here."""
+        """Return whether the engine should compute an image; fail its request if the deadline is over."""
         future = request.future
         if future.done():  # cancelled, or failed with an earlier image
             return False
@@ -333,7 +333,7 @@ class Batcher:
 
 
 def _copy_pixels(slots: Sequence[_QueuedImage], pixels: Pixels, begin: int = 0) -> None:
-    """Copy images to their places, from the one at `begin` on."""
+    """Copy the pixels of images from index `begin` on into the batch array."""
     for place in range(begin, len(slots)):
         pixels[place] = slots[place].request.pixels[slots[place].index]
 
@@ -360,14 +360,14 @@ def _backbone_output(request: _Request, ended: float, batch: int) -> BackboneOut
 
 
 def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) -> dict[int, float]:
-    """Return the least time of a batch by its size, from 1 on doubled until two sizes in a row gain nothing.
+    """Return the minimum seconds of a batch by size: 1, 2, 4 and so on until two sizes in a row gain nothing.
 
-    Each size is timed in turn with its half, and the least times are compared: what disturbs the machine for a moment
-    makes a time longer and never shorter, and what disturbs it for longer strikes both.
+    Each size is timed alternately with its half, and the minima are compared: a short disturbance only lengthens single
+    times, and a long one affects both sizes.
 
     Args:
-        seconds: measures how long a batch of so many images takes; the first of a size does not count.
-        largest: the most that is tried; a size for which there is no memory is not tried again.
+        seconds: measures a batch of so many images; the first call with a size warms up and does not count.
+        largest: the largest size to try; trying ends at a size that raises OutOfMemory.
     """
     seconds(1)
     size, timed, in_vain = 1, {1: seconds(1)}, 0
@@ -389,6 +389,6 @@ def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) 
 
 
 def best_batch(timed: Mapping[int, float]) -> int:
-    """Return the smallest batch whose rate is within 3 % of the best; `timed` has seconds by size."""
+    """Return the smallest batch size with a rate within 3 % of the best; `timed` has seconds by size."""
     best = max(size / seconds for size, seconds in timed.items())
     return min(size for size, seconds in timed.items() if LEAST_GAIN * size / seconds > best)

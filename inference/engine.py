@@ -1,6 +1,6 @@
-"""Runs an exported backbone: images in, features out. The same engine feeds training and answers predictions.
+"""Runs an exported backbone: images in, features out, for training and prediction alike.
 
-Knows nothing of heads, batching or files being decoded.
+Knows no heads, batching or decoding of images.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from artifacts.images import Pixels
 from errors import PrecisionUnsupported
 from recipes.recipe import Precision
 
-# What is quantised is so in the file; what is not, such as the mean over all places, is computed in float32.
+# An int8 file holds its quantised operations itself; the others, such as the global mean, run in float32.
 _HINTS = {Precision.FLOAT32: "f32", Precision.BFLOAT16: "bf16", Precision.INT8: "f32"}
 
-# How far two runs of one network on different processors may differ, relative to the largest value.
-# Integers are rounded alike everywhere, but what lies just between two of them may fall to either side.
+# Allowed difference of one network on different processors, relative to the largest value.
+# int8: a value halfway between two integers may be rounded either way.
 TOLERANCE = {Precision.FLOAT32: 1e-3, Precision.BFLOAT16: 3e-2, Precision.INT8: 5e-2}
 
 
 class Engine(Protocol):
-    """A network that turns images into features."""
+    """A network that computes features of images."""
 
     name: str
 
@@ -35,7 +35,7 @@ class Engine(Protocol):
         ...
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return the features and, if asked, the maps that they are the mean of, float32 [N, h, w, D]."""
+        """Return features float32 [N, D] and, with `wants_maps`, the maps float32 [N, h, w, D] that they average."""
         ...
 
 
@@ -46,30 +46,30 @@ class OpenVinoEngine:
 
     @staticmethod
     def precisions() -> list[Precision]:
-        """Return those that this machine's processor computes in."""
+        """Return the precisions that this machine's processor supports."""
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return [precision for precision in Precision if precision is not Precision.BFLOAT16 or "BF16" in able]
 
     @classmethod
     def check(cls, precision: Precision) -> None:
-        """Raise PrecisionUnsupported for one that this machine's processor has not."""
+        """Raise PrecisionUnsupported if this machine's processor does not support a precision."""
         if precision not in cls.precisions():
             raise PrecisionUnsupported(
                 f"precision: The processor of this machine has no {precision.value} arithmetic (Intel processors have "
-                "it from Sapphire Rapids on, AMD's from Zen 4 on). Use one that has, or train with float32, int8 or "
-                "auto."
+                "it since Sapphire Rapids, AMD processors since Zen 4). Use such a processor, or train with float32, "
+                "int8 or auto."
             )
 
     def __init__(self, network: Path, precision: Precision, threads: int) -> None:
         """Load an ONNX file. Raises PrecisionUnsupported."""
         self.check(precision)
         core = openvino.Core()
-        # OpenVINO would choose bfloat16 by itself where the processor has it, and the score would not be the same.
+        # By default OpenVINO uses bfloat16 if the processor has it, which would change the score.
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
-            # A thread that may not leave its processor waits for whoever is on it, and all others wait for that thread.
+            # A pinned thread waits for other work on its processor, and the other threads wait for it.
             "ENABLE_CPU_PINNING": False,
         }
         self._network = core.compile_model(core.read_model(str(network)), "CPU", options)
@@ -80,13 +80,13 @@ class OpenVinoEngine:
         return self.run(images, wants_maps=False)[0]
 
     def maps(self, images: Pixels) -> Features:
-        """Return what the features are the mean of, float32 [N, h, w, D], for uint8 images [N, H, W, 3]."""
+        """Return the maps that the features average, float32 [N, h, w, D], for uint8 images [N, H, W, 3]."""
         maps = self.run(images, wants_maps=True)[1]
         assert maps is not None
         return maps
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return the features and, if asked, the maps that they are the mean of, float32 [N, h, w, D]."""
+        """Return features float32 [N, D] and, with `wants_maps`, the maps float32 [N, h, w, D] that they average."""
         if not hasattr(self._local, "request"):
             self._local.request = self._network.create_infer_request()
         request: Any = self._local.request
@@ -97,7 +97,7 @@ class OpenVinoEngine:
 
 
 class FlatEngine:
-    """A stand-in that needs no network: the mean colour of each cell of a grid over the image. For tests and trials."""
+    """An engine without a network: features are the mean colours of grid cells. For tests and benchmarks."""
 
     name = "flat"
 
@@ -110,7 +110,7 @@ class FlatEngine:
         return self.run(images, wants_maps=False)[0]
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return the features and, if asked, maps [N, 1, 1, cells * cells * 3]: a feature is the mean of one place."""
+        """Return the features and, with `wants_maps`, the same values as maps [N, 1, 1, cells * cells * 3]."""
         self.images_seen += len(images)
         count, height, width, _ = images.shape
         grid = images.reshape(count, self._cells, height // self._cells, self._cells, width // self._cells, 3)

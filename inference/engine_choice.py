@@ -1,4 +1,4 @@
-"""Which engine runs networks in a process. The one that is not chosen is not imported where that can be helped."""
+"""Chooses the engine that runs networks in this process, and imports ONNX Runtime only if needed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from inference.shelf import EngineLoader
 
 
 def choose_engine_loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> EngineLoader:
-    """Return what loads networks; `auto` is ONNX Runtime where it finds a GPU with CUDA, else OpenVINO.
+    """Return the class that loads networks; `auto` is ONNX Runtime if it finds a GPU with CUDA, else OpenVINO.
 
     Raises EngineMissing if ONNX Runtime is asked for and not installed.
     """
     if choice == "openvino":
         return OpenVinoEngine
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it reports home from its import on
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it sends telemetry from its import on
     try:
         from inference.onnx_engine import OnnxEngine, finds_cuda
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""Pictures of why a model answers as it does, from what its one forward pass computed. Knows no HTTP and no engine.
+"""Draws explanations of a model's answer from the maps of its forward pass. Knows no HTTP and no engine.
 
-A backbone's features are the mean of its maps over all places, so what each place adds to an output is the gradient of
-that output by the features times the map there: class activation maps (Zhou et al. 2016, "Learning Deep Features for
-Discriminative Localization"), which is what Grad-CAM (Selvaraju et al. 2017) comes to behind average pooling.
+A backbone's features are its maps averaged over all positions. So the contribution of a position to an output is the
+gradient of the output by the features times the map there: class activation maps (Zhou et al. 2016, "Learning Deep
+Features for Discriminative Localization"). After average pooling Grad-CAM (Selvaraju et al. 2017) gives the same.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from errors import RequestInvalid
 from inference.heads import ACTIVATIONS
 from recipes.layers import Activation, Sides, sides
 
-# A picture of fewer places tells nothing.
+# Smaller maps show nothing.
 LEAST_SIDE = 4
 CHANNELS = 16
-# Pictures are at least so large: a network's input of 32 pixels is hard to see.
+# Minimum side of a picture: an input of 32 pixels is hard to see.
 _SIDE = 256
 
-# Of what the activation returns.
+# Derivative of each activation as a function of its output.
 _SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
     Activation.LINEAR: np.ones_like,
     Activation.RELU: lambda y: (y > 0).astype(np.float32),
@@ -38,7 +38,7 @@ _SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
 
 
 class Explanation(StrEnum):
-    """What may be shown: where an answer comes from, what the network sees, or what it has seen that is like it."""
+    """Kinds of explanation: positions that support the answer, the strongest maps, or similar training images."""
 
     HEATMAP = "heatmap"
     ACTIVATIONS = "activations"
@@ -46,7 +46,7 @@ class Explanation(StrEnum):
 
     @property
     def needs_maps(self) -> bool:
-        """Whether it is made from maps, and not from features alone."""
+        """Whether it needs the maps, not only the features."""
         return self is not Explanation.NEIGHBOURS
 
 
@@ -66,21 +66,21 @@ def gradient(layers: Sequence[Dense], features: Features, output: int) -> Float3
 
 
 def heat(layers: Sequence[Dense], features: Features, maps: Features, output: int) -> Float32:
-    """Return what each place adds to one logit, float32 [h, w], for features [D] and maps [h, w, D] of an image.
+    """Return the contribution of each position to one logit, float32 [h, w], for features [D] and maps [h, w, D].
 
-    If the head is linear, its mean is the logit but for what does not depend on the image: the bias and the offset.
+    For a linear head the mean of the result is the logit without the bias and the offset.
     """
     found: Float32 = maps @ gradient(layers, features, output)
     return found
 
 
 def check_side(maps: Features, size: Sides) -> None:
-    """Raise RequestInvalid if maps [..., h, w, D] of images of that size have too few places to show."""
+    """Raise RequestInvalid if maps [..., h, w, D] of images of that size are smaller than `LEAST_SIDE`."""
     side = min(maps.shape[-3:-1])
     if side < LEAST_SIDE:
         enough = -(-LEAST_SIDE * min(sides(size)) // side)
         raise RequestInvalid(
-            f"explain: Expected a model whose maps have at least {LEAST_SIDE}×{LEAST_SIDE} places. Received one with "
+            f"explain: Expected a model with maps of at least {LEAST_SIDE}×{LEAST_SIDE} positions. Received "
             f"{side}×{side} at {min(sides(size))} pixels. Train with image_size {enough} or more, or with "
             "features_from an earlier layer; a network from scratch needs a global_average at its end.",
             field="explain",
@@ -88,7 +88,7 @@ def check_side(maps: Features, size: Sides) -> None:
 
 
 def overlay(pixels: Pixels, places: Float32) -> bytes:
-    """Return an image [H, W, 3] under a veil as PNG: what speaks for the answer glows, the rest goes dark."""
+    """Return a PNG of an image [H, W, 3] in which positions that support the answer glow and others are dark."""
     side = max(_SIDE, *pixels.shape[:2])
     picture = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
     positive = np.maximum(places, 0)
@@ -100,9 +100,9 @@ def overlay(pixels: Pixels, places: Float32) -> bytes:
 
 
 def grid(maps: Features, channels: int = CHANNELS) -> bytes:
-    """Return the channels of maps [h, w, D] that are strongest on average as a PNG, the strongest first, row by row.
+    """Return a PNG grid of the strongest channels of maps [h, w, D], the strongest first, row by row.
 
-    Each is scaled by itself, its least value black and its greatest white; how strong it is goes by absolute values.
+    Channels are ranked by their mean absolute value. Each is scaled from black (its minimum) to white (its maximum).
     """
     strongest = np.argsort(np.abs(maps).mean(axis=(0, 1)))[::-1][:channels]
     columns = int(np.ceil(np.sqrt(len(strongest))))

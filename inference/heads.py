@@ -1,4 +1,4 @@
-"""Heads in NumPy: features to logits to probabilities. The trained score is measured with this code, too."""
+"""Heads in NumPy: features to logits to probabilities. Training computes its scores with the same code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floating = TypeVar("Floating", np.float32, np.float64)
 
 
 def _sigmoid(x: npt.NDArray[Floating]) -> npt.NDArray[Floating]:
-    # exp of a negative number only, so that large logits do not overflow
+    # exp of negative numbers only, so that large logits do not overflow
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(x.dtype)
 
@@ -49,8 +49,8 @@ def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: flo
         temperature: divides the logits (Guo et al. 2017, "On Calibration of Modern Neural Networks").
 
     Returns:
-        float64 [N, labels]; two labels for a binary task, the second one being the sigmoid. Rows sum to one, but those
-        of a multi-label task, whose labels are independent.
+        float64 [N, labels]; two labels for a binary task, the second one being the sigmoid. Rows sum to one, except for
+        a multi-label task, whose labels are independent.
     """
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     if task is Task.MULTILABEL:
@@ -63,7 +63,7 @@ def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: flo
 
 
 def answers(task: Task, probabilities: npt.NDArray[np.float64], threshold: float = 0.5) -> npt.NDArray[Any]:
-    """Return the index of the label that is answered for each row, int [N]; for a multi-label task bool [N, labels]."""
+    """Return the index of the predicted label for each row, int [N]; for a multi-label task bool [N, labels]."""
     if task is Task.MULTILABEL:
         return probabilities >= threshold
     if task is Task.BINARY:

@@ -1,8 +1,8 @@
-"""What the layers of a network see, read out of the very file that answers. Knows no Keras, no store and no HTTP.
+"""Reads the maps of layers from the exported network that serves predictions. Knows no Keras, no store and no HTTP.
 
-The export keeps the names that Keras gave the layers in those of its tensors: `…/block1_conv1_1/Relu:0`, where the last
-number counts the calls of the layer. Layers that it has merged with others are not there: a convolution before a
-BatchNorm is only seen behind it.
+The export keeps the names of Keras layers in its tensor names: `…/block1_conv1_1/Relu:0`, where the last number counts
+the calls of the layer. Layers that were merged with others are missing: a convolution before a BatchNorm has only the
+output after it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 
 CHANNELS = 64
-"""That are drawn of a layer, the strongest ones."""
+"""Maximum number of channels of a layer that are drawn, the strongest ones."""
 
 _CALLED = re.compile(r"(?P<layer>.+)_\d+")
-# Parts of a layer whose output is not the layer's own, by the end of their names.
+# Suffix of tensors inside a layer that are not the output of the layer.
 _INNER = "/separable_conv2d/depthwise"
-# These number places anew, so that nobody knows any more which is which.
+# Operations after which the order of the axes is unknown.
 _RESHAPING = {"Squeeze", "Unsqueeze", "Gather", "Expand", "Broadcast", "ShapeOf", "ReduceMean"}
-# What stands between layers and belongs to none.
+# Operations between layers that belong to none.
 _BETWEEN = {"Transpose", "Reshape", "Convert", "FakeQuantize", "Constant"}
 _IMAGE_AXES = "NHWC"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose output has a place for each part of the image: `channels` maps of `height` times `width`."""
+    """A layer whose output has spatial positions: `channels` maps of `height` times `width`."""
 
     name: str
     height: int
@@ -44,14 +44,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Output:
-    """What a layer gives, and which of its axes is which: some order of NHWC."""
+    """The output of a layer and the order of its axes, a permutation of NHWC."""
 
     output: Any
     axes: str
 
 
 class LayerReader:
-    """A network, exported from Keras, whose layers can be looked at; computes in float32."""
+    """Computes the output of single layers of a network exported from Keras, in float32."""
 
     def __init__(self, network: Path, threads: int) -> None:
         """Read an ONNX file whose input is uint8 [N, H, W, 3]."""
@@ -68,9 +68,9 @@ class LayerReader:
             self.layers.append(Layer(name, sides["H"], sides["W"], sides["C"]))
 
     def maps(self, pixels: Pixels, layer: str) -> Features:
-        """Return what a layer makes of an image uint8 [H, W, 3], float32 [h, w, channels]."""
+        """Return the maps of a layer, float32 [h, w, channels], for an image uint8 [H, W, 3]. Raises KeyError."""
         wanted = self._outputs[layer]
-        # What comes after the layer is neither compiled nor computed.
+        # Operations after the layer are neither compiled nor computed.
         model = openvino.Model([wanted.output], self._model.get_parameters(), layer)
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": self._threads}
         network = self._core.compile_model(model, "CPU", options)
@@ -81,7 +81,7 @@ class LayerReader:
 
 
 def _layers(model: Any) -> Mapping[str, tuple[Any, str]]:
-    """Return the output of each layer that has places, and the order of its axes, in the order of the network."""
+    """Return the output of each layer with spatial positions and the order of its axes, in network order."""
     axes: dict[str, str] = {}
     found: dict[str, tuple[Any, str]] = {}
     for operation in model.get_ordered_ops():
@@ -94,13 +94,13 @@ def _layers(model: Any) -> Mapping[str, tuple[Any, str]]:
             tensor = _name(output)
             name = _layer(tensor)
             if name is not None and kind not in _BETWEEN and not tensor.removesuffix(":0").endswith(_INNER):
-                found.pop(name, None)  # the last of its parts is what the layer gives
+                found.pop(name, None)  # the last operation of a layer gives its output
                 found[name] = (output, order)
     return found
 
 
 def _axes(operation: Any, kind: str, known: Mapping[str, str]) -> str | None:
-    """Return the order of the axes of what an operation gives, or None if it has no places or nobody knows."""
+    """Return the order of the axes of an operation's output, or None if it is not spatial or unknown."""
     if kind == "Parameter":
         return _IMAGE_AXES
     if kind in _RESHAPING or any(output.get_partial_shape().rank != 4 for output in operation.outputs()):
@@ -118,7 +118,7 @@ def _axes(operation: Any, kind: str, known: Mapping[str, str]) -> str | None:
 
 
 def _reshaped(sides: Mapping[str, int], shape: Sequence[int]) -> str | None:
-    """Return the order of the axes after maps of one place were turned, which the export writes as a reshape."""
+    """Return the order of the axes after a reshape: the export writes a transpose of 1×1 maps as a reshape."""
     if sides["H"] * sides["W"] > 1:
         return None
     return next((order for order in (_IMAGE_AXES, "NCHW") if [sides[axis] for axis in order] == list(shape)), None)
@@ -129,12 +129,12 @@ def _key(output: Any) -> str:
 
 
 def _name(output: Any) -> str:
-    """Return the name of a tensor by which the network is asked for it, or nothing."""
+    """Return the shortest name of a tensor, or an empty string."""
     return min(output.get_names(), key=len, default="")
 
 
 def _layer(tensor: str) -> str | None:
-    """Return the layer that a tensor belongs to: the innermost part of its path that counts calls."""
+    """Return the layer of a tensor: the innermost part of its path that ends with a call number."""
     for part in _path_parts(tensor):
         called = _CALLED.fullmatch(part)
         if called is not None:
@@ -143,5 +143,5 @@ def _layer(tensor: str) -> str | None:
 
 
 def _path_parts(tensor: str) -> Iterator[str]:
-    """Yield the parts of a path from within, without the operation itself and without the network as a whole."""
+    """Yield the parts of a tensor path from the innermost, without the operation and the network."""
     yield from reversed(tensor.split("/")[1:-1])

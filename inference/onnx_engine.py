@@ -1,6 +1,6 @@
-"""Runs an exported backbone by ONNX Runtime, on an NVIDIA GPU where there is one. Knows no heads, batching or settings.
+"""Runs an exported backbone with ONNX Runtime, on an NVIDIA GPU if there is one. Knows no heads and no settings.
 
-Importing this needs a package that the service starts without: `inference.engine_choice` does so when it is wanted.
+Its package is optional: only `inference.engine_choice` imports this module, and only if it is needed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CUDA, PROCESSOR = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 Provider = tuple[str, dict[str, str]]
 
-# An int8 network holds its rounding itself; bfloat16 would be a choice of the engine, which has none.
+# An int8 file holds its quantised operations itself; ONNX Runtime has no option to compute in bfloat16.
 _HONOURED = (Precision.FLOAT32, Precision.INT8)
 _ONLY_ERRORS = 3
-# What it says when the GPU or the machine has no room; it has no error of its own for that.
+# Parts of its messages when memory runs out; it has no exception class for that.
 _NO_ROOM = ("failed to allocate memory", "out of memory", "alloc_failed", "bad_alloc")
 # A network of one addition, x + x of two numbers, as ONNX 1.x writes it.
 _ADDITION = bytes.fromhex(
@@ -36,16 +36,16 @@ _ADDITION = bytes.fromhex(
 
 
 def provider_options(has_cuda: bool) -> list[Provider]:
-    """Return what runs a network, in the order of preference, and how."""
+    """Return the execution providers with their options, in order of preference."""
     processor: Provider = (PROCESSOR, {})
     if not has_cuda:
         return [processor]
     options = {
-        # TensorFloat-32 has 10 bits of mantissa and is on by default: a score of float32 would not be reproduced.
+        # TensorFloat-32 is on by default, but its mantissa has 10 bits: float32 scores would not be reproduced.
         "use_tf32": "0",
-        # The default tries every algorithm at the first batch of each size, which takes seconds.
+        # By default it tries every algorithm at the first batch of each size, which takes seconds.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # The default doubles what it takes, and several networks share the GPU.
+        # By default it doubles its memory each time, but several networks share the GPU.
         "arena_extend_strategy": "kSameAsRequested",
     }
     return [(CUDA, options), processor]
@@ -53,18 +53,18 @@ def provider_options(has_cuda: bool) -> list[Provider]:
 
 @cache
 def finds_cuda() -> bool:
-    """Say whether a network runs on a GPU here: tried once, with one addition."""
+    """Return whether a network runs on a GPU here; tried once with a network of one addition."""
     if CUDA not in onnxruntime.get_available_providers():
         return False
-    onnxruntime.preload_dlls()  # CUDA's libraries as packages of Python, which no loader would find
+    onnxruntime.preload_dlls()  # CUDA libraries from Python packages, which the system loader does not find
     try:
         return runs_on(CUDA, provider_options(has_cuda=True))
-    except Exception:  # no driver, no device, one that is too old: each comes as an error of its own
+    except Exception:  # a missing driver or device and an old one raise different errors
         return False
 
 
 def runs_on(wanted: str, providers: Sequence[Provider]) -> bool:
-    """Say whether one addition comes out right with these providers, `wanted` being the first that is in use."""
+    """Return whether `wanted` is the first active provider and computes one addition correctly."""
     session = _session(_ADDITION, 1, providers)
     [found] = session.run(None, {"x": np.array([1, 2], np.float32)})
     return bool(session.get_providers()[0] == wanted and found.tolist() == [2, 4])
@@ -76,11 +76,11 @@ class OnnxEngine:
     name = "onnxruntime"
 
     def __init__(self, network: Path, precision: Precision, threads: int) -> None:
-        """Load a network. Raises PrecisionUnsupported for one that it would not keep, and OutOfMemory."""
+        """Load a network. Raises PrecisionUnsupported and OutOfMemory."""
         if precision not in _HONOURED:
             raise PrecisionUnsupported(
-                f"The engine onnxruntime computes in {' or '.join(_HONOURED)}. Received a model of precision "
-                f"{precision}: serve it with ESPALIER_ENGINE=openvino."
+                f"The engine onnxruntime supports {' and '.join(_HONOURED)}. Received a model of precision "
+                f"{precision}. Serve it with ESPALIER_ENGINE=openvino."
             )
         with _out_of_memory_errors("the network"):
             self._session = _session(str(network), threads, provider_options(finds_cuda()))
@@ -92,9 +92,9 @@ class OnnxEngine:
         return self.run(images, wants_maps=False)[0]
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return the features and, if asked, the maps that they are the mean of, float32 [N, h, w, D].
+        """Return features float32 [N, D] and, with `wants_maps`, the maps float32 [N, h, w, D] that they average.
 
-        Raises OutOfMemory if there is no room for so many images.
+        Raises OutOfMemory if the batch is too large.
         """
         outputs = ["features", "maps"] if wants_maps else ["features"]
         with _out_of_memory_errors(f"a batch of {len(images)} images"):
@@ -106,10 +106,10 @@ def _session(network: str | bytes, threads: int, providers: Sequence[Provider]) 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that wait for work in a loop take the processor from those that decode.
+    # Spinning threads would take processor time from decoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = _ONLY_ERRORS
-    # Its own fallback would go on without the GPU, with a line on standard output.
+    # Its fallback would silently continue without the GPU.
     return onnxruntime.InferenceSession(network, options, providers=list(providers), enable_fallback=0)
 
 
@@ -120,8 +120,8 @@ def _out_of_memory_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if not any(words in str(error).lower() for words in _NO_ROOM):
             raise
-        where = "on the GPU" if finds_cuda() else "in memory"
+        where = "on the GPU" if finds_cuda() else "on this machine"
         raise OutOfMemory(
-            f"There is no room {where} for {what}. Keep fewer networks loaded (ESPALIER_SHELF_BYTES), or let nothing "
-            "else run there."
+            f"Not enough memory {where} for {what}. Lower ESPALIER_SHELF_BYTES, or stop other programs that "
+            "use this memory."
         ) from error

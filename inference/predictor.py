@@ -1,4 +1,4 @@
-"""Answers for one model: decodes images, asks its backbone's batcher, applies its head. Knows no HTTP, SQL or names."""
+"""Predicts with one model: decodes images, runs the backbone through its batcher, applies the head. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from recipes.recipe import Task
 
 @dataclass(frozen=True)
 class ClassPrediction:
-    """The class of one image; `probabilities` by label, in the bundle's order."""
+    """The predicted class of one image; `probabilities` are by label, in the bundle's order."""
 
     label: str
     probability: float
@@ -36,7 +36,7 @@ class ClassPrediction:
 
 @dataclass(frozen=True)
 class LabelsPrediction:
-    """The labels of one image, none or several; `probabilities` of each label by itself."""
+    """The predicted labels of one image, none or several; each label has an independent probability."""
 
     labels: list[str]
     probabilities: dict[str, float]
@@ -44,7 +44,7 @@ class LabelsPrediction:
 
 @dataclass(frozen=True)
 class ValuePrediction:
-    """The number of one image."""
+    """The number predicted for one image by a regression."""
 
     value: float
 
@@ -54,7 +54,10 @@ Prediction = ClassPrediction | LabelsPrediction | ValuePrediction
 
 @dataclass(frozen=True)
 class ExplanationImage:
-    """A PNG that explains the answer for one image; `label` is whose, if it is of one; the neighbours that it shows."""
+    """A PNG that explains the answer for one image.
+
+    `label` is the explained label, None if the picture is not about one; `neighbours` are those that it shows.
+    """
 
     label: str | None
     png: bytes
@@ -63,7 +66,7 @@ class ExplanationImage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of an answer went, in milliseconds."""
+    """Milliseconds per step of a prediction."""
 
     queue: float
     decode: float
@@ -75,14 +78,14 @@ class Predictor:
     """One bundle on the batcher of its backbone.
 
     Attributes:
-        bundle: what is served, without its golden arrays, which are larger than the head.
-        size_bytes: what the head takes in memory, with the images that it may show once they were asked for.
+        bundle: the bundle without its golden arrays, which are larger than the head.
+        size_bytes: memory of the head, and of the neighbour index once it is loaded.
     """
 
     def __init__(
         self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes], on_growth: Callable[[], None]
     ) -> None:
-        """See that this machine gives the golden output for the golden input. Raises BundleRefused.
+        """Check that this machine gives the golden output for the golden input. Raises BundleRefused.
 
         `read` returns stored files; `grew` is called when this takes more memory than it did.
         """
@@ -93,7 +96,7 @@ class Predictor:
         self._neighbours: NeighbourIndex | None = None
         self.bundle = bundle
         self._check()
-        # Copies: a slice would hold the whole of what it was taken from.
+        # Copies: a slice would keep the whole array in memory.
         golden_input, golden_output = bundle.golden_input[:0].copy(), bundle.golden_output[:0].copy()
         self.bundle = replace(bundle, golden_input=golden_input, golden_output=golden_output)
         arrays = [array for layer in bundle.layers for array in (layer.kernel, layer.bias, layer.offset)]
@@ -103,7 +106,7 @@ class Predictor:
         bundle = self.bundle
         if bundle.image_rule != IMAGE_RULE:
             raise BundleRefused(
-                f"The model was trained with image rule {bundle.image_rule}, this version decodes by rule "
+                f"The model was trained with image rule {bundle.image_rule}, but this version decodes by rule "
                 f"{IMAGE_RULE}. Train it again, or serve it with the version that trained it."
             )
         found = self.logits(bundle.golden_input)
@@ -111,45 +114,47 @@ class Predictor:
         difference = float(np.abs(found - bundle.golden_output).max()) / scale
         if not difference <= TOLERANCE[bundle.precision]:
             raise BundleRefused(
-                f"This machine's {self._batcher.engine} engine answers differently from the one that trained the "
-                f"model: expected at most {TOLERANCE[bundle.precision]:g} relative difference. "
-                f"Received {difference:g}."
+                f"The engine {self._batcher.engine} of this machine does not reproduce the model's golden output: "
+                f"expected a relative difference of at most {TOLERANCE[bundle.precision]:g}. "
+                f"Received {difference:g}. Serve the model on another machine or engine, or train it again."
             )
 
     def logits(self, pixels: Pixels) -> Float32:
-        """Return float32 [N, outputs] for decoded images, uint8 [N, H, W, 3], however long it takes."""
+        """Return float32 [N, outputs] for decoded images, uint8 [N, H, W, 3], without a deadline."""
         return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
     def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
         """Return the pixels of one image file of a request, uint8 [H, W, 3].
 
         Raises:
-            ImageRefused: it cannot be used; `image` is its position.
-            DeadlineExceeded: `until`, a moment of `perf_counter`, is over.
+            ImageRefused: the image cannot be used; `image` is its position.
+            DeadlineExceeded: the time `until`, of `perf_counter`, has passed.
         """
         if time.perf_counter() > until:
-            raise DeadlineExceeded(f"Only {position} images were decoded in time. Send fewer or smaller ones at once.")
+            raise DeadlineExceeded(
+                f"Only {position} images were decoded in time. Send fewer or smaller images per request."
+            )
         try:
             return images.decode(file, self.bundle.size, self.bundle.resize, limits)
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
     def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> FeatureFuture | None:
-        """Ask the backbone, as `Batcher.submit`; return None if this predictor was put away and another is needed."""
+        """Queue images as `Batcher.submit` does; return None if this predictor was unloaded and must be reloaded."""
         asked = self._batcher.submit(pixels, until, wants_maps=wants_maps)
         return None if self._batcher.is_closed and asked.done() else asked
 
     @property
     def is_closed(self) -> bool:
-        """Whether its backbone is gone and another predictor is needed."""
+        """Whether its backbone was unloaded, so that the predictor must be loaded again."""
         return self._batcher.is_closed
 
     def wait_s(self, images: int) -> float:
-        """Return how long it should take until so many more images have been through the backbone."""
+        """Return the estimated seconds until the backbone would have computed so many more images."""
         return self._batcher.wait_s(images)
 
     def answer(self, features: Features) -> list[Prediction]:
-        """Return what features, float32 [N, D], say in the words of the bundle's task."""
+        """Return a prediction for each row of features, float32 [N, D], by the task of the bundle."""
         bundle = self.bundle
         logits = heads.logits(bundle.layers, features)
         if bundle.task is Task.REGRESSION:
@@ -176,10 +181,10 @@ class Predictor:
         predictions: list[Prediction],
         limits: ImageLimits,
     ) -> list[ExplanationImage]:
-        """Return a picture for each image, uint8 [n, H, W, 3], from what the backbone computed.
+        """Return a picture for each image, uint8 [n, H, W, 3], from the output of the backbone.
 
-        A heat map is of the label that is asked for, or of the one that was answered (of several the likeliest).
-        Raises RequestInvalid for a label that the model does not know, and for maps of too few places.
+        A heat map explains `label`, or if that is None the label with the highest probability.
+        Raises RequestInvalid for a label that the model does not have, and for maps that are too small.
         """
         if kind is Explanation.NEIGHBOURS:
             near = nearest(self._neighbour_index(), computed.features)
@@ -199,10 +204,10 @@ class Predictor:
         return found
 
     def check_explains(self, kind: Explanation) -> None:
-        """Raise RequestInvalid for an explanation that this model can never give."""
+        """Raise RequestInvalid if this model does not support a kind of explanation."""
         if kind is Explanation.NEIGHBOURS and self.bundle.neighbours is None:
             raise RequestInvalid(
-                "explain: Expected a model that has kept its training images. Train it with neighbours: true.",
+                "explain: Expected a model with stored neighbours. This one has none: train it with neighbours: true.",
                 field="explain",
             )
 
@@ -211,7 +216,7 @@ class Predictor:
         return ExplanationImage(None, explain.png(np.asarray(picture)), found)
 
     def _neighbour_index(self) -> NeighbourIndex:
-        """Return the images that may be shown, read when they are first asked for."""
+        """Return the neighbour index, which is loaded at the first call."""
         with self._reading:
             if self._neighbours is None:
                 assert self.bundle.neighbours is not None
@@ -221,7 +226,7 @@ class Predictor:
             return self._neighbours
 
     def _read_pixels(self, image: Digest, limits: ImageLimits) -> Pixels | None:
-        """Return an image of the data set as the network sees it, or None if it is gone."""
+        """Return the decoded pixels of a training image, or None if it was deleted or is damaged."""
         try:
             return images.decode(self._read(image), self.bundle.size, self.bundle.resize, limits)
         except (NotFound, Corrupt, ImageRefused):
@@ -231,14 +236,14 @@ class Predictor:
         if isinstance(prediction, ValuePrediction) or (label is not None and label not in self.bundle.labels):
             if label is None:
                 return None
-            known = ", ".join(self.bundle.labels[:10]) or "none, since the model answers numbers"
+            known = ", ".join(self.bundle.labels[:10]) or "none, since the model predicts numbers"
             raise RequestInvalid(f"label: Expected a label of the model: {known}. Received {label!r}.", field="label")
         if label is not None:
             return label
         return max(prediction.probabilities, key=prediction.probabilities.__getitem__)
 
     def _output(self, label: str | None) -> tuple[int, float]:
-        """Return the output that speaks for a label, and whether it does (1) or speaks against it (-1)."""
+        """Return the index of the output for a label, and whether it supports (1) or opposes (-1) the label."""
         if label is None:
             return 0, 1.0
         index = self.bundle.labels.index(label)
@@ -247,12 +252,12 @@ class Predictor:
         return index, 1.0
 
     def predict(self, files: Sequence[bytes], limits: ImageLimits, deadline_s: float) -> list[Prediction]:
-        """Answer for each image file, one after the other, in the caller's thread.
+        """Predict for image files; decodes them one after the other in the caller's thread.
 
         Raises:
             ImageRefused: an image cannot be used; `image` is its position.
             DeadlineExceeded: decoding and waiting for the engine took longer than `deadline_s`.
-            Unavailable: this predictor was put away.
+            Unavailable: this predictor was unloaded.
         """
         until = time.perf_counter() + deadline_s
         pixels = np.stack([self.decode(position, file, limits, until) for position, file in enumerate(files)])

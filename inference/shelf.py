@@ -1,7 +1,7 @@
-"""Loaded models under a memory budget. Loads from the store by digest; knows no names, aliases or SQL.
+"""Keeps loaded models within a memory budget. Loads from the store by digest; knows no names, aliases or SQL.
 
-A backbone is loaded once and shared by every bundle that names it: one engine, one batcher. Whoever asks for something
-that is being loaded waits for that one load. A backbone is warm and its batch measured before anybody is answered.
+A backbone is loaded once, with one engine and one batcher, and shared by all its bundles. Concurrent requests for it
+wait for the same load. Before its first answer a backbone is warmed up and its best batch size is measured.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from inference.engine import Engine, OpenVinoEngine
 from inference.predictor import Predictor
 from recipes.recipe import Precision
 
-# What a network takes where that cannot be measured: its weights as read and as laid out.
+# Estimated memory of a network if it cannot be measured: its weights as read and as laid out.
 _MEMORY_PER_FILE_BYTE = 2
-# Readings of the memory of this process, and the seconds between two: what decodes images takes much for moments.
+# Readings of the process's memory, and seconds between them: decoding takes much memory for short times.
 _READINGS = 5
 _READ_EVERY_S = 0.01
-# Beside the arrays of a head: labels, the objects around them.
+# Memory of a model besides the arrays of its head: labels and objects.
 _MODEL_BYTES = 4096
 
 EngineLoader = Callable[[Path, Precision, int], Engine]
@@ -39,7 +39,7 @@ Key = tuple[Digest, Precision]
 
 
 def resident_bytes() -> int:
-    """Return the memory of this process, 0 where the kernel does not tell."""
+    """Return the resident memory of this process, 0 if the kernel does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -49,7 +49,7 @@ def resident_bytes() -> int:
 
 @dataclass(frozen=True)
 class _Backbone:
-    """A backbone that is loaded, and what it takes."""
+    """A loaded backbone and its memory."""
 
     batcher: Batcher
     size_bytes: int
@@ -57,7 +57,7 @@ class _Backbone:
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A backbone that is loaded, and how many models are on it."""
+    """A loaded backbone, as `loaded` reports it; `models` counts the loaded models on it."""
 
     digest: Digest
     precision: Precision
@@ -67,7 +67,7 @@ class LoadedBackbone:
 
 
 class Shelf:
-    """Predictors by bundle digest."""
+    """Loads and keeps predictors by the digest of their bundle; evicts the least recently used beyond the budget."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Shelf:
         load: EngineLoader = OpenVinoEngine,
         resident_bytes: Callable[[], int] = resident_bytes,
     ) -> None:
-        """Load with `load`; what a network takes is by how much `resident_bytes` of the process grows, if it tells."""
+        """Load networks with `load`; the memory of a network is the growth of `resident_bytes`, if that is not 0."""
         self._store = store
         self._resident_bytes = resident_bytes
         self._threads = threads
@@ -85,13 +85,13 @@ class Shelf:
         self._load = load
         self._lock = threading.Lock()
         self._under_way = self._begun = 0  # loads of backbones
-        self._loading: dict[Key, threading.Lock] = {}  # one for each backbone that was ever asked for
+        self._loading: dict[Key, threading.Lock] = {}  # one for each backbone that was ever requested
         self._backbones: OrderedDict[Key, _Backbone] = OrderedDict()
         self._models: OrderedDict[Digest, Predictor] = OrderedDict()
         self._is_closed = False
 
     def find(self, digest: Digest) -> Predictor | None:
-        """Return the predictor of a bundle if it is loaded."""
+        """Return the predictor of a bundle if it is loaded, and mark it as recently used; else None."""
         with self._lock:
             predictor = self._models.get(digest)
             if predictor is None:
@@ -105,17 +105,17 @@ class Shelf:
             return predictor
 
     def check_files(self, digest: Digest) -> None:
-        """See that a bundle and its backbone are there and whole. Raises NotFound, Corrupt or BundleRefused."""
+        """Check that a bundle and its backbone are stored undamaged. Raises NotFound, Corrupt or BundleRefused."""
         self._store.verified_path(bundles.load(self._store.read(digest)).backbone)
 
     def predictor(self, digest: Digest) -> Predictor:
-        """Return the predictor of a bundle, loading what is missing. Raises NotFound, Corrupt or BundleRefused."""
+        """Return the predictor of a bundle; load it if necessary. Raises NotFound, Corrupt or BundleRefused."""
         return self.find(digest) or self._load_bundle(digest, bundles.load(self._store.read(digest)))
 
     def predictor_if_warm(self, digest: Digest, backbone: Digest) -> Predictor | None:
-        """Return the predictor of a bundle if its backbone is loaded, so that it takes milliseconds; else None.
+        """Return the predictor of a bundle if its backbone is loaded, which takes milliseconds; else None.
 
-        Reads nothing but the head, and that only if it will be used. Raises as `predictor`.
+        Reads only the bundle. Raises the errors of `predictor`.
         """
         found = self.find(digest)
         if found is not None or not self._has(lambda key: key[0] == backbone):
@@ -128,7 +128,7 @@ class Shelf:
             return any(map(is_meant, self._backbones))
 
     def _load_bundle(self, digest: Digest, bundle: Bundle) -> Predictor:
-        """Return the predictor of a bundle once it is loaded, by whoever asked first."""
+        """Load a bundle, or wait for another thread that loads it; return its predictor."""
         with self._lock:
             loading = self._loading.setdefault(_key(bundle), threading.Lock())
         found = None
@@ -138,7 +138,7 @@ class Shelf:
         return found
 
     def _load_model(self, digest: Digest, bundle: Bundle) -> Predictor | None:
-        """Load a model, and its backbone if need be; return None if that was dropped meanwhile."""
+        """Load a model, and its backbone if necessary; return None if the backbone was evicted meanwhile."""
         key = _key(bundle)
         with self._lock:
             held = self._backbones.get(key)
@@ -146,9 +146,9 @@ class Shelf:
         is_kept = False
         try:
             predictor = Predictor(bundle, backbone.batcher, self._store.read, self._on_growth)
-            with self._lock:  # the backbone and its first model at once: one without models is the first to go
+            with self._lock:  # the backbone and its first model together: a backbone without models is evicted first
                 if self._is_closed:
-                    raise Unavailable("The service is ending. Ask again in a moment.")
+                    raise Unavailable("The service is shutting down. Try again in a moment.")
                 if held is not None and self._backbones.get(key) is not held:
                     return None
                 self._backbones[key] = backbone
@@ -187,12 +187,12 @@ class Shelf:
         expected = _MEMORY_PER_FILE_BYTE * file_bytes
         if not before:
             grown = expected
-        elif not is_alone:  # then it is what the others took, too
+        elif not is_alone:  # the growth includes other loads
             grown = min(grown, expected)
         return _Backbone(Batcher(engine, best_batch(timed), timed), max(file_bytes, grown))
 
     def _least_bytes(self) -> int:
-        """Return the memory of this process without what others take for a moment, 0 where the kernel does not tell."""
+        """Return the minimum of several memory readings, which ignores short peaks; 0 if not reported."""
         least = self._resident_bytes()
         for _ in range(_READINGS - 1 if least else 0):
             time.sleep(_READ_EVERY_S)
@@ -200,7 +200,7 @@ class Shelf:
         return least
 
     def loaded(self) -> list[LoadedBackbone]:
-        """Return the backbones that are loaded."""
+        """Return the loaded backbones in the order of their last use."""
         with self._lock:
             models = Counter(_key(predictor.bundle) for predictor in self._models.values())
             return [
@@ -209,7 +209,7 @@ class Shelf:
             ]
 
     def close(self) -> None:
-        """Answer what waits, and end."""
+        """Answer waiting requests, unload everything and refuse further loads."""
         with self._lock:
             self._is_closed = True
             backbones, self._backbones, self._models = self._backbones, OrderedDict(), OrderedDict()
@@ -221,10 +221,10 @@ class Shelf:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Drop what was not asked for longest, but never the newest; the caller holds the lock.
+        """Evict the least recently used, never the newest, until the rest fits the budget; the caller holds the lock.
 
-        Backbones that are too large together go with every model on them. If it is the many models, those go one by
-        one, and a backbone after the last one on it.
+        If the backbones alone exceed the budget, the oldest is evicted with all its models. Otherwise models are
+        evicted one by one, and a backbone after its last model.
         """
         while self._backbones_bytes() + self._models_bytes() > self._budget_bytes:
             used = {_key(predictor.bundle) for predictor in self._models.values()}
@@ -240,13 +240,13 @@ class Shelf:
                 return
 
     def _drop(self, key: Key) -> None:
-        """Put a backbone away with all models on it; the caller holds the lock."""
+        """Unload a backbone and all its models; the caller holds the lock."""
         backbone = self._backbones.pop(key, None)
         self._models = OrderedDict(
             (digest, model) for digest, model in self._models.items() if _key(model.bundle) != key
         )
-        if backbone is not None:  # who waits there is answered, and nobody waits for that here
-            threading.Thread(target=backbone.batcher.close, name="put-away", daemon=True).start()
+        if backbone is not None:  # closing answers its waiting requests, which takes time
+            threading.Thread(target=backbone.batcher.close, name="close-backbone", daemon=True).start()
 
     def _backbones_bytes(self) -> int:
         return sum(backbone.size_bytes for backbone in self._backbones.values())
@@ -260,7 +260,7 @@ def _key(bundle: Bundle) -> Key:
 
 
 def _seconds(engine: Engine, golden: Pixels, images: int) -> float:
-    """Return the time of a batch."""
+    """Return the seconds that the engine takes for a batch of so many golden images."""
     pixels = np.resize(golden, (images, *golden.shape[1:]))
     started = time.perf_counter()
     engine.features(pixels)

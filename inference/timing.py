@@ -1,4 +1,4 @@
-"""How long calls take on this machine, measured side by side. Knows nothing of what is called."""
+"""Measures the duration of calls on this machine, alternating between them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def medians_ms(
 ) -> list[float]:
     """Return the median milliseconds of each call.
 
-    Every round makes every call once, so that a machine that is busy for a while slows all of them; the first round
-    warms up and does not count. After `within_s` seconds no round begins but the first that counts. `alive` is called
-    after each call.
+    Every round makes every call once, so that other load on the machine slows all of them alike. The first round warms
+    up and does not count. After `within_s` seconds no further round begins, but one round always counts. `alive` is
+    called after each call.
     """
     taken: list[list[float]] = [[] for _ in calls]
     began = now()

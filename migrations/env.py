@@ -1,4 +1,4 @@
-"""Alembic's entry point. Compares against every record of `models/`; takes its connection from who calls it."""
+"""Alembic's entry point. Compares the database with the records of `models/`, on the caller's connection if given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from settings import Settings
 
 
 def render_type(kind: str, item: Any, autogenerate: AutogenContext) -> str | Literal[False]:
-    """Write our own column types out in full: a migration must not change when `models/` does."""
+    """Write our own column types as SQLAlchemy types, so that a migration does not change with `models/`."""
     if kind == "type" and isinstance(item, Utc):
         return "sa.DateTime(timezone=True)"
     if kind == "type" and isinstance(item, JSON):
@@ -24,7 +24,7 @@ def render_type(kind: str, item: Any, autogenerate: AutogenContext) -> str | Lit
 
 
 def migrate(connection: Connection) -> None:
-    """Run the migrations that are due on this connection, in its transaction."""
+    """Run the pending migrations on this connection, in its transaction."""
     context.configure(
         connection=connection, target_metadata=Base.metadata, render_as_batch=True, render_item=render_type
     )

@@ -1,4 +1,4 @@
-"""Imports every record, for who compares them all with a database."""
+"""Imports every record, so that `Base.metadata` is complete, for example for a migration."""
 
 import models.comparison
 import models.dataset

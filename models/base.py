@@ -1,4 +1,4 @@
-"""What all records share: naming of constraints, ids, and column types that mean the same on SQLite and PostgreSQL."""
+"""What all records share: names of constraints, ids, and column types that work on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase
 
 wall_clock: ContextVar[Callable[[], datetime]] = ContextVar("wall_clock", default=lambda: datetime.now(UTC))
-"""What `now` reads: a simulation gives each of its machines a clock of its own."""
+"""The clock that `now` reads; a simulation sets one per simulated machine."""
 
 NO_KEY_UPDATE = {"key_share": True}
-"""`FOR NO KEY UPDATE`: a row is held to be changed, not deleted; others may still add rows that name it (outbox)."""
+"""Locks a row with `FOR NO KEY UPDATE`: other transactions can still insert rows that reference it (outbox)."""
 
 Json = JSON().with_variant(JSONB(), "postgresql")
 
 
 class Utc(TypeDecorator[datetime]):
-    """A moment in UTC. SQLite drops zones, so values are made aware again when read."""
+    """A moment in UTC. SQLite drops time zones, so the zone is added when a value is read."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -32,7 +32,7 @@ class Utc(TypeDecorator[datetime]):
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("Expected a moment with a time zone. Received a naive one. This is a bug.")
+            raise ValueError("Expected a datetime with a time zone. Received a naive one. This is a bug.")
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -42,7 +42,7 @@ class Utc(TypeDecorator[datetime]):
 
 
 def text_enum(kind: type[StrEnum]) -> Enum:
-    """Return a column type for `kind`: its values as text, with a CHECK."""
+    """Return a column type that stores the values of `kind` as text, with a CHECK constraint."""
     return Enum(
         kind,
         native_enum=False,
@@ -54,7 +54,7 @@ def text_enum(kind: type[StrEnum]) -> Enum:
 
 
 class Base(DeclarativeBase):
-    """The root of all records."""
+    """Base class of all records, with naming conventions for constraints."""
 
     metadata = MetaData(
         naming_convention={
@@ -74,8 +74,8 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> datetime:
-    """Return the present moment in UTC: for display, and for guesses which workers are there.
+    """Return the current time in UTC: for display, and to estimate which workers are alive.
 
-    Who holds a job never hangs on it.
+    Which worker holds a job never depends on it.
     """
     return wall_clock.get()()

@@ -1,10 +1,10 @@
-"""Comparisons: several recipes on the same folds, one run each, and the table that they end in. Measures nothing.
+"""Comparisons: several recipes trained on the same folds, one run each, and the resulting table. Measures nothing.
 
 queued → running → succeeded | failed | cancelled
-           ↖ a failed run is tried again ↙
+           ↖ a failed run is retried ↙
 
-Whichever of its runs ends last owes the job that makes the table, in the transaction that ends the run. A comparison's
-row is always locked last, after a job's and a run's: whoever ends runs at the same moment waits here and nowhere else.
+The run that ends last queues the job that makes the table, in the transaction that ends the run. Locks are taken in the
+order job, run, comparison, so transactions that end runs at the same time wait for each other only here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from models import run as runs
 from models import run_jobs
 from models.base import NO_KEY_UPDATE, Base, new_id, now, text_enum
 from models.job import Job, JobKind, Queue
+from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
 from models.run import Run, RunState
 from recipes.recipe import Recipe
 
 
 class ComparisonState(StrEnum):
-    """Where a comparison stands."""
+    """State of a comparison."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -40,12 +41,12 @@ class ComparisonState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Say whether nothing will happen any more."""
+        """Whether the comparison has ended."""
         return self not in (ComparisonState.QUEUED, ComparisonState.RUNNING)
 
 
 class Comparison(Base):
-    """Several recipes, trained on one data set version. Table, picture and report are there once it has succeeded."""
+    """Several recipes trained on one data set version. Table, picture and report are set once it has succeeded."""
 
     __tablename__ = "comparison"
     __table_args__ = (Index(None, "project_id", "id"),)
@@ -85,6 +86,12 @@ def get_comparison(session: Session, principal: Principal, comparison_id: str) -
     return comparison
 
 
+def list_comparisons(session: Session, principal: Principal, page: PageRequest) -> RowPage[Comparison]:
+    """Return one page of the comparisons, the newest first."""
+    query = select(Comparison).where(scope(Comparison.project_id, principal))
+    return fetch_records(session, query, Comparison.id, page)
+
+
 def get_runs(session: Session, comparison_id: str) -> Sequence[Run]:
     """Return the runs of a comparison in the order of its recipes."""
     query = select(Run).join(ComparisonRun, ComparisonRun.run_id == Run.id)
@@ -101,13 +108,13 @@ def find_comparison(session: Session, run_id: str) -> tuple[Comparison, int] | N
 
 
 def get_files(session: Session, comparison_id: str) -> list[Digest]:
-    """Return the files that a comparison has: none before there is a table."""
+    """Return the picture and the report of a comparison; empty before it has a table."""
     comparison = session.get_one(Comparison, comparison_id)
     return [Digest(file) for file in (comparison.picture_sha256, comparison.report_sha256) if file]
 
 
 def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
-    """Say whether a comparison on one of these data set versions has not ended."""
+    """Return whether a comparison on one of these data set versions has not ended."""
     states = (ComparisonState.QUEUED, ComparisonState.RUNNING)
     query = select(func.count()).where(Comparison.dataset_version_id.in_(version_ids), Comparison.state.in_(states))
     return bool(session.scalar(query))
@@ -119,7 +126,10 @@ def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
 def create_comparison(
     session: Session, principal: Principal, version_id: str, name: str, recipes: Sequence[Recipe]
 ) -> tuple[Comparison, list[Job]]:
-    """Add a comparison with a queued run for each recipe, as it will be trained; return it and the jobs of its runs."""
+    """Add a comparison with a queued run for each recipe; return it and the train jobs.
+
+    `recipes` have their defaults filled in.
+    """
     comparison = Comparison(project_id=principal.project_id, dataset_version_id=version_id, name=name)
     session.add(comparison)
     session.flush()
@@ -133,24 +143,24 @@ def create_comparison(
 
 
 def on_run_started(session: Session, run_id: str) -> None:
-    """Mark the comparison of a run that just started as running, if the run has one."""
+    """Mark the comparison of a run that has just started as running, if the run belongs to one."""
     comparison = _lock_comparison_of(session, run_id)
     if comparison is not None and comparison.state is ComparisonState.QUEUED:
         comparison.state = ComparisonState.RUNNING
 
 
 def on_run_ended(session: Session, run_id: str) -> Job | None:
-    """See what the end of a run, in this transaction, means for its comparison, if the run has one.
+    """Update the comparison of a run that ends in this transaction, if the run belongs to one.
 
-    The last run to end makes the table due: return that job, None otherwise. Where no run has succeeded there is
-    nothing to compare, and the comparison ends here.
+    If it was the last run, queue the job that makes the table and return it; otherwise return None. If no run has
+    succeeded, there is nothing to compare and the comparison ends without a table.
     """
     comparison = _lock_comparison_of(session, run_id)
     return None if comparison is None else _finish_if_runs_ended(session, comparison)
 
 
 def on_run_retried(session: Session, run_id: str) -> None:
-    """Open the comparison of a run that is tried again, if the run has one; its table stays until there is another."""
+    """Reopen the comparison of a retried run, if it belongs to one; the old table stays until there is a new one."""
     comparison = _lock_comparison_of(session, run_id)
     if comparison is not None and comparison.state in (ComparisonState.SUCCEEDED, ComparisonState.FAILED):
         comparison.state = ComparisonState.RUNNING
@@ -160,10 +170,10 @@ def on_run_retried(session: Session, run_id: str) -> None:
 def succeed_comparison(
     session: Session, comparison_id: str, table: dict[str, Any], picture: Digest, report: Digest
 ) -> bool:
-    """Close a comparison with its table.
+    """Mark a comparison as succeeded, with its table.
 
-    Return False if somebody closed it before, or if a run that was tried again since is not in it: another table is
-    made then, or will be when that run ends.
+    Return False if it has ended already, or if a run that was retried meanwhile is missing from the table: then
+    another table is made now, or when that run ends.
     """
     comparison = _lock(session, comparison_id)
     if comparison.state.is_final:
@@ -184,10 +194,10 @@ def succeed_comparison(
 
 
 def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any], since: datetime) -> None:
-    """Close a comparison with what went wrong with its table; one that is closed stays as it is.
+    """Mark a comparison as failed because its table could not be made; one that has ended stays unchanged.
 
-    One whose run was tried again stays open: that run's end makes another table due, or has come after the table was
-    begun (`since`), and another is made now. A table that it has from before stays.
+    If a run was retried, the comparison stays open: the end of that run queues another table. If that run has already
+    succeeded after the table job began (`since`), another table is queued now. An earlier table stays.
     """
     comparison = _lock(session, comparison_id)
     made = get_runs(session, comparison_id)
@@ -200,21 +210,21 @@ def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any],
 
 
 def cancel_comparison(session: Session, comparison_id: str) -> None:
-    """Close a comparison because somebody asked for it; one that is closed stays as it is."""
+    """Mark a comparison as cancelled; one that has ended stays unchanged."""
     comparison = _lock(session, comparison_id)
     if not comparison.state.is_final:
         _end(comparison, ComparisonState.CANCELLED)
 
 
 def request_cancel(session: Session, comparison_id: str) -> Job | None:
-    """Ask every unfinished run of a comparison to end and close it; asked too late, nothing changes.
+    """Cancel every unfinished run of a comparison, and the comparison; does nothing if it has ended.
 
-    One that has a table, since a run of it is tried again, gets its last one when that has ended: return the job that
-    makes it, if it is due now.
+    A comparison that already has a table because one of its runs is being retried is not cancelled but gets a new
+    table when that run has ended; return the job that makes it if it is queued now.
     """
     for run in get_runs(session, comparison_id):
         run_jobs.request_cancel(session, run.id)
-    # Not locked yet: a job comes before it. A table that is closed with in between has closed its job, too.
+    # Not locked yet, since jobs are locked first. If a table is saved in between, its job has ended, too.
     if session.get_one(Comparison, comparison_id, populate_existing=True).table is not None:
         return _finish_if_runs_ended(session, _lock(session, comparison_id))
     jobs.request_cancel(session, comparison_id, JobKind.COMPARE)
@@ -223,7 +233,7 @@ def request_cancel(session: Session, comparison_id: str) -> Job | None:
 
 
 def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | None:
-    """Do what is due when all runs of a comparison have ended, if they have."""
+    """If all runs of a comparison have ended, queue its table or end it."""
     if comparison.state.is_final:
         return None
     states = [run.state for run in get_runs(session, comparison.id)]
@@ -231,11 +241,11 @@ def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | Non
         return None
     if RunState.SUCCEEDED in states:
         comparison.state = ComparisonState.RUNNING
-        if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # the run was tried again while the table was made
+        if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # a run was retried while the table was made
             return None
         return _queue_table_job(session, comparison)
     if RunState.FAILED in states:
-        error = NothingToCompare("No run of the comparison succeeded; each of them says why.")
+        error = NothingToCompare("No run of the comparison succeeded. See the error of each run, then retry one.")
         _end(comparison, ComparisonState.FAILED, error.record())
     else:
         _end(comparison, ComparisonState.CANCELLED)
@@ -243,7 +253,7 @@ def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | Non
 
 
 def _queue_table_job(session: Session, comparison: Comparison) -> Job:
-    """Owe a table, numbered so that one may be owed while the job of the one before is not closed yet."""
+    """Queue a table job. Its index is new, so that it may be queued while the previous one is still running."""
     query = select(func.count()).where(Job.kind == JobKind.COMPARE, Job.subject_id == comparison.id)
     number = session.scalar(query) or 0
     return jobs.add_job(
@@ -262,7 +272,7 @@ def _end(comparison: Comparison, state: ComparisonState, error: dict[str, Any] |
 
 
 def _lock(session: Session, comparison_id: str) -> Comparison:
-    """Return a comparison whose row is held until the transaction ends, as it stands then."""
+    """Lock the row of a comparison until the transaction ends, and return its current values."""
     return session.get_one(Comparison, comparison_id, with_for_update=NO_KEY_UPDATE, populate_existing=True)
 
 

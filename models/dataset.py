@@ -20,6 +20,9 @@ from sqlalchemy import (
     String,
     UniqueConstraint,
     delete,
+    func,
+    literal,
+    or_,
     select,
     text,
     update,
@@ -34,6 +37,7 @@ from artifacts.manifest import Row
 from artifacts.store import Digest
 from errors import NameTaken, NotFound, NotReady, Refused
 from models.base import Base, Json, new_id, now, text_enum
+from models.paging import PageRequest, RowPage, fetch_page, fetch_records
 from models.project import Principal, owner, scope
 from recipes.defaults import ClassCount
 from recipes.recipe import Task
@@ -44,7 +48,7 @@ _ALIVE = text("deleted_at IS NULL")
 
 
 class DatasetState(StrEnum):
-    """Where a version stands."""
+    """State of a data set version, from upload to ready or rejected."""
 
     UPLOADED = "uploaded"
     INGESTING = "ingesting"
@@ -53,7 +57,7 @@ class DatasetState(StrEnum):
 
 
 class Dataset(Base):
-    """A named line of versions. A deleted one keeps its row, since runs still name it, but gives its name back."""
+    """A named series of versions. A deleted one keeps its row, since runs refer to it, but its name becomes free."""
 
     __tablename__ = "dataset"
     __table_args__ = (
@@ -75,7 +79,7 @@ class Dataset(Base):
 
 
 class DatasetVersion(Base):
-    """One immutable state of a data set. Counts, classes and manifest are there once it is ready."""
+    """One immutable state of a data set. Counts, classes and manifest are set once its state is ready."""
 
     __tablename__ = "dataset_version"
     __table_args__ = (UniqueConstraint("dataset_id", "number"),)
@@ -107,12 +111,12 @@ class DatasetVersion(Base):
 
     @property
     def groups(self) -> int:
-        """How many groups of images can be folded; of a regression alone, since other tasks count them by class."""
+        """Number of groups to split into folds; only for a regression, as other tasks count groups per class."""
         return int((self.target or {}).get("groups", self.images))
 
 
 class Image(Base):
-    """One file, by its content; the same file in two versions is one image. Sizes in bytes and upright pixels."""
+    """One image file, identified by its content: versions share it. Width and height are pixels after EXIF rotation."""
 
     __tablename__ = "image"
     __table_args__ = (UniqueConstraint("project_id", "sha256"),)
@@ -127,7 +131,7 @@ class Image(Base):
 
 
 class Membership(Base):
-    """An image in a version, with what is known of it there. Several labels are joined by `|`."""
+    """An image in a version, with its label or target, group and split. Several labels are joined by `|`."""
 
     __tablename__ = "membership"
     __table_args__ = (Index(None, "version_id", "label", "path"),)
@@ -143,7 +147,7 @@ class Membership(Base):
 
 @dataclass(frozen=True)
 class IngestedImage:
-    """An image that ingest took in: its row of the manifest, and what is known of its file."""
+    """An image that ingest accepted: its row of the manifest, its size and format."""
 
     row: Row
     facts: ImageFacts
@@ -156,8 +160,8 @@ class IngestedImage:
 def get_dataset(session: Session, principal: Principal, dataset_id: str, *, for_change: bool = False) -> Dataset:
     """Return a data set that is not deleted. Raises NotFound.
 
-    With `for_change` its row is held until the transaction ends: adding a version, starting a run and deleting wait
-    for each other, and each sees what the one before did.
+    With `for_change` its row is locked until the transaction ends, so that adding a version, starting a run and
+    deleting happen one after the other.
     """
     query = select(Dataset).where(
         Dataset.id == dataset_id, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
@@ -168,6 +172,53 @@ def get_dataset(session: Session, principal: Principal, dataset_id: str, *, for_
     return dataset
 
 
+def list_datasets(session: Session, principal: Principal, page: PageRequest) -> RowPage[Dataset]:
+    """Return one page of the data sets that are not deleted, the newest first."""
+    query = select(Dataset).where(Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal))
+    return fetch_records(session, query, Dataset.id, page)
+
+
+def list_images(
+    session: Session, version_id: str, label: str | None, page: PageRequest
+) -> RowPage[tuple[Membership, Image]]:
+    """Return one page of a version's images in the order of its manifest; with a label, only those that have it."""
+    query = (
+        select(Membership, Image)
+        .join(Image, Image.id == Membership.image_id)
+        .where(Membership.version_id == version_id)
+    )
+    if label:
+        position = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
+        joined = literal("|") + Membership.label + literal("|")
+        query = query.where(or_(Membership.label == label, position(joined, f"|{label}|") > 0))
+    key = path_order(session)
+    found = fetch_page(session, query, key, lambda row: str(row.Membership.path), page, ascending=True)
+    return RowPage([(row.Membership, row.Image) for row in found.rows], found.next_after)
+
+
+def find_image(session: Session, dataset_id: str, sha256: str) -> Digest | None:
+    """Return the digest of an image if any version of the data set has it, else None."""
+    query = (
+        select(Image.sha256)
+        .join(Membership, Membership.image_id == Image.id)
+        .join(DatasetVersion, DatasetVersion.id == Membership.version_id)
+        .where(DatasetVersion.dataset_id == dataset_id, Image.sha256 == sha256)
+    )
+    found = session.scalar(query.limit(1))
+    return None if found is None else Digest(found)
+
+
+def find_version_image(session: Session, version_id: str, sha256: str) -> Digest | None:
+    """Return the digest of an image if the version has it, else None."""
+    query = (
+        select(Image.sha256)
+        .join(Membership, Membership.image_id == Image.id)
+        .where(Membership.version_id == version_id, Image.sha256 == sha256)
+    )
+    found = session.scalar(query.limit(1))
+    return None if found is None else Digest(found)
+
+
 def get_versions(session: Session, dataset_id: str) -> Sequence[DatasetVersion]:
     """Return every version of a data set, the newest first."""
     query = select(DatasetVersion).where(DatasetVersion.dataset_id == dataset_id)
@@ -175,21 +226,21 @@ def get_versions(session: Session, dataset_id: str) -> Sequence[DatasetVersion]:
 
 
 def current_version(versions: Sequence[DatasetVersion]) -> DatasetVersion:
-    """Return the version that a data set shows: the newest that is ready, else the newest of all."""
+    """Return the version that represents a data set: the newest that is ready, else the newest."""
     return next((version for version in versions if version.state is DatasetState.READY), versions[0])
 
 
 def path_order(session: Session) -> ColumnElement[str]:
-    """Return what to sort memberships by for the order of a manifest, which is Python's.
+    """Return the expression that sorts memberships in the order of the manifest: by code points, as Python does.
 
-    SQLite compares bytes by itself; PostgreSQL compares by the rules of a language unless told otherwise.
+    SQLite compares bytes by default; PostgreSQL would compare by the rules of a language.
     """
     is_postgresql = session.get_bind().dialect.name == "postgresql"
     return Membership.path.collate("C") if is_postgresql else Membership.path.expression
 
 
 def ready_version(session: Session, dataset: Dataset, number: int | None) -> DatasetVersion:
-    """Return the version that a run may use: `number`, or the newest that is ready. Raises NotFound or NotReady."""
+    """Return the version for a run: `number`, or the newest ready one if None. Raises NotFound or NotReady."""
     versions = get_versions(session, dataset.id)
     wanted = [version for version in versions if number in (None, version.number)]
     if not wanted:
@@ -199,7 +250,7 @@ def ready_version(session: Session, dataset: Dataset, number: int | None) -> Dat
         reason = (version.error or {}).get("detail", "")
         raise NotReady(f"Data set {dataset.name!r} was rejected and cannot be trained on: {reason}")
     if version.state is not DatasetState.READY:
-        raise NotReady(f"Data set {dataset.name!r} is {version.state.value}; wait until its state is ready.")
+        raise NotReady(f"Data set {dataset.name!r} is {version.state.value}. Wait until its state is ready.")
     return version
 
 
@@ -207,7 +258,7 @@ def ready_version(session: Session, dataset: Dataset, number: int | None) -> Dat
 
 
 def check_name(session: Session, principal: Principal, name: str) -> None:
-    """See that a new data set may have this name. Raises NameTaken."""
+    """Check that a new data set may have this name. Raises NameTaken."""
     query = select(Dataset.id).where(
         Dataset.name == name, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
     )
@@ -227,21 +278,21 @@ def create_dataset(session: Session, principal: Principal, name: str) -> Dataset
     try:
         with session.begin_nested():
             session.add(dataset)
-    except IntegrityError:  # somebody else took the name after the look above
+    except IntegrityError:  # another request took the name after the check above
         check_name(session, principal, name)
         raise
     return dataset
 
 
 def check_idle(session: Session, dataset: Dataset) -> None:
-    """See that no version is under way, so that the next one knows what it adds to. Raises NotReady."""
+    """Check that no version is being ingested: the next version needs the finished one as parent. Raises NotReady."""
     waiting = (DatasetState.UPLOADED, DatasetState.INGESTING)
     if any(version.state in waiting for version in get_versions(session, dataset.id)):
-        raise NotReady(f"Data set {dataset.name!r} is still taking in other images; wait until they are in.")
+        raise NotReady(f"Data set {dataset.name!r} is still ingesting other images. Wait until its state is ready.")
 
 
 def add_version(session: Session, dataset: Dataset, archive: Digest) -> DatasetVersion:
-    """Add a version that waits for its archive to be ingested. Raises NotReady while another one is under way."""
+    """Add a version whose archive is to be ingested. Raises NotReady while another version is being ingested."""
     check_idle(session, dataset)
     versions = get_versions(session, dataset.id)
     ready = [version for version in versions if version.state is DatasetState.READY]
@@ -257,17 +308,17 @@ def add_version(session: Session, dataset: Dataset, archive: Digest) -> DatasetV
 
 
 def start_ingest(session: Session, version_id: str) -> DatasetVersion:
-    """Mark a version as being taken in; what an interrupted attempt left of images is the caller's to drop."""
+    """Mark a version as being ingested; the caller drops the images that an interrupted attempt left."""
     version = session.get_one(DatasetVersion, version_id)
     if version.state not in (DatasetState.UPLOADED, DatasetState.INGESTING):
-        raise RuntimeError(f"Version {version_id} is {version.state}, not waiting. This is a bug.")
+        raise RuntimeError(f"Version {version_id} is {version.state}, not waiting for ingest. This is a bug.")
     version.state = DatasetState.INGESTING
     version.progress = None
     return version
 
 
 def requeue_ingest(session: Session, version_id: str) -> None:
-    """Put a version back in line after its attempt was interrupted."""
+    """Mark a version whose ingest was interrupted as waiting again; a closed version stays as it is."""
     session.execute(
         update(DatasetVersion)
         .where(DatasetVersion.id == version_id, DatasetVersion.state == DatasetState.INGESTING)
@@ -276,7 +327,7 @@ def requeue_ingest(session: Session, version_id: str) -> None:
 
 
 def add_images(session: Session, project_id: str, version_id: str, accepted: Sequence[IngestedImage]) -> None:
-    """Add images and their membership in a version that is being ingested; those that are there stay as they are."""
+    """Add images and their memberships to a version that is being ingested; existing rows stay unchanged."""
     if not accepted:
         return
     files = [
@@ -316,7 +367,7 @@ def add_images(session: Session, project_id: str, version_id: str, accepted: Seq
 def copy_memberships(session: Session, from_version: str, to_version: str, after_path: str, limit: int) -> str | None:
     """Copy up to `limit` rows after `after_path` into another version; return the last path, None at the end.
 
-    Rows that are there already stay as they are.
+    Rows that exist already stay unchanged.
     """
     columns = [column for column in Membership.__table__.columns if column.name != "version_id"]
     query = (
@@ -333,7 +384,7 @@ def copy_memberships(session: Session, from_version: str, to_version: str, after
 
 
 def _add_missing(session: Session, record: type[Base], rows: Sequence[dict[str, Any]]) -> None:
-    """Add those rows whose keys are not there yet."""
+    """Insert the rows whose keys do not exist yet."""
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     session.execute(dialect.insert(record).on_conflict_do_nothing(), rows)
 
@@ -351,7 +402,7 @@ def mark_ready(
     target: dict[str, Any] | None,
     refused: Sequence[Refused],
 ) -> None:
-    """Make an ingested version usable. Its archive is still named: it may go once this is committed."""
+    """Mark an ingested version as ready. It still references its archive, which may be dropped after the commit."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.READY
     version.manifest_sha256 = manifest
@@ -369,7 +420,7 @@ def mark_ready(
 def mark_rejected(
     session: Session, version_id: str, error: dict[str, Any], refused: Sequence[Refused] = (), ignored: int = 0
 ) -> None:
-    """Close a version that makes no data set, keeping why. Its archive is still named, as in `mark_ready`."""
+    """Mark a version as rejected, with the reason. It still references its archive, as in `mark_ready`."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.REJECTED
     version.error = error
@@ -379,23 +430,23 @@ def mark_rejected(
 
 
 def cancel_ingest(session: Session, version_id: str) -> None:
-    """Close a version that waited for its ingest when its data set was deleted; a purge drops its archive."""
+    """Reject a waiting version whose data set was deleted; the purge job drops its archive."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.REJECTED
 
 
 def delete_dataset(dataset: Dataset) -> None:
-    """Take a data set out of sight and free its name; a purge job then drops what it held."""
+    """Mark a data set as deleted, which frees its name; a purge job then deletes its images."""
     dataset.deleted_at = now()
 
 
 def set_progress(session: Session, version_id: str, progress: dict[str, Any]) -> None:
-    """Say how far the ingest of a version is."""
+    """Save the progress of a version's ingest."""
     session.get_one(DatasetVersion, version_id).progress = progress
 
 
 def find_leftover_archives(session: Session) -> Sequence[str]:
-    """Return the versions whose ingest has ended and whose archive is still named, since its worker ended with it."""
+    """Return the closed versions that still reference their archive because their worker died before dropping it."""
     closed = (DatasetState.READY, DatasetState.REJECTED)
     query = select(DatasetVersion.id).where(
         DatasetVersion.archive_sha256.is_not(None), DatasetVersion.state.in_(closed)
@@ -404,14 +455,14 @@ def find_leftover_archives(session: Session) -> Sequence[str]:
 
 
 def drop_archive(session: Session, version_id: str) -> list[Digest]:
-    """Drop the archive of a closed version; return that file, if there is one."""
+    """Remove the reference to a closed version's archive; return the file, if there is one."""
     version = session.get_one(DatasetVersion, version_id)
     archive, version.archive_sha256 = version.archive_sha256, None
     return [] if archive is None else [Digest(archive)]
 
 
 def drop_files(session: Session, dataset_id: str) -> list[Digest]:
-    """Drop the manifests and waiting archives of a deleted data set; return those files."""
+    """Remove the references to manifests and archives of a deleted data set; return the files."""
     digests = []
     for version in get_versions(session, dataset_id):
         digests += [Digest(file) for file in (version.manifest_sha256, version.archive_sha256) if file is not None]
@@ -425,7 +476,7 @@ def _set_refused(version: DatasetVersion, refused: Sequence[Refused]) -> None:
 
 
 def drop_memberships(session: Session, version_ids: Sequence[str], limit: int) -> tuple[int, list[Digest]]:
-    """Remove up to `limit` rows of versions; return how many, and the files of images that no version names now."""
+    """Delete up to `limit` memberships of versions; return their number and the files of unused images."""
     gone = session.execute(
         select(Membership.version_id, Membership.path, Membership.image_id)
         .where(Membership.version_id.in_(version_ids))

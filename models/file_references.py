@@ -1,4 +1,4 @@
-"""Which stored files are still named by a row; those that are not can be collected."""
+"""Finds stored files that no row references, and deletes them. Knows every column that can name a file."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], 
 
 log = structlog.get_logger()
 
-_LOCK = 0x65737061  # any number that is only used here
+_LOCK = 0x65737061  # arbitrary, used nowhere else
 
 
 def try_delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest]) -> bool:
-    """Remove those of the stored files that no row names.
+    """Delete those of the files that no row references; return False if the store is unavailable.
 
-    Return False if the store is away: a state must not wait for that, and `models.garbage` finds them later.
+    A change of state must not wait for the store: `models.garbage` finds and deletes the files later.
     """
     try:
         delete_unreferenced(session, store, digests)
     except StoreUnavailable as error:
-        log.warning("files not removed", files=len(digests), error=error.detail)
+        log.warning("unreferenced files not deleted yet", files=len(digests), error=error.detail)
         return False
     return True
 
 
 def delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest]) -> list[Digest]:
-    """Remove those of the stored files that no row names, and return them. Raises StoreUnavailable."""
+    """Delete those of the files that no row references, and return them. Raises StoreUnavailable."""
     session.flush()
     lock_files(session)
     removed = find_unreferenced(session, digests)
@@ -64,13 +64,16 @@ def delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest
 
 
 def delete_unreferenced_after_commit(session: Session, store: Store, digests: Sequence[Digest]) -> None:
-    """Do the same once the transaction is committed: a file that is gone cannot be rolled back."""
+    """Delete those of the files that no row references once this transaction is committed.
+
+    A deleted file could not be restored by a rollback.
+    """
     if digests:
         after_commit(session, lambda own: try_delete_unreferenced(own, store, digests))
 
 
 def find_unreferenced(session: Session, digests: Collection[Digest]) -> list[Digest]:
-    """Return those of the stored files that no row names."""
+    """Return those of the files that no row references, in their order."""
     referenced = {
         found for column in _COLUMNS for found in session.scalars(select(column).where(column.in_(digests)).distinct())
     }
@@ -78,15 +81,15 @@ def find_unreferenced(session: Session, digests: Collection[Digest]) -> list[Dig
 
 
 def referenced_files(session: Session) -> set[Digest]:
-    """Return every file that a row names."""
+    """Return every file that a row references."""
     found = (session.scalars(select(column).where(column.is_not(None)).distinct()) for column in _COLUMNS)
     return {Digest(sha256) for column in found for sha256 in column if sha256 is not None}
 
 
 def lock_files(session: Session) -> None:
-    """Keep naming files and removing unnamed ones apart until the transaction ends.
+    """Keep other transactions from adding references or deleting files until this one ends.
 
-    SQLite has one writer at a time anyway; PostgreSQL gets an advisory lock.
+    SQLite has one writer at a time anyway; PostgreSQL takes an advisory lock.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(_LOCK)))

@@ -1,7 +1,7 @@
-"""Removes what nothing needs any more: files without a name, checkpoints of runs that failed long ago, old answers.
+"""Garbage collection: deletes unreferenced files, checkpoints of expired failed runs, and expired idempotency answers.
 
-Every change is a small transaction of its own. A file counts by its age, on the clock of the store that stamped it:
-whoever has just stored one is about to name it.
+Each change is a small transaction. Only old files are deleted, because a new file is stored before a row references it;
+its age is measured by the clock of the store.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from models.session import Database
 T = TypeVar("T")
 
 GARBAGE_COLLECTION = "collection"
-"""The name that one process at a time holds, by `Database.exclusive`, to collect."""
+"""Name that a process locks with `Database.exclusive` while it collects, so that one collects at a time."""
 
-# Names are asked for so many at a time, and so many are removed while nobody else can name a file.
+# Files per query for references, and files deleted while other transactions cannot add references.
 _LOOKUP_BATCH = 200
 _DELETE_BATCH = 25
 
 
 @dataclass(frozen=True)
 class CollectionSummary:
-    """What was removed: files with their bytes, runs that begin anew if they are tried again, and answers."""
+    """Number of deleted files and their bytes, of runs that lost their checkpoints, and of idempotency answers."""
 
     files: int
     size_bytes: int
@@ -47,16 +47,16 @@ def collect_garbage(
     *,
     dry_run: bool = False,
 ) -> CollectionSummary:
-    """Remove what nothing needs any more; return what that was, or with `dry_run` what it would be.
+    """Delete everything that is no longer needed and return a summary, or only the summary with `dry_run`.
 
-    Files that only a failed run or a closed version names are counted once that is done. Raises Unavailable.
+    A dry run does not count files that an expired run or a closed version still references. Raises Unavailable.
 
     Args:
-        database: whose rows name files.
-        store: whose files are looked at.
-        older_than_s: seconds since it was written after which a file that no row names may go.
-        is_over: whether to end before everything was looked at.
-        dry_run: whether to leave everything as it is.
+        database: the rows that reference files.
+        store: the files.
+        older_than_s: minimum age in seconds of an unreferenced file to be deleted.
+        is_over: returns True to stop early.
+        dry_run: whether to change nothing.
     """
     with database.reading() as session:
         failed = runs.find_expired_failures(session)
@@ -73,7 +73,7 @@ def collect_garbage(
 
 
 def drop_copies(database: Database, store: Store, older_than_s: float) -> int:
-    """Drop those of this machine's copies that no row names and nobody used for long; return how many."""
+    """Delete local copies that no row references and that were not used for `older_than_s`; return how many."""
     dropped = 0
     limit = time.time() - older_than_s
     for copies in _in_batches((copy for copy in store.cached() if copy.written_at < limit), _LOOKUP_BATCH):
@@ -85,7 +85,7 @@ def drop_copies(database: Database, store: Store, older_than_s: float) -> int:
 
 
 def _drop_resume_data(database: Database, run_id: str) -> bool:
-    """Forget what a failed run would go on from; return False if somebody tries it again just now."""
+    """Drop what an expired failed run would resume from; return False if it has been retried meanwhile."""
     with database.writing() as session:
         if not runs.is_expired_failure(runs.lock_run(session, run_id)):
             return False
@@ -96,7 +96,7 @@ def _drop_resume_data(database: Database, run_id: str) -> bool:
 def _delete_unreferenced_files(
     database: Database, store: Store, older_than_s: float, is_over: Callable[[], bool], *, dry_run: bool
 ) -> Iterator[StoredFile]:
-    """Remove the old files that no row names, and yield them."""
+    """Delete the old files that no row references, and yield them."""
     limit = store.now() - older_than_s
     for files in _in_batches((file for file in store.files() if file.written_at < limit), _LOOKUP_BATCH):
         if is_over():
@@ -109,15 +109,15 @@ def _delete_unreferenced_files(
 
 
 def _delete_batch(database: Database, store: Store, digests: Sequence[Digest], limit: float) -> list[Digest]:
-    """Remove files unless one was named or stored once more meanwhile; return those that are gone."""
+    """Delete files unless one was referenced or stored again meanwhile; return the deleted ones."""
     with database.writing() as session:
-        lock_files(session)  # before they are looked at: nobody names one in between
+        lock_files(session)  # before the check, so that no reference is added in between
         found = [store.find(digest) for digest in digests]
         return delete_unreferenced(session, store, [file.digest for file in found if file and file.written_at < limit])
 
 
 def _in_batches(things: Iterable[T], most: int) -> Iterator[list[T]]:
-    """Yield things in lists of at most so many."""
+    """Yield things in lists of at most `most`."""
     left = iter(things)
     while some := list(islice(left, most)):
         yield some

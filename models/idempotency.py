@@ -1,6 +1,6 @@
-"""What requests with an `Idempotency-Key` were answered, so that one that is sent again changes nothing twice.
+"""Stored answers to requests with an `Idempotency-Key`: a repeated request receives the first answer again.
 
-An answer is written in the transaction that makes what it tells of. See the IETF draft "The Idempotency-Key HTTP
+An answer is written in the transaction that makes the change it reports. See the IETF draft "The Idempotency-Key HTTP
 Header Field" (draft-ietf-httpapi-idempotency-key-header).
 """
 
@@ -20,7 +20,7 @@ KEPT_FOR = timedelta(days=7)
 
 
 class Answer(Base):
-    """The answer to the request that carried a key first; the fingerprint tells whether another one is the same."""
+    """The answer to the first request with a key; the fingerprint identifies repetitions of that request."""
 
     __tablename__ = "answer"
 
@@ -33,18 +33,18 @@ class Answer(Base):
 
 
 def has_answer(session: Session, principal: Principal, key: str) -> bool:
-    """Say whether a request with this key was answered before."""
+    """Return whether a request with this key was answered before."""
     return _find(session, principal, key) is not None
 
 
 def find_answer(session: Session, principal: Principal, key: str, fingerprint: str) -> Answer | None:
-    """Return what the request was answered before, or None. Raises KeyReused if the key came with another request."""
+    """Return the stored answer to this request, or None. Raises KeyReused if another request used the key."""
     answer = _find(session, principal, key)
     if answer is None:
         return None
     if answer.fingerprint != fingerprint:
         raise KeyReused(
-            f"The Idempotency-Key {key!r} came with another request before. Expected the same request, or a new key."
+            f"The Idempotency-Key {key!r} was already used by a different request. Send that request, or use a new key."
         )
     return answer
 
@@ -52,21 +52,21 @@ def find_answer(session: Session, principal: Principal, key: str, fingerprint: s
 def save_answer(
     session: Session, principal: Principal, key: str, fingerprint: str, location: str | None, body: dict[str, Any]
 ) -> None:
-    """Keep what a request is answered, in the transaction that makes it true."""
+    """Store the answer to a request, in the transaction that makes its change."""
     drop_expired_answers(session)
     session.add(Answer(project_id=principal.project_id, key=key, fingerprint=fingerprint, location=location, body=body))
     session.flush()
 
 
 def drop_expired_answers(session: Session) -> int:
-    """Forget answers of long ago; return how many."""
+    """Delete answers older than `KEPT_FOR`; return how many."""
     dropped = session.execute(delete(Answer).where(Answer.created_at < now() - KEPT_FOR))
     assert isinstance(dropped, CursorResult)
     return dropped.rowcount
 
 
 def count_expired_answers(session: Session) -> int:
-    """Return how many answers are of long ago."""
+    """Return how many answers are older than `KEPT_FOR`."""
     return session.scalar(select(func.count()).select_from(Answer).where(Answer.created_at < now() - KEPT_FOR)) or 0
 
 

@@ -1,4 +1,4 @@
-"""Projects: who owns what. One row today; every owned record names it, so that more can come without a migration."""
+"""Projects, which own all records. There is one today; a column in every owned record allows more without migration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_PROJECT = "prj_default"
 
 
 class Project(Base):
-    """A space of names for data sets, runs and models."""
+    """A namespace for data sets, runs and models."""
 
     __tablename__ = "project"
 
@@ -25,16 +25,16 @@ class Project(Base):
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks."""
+    """The sender of a request, and the project it may see."""
 
     project_id: str = DEFAULT_PROJECT
 
 
 def owner(*, primary_key: bool = False) -> Mapped[str]:
-    """Return the column that names a record's project."""
+    """Return the foreign key column of a record's project."""
     return mapped_column(ForeignKey("project.id"), index=not primary_key, primary_key=primary_key)
 
 
 def scope(project_id: InstrumentedAttribute[str], principal: Principal) -> ColumnElement[bool]:
-    """Return the condition that narrows a query to what the principal may see."""
+    """Return the condition that limits a query to the project of the principal."""
     return project_id == principal.project_id

@@ -1,7 +1,7 @@
 """Models, their versions and aliases; exported backbones and the weights they were built from. Loads nothing.
 
-Every change of a version or an alias counts `registry_revision` up in the same transaction: a process that serves
-predictions reads that one row to learn whether anything moved.
+Every change of a version or an alias increments `registry_revision` in the same transaction: a process that serves
+predictions reads only that row to find out whether anything changed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from artifacts.store import Digest
 from errors import NotFound
 from models.base import Base, new_id, now, text_enum
+from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
 from recipes.catalogue import BackboneName
 
@@ -35,7 +36,7 @@ class Model(Base):
 
 
 class ModelVersion(Base):
-    """What one run made of a model; it never changes."""
+    """The model that one run produced, as a numbered version; it never changes."""
 
     __tablename__ = "model_version"
     __table_args__ = (UniqueConstraint("model_id", "number"),)
@@ -61,7 +62,7 @@ class Alias(Base):
 
 
 class RegistryRevision(Base):
-    """One row, counted up by every change of the registry."""
+    """A single row that every change of the registry increments."""
 
     __tablename__ = "registry_revision"
 
@@ -70,7 +71,7 @@ class RegistryRevision(Base):
 
 
 class Backbone(Base):
-    """An exported network. The first export of a key wins: exports are not byte-equal, and sharing depends on it."""
+    """An exported network. The first export of a key wins: exports differ in their bytes, and models share the file."""
 
     __tablename__ = "backbone"
     __table_args__ = (UniqueConstraint("network", "weights_sha256", "cut", "size", "export_version"),)
@@ -86,10 +87,10 @@ class Backbone(Base):
 
 
 class QuantisedBackbone(Base):
-    """A quantised copy of an exported network, for images of one rule.
+    """An int8 copy of an exported network, for one image rule.
 
-    It is calibrated on the first data set that asks for it and serves all others, so that models go on to share it; a
-    later `generation` is what somebody had calibrated anew, and `manifest` says on what.
+    It is calibrated on the first data set that needs it and used for all others, so that models share it. A higher
+    `generation` was calibrated again on request; `manifest` says on which images.
     """
 
     __tablename__ = "quantised"
@@ -104,7 +105,7 @@ class QuantisedBackbone(Base):
 
 
 class Weights(Base):
-    """Weights of a network that lie in the store; `source` says where they came from."""
+    """Weights of a network in the store; `source` says where they came from."""
 
     __tablename__ = "weights"
 
@@ -122,8 +123,13 @@ def get_model(session: Session, principal: Principal, name: str) -> Model:
     """Return a model. Raises NotFound."""
     model = session.scalar(select(Model).where(Model.name == name, scope(Model.project_id, principal)))
     if model is None:
-        raise NotFound(f"No model is named {name!r}. GET /api/v1/models lists those that are.")
+        raise NotFound(f"No model is named {name!r}. GET /api/v1/models lists all models.")
     return model
+
+
+def list_models(session: Session, principal: Principal, page: PageRequest) -> RowPage[Model]:
+    """Return one page of the models, the newest first."""
+    return fetch_records(session, select(Model).where(scope(Model.project_id, principal)), Model.id, page)
 
 
 def get_model_version(session: Session, model: Model, number: int) -> ModelVersion:
@@ -155,12 +161,12 @@ def get_model_versions(session: Session, model_id: str) -> Sequence[ModelVersion
 
 
 def find_run_version(session: Session, run_id: str) -> ModelVersion | None:
-    """Return the model version that a run made, or None."""
+    """Return the model version that a run produced, or None."""
     return session.scalar(select(ModelVersion).where(ModelVersion.run_id == run_id))
 
 
 def get_run_versions(session: Session, run_ids: Sequence[str]) -> dict[str, ModelVersion]:
-    """Return the model versions that runs made, by run."""
+    """Return the model versions that runs produced, by run id."""
     query = select(ModelVersion).where(ModelVersion.run_id.in_(run_ids))
     return {version.run_id: version for version in session.scalars(query)}
 
@@ -184,15 +190,15 @@ def get_all_aliases(session: Session) -> list[tuple[Model, str, ModelVersion]]:
 
 
 def get_revision(session: Session) -> int:
-    """Return how often versions and aliases have changed."""
+    """Return the number of changes of versions and aliases so far."""
     return session.scalars(select(RegistryRevision.revision)).one()
 
 
 def add_model_version(
     session: Session, principal: Principal, name: str, run_id: str, bundle: Digest, backbone: Digest
 ) -> ModelVersion:
-    """Add what a run made as the next version of a model; the first one becomes the champion."""
-    _count_revision(session)  # also the lock that keeps two runs from taking the same number
+    """Add the result of a run as the next version of a model; the first version becomes the champion."""
+    _count_revision(session)  # also a lock: two runs cannot take the same number
     model = session.scalar(select(Model).where(Model.name == name, scope(Model.project_id, principal)))
     if model is None:
         model = Model(project_id=principal.project_id, name=name)
@@ -214,7 +220,7 @@ def add_model_version(
 
 
 def move_alias(session: Session, model: Model, alias: str, version: ModelVersion) -> None:
-    """Point an alias at a version, making the alias if there is none."""
+    """Point an alias at a version; create the alias if it does not exist."""
     _count_revision(session)
     session.merge(Alias(model_id=model.id, name=alias, version_id=version.id, moved_at=now()))
 
@@ -229,7 +235,7 @@ def _count_revision(session: Session) -> None:
 def find_backbone(
     session: Session, network: BackboneName, weights: Digest, cut: str, size: int, export_version: int
 ) -> Backbone | None:
-    """Return the export of a key, or None if there is none yet."""
+    """Return the exported backbone of a key, or None if there is none yet."""
     return session.scalar(
         select(Backbone).where(
             Backbone.network == network,
@@ -242,7 +248,7 @@ def find_backbone(
 
 
 def add_backbone(session: Session, backbone: Backbone) -> Backbone:
-    """Add an export and return the one that counts: an earlier one of the same key, or this."""
+    """Add an exported backbone and return the one to use: an earlier export of the same key, or this one."""
     _count_revision(session)  # serialises writers: the second one sees the first
     key = (backbone.network, Digest(backbone.weights_sha256), backbone.cut, backbone.size, backbone.export_version)
     existing = find_backbone(session, *key)
@@ -252,7 +258,7 @@ def add_backbone(session: Session, backbone: Backbone) -> Backbone:
 
 
 def find_quantised_backbone(session: Session, backbone: Digest, image_rule: int) -> QuantisedBackbone | None:
-    """Return the newest quantised copy of a network, or None if there is none yet."""
+    """Return the newest int8 copy of a network, or None if there is none yet."""
     query = select(QuantisedBackbone).where(
         QuantisedBackbone.backbone_sha256 == backbone, QuantisedBackbone.image_rule == image_rule
     )
@@ -268,13 +274,16 @@ def add_quantised_backbone(
     *,
     is_anew: bool = False,
 ) -> QuantisedBackbone:
-    """Add a quantised copy of a network and return the one that counts: an earlier one, unless this was made anew."""
+    """Add an int8 copy of a network and return the one to use.
+
+    That is the earlier copy if there is one, unless `is_anew`: then the new copy becomes the newest generation.
+    """
     _count_revision(session)  # serialises writers: the second one sees the first
     newest = find_quantised_backbone(session, backbone, image_rule)
     if newest is not None and (not is_anew or newest.sha256 == digest):
         return newest
     generation = newest.generation + 1 if newest else 1
-    return session.merge(  # one that came out as an older one did becomes the newest
+    return session.merge(  # merge: equal bytes may be an older generation, which becomes the newest
         QuantisedBackbone(
             sha256=digest,
             backbone_sha256=backbone,
@@ -286,15 +295,20 @@ def add_quantised_backbone(
 
 
 def find_weights(session: Session, network: BackboneName, name: str) -> Weights | None:
-    """Return the weights of a network that lie in the store under this name, or None."""
+    """Return the stored weights of a network under this name, or None."""
     return session.get(Weights, (network, name))
 
 
+def get_weights_digests(session: Session) -> dict[tuple[BackboneName, str], str]:
+    """Return the digest of all weights in the store, by network and name."""
+    return {(row.network, row.name): row.sha256 for row in session.scalars(select(Weights))}
+
+
 def find_weights_by_name(session: Session, name: str) -> list[Weights]:
-    """Return the weights that lie in the store under this name, of any network."""
+    """Return the stored weights under this name, of all networks."""
     return list(session.scalars(select(Weights).where(Weights.name == name).order_by(Weights.network)))
 
 
 def set_weights(session: Session, weights: Weights) -> None:
-    """Name stored weights, replacing what had that name for this network."""
+    """Add stored weights; they replace weights of the same name and network."""
     session.merge(weights)

@@ -1,10 +1,9 @@
-"""Runs: what was asked, how far it is, what came out. Trains nothing.
+"""Runs: recipe, state, progress, events, folds and files of each training. Trains nothing.
 
 queued → running → succeeded | failed | cancelled
-running → queued when its worker was lost        failed → queued when somebody tries again
+running → queued when its worker was lost        failed → queued when it is retried
 
-Folds that have ended are kept through all of that, and so are checkpoints of those that have not: for a week after a
-failure.
+Finished folds, and checkpoints of unfinished ones, survive all these changes; after a failure for a week.
 """
 
 from __future__ import annotations
@@ -20,21 +19,22 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from artifacts.store import Digest
 from errors import NotFound
 from models.base import NO_KEY_UPDATE, Base, Json, new_id, now, text_enum
+from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
 from recipes.recipe import Recipe
 
 FINAL_PART = -1
-"""The number of the final fit among the parts of a run, whose folds count from 0."""
+"""Part number of the final fit; the folds are parts 0, 1, and so on."""
 
 RESUMABLE_FOR = timedelta(days=7)
-"""How long after its failure a run can be tried again from where it was; later it begins anew."""
+"""How long after its failure a run can resume from its checkpoints; later a retry starts from the beginning."""
 
-# The last one, and the one before in case that one cannot be read.
+# The newest, and the one before in case the newest cannot be read.
 _CHECKPOINTS_KEPT = 2
 
 
 class RunState(StrEnum):
-    """Where a run stands."""
+    """State of a run."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -44,12 +44,12 @@ class RunState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Say whether nothing will happen any more."""
+        """Whether the run has ended."""
         return self not in (RunState.QUEUED, RunState.RUNNING)
 
 
 class EventKind(StrEnum):
-    """What an event tells."""
+    """What an event of a run reports."""
 
     PROGRESS = "progress"
     EPOCH = "epoch"
@@ -60,12 +60,12 @@ class EventKind(StrEnum):
 class Run(Base):
     """One training of one model on one data set version.
 
-    `batch_size` is what it had to come down to after memory ran out; None while it trains as its recipe says.
-    `weights_sha256` is what the recipe's weights were when it began, until it is over: all its parts learn from them.
-    `quantised_sha256` and `precision_choice` likewise: what its recipe's precision came to, and what was tried for it.
-    `features_choice` is where its features come from, if its recipe left that open.
-    `job_id` names the train job whose parts count: those of an attempt that was given up change nothing any more.
-    `training_s` are the seconds of all its parts, whoever did them; waiting does not count.
+    `batch_size` is the reduced batch size after memory ran out; None while the recipe's applies.
+    `weights_sha256` names the weights that all parts start from; set from the start to the end of the run.
+    `quantised_sha256` and `precision_choice` do the same for the precision: the int8 network, and how it was chosen.
+    `features_choice` is the chosen source of features if the recipe leaves it open.
+    `job_id` names the train job of the current attempt: jobs of earlier attempts change nothing any more.
+    `training_s` is the sum of seconds over all parts, on any worker; waiting does not count.
     """
 
     __tablename__ = "run"
@@ -96,7 +96,7 @@ class Run(Base):
 
 
 class RunEvent(Base):
-    """One thing that happened in a run; `seq` counts from 1 without a gap."""
+    """One event of a run; `seq` counts from 1 without gaps."""
 
     __tablename__ = "run_event"
 
@@ -110,7 +110,7 @@ class RunEvent(Base):
 class Fold(Base):
     """What one fold of a run measured; `history` has one entry per epoch.
 
-    `outcome_sha256` names the file that the end of the run needs of it, until then.
+    `outcome_sha256` names the file that the final job reads; it is removed at the end of the run.
     """
 
     __tablename__ = "fold"
@@ -127,7 +127,7 @@ class Fold(Base):
 
 
 class Checkpoint(Base):
-    """What an interrupted part of a run goes on from: a stored file. `part` is a fold, or FINAL_PART."""
+    """A stored file from which an interrupted part of a run resumes. `part` is a fold number or FINAL_PART."""
 
     __tablename__ = "checkpoint"
 
@@ -141,7 +141,7 @@ class Checkpoint(Base):
 
 
 class RunArtifact(Base):
-    """A file that a run made, by its name in the run."""
+    """A file that a run produced; `name` is unique within the run."""
 
     __tablename__ = "run_artifact"
 
@@ -160,18 +160,23 @@ def get_run(session: Session, principal: Principal, run_id: str) -> Run:
     return run
 
 
+def list_runs(session: Session, principal: Principal, page: PageRequest) -> RowPage[Run]:
+    """Return one page of the runs, the newest first."""
+    return fetch_records(session, select(Run).where(scope(Run.project_id, principal)), Run.id, page)
+
+
 def get_folds(session: Session, run_id: str) -> Sequence[Fold]:
-    """Return the folds that are done, in their order."""
+    """Return the finished folds in the order of their numbers."""
     return session.scalars(select(Fold).where(Fold.run_id == run_id).order_by(Fold.number)).all()
 
 
 def get_artifacts(session: Session, run_id: str) -> Sequence[RunArtifact]:
-    """Return the files of a run by name."""
+    """Return the files of a run, sorted by name."""
     return session.scalars(select(RunArtifact).where(RunArtifact.run_id == run_id).order_by(RunArtifact.name)).all()
 
 
 def get_events(session: Session, run_id: str, after: int, limit: int = 500) -> Sequence[RunEvent]:
-    """Return the events after number `after`, in their order."""
+    """Return up to `limit` events after number `after`, in their order."""
     query = select(RunEvent).where(RunEvent.run_id == run_id, RunEvent.seq > after)
     return session.scalars(query.order_by(RunEvent.seq).limit(limit)).all()
 
@@ -191,7 +196,7 @@ def get_checkpoints(session: Session, run_id: str) -> dict[int, list[Digest]]:
 
 
 def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
-    """Say whether a run on one of these data set versions is queued or running."""
+    """Return whether a run on one of these data set versions is queued or running."""
     states = (RunState.QUEUED, RunState.RUNNING)
     return bool(
         session.scalar(select(func.count()).where(Run.dataset_version_id.in_(version_ids), Run.state.in_(states)))
@@ -199,7 +204,7 @@ def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
 
 
 def find_expired_failures(session: Session) -> Sequence[str]:
-    """Return the runs that failed long ago and still keep what they would go on from."""
+    """Return the runs that failed more than `RESUMABLE_FOR` ago and still have data to resume from."""
     keeps = or_(
         Run.weights_sha256.is_not(None),
         Run.quantised_sha256.is_not(None),
@@ -211,12 +216,12 @@ def find_expired_failures(session: Session) -> Sequence[str]:
 
 
 def is_expired_failure(run: Run) -> bool:
-    """Say whether a run failed so long ago that it would begin anew if it were tried again."""
+    """Return whether a run failed more than `RESUMABLE_FOR` ago."""
     return run.state is RunState.FAILED and run.finished_at is not None and run.finished_at < now() - RESUMABLE_FOR
 
 
 def create_run(session: Session, principal: Principal, version_id: str, name: str, recipe: Recipe) -> Run:
-    """Add a queued run with its recipe as it will be trained."""
+    """Add a queued run; `recipe` has its defaults filled in."""
     run = Run(
         project_id=principal.project_id,
         dataset_version_id=version_id,
@@ -231,19 +236,19 @@ def create_run(session: Session, principal: Principal, version_id: str, name: st
 
 
 def lock_run(session: Session, run_id: str) -> Run:
-    """Return a run whose row is held until the transaction ends, as it stands then."""
+    """Lock the row of a run until the transaction ends, and return its current values."""
     return session.get_one(Run, run_id, with_for_update=NO_KEY_UPDATE, populate_existing=True)
 
 
 def start_run(session: Session, run_id: str) -> Run:
-    """Mark a run as running; the folds that an interrupted attempt has ended stay."""
+    """Mark a run as running; it keeps the finished folds of an interrupted attempt."""
     run = _change(session, run_id, RunState.RUNNING, {"progress": progress(stage="starting")})
     run.started_at = run.started_at or now()
     return run
 
 
 def requeue_run(session: Session, run_id: str, stage: str = "queued") -> None:
-    """Put a run back in line after its worker was lost; one whose worker never began is still there."""
+    """Mark a run as queued again after its worker was lost; does nothing if it is still queued."""
     state = lock_run(session, run_id).state
     if state.is_final:
         raise RuntimeError(f"Run {run_id} cannot go from {state} to queued by itself. This is a bug.")
@@ -252,29 +257,29 @@ def requeue_run(session: Session, run_id: str, stage: str = "queued") -> None:
 
 
 def reopen_run(session: Session, run_id: str) -> Run:
-    """Put a failed run back in line."""
+    """Mark a failed run as queued again and clear its error."""
     session.execute(delete(Fold).where(Fold.run_id == run_id, Fold.outcome_sha256.is_(None)))  # of an older version
     again = {"error": None, "started_at": None, "finished_at": None, "progress": progress(stage="queued")}
     return _change(session, run_id, RunState.QUEUED, again)
 
 
 def succeed_run(session: Session, run_id: str, metrics: dict[str, Any], training_s: float) -> Run:
-    """Close a run with what it measured."""
+    """Mark a run as succeeded, with its metrics and training seconds."""
     done = {"metrics": metrics, "training_s": training_s, "finished_at": now()}
     return _change(session, run_id, RunState.SUCCEEDED, done | {"progress": progress(stage="done", fraction=1.0)})
 
 
 def fail_run(session: Session, run_id: str, error: dict[str, Any]) -> Run:
-    """Close a run with what went wrong."""
+    """Mark a run as failed, with its error record."""
     return _change(session, run_id, RunState.FAILED, {"error": error, "finished_at": now()})
 
 
 def cancel_run(session: Session, run_id: str) -> Run:
-    """Close a run because somebody asked for it."""
+    """Mark a run as cancelled."""
     return _change(session, run_id, RunState.CANCELLED, {"finished_at": now()})
 
 
-_ALLOWED = {
+_TRANSITIONS = {
     RunState.QUEUED: {RunState.RUNNING, RunState.CANCELLED, RunState.FAILED},
     RunState.RUNNING: {RunState.QUEUED, RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED},
     RunState.FAILED: {RunState.QUEUED},
@@ -283,7 +288,7 @@ _ALLOWED = {
 
 def _change(session: Session, run_id: str, state: RunState, values: Mapping[str, Any]) -> Run:
     run = lock_run(session, run_id)
-    if state not in _ALLOWED.get(run.state, set()):
+    if state not in _TRANSITIONS.get(run.state, set()):
         raise RuntimeError(f"Run {run_id} cannot go from {run.state} to {state}. This is a bug.")
     run.state = state
     for name, value in values.items():
@@ -293,7 +298,7 @@ def _change(session: Session, run_id: str, state: RunState, values: Mapping[str,
 
 
 def add_event(session: Session, run_id: str, kind: EventKind, payload: dict[str, Any]) -> None:
-    """Append an event; the caller holds the run's row, so that numbers do not clash."""
+    """Append an event; the caller must hold the lock on the run's row, so that numbers are unique."""
     seq = last_event_number(session, run_id) + 1
     session.add(RunEvent(run_id=run_id, seq=seq, kind=kind, payload=payload))
     session.flush()
@@ -308,7 +313,7 @@ def progress(
     epochs: int | None = None,
     eta_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return how far a run is: `fraction` of the whole from 0 to 1, `eta_s` the seconds it should still take."""
+    """Return the progress record of a run: `fraction` from 0 to 1, `eta_s` the estimated seconds left."""
     return {
         "stage": stage,
         "fraction": fraction,
@@ -321,15 +326,15 @@ def progress(
 
 
 def set_progress(session: Session, run_id: str, state: dict[str, Any]) -> None:
-    """Replace a run's progress and tell it as an event."""
+    """Replace a run's progress and add an event with it."""
     session.get_one(Run, run_id).progress = state
     add_event(session, run_id, EventKind.PROGRESS, state)
 
 
 def record_extraction(session: Session, run_id: str, extraction: dict[str, Any]) -> None:
-    """Keep what a run had to compute; an attempt that goes on from an earlier one finds it computed.
+    """Record how many images a run extracted features from; a resumed attempt keeps the first record.
 
-    Of the seconds the most count: fine-tuning tells of features first, then of all that it had to compute.
+    The larger number of seconds counts: fine-tuning reports the features first, then everything it computed.
     """
     run = session.get_one(Run, run_id)
     earlier = run.extraction or extraction
@@ -337,28 +342,28 @@ def record_extraction(session: Session, run_id: str, extraction: dict[str, Any])
 
 
 def halve_batch(session: Session, run_id: str) -> None:
-    """Have a run train with half the images in a step."""
+    """Halve the batch size of a run."""
     run = session.get_one(Run, run_id)
     run.batch_size = max(1, (run.batch_size or run.recipe["batch_size"]) // 2)
-    run.precision_choice = None  # its scores are those of the whole batch
+    run.precision_choice = None  # it was measured with the full batch
 
 
 def add_fold(session: Session, fold: Fold) -> None:
-    """Add a finished fold and tell it as an event."""
+    """Add a finished fold and an event with its metrics."""
     session.add(fold)
     payload = {"fold": fold.number, "epochs": fold.epochs, "best_epoch": fold.best_epoch, "metrics": fold.metrics}
     add_event(session, fold.run_id, EventKind.FOLD, payload)
 
 
 def drop_folds(session: Session, run_id: str) -> list[Digest]:
-    """Forget the folds of a run that begins anew; return the files that no fold names any more."""
+    """Delete the folds of a run that restarts; return the outcome files that they referenced."""
     dropped = _outcome_files(session, run_id)
     session.execute(delete(Fold).where(Fold.run_id == run_id))
     return dropped
 
 
 def drop_outcomes(session: Session, run_id: str) -> list[Digest]:
-    """Forget what only the end of a run needed of its folds; return the files that no fold names any more."""
+    """Remove the outcome files from the folds of an ended run; return the files."""
     dropped = _outcome_files(session, run_id)
     session.execute(update(Fold).where(Fold.run_id == run_id).values(outcome_sha256=None))
     return dropped
@@ -371,10 +376,10 @@ def _outcome_files(session: Session, run_id: str) -> list[Digest]:
 def add_checkpoint(
     session: Session, run_id: str, part: int, epochs: int, digest: Digest, size_bytes: int
 ) -> list[Digest]:
-    """Name a stored file as what a part goes on from; return the older files that this makes useless."""
+    """Add a checkpoint of a part; return the files of older checkpoints that it replaces."""
     mine = (Checkpoint.run_id == run_id, Checkpoint.part == part)
     newest = session.scalar(select(Checkpoint).where(*mine).order_by(Checkpoint.seq.desc()).limit(1))
-    if newest is not None and newest.sha256 == digest:  # written before, and nobody heard so
+    if newest is not None and newest.sha256 == digest:  # added before, but the confirmation was lost
         return []
     last = newest.seq if newest else 0
     old = (*mine, Checkpoint.seq <= last + 1 - _CHECKPOINTS_KEPT)
@@ -386,7 +391,7 @@ def add_checkpoint(
 
 
 def drop_checkpoints(session: Session, run_id: str, part: int | None = None) -> list[Digest]:
-    """Forget the checkpoints of a part, or of all; return the files that they named."""
+    """Delete the checkpoints of a part, or of all parts if None; return their files."""
     mine = [Checkpoint.run_id == run_id] + ([] if part is None else [Checkpoint.part == part])
     dropped = [Digest(sha256) for sha256 in session.scalars(select(Checkpoint.sha256).where(*mine))]
     session.execute(delete(Checkpoint).where(*mine))
@@ -394,7 +399,7 @@ def drop_checkpoints(session: Session, run_id: str, part: int | None = None) -> 
 
 
 def drop_networks(session: Session, run_id: str) -> list[Digest]:
-    """Forget which weights and which precision a run has begun with; return their files."""
+    """Clear the weights, the int8 network and the choices that a run started with; return their files."""
     run = session.get_one(Run, run_id)
     dropped = [Digest(sha256) for sha256 in (run.weights_sha256, run.quantised_sha256) if sha256]
     run.weights_sha256 = run.quantised_sha256 = run.precision_choice = run.features_choice = None
@@ -402,5 +407,5 @@ def drop_networks(session: Session, run_id: str) -> list[Digest]:
 
 
 def add_artifact(session: Session, run_id: str, name: str, digest: Digest, size_bytes: int, media_type: str) -> None:
-    """Name a stored file as belonging to a run, replacing an earlier one of that name."""
+    """Add a stored file to a run; it replaces an earlier file of that name."""
     session.merge(RunArtifact(run_id=run_id, name=name, sha256=digest, size_bytes=size_bytes, media_type=media_type))

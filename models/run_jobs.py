@@ -1,11 +1,11 @@
-"""The parts of a run: which jobs they are, and what the end of each means for the run.
+"""The jobs of a run, and how the end of each job changes the run.
 
-    train   makes everything ready; where folds are quick it goes on to the end
-    fold    one fold, where the network learns as well: for whichever worker is free
-    final   measures over all folds and makes the model
+    train   prepares weights and features; if only heads learn, it also trains all folds and makes the model
+    fold    trains one fold of a run whose network learns; any free worker may take it
+    final   evaluates over all folds and makes the model
 
-Whichever fold ends last owes the final job, in the transaction that ends it. Rows are locked in the order job, run,
-comparison.
+The fold that ends last queues the final job, in the transaction that ends the fold. Rows are locked in the order job,
+run, comparison.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRAINING = (JobKind.TRAIN, JobKind.FOLD, JobKind.FINAL)
 
 
 def queue_training(session: Session, run: Run) -> Job:
-    """Owe the training of a queued run, anew or for the first time."""
+    """Add the train job of a queued run and make it the job that counts for the run."""
     queue = workers.training_queue(session, _learns_layers(run))
     job = jobs.add_job(session, run.project_id, JobKind.TRAIN, queue, run.id)
     run.job_id = job.id
@@ -38,15 +38,15 @@ def queue_training(session: Session, run: Run) -> Job:
 
 
 def has_fold_jobs(run: Run) -> bool:
-    """Say whether the folds of a run are jobs of their own.
+    """Return whether each fold of a run is a separate job.
 
-    Where only heads learn, or a perceptron, a fold takes less than another process needs to start.
+    It is not if only heads or a perceptron learn: such a fold takes less time than starting another process.
     """
     return _learns_layers(run)
 
 
 def _learns_layers(run: Run) -> bool:
-    """Say whether more learns than one layer."""
+    """Return whether more than one layer learns."""
     network = run.recipe.get("network")
     if network is not None and network["kind"] == NetworkKind.PERCEPTRON:
         return False
@@ -54,24 +54,24 @@ def _learns_layers(run: Run) -> bool:
 
 
 def count_folds(run: Run) -> int:
-    """Return how many folds a run has, through all repeats."""
+    """Return the number of folds of a run over all repeats."""
     return int(run.recipe["folds"]["k"]) * int(run.recipe["folds"]["repeats"])
 
 
 def lock_active_run(session: Session, job: Job) -> Run | None:
-    """Return a job's run, held until the transaction ends; None if it is over or has given the job's attempt up."""
+    """Lock and return the run of a job; None if the run has ended or another attempt has replaced the job's."""
     run = runs.lock_run(session, job.subject_id)
     return None if run.state.is_final or run.job_id not in (job.id, job.parent_id) else run
 
 
 def get_progress(session: Session, run: Run) -> list[dict[str, Any]]:
-    """Return what each job of a run that is worked on has noted of its progress."""
+    """Return the progress that each running job of a run has saved."""
     assert run.job_id is not None
     return [job.progress for job in jobs.worked_on(session, run.job_id) if job.progress is not None]
 
 
 def mark_started(session: Session, job: Job) -> Run | None:
-    """Note that one of a run's jobs is worked on; return the run, or None if the job has no part in it any more."""
+    """Mark the run of a job as running; return the run, or None if the job no longer belongs to it."""
     run = lock_active_run(session, job)
     if run is None or run.state is RunState.RUNNING:
         return run
@@ -80,7 +80,7 @@ def mark_started(session: Session, job: Job) -> Run | None:
 
 
 def queue_folds(session: Session, job: Job) -> list[Job]:
-    """Owe the folds of a run that its train job has made ready, or the final job if they are done; return the jobs."""
+    """Queue the missing folds of a prepared run, or its final job if no fold is missing; return the new jobs."""
     run = lock_active_run(session, job)
     if run is None:
         return []
@@ -90,7 +90,7 @@ def queue_folds(session: Session, job: Job) -> list[Job]:
 
 
 def finish_fold(session: Session, job: Job, fold: Fold) -> Job | None:
-    """Keep what a fold job measured, if it still has a part in its run; the last fold owes the final job."""
+    """Save the result of a fold job, if it still belongs to its run; the last fold queues and returns the final job."""
     run = lock_active_run(session, job)
     if run is None:
         return None
@@ -101,7 +101,7 @@ def finish_fold(session: Session, job: Job, fold: Fold) -> Job | None:
 
 
 def mark_succeeded(session: Session, job: Job, metrics: dict[str, Any], training_s: float) -> Run | None:
-    """Close a run with what it measured; return None if the job has no part in it any more."""
+    """Mark the run of a job as succeeded, with its metrics; return None if the job no longer belongs to it."""
     run = lock_active_run(session, job)
     if run is None:
         return None
@@ -110,14 +110,14 @@ def mark_succeeded(session: Session, job: Job, metrics: dict[str, Any], training
 
 
 def mark_interrupted(session: Session, job: Job, stage: str = "queued") -> None:
-    """Note that one of a run's jobs is queued again; the run waits with it unless others are worked on."""
+    """Queue the run of a job that was queued again, unless another job of the run is running."""
     run = lock_active_run(session, job)
     if run is not None and run.state is RunState.RUNNING and not _is_worked_on(session, run):
         runs.requeue_run(session, run.id, stage)
 
 
 def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
-    """Close a run because one of its jobs failed, and end the others; return whether the job could do that."""
+    """Mark the run of a failed job as failed, and cancel its other jobs; return False if the job is outdated."""
     jobs.end_others(session, job)
     run = lock_active_run(session, job)
     if run is None:
@@ -130,30 +130,30 @@ def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
 
 
 def mark_cancelled(session: Session, job: Job) -> bool:
-    """Close a run whose job has ended because somebody asked for it; return whether the job could do that."""
+    """Mark the run of a cancelled job as cancelled; return False if the job no longer belongs to it."""
     run = lock_active_run(session, job)
     if run is None:
         return False
-    jobs.request_cancel(session, run.id, *TRAINING)  # what the job has just made due itself
+    jobs.request_cancel(session, run.id, *TRAINING)  # jobs that this job has just queued
     runs.cancel_run(session, run.id)
     owe(session, run.id, "finished", {})
     return True
 
 
 def request_cancel(session: Session, run_id: str) -> bool:
-    """Ask a run to end; return whether it ended here and now, since nobody works on it."""
+    """Request the end of a run; return whether it was cancelled at once because none of its jobs is running."""
     jobs.request_cancel(session, run_id, *TRAINING)
     run = runs.lock_run(session, run_id)
     if run.state.is_final or _is_worked_on(session, run):
         return False
     runs.cancel_run(session, run_id)
     owe_end(session, run_id)
-    drop_leftovers(session, run_id)  # their files are collected later
+    drop_leftovers(session, run_id)  # garbage collection removes the files
     return True
 
 
 def drop_leftovers(session: Session, run_id: str) -> list[Digest]:
-    """Forget what a run needs no more once it is over; return the files."""
+    """Drop the checkpoints, fold outcomes and networks that an ended run no longer needs; return their files."""
     return (
         runs.drop_outcomes(session, run_id)
         + runs.drop_checkpoints(session, run_id)
@@ -162,10 +162,10 @@ def drop_leftovers(session: Session, run_id: str) -> list[Digest]:
 
 
 def restart_with_half_batch(session: Session, job: Job) -> list[Digest] | None:
-    """Have a run whose job ran out of memory begin anew at half the batch; return the files that this makes useless.
+    """Restart a run whose job ran out of memory with half the batch size; return the files that it no longer needs.
 
-    All folds must be trained alike, so those that have ended are trained again. None if it was halved before, if it is
-    to end, or if the job has no part in the run any more.
+    All folds must be trained alike, so finished folds are trained again. Returns None if the batch was halved before,
+    if the run is being cancelled, or if the job no longer belongs to the run.
     """
     jobs.end_others(session, job)
     run = lock_active_run(session, job)
@@ -178,16 +178,16 @@ def restart_with_half_batch(session: Session, job: Job) -> list[Digest] | None:
 
 
 def retry(session: Session, run: Run) -> Job:
-    """Owe a failed run once more; it goes on from the folds and checkpoints that it has. Raises NotReady.
+    """Queue a failed run again; it continues from its folds and checkpoints. Raises NotReady.
 
-    A week after it failed these are dropped, and it begins anew.
+    These are dropped a week after the failure; the run then starts from the beginning.
     """
     run = runs.lock_run(session, run.id)
     if run.state is not RunState.FAILED:
-        raise NotReady(f"Expected a run that has failed. Received one that is {run.state.value}.")
+        raise NotReady(f"Only a failed run can be retried. This one is {run.state.value}.")
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     if session.get_one(Dataset, version.dataset_id).deleted_at is not None:
-        raise NotReady("The data set of this run was deleted, so that it cannot be trained again.")
+        raise NotReady("The data set of this run was deleted. Upload the images again and start a new run.")
     runs.reopen_run(session, run.id)
     return queue_training(session, run)
 

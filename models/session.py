@@ -1,7 +1,7 @@
-"""Connections to the database, the same from SQLite and PostgreSQL. Knows no records.
+"""Connections to the database, with the same interface for SQLite and PostgreSQL. Knows no records.
 
 `reading()` and `writing()` are one transaction each; `writing()` commits at its end. On SQLite a writer takes the lock
-at once (`BEGIN IMMEDIATE`), since a read that is upgraded to a write later can fail at any statement.
+at once (`BEGIN IMMEDIATE`), since upgrading a read transaction to a write can fail at any statement.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, func, select
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, func, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
@@ -29,12 +29,12 @@ _FULL = "53100"
 
 _AFTER_COMMIT = "after commit"
 
-# The lines in which the WAL-reset bug (a checkpoint racing a writer can lose pages) is mended.
+# Release lines and first patches with a fix of the WAL-reset bug (a checkpoint racing a writer can lose pages).
 _WAL_FIXED = {(3, 44): 6, (3, 50): 7, (3, 51): 3}
 
 
 class Database:
-    """A database, as sessions for reading and for writing. SQLite waits `busy_timeout_s` for another writer."""
+    """A database that opens sessions for reading and writing. SQLite waits `busy_timeout_s` for another writer."""
 
     def __init__(self, url: str | URL, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         parsed = make_url(url)
@@ -53,7 +53,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """Open a transaction that only reads. Raises Unavailable while the database is away."""
+        """Open a transaction that only reads. Raises Unavailable if the database cannot be reached."""
         with _reachable(), Session(self._reader, expire_on_commit=False) as session:
             yield session
 
@@ -61,20 +61,20 @@ class Database:
     def writing(self) -> Iterator[Session]:
         """Open a transaction and commit it at the end.
 
-        Raises Unavailable while the database is away, DiskFull while it has no room.
+        Raises Unavailable if the database cannot be reached, DiskFull if its disk is full.
         """
         session: Session | None = None
         try:
             with self._transaction() as session:
                 yield session
         except Unavailable:
-            if session is not None:  # it may have been committed all the same
+            if session is not None:  # the commit may have succeeded all the same
                 self._run_after_commit(session)
             raise
         self._run_after_commit(session)
 
     def _run_after_commit(self, session: Session) -> None:
-        """Do what was put off until after the commit; whoever asked for that must not hear of its own troubles."""
+        """Run the functions registered by `after_commit`; the caller of the transaction does not see their errors."""
         for change in session.info.pop(_AFTER_COMMIT, ()):
             with suppress(Unavailable, DiskFull), self.writing() as own:
                 change(own)
@@ -86,13 +86,18 @@ class Database:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[bool]:
-        """Hold a name while the block runs; yield False if this or another process on the same database holds it.
+        """Lock a name for the block; yield False if this or another process on the same database holds the lock.
 
-        A process that dies lets go of what it held. Raises Unavailable while the database is away.
+        The lock of a process that dies is released. Raises Unavailable if the database cannot be reached.
         """
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
         with _reachable(), self._locks.hold(number) as is_held:
             yield is_held
+
+    def ping(self) -> None:
+        """Ask the database for an answer. Raises Unavailable if it gives none."""
+        with self.reading() as session:
+            session.execute(text("SELECT 1"))
 
     def close(self) -> None:
         """Close every connection."""
@@ -102,16 +107,16 @@ class Database:
 
 
 def after_commit(session: Session, change: Callable[[Session], object]) -> None:
-    """Run `change` in a transaction of its own once this one is committed: for what cannot be rolled back.
+    """Run `change` in its own transaction after this one is committed: for actions that cannot be rolled back.
 
-    It also runs where the answer to the commit was lost, and so must see for itself whether there is anything to do. A
-    process that dies in between never runs it, nor one that loses the database: nothing may depend on it.
+    It also runs if the result of the commit is unknown, so it must check itself whether there is anything to do. It
+    does not run if the process dies or loses the database in between: nothing may depend on it.
     """
     session.info.setdefault(_AFTER_COMMIT, []).append(change)
 
 
 class _FileLocks:
-    """Names on a machine of its own: a name is one byte of a file, locked in the kernel. Threads share its locks."""
+    """Named locks on one machine: each is a lock on one byte of a file, and in a set shared by threads."""
 
     def __init__(self, url: URL) -> None:
         self._guard = threading.Lock()
@@ -138,7 +143,7 @@ class _FileLocks:
         self._file = self._file or self._path.open("ab")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except (BlockingIOError, PermissionError):  # either, by POSIX
+        except (BlockingIOError, PermissionError):  # POSIX allows either
             return False
         return True
 
@@ -148,7 +153,7 @@ class _FileLocks:
 
 
 class _AdvisoryLocks:
-    """Names on PostgreSQL: advisory locks of a session of their own, which go with it."""
+    """Named locks on PostgreSQL: advisory locks in separate sessions, released when the session ends."""
 
     def __init__(self, url: URL) -> None:
         self._engine = _postgresql_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
@@ -169,9 +174,9 @@ def _reachable() -> Iterator[None]:
     except OperationalError as error:
         if _is_full(error):
             raise DiskFull(
-                "The disk of the database is full. Free some space, then try again; nothing was written."
+                "The disk of the database is full; nothing was written. Free some space, then try again."
             ) from error
-        raise Unavailable("The database does not answer. Try again in a moment.") from error
+        raise Unavailable("The database cannot be reached. Try again in a moment.") from error
     except DBAPIError as error:
         if error.connection_invalidated:
             raise Unavailable("The database connection was lost. Try again in a moment.") from error
@@ -179,9 +184,9 @@ def _reachable() -> Iterator[None]:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Say whether a disk is full at the root of an error.
+    """Return whether an error was caused by a full disk.
 
-    SQLite then ends the transaction by itself, so that what is raised may be that its savepoint is gone.
+    SQLite then rolls the transaction back itself, so the error that is raised may be about a missing savepoint.
     """
     while error is not None:
         cause = error.orig if isinstance(error, DBAPIError) else None
@@ -192,7 +197,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:
-    """Say whether this SQLite has the fix of the WAL-reset bug."""
+    """Return whether this version of SQLite has the fix of the WAL-reset bug."""
     line, patch = version[:2], version[2]
     if line in _WAL_FIXED:
         return patch >= _WAL_FIXED[line]
@@ -207,7 +212,7 @@ def _sqlite_engine(url: URL, begin: str, busy_timeout_s: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # the driver begins nothing by itself
+        connection.isolation_level = None  # the driver opens no transactions itself
         for pragma in (f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
@@ -218,7 +223,7 @@ def _sqlite_engine(url: URL, begin: str, busy_timeout_s: float) -> Engine:
     return engine
 
 
-# A machine that vanishes closes no connection: without these either side waits for hours, and holds its locks.
+# A machine that vanishes closes no connection: without these probes the other side waits for hours with its locks.
 _PROBES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
 _SERVER_PROBES = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
 

@@ -1,10 +1,9 @@
-"""Views: what can be looked at of a finished run, computed when it is first asked for and kept from then on.
+"""Views of a finished run: layers, activations and learning curve, computed on the first request and then kept.
 
-queued → running → succeeded, or no row any more: a failure is told once, and whoever asks again begins anew
+queued → running → succeeded, or failed; reporting a failure deletes the row, and the next request starts again
 
-Computes nothing. One job makes one view; whoever asks meanwhile is told how far it is. A view that shows images goes
-with them when their data set is deleted, what was measured on them stays with the run. Rows are locked in the order
-data set, job, view.
+Computes nothing itself: one job makes one view, and requests meanwhile receive its progress. A view that shows images
+is deleted with their data set; measurements stay with the run. Rows are locked in the order data set, job, view.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from models.dataset import Dataset, DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.run import Run
 
-DATASET_DELETED = "The data set of this run was deleted with its images, so that this cannot be computed any more."
+DATASET_DELETED = "The data set of this run and its images were deleted, so this view can no longer be computed."
 
 
 class ViewKind(StrEnum):
-    """What is shown: which layers there are, what one of them makes of an image, or what more images would bring."""
+    """What a view shows: the list of layers, the maps of one layer for an image, or the learning curve."""
 
     LAYERS = "layers"
     ACTIVATIONS = "activations"
@@ -37,22 +36,22 @@ class ViewKind(StrEnum):
 
     @property
     def shows_images(self) -> bool:
-        """Whether it is a picture of an image of the data set."""
+        """Whether the view contains an image of the data set."""
         return self is ViewKind.ACTIVATIONS
 
     @property
     def needs_images(self) -> bool:
-        """Whether the data set's images must be there to compute it."""
+        """Whether computing the view reads images of the data set."""
         return self is not ViewKind.LAYERS
 
     @property
     def queue(self) -> Queue:
-        """Who computes it: what takes seconds does not wait for the trainings that are in line."""
+        """The queue of its job: views that take seconds use `ingest`, so that they do not wait for queued trainings."""
         return Queue.CPU if self is ViewKind.LEARNING_CURVE else Queue.INGEST
 
 
 class ViewState(StrEnum):
-    """Where a view stands."""
+    """State of a view's computation."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -61,7 +60,7 @@ class ViewState(StrEnum):
 
 
 class View(Base):
-    """Something to look at of a run; `key` says which of its kind. Its file is there once it has succeeded."""
+    """One view of a run. `key` tells views of one kind apart; the file is set once the state is succeeded."""
 
     __tablename__ = "view"
     __table_args__ = (UniqueConstraint("run_id", "kind", "key"),)
@@ -83,33 +82,33 @@ class View(Base):
 
 
 def find_view(session: Session, run_id: str, kind: ViewKind, key: str = "") -> View | None:
-    """Return a view, or None if nobody has asked for it."""
+    """Return a view, or None if it was never requested."""
     return session.scalar(select(View).where(View.run_id == run_id, View.kind == kind, View.key == key))
 
 
 def get_views(session: Session, run_id: str) -> Sequence[View]:
-    """Return the views of a run."""
+    """Return all views of a run in the order of their creation."""
     return session.scalars(select(View).where(View.run_id == run_id).order_by(View.id)).all()
 
 
 def activations_key(image: Digest, layer: str) -> str:
-    """Return the key of the picture of what a layer makes of an image."""
+    """Return the key of the activations view of an image and a layer."""
     return f"{image}/{layer}"
 
 
 def image_and_layer(view: View) -> tuple[Digest, str]:
-    """Return what a picture of activations shows."""
+    """Return the image and the layer of an activations view, parsed from its key."""
     image, _, layer = view.key.partition("/")
     return Digest(image), layer
 
 
-# --- asking --------------------------------------------------------------------------------------------------------
+# --- requesting ----------------------------------------------------------------------------------------------------
 
 
 def request_view(session: Session, run: Run, kind: ViewKind, key: str = "") -> tuple[View, Job | None]:
-    """Return a view, and the job that is owed for it now: None if somebody has asked for it before.
+    """Return a view and its new job; the job is None if the view was requested before.
 
-    Raises NotReady if it needs images whose data set was deleted.
+    Raises NotReady if the view needs images and their data set was deleted.
     """
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     dataset = session.get_one(Dataset, version.dataset_id, with_for_update=True, populate_existing=True)
@@ -126,9 +125,9 @@ def request_view(session: Session, run: Run, kind: ViewKind, key: str = "") -> t
 
 
 def pop_failure(session: Session, view_id: str) -> dict[str, Any] | None:
-    """Return why a view failed, and forget it, so that whoever asks again begins anew.
+    """Return the error of a failed view and delete the view, so that the next request computes it again.
 
-    None if somebody else was told at this moment.
+    Returns None if another request took the error first.
     """
     view = _lock(session, view_id)
     if view is None or view.state is not ViewState.FAILED:
@@ -141,7 +140,7 @@ def pop_failure(session: Session, view_id: str) -> dict[str, Any] | None:
 
 
 def start_view(session: Session, view_id: str) -> View | None:
-    """Note that a view is worked on; None if nobody wants it any more."""
+    """Mark a view as running and return it; None if it was deleted."""
     view = _lock(session, view_id)
     if view is not None:
         view.state, view.progress = ViewState.RUNNING, None
@@ -149,21 +148,21 @@ def start_view(session: Session, view_id: str) -> View | None:
 
 
 def set_progress(session: Session, view_id: str, progress: dict[str, Any]) -> None:
-    """Say how far a view is: `fraction` from 0 to 1, `eta_s` the seconds that it should still take."""
+    """Save the progress of a view: `fraction` from 0 to 1, `eta_s` the estimated seconds left."""
     view = _lock(session, view_id)
     if view is not None:
         view.progress = progress
 
 
 def requeue_view(session: Session, view_id: str) -> None:
-    """Put a view back in line."""
+    """Mark a view as queued again and clear its progress."""
     view = _lock(session, view_id)
     if view is not None:
         view.state, view.progress = ViewState.QUEUED, None
 
 
 def succeed_view(session: Session, view_id: str, file: Digest, size_bytes: int) -> View | None:
-    """Keep what was computed; None if nobody wants it any more, and what it shows goes with the images."""
+    """Save the file of a view and mark it as succeeded; return None if the view or the images it shows were deleted."""
     view = _lock(session, view_id)
     if view is None:
         return None
@@ -176,14 +175,14 @@ def succeed_view(session: Session, view_id: str, file: Digest, size_bytes: int) 
 
 
 def fail_view(session: Session, view_id: str, error: dict[str, Any]) -> None:
-    """Note why a view could not be computed, for who asks next."""
+    """Mark a view as failed and keep the error for the next request."""
     view = _lock(session, view_id)
     if view is not None:
         view.state, view.error, view.finished_at = ViewState.FAILED, error, now()
 
 
 def cancel_view(session: Session, view_id: str) -> None:
-    """Forget a view whose computation was stopped because somebody asked for it."""
+    """Delete a view whose job was cancelled."""
     session.execute(delete(View).where(View.id == view_id))
 
 
@@ -191,7 +190,7 @@ def cancel_view(session: Session, view_id: str) -> None:
 
 
 def request_cancel(session: Session, version_ids: Sequence[str]) -> None:
-    """Ask for what is being computed from the images of versions to end, since they are deleted."""
+    """Cancel the unfinished views that need images of these data set versions."""
     query = select(View).join(Run, Run.id == View.run_id).where(Run.dataset_version_id.in_(version_ids))
     unfinished = query.where(View.state.in_((ViewState.QUEUED, ViewState.RUNNING)))
     for view in session.scalars(unfinished.order_by(View.id)).all():
@@ -200,7 +199,7 @@ def request_cancel(session: Session, version_ids: Sequence[str]) -> None:
 
 
 def drop_pictures(session: Session, version_ids: Sequence[str], limit: int) -> tuple[int, list[Digest]]:
-    """Remove up to `limit` views that show images of versions; return how many, and their files."""
+    """Delete up to `limit` views that show images of these versions; return their number and their files."""
     shown = [kind for kind in ViewKind if kind.shows_images]
     query = select(View.id, View.sha256).join(Run, Run.id == View.run_id)
     gone = session.execute(

@@ -1,1 +1,1 @@
-"""What an operator runs: the supervised service, the demo, imports of weights, the migration."""
+"""Commands for operators: the supervised service, the demo, the import of weights, the migration."""

@@ -1,4 +1,4 @@
-"""Removes what nothing needs any more, as workers do every hour. Run as `python -m ops.collect`, or `make collect`."""
+"""Runs garbage collection, as a worker does every hour. Run as `python -m ops.collect`, or `make collect`."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ MIB = 1024 * 1024
 
 
 def collect(database: Database, store: Store, older_than_s: float, *, dry_run: bool) -> str:
-    """Collect; return what there is to say about it."""
+    """Run garbage collection, or only count with `dry_run`; return a summary as text."""
     left = len(list(store.unfinished(older_than_s))) if dry_run else store.drop_unfinished(older_than_s)
     copies = 0 if dry_run else garbage.drop_copies(database, store, older_than_s)
     with database.exclusive(GARBAGE_COLLECTION) as is_held:
         if not is_held:
-            return "A worker collects just now: see its log."
+            return (
+                "Another process is collecting garbage at the moment. See the logs of the workers, or try again later."
+            )
         found = garbage.collect_garbage(database, store, older_than_s, dry_run=dry_run)
-    return _said(found, left, copies, older_than_s, dry_run=dry_run)
+    return _summary(found, left, copies, older_than_s, dry_run=dry_run)
 
 
-def _said(found: CollectionSummary, left: int, copies: int, older_than_s: float, *, dry_run: bool) -> str:
+def _summary(found: CollectionSummary, left: int, copies: int, older_than_s: float, *, dry_run: bool) -> str:
     lines = [
-        f"{'Would remove' if dry_run else 'Removed'} {found.files:,} files that nothing names and that are older than "
+        f"{'Would remove' if dry_run else 'Removed'} {found.files:,} unreferenced files that are older than "
         f"{older_than_s / 3600:g} h ({found.size_bytes / MIB:,.1f} MiB)",
-        f"{left:,} that were never finished",
-        f"{found.answers:,} answers to requests of long ago",
+        f"{left:,} unfinished files",
+        f"{found.answers:,} expired idempotency answers",
         f"checkpoints of {found.runs:,} runs that failed more than {RESUMABLE_FOR.days} days ago",
     ]
     if copies:
-        lines.append(f"{copies:,} of this machine's copies")
+        lines.append(f"{copies:,} local copies")
     if dry_run and found.runs:
-        lines.append("and then the files of these checkpoints")
+        lines.append("and the files of these checkpoints")
     return ", ".join(lines) + "."
 
 
 def main() -> int:
-    """Collect; return the exit status."""
+    """Run garbage collection from the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     wanted = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The main job from end to end, as a user would do it over HTTP. Run as `python -m ops.demo`, or `make demo`.
+"""Demonstrates the service from upload to prediction over HTTP. Run as `python -m ops.demo`, or `make demo`.
 
-Starts the service, uploads images, trains with folds and early stopping, predicts images that were held out, and
-leaves the service running. With CI=1 it ends after the predictions.
+Starts the service, uploads images, trains with folds and early stopping, predicts held-out images, and keeps the
+service running. With CI=1 it stops after the predictions.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from recipes.headline import HEADLINES
 from recipes.recipe import IMAGENET, RANDOM, Task
 
 HELD_OUT = 20
-# A large model that nobody has asked yet is still being loaded.
-_NOT_IN_TIME = 504
+# Status of a prediction while a large model is still being loaded.
+_GATEWAY_TIMEOUT = 504
 _LOADED_WITHIN_S = 60.0
 _FINAL = ("succeeded", "failed", "cancelled")
 
 
 class StepFailed(Exception):
-    """A step of the demo did not do what it should."""
+    """A step of the demo had an unexpected result; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Files:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An image that is not uploaded, and what is known of it."""
+    """An image that is not uploaded, with its labels or target."""
 
     path: str
     labels: tuple[str, ...]
@@ -67,7 +67,7 @@ class HeldOut:
 
     @property
     def truth(self) -> str:
-        """What a prediction should be, as text."""
+        """The expected prediction as text."""
         return _text(self.labels, self.target)
 
 
@@ -86,7 +86,9 @@ def main() -> int:
         console.print(str(error), style="bold red", markup=False)
         return 1
     except httpx2.HTTPError as error:
-        console.print(f"[bold red]The service did not answer: {error!r}. See {settings.var / 'logs'}.[/]")
+        console.print(
+            f"[bold red]The service did not answer: {error!r}. Look for the cause in {settings.var / 'logs'}.[/]"
+        )
         return 1
     except KeyboardInterrupt:
         return 130
@@ -105,17 +107,17 @@ def _arguments() -> argparse.Namespace:
 
 def _demonstrate(api: httpx2.Client, wanted: argparse.Namespace, settings: Any) -> None:
     console.rule("[bold]Espalier")
-    everything = read_images(wanted.data) if wanted.data else digits()
-    files, held_out = hold_out(everything, HELD_OUT)
+    all_files = read_images(wanted.data) if wanted.data else digits()
+    files, held_out = hold_out(all_files, HELD_OUT)
     dataset = _upload(api, files)
     run = _train(api, dataset, files.name, _recipe(wanted))
-    _show(run)
+    _print_scores(run)
     _predict(api, run, held_out)
-    _tell_addresses(run, held_out, settings)
+    _print_addresses(run, held_out, settings)
 
 
 def _recipe(wanted: argparse.Namespace) -> dict[str, Any]:
-    # The digits are 8 x 8 pixels: a small input and an early cut suit them, and both are quick.
+    # The digits have 8 x 8 pixels: a small input and an early layer suffice, and both are fast.
     recipe: dict[str, Any] = {"weights": wanted.weights}
     if wanted.data is None:
         recipe |= {"backbone": "vgg16", "image_size": 32, "features_from": "block3"}
@@ -152,17 +154,19 @@ def read_images(path: Path) -> Files:
         wanted = [entry.path for entry in archive.entries]
         contents = {place: data for place, data in archive.read(wanted) if not isinstance(data, Refused)}
     else:
-        raise CannotStart(f"DATA={path} is neither a folder nor an archive.")
+        raise CannotStart(
+            f"Expected DATA to be a folder or an archive. Received {path}, which does not exist or is neither."
+        )
     if not contents:
-        raise CannotStart(f"DATA={path} holds no files.")
+        raise CannotStart(f"Expected images in DATA. Received {path}, which contains no files.")
     return Files(name[:40], contents)
 
 
 def hold_out(files: Files, count: int) -> tuple[Files, list[HeldOut]]:
-    """Take `count` images out, as evenly over the classes as possible and never more than a fifth of one.
+    """Take out up to `count` images, spread evenly over the classes, at most a fifth of each class.
 
-    Returns the rest and the images taken. With groups in a labels.csv, none are taken whose group stays behind:
-    predicting them would show too much.
+    Returns the remaining files and the images taken out. Images with a group in labels.csv are never taken out, because
+    predicting images similar to trained ones would look too good.
     """
     paths = list(files.contents)
     csv_path = layout.labels_file(paths)
@@ -188,7 +192,7 @@ def hold_out(files: Files, count: int) -> tuple[Files, list[HeldOut]]:
 
 
 def _labels(samples: Sequence[layout.Sample]) -> bytes:
-    """Return a labels.csv that names these files."""
+    """Return a labels.csv with these samples, as bytes."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer)
     writer.writerow(["path", "label" if samples[0].target is None else "target", "group", "split"])
@@ -199,11 +203,11 @@ def _labels(samples: Sequence[layout.Sample]) -> bytes:
 
 
 def zipped(files: Files) -> bytes:
-    """Return files as an archive; equal ones make an equal archive."""
+    """Return files as a zip archive; equal files give equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for path, data in files.contents.items():
-            archive.writestr(zipfile.ZipInfo(path), data)  # of a fixed date
+            archive.writestr(zipfile.ZipInfo(path), data)  # with a fixed date
     return buffer.getvalue()
 
 
@@ -212,15 +216,15 @@ def zipped(files: Files) -> bytes:
 
 def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
     body = zipped(files)
-    # Named by what is in it: images that were changed since are another data set.
+    # The name contains a hash of the content: changed images become another data set.
     name = f"{files.name}-{hashlib.sha256(body).hexdigest()[:8]}"
     dataset = _known_dataset(api, name)
     if dataset is None:
         console.print(f"Uploading {len(files.contents):,} files, {len(body) / 1024**2:.1f} MiB …")
         dataset = _checked(api.post("/api/v1/datasets", params={"name": name}, content=body, timeout=600)).json()
     else:
-        console.print(f"Data set [bold]{name}[/] is here already.")
-    for state in _watch(api, f"/api/v1/datasets/{dataset['id']}", "taking in images", ("ready", "rejected")):
+        console.print(f"Data set [bold]{name}[/] was uploaded before.")
+    for state in _watch(api, f"/api/v1/datasets/{dataset['id']}", "ingesting images", ("ready", "rejected")):
         dataset = state
     if dataset["state"] != "ready":
         reasons = "\n".join(f"  {file['path']}: {file['reason']}" for file in dataset["refused"][:10])
@@ -231,9 +235,9 @@ def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
 
 
 def _contents(dataset: dict[str, Any]) -> str:
-    """Return what there are images of."""
+    """Return a line about the classes or the targets of a data set."""
     if dataset["target"] is not None:
-        return "numbers from {min:g} to {max:g}, {mean:g} in the mean".format(**dataset["target"])
+        return "numbers from {min:g} to {max:g}, mean {mean:g}".format(**dataset["target"])
     classes = ", ".join(f"{item['name']} ({item['images']:,})" for item in dataset["classes"][:12])
     return f"{classes}{' …' if len(dataset['classes']) > 12 else ''}"
 
@@ -254,18 +258,20 @@ def _known_dataset(api: httpx2.Client, name: str) -> dict[str, Any] | None:
 def _train(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
     run = _run(api, dataset, name, recipe)
     if run["state"] == "failed" and run["error"]["type"].endswith(":weights-unavailable"):
-        loud = " ImageNet weights cannot be had here: going on with RANDOM ones. Expect a lower score. "
+        loud = " ImageNet weights are not available here: continuing with RANDOM weights. Expect a lower score. "
         console.print(f"[bold white on red]{loud}[/]")
         console.print(run["error"]["detail"], style="dim")
         run = _run(api, dataset, name, recipe | {"weights": RANDOM})
     if run["state"] != "succeeded":
-        raise StepFailed(f"The run {run['state']}: {(run['error'] or {}).get('detail', '')}")
+        raise StepFailed(
+            f"Expected a run that succeeds. Its state is {run['state']}: {(run['error'] or {}).get('detail', '')}"
+        )
     return run
 
 
 def _run(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    order = {"dataset": dataset["id"], "name": name, "recipe": recipe}
-    run: dict[str, Any] = _checked(api.post("/api/v1/runs", json=order)).json()
+    body = {"dataset": dataset["id"], "name": name, "recipe": recipe}
+    run: dict[str, Any] = _checked(api.post("/api/v1/runs", json=body)).json()
     filled = run["recipe"]
     console.print(
         f"Training [bold]{filled['backbone']}[/] ({filled['weights']}) up to {filled['features_from']} at "
@@ -277,24 +283,24 @@ def _run(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[st
 
 
 def _watch(api: httpx2.Client, url: str, title: str, until: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Show a bar that moves while something is under way, and yield what it is like."""
+    """Poll a resource until it reaches one of the states, showing a progress bar; yield each answer."""
     columns = (
         TextColumn("{task.description:<44}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %  {task.fields[eta]}"),
     )
-    told = ""
+    printed = ""
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=1.0, eta="")
         while True:
             state = _checked(api.get(url)).json()
             progress = state.get("progress") or {}
-            description = _described(title, progress)
+            description = _description(title, progress)
             eta_s = progress.get("eta_s")
             eta = f"{eta_s:,.0f} s left" if eta_s is not None else ""
             bar.update(task, completed=progress.get("fraction", 0.0), description=description, eta=eta)
-            if not console.is_terminal and description != told:
-                told = description
+            if not console.is_terminal and description != printed:
+                printed = description
                 console.print(f"  {description}", style="dim")
             yield state
             if state["state"] in until:
@@ -302,32 +308,35 @@ def _watch(api: httpx2.Client, url: str, title: str, until: Sequence[str]) -> It
             time.sleep(0.5)
 
 
-def _described(title: str, progress: dict[str, Any]) -> str:
+def _description(title: str, progress: dict[str, Any]) -> str:
     stage = progress.get("stage", "")
     if progress.get("fold"):
         return f"{title}: fold {progress['fold']} of {progress['folds']}, epoch {progress['epoch']}"
     return f"{title}: {stage}" if stage else title
 
 
-def _show(run: dict[str, Any]) -> None:
+def _print_scores(run: dict[str, Any]) -> None:
     metrics = run["metrics"]
     extraction = run["extraction"]
     headline = HEADLINES[Task(run["recipe"]["task"])]
     spread = headline.said(metrics[f"{headline.metric}_sd"])
     console.print(f"\n[bold green]{headline.sentence(metrics)}[/]")
-    console.print(f"  folds differ by {spread}; measured on images that no fold had trained on", style="dim")
+    console.print(
+        f"  standard deviation over folds {spread}; each image was scored by the fold that did not train on it",
+        style="dim",
+    )
     console.print(
         f"  {extraction['computed']:,} images went through the backbone, {extraction['cached']:,} came from the cache",
         style="dim",
     )
     if "confusion" not in metrics:
-        console.print("  The report has a picture of what was found for which images.", style="dim")
+        console.print("  The report contains a picture of predictions by image.", style="dim")
         return
     labels = [row["label"] for row in metrics["per_class"]]
     if len(labels) > 15:
         console.print(f"  The confusion matrix of {len(labels)} classes is in the report.", style="dim")
         return
-    table = Table(title="Confusion matrix: rows are the truth, columns the answer")
+    table = Table(title="Confusion matrix: rows are true classes, columns predicted classes")
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right")
@@ -347,7 +356,7 @@ def _predict(api: httpx2.Client, run: dict[str, Any], held_out: Sequence[HeldOut
     model = run["model"]
     url = f"/api/v1/models/{model['name']}/predict"
     until = time.monotonic() + _LOADED_WITHIN_S
-    while (found := api.post(url, params={"version": model["version"]}, files=images)).status_code == _NOT_IN_TIME:
+    while (found := api.post(url, params={"version": model["version"]}, files=images)).status_code == _GATEWAY_TIMEOUT:
         if time.monotonic() > until:
             break
     answer = _checked(found).json()
@@ -361,15 +370,15 @@ def _predict(api: httpx2.Client, run: dict[str, Any], held_out: Sequence[HeldOut
 
 
 def _result(pairs: Sequence[tuple[HeldOut, dict[str, Any]]]) -> str:
-    """Return how good predictions are, in words."""
+    """Return the number of correct predictions, or the mean error of a regression, as text."""
     errors = [abs(prediction["value"] - image.target) for image, prediction in pairs if image.target is not None]
     if errors:
-        return f"{sum(errors) / len(errors):.3g} off in the mean"
+        return f"{sum(errors) / len(errors):.3g} mean absolute error"
     return f"{sum(_answered(prediction) == image.truth for image, prediction in pairs)} right"
 
 
 def _answered(prediction: dict[str, Any]) -> str:
-    """Return the answer of a prediction of any task as text."""
+    """Return a prediction of any task as text."""
     if "label" in prediction:
         return str(prediction["label"])
     return _text(prediction.get("labels", []), prediction.get("value"))
@@ -379,7 +388,7 @@ def _text(labels: Sequence[str], value: float | None) -> str:
     return " + ".join(labels) or "none of the labels" if value is None else f"{value:.4g}"
 
 
-def _tell_addresses(run: dict[str, Any], held_out: Sequence[HeldOut], settings: Any) -> None:
+def _print_addresses(run: dict[str, Any], held_out: Sequence[HeldOut], settings: Any) -> None:
     console.print()
     console.print(up.addresses(settings))
     with up.client(settings) as api:
@@ -388,7 +397,7 @@ def _tell_addresses(run: dict[str, Any], held_out: Sequence[HeldOut], settings: 
         while shown["mlflow_url"] is None and time.monotonic() < until:
             time.sleep(0.5)
             shown = _checked(api.get(f"/api/v1/runs/{run['id']}")).json()
-    console.print(f"Run     {shown['mlflow_url'] or 'MLflow will have it in a moment'}")
+    console.print(f"Run     {shown['mlflow_url'] or 'not in MLflow yet, look again in a moment'}")
     if held_out:
         example = settings.var.absolute() / f"example{Path(held_out[0].path).suffix}"
         example.write_bytes(held_out[0].data)
@@ -400,7 +409,7 @@ def _tell_addresses(run: dict[str, Any], held_out: Sequence[HeldOut], settings: 
 
 
 def _checked(response: httpx2.Response) -> httpx2.Response:
-    """Return an answer that is no error. Raises StepFailed with what the problem says."""
+    """Return a successful response. Raises StepFailed with the detail of the problem otherwise."""
     if response.is_success:
         return response
     try:

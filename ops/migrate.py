@@ -1,4 +1,4 @@
-"""Brings the database to the newest schema. Run as `python -m ops.migrate`, before the other processes start."""
+"""Migrates the database to the newest schema. Run as `python -m ops.migrate`, before other processes start."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _config(connection: object) -> Config:
 
 
 def main() -> None:
-    """Migrate the database of the settings."""
+    """Migrate the database that the settings name to the newest schema."""
     database = Database(Settings().database)
     upgrade(database)
     database.close()

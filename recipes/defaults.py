@@ -1,4 +1,4 @@
-"""Fills a recipe: every "choose for me" becomes what suits the data set, and what cannot be is refused by its field."""
+"""Fills a recipe: replaces what it leaves open by defaults that suit the data set, and refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from recipes.shapes import default_size, filled_network, table
 
 @dataclass(frozen=True)
 class ClassCount:
-    """A class of a data set version: its images, and how many groups of them can be folded.
+    """A class of a data set version, with its number of images and of groups that folds can divide.
 
-    An image without a group is a group of its own; test and validation images are in no fold.
+    An image without a group is a group of its own. Test and validation images are in no fold and do not count.
     """
 
     name: str
@@ -44,13 +44,13 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int 
     """Return the recipe with every default filled in for a data set.
 
     Args:
-        recipe: what was asked for.
-        task: what the data set is for.
-        classes: its classes or labels; none for a regression.
-        groups: how many groups of images can be folded; only asked for where there are no classes.
+        recipe: the recipe of the request.
+        task: the task of the data set.
+        classes: the classes or labels of the data set; none for a regression.
+        groups: the number of groups that folds can divide; read only where there are no classes.
 
     Raises:
-        RecipeInvalid: the recipe does not fit itself or the data set; it names the field.
+        RecipeInvalid: a field contradicts another field or the data set; the error names it.
     """
     chosen = _filled_task(recipe.task, task, classes)
     _check_task_fits(recipe, chosen)
@@ -67,33 +67,44 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int 
 
 
 def _filled_backbone(recipe: Recipe) -> dict[str, object]:
-    """Return what concerns a pretrained network, filled in. Raises RecipeInvalid."""
-    _see_absent(recipe, ("network",), f"this is for mode {Mode.FROM_SCRATCH.value!r} alone")
+    """Return the fields of a pretrained network, filled in. Raises RecipeInvalid."""
+    _see_absent(recipe, ("network",), f"only mode {Mode.FROM_SCRATCH.value!r} has this field")
     if recipe.loss is not Loss.AUTO:
-        raise RecipeInvalid("loss", f"Expected 'auto': another is for mode {Mode.FROM_SCRATCH.value!r} alone.")
+        raise RecipeInvalid("loss", f"Expected 'auto': only mode {Mode.FROM_SCRATCH.value!r} can have another loss.")
     for name in ("backbone", "weights", "head"):
         if getattr(recipe, name) is None:
-            raise RecipeInvalid(name, f"Expected one: only mode {Mode.FROM_SCRATCH.value!r} has none.")
+            raise RecipeInvalid(
+                name, f"Expected a value. Received null. Only mode {Mode.FROM_SCRATCH.value!r} leaves out this field."
+            )
     if not isinstance(recipe.backbone, BackboneName) or recipe.features_from == AUTO:
         return _left_open(recipe)
     backbone = CATALOGUE[recipe.backbone]
     size = recipe.image_size
     if size is not None and not isinstance(size, int):
-        raise RecipeInvalid("image_size", f"Expected one number: {backbone.title} sees squares. Received {list(size)}.")
+        raise RecipeInvalid(
+            "image_size", f"Expected one number, since {backbone.title} reads square images. Received {list(size)}."
+        )
     cut, size = backbone.fitted(recipe.features_from, size)
     return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, backbone, cut)}
 
 
 def _left_open(recipe: Recipe) -> dict[str, object]:
-    """Return what concerns a pretrained network, as far as it is not left to a bake-off. Raises RecipeInvalid."""
+    """Return the fields of a pretrained network that a bake-off will choose, filled in as far as they can be now.
+
+    Raises RecipeInvalid.
+    """
     field = "backbone" if recipe.backbone == AUTO else "features_from"
     if recipe.mode is Mode.FINE_TUNING:
         raise RecipeInvalid(
-            field, f"Expected one: mode {recipe.mode.value!r} has none tried. Try with 'feature-extraction' first."
+            field,
+            f"`{field}: auto` is not supported in mode {recipe.mode.value!r}. Run 'feature-extraction' with 'auto' "
+            "first, then name what it chose.",
         )
     size, cut = recipe.image_size, recipe.features_from
     if size is not None and not isinstance(size, int):
-        raise RecipeInvalid("image_size", f"Expected one number: backbones see squares. Received {list(size)}.")
+        raise RecipeInvalid(
+            "image_size", f"Expected one number, since backbones read square images. Received {list(size)}."
+        )
     if isinstance(recipe.backbone, BackboneName):
         _, size = CATALOGUE[recipe.backbone].fitted(None, size)
     else:
@@ -111,13 +122,13 @@ def _left_open(recipe: Recipe) -> dict[str, object]:
 _OF_BACKBONES = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")
 # The learning rate of the delta rule on pixels from -1 to 1.
 _DELTA_RATE = 0.01
-# Values of an image that neighbours are found by: those of all training images are in memory once.
+# Features of an image by which neighbours are found; those of all training images are in memory together.
 MOST_COMPARED = 16_384
 
 
 def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> dict[str, object]:
-    """Return what concerns a network from scratch, filled in. Raises RecipeInvalid."""
-    _see_absent(recipe, _OF_BACKBONES, "a network from scratch has no backbone and no head beside its own")
+    """Return the fields of a network from scratch, filled in. Raises RecipeInvalid."""
+    _see_absent(recipe, _OF_BACKBONES, "a network from scratch has no backbone and no separate head")
     network = recipe.network or NetworkRecipe()
     size = recipe.image_size or default_size(network.kind)
     filled: dict[str, object] = dict.fromkeys(_OF_BACKBONES)
@@ -127,7 +138,8 @@ def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -
         filled |= {"batch_size": 1, "optimizer": recipe.optimizer if _is_given(recipe, "optimizer") else plain}
     elif recipe.loss is not Loss.AUTO and task not in (Task.BINARY, Task.MULTILABEL):
         raise RecipeInvalid(
-            "loss", f"Expected 'auto' for task {task.value!r}: only outputs of sigmoids can have another."
+            "loss",
+            f"Expected 'auto' for task {task.value!r}: only tasks binary and multilabel can have another loss.",
         )
     outputs = 1 if task in (Task.BINARY, Task.REGRESSION) else len(classes)
     network = filled_network(network, *sides(size), outputs)
@@ -135,8 +147,8 @@ def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -
     if recipe.neighbours and features > MOST_COMPARED:
         raise RecipeInvalid(
             "neighbours",
-            f"Expected false: images would be compared by {features:,} values each, and {MOST_COMPARED:,} are allowed. "
-            "Use layers that end in fewer.",
+            f"Expected false: the last layer has {features:,} values, and neighbours can compare at most "
+            f"{MOST_COMPARED:,}. Use layers that end in fewer values.",
         )
     if recipe.precision is not Precision.FLOAT32 and network.kind is NetworkKind.PERCEPTRON:
         raise RecipeInvalid("precision", "Expected 'float32': a perceptron has no layers before its output.")
@@ -144,44 +156,49 @@ def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -
 
 
 def _filled_perceptron(recipe: Recipe, network: NetworkRecipe, task: Task) -> NetworkRecipe:
-    """Return a perceptron, filled in; it learns by the delta rule, one image at a time. Raises RecipeInvalid."""
+    """Return a perceptron, filled in; the delta rule trains it one image at a time. Raises RecipeInvalid."""
     if _is_given(recipe, "batch_size") and recipe.batch_size != 1:
         raise RecipeInvalid(
-            "batch_size", f"Expected 1: a perceptron learns image by image. Received {recipe.batch_size}."
+            "batch_size", f"Expected 1, since a perceptron is trained image by image. Received {recipe.batch_size}."
         )
     if _is_given(recipe, "optimizer") and recipe.optimizer.name is not OptimizerName.SGD:
         raise RecipeInvalid(
             "optimizer.name",
-            f"Expected 'sgd': the delta rule of a perceptron is plain. Received {recipe.optimizer.name.value!r}.",
+            f"Expected 'sgd', since the delta rule trains a perceptron. Received {recipe.optimizer.name.value!r}.",
         )
     if task is Task.REGRESSION and network.threshold is not None:
-        raise RecipeInvalid("network.threshold", "Expected null: numbers have no threshold, their output is linear.")
+        raise RecipeInvalid(
+            "network.threshold", "Expected null: the output of a regression is linear and has no threshold."
+        )
     threshold = network.threshold or (None if task is Task.REGRESSION else Threshold.SIGMOID)
     if recipe.loss is not Loss.AUTO and threshold is not Threshold.SIGMOID:
-        raise RecipeInvalid("loss", "Expected 'auto': only a perceptron with threshold 'sigmoid' can have another.")
+        raise RecipeInvalid(
+            "loss", "Expected 'auto': only a perceptron with threshold 'sigmoid' can have another loss."
+        )
     return network.model_copy(update={"threshold": threshold})
 
 
 def _see_absent(recipe: Recipe, names: Sequence[str], reason: str) -> None:
-    """See that fields were left out, or null. Raises RecipeInvalid."""
+    """Check that fields were left out or are null. Raises RecipeInvalid."""
     for name in names:
         if _is_given(recipe, name) and getattr(recipe, name) is not None:
             raise RecipeInvalid(name, f"Expected null: {reason}.")
 
 
 def _is_given(recipe: Recipe, name: str) -> bool:
-    """Say whether a field was asked for, even if as its default."""
+    """Return whether the request has a field, even if with the default value."""
     return name in recipe.model_fields_set
 
 
 def _check_recalibrate(recipe: Recipe) -> None:
-    """See that there is something to calibrate. Raises RecipeInvalid."""
+    """Check that a recipe that asks for calibration has a network to calibrate. Raises RecipeInvalid."""
     if recipe.recalibrate and recipe.precision not in (Precision.INT8, AUTO):
         raise RecipeInvalid(
-            "recalibrate", f"Expected false with precision {str(recipe.precision)!r}: only int8 is calibrated."
+            "recalibrate",
+            f"Expected false with precision {str(recipe.precision)!r}: only int8 networks are calibrated.",
         )
     if recipe.recalibrate and recipe.mode is not Mode.FEATURE_EXTRACTION:
-        raise RecipeInvalid("recalibrate", "Expected false: a network that has learned is calibrated anew anyway.")
+        raise RecipeInvalid("recalibrate", "Expected false: a trained network is always calibrated anew.")
 
 
 _LITTLE = Augmentation(rotate_degrees=10.0, zoom=0.1, brightness=0.1)
@@ -191,13 +208,13 @@ _OF_TUNING = ("augmentation", "unfreeze", "fine_tune")
 
 
 def _without_tuning(recipe: Recipe) -> dict[str, object]:
-    """Return null for what concerns fine-tuning alone. Raises RecipeInvalid if the recipe asks for it."""
-    _see_absent(recipe, _OF_TUNING, f"this is for mode {Mode.FINE_TUNING.value!r} alone")
+    """Return null for the fields of fine-tuning. Raises RecipeInvalid if the recipe has one of them."""
+    _see_absent(recipe, _OF_TUNING, f"only mode {Mode.FINE_TUNING.value!r} has this field")
     return dict.fromkeys(_OF_TUNING)
 
 
 def _filled_tuning(recipe: Recipe, backbone: Backbone, cut: str) -> dict[str, object]:
-    """Return what concerns fine-tuning alone, filled in. Raises RecipeInvalid for it in another mode."""
+    """Return the fields of fine-tuning, filled in; null in another mode. Raises RecipeInvalid."""
     if recipe.mode is not Mode.FINE_TUNING:
         return _without_tuning(recipe)
     cuts = list(backbone.cuts)
@@ -211,7 +228,7 @@ def _filled_tuning(recipe: Recipe, backbone: Backbone, cut: str) -> dict[str, ob
         )
     return {
         "augmentation": recipe.augmentation if "augmentation" in recipe.model_fields_set else _LITTLE,
-        "unfreeze": unfreeze if backbone.cut_before(unfreeze) else ALL,  # nothing is before the first cut
+        "unfreeze": unfreeze if backbone.cut_before(unfreeze) else ALL,  # no layer is before the first cut
         "fine_tune": recipe.fine_tune or FineTune(),
     }
 
@@ -235,11 +252,11 @@ def _filled_task(wanted: Task | Literal["auto"], task: Task, classes: Sequence[C
 
 
 def _check_task_fits(recipe: Recipe, task: Task) -> None:
-    """See that nothing is asked for that the task has not. Raises RecipeInvalid."""
+    """Check the fields that only some tasks support. Raises RecipeInvalid."""
     if recipe.class_weights is not ClassWeights.NONE and task not in (Task.BINARY, Task.MULTICLASS):
         raise RecipeInvalid(
             "class_weights",
-            f"Expected 'none' for task {task.value!r}, whose images have no one class. Received "
+            f"Expected 'none' for task {task.value!r}, since its images do not have exactly one class. Received "
             f"{recipe.class_weights.value!r}.",
         )
     stopping = recipe.early_stopping
@@ -264,12 +281,12 @@ def _checked_k(k: int | None, groups: int, name: str, has: str) -> int:
     if groups < 2:
         raise RecipeInvalid(
             "dataset",
-            f"Expected at least 2 images of {name} that do not belong together, to train on one and test on the other. "
-            f"{has}",
+            f"Expected at least 2 groups of images of {name}: one to train on and one to test on. An image without a "
+            f"group counts as one. {has}",
         )
     if k is not None and k > groups:
         raise RecipeInvalid(
             "folds.k",
-            f"Expected at most {groups} folds: {name} has no more images that do not belong together. Received {k}.",
+            f"Expected at most {groups} folds, since {name} has {groups} groups of images. Received {k}.",
         )
     return k or min(_DEFAULT_K, groups)

@@ -1,9 +1,7 @@
-"""What a run is asked to do: every field, its values and its default. Knows no data and trains nothing.
+"""The recipe of a run as a client writes it: every field, its values and its default. Trains nothing.
 
-A recipe is parsed at the door and travels unchanged; `recipes.defaults` replaces "choose for me" by what the data set
-allows.
-Values that this version cannot train are not in these types, so that the door refuses them and the documentation
-does not offer them.
+`recipes.defaults` fills what a recipe leaves open. Values that this version cannot train are not in these types, so
+that requests with them are refused and the documentation of the API does not offer them.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ AUTO: Final = "auto"
 
 
 class Mode(StrEnum):
-    """How a network learns."""
+    """Which part of a network is trained."""
 
     FEATURE_EXTRACTION = "feature-extraction"
     FINE_TUNING = "fine-tuning"
@@ -33,7 +31,7 @@ class Mode(StrEnum):
 
 
 class Task(StrEnum):
-    """What is predicted."""
+    """What a model predicts."""
 
     MULTICLASS = "multiclass"
     BINARY = "binary"
@@ -42,7 +40,7 @@ class Task(StrEnum):
 
 
 class Resize(StrEnum):
-    """How an image becomes a square: stretched, cut to its centre, or given black borders."""
+    """How an image is resized to the input size: stretched, cropped to its centre, or padded with black borders."""
 
     SQUASH = "squash"
     CROP = "crop"
@@ -62,14 +60,14 @@ class OptimizerName(StrEnum):
 
 
 class Monitor(StrEnum):
-    """What early stopping watches on the validation split."""
+    """The metric on the validation images that early stopping monitors."""
 
     VAL_LOSS = "val_loss"
     VAL_ACCURACY = "val_accuracy"
 
 
 class TargetMetric(StrEnum):
-    """What a target may be set on."""
+    """The metric that a target is set on."""
 
     LOSS = "loss"
     ACCURACY = "accuracy"
@@ -78,21 +76,21 @@ class TargetMetric(StrEnum):
 
 
 class ClassWeights(StrEnum):
-    """`auto` weighs each class by the inverse of its share."""
+    """Weights of the classes in the loss; `auto` weights each class by the inverse of its share of the images."""
 
     AUTO = "auto"
     NONE = "none"
 
 
 class Loss(StrEnum):
-    """What a network from scratch makes small; `auto` follows the task."""
+    """The loss of a network from scratch; `auto` follows the task."""
 
     AUTO = "auto"
     MEAN_SQUARED_ERROR = "mean_squared_error"
 
 
 class Precision(StrEnum):
-    """The arithmetic of the backbone; `int8` is a quantised network, a file of its own."""
+    """The arithmetic of the backbone; `int8` runs a quantised copy of it."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -120,10 +118,10 @@ class _EnumOrAuto:
 
 
 # Aliases of a type, so that each is a schema of its own in the documentation of the API.
-_BACKBONE_CHOICE = "The backbone that a recipe asks for; `auto` tries those whose weights are here, and takes the best."
-_TASK_CHOICE = "The task that a recipe asks for; `auto` takes the data set's."
+_BACKBONE_CHOICE = "A backbone, or `auto`: compare those whose weights are here and take the best."
+_TASK_CHOICE = "A task, or `auto`: the task of the data set."
 _PRECISION_CHOICE = (
-    "The precision that a recipe asks for; `auto` tries those of the machine and takes the fastest that is as good."
+    "A precision, or `auto`: compare those that the machine supports and take the fastest that scores as well."
 )
 BackboneChoice = TypeAliasType(
     "BackboneChoice",
@@ -139,28 +137,28 @@ PrecisionChoice = TypeAliasType(
 
 
 class HeadRecipe(Part):
-    """The trained part: dense layers on the features. Without hidden layers it is linear."""
+    """The dense layers that are trained on the features. Without hidden layers the head is linear."""
 
     hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=4)] = ()
     """Units of each hidden layer."""
     activation: Activation = Activation.RELU
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of inputs dropped before each layer while training."""
+    """Dropout rate before each layer during training."""
     l2: Annotated[float, Field(ge=0, le=10)] = 1e-4
-    """Weight of the squared weights in the loss."""
+    """L2 regularisation: the factor of the squared weights in the loss."""
 
 
 class OptimizerRecipe(Part):
-    """How weights are updated."""
+    """The optimizer and its learning rate."""
 
     name: OptimizerName = OptimizerName.ADAM
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.001
 
 
 class Target(Part):
-    """A value at which training may end: losses from above, accuracies from below.
+    """A value at which training ends: when a loss falls to it, or an accuracy rises to it.
 
-    A regression's losses are of standardised numbers: 1 is what answering the mean always would give.
+    The loss of a regression is measured on standardised numbers: always predicting the mean gives 1.
     """
 
     metric: TargetMetric
@@ -168,109 +166,109 @@ class Target(Part):
 
 
 class EarlyStopping(Part):
-    """When a fit ends before its last epoch; the weights of its best epoch are restored, or of that at its target."""
+    """When training ends early. The weights of the best epoch, or of the one that reached the target, are kept."""
 
     monitor: Monitor = Monitor.VAL_LOSS
     patience: Annotated[int, Field(ge=0, le=10_000)] = 5
-    """Epochs without improvement that are waited for."""
+    """Number of epochs without improvement after which training ends."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """The least change that counts as an improvement."""
+    """The smallest change that counts as an improvement."""
     target: Target | None = None
 
 
 class Folds(Part):
-    """How the score is measured."""
+    """Cross-validation, which measures the score."""
 
     k: Annotated[int, Field(ge=2, le=20)] | None = None
-    """Number of folds; by default 5, or fewer if the smallest class or label has fewer groups of images."""
+    """Number of folds. The default is 5, or fewer if the smallest class or label has fewer groups of images."""
     repeats: Annotated[int, Field(ge=1, le=20)] = 1
-    """How often the whole k-fold evaluation is repeated with other splits."""
+    """How many times the whole cross-validation is run, each time with other splits."""
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.15
-    """Share of a fold's training images that early stopping watches; without early stopping none are set aside."""
+    """Share of the training images of a fold that early stopping monitors. None are set aside without it."""
 
 
 class Augmentation(Part):
-    """How training images are varied, each time anew. Flipping is only done if asked for: it is wrong for digits."""
+    """Random changes of the training images in every epoch. Flipping is off by default: it is wrong for digits."""
 
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation to either side."""
+    """Largest rotation to either side, in degrees."""
     zoom: Annotated[float, Field(ge=0, le=0.9)] = 0.0
-    """Largest share by which an image is enlarged or made smaller."""
+    """Largest share by which an image is enlarged or shrunk."""
     shift: Annotated[float, Field(ge=0, le=0.9)] = 0.0
-    """Largest share of its side by which an image is moved."""
+    """Largest shift, as a share of the side of the image."""
     brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Largest change of brightness, as a share of white."""
     contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest share by which contrast is raised or lowered."""
+    """Largest share by which contrast is increased or reduced."""
     flip: bool = False
-    """Whether left and right may be exchanged."""
+    """Whether images may be flipped from left to right."""
 
 
 class FineTune(Part):
-    """The second phase of fine-tuning, in which layers of the network learn as well as the head."""
+    """The second phase of fine-tuning, which trains layers of the backbone together with the head."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 20
     warmup_epochs: Annotated[int, Field(ge=0, le=1000)] = 1
-    """Epochs over which the learning rate rises from zero; after them it falls along a cosine."""
+    """Number of epochs in which the learning rate rises from zero. It then falls to zero along a cosine."""
 
 
 class Recipe(Part):
-    """Everything that a run is asked to do."""
+    """Everything that a run does. Fields that are left out have defaults."""
 
     mode: Mode = Mode.FEATURE_EXTRACTION
     backbone: BackboneChoice | None = BackboneName.XCEPTION
-    """`null` for a network from scratch. `auto` tries, on a sample, the last cut of each backbone whose weights are
-    here, or all cuts with `features_from` `auto`; the report shows what it tried."""
+    """`null` for a network from scratch. `auto` compares the backbones whose weights are here on a sample of the
+    images: each at its last cut point, or at all of them if `features_from` is `auto`. The report shows the scores."""
     weights: Annotated[str, Field(pattern=NAME_PATTERN)] | None = IMAGENET
-    """`imagenet`, `random`, or a name under which the operator imported weights."""
+    """`imagenet`, `random`, or the name of weights that the operator imported."""
     features_from: str | None = None
-    """The cut point whose output becomes the features; by default the last. `auto` tries all, on a sample. See GET
-    /api/v1/backbones."""
+    """The cut point whose output becomes the features. The default is the last; `auto` compares all of them on a
+    sample of the images. GET /api/v1/backbones lists them."""
     network: NetworkRecipe | None = None
-    """From scratch only: the network; by default a small CNN. See POST /api/v1/networks/preview."""
+    """From scratch only: the network. The default is a small CNN; POST /api/v1/networks/preview shows its layers."""
     image_size: Sides | None = None
-    """Side of the square in pixels that images are resized to; by default the backbone's own, for a CNN from scratch 64
-    and for other networks 32. A network from scratch may also have `[height, width]`."""
+    """The size in pixels that images are resized to: the side of a square or, for a network from scratch,
+    `[height, width]`. The default is that of the backbone, 64 for a CNN from scratch and 32 for other networks."""
     resize: Resize = Resize.SQUASH
     task: TaskChoice = AUTO
     head: HeadRecipe | None = HeadRecipe()
-    """What learns on a backbone's features; a network from scratch has an output layer of its own."""
+    """The layers that are trained on the features of the backbone; `null` for a network from scratch."""
     loss: Loss = Loss.AUTO
-    """From scratch only: cross-entropy for classes and labels and mean squared error for numbers, or mean squared error
-    for a sigmoid output too (tasks binary and multilabel)."""
+    """From scratch only. `auto` is cross-entropy for classes and labels, and mean squared error for numbers. Tasks
+    binary and multilabel may also use the mean squared error of the sigmoid output."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     batch_size: Annotated[int, Field(ge=1, le=8192)] = 32
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 100
     early_stopping: EarlyStopping | None = EarlyStopping()
-    """`null` trains every epoch and keeps the last weights."""
+    """`null` trains all epochs and keeps the last weights."""
     folds: Folds = Folds()
     augmentation: Augmentation | None = None
-    """Fine-tuning has by default a little rotation, zoom and brightness; `null` leaves images as they are. Features of
-    a frozen backbone are computed once per image, so there is nothing to augment."""
+    """Fine-tuning and networks from scratch only. Fine-tuning has a little rotation, zoom and brightness by default;
+    `null` turns augmentation off. Feature extraction computes the features of each image once, without augmentation."""
     unfreeze: str | None = None
-    """Fine-tuning only: the first cut that learns, or `all`, which is what the first cut of a network means; by default
-    the last block of the network."""
+    """Fine-tuning only: the first cut point whose layers are trained, or `all`. The default is the last block of the
+    network. The first cut point means `all`, since no layer is before it."""
     fine_tune: FineTune | None = None
     """Fine-tuning only: the second phase."""
     class_weights: ClassWeights = ClassWeights.NONE
     precision: PrecisionChoice = Precision.FLOAT32
-    """The arithmetic of the backbone, for training and answers alike. `auto` measures each on the folds and takes the
-    fastest whose score is at most half a point below that of `float32`; the report shows what it tried."""
+    """The precision of the backbone in training and predictions. `auto` compares the precisions on the folds and takes
+    the fastest whose score is at most half a point below that of `float32`. The report shows the scores."""
     recalibrate: bool = False
-    """Whether to quantise the backbone anew, on this data set; models made before keep the one they have."""
+    """Whether to quantise the backbone anew on this data set. Existing models keep their quantised backbone."""
     neighbours: bool = False
-    """Whether to keep what the training images look like to the network, so that `?explain=neighbours` shows those that
-    are nearest to a new one."""
+    """Whether to keep the features of the training images, so that `?explain=neighbours` shows the training images that
+    are most similar to a new image."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def flat(self) -> dict[str, Any]:
-        """Return every value by its path, such as `head.l2`."""
+        """Return every value by its dotted path, such as `head.l2`."""
         return flat(self.model_dump(mode="json"))
 
 
 def flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return every value of a recipe in JSON by its path, such as `head.l2`."""
+    """Return every value of a recipe in JSON by its dotted path, such as `head.l2`."""
     values: dict[str, Any] = {}
     for name, value in recipe.items():
         if isinstance(value, Mapping):

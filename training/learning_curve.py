@@ -1,7 +1,8 @@
-"""What more images would bring: heads that learn from a part of them, measured on the same test images of every fold.
+"""Learning curves: how the score of a run depends on the number of training images.
 
-The parts of a fold hold each other, so that a point differs from the next one by what was added. What is foretold is
-the power law through the points (`training.statistics.power_law`). Exports nothing; sees features, never pixels.
+Heads are fitted on nested subsets of each fold's training images and scored on the fold's test images. A power law
+through the points (`training.statistics.power_law`) forecasts the score for twice the images. Reads features, never
+pixels, and exports nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ from recipes.recipe import Task
 from training.data.split import Indices, nested_subsets, set_aside
 from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, Lesson, Plan
+from training.fitting.learners import Frozen, LearningTask, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
 from training.statistics import evaluation, power_law, resampling
@@ -37,29 +37,29 @@ from training.statistics.comparison import OutOfFoldLogits
 from training.statistics.power_law import LEAST_POINTS, PowerLaw
 
 FRACTIONS = (0.1, 0.2, 0.4, 0.7)
-"""Of what a fold learns from; all of it is what the run has measured itself."""
+"""Shares of a fold's training images that heads are fitted on; the run itself has measured the score for all."""
 
 INTERVAL = (
     f"{resampling.DRAWS:,} draws of folds and of test images in them, or of groups where images belong together, the "
     "same for every point, and of what the law leaves unexplained; the law is fitted anew to each, the heads are not"
 )
 
-Share = Callable[[float], None]
+ReportShare = Callable[[float], None]
 
 # Draws whose counts are in memory at once.
 _AT_ONCE = 250
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A finished run of heads on a frozen network.
+class MeasuredRun:
+    """A finished feature extraction run with its out-of-fold logits.
 
     Attributes:
-        recipe: as it was trained.
+        recipe: what the run was trained by.
         labels: class names in the order of the outputs.
         rows: the images of the data set version, N of them.
         features: float32 [N, D], as the run's network sees them.
-        measured: what the run answered for the test images of its folds.
+        measured: the out-of-fold logits of the run.
     """
 
     recipe: HeadedRecipe
@@ -71,7 +71,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Point:
-    """The headline score of heads that learned from so many images, on average over the folds."""
+    """The mean headline score over the folds for heads that were fitted on that many images."""
 
     fraction: float
     images: int
@@ -80,10 +80,11 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Law:
-    """`floor + scale * images ** -exponent`: the error, which is the headline score itself or what it lacks to one.
+class FittedLaw:
+    """The parameters of the power law `error = floor + scale * images ** -exponent`.
 
-    `misfit` is the root mean square of what the points are away from it.
+    The error is 1 − score, or the score itself where less is better. `misfit` is the root mean square of the distances
+    between the points and the law.
     """
 
     floor: float
@@ -93,8 +94,8 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Twice:
-    """What the law foretells for twice the images; `change` is the score less what the law says of all images."""
+class DoubledForecast:
+    """The forecast for twice the images; `change` is its score minus the score of the law for all images."""
 
     images: int
     score: float
@@ -104,25 +105,25 @@ class Twice:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The points by their number of images, and what follows from them; None where they are too few to say."""
+class LearningCurve:
+    """The points by number of images, with the law and the forecast; these are None if there are too few points."""
 
     points: list[Point]
-    law: Law | None
-    twice: Twice | None
+    law: FittedLaw | None
+    twice: DoubledForecast | None
     sentence: str
     picture: bytes
 
 
-def measure(subject: Subject, report: Share) -> Curve:
-    """Measure how the score of a run hangs on the number of its training images.
+def measure_learning_curve(subject: MeasuredRun, report: ReportShare) -> LearningCurve:
+    """Measure how the score of a run depends on the number of its training images.
 
     Args:
         subject: the run.
-        report: called now and then with how much is done, from 0 to 1.
+        report: called during the work with the share that is done, from 0 to 1.
 
     Raises:
-        TrainingDiverged: a head's loss is not a number any more.
+        TrainingDiverged: the loss of a head became infinite or NaN.
     """
     task = subject.recipe.task
     headline = HEADLINES[task]
@@ -131,44 +132,44 @@ def measure(subject: Subject, report: Share) -> Curve:
     tested = np.flatnonzero(subject.measured.folds[0] >= 0)
     truth, groups_tested = targets.truth[tested], groups[tested]
     points, statistics = [], []
-    for fraction, images, logits in _answers(subject, task, targets, groups, report):
+    for fraction, images, logits in _logits_by_size(subject, task, targets, groups, report):
         found = logits[:, tested]
         metrics = evaluation.scores_with_intervals(task, truth, groups_tested, found)
         points.append(Point(fraction, images, metrics[headline.metric], headline.interval(metrics)))
         statistics.append(evaluation.mean_image_statistics(task, truth, found))
     law, twice = None, None
     if len(points) >= LEAST_POINTS:
-        drawn = _drawn_scores(task, headline, statistics, groups_tested, subject.measured.folds[0][tested])
-        law, twice = foretell(headline, points, drawn, len(np.unique(groups_tested)))
-    sentence = said(headline, points, twice)
-    return Curve(points, law, twice, sentence, _picture(headline, points, law, twice, sentence))
+        drawn = _bootstrap_scores(task, headline, statistics, groups_tested, subject.measured.folds[0][tested])
+        law, twice = forecast_doubled(headline, points, drawn, len(np.unique(groups_tested)))
+    sentence = summary_sentence(headline, points, twice)
+    return LearningCurve(points, law, twice, sentence, _plot(headline, points, law, twice, sentence))
 
 
 # --- points ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one head learns from and is tested on; `images` counts those that it may stop by, too."""
+class _HeadFit:
+    """One head to fit, and the rows to test it on; `images` counts training and validation images."""
 
     repeat: int
-    lesson: Lesson
+    task: LearningTask
     test: Indices
     images: int
 
 
-def _answers(
-    subject: Subject, task: Task, targets: Targets, groups: Indices, report: Share
+def _logits_by_size(
+    subject: MeasuredRun, task: Task, targets: Targets, groups: Indices, report: ReportShare
 ) -> Iterator[tuple[float, int, Float32]]:
-    """Yield for each number of images its fraction, the number and the logits float32 [repeats, N, outputs].
+    """Yield the fraction, the number of images and the logits, float32 [repeats, N, outputs], for each size.
 
-    Of a data set so small that two fractions come to the same images only the larger one is left.
+    In a data set so small that two fractions give the same number of images, only the larger fraction is used.
     """
     measured = subject.measured
     data = FitData(task, measured.logits.shape[2], subject.features, targets.truth)
     learner = Frozen(subject.recipe, data)
     folds = [
-        _parts(subject, targets, groups, learner.plan, repeat, number)
+        _head_fits(subject, targets, groups, learner.plan, repeat, number)
         for repeat, fold_of in enumerate(measured.folds)
         for number in np.unique(fold_of[fold_of >= 0]).tolist()
     ]
@@ -179,11 +180,11 @@ def _answers(
     for number in wanted:
         logits = np.full(measured.logits.shape, np.nan, dtype=np.float32)
         for part in (parts[number] for parts in folds):
-            listener = Trial(partial(_tell, report, done / total, part.images / total / learner.plan.epochs))
-            answered = learner.learn(part.lesson, listener, NoKeeper()).logits(part.test)
+            listener = Trial(partial(_report_epochs, report, done / total, part.images / total / learner.plan.epochs))
+            answered = learner.learn(part.task, listener).logits(part.test)
             if not np.isfinite(answered).all():
                 raise TrainingDiverged(
-                    f"What was learned from {part.images} images answers with infinite numbers. Lower "
+                    f"The head that was trained on {part.images} images predicts infinite numbers or NaN. Lower "
                     "optimizer.learning_rate."
                 )
             logits[part.repeat, part.test] = answered
@@ -193,16 +194,18 @@ def _answers(
     yield 1.0, sizes[-1], measured.logits
 
 
-def _tell(report: Share, before: float, an_epoch: float, epochs: float) -> None:
-    """Say how far all fits are when one has done so many epochs."""
+def _report_epochs(report: ReportShare, before: float, an_epoch: float, epochs: float) -> None:
+    """Report the share that is done of all fits after some epochs of one of them."""
     report(before + epochs * an_epoch)
 
 
-def _parts(subject: Subject, targets: Targets, groups: Indices, plan: Plan, repeat: int, number: int) -> list[_Part]:
-    """Return what the heads of a fold learn from, by FRACTIONS and then all of it."""
+def _head_fits(
+    subject: MeasuredRun, targets: Targets, groups: Indices, plan: Plan, repeat: int, number: int
+) -> list[_HeadFit]:
+    """Return the fits of one fold: one for each of FRACTIONS, then one on all its training images."""
     recipe, fold_of = subject.recipe, subject.measured.folds[repeat]
     test, rest = np.flatnonzero(fold_of == number), np.flatnonzero((fold_of >= 0) & (fold_of != number))
-    watched = _rows_to_watch(subject, groups)
+    watched = _validation_rows(subject, groups)
     share = 0.0 if len(watched) else recipe.validation_fraction
     strata, needed, seed = targets.strata, targets.needed, _seed(recipe.seed, number)
     found = []
@@ -210,13 +213,13 @@ def _parts(subject: Subject, targets: Targets, groups: Indices, plan: Plan, repe
         aside = watched
         if share:
             aside = set_aside(rows, strata, needed, groups, share, seed)
-        lesson = Lesson(np.setdiff1d(rows, aside), aside, plan, seed)
-        found.append(_Part(repeat, lesson, test, len(rows)))
+        task = LearningTask(np.setdiff1d(rows, aside), aside, plan, seed)
+        found.append(_HeadFit(repeat, task, test, len(rows)))
     return found
 
 
-def _rows_to_watch(subject: Subject, groups: Indices) -> Indices:
-    """Return the images that the data set itself sets aside to stop by."""
+def _validation_rows(subject: MeasuredRun, groups: Indices) -> Indices:
+    """Return the rows of the data set's own validation split."""
     split = manifest.splits_of(subject.rows, groups.tolist())
     return np.flatnonzero([part is Split.VALIDATION for part in split])
 
@@ -228,13 +231,13 @@ def _seed(*parts: int) -> int:
 # --- law -------------------------------------------------------------------------------------------------------------
 
 
-def _drawn_scores(
+def _bootstrap_scores(
     task: Task, headline: Headline, statistics: Sequence[Float64], groups: Indices, fold_of: Indices
 ) -> Float64:
-    """Return float64 [draws, P], the score of each point on test images that are drawn anew, the same for all.
+    """Return the bootstrap scores of the points, float64 [draws, P]; all points share the test images of a draw.
 
-    Folds are drawn, and then images of each, or groups of them: the heads of a fold have learned from images of their
-    own, so that folds differ by that, too (Davison & Hinkley 1997, "Bootstrap Methods and their Application", 3.8).
+    The bootstrap has two stages: it draws folds, then images (or groups) in each fold, since folds also differ by what
+    their heads were trained on (Davison & Hinkley 1997, "Bootstrap Methods and their Application", 3.8).
     """
     of_folds = [
         np.stack(
@@ -254,60 +257,66 @@ def _drawn_scores(
     return np.concatenate(drawn)
 
 
-def foretell(headline: Headline, points: Sequence[Point], drawn: Float64, blocks: int) -> tuple[Law, Twice]:
-    """Return the law through the points, and what it says of twice the images.
+def forecast_doubled(
+    headline: Headline, points: Sequence[Point], drawn: Float64, blocks: int
+) -> tuple[FittedLaw, DoubledForecast]:
+    """Fit the law to the points and forecast the score for twice the images.
 
-    Its interval is that of laws through other points: each is moved as the draw of test images moves it, and by what
-    the law leaves unexplained to one side or the other (the wild bootstrap, Wu 1986, "Jackknife, Bootstrap and Other
-    Resampling Methods in Regression Analysis"), since images drawn anew would be learned from otherwise, too.
+    The interval comes from laws that are fitted to resampled points. Each point moves by the change of its score in a
+    draw of test images, and by its residual with a random sign (the wild bootstrap, Wu 1986, "Jackknife, Bootstrap and
+    Other Resampling Methods in Regression Analysis"), since other training images would also give other heads.
 
     Args:
         headline: the score.
         points: at least LEAST_POINTS.
-        drawn: the points' scores on test images that are drawn anew, float64 [draws, P].
-        blocks: how many images, or groups of them, there are to draw.
+        drawn: the bootstrap scores of the points, float64 [draws, P].
+        blocks: number of images, or of groups where images belong together.
     """
     images = np.array([point.images for point in points], dtype=np.float64)
     ends = np.array([images[-1], 2 * images[-1]])
-    errors = _flipped(headline, np.array([point.score for point in points]))
+    errors = _error_or_score(headline, np.array([point.score for point in points]))
     law = power_law.fit_power_law(images, errors)
     misfits = errors - law.error(images)
-    free = np.sqrt(len(points) / (len(points) - (LEAST_POINTS - 1)))  # they are smaller than what was there before
+    free = np.sqrt(
+        len(points) / (len(points) - (LEAST_POINTS - 1))
+    )  # residuals are smaller than the errors that they estimate
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=drawn.shape)
-    moved = law.error(images) + signs * misfits * free + _flipped(headline, drawn) - errors
-    foretold = _flipped(headline, power_law.fit_power_law(images, np.maximum(moved, 0.0)).error(ends))  # [draws, 2]
-    now, then = _flipped(headline, law.error(ends)).tolist()
+    moved = law.error(images) + signs * misfits * free + _error_or_score(headline, drawn) - errors
+    resampled = _error_or_score(
+        headline, power_law.fit_power_law(images, np.maximum(moved, 0.0)).error(ends)
+    )  # [draws, 2]
+    now, then = _error_or_score(headline, law.error(ends)).tolist()
     return (
-        Law(
+        FittedLaw(
             floor=float(law.floor),
             scale=float(law.scale),
             exponent=float(law.exponent),
             misfit=float(np.sqrt(np.square(misfits).mean())),
         ),
-        Twice(
+        DoubledForecast(
             images=round(ends[1]),
             score=then,
-            ci95=resampling.bootstrap_interval(foretold[:, 1], blocks),
+            ci95=resampling.bootstrap_interval(resampled[:, 1], blocks),
             change=then - now,
-            change_ci95=resampling.bootstrap_interval(foretold[:, 1] - foretold[:, 0], blocks),
+            change_ci95=resampling.bootstrap_interval(resampled[:, 1] - resampled[:, 0], blocks),
         ),
     )
 
 
-def _flipped(headline: Headline, values: Float64) -> Float64:
-    """Return errors for scores, and scores for errors: the same where the score is an error, else what lacks to one."""
+def _error_or_score(headline: Headline, values: Float64) -> Float64:
+    """Convert scores to errors or errors to scores: 1 − value, or the value itself where less is better."""
     return 1.0 - values if headline.is_greater_better else values
 
 
-# --- for a person ----------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------------------------
 
 
-def said(headline: Headline, points: Sequence[Point], twice: Twice | None) -> str:
-    """Return in one sentence what more images would bring."""
+def summary_sentence(headline: Headline, points: Sequence[Point], twice: DoubledForecast | None) -> str:
+    """Return one sentence on what twice the images would bring."""
     if twice is None:
         return (
-            "There are too few images to say what more of them would bring: their parts come to "
-            f"{len(points)} different numbers of images, where a law needs {LEAST_POINTS}."
+            "There are too few images for a forecast: the curve has "
+            f"{len(points)} different numbers of images and a power law needs {LEAST_POINTS}."
         )
     gain = abs(twice.change)
     low, high = sorted(map(abs, twice.change_ci95))
@@ -324,17 +333,19 @@ def said(headline: Headline, points: Sequence[Point], twice: Twice | None) -> st
     return f"Twice the images would bring {much}{', so it may be nothing' if low < margin / 10 else ''}."
 
 
-def _picture(headline: Headline, points: Sequence[Point], law: Law | None, twice: Twice | None, sentence: str) -> bytes:
-    """Return the points with their intervals over the number of images as a PNG, the law through them and beyond."""
+def _plot(
+    headline: Headline, points: Sequence[Point], law: FittedLaw | None, twice: DoubledForecast | None, sentence: str
+) -> bytes:
+    """Plot the points with their intervals over the number of images, the law and the forecast; return a PNG."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     images = [point.images for point in points]
-    _bars(axes, images, [point.score for point in points], [point.ci95 for point in points], "C0", "measured")
+    _plot_intervals(axes, images, [point.score for point in points], [point.ci95 for point in points], "C0", "measured")
     if law is not None and twice is not None:
         along = np.geomspace(images[0], twice.images, 100)
         found = PowerLaw(np.array(law.floor), np.array(law.scale), np.array(law.exponent)).error(along)
-        axes.plot(along, _flipped(headline, found), "--", color="C0", alpha=0.6, label="power law")
-        _bars(axes, [twice.images], [twice.score], [twice.ci95], "C1", "foretold")
+        axes.plot(along, _error_or_score(headline, found), "--", color="C0", alpha=0.6, label="power law")
+        _plot_intervals(axes, [twice.images], [twice.score], [twice.ci95], "C1", "forecast")
         images.append(twice.images)
     axes.set_xscale("log")
     axes.set_xticks(images, [f"{count:,}" for count in images])
@@ -347,7 +358,7 @@ def _picture(headline: Headline, points: Sequence[Point], law: Law | None, twice
     return png(figure)
 
 
-def _bars(
+def _plot_intervals(
     axes: Any, images: list[int], scores: list[float], bounds: list[tuple[float, float]], colour: str, label: str
 ) -> None:
     """Draw points with their intervals, which need not have them in the middle."""

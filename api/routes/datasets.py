@@ -1,4 +1,4 @@
-"""Routes of data sets: upload, look, delete. Opens no archive: that is a worker's job."""
+"""Routes of data sets: upload, show, delete. Opens no archive: workers do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import func, literal, or_, select
 from sqlalchemy.orm import Session
 
 from api import bodies, problems
 from api.dependencies import PrincipalDep, Services, ServicesDep
 from api.idempotency import IdempotencyDep, IdempotentRequest
-from api.paging import CursorQuery, LimitQuery, page
+from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.schemas import (
     ClassImages,
     DatasetCreated,
@@ -38,7 +37,6 @@ from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
 from models.file_references import lock_files, try_delete_unreferenced
 from models.job import JobKind, Queue
-from models.project import scope
 
 THUMBNAIL_SIDE = 160
 
@@ -68,7 +66,7 @@ async def upload(
     idempotency: IdempotencyDep,
 ) -> DatasetCreated:
     """Upload a zip, tar or tar.gz of images: one folder per class, or a labels.csv at its top."""
-    return await _take_in(
+    return await _receive_version(
         request,
         response,
         services,
@@ -88,7 +86,7 @@ async def add_images(
     idempotency: IdempotencyDep,
 ) -> DatasetCreated:
     """Upload an archive of images to add. They and the present ones become a new version."""
-    return await _take_in(
+    return await _receive_version(
         request,
         response,
         services,
@@ -98,7 +96,7 @@ async def add_images(
     )
 
 
-async def _take_in(
+async def _receive_version(
     request: Request,
     response: Response,
     services: Services,
@@ -107,11 +105,12 @@ async def _take_in(
     check: Callable[[Session], None],
     find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
-    """Receive an archive and owe its ingest as a version of the data set that `find` returns."""
+    """Receive an archive and queue its ingest as a new version of the data set that `find` returns."""
 
-    def check_first() -> None:  # before gigabytes are sent for nothing
+    def check_first() -> None:  # before gigabytes are uploaded in vain
         with services.database.reading() as session:
-            if not idempotency.is_known(session):  # else it may be here already, as only its last byte will tell
+            # A known key may mean a repeated upload, which only its last byte can show.
+            if not idempotency.is_known(session):
                 check(session)
 
     await run_in_threadpool(check_first)
@@ -127,25 +126,26 @@ def _record(
     archive: Digest,
     find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
-    """Write what an archive was sent for. If that fails, or was written before, the archive goes unless it is named."""
-    is_of_use = False
+    """Add the version and its job; delete the archive if that fails or was done before, unless another row names it."""
+    is_needed = False
     try:
         earlier = idempotency.find_answer(DatasetCreated, archive, response)
         if earlier is not None:
             return earlier
         with services.database.writing() as session:
-            lock_files(session)  # first: who finds the name taken removes the archive, which may be the very same one
+            # First: a request that finds the name taken deletes its archive, which may be the same file.
+            lock_files(session)
             dataset = find(session)
             if not services.store.has(archive):
-                raise Unavailable("The archive was removed just when it had arrived. Send it again.")
+                raise Unavailable("The archive was removed just after it arrived. Send it again.")
             version = datasets.add_version(session, dataset, archive)
             jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
             created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
             location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
             idempotency.keep_answer(session, created, location)
-        is_of_use = True
+        is_needed = True
     finally:
-        if not is_of_use:
+        if not is_needed:
             with services.database.writing() as session:
                 try_delete_unreferenced(session, services.store, [archive])
     services.dispatcher.request()
@@ -158,9 +158,9 @@ def list_datasets(
 ) -> Page[DatasetOut]:
     """List data sets, the newest first."""
     with services.database.reading() as session:
-        query = select(Dataset).where(Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal))
-        rows, next_cursor = page(session, query, Dataset.id, lambda row: row.Dataset.id, limit, cursor)
-        return Page(items=[_dataset_out(session, row.Dataset) for row in rows], next_cursor=next_cursor)
+        page = datasets.list_datasets(session, principal, page_request(limit, cursor))
+        items = [_dataset_out(session, dataset) for dataset in page.rows]
+        return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/{dataset_id}")
@@ -183,19 +183,10 @@ def list_images(
     """List the images of a version by path, as its manifest does; with a label only those that have it."""
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
-        query = (
-            select(Membership, Image)
-            .join(Image, Image.id == Membership.image_id)
-            .where(Membership.version_id == datasets.ready_version(session, dataset, version).id)
-        )
-        if label:
-            among = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
-            joined = literal("|") + Membership.label + literal("|")
-            query = query.where(or_(Membership.label == label, among(joined, f"|{label}|") > 0))
-        order = datasets.path_order(session)
-        rows, next_cursor = page(session, query, order, lambda row: row.Membership.path, limit, cursor, ascending=True)
-        items = [_image_out(dataset.id, row.Membership, row.Image) for row in rows]
-        return Page(items=items, next_cursor=next_cursor)
+        chosen = datasets.ready_version(session, dataset, version)
+        page = datasets.list_images(session, chosen.id, label, page_request(limit, cursor))
+        items = [_image_out(dataset.id, membership, image) for membership, image in page.rows]
+        return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
@@ -203,22 +194,16 @@ def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: st
     """Return a small WEBP of an image, upright and without its metadata."""
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
-        query = (
-            select(Image.sha256)
-            .join(Membership, Membership.image_id == Image.id)
-            .join(DatasetVersion, DatasetVersion.id == Membership.version_id)
-            .where(DatasetVersion.dataset_id == dataset.id, Image.sha256 == image)
-        )
-        digest = session.scalar(query.limit(1))
+        digest = datasets.find_image(session, dataset.id, image)
     if digest is None:
         raise NotFound(f"Data set {dataset.name!r} has no image {image!r}.")
-    data = images.thumbnail(services.store.read(Digest(digest)), THUMBNAIL_SIDE, services.settings.image_limits)
+    data = images.thumbnail(services.store.read(digest), THUMBNAIL_SIDE, services.settings.image_limits)
     return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
 
 @router.delete("/{dataset_id}", status_code=204)
 def delete_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: str) -> None:
-    """Delete a data set with its images. Runs and models that came of it stay."""
+    """Delete a data set with its images. Its runs and models stay."""
     with services.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id, for_change=True)
         versions = [version.id for version in datasets.get_versions(session, dataset.id)]

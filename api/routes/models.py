@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, ServicesDep
-from api.paging import CursorQuery, LimitQuery, page
+from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Number, Page
 from artifacts.store import Digest
 from models import registry
 from models.dataset import DatasetVersion
 from models.outbox import owe
-from models.project import scope
 from models.registry import Model, ModelVersion
 from models.run import Run
 from recipes.recipe import NAME_PATTERN
@@ -32,9 +30,8 @@ def list_models(
 ) -> Page[ModelOut]:
     """List models, the newest first."""
     with services.database.reading() as session:
-        query = select(Model).where(scope(Model.project_id, principal))
-        rows, next_cursor = page(session, query, Model.id, lambda row: row.Model.id, limit, cursor)
-        return Page(items=[_model_out(session, row.Model) for row in rows], next_cursor=next_cursor)
+        page = registry.list_models(session, principal, page_request(limit, cursor))
+        return Page(items=[_model_out(session, model) for model in page.rows], next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/{name}")
@@ -55,7 +52,7 @@ def get_version(services: ServicesDep, principal: PrincipalDep, name: str, versi
 
 @router.put("/{name}/aliases/{alias}")
 def move_alias(
-    services: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, wanted: AliasRequest
+    services: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, body: AliasRequest
 ) -> AliasOut:
     """Point an alias at a version. What cannot be served is refused, and the alias stays where it was.
 
@@ -63,7 +60,7 @@ def move_alias(
     """
     with services.database.reading() as session:
         model = registry.get_model(session, principal, name)
-        version = registry.get_model_version(session, model, wanted.version)
+        version = registry.get_model_version(session, model, body.version)
     bundle = Digest(version.bundle_sha256)
     if services.shelf.predictor_if_warm(bundle, Digest(version.backbone_sha256)) is None:
         services.shelf.check_files(bundle)

@@ -140,5 +140,7 @@ def _explanation_out(explained: ExplanationImage) -> ExplanationOut:
     return ExplanationOut(
         label=explained.label,
         png=base64.b64encode(explained.png).decode(),
-        neighbours=[NeighbourOut(similarity=one.similarity, **asdict(one.known)) for one in found] if found else None,
+        neighbours=[NeighbourOut(similarity=one.similarity, **asdict(one.training_image)) for one in found]
+        if found
+        else None,
     )

@@ -1,4 +1,4 @@
-"""Routes of what can be looked at of a finished run. Whoever asks first has it computed, all others find it there."""
+"""Routes of the views of a finished run. The first request starts the computation; later ones get its result."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.routes.runs import stored_file
+from api.files import stored_file
 from api.schemas import LearningCurveOut, ViewOut, ViewProgress, VisibleLayer, VisibleLayers
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
 from errors import EspalierError, NotFound, NotReady, RequestInvalid, from_record
+from models import dataset as datasets
 from models import run as runs
 from models import view as views
-from models.dataset import Dataset, DatasetVersion, Image, Membership
+from models.dataset import Dataset, DatasetVersion
 from models.project import Principal
 from models.run import Run, RunState
 from models.view import View, ViewKind, ViewState
@@ -28,7 +28,7 @@ from recipes.recipe import Mode
 
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"], route_class=JsonRoute)
 
-# Seconds after which to ask again, if nobody knows better.
+# Seconds until a client should ask again, without an ETA and at most.
 _ASK_AGAIN_S = 2
 _LATEST_S = 30
 
@@ -96,7 +96,7 @@ def get_activations(
     if view.state is not ViewState.SUCCEEDED:
         return _computing(view)
     assert view.sha256 is not None
-    return stored_file(services, view.sha256, "image/png")
+    return stored_file(services.store, view.sha256, "image/png")
 
 
 def _finished(session: Session, principal: Principal, run_id: str) -> Run:
@@ -115,22 +115,17 @@ def _image(session: Session, run: Run, image: str | None) -> Digest:
     listing = f"GET /api/v1/datasets/{version.dataset_id}/images?version={version.number} lists"
     if image is None:
         raise RequestInvalid(f"image: Expected one of the images that {listing}. Received none.", field="image")
-    query = (
-        select(Image.sha256)
-        .join(Membership, Membership.image_id == Image.id)
-        .where(Membership.version_id == version.id, Image.sha256 == image)
-    )
-    found = session.scalar(query.limit(1))
+    found = datasets.find_version_image(session, version.id, image)
     if found is None:
         raise NotFound(
             f"The run's data set version has no image {image!r}. {listing} the {version.images:,} that it has, each "
             "with its SHA-256 as 'image'."
         )
-    return Digest(found)
+    return found
 
 
 def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
-    """Return a view that is there or being computed from now on. Raises why it could not be, once."""
+    """Return a view, requesting it if nobody has. Raises the error of a failed view once; the next call retries it."""
     with services.database.reading() as session:
         view = views.find_view(session, run.id, kind, key)
     if view is not None and view.state is ViewState.FAILED:
@@ -149,14 +144,14 @@ def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
 
 
 def _failure(error: dict[str, Any]) -> EspalierError:
-    """Return why a view could not be computed, as an answer says it."""
+    """Return the error of a view that could not be computed."""
     found = from_record(error)
-    found.detail += " Asked again, it is tried anew."
+    found.detail += " Ask again to retry."
     return found
 
 
 def _computing(view: View) -> JSONResponse:
-    """Return how far a view is."""
+    """Return 202 with the progress of a view, and when to ask again."""
     progress = ViewProgress(**view.progress or {"fraction": 0.0, "eta_s": None})
     after_s = _ASK_AGAIN_S if progress.eta_s is None else min(_LATEST_S, max(1, math.ceil(progress.eta_s)))
     shown = ViewOut(state=view.state, progress=progress)
@@ -164,6 +159,6 @@ def _computing(view: View) -> JSONResponse:
 
 
 def _content(services: Services, view: View) -> Any:
-    """Return the JSON of a view that is there."""
+    """Return the parsed JSON of a view that has succeeded."""
     assert view.sha256 is not None
     return json.loads(services.store.read(Digest(view.sha256)))

@@ -65,7 +65,7 @@ def test_readiness_tells_of_a_bucket_that_is_away_and_does_not_depend_on_it(clie
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["ready"]) == (200, True)
     assert not answer.json()["checks"]["store"]["ok"]
-    assert "cannot be used just now" in answer.json()["checks"]["store"]["detail"]
+    assert "is unavailable" in answer.json()["checks"]["store"]["detail"]
     line.mend()
     assert client.get("/readyz").json()["checks"]["store"]["ok"]
 

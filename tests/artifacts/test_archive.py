@@ -375,7 +375,7 @@ def test_an_archive_is_known_by_its_first_262_bytes() -> None:
 @both_kinds
 @pytest.mark.parametrize("name", ["../a.png", "a/../../b.png", "a\\..\\b.png", "..", "a/..", "a/b/.."])
 def test_a_climbing_name_is_refused(opened: Opener, tmp_path: Path, named: Named, name: str) -> None:
-    with pytest.raises(ArchiveRefused, match="climbs out of its folder"):
+    with pytest.raises(ArchiveRefused, match="paths without"):
         opened(named("a/1.png", name))
     assert [file.name for file in tmp_path.iterdir()] == ["archive"]
 
@@ -396,7 +396,7 @@ def test_a_climbing_name_is_refused(opened: Opener, tmp_path: Path, named: Named
     ],
 )
 def test_an_absolute_name_is_refused(opened: Opener, named: Named, name: str) -> None:
-    with pytest.raises(ArchiveRefused, match="is absolute"):
+    with pytest.raises(ArchiveRefused, match="Expected relative paths"):
         opened(named("a/1.png", name))
 
 
@@ -418,19 +418,19 @@ def test_backslashes_of_windows_are_read_as_slashes(opened: Opener, named: Named
 @both_kinds
 @pytest.mark.parametrize("name", [".", "./."])
 def test_a_file_without_a_name_is_refused(opened: Opener, named: Named, name: str) -> None:
-    with pytest.raises(ArchiveRefused, match="has no name"):
+    with pytest.raises(ArchiveRefused, match="a name for each file"):
         opened(named(name))
 
 
 def test_a_zip_member_with_an_empty_name_is_refused(opened: Opener) -> None:
-    with pytest.raises(ArchiveRefused, match="has no name"):
+    with pytest.raises(ArchiveRefused, match="a name for each file"):
         opened(zip_of(Member(b"")))
 
 
 @both_kinds
 @pytest.mark.parametrize("twin", ["a/1.png", "a//1.png", "./a/1.png", "a\\1.png", "a/./1.png"])
 def test_two_files_of_one_name_are_refused(opened: Opener, named: Named, twin: str) -> None:
-    with pytest.raises(ArchiveRefused, match=r"same name: 'a/1\.png'"):
+    with pytest.raises(ArchiveRefused, match=r"Received 'a/1\.png' twice"):
         opened(named("a/1.png", "a/2.png", twin))
 
 
@@ -611,13 +611,13 @@ def test_a_gzip_bomb_is_refused_as_its_bytes_come(opened: Opener, tar: bytes) ->
 def test_a_zip_whose_local_header_disagrees_with_its_directory_is_refused(
     opened: Opener, local: dict[str, Any]
 ) -> None:
-    with pytest.raises(ArchiveRefused, match=r"two different things about 'a/1\.png'"):
+    with pytest.raises(ArchiveRefused, match=r"two different headers for 'a/1\.png'"):
         opened(zip_of(Member(b"a/1.png", local=local)))
 
 
 def test_a_name_that_reads_differently_in_the_two_headers_is_refused(opened: Opener) -> None:
     for name in ("é/1.png".encode(), b"\xff/1.png"):
-        with pytest.raises(ArchiveRefused, match="two different things"):
+        with pytest.raises(ArchiveRefused, match="two different headers"):
             opened(zip_of(Member(name, local={"flags": UTF8})))
     assert contents(opened(zip_of(Member(b"a/1.png", local={"flags": UTF8})))) == {"a/1.png": b"data"}
 
@@ -626,7 +626,7 @@ def test_sizes_that_follow_a_member_may_not_be_said_wrongly_before_it(opened: Op
     follow = {"flags": 0x8}
     assert len(opened(zip_of(Member(b"a/1.png", says=follow, local={"crc": 0, "compressed": 0, "plain": 0}))).entries)
     for wrong in ({"compressed": 3}, {"plain": 5}):
-        with pytest.raises(ArchiveRefused, match="two different things"):
+        with pytest.raises(ArchiveRefused, match="two different headers"):
             opened(zip_of(Member(b"a/1.png", says=follow, local=wrong)))
 
 
@@ -796,7 +796,7 @@ def test_a_huge_pax_header_is_refused_before_it_is_read(opened: Opener) -> None:
     assert contents(opened(pax({"comment": "x" * 60_000}) + tar_member(b"a/1.png") + END)) == {"a/1.png": b"data"}
     for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, b"L", b"K"):
         data = gzip.compress(header(b"a", octal(40 * MIB), kind) + bytes(40 * MIB) + tar_member(b"a/1.png") + END)
-        with pytest.raises(ArchiveRefused, match="say 0 to 65,536 bytes"), at_most(MIB):
+        with pytest.raises(ArchiveRefused, match="size of 0 to 65,536 bytes"), at_most(MIB):
             opened(data)
 
 
@@ -846,7 +846,7 @@ def test_a_tar_that_is_cut_off_is_refused_wherever_the_cut_is(opened: Opener) ->
 def test_a_tar_that_is_cut_off_inside_a_member_is_refused_when_it_is_opened(opened: Opener) -> None:
     data = tar_member(b"a/1.png", bytes(range(256)) * 100)
     for length in (BLOCK + 100, 10 * BLOCK, len(data) - 1):
-        with pytest.raises(ArchiveRefused, match=r"cannot be read|cut off"):
+        with pytest.raises(ArchiveRefused, match=r"cannot be read|incomplete"):
             opened(data[:length])
 
 
@@ -867,7 +867,7 @@ def test_a_tar_that_goes_on_after_its_end_is_refused(opened: Opener, behind: byt
             gzip.compress(body + gap + behind),
             gzip.compress(body) + gzip.compress(gap + behind),
         ):
-            with pytest.raises(ArchiveRefused, match="goes on after its end"):
+            with pytest.raises(ArchiveRefused, match="more data after its end"):
                 opened(data)
 
 

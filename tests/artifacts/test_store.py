@@ -320,7 +320,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         fill_disk(store.root / "incoming")
         yield bytes(size_bytes)
 
-    with pytest.raises(DiskFull, match="nothing was kept"):
+    with pytest.raises(DiskFull, match="nothing was stored"):
         store.put(chunks())
     assert leftovers(store) == []
     full_or_here = ("/dev/full", str(store.root.resolve()))

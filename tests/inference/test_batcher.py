@@ -203,7 +203,7 @@ def test_closing_answers_what_waits_and_takes_no_more(batcher: Batcher, engine: 
     threading.Timer(0.1, engine.gate.set).start()
     batcher.close()
     assert [value(future.result(0)) for future in waiting] == [[number] for number in range(6)]
-    with pytest.raises(Unavailable, match="ending"):
+    with pytest.raises(Unavailable, match="shutting down"):
         batcher.submit(images(9), LATER).result(0)
 
 

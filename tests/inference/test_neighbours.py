@@ -48,18 +48,18 @@ def test_the_nearest_by_the_cosine_of_standardised_features_come_first() -> None
     wanted = (RANDOM.normal(3, 1, 12) * scales).astype(np.float32)
     kept = files.load(keep(rows(len(features)), features).dump())
     [found] = nearest(kept, wanted[None])
-    assert [one.known.path for one in found] == [f"{row}.png" for row in by_hand(features, wanted)[:3]]
+    assert [one.training_image.path for one in found] == [f"{row}.png" for row in by_hand(features, wanted)[:3]]
     assert 1 >= found[0].similarity >= found[1].similarity >= found[2].similarity > 0.5
     [itself, other] = nearest(kept, features[[77, 78]], count=1)
-    assert itself[0].known == kept.known[77] and other[0].known == kept.known[78]
+    assert itself[0].training_image == kept.images[77] and other[0].training_image == kept.images[78]
     assert itself[0].similarity == pytest.approx(1, abs=1e-3)
-    assert itself[0].known.labels == ("label 1",)
+    assert itself[0].training_image.labels == ("label 1",)
 
 
 def test_few_images_and_channels_that_never_change_are_no_trouble() -> None:
     features = np.array([[1, 5], [2, 5]], np.float32)
     [found] = nearest(keep(rows(2), features), np.array([[3, 5]], np.float32))
-    assert [(one.known.path, round(one.similarity)) for one in found] == [("1.png", 1), ("0.png", -1)]
+    assert [(one.training_image.path, round(one.similarity)) for one in found] == [("1.png", 1), ("0.png", -1)]
     [alone] = nearest(keep(rows(1), features[:1]), features[1:])
     assert [one.similarity for one in alone] == [0.0]
 
@@ -70,7 +70,7 @@ def test_a_file_that_is_there_twice_is_shown_once_and_nothing_is_nearer_than_its
     twice[5] = replace(twice[4], path="again.png")
     features[5] = features[4]
     [found] = nearest(keep(twice, features), features[4:5])
-    assert len({one.known.image for one in found}) == 3 and found[0].known.image == twice[4].sha256
+    assert len({one.training_image.image for one in found}) == 3 and found[0].training_image.image == twice[4].sha256
     assert found[0].similarity <= 1
 
 
@@ -78,9 +78,9 @@ def test_of_very_many_images_an_even_sample_is_kept(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(files, "MOST_BYTES", 2 * 4 * 10)
     features = RANDOM.normal(size=(100, 4)).astype(np.float32)
     kept = keep(rows(100), features)
-    assert [one.path for one in kept.known] == [f"{row}.png" for row in range(0, 100, 11)]
-    assert kept.kept.shape == (10, 4)
-    assert kept.directions.mean == pytest.approx(features.mean(axis=0), rel=1e-5)
+    assert [one.path for one in kept.images] == [f"{row}.png" for row in range(0, 100, 11)]
+    assert kept.vectors.shape == (10, 4)
+    assert kept.normaliser.mean == pytest.approx(features.mean(axis=0), rel=1e-5)
 
 
 def test_a_harmed_file_is_told() -> None:
@@ -94,7 +94,7 @@ def test_a_harmed_file_is_told() -> None:
 def test_the_picture_shows_the_image_then_its_neighbours_and_grey_for_one_that_is_gone() -> None:
     kept = keep(rows(3), np.array([[1, 0], [0, 1], [-1, -1]], np.float32))
     [found] = nearest(kept, np.array([[1, 0]], np.float32))
-    colours = {found[0].known.image: (0, 255, 0), found[2].known.image: (0, 0, 255)}
+    colours = {found[0].training_image.image: (0, 255, 0), found[2].training_image.image: (0, 0, 255)}
 
     def read(image: Digest) -> Pixels | None:
         colour = colours.get(image)

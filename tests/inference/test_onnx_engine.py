@@ -103,7 +103,7 @@ def test_a_bundle_of_one_engine_is_served_by_the_other(network: Path, store: Sto
 
 
 def test_a_precision_that_it_would_not_keep_is_refused(network: Path) -> None:
-    with pytest.raises(PrecisionUnsupported, match=r"float32 or int8.*bfloat16.*ESPALIER_ENGINE=openvino"):
+    with pytest.raises(PrecisionUnsupported, match=r"float32 and int8.*bfloat16.*ESPALIER_ENGINE=openvino"):
         OnnxEngine(network, Precision.BFLOAT16, 1)
 
 
@@ -136,7 +136,7 @@ print(engine.features(np.zeros((1, 32, 32, 3), np.uint8)).shape[0])
     command = [sys.executable, "-c", program, str(network)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     told, goes_on = done.stdout.splitlines()
-    assert told.startswith("There is no room in memory for a batch of 2048 images.") and goes_on == "1"
+    assert told.startswith("Not enough memory on this machine for a batch of 2048 images.") and goes_on == "1"
 
 
 # --- what is said to CUDA, and who is chosen --------------------------------------------------------------------------
@@ -185,7 +185,7 @@ api.app.create_app(Settings(engine="onnxruntime"))
 @pytest.mark.parametrize(
     "imports",
     [
-        "from inference.engine_choice import loader; loader('auto')",
+        "from inference.engine_choice import choose_engine_loader; choose_engine_loader('auto')",
         "from training.networks.quantisation import _nncf; _nncf(); import nncf.onnx.engine",
     ],
 )

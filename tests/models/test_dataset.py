@@ -78,7 +78,7 @@ def test_a_version_waits_until_the_one_before_is_in(database: Database) -> None:
         version = records.waiting_version(session)
         dataset = records.dataset_of(session, version)
         for _ in ("uploaded", "ingesting"):
-            with pytest.raises(NotReady, match="still taking in"):
+            with pytest.raises(NotReady, match="still ingesting"):
                 datasets.add_version(session, dataset, digest("more"))
             datasets.start_ingest(session, version.id)
             session.flush()
@@ -100,16 +100,16 @@ def test_only_a_ready_version_may_be_trained_on(database: Database) -> None:
     with database.writing() as session:
         version = records.waiting_version(session)
         dataset = records.dataset_of(session, version)
-        with pytest.raises(NotReady, match="is uploaded; wait"):
+        with pytest.raises(NotReady, match=r"is uploaded\. Wait"):
             datasets.ready_version(session, dataset, None)
         datasets.start_ingest(session, version.id)
-        with pytest.raises(NotReady, match="is ingesting; wait"):
+        with pytest.raises(NotReady, match=r"is ingesting\. Wait"):
             datasets.ready_version(session, dataset, 1)
         records.make_ready(session, version)
         second = datasets.add_version(session, dataset, digest("more"))
         assert datasets.ready_version(session, dataset, None) is version
         assert datasets.ready_version(session, dataset, 1) is version
-        with pytest.raises(NotReady, match="is uploaded; wait"):
+        with pytest.raises(NotReady, match=r"is uploaded\. Wait"):
             datasets.ready_version(session, dataset, 2)
         with pytest.raises(NotFound, match="no version 3"):
             datasets.ready_version(session, dataset, 3)
@@ -130,7 +130,7 @@ def test_a_version_that_is_closed_is_not_ingested_again(database: Database) -> N
         datasets.cancel_ingest(session, withdrawn.id)
         session.flush()
         for version in (ready, rejected, withdrawn):
-            with pytest.raises(RuntimeError, match="not waiting"):
+            with pytest.raises(RuntimeError, match="not waiting for ingest"):
                 datasets.start_ingest(session, version.id)
 
 

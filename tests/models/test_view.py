@@ -157,7 +157,7 @@ def test_what_is_being_computed_from_deleted_images_ends_and_what_needs_none_goe
         views.cancel_view(session, running)
     assert look(database, running) is None and look(database, layers) is not None
     for kind, key in ((ViewKind.ACTIVATIONS, KEY), (ViewKind.LEARNING_CURVE, "")):
-        with pytest.raises(NotReady, match="deleted with its images"):
+        with pytest.raises(NotReady, match="and its images were deleted"):
             ask(database, run_id, kind, key)
 
 

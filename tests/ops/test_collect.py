@@ -54,16 +54,16 @@ def test_an_operator_sees_what_would_go_then_removes_it(tmp_path: Path, database
     dry = collect(tmp_path, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert dry.stdout == (
-        "Would remove 1 files that nothing names and that are older than 24 h (3.0 MiB), 1 that were never finished, "
-        "0 answers to requests of long ago, checkpoints of 1 runs that failed more than 7 days ago, and then the files "
+        "Would remove 1 unreferenced files that are older than 24 h (3.0 MiB), 1 unfinished files, "
+        "0 expired idempotency answers, checkpoints of 1 runs that failed more than 7 days ago, and the files "
         "of these checkpoints.\n"
     )
     assert set(store.digests()) == {old, fresh, checkpoint}
     done = collect(tmp_path)
-    assert done.stdout.startswith("Removed 2 files") and done.returncode == 0
+    assert done.stdout.startswith("Removed 2 unreferenced files") and done.returncode == 0
     assert list(store.digests()) == [fresh] and not list((store.root / "incoming").iterdir())
     again = collect(tmp_path)
-    assert again.stdout.startswith("Removed 0 files")
+    assert again.stdout.startswith("Removed 0 unreferenced files")
     database.close()
 
 
@@ -71,7 +71,10 @@ def test_while_a_worker_collects_an_operator_is_told_so(tmp_path: Path, database
     with database.exclusive(GARBAGE_COLLECTION) as is_held:
         assert is_held
         done = collect(tmp_path)
-    assert (done.returncode, done.stdout) == (0, "A worker collects just now: see its log.\n")
+    assert (done.returncode, done.stdout) == (
+        0,
+        "Another process is collecting garbage at the moment. See the logs of the workers, or try again later.\n",
+    )
     database.close()
 
 
@@ -80,7 +83,7 @@ def test_a_bucket_is_collected_and_one_that_refuses_is_told(tmp_path: Path, data
     address = bucket.address
     shared = {"ESPALIER_STORE_ENDPOINT": bucket.endpoint, "ESPALIER_STORE_REGION": address.region}
     done = collect(tmp_path, ESPALIER_STORE_URL=address.url or "", ESPALIER_COLLECT_AFTER_S="0.001", **shared)
-    assert re.match(r"Removed [01] files", done.stdout), done.stderr
+    assert re.match(r"Removed [01] unreferenced files", done.stdout), done.stderr
     wrong = collect(tmp_path, ESPALIER_STORE_URL="s3://nobody-made-this", **shared)
     assert wrong.returncode == 1 and "no bucket s3://nobody-made-this" in wrong.stderr and wrong.stdout == ""
     database.close()

@@ -40,7 +40,7 @@ def test_users_images_are_read_from_a_folder_or_an_archive(tmp_path: Path, kind:
 
 
 def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CannotStart, match="neither a folder nor an archive"):
+    with pytest.raises(CannotStart, match="a folder or an archive"):
         read_images(tmp_path / "nowhere.zip")
 
 

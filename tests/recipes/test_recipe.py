@@ -194,10 +194,10 @@ def test_classes_may_be_learned_as_labels_that_do_not_exclude_each_other() -> No
 
 def test_a_regression_is_folded_by_all_of_its_groups() -> None:
     assert fill(Recipe(), Task.REGRESSION, [], groups=4).folds.k == 4
-    with pytest.raises(RecipeInvalid, match="at most 4 folds: the data set has") as caught:
+    with pytest.raises(RecipeInvalid, match="at most 4 folds, since the data set has") as caught:
         fill(Recipe.model_validate({"folds": {"k": 5}}), Task.REGRESSION, [], groups=4)
     assert caught.value.field == "folds.k"
-    with pytest.raises(RecipeInvalid, match="at least 2 images of the data set") as caught:
+    with pytest.raises(RecipeInvalid, match="at least 2 groups of images of the data set") as caught:
         fill(Recipe(), Task.REGRESSION, [], groups=1)
     assert caught.value.field == "dataset"
 
@@ -225,7 +225,7 @@ def test_more_folds_than_the_smallest_class_has_groups_are_refused() -> None:
     assert fill(Recipe.model_validate({"folds": {"k": 4}}), Task.BINARY, classes).folds.k == 4
     error = refused({"folds": {"k": 5}}, classes=classes)
     assert error.field == "folds.k"
-    assert "at most 4 folds: class 'rose'" in error.detail and "Received 5" in error.detail
+    assert "at most 4 folds, since class 'rose'" in error.detail and "Received 5" in error.detail
 
 
 @pytest.mark.parametrize("groups", [0, 1])
@@ -389,10 +389,10 @@ def test_only_a_shared_quantised_network_is_calibrated_anew() -> None:
 
     for precision in ("int8", "auto"):
         assert filled(precision=precision, recalibrate=True).recalibrate
-    with pytest.raises(RecipeInvalid, match="only int8 is calibrated") as caught:
+    with pytest.raises(RecipeInvalid, match="only int8 networks are calibrated") as caught:
         filled(recalibrate=True)
     assert caught.value.field == "recalibrate"
-    with pytest.raises(RecipeInvalid, match="calibrated anew anyway"):
+    with pytest.raises(RecipeInvalid, match="always calibrated anew"):
         tuned(precision="int8", recalibrate=True)
 
 

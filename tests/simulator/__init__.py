@@ -1,1 +1,1 @@
-"""A world for the real code of jobs: clocks, stores, broker, database and faults, all decided by a seed."""
+"""Simulates everything around the real code of jobs: clocks, store, broker, database and faults, from a seed."""

@@ -1,4 +1,4 @@
-"""Databases that schedules run on: empty but for one data set that is ready, and soon empty again."""
+"""Databases for schedules: each schedule starts with only one ready data set in it."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from simulator.virtual_threads import Scheduler
 
 
 class ScheduleDatabase(Protocol):
-    """A database that one schedule after the other runs on."""
+    """A database that schedules use one after the other."""
 
     engine: Engine
     dataset_id: str
 
     def start_schedule(self, scheduler: Scheduler, chance: Chance) -> None:
-        """Make it as it was at first, for a schedule."""
+        """Reset the content for the next schedule, whose threads and randomness are these."""
 
     def end_schedule(self) -> None:
-        """Hear that the schedule is over."""
+        """Stop using the scheduler of the schedule that has ended."""
 
     def query(self, statement: str) -> Iterable[Sequence[Any]]:
-        """Read what is committed."""
+        """Run a statement that reads committed rows."""
 
     def close(self) -> None:
-        """Drop it."""
+        """Close all connections."""
 
 
 class InMemoryDatabase:
-    """SQLite in memory, with one connection: a transaction is over before the next one begins."""
+    """SQLite in memory with one connection: transactions run strictly one after the other."""
 
     def __init__(self) -> None:
         self.engine = _engine()
@@ -53,7 +53,7 @@ class InMemoryDatabase:
         self._connection.deserialize(self._empty)
 
     def end_schedule(self) -> None:
-        """Need no telling."""
+        """Do nothing: this database does not use the scheduler."""
 
     def query(self, statement: str) -> Iterable[Sequence[Any]]:
         found: list[Sequence[Any]] = self._connection.execute(statement).fetchall()
@@ -64,7 +64,7 @@ class InMemoryDatabase:
 
 
 class EngineDatabase(Database):
-    """A database whose engine is there already."""
+    """A `Database` on an existing engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.is_sqlite = engine.dialect.name == "sqlite"
@@ -72,7 +72,7 @@ class EngineDatabase(Database):
 
 
 def prepare(engine: Engine) -> str:
-    """Make the schema and a data set that is ready; return its id."""
+    """Create the schema and a ready data set; return the id of the data set."""
     database = EngineDatabase(engine)
     upgrade(database)
     with database.writing() as session:

@@ -1,4 +1,4 @@
-"""Chance, all of it from one seed: which faults a schedule has, how often each strikes, and how often each did."""
+"""All randomness of a schedule, from one seed: which faults it has and how often each strikes; counts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Fault(StrEnum):
-    """What may go wrong, and what people do at a bad moment."""
+    """Kinds of faults, and actions of clients at a bad moment."""
 
     # of a machine
     CRASH = "worker crashed"
@@ -45,13 +45,13 @@ class Fault(StrEnum):
     HANG = "work hung"
     MLFLOW_AWAY = "MLflow away"
     MLFLOW_DEAF = "answer of MLflow lost"
-    # by people
+    # by clients
     CANCEL = "run cancelled"
     CANCEL_ALL = "comparison cancelled"
     RETRY = "run tried again"
 
 
-# How often each strikes where it can, in a schedule that has it: per transaction, step of work, message and so on.
+# Probability of each fault per occasion (transaction, step of work, message and so on) in a schedule that has it.
 _TYPICAL = {
     Fault.CRASH: 0.008,
     Fault.API_CRASH: 0.1,
@@ -87,7 +87,7 @@ _TYPICAL = {
 
 
 class Chance:
-    """The chance of one schedule. Half the faults are off in it, so that it sees some of them often."""
+    """The seeded random source of one schedule. It turns half of the faults off, so that the others strike often."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -98,11 +98,11 @@ class Chance:
         self.happened: Counter[Fault] = Counter()
 
     def stop_faults(self) -> None:
-        """Let nothing go wrong any more."""
+        """Disable all faults from now on."""
         self._rates = dict.fromkeys(self._rates, 0.0)
 
     def strikes(self, fault: Fault) -> bool:
-        """Say whether a fault happens here and now; if so it counts as having happened."""
+        """Return whether a fault strikes now, and count it in `happened` if it does."""
         rate = self._rates[fault]
         if rate == 0.0 or self._random.random() >= rate:
             return False
@@ -110,17 +110,17 @@ class Chance:
         return True
 
     def happens(self, probability: float) -> bool:
-        """Throw a coin."""
+        """Return True with this probability."""
         return self._random.random() < probability
 
     def seconds(self, low: float, high: float) -> float:
-        """Return a duration."""
+        """Return a uniformly random duration in seconds."""
         return self._random.uniform(low, high)
 
     def integer(self, low: int, high: int) -> int:
-        """Return a number from low to high, both included."""
+        """Return a random integer from low to high, both included."""
         return self._random.randint(low, high)
 
     def choice(self, things: Sequence[T]) -> T:
-        """Return one of some things."""
+        """Return a random element of a sequence."""
         return self._random.choice(things)

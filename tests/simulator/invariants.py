@@ -1,7 +1,6 @@
-"""What must be true of jobs and runs after every transaction, and at the end. Reads rows; changes none.
+"""Invariants of jobs, runs and comparisons after every transaction and at the end. Reads rows; changes none.
 
-Nothing here asks the code that it judges: rows are read as they lie in the tables and compared with what was committed
-before.
+Does not use the code under test: rows are read with plain SQL and compared with those committed before.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from models.job import ENDLESS, MAX_ATTEMPTS, Lease
 
 Query = Callable[[str], Iterable[Sequence[Any]]]
-"""Runs a statement that reads, on what is committed."""
+"""Runs a SELECT on committed rows."""
 
 _FINAL_STATES = ("succeeded", "failed", "cancelled")
 _TRAINING = ("train", "fold", "final")
@@ -27,18 +26,18 @@ _RUN_TRANSITIONS = {
 _COMPARISON_TRANSITIONS = {
     "queued": ("running", "failed", "cancelled"),
     "running": ("succeeded", "failed", "cancelled"),
-    # A failed run of it is tried again.
+    # A failed run of it is retried.
     "succeeded": ("running",),
     "failed": ("running",),
 }
 
 
 class InvariantViolated(Exception):
-    """A law does not hold; the message says which."""
+    """An invariant does not hold; the message says which."""
 
 
 class JobRow(NamedTuple):
-    """A job as it lies in its table."""
+    """A row of the table of jobs."""
 
     kind: str
     subject_id: str
@@ -54,12 +53,12 @@ class JobRow(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Say whether nothing will happen to it any more."""
+        """Whether the job has ended."""
         return self.state in _FINAL_STATES
 
 
 class RunRow(NamedTuple):
-    """A run as it lies in its table."""
+    """A row of the table of runs."""
 
     state: str
     job_id: str | None
@@ -70,12 +69,12 @@ class RunRow(NamedTuple):
 
     @property
     def is_final(self) -> bool:
-        """Say whether nobody works on it any more."""
+        """Whether the run has ended; a failed run may be retried."""
         return self.state in _FINAL_STATES
 
 
 class OutboxRow(NamedTuple):
-    """Something that MLflow is owed; numbers are used again, moments are not."""
+    """A row of the outbox; `at` is part of it because SQLite reuses ids."""
 
     id: int
     run_id: str
@@ -86,7 +85,7 @@ class OutboxRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is committed."""
+    """All committed rows that the invariants are about."""
 
     jobs: Mapping[str, JobRow] = field(default_factory=dict)
     runs: Mapping[str, RunRow] = field(default_factory=dict)
@@ -100,13 +99,13 @@ class Snapshot:
     files: frozenset[str] = frozenset()
 
     def of_attempt(self, run: RunRow) -> list[JobRow]:
-        """Return the jobs that count for a run."""
+        """Return the jobs of the current attempt of a run."""
         return [job for job_id, job in self.jobs.items() if run.job_id in (job_id, job.parent_id)]
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Who committed, under which lease if under any; `cancels` names what a person ends."""
+    """The thread that committed, with its lease if any; `cancels` is the run or comparison that it cancels."""
 
     name: str
     lease: Lease | None = None
@@ -123,7 +122,7 @@ _FILES = (
 
 
 def read_snapshot(query: Query) -> Snapshot:
-    """Read everything that the laws speak of, one time each."""
+    """Read all rows that the invariants are about, with one statement per table."""
     jobs = query(
         'SELECT id, kind, subject_id, "index", parent_id, queue, state, attempt, lease_owner, lease_epoch, renewals, '
         "cancel_requested_at IS NOT NULL FROM job"
@@ -149,18 +148,18 @@ def read_snapshot(query: Query) -> Snapshot:
 
 
 class Invariants:
-    """Compares what is committed with what was committed before."""
+    """Checks committed rows against the previously committed ones."""
 
     def __init__(self, query: Query, has_file: Callable[[str], bool]) -> None:
         self._query = query
         self._has_file = has_file
         self.snapshot = read_snapshot(query)
-        # Runs that a person asked to end while they were not over.
+        # Runs that a client cancelled before they had ended.
         self.cancel_requested: set[str] = set()
         self._epochs: dict[str, int] = {}
 
     def check(self, writer: Writer) -> list[str]:
-        """Judge what was just committed; return what changed, in words. Raises Broken."""
+        """Check what was just committed; return the changes as text. Raises InvariantViolated."""
         before, after = self.snapshot, read_snapshot(self._query)
         if after == before:
             return []
@@ -177,12 +176,12 @@ class Invariants:
         return _describe_changes(before, after)
 
     def check_files(self) -> None:
-        """See that every file that a row names is there: after a transaction that came to nothing too."""
+        """Check that every file referenced by a row exists, also after a rollback. Raises InvariantViolated."""
         for digest in self.snapshot.files:
             _require(self._has_file(digest), f"a row names a file that is gone: {digest[:12]}")
 
     def check_end(self) -> None:
-        """See that nothing is left undone. Raises Broken."""
+        """Check that all runs, jobs and comparisons have ended. Raises InvariantViolated."""
         snapshot = self.snapshot
         for run_id, run in snapshot.runs.items():
             _require(run.is_final, f"a run is lost: {run_id} is {run.state} for ever")
@@ -192,7 +191,7 @@ class Invariants:
             _require(state in _FINAL_STATES, f"a comparison is lost: {comparison_id} is {state} for ever")
 
     def is_quiet(self) -> bool:
-        """Say whether nothing is left to be done, but what MLflow is owed."""
+        """Return whether all jobs except those that publish, and all runs, have ended."""
         snapshot = self.snapshot
         return all(job.is_final or job.kind == "publish" for job in snapshot.jobs.values()) and all(
             run.is_final for run in snapshot.runs.values()
@@ -200,7 +199,7 @@ class Invariants:
 
     def _check_job(self, job_id: str, was: JobRow | None, job: JobRow, writer: Writer) -> None:
         name = f"{job.kind} {job.number} ({job_id})"
-        if was is None:  # what is owed to MLflow is queued and claimed at once
+        if was is None:  # publish jobs are queued and claimed in one transaction
             was = job._replace(state="queued", attempt=0, epoch=0)
         way = f"{was.state} → {job.state}"
         _require(not was.is_final, f"a job that was over changes, {way}: {name}")
@@ -216,7 +215,7 @@ class Invariants:
                 _require(job.attempt == was.attempt, f"an attempt that nobody made: {name}")
             case "running", "running":
                 _require((job.epoch, job.owner) == (was.epoch, was.owner), f"{way}: {name}")
-                # attempts count from where the work stands
+                # attempts start at 1 again when the work has advanced
                 _require(job.attempt in (was.attempt, 1), f"{way} changed its attempts: {name}")
                 _require(job.renewals in (was.renewals, was.renewals + 1), f"renewed twice at once: {name}")
             case "running", _ if writer.lease is not None and writer.lease.job_id == job_id:
@@ -258,7 +257,7 @@ class Invariants:
         self._note_cancel_request(run_id, was, run, writer)
 
     def _check_events(self, run_id: str, before: Snapshot, after: Snapshot) -> list[str]:
-        """Return the states that new events tell of, in their order."""
+        """Check the new events of a run, and return the states that they report in order."""
         seq = before.events.get(run_id, 0)
         if after.events.get(run_id, 0) == seq:
             return []
@@ -277,7 +276,7 @@ class Invariants:
 
 
 def _check_lease(writer: Writer, before: Snapshot) -> None:
-    """See that whoever works under a lease had it when it wrote."""
+    """Check that a thread with a lease still held it when it wrote."""
     if writer.lease is None:
         return
     job = before.jobs[writer.lease.job_id]
@@ -288,7 +287,7 @@ def _check_lease(writer: Writer, before: Snapshot) -> None:
 
 
 def _check_outbox(run_id: str, was: RunRow, run: RunRow, states: Sequence[str], outbox: frozenset[OutboxRow]) -> None:
-    """See that MLflow is owed what just became true of a run."""
+    """Check that the outbox has a row for the new state of a run."""
     kinds = [row.kind for row in sorted(outbox) if row.run_id == run_id]
     failed_before_it_began = "failed" in states and not run.has_started
     starts = states.count("running") + failed_before_it_began
@@ -316,7 +315,7 @@ def _check_comparison(comparison_id: str, before: Snapshot, after: Snapshot) -> 
 
 
 def _describe_changes(before: Snapshot, after: Snapshot) -> list[str]:
-    """Say what changed."""
+    """Return the differences between two snapshots, a line each."""
     said = []
     for job_id, job in after.jobs.items():
         was = before.jobs.get(job_id)

@@ -1,4 +1,4 @@
-"""A computer of the simulated world: clocks of its own, tasks, and a connection to the database that may be cut."""
+"""A simulated machine: its own clocks, threads, and a connection to the database that may fail."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from simulator.virtual_threads import Scheduler, ThreadGroup, VirtualEvent, Virt
 
 _BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 
-# How long one thread may stand still while others go on: longer than a lease.
+# How long one thread may pause while others run: longer than a lease.
 _SLOW_S = 60.0
 
 
 class MachineEnvironment(Protocol):
-    """What a machine has around it."""
+    """What a machine needs of the simulation."""
 
     scheduler: Scheduler
     chance: Chance
@@ -34,17 +34,17 @@ class MachineEnvironment(Protocol):
     held_names: set[str]
 
     def new_thread_group(self) -> ThreadGroup:
-        """Return what the tasks of a new machine have in common."""
+        """Return an empty thread group for a new machine."""
 
     def log(self, text: str) -> None:
-        """Put a line into the trace."""
+        """Write a line to the trace."""
 
     def check_invariants(self, is_committed: bool) -> None:
-        """Judge what the present task has just committed, or that it committed nothing. Raises Gone."""
+        """Check the invariants after the running thread has committed or rolled back. Raises MachineKilled."""
 
 
 class Machine:
-    """A computer; `crash` is the fault that ends it, `on_crash` what happens then."""
+    """A machine; `crash` is the fault that kills it, and `on_crash` is called then."""
 
     def __init__(self, simulation: MachineEnvironment, name: str, crash: Fault, on_crash: Callable[[], None]) -> None:
         self.simulation = simulation
@@ -60,19 +60,19 @@ class Machine:
         self._on_crash = on_crash
 
     def monotonic(self) -> float:
-        """Return the seconds of its monotonic clock."""
+        """Return the seconds of this machine's monotonic clock."""
         return self.simulation.scheduler.now + self.clock_offset_s
 
     def wall(self) -> datetime:
-        """Return what its calendar says."""
+        """Return the time of this machine's wall clock."""
         return _BEGINNING + timedelta(seconds=self.simulation.scheduler.now + self.wall_offset_s)
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Let simulated time pass and other threads run."""
         self.simulation.scheduler.wait(seconds)
 
     def thread(self, run: Callable[[], None], name: str) -> VirtualThread:
-        """Return a thread of this machine."""
+        """Return a new thread of this machine, not yet started."""
 
         def work() -> None:
             wall_clock.set(self.wall)
@@ -81,7 +81,7 @@ class Machine:
         return VirtualThread(self.simulation.scheduler, work, f"{self.name} {name}", self.thread_group)
 
     def step(self) -> None:
-        """Let others act, for a moment or longer: nothing else says when a thread runs."""
+        """Let other threads run for a random time, so that threads interleave at every step."""
         chance = self.simulation.chance
         if chance.strikes(Fault.SLOW):
             self.sleep(chance.seconds(1.0, _SLOW_S))
@@ -89,19 +89,19 @@ class Machine:
             self.sleep(chance.seconds(0.0, 1.0 if chance.happens(0.2) else 0.02))
 
     def may_crash(self) -> None:
-        """Die here, perhaps."""
+        """Kill this machine if its crash fault strikes now."""
         if self.simulation.chance.strikes(self._crash):
             self.crash()
 
     def crash(self) -> None:
-        """Die here and now."""
+        """Kill this machine and call `on_crash`. Raises MachineKilled in its own threads."""
         self.simulation.log(f"{self.name} dies")
         self._on_crash()
         self.simulation.scheduler.kill(self.thread_group)
 
 
 class FaultyDatabase(Database):
-    """The database as one machine sees it: away, cut off, or written without an answer. Its engines are given."""
+    """The database as one machine sees it: it may be away, cut off, full, or lose the answer to a COMMIT."""
 
     def __init__(self, machine: Machine) -> None:
         self.is_sqlite = machine.simulation.engine.dialect.name == "sqlite"
@@ -149,7 +149,7 @@ class FaultyDatabase(Database):
                 held_names.remove(name)
 
     def _reach(self) -> None:
-        """Get there, or find out that it cannot be reached."""
+        """Reach the database, or raise Unavailable while it is away or this machine is cut off."""
         self._machine.step()
         if self._simulation.scheduler.now < max(self._simulation.away_until, self._machine.cut_off_until):
             self._machine.sleep(self._simulation.chance.seconds(0.0, 5.0))

@@ -1,7 +1,7 @@
-"""PostgreSQL as the ground: transactions overlap, and whoever needs a row that another one holds really waits for it.
+"""PostgreSQL for schedules: transactions overlap, and a statement that needs a locked row really waits for it.
 
-Others may act between any two statements. Who waits for whom is the server's to say, and whom it sends away of those
-that wait in a circle; all else follows from the seed as ever.
+Other threads may run between any two statements. The server decides which statement waits for which, and which one it
+aborts in a deadlock; everything else follows from the seed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from simulator.databases import prepare
 from simulator.faults import Chance
 from simulator.virtual_threads import Scheduler
 
-# Waiting in a circle costs real time until the server notices; and nothing here is worth waiting for a disk.
+# A deadlock costs real time until the server detects it; data of tests need not be synced to disk.
 _OPTIONS = "-c timezone=utc -c synchronous_commit=off -c deadlock_timeout=20ms"
 _CONNECTIONS = 50
-# What makes a SELECT wait for others.
+# Parts of a SELECT that can make it wait for locks.
 _LOCKS = ("FOR UPDATE", "FOR NO KEY UPDATE", "advisory")
-# The data set that every schedule begins with, and what the migrations themselves wrote.
+# Tables with the data set that every schedule starts with, and rows that migrations wrote.
 _KEPT = {"dataset", "dataset_version", "image", "membership", "project", "registry_revision"}
 
 
 class PostgresqlDatabase:
-    """An empty database of a PostgreSQL server, whose user may set what only an administrator may."""
+    """An empty database on a PostgreSQL server; its user needs superuser rights to set `deadlock_timeout`."""
 
     def __init__(self, url: str | URL) -> None:
         address = make_url(url).set(drivername="postgresql+psycopg")
@@ -76,7 +76,7 @@ class PostgresqlDatabase:
 
 
 class Statement:
-    """A statement on its way to the server; its number is that of the server's process."""
+    """A statement that the server executes; `number` is the process id of its server process."""
 
     def __init__(self, watching: Any, connection: Any, make: Callable[[], object]) -> None:
         self.number = int(connection.info.backend_pid)

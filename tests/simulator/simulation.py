@@ -1,4 +1,4 @@
-"""What everything in a schedule shares: time, chance, one database, the laws, and a trace. Starts nothing itself."""
+"""State shared by all parts of a schedule: time, randomness, one database, the invariants and a trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Trace = Callable[[str], None]
 
 
 class Simulation:
-    """One course of events, decided by its seed."""
+    """One simulated course of events, determined by its seed."""
 
     def __init__(self, seed: int, database: ScheduleDatabase, pool: ThreadPool, trace: Trace | None = None) -> None:
         self.chance = Chance(seed)
@@ -38,29 +38,32 @@ class Simulation:
         self.held_names: set[str] = set()
         self.thread_groups: list[ThreadGroup] = []
         self._unattached = self.new_thread_group()
-        # What a task works under, and whom a person's request ends.
+        # The lease that a thread works under, and the run or comparison that its request cancels.
         self.leases: dict[VirtualThread, Lease] = {}
         self.cancels: dict[VirtualThread, str] = {}
         self._trace = trace
 
     def new_thread_group(self) -> ThreadGroup:
-        """Return what the tasks of a new machine have in common."""
+        """Return an empty thread group for a new machine."""
         self.thread_groups.append(ThreadGroup())
         return self.thread_groups[-1]
 
     def spawn(self, run: Callable[[], None], name: str) -> VirtualThread:
-        """Start something that is not on any machine, and so lives on."""
+        """Start a thread that belongs to no machine, so that nothing kills it before the end."""
         thread = VirtualThread(self.scheduler, run, name, self._unattached)
         thread.start()
         return thread
 
     def log(self, text: str) -> None:
-        """Put a line into the trace."""
+        """Write a line with the simulated time to the trace."""
         if self._trace is not None:
             self._trace(f"{self.scheduler.now:9.3f}  {text}")
 
     def check_invariants(self, is_committed: bool) -> None:
-        """Judge what the present task has just committed, or that it committed nothing. Raises Gone if a law broke."""
+        """Check the invariants after the running thread has committed or rolled back.
+
+        Raises MachineKilled if one is violated, which also ends the schedule.
+        """
         try:
             self.transactions += 1
             if is_committed:
@@ -73,18 +76,18 @@ class Simulation:
             self.abort(broken)
 
     def abort(self, error: BaseException) -> NoReturn:
-        """End the schedule with an error."""
+        """End the schedule with an error in its main thread. Raises MachineKilled."""
         self.scheduler.fail(error)
         raise MachineKilled
 
     def is_held(self) -> bool:
-        """Say whether the lease still holds under which the present task works."""
+        """Return whether the lease of the running thread is still valid."""
         lease = self.leases[self.scheduler.current]
         job = self.invariants.snapshot.jobs[lease.job_id]
         return job.state == "running" and job.epoch == lease.epoch
 
     def close(self) -> None:
-        """End every task."""
+        """Kill all threads and release the database."""
         for group in self.thread_groups:
             self.scheduler.kill(group)
         while any(group.threads for group in self.thread_groups):
@@ -98,13 +101,13 @@ class Simulation:
 
 @contextmanager
 def logs_in_trace(simulation: Simulation) -> Iterator[None]:
-    """Put what the code logs into the trace while a block runs; an exception that is logged is one too many."""
+    """Write log lines of the code under test to the trace in a block; a logged exception fails the schedule."""
 
     def hear(logger: Any, method: str, event: Any) -> NoReturn:
         fields = {name: value for name, value in event.items() if name not in ("event", "exc_info")}
         simulation.log(f"{simulation.scheduler.current.name}: {event['event']} {fields or ''}")
         if event.get("exc_info"):
-            broken = InvariantViolated(f"an exception that nobody expects: {event['event']}: {sys.exception()!r}")
+            broken = InvariantViolated(f"an unexpected exception was logged: {event['event']}: {sys.exception()!r}")
             broken.__cause__ = sys.exception()
             simulation.scheduler.fail(broken)
         raise structlog.DropEvent

@@ -1,8 +1,8 @@
-"""Threads that take turns in simulated time: one runs at a time, and when it waits another goes on. Knows no jobs.
+"""Virtual threads in simulated time: only one runs at a time, and when it waits, the next one runs. Knows no jobs.
 
-The code that runs here is real and knows nothing of it: its clock, flags and threads are these. Which thread goes next
-follows from what each waits for, and so from the seed alone; nothing depends on how fast the machine is. A task
-belongs to a machine, which may be frozen or killed with all that runs on it.
+The code under test runs unchanged with these clocks, events and threads. Which thread runs next follows from what each
+waits for, and so only from the seed, never from the speed of the real machine. A thread belongs to the group of a
+simulated machine, which can be frozen or killed as a whole.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
-# How long to look away from what is outside of simulated time.
+# Real seconds between checks of calls outside of simulated time.
 _POLL_S = 0.0005
 
 
 class MachineKilled(BaseException):
-    """The machine of this thread is no more: it unwinds and touches nothing on its way."""
+    """The machine of this thread was killed: the thread unwinds without any further effect."""
 
 
 class ThreadGroup:
-    """What the tasks of one machine have in common: they are frozen together, and killed together."""
+    """The threads of one machine, which are frozen and killed together."""
 
     def __init__(self) -> None:
         self.frozen_until = 0.0
@@ -35,7 +35,7 @@ class ThreadGroup:
 
 
 class VirtualThread:
-    """Something that runs in a thread of its own, by turns with others."""
+    """A real thread that runs only while the scheduler gives it the turn."""
 
     def __init__(self, scheduler: Scheduler, run: Callable[[], None], name: str, group: ThreadGroup) -> None:
         self.name = name
@@ -44,18 +44,18 @@ class VirtualThread:
         self.ended = VirtualEvent(scheduler)
         self.turn = threading.Lock()
         self.turn.acquire()
-        # Counted up whenever it waits for something else: a call to go on with what is no longer awaited is stale.
+        # Incremented at each wait: a wake-up with an older ticket is stale.
         self.ticket = 0
         self._scheduler = scheduler
         self._run = run
 
     def start(self) -> None:
-        """Let it run as soon as it is its turn."""
+        """Make it due now, so that it runs when the scheduler gives it the turn."""
         self.thread_group.threads.append(self)
         self._scheduler.start(self, self._run)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until it has ended."""
+        """Wait until it has ended, at most for `timeout` simulated seconds."""
         self.ended.wait(timeout)
 
 
@@ -68,22 +68,22 @@ class VirtualEvent:
         self._waiting: list[VirtualThread] = []
 
     def is_set(self) -> bool:
-        """Say whether it is raised."""
+        """Return whether the event is set."""
         return self._is_set
 
     def set(self) -> None:
-        """Raise it; whoever waits goes on."""
+        """Set the event and wake all waiting threads."""
         self._is_set = True
         waiting, self._waiting = self._waiting, []
         for thread in waiting:
             self._scheduler.wake(thread)
 
     def clear(self) -> None:
-        """Lower it."""
+        """Reset the event, so that `wait` blocks again."""
         self._is_set = False
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is raised, or for so long; say whether it was raised."""
+        """Wait until the event is set, at most for `timeout` simulated seconds; return whether it was set."""
         self._scheduler.check_alive()
         if self._is_set:
             return True
@@ -97,7 +97,7 @@ class VirtualEvent:
 
 
 class Scheduler:
-    """Simulated time, in seconds from 0, and whose turn it is. The thread that made it is a task as well."""
+    """Simulated time in seconds from 0, and the turn of threads. The creating thread takes turns as the main thread."""
 
     def __init__(self, pool: ThreadPool) -> None:
         self.now = 0.0
@@ -107,13 +107,13 @@ class Scheduler:
         self._failure: BaseException | None = None
         self._pending: list[_PendingCall] = []
         self.waits = 0
-        self.current: VirtualThread = None  # type: ignore[assignment]  # for the moment in which the first task is made
+        self.current: VirtualThread = None  # type: ignore[assignment]  # only until the main thread is created
         self._main = self.current = VirtualThread(self, _nothing, "main", ThreadGroup())
 
-    # --- what a task does -------------------------------------------------------------------------------------------
+    # --- called by the running thread --------------------------------------------------------------------------------
 
     def wait(self, seconds: float) -> None:
-        """Let others go on for this long, or until called. Raises Gone on a machine that was killed."""
+        """Let other threads run for this long, or until woken. Raises MachineKilled."""
         self.check_alive()
         me = self.current
         self._wake_at(self.now + seconds, me)
@@ -127,23 +127,23 @@ class Scheduler:
         self.check_alive()
 
     def check_alive(self) -> None:
-        """Raise Gone on a machine that was killed."""
+        """Raise MachineKilled if the machine of the running thread was killed."""
         if self.current.thread_group.is_off:
             raise MachineKilled
 
     def wake(self, thread: VirtualThread) -> None:
-        """Have a task go on now."""
+        """Make a waiting thread due now."""
         self._wake_at(self.now, thread)
 
     def fail(self, error: BaseException) -> None:
-        """Have the director raise this, if nothing went wrong before; it is its turn next."""
+        """Make the main thread run next and raise this error, or an earlier one if there is one."""
         self._failure = self._failure or error
         self._wake_at(-math.inf, self._main)
 
     def run_blocking(self, call: BlockingCall) -> None:
-        """Make a call that may have to wait for what another task holds; others go on for as long as it does.
+        """Make a call that may block on something that another thread holds; others run while it is blocked.
 
-        Raises what the call does, and Gone on a machine that was killed.
+        Raises the error of the call, and MachineKilled.
         """
         pending = _PendingCall(self.current, call)
         self._pool.run(pending.make, _nothing)
@@ -165,7 +165,7 @@ class Scheduler:
     # --- machines ---------------------------------------------------------------------------------------------------
 
     def kill(self, group: ThreadGroup) -> None:
-        """Have all tasks of a machine unwind where they are. Raises Gone if this one is among them."""
+        """Kill a machine: its threads unwind where they are. Raises MachineKilled in one of them."""
         group.is_off = True
         group.frozen_until = 0.0
         for thread in group.threads:
@@ -176,7 +176,7 @@ class Scheduler:
     # --- for threads ------------------------------------------------------------------------------------------------
 
     def start(self, thread: VirtualThread, run: Callable[[], None]) -> None:
-        """Give a task a thread."""
+        """Run a new virtual thread in a real thread of the pool."""
         context = contextvars.Context()
 
         def work() -> None:
@@ -202,7 +202,7 @@ class Scheduler:
             heapq.heappush(self._due, (at, next(self._numbers), thread, thread.ticket))
 
     def _wake_unblocked(self) -> None:
-        """See which of those that wait for others go on by now; of those that wait in a circle, one must."""
+        """Wake the threads whose blocked call has ended; while calls deadlock, wait until the server aborts one."""
         while True:
             waiting = {
                 pending.call.number: pending.call.blockers()
@@ -217,7 +217,7 @@ class Scheduler:
             self.wake(pending.thread)
 
     def _next_thread(self) -> VirtualThread:
-        """Let time pass until a task is due; it is the current one then."""
+        """Advance time to the next due thread, make it the running one and return it."""
         if self._pending:
             self._wake_unblocked()
         while True:
@@ -233,22 +233,22 @@ class Scheduler:
 
 
 class BlockingCall(Protocol):
-    """Something outside of simulated time that waits for as long as another task holds what it needs."""
+    """A call outside of simulated time that may block on something that another thread holds."""
 
     number: int
 
     def make(self) -> None:
-        """Do it, in whatever thread."""
+        """Make the call, in any real thread."""
 
     def blockers(self) -> set[int]:
-        """Return the numbers of the calls, or of whoever made them, that this one waits for; none if it goes on."""
+        """Return the numbers of the calls, or of idle connections, that block this one; empty if it is not blocked."""
 
     def give_up(self) -> None:
-        """Have it end at once: nobody wants it any more."""
+        """Abort the call, since its result is no longer needed."""
 
 
 class _PendingCall:
-    """A call on its way, and the task that it is made for."""
+    """A call that has not returned, and the thread that waits for it."""
 
     def __init__(self, thread: VirtualThread, call: BlockingCall) -> None:
         self.thread = thread
@@ -265,7 +265,7 @@ class _PendingCall:
 
 
 def _is_in_circle(number: int, waiting: Mapping[int, set[int]]) -> bool:
-    """Say whether a call waits for itself in the end."""
+    """Return whether a call is part of a deadlock: it waits for itself through others."""
     found: set[int] = set()
     left = set(waiting[number])
     while left:
@@ -277,18 +277,18 @@ def _is_in_circle(number: int, waiting: Mapping[int, set[int]]) -> bool:
 
 
 class ThreadPool:
-    """Threads of the machine that this runs on, used again and again: starting one takes longer than most tasks."""
+    """A pool of real threads: starting a thread takes longer than most virtual threads run."""
 
     def __init__(self) -> None:
         self._idle: list[_PoolThread] = []
 
     def close(self) -> None:
-        """Let them go."""
+        """End the idle threads."""
         for worker in self._idle:
             worker.assign(None)
 
     def run(self, work: Callable[[], None], then: Callable[[], None]) -> None:
-        """Have a thread do some work, and something else once it is free for the next."""
+        """Run `work` in a thread of the pool, then `then`, when the thread is available again."""
         worker = self._idle.pop() if self._idle else _PoolThread()
 
         def run() -> None:
@@ -319,4 +319,4 @@ class _PoolThread:
 
 
 def _nothing() -> None:
-    """Do nothing: the director's thread has begun before there was a baton."""
+    """Do nothing: the main thread runs already when the scheduler is created."""

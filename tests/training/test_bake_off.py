@@ -19,7 +19,7 @@ from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.filled import FeatureExtractionRecipe, UndecidedRecipe
 from recipes.recipe import Recipe, Task
-from training.bake_off import FOLDS, Pick, _sample
+from training.bake_off import FOLDS, BakeOffResult, _sample
 from training.data.split import make_folds
 from training.data.targets import Targets
 from training.networks import backbones
@@ -133,12 +133,12 @@ def test_a_choice_is_kept_as_it_was_and_settles_the_recipe() -> None:
         "seconds": 4.5,
         "tried": [],
     }
-    assert Pick.of(facts).facts(Task.MULTICLASS) == facts
+    assert BakeOffResult.of(facts).facts(Task.MULTICLASS) == facts
     recipe = fill(
         Recipe.model_validate({"backbone": "auto", "features_from": "auto"}), Task.BINARY, [ClassCount("a", 9, 9)]
     )
     assert isinstance(recipe, UndecidedRecipe)
-    done = Pick.of(facts).settled(recipe)
+    done = BakeOffResult.of(facts).decide(recipe)
     assert (done.backbone, done.features_from, done.image_size) == (BackboneName.VGG19, "block4", 48)
     assert isinstance(done, FeatureExtractionRecipe)
 

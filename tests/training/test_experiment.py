@@ -458,7 +458,7 @@ def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
     chosen = "int8" if scores["int8"] >= scores["float32"] - found["margin"] else "float32"
     assert found["chosen"] == chosen and outcome.metrics["accuracy"] == pytest.approx(scores[chosen])
     assert bundles.load(bench.store.read(outcome.bundle)).precision == chosen
-    assert f"`{chosen}` answers: the fastest" in outcome.files["report.md"][0].decode()
+    assert f"`{chosen}` is used: the fastest" in outcome.files["report.md"][0].decode()
     for precision in Precision.FLOAT32, Precision.INT8:
         alone, _ = bench.run(rows, precision=precision.value)
         assert alone.metrics["accuracy"] == pytest.approx(scores[precision])
@@ -502,7 +502,7 @@ def test_a_network_that_has_learned_answers_in_int8_if_it_is_as_good_on_held_out
     answers = predictor.predict([bench.store.read(row.sha256) for row in held], ImageLimits(), deadline_s=120)
     right = np.mean([one.label == row.labels[0] for one, row in zip(answers, held, strict=True)])
     assert outcome.metrics["test"]["accuracy"] == pytest.approx(right)
-    said = "`int8` answers as asked" if is_good else "`float32` answers, not `int8`"
+    said = "`int8` is used as requested" if is_good else "`float32` is used instead of `int8`"
     assert said in outcome.files["report.md"][0].decode()
 
 

@@ -19,8 +19,18 @@ from recipes.recipe import Recipe, Task
 from training.data.split import make_folds
 from training.data.targets import make_targets
 from training.fitting.learners import Plan
-from training.learning_curve import FRACTIONS, Point, Subject, Twice, _drawn_scores, _parts, foretell, measure, said
-from training.learning_curve import _Part as Part
+from training.learning_curve import (
+    FRACTIONS,
+    DoubledForecast,
+    MeasuredRun,
+    Point,
+    _bootstrap_scores,
+    _head_fits,
+    forecast_doubled,
+    measure_learning_curve,
+    summary_sentence,
+)
+from training.learning_curve import _HeadFit as HeadFit
 from training.statistics import evaluation
 from training.statistics.comparison import OutOfFoldLogits
 
@@ -30,7 +40,7 @@ RECIPE = {"backbone": "vgg16", "weights": "random", "image_size": 32, "epochs": 
 
 def subject(
     images: int, *, classes: int = 3, group: int = 1, apart: float = 1.0, split: Split = Split.TRAIN, **recipe: Any
-) -> Subject:
+) -> MeasuredRun:
     """Return a run on features that lie around the corners of their classes; its own answers are made up.
 
     `group` images lie at one place each and belong together, and a sixth of the images may be of another split.
@@ -66,14 +76,14 @@ def subject(
     ):  # fmt: skip
         folds[fold.repeat, fold.test] = fold.number
     logits = np.where(folds[..., None] >= 0, 3.0 * np.eye(classes)[truth], np.nan).astype(np.float32)
-    return Subject(filled, names, rows, places.astype(np.float32), OutOfFoldLogits(folds, logits))
+    return MeasuredRun(filled, names, rows, places.astype(np.float32), OutOfFoldLogits(folds, logits))
 
 
 @pytest.mark.slow
 def test_points_are_the_scores_of_heads_that_learned_from_a_part_and_of_the_run_itself() -> None:
     run = subject(180, optimizer={"learning_rate": 0.05})
     done: list[float] = []
-    curve = measure(run, done.append)
+    curve = measure_learning_curve(run, done.append)
     assert [point.fraction for point in curve.points] == [*FRACTIONS, 1.0]
     assert [point.images for point in curve.points] == [9, 18, 36, 63, 90]
     assert curve.points[-1].score == 1.0, "what the run has answered itself, which is made up here"
@@ -89,24 +99,24 @@ def test_points_are_the_scores_of_heads_that_learned_from_a_part_and_of_the_run_
 
 @pytest.mark.slow
 def test_the_same_run_has_the_same_curve() -> None:
-    first, second = (measure(subject(60, epochs=2), lambda share: None) for _ in range(2))
+    first, second = (measure_learning_curve(subject(60, epochs=2), lambda share: None) for _ in range(2))
     assert first == second
 
 
 @pytest.mark.slow
 def test_scores_of_images_that_belong_together_have_wider_intervals() -> None:
     run = subject(120, group=5, folds={"k": 2, "repeats": 2}, early_stopping=None, epochs=3)
-    least = measure(run, lambda share: None).points[0]
+    least = measure_learning_curve(run, lambda share: None).points[0]
     low, high = evaluation.wilson(least.score, 120)
     assert least.ci95[1] - least.ci95[0] > high - low
 
 
-def parts_of(run: Subject) -> list[list[Part]]:
+def parts_of(run: MeasuredRun) -> list[list[HeadFit]]:
     """Return what the heads of each fold learn from."""
     targets = make_targets(Task.MULTICLASS, run.labels, run.rows)
     groups = np.array(manifest.group_rows(run.rows), dtype=np.intp)
     return [
-        _parts(run, targets, groups, Plan(1), repeat, number)
+        _head_fits(run, targets, groups, Plan(1), repeat, number)
         for repeat, folds in enumerate(run.measured.folds)
         for number in np.unique(folds[folds >= 0]).tolist()
     ]
@@ -120,10 +130,10 @@ def test_no_group_crosses_from_what_is_learned_from_to_what_is_tested_or_watched
     for parts in folds:
         assert [part.images for part in parts] == sorted(part.images for part in parts) and parts[-1].images == 120
         for part in parts:
-            sets = [set((rows // group).tolist()) for rows in (part.lesson.train, part.lesson.validation, part.test)]
+            sets = [set((rows // group).tolist()) for rows in (part.task.train, part.task.validation, part.test)]
             assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-            learned = np.union1d(part.lesson.train, part.lesson.validation)
-            assert len(learned) == part.images and len(part.lesson.validation) < len(part.lesson.train)
+            learned = np.union1d(part.task.train, part.task.validation)
+            assert len(learned) == part.images and len(part.task.validation) < len(part.task.train)
             assert set(np.unique(learned // group % 3)) == {0, 1, 2}, "every class"
         assert parts[-1].test.tolist() == parts[0].test.tolist()
 
@@ -131,31 +141,31 @@ def test_no_group_crosses_from_what_is_learned_from_to_what_is_tested_or_watched
 def test_images_that_the_data_set_sets_aside_are_watched_or_left_alone() -> None:
     aside = np.arange(5, 120, 6)
     for parts in parts_of(subject(120, split=Split.VALIDATION)):
-        assert all(part.lesson.validation.tolist() == aside.tolist() for part in parts)
-        assert [part.images for part in parts][-1] == 50 == len(parts[-1].lesson.train)
+        assert all(part.task.validation.tolist() == aside.tolist() for part in parts)
+        assert [part.images for part in parts][-1] == 50 == len(parts[-1].task.train)
     for parts in parts_of(subject(120, split=Split.TEST)):
         for part in parts:
-            used = np.concatenate([part.lesson.train, part.lesson.validation, part.test])
+            used = np.concatenate([part.task.train, part.task.validation, part.test])
             assert not set(used.tolist()) & set(aside.tolist())
 
 
 def test_without_early_stopping_everything_is_learned_from() -> None:
     for parts in parts_of(subject(60, early_stopping=None)):
-        assert all(not len(part.lesson.validation) and len(part.lesson.train) == part.images for part in parts)
+        assert all(not len(part.task.validation) and len(part.task.train) == part.images for part in parts)
 
 
 def test_few_images_of_many_classes_are_not_all_watched() -> None:
     for parts in parts_of(subject(120, classes=15)):
-        assert (parts[0].images, len(parts[0].lesson.validation)) == (15, 0), "one of each class: all are needed"
-        assert parts[2].images == 30 and 0 < len(parts[2].lesson.validation) < 10
+        assert (parts[0].images, len(parts[0].task.validation)) == (15, 0), "one of each class: all are needed"
+        assert parts[2].images == 30 and 0 < len(parts[2].task.validation) < 10
 
 
 def test_a_data_set_too_small_to_be_divided_says_so() -> None:
-    curve = measure(subject(12, epochs=1), lambda share: None)
+    curve = measure_learning_curve(subject(12, epochs=1), lambda share: None)
     assert [point.images for point in curve.points] == [3, 6]
     assert (curve.law, curve.twice) == (None, None)
-    assert curve.sentence.startswith("There are too few images to say what more of them would bring: ")
-    assert "2 different numbers of images, where a law needs 4" in curve.sentence
+    assert curve.sentence.startswith("There are too few images for a forecast: ")
+    assert "2 different numbers of images and a power law needs 4" in curve.sentence
 
 
 # --- what is foretold ------------------------------------------------------------------------------------------------
@@ -178,21 +188,21 @@ def drawn(scores: Any, noise: float) -> Any:
 
 def test_twice_the_images_bring_what_the_law_says() -> None:
     scores = 1 - (0.05 + 2 * np.array(IMAGES) ** -0.5)
-    law, twice = foretell(ACCURACY, points(scores), drawn(scores, 0.005), 1000)
+    law, twice = forecast_doubled(ACCURACY, points(scores), drawn(scores, 0.005), 1000)
     assert law.exponent == pytest.approx(0.5, rel=0.01) and law.floor == pytest.approx(0.05, rel=0.02)
     assert law.misfit < 1e-4
     assert (twice.images, twice.score) == (1600, pytest.approx(0.9, abs=1e-3))
     assert twice.change == pytest.approx(2 * 800**-0.5 - 2 * 1600**-0.5, abs=1e-3)
     assert twice.ci95[0] < 0.9 < twice.ci95[1] and twice.change_ci95[0] < twice.change < twice.change_ci95[1]
-    sentence = said(ACCURACY, points(scores), twice)
+    sentence = summary_sentence(ACCURACY, points(scores), twice)
     assert sentence.startswith("Twice the images would bring about +2.1 points of accuracy [")
     assert sentence.endswith("].")
 
 
 def test_a_flat_curve_is_called_flat() -> None:
     scores = [0.9, 0.901, 0.9, 0.9, 0.9005]
-    _, twice = foretell(ACCURACY, points(scores), drawn(scores, 0.001), 1000)
-    assert said(ACCURACY, points(scores), twice).startswith(
+    _, twice = forecast_doubled(ACCURACY, points(scores), drawn(scores, 0.001), 1000)
+    assert summary_sentence(ACCURACY, points(scores), twice).startswith(
         "The curve is flat: twice the images would bring about +0.0 points of accuracy [0.0, 0."
     )
 
@@ -200,25 +210,25 @@ def test_a_flat_curve_is_called_flat() -> None:
 def test_points_that_lie_on_no_law_leave_more_open() -> None:
     law_scores = 1 - (0.05 + 2 * np.array(IMAGES) ** -0.5)
     scores = law_scores + np.array([0.0, -0.03, 0.03, -0.03, 0.02])
-    _, smooth = foretell(ACCURACY, points(law_scores), drawn(law_scores, 0.005), 1000)
-    law, rough = foretell(ACCURACY, points(scores), drawn(scores, 0.005), 1000)
+    _, smooth = forecast_doubled(ACCURACY, points(law_scores), drawn(law_scores, 0.005), 1000)
+    law, rough = forecast_doubled(ACCURACY, points(scores), drawn(scores, 0.005), 1000)
     assert law.misfit > 0.01
     assert np.diff(rough.change_ci95) > 2 * np.diff(smooth.change_ci95)
 
 
 def test_what_may_be_nothing_is_said_to_be_so() -> None:
-    twice = Twice(1600, 0.91, (0.88, 0.93), 0.01, (0.0001, 0.02))
-    sentence = said(ACCURACY, points([0.9] * 5), twice)
+    twice = DoubledForecast(1600, 0.91, (0.88, 0.93), 0.01, (0.0001, 0.02))
+    sentence = summary_sentence(ACCURACY, points([0.9] * 5), twice)
     assert sentence == "Twice the images would bring about +1.0 points of accuracy [0.0, 2.0], so it may be nothing."
 
 
 def test_an_error_falls_and_is_said_in_its_own_unit() -> None:
     scores = 1.0 + 20 * np.array(IMAGES) ** -0.5
-    law, twice = foretell(ERROR, points(scores), drawn(scores, 0.01), 1000)
+    law, twice = forecast_doubled(ERROR, points(scores), drawn(scores, 0.01), 1000)
     assert law.floor == pytest.approx(1.0, rel=0.02)
     assert twice.score == pytest.approx(1.5, rel=0.01) and twice.change == pytest.approx(-0.207, rel=0.02)
     assert twice.change_ci95[0] < twice.change < twice.change_ci95[1] < 0
-    sentence = said(ERROR, points(scores), twice)
+    sentence = summary_sentence(ERROR, points(scores), twice)
     assert sentence.startswith("Twice the images would bring the root mean squared error down by about 0.20")
     low, high = (float(bound) for bound in sentence[sentence.index("[") + 1 : sentence.index("]")].split(", "))
     assert 0 < low < 0.207 < high
@@ -234,7 +244,7 @@ def test_the_interval_of_what_is_foretold_holds_what_it_promises() -> None:
         right = (hard > truth[:5]) | (random.random((400, 5)) < 0.03)
         scores = right.mean(axis=0)
         counts = random.multinomial(400, np.full(400, 1 / 400), size=400)
-        _, twice = foretell(ACCURACY, points(scores), counts @ right / 400, 400)
+        _, twice = forecast_doubled(ACCURACY, points(scores), counts @ right / 400, 400)
         held += twice.change_ci95[0] <= (truth[4] - truth[5]) * 0.97 <= twice.change_ci95[1]
     assert held >= 17
 
@@ -248,7 +258,7 @@ def test_folds_that_differ_leave_more_open_than_images_alone() -> None:
     apart[:, 1] = random.random(400) < np.array([0.95, 0.9, 0.7, 0.65])[fold_of]
     spread = []
     for statistics in (alike, apart):
-        found = _drawn_scores(Task.MULTICLASS, ACCURACY, [statistics, statistics], groups, fold_of)
+        found = _bootstrap_scores(Task.MULTICLASS, ACCURACY, [statistics, statistics], groups, fold_of)
         assert found.shape == (2000, 2) and (found[:, 0] == found[:, 1]).all(), "the same draw for every point"
         assert found[:, 0].mean() == pytest.approx(statistics[:, 1].mean(), abs=0.01)
         spread.append(found[:, 0].std())

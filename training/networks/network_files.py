@@ -84,11 +84,11 @@ class Registry(Protocol):
         """Record a quantised copy. Return the one that this run has to use."""
         ...
 
-    def find_pick(self) -> dict[str, Any] | None:
+    def find_bake_off_result(self) -> dict[str, Any] | None:
         """Return the facts of the bake-off that this run has finished before it was interrupted, or None."""
         ...
 
-    def set_pick(self, facts: dict[str, Any]) -> None:
+    def set_bake_off_result(self, facts: dict[str, Any]) -> None:
         """Record which cut this run's features come from, and what was tried for that."""
         ...
 

@@ -1,1 +1,1 @@
-"""What people read of a run or a comparison: Markdown and figures. Measures nothing."""
+"""Reports of runs and comparisons: Markdown and figures. Measures nothing."""

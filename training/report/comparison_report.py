@@ -1,4 +1,4 @@
-"""What a person reads of a comparison: its table as Markdown, and a picture. Compares nothing and loads no Keras."""
+"""The report of a comparison: its table as Markdown, and a picture. Compares nothing and loads no Keras."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TITLE_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Line:
-    """A recipe of the table; times in seconds and milliseconds, sizes in bytes."""
+    """One recipe of the table, with times in seconds and milliseconds and sizes in bytes."""
 
     title: str
     version: int
@@ -31,7 +31,7 @@ class Line:
 
 
 def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, interval: str) -> str:
-    """Return the table as Markdown, in the order of `lines`."""
+    """Return the report as Markdown, with a row for each of `lines` in their order."""
     said = headline.said
     text = [
         f"# Comparison of {name}",
@@ -56,14 +56,16 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
         "",
         f"- Interval of a score: {interval}.",
         f"- {TEST}",
-        "- Training is from start to end; features that an earlier run had computed were not computed again.",
-        "- A prediction is one decoded image through backbone and head, the median on the machine that compared.",
+        "- Training is the time of the whole run. Features that an earlier run had computed were read from the cache.",
+        "- One prediction is the median time of one decoded image through backbone and head, on the machine "
+        "that ran the "
+        "comparison.",
     ]
     return "\n".join(text) + "\n"
 
 
 def _milliseconds(value: float | None) -> str:
-    return "not served here" if value is None else f"{value:.2f} ms"
+    return "not supported here" if value is None else f"{value:.2f} ms"
 
 
 def forest(headline: Headline, lines: Sequence[Line]) -> bytes:

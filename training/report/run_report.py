@@ -1,4 +1,4 @@
-"""What a person reads of a run: the report and its pictures. Measures nothing."""
+"""The Markdown report of a run and its pictures. Measures nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recipes.filled import BackboneRecipe, DecidedRecipe, FineTuningRecipe, From
 from recipes.headline import HEADLINES
 from recipes.layers import NetworkKind, sides
 from recipes.recipe import ClassWeights, Mode, Precision, Task
-from training.bake_off import FOLDS, Pick
+from training.bake_off import FOLDS, BakeOffResult
 from training.data.targets import Truth
 from training.figures import png
 from training.fitting.learners import DIVERGED, NETWORK, Plan
@@ -30,7 +30,7 @@ _LABELS_SHOWN = 60
 
 @dataclass(frozen=True)
 class Description:
-    """A finished run, as its report needs it; `truth` and `logits` (out of fold) are of the images that were folded."""
+    """The input of a report; `truth` and `logits` (out of fold) belong to the images that were in folds."""
 
     recipe: DecidedRecipe
     task: Task
@@ -44,22 +44,24 @@ class Description:
     extraction: Extraction
     precision: Precision
     choice: PrecisionDecision | None
-    pick: Pick | None
+    pick: BakeOffResult | None
     notes: Sequence[str]
 
 
 def verdict(task: Task, metrics: dict[str, Any]) -> str:
-    """Return the score in one sentence, and for labels and numbers what else is usual in another."""
+    """Return the headline score in one sentence, and the other usual scores for labels and numbers in a second one."""
     headline = HEADLINES[task]
     spread = headline.said(metrics[f"{headline.metric}_sd"])
     sentence = (
-        f"{headline.sentence(metrics)}, measured on images that the network had not seen; folds differ by {spread} "
-        "(standard deviation)."
+        f"{headline.sentence(metrics)}, measured on images that the network had not seen. The standard deviation "
+        f"between folds is {spread}."
     )
     if task is Task.MULTILABEL:
-        sentence += f" Micro F1 {metrics['f1_micro']:.3f}; all labels are right in {metrics['accuracy']:.1%} of images."
+        sentence += (
+            f" Micro F1 is {metrics['f1_micro']:.3f}. All labels are right in {metrics['accuracy']:.1%} of the images."
+        )
     if task is Task.REGRESSION:
-        sentence += f" Mean absolute error {metrics['mae']:.4g}; R² {metrics['r2']:.3f}."
+        sentence += f" Mean absolute error is {metrics['mae']:.4g} and R² is {metrics['r2']:.3f}."
     return sentence
 
 
@@ -71,13 +73,13 @@ def report(run: Description) -> str:
         "",
         verdict(run.task, metrics),
         "",
-        *(_grown(run, recipe) if isinstance(recipe, FromScratchRecipe) else _features(run, recipe)),
-        f"- Folds: {recipe.folds.k}, stratified and grouped, {recipe.folds.repeats} time(s); the final "
+        *(_scratch_lines(run, recipe) if isinstance(recipe, FromScratchRecipe) else _feature_lines(run, recipe)),
+        f"- Folds: {recipe.folds.k}, stratified and grouped{_repeats(recipe.folds.repeats)}. The final "
         f"{'network' if recipe.mode is Mode.FROM_SCRATCH else 'head'} was trained on all images for "
-        f"{run.plan.head or run.plan.network} epochs, the median of the folds' best.",
+        f"{run.plan.head or run.plan.network} epochs, the median of the best epochs of the folds.",
         f"- Interval: {metrics['interval']}.",
-        *_tuning(run),
-        *_precision(run),
+        *_fine_tuning_lines(run),
+        *_precision_lines(run),
         *(f"- {note}" for note in run.notes),
         f"- {overfitting(run.folds, recipe)}",
     ]
@@ -85,13 +87,15 @@ def report(run: Description) -> str:
     if "test" in metrics:
         test = metrics["test"]
         has_interval = f"{headline.metric}_ci95" in test
-        said = headline.sentence(test) if has_interval else f"{headline.title} {headline.said(test[headline.metric])}"
-        lines.append(f"- Test split: {said} on {test['images']:,} images that no fold and no fit has seen.")
+        score = headline.sentence(test) if has_interval else f"{headline.title} {headline.said(test[headline.metric])}"
+        lines.append(
+            f"- Test split: {score} on {test['images']:,} images that were never used for training or early stopping."
+        )
     lines += [
         "",
         "## Folds",
         "",
-        f"| fold | {headline.title} | loss | epochs | best epoch | ended by |",
+        f"| fold | {headline.title} | loss | epochs | best epoch | stopped by |",
         "|--:|--:|--:|--:|--:|---|",
     ]
     lines += [
@@ -99,7 +103,7 @@ def report(run: Description) -> str:
         f"| {fold.epochs} | {fold.best_epoch} | {fold.stopped} |"
         for fold in run.folds
     ]
-    lines += _picked(run)
+    lines += _bake_off_lines(run)
     if run.labels:
         lines += ["", "## Classes", "", "| class | images | precision | recall | F1 |", "|---|--:|--:|--:|--:|"]
     lines += [
@@ -108,13 +112,17 @@ def report(run: Description) -> str:
     ]
     confused = _confused(run) if "confusion" in metrics else []
     if confused:
-        lines += ["", "## Confused most often", "", "| truth | answer | images |", "|---|---|--:|"]
+        lines += ["", "## Most frequent confusions", "", "| true class | predicted class | images |", "|---|---|--:|"]
         lines += [f"| {truth} | {answer} | {count:,} |" for count, truth, answer in confused]
     return "\n".join(lines) + "\n"
 
 
-def _picked(run: Description) -> list[str]:
-    """Return what was tried for the cut that features come from, as lines of the report."""
+def _repeats(count: int) -> str:
+    return f", repeated {count} times" if count > 1 else ""
+
+
+def _bake_off_lines(run: Description) -> list[str]:
+    """Return the section on the bake-off, or no lines if there was none."""
     if run.pick is None:
         return []
     headline = HEADLINES[run.task]
@@ -123,22 +131,24 @@ def _picked(run: Description) -> list[str]:
         "",
         "## Where features come from",
         "",
-        f"`{chosen.features_from}` of {CATALOGUE[chosen.backbone].title} was chosen by trying, on {run.pick.images:,} "
-        f"images in {FOLDS} folds of their own; the score above was measured afterwards, on the folds of the run. The "
-        "images that were tried on are among those of the run, so that the choice has seen their labels.",
+        f"`{chosen.features_from}` of {CATALOGUE[chosen.backbone].title} was chosen by a bake-off on "
+        f"{run.pick.images:,} images in {FOLDS} folds of their own. The score above was measured "
+        "afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
+        "choice depends on some of the labels "
+        "that the score is measured on.",
         "",
         f"| backbone | features from | width | {headline.title} |",
         "|---|---|--:|--:|",
         *(
             f"| {CATALOGUE[one.backbone].title} | `{one.features_from}` | {one.width} "
-            f"| {'did not learn' if one.score is None else headline.said(one.score)} |"
+            f"| {'diverged' if one.score is None else headline.said(one.score)} |"
             for one in run.pick.tried
         ),
     ]
 
 
 def _title(recipe: DecidedRecipe) -> str:
-    """Return what the network is called."""
+    """Return the name of the network for the heading."""
     if isinstance(recipe, FromScratchRecipe):
         return _KINDS[recipe.network.kind]
     return CATALOGUE[recipe.backbone].title
@@ -147,98 +157,102 @@ def _title(recipe: DecidedRecipe) -> str:
 _KINDS = {NetworkKind.PERCEPTRON: "Perceptron", NetworkKind.MLP: "Multilayer perceptron", NetworkKind.CNN: "CNN"}
 
 
-def _features(run: Description, recipe: BackboneRecipe) -> list[str]:
-    """Return what heads learned on, as lines of the report."""
+def _feature_lines(run: Description, recipe: BackboneRecipe) -> list[str]:
+    """Return the lines on the images and the features that heads were trained on."""
     return [
-        f"- Images: {run.images:,}{_learned(run)}; {run.extraction.computed:,} went through the backbone, "
-        f"{run.extraction.cached:,} were cached{_in_all_precisions(run)}.",
+        f"- Images: {run.images:,}{_learned(run)}. The backbone computed the features of "
+        f"{run.extraction.computed:,}, and {run.extraction.cached:,} came from the cache{_in_all_precisions(run)}.",
         f"- Features: {CATALOGUE[recipe.backbone].title} ({recipe.weights}) up to `{recipe.features_from}` at "
         f"{recipe.image_size} px, {run.precision.value}, resized by `{recipe.resize.value}`.",
     ]
 
 
-def _grown(run: Description, recipe: FromScratchRecipe) -> list[str]:
-    """Return what a network from scratch is and saw, as lines of the report."""
+def _scratch_lines(run: Description, recipe: FromScratchRecipe) -> list[str]:
+    """Return the lines on the images and the layers of a network from scratch."""
     network = recipe.network
     rows = shapes.table(network, *sides(recipe.image_size))
     outputs = run.logits.shape[-1]
     parameters = sum(row.parameters for row in rows) + (rows[-1].shape[0] + 1) * outputs
     return [
         f"- Images: {run.images:,}{_learned(run)}, at {shapes.written(sides(recipe.image_size))} px "
-        f"{'in colours' if network.channels == 3 else 'by their brightness'}, resized by `{recipe.resize.value}`.",
+        f"{'in colour' if network.channels == 3 else 'in greyscale'}, resized by `{recipe.resize.value}`.",
         f"- Network: {parameters:,} parameters, none of them pretrained"
-        f"{'; it learned by the delta rule' if network.kind is NetworkKind.PERCEPTRON else ''}: "
+        f"{', trained by the delta rule' if network.kind is NetworkKind.PERCEPTRON else ''}: "
         + " → ".join(f"{row.type} {shapes.written(row.shape)}" for row in rows)
-        + f" → output {outputs}. It is served in {run.precision.value}.",
+        + f" → output {outputs}. Predictions run in {run.precision.value}.",
     ]
 
 
 def _in_all_precisions(run: Description) -> str:
     if run.choice is None or run.recipe.mode is Mode.FINE_TUNING:
         return ""
-    return f", those of {len(run.choice.scores)} precisions together"
+    return f" (all {len(run.choice.scores)} precisions counted together)"
 
 
 def _learned(run: Description) -> str:
-    """Return what the images are labelled with."""
+    """Return the number of classes or labels, or the range of the targets."""
     if run.task is Task.REGRESSION:
         return f" with numbers from {run.truth.min():.4g} to {run.truth.max():.4g}"
     return f" in {len(run.labels)} classes" if run.task is not Task.MULTILABEL else f" with {len(run.labels)} labels"
 
 
-def _tuning(run: Description) -> list[str]:
-    """Return what fine-tuning did, as lines of the report."""
+def _fine_tuning_lines(run: Description) -> list[str]:
+    """Return the lines on fine-tuning, or none for another mode."""
     recipe = run.recipe
     if not isinstance(recipe, FineTuningRecipe):
         return []
     lines = [
-        f"- Fine-tuning: {'all layers' if recipe.unfreeze == ALL else f'layers from `{recipe.unfreeze}` on'}, learning "
-        f"rate {recipe.fine_tune.learning_rate:g}, after the head had learned alone; {outcome(run.folds)}."
+        f"- Fine-tuning: {'all layers' if recipe.unfreeze == ALL else f'layers from `{recipe.unfreeze}` on'} "
+        f"were trained with learning rate {recipe.fine_tune.learning_rate:g}, after the head alone. "
+        f"{fine_tuning_outcome(run.folds)}"
     ]
     if run.plan.network:
         export = run.metrics["export"]
         otherwise = export["answered_otherwise"]
         lines.append(
-            f"- The network learned on all images for {run.plan.network} epochs. As it is exported in float32, on "
-            f"{export['images']} images of this data set its features differ from Keras' by at most "
-            f"{export['largest_relative_difference']:.1g} of the largest, and its answers from those of the network "
-            f"that learned by at most {export['largest_difference_of_an_answer']:.2g}"
-            f"{'' if run.task is Task.REGRESSION else f'; {otherwise} are another label'}."
+            f"- The final network was trained on all images for {run.plan.network} epochs. It was exported in "
+            f"float32 and compared with Keras on {export['images']} images: features differ by at most "
+            f"{export['largest_relative_difference']:.1g} of the largest feature, and predictions by at most "
+            f"{export['largest_difference_of_an_answer']:.2g}"
+            f"{'' if run.task is Task.REGRESSION else f'. {otherwise} of the predicted labels differ'}."
         )
     else:
-        lines.append("- The frozen network is what is served, since fine-tuning did not help most folds.")
+        lines.append("- The model uses the frozen network, since fine-tuning did not help in most folds.")
     return lines
 
 
-def outcome(folds: Sequence[FoldResult]) -> str:
-    """Return how the network that learned did against the frozen one, in the folds of a fine-tuning."""
+def fine_tuning_outcome(folds: Sequence[FoldResult]) -> str:
+    """Return sentences that compare the fine-tuned network with the frozen one over the folds."""
     phases = [fold.metrics["phases"] for fold in folds]
     diverged = sum(network["stopped"] == DIVERGED for _, network in phases)
     is_watched = [head["validation"] is not None for head, _ in phases]
     better = sum(watched and fold.metrics["kept"] == NETWORK for watched, fold in zip(is_watched, folds, strict=True))
-    said = []
+    sentences = []
     if any(is_watched):
-        said.append(f"it validated at least as well as the frozen network in {better} of {sum(is_watched)} folds")
+        sentences.append(
+            f"The validation score was at least as good as that of the frozen network in {better} of {sum(is_watched)} "
+            "folds."
+        )
     if not all(is_watched):
-        said.append(
-            f"in {len(folds) - sum(is_watched)} of {len(folds)} folds nothing was watched that could have told whether "
-            "it became better"
+        sentences.append(
+            f"In {len(folds) - sum(is_watched)} of {len(folds)} folds there were no validation images to compare the "
+            "two on."
         )
     if diverged:
-        said.append(
-            f"in {diverged} of {len(folds)} folds its loss was no number any more, and the frozen network was kept: "
-            "lower `fine_tune.learning_rate`"
+        sentences.append(
+            f"In {diverged} of {len(folds)} folds training diverged and the frozen network was kept. Lower "
+            "`fine_tune.learning_rate`."
         )
-    return "; ".join(said)
+    return " ".join(sentences)
 
 
-def _precision(run: Description) -> list[str]:
-    """Return which precisions were tried, and why the one that answers was chosen, as lines of the report."""
+def _precision_lines(run: Description) -> list[str]:
+    """Return the line on the comparison of precisions, or none if there was none."""
     if run.choice is None:
         return []
     headline = HEADLINES[run.task]
     tried = "; ".join(
-        f"{one.precision.value} {headline.said(one.score)} at {one.image_ms:.1f} ms an image"
+        f"{one.precision.value} {headline.said(one.score)} at {one.image_ms:.1f} ms per image"
         for one in run.choice.scores
     )
     if headline.is_greater_better:
@@ -247,41 +261,46 @@ def _precision(run: Description) -> list[str]:
         bound = f"at most {RELATIVE_MARGIN:.0%} above that of float32"
     wanted = run.recipe.precision
     if not isinstance(wanted, Precision):
-        why = f"`{run.precision.value}` answers: the fastest on this machine whose {headline.title.lower()} is {bound}"
+        why = f"`{run.precision.value}` is used: the fastest on this machine with a {headline.title.lower()} {bound}"
     elif wanted is run.precision:
-        why = f"`{run.precision.value}` answers as asked: its {headline.title.lower()} is {bound}"
+        why = f"`{run.precision.value}` is used as requested, since its {headline.title.lower()} is {bound}"
     else:
-        why = f"`{run.precision.value}` answers, not `{wanted.value}`, whose {headline.title.lower()} is not {bound}"
-    return [f"- Precision: {why}. Tried: {tried} (backbone alone, measured out of fold)."]
+        score = headline.title.lower()
+        why = f"`{run.precision.value}` is used instead of `{wanted.value}`, whose {score} is not {bound}"
+    return [f"- Precision: {why}. Compared: {tried} (scores out of fold, times of the backbone alone)."]
 
 
-# Below this share of its least value, a rise of the validation loss is noise.
+# A rise of the validation loss by less than this share of its minimum counts as noise.
 _RISE = 0.02
 
 
 def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
-    """Return in one sentence whether the folds went on to learn their training images by heart."""
+    """Return in one or two sentences whether the folds overfitted."""
     watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
     if not watched:
-        return "Nothing watched the folds while they learned, so overfitting could not be seen."
+        return "The folds had no validation images, so overfitting could not be detected."
     rising = [fold for fold in watched if _rises(fold.history)]
-    # Losses whose classes are weighed are of another scale.
+    # With class weights, training and validation loss have different scales.
     gaps = [fold.metrics["gap"] for fold in watched] if recipe.class_weights is ClassWeights.NONE else []
-    gap = f"; at the best epochs validation loss was {np.median(gaps):.3f} above training loss (median)" if gaps else ""
+    gap = (
+        f" At the best epochs, the median gap of validation over training loss was {np.median(gaps):.3f}."
+        if gaps
+        else ""
+    )
     if not rising:
-        return f"No fold overfitted: validation loss did not rise while training loss fell{gap}."
+        return f"No fold overfitted: validation loss did not rise while training loss fell.{gap}"
     least = [_least(fold.history) + 1 for fold in rising]
     when = f"epoch {min(least)}" if min(least) == max(least) else f"epochs {min(least)} to {max(least)}"
     later = sum(fold.best_epoch > epoch for fold, epoch in zip(rising, least, strict=True))
     if not later:
-        kept = "what was learned after that was dropped"
+        kept = "The later epochs were discarded."
     elif recipe.early_stopping is None:
-        kept = f"{later} of them kept what was learned after that, since early stopping is off"
+        kept = f"{later} of them kept the weights of a later epoch, since early stopping is off."
     else:
-        kept = f"{later} of them kept a later epoch, as `early_stopping` asks for"
+        kept = f"{later} of them kept the weights of a later epoch, as `early_stopping` requires."
     return (
-        f"Validation loss rose from {when} on while training loss fell, in {len(rising)} of {len(watched)} folds, and "
-        f"{kept}{gap}."
+        f"{len(rising)} of {len(watched)} folds overfitted: validation loss rose from {when} on while training "
+        f"loss fell. {kept}{gap}"
     )
 
 
@@ -306,7 +325,7 @@ def _confused(run: Description, most: int = 10) -> list[tuple[int, str, str]]:
 
 
 def pictures(run: Description) -> dict[RunFile, bytes]:
-    """Return PNGs by file name: the curves, and what a person looks at first for the run's task."""
+    """Return PNGs by file name: the training curves, and the plot of predictions that suits the task."""
     match run.task:
         case Task.REGRESSION:
             first = {RunFile.VALUES: _values(run)}
@@ -325,8 +344,8 @@ def _values(run: Description) -> bytes:
     axes.plot(truth, guesses, ".", alpha=min(1.0, max(0.05, 300 / len(truth))))
     ends = [min(truth.min(), guesses.min()), max(truth.max(), guesses.max())]
     axes.plot(ends, ends, color="black", linewidth=1)
-    axes.set_xlabel("truth")
-    axes.set_ylabel("prediction, out of fold")
+    axes.set_xlabel("true value")
+    axes.set_ylabel("predicted value, out of fold")
     axes.set_title(f"root mean squared error {run.metrics['rmse']:.4g}, R² {run.metrics['r2']:.3f}")
     return png(figure)
 
@@ -356,8 +375,8 @@ def _confusion(run: Description) -> bytes:
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xlabel("answer")
-    axes.set_ylabel("truth")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     axes.set_title(f"accuracy {run.metrics['accuracy']:.1%}")
     if classes <= _CLASSES_WITH_NUMBERS:
         # Not as formulas: a class may be called $5.

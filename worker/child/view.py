@@ -76,7 +76,7 @@ def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, cha
     progress.begin_stage(0.0, _FEATURES_SHARE)
     recipe = parse_filled(order.recipe)
     assert isinstance(recipe, HeadedRecipe), "Expected a head on features. This is a bug."
-    subject = learning_curve.Subject(
+    subject = learning_curve.MeasuredRun(
         recipe=recipe,
         labels=order.labels,
         rows=rows,
@@ -84,7 +84,7 @@ def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, cha
         measured=OutOfFoldLogits(**load_tensors(measured)),
     )
     progress.begin_stage(_FEATURES_SHARE, 1.0)
-    found = learning_curve.measure(subject, progress.report)
+    found = learning_curve.measure_learning_curve(subject, progress.report)
     headline = HEADLINES[bundle.task]
     curve = {
         "metric": headline.metric,

@@ -509,7 +509,7 @@ def test_an_old_schema_is_not_ready(client: TestClient, services: Services) -> N
 def swap(client: TestClient, **parts: Any) -> None:
     """Replace parts of the process."""
     state = client.app.state  # type: ignore[attr-defined]
-    state.services = replace(state.services, **run_jobs)
+    state.services = replace(state.services, **parts)
 
 
 @ON_SQLITE

@@ -9,7 +9,7 @@ import pytest
 
 from recipes.recipe import ClassWeights, EarlyStopping, Recipe
 from training.progress import Epoch, FoldResult
-from training.report.run_report import outcome, overfitting
+from training.report.run_report import fine_tuning_outcome, overfitting
 
 FALLING = (0.9, 0.5, 0.3, 0.2)
 WATCHED, UNWATCHED = Recipe(), Recipe(early_stopping=None)
@@ -28,8 +28,9 @@ def fold(
 def test_validation_loss_that_fell_to_the_end_is_no_overfitting() -> None:
     said = overfitting([fold((0.9, 0.6, 0.5, 0.45), 4), fold((0.9, 0.6, 0.5, 0.505), 3)], WATCHED)
     assert said == (
-        "No fold overfitted: validation loss did not rise while training loss fell; at the best epochs validation loss "
-        "was 0.225 above training loss (median)."
+        "No fold overfitted: validation loss did not rise while training loss fell. At the best epochs, the "
+        "median gap of "
+        "validation over training loss was 0.225."
     )
 
 
@@ -44,22 +45,23 @@ def test_training_loss_must_fall_meanwhile() -> None:
         (
             [fold((0.9, 0.6, 0.7, 0.8), 2), fold((0.9, 0.6, 0.5, 0.4), 4)],
             WATCHED,
-            "from epoch 2 on while training loss fell, in 1 of 2 folds, and what was learned after that was dropped; ",
+            "1 of 2 folds overfitted: validation loss rose from epoch 2 on while training loss fell. The later "
+            "epochs were ",
         ),
         (
             [fold((0.9, 0.6, 0.7, 0.8), 2), fold((0.9, 0.6, 0.5, 0.7), 3)],
             WATCHED,
-            "from epochs 2 to 3 on while training loss fell, in 2 of 2 folds, and what was learned after that was ",
+            "2 of 2 folds overfitted: validation loss rose from epochs 2 to 3 on while training loss fell. The later ",
         ),
         (
             [fold((0.9, 0.6, 0.7, 0.8), 4), fold((0.9, 0.6, 0.7, 0.8), 2)],
             Recipe(early_stopping=EarlyStopping(monitor="val_accuracy")),
-            "in 2 of 2 folds, and 1 of them kept a later epoch, as `early_stopping` asks for; ",
+            "loss fell. 1 of them kept the weights of a later epoch, as `early_stopping` requires. ",
         ),
         (
             [fold((0.9, 0.6, 0.7, 0.8), 4)],
             UNWATCHED,
-            "in 1 of 1 folds, and 1 of them kept what was learned after that, since early stopping is off; ",
+            "loss fell. 1 of them kept the weights of a later epoch, since early stopping is off. ",
         ),
     ],
 )
@@ -69,8 +71,8 @@ def test_when_it_began_and_what_became_of_the_rest(folds: list[FoldResult], reci
 
 def test_losses_of_two_scales_have_no_gap_and_unwatched_folds_nothing() -> None:
     weighed = Recipe(class_weights=ClassWeights.AUTO)
-    assert overfitting([fold((0.9, 0.6, 0.7, 0.8), 2)], weighed).endswith("was dropped.")
-    assert overfitting([fold(None, 4)], UNWATCHED).startswith("Nothing watched the folds")
+    assert overfitting([fold((0.9, 0.6, 0.7, 0.8), 2)], weighed).endswith("were discarded.")
+    assert overfitting([fold(None, 4)], UNWATCHED).startswith("The folds had no validation images")
 
 
 def tuned(kept: str, head: float | None, network: float | None, stopped: str = "epochs") -> FoldResult:
@@ -83,18 +85,18 @@ def tuned(kept: str, head: float | None, network: float | None, stopped: str = "
     [
         (
             [tuned("network", 0.5, 0.4), tuned("head", 0.5, 0.6)],
-            "it validated at least as well as the frozen network in 1 of 2 folds",
+            "The validation score was at least as good as that of the frozen network in 1 of 2 folds.",
         ),
         (
             [tuned("network", None, None)] * 2,
-            "in 2 of 2 folds nothing was watched that could have told whether it became better",
+            "In 2 of 2 folds there were no validation images to compare the two on.",
         ),
         (
             [tuned("head", 0.5, None, "diverged"), tuned("network", 0.5, 0.4)],
-            "it validated at least as well as the frozen network in 1 of 2 folds; in 1 of 2 folds its loss was no "
-            "number any more, and the frozen network was kept: lower `fine_tune.learning_rate`",
+            "The validation score was at least as good as that of the frozen network in 1 of 2 folds. In 1 of 2 folds "
+            "training diverged and the frozen network was kept. Lower `fine_tune.learning_rate`.",
         ),
     ],
 )
 def test_how_the_network_that_learned_did_against_the_frozen_one(folds: list[FoldResult], expected: str) -> None:
-    assert outcome(folds) == expected
+    assert fine_tuning_outcome(folds) == expected

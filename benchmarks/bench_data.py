@@ -1,4 +1,4 @@
-"""What benchmarks stand on: real images in a store, an exported backbone, a data set of them, a free port."""
+"""Shared set-up of the benchmarks: images in a store, an exported backbone, a data set and a free port."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _CALIBRATED = 32
 
 
 @dataclass(frozen=True)
-class Ground:
-    """A store with images and one backbone; `pixels` and `truth` (a number for each label) are in the order of rows."""
+class BenchData:
+    """A store with images and one backbone. `pixels` and `truth`, the label numbers, are in the order of `rows`."""
 
     store: Store
     folder: Path
@@ -52,8 +52,16 @@ class Ground:
 
 
 @contextmanager
-def ground(name: BackboneName, cut: str, size: int, images: int, data: Path | None) -> Iterator[Ground]:
-    """Prepare images (from an archive with a folder per class, or drawn) and export a backbone with random weights."""
+def prepare_bench_data(name: BackboneName, cut: str, size: int, images: int, data: Path | None) -> Iterator[BenchData]:
+    """Yield images and an exported backbone with random weights, in a temporary store.
+
+    Args:
+        name: the backbone.
+        cut: the cut point that the backbone ends in.
+        size: side of the images in pixels.
+        images: number of images.
+        data: an archive with a folder per class; without it the images are drawn.
+    """
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store")
@@ -65,23 +73,23 @@ def ground(name: BackboneName, cut: str, size: int, images: int, data: Path | No
         weights = store.put(calibrated(name, pixels[:_CALIBRATED]))
         model = backbones.build_backbone(name, cut, size, store.read(weights))
         backbone = store.put(export(model, threads).onnx)
-        yield Ground(store, Path(folder), rows, pixels, truth, labels, weights, backbone, threads)
+        yield BenchData(store, Path(folder), rows, pixels, truth, labels, weights, backbone, threads)
 
 
-def add_dataset(session: Session, given: Ground) -> DatasetVersion:
-    """Add a data set of the images that can be trained on."""
+def add_dataset(session: Session, bench: BenchData) -> DatasetVersion:
+    """Add a data set of the images; return its version, which is ready to be trained on."""
     dataset = datasets.create_dataset(session, Principal(), "bench")
-    version = datasets.add_version(session, dataset, given.weights)
+    version = datasets.add_version(session, dataset, bench.weights)
     datasets.start_ingest(session, version.id)
     datasets.mark_ready(
         session,
         version.id,
-        manifest=given.store.put(manifest.dump(given.rows)),
+        manifest=bench.store.put(manifest.dump(bench.rows)),
         task=Task.MULTICLASS,
-        images=len(given.rows),
+        images=len(bench.rows),
         duplicates=0,
         ignored=0,
-        classes=[ClassCount(label, 100, 100) for label in given.labels],
+        classes=[ClassCount(label, 100, 100) for label in bench.labels],
         target=None,
         refused=[],
     )
@@ -89,14 +97,14 @@ def add_dataset(session: Session, given: Ground) -> DatasetVersion:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a TCP port on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _read(data: Path, images: int) -> list[tuple[str, str, bytes]]:
-    """Take images evenly from an archive, so that every class is there."""
+    """Return images taken evenly from an archive, so that every class is among them: path, label and file."""
     archive = open_archive(data, ArchiveLimits())
     samples = from_folders([entry.path for entry in archive.entries]).samples
     chosen = {samples[int(i)].path: samples[int(i)].labels[0] for i in np.linspace(0, len(samples) - 1, images)}
@@ -104,7 +112,7 @@ def _read(data: Path, images: int) -> list[tuple[str, str, bytes]]:
 
 
 def _draw(images: int, classes: int = 10, side: int = 100) -> list[tuple[str, str, bytes]]:
-    """Draw smooth 100 x 100 colour pictures as JPEG, about as heavy to decode as photographs of that size."""
+    """Return smooth 100 x 100 colour pictures as JPEG, which take about as long to decode as photographs."""
     random = np.random.default_rng(0)
     files = []
     for number in range(images):

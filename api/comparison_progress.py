@@ -1,0 +1,60 @@
+"""The progress of a comparison, and how long it will still take, from its runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+from api.schemas import ComparisonProgress
+from models.base import now
+from models.comparison import Comparison
+from models.run import Run, RunState
+
+# In other stages a run only knows how long the present stage takes.
+_STAGES_WITH_ETA = ("folds", "final")
+
+
+def comparison_progress(comparison: Comparison, runs: Sequence[Run]) -> ComparisonProgress:
+    """Return the stage, the fraction from 0 to 1, and the seconds left of a comparison with these runs."""
+    ended = [run for run in runs if run.state.is_final]
+    running = [run for run in runs if run.state is RunState.RUNNING]
+    if comparison.state.is_final:
+        stage = "done"
+    elif len(ended) == len(runs):
+        stage = "comparing"
+    else:
+        stage = "training" if running or ended else "queued"
+    fraction = statistics.fmean(1.0 if run.state.is_final else run.progress["fraction"] for run in runs)
+    return ComparisonProgress(
+        stage=stage, fraction=fraction, ended=len(ended), runs=len(runs), eta_s=_eta_s(stage, runs, running)
+    )
+
+
+def _eta_s(stage: str, runs: Sequence[Run], running: Sequence[Run]) -> float | None:
+    """Return the seconds left, or None if unknown.
+
+    Assumes that as many runs as now go on side by side, and that waiting runs take as long as others of their mode.
+    """
+    if stage not in ("training", "queued"):
+        return None
+    left = [run.progress["eta_s"] for run in running]
+    typical_s = _typical_s(runs)
+    waiting = [run.recipe["mode"] for run in runs if run.state is RunState.QUEUED]
+    if None in left or any(mode not in typical_s for mode in waiting):
+        return None
+    together_s = sum(left) + sum(typical_s[mode] for mode in waiting)
+    return float(max([*left, together_s / max(1, len(running))]))
+
+
+def _typical_s(runs: Sequence[Run]) -> dict[str, float]:
+    """Return the mean seconds of a run for each mode: of runs that succeeded, or else of runs with an ETA."""
+    ended, estimated = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    for run in runs:
+        mode = run.recipe["mode"]
+        if run.state is RunState.SUCCEEDED and run.started_at and run.finished_at:
+            ended[mode].append((run.finished_at - run.started_at).total_seconds())
+        left_s = run.progress["eta_s"] if run.progress["stage"] in _STAGES_WITH_ETA else None
+        if run.state is RunState.RUNNING and run.started_at and left_s is not None:
+            estimated[mode].append((now() - run.started_at).total_seconds() + left_s)
+    return {mode: statistics.fmean(takes) for mode, takes in (estimated | ended).items()}
