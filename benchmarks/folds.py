@@ -40,7 +40,7 @@ TIMED_EPOCHS = 2
 
 
 class Known:
-    """The backbone is exported already."""
+    """A registry of networks in which the backbone is exported already, so that the export is not measured."""
 
     def __init__(self, digest: Digest) -> None:
         self._digest = digest

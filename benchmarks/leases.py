@@ -1,10 +1,9 @@
-"""What it costs that no run is lost: folds trained by a worker against the same folds trained by a bare loop.
+"""Measures the cost of durable jobs: folds trained by a worker against the same folds trained by a bare loop.
 
-The worker's folds come with a lease that is renewed, a child that sends each epoch, its progress and its checkpoints,
-rows in a database on disk, and MLflow, which is told meanwhile. The bare ones are `Experiment.learn_fold` in a process
-of its own, to which nobody listens and which keeps nothing. Each side is a new process every time, with all caches
-filled, and what counts are the seconds of its two folds: start-up and preparation are on neither side. Pairs are
-interleaved.
+The worker renews a lease, its child sends epochs, progress and checkpoints, rows are written to a database on disk, and
+MLflow receives the metrics meanwhile. The bare loop is `Experiment.learn_fold` in a process of its own, which reports
+and keeps nothing. Each measurement starts a new process with all caches filled. Only the seconds of the folds count,
+without start-up and preparation. The two take turns.
 
 Run as `python -m benchmarks.leases [--images 240] [--size 64] [--epochs 8] [--pairs 10] [--mode fine-tuning]
 [--data archive.zip]`. Aim: at most 1.03.
@@ -173,7 +172,7 @@ def mlflow(folder: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure in pairs and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=240)
     parser.add_argument("--size", type=int, default=64)

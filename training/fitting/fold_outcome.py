@@ -14,14 +14,14 @@ from training.progress import FoldResult
 
 @dataclass(frozen=True)
 class FoldOutcome:
-    """All that the end of a run needs to know of a fold.
+    """What the final fit and the report of a run need of a fold.
 
     Attributes:
-        result: what it measured.
-        phases: what it trained.
-        kept: name of the phase that it kept.
-        logits: float32 [n, outputs] of its test images, in the order of their rows, in each precision that is
-            considered; the first one is what it learned in.
+        result: the scores of the fold.
+        phases: the phases that were trained.
+        kept: name of the phase whose network is kept.
+        logits: float32 [n, outputs] of the test images, in the order of their rows, in each precision that is
+            considered; the first precision is the one of the training.
     """
 
     result: FoldResult
@@ -30,7 +30,7 @@ class FoldOutcome:
     logits: Mapping[Precision, Float32]
 
     def dump(self) -> bytes:
-        """Return it as a file."""
+        """Return the outcome as a safetensors file, which `load` reads."""
         values = {
             "result": asdict(self.result),
             "phases": [asdict(phase) for phase in self.phases],
@@ -40,7 +40,7 @@ class FoldOutcome:
 
 
 def load(data: bytes) -> FoldOutcome:
-    """Return the outcome that `dump` wrote."""
+    """Return the outcome in a file that `FoldOutcome.dump` has written, also by an earlier version."""
     values, arrays = tensors.load(data)
     phases = tuple(Phase(**phase) for phase in values["phases"])
     if "logits" in arrays:  # written by a version that knew one precision

@@ -1,6 +1,6 @@
 """Fits networks that begin with random weights: all their layers learn from pixels.
 
-What they are built of is in `training.networks.scratch_networks`.
+`training.networks.scratch_networks` builds them.
 """
 
 from __future__ import annotations
