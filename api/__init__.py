@@ -1,1 +1,1 @@
-"""The HTTP surface. Loads no TensorFlow and no worker: it writes rows, rings a bell, and answers predictions."""
+"""The HTTP surface. Loads no TensorFlow and no worker: it writes rows, asks for dispatch, and answers predictions."""

@@ -1,6 +1,6 @@
-"""What routes are given: the parts of the process, and who asks.
+"""Dependencies of the routes: the services of this process, and the principal of the request.
 
-Both are coroutines, since FastAPI runs plain functions on threads, and these may all be taken.
+Both are coroutines, because FastAPI would run plain functions on its threads, and these may all be busy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from settings import Settings
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of one API process."""
+    """What one API process is made of; routes receive it as a dependency."""
 
     settings: Settings
     database: Database
@@ -41,13 +41,13 @@ class Services:
 
 
 async def get_services(request: Request) -> Services:
-    """Return the parts of this process."""
+    """Return the services of this process."""
     found: Services = request.app.state.services
     return found
 
 
 async def get_principal() -> Principal:
-    """Return who asks; there is one project today."""
+    """Return who sent the request; today everybody works in one project."""
     return Principal()
 
 

@@ -1,4 +1,4 @@
-"""Sees that the engine of predictions works on this machine, with a network of one addition. Loads no model."""
+"""Checks that the engine of predictions works on this machine, with a network of one addition. Loads no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openvino import opset13
 
 @cache
 def cpu() -> str:
-    """Return the processor's name once a network has run on it; asked again, only that. Raises if it does not run."""
+    """Return the processor's name after a test network has run on it; later calls skip the test. Raises as `probe`."""
     return probe("CPU")
 
 

@@ -1,7 +1,7 @@
-"""Requests that may be sent again: with an `Idempotency-Key`, what was answered before is answered again.
+"""Requests with an `Idempotency-Key`: when one is sent again, it gets the answer of the first time and changes nothing.
 
-The key is held while the request is answered. What is answered is kept in the transaction that makes it true, so that
-a process that dies leaves either both or neither.
+The key is locked while its request is being answered. The answer is stored in the same transaction as the change, so
+that a process that dies leaves either both or neither.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Key = Annotated[
 
 
 class IdempotentRequest:
-    """One request with its key, if it has one."""
+    """One request with its `Idempotency-Key`, or without one; then nothing is found or stored."""
 
     def __init__(self, services: Services, principal: Principal, key: str | None, address: str) -> None:
         self._services = services
@@ -45,9 +45,10 @@ class IdempotentRequest:
         self._fingerprint = ""
 
     def find_answer(self, shape: type[Shape], payload: BaseModel | str | None, response: Response) -> Shape | None:
-        """Return what this request was answered before; None if it is new or has no key.
+        """Return the stored answer of this request; None if it is new or has no key.
 
-        `payload` is its body, or what stands for it. Raises KeyReused if the key came with another request.
+        Sets the headers of a replayed answer on `response`. `payload` is the body, or a digest that stands for it.
+        Raises KeyReused if the key was used for another request before.
         """
         if self._key is None:
             return None
@@ -63,20 +64,20 @@ class IdempotentRequest:
         return shape.model_validate(answer.body)
 
     def keep_answer(self, session: Session, shown: BaseModel, location: str | None) -> None:
-        """Keep what is answered, if the request has a key."""
+        """Store an answer for its replay; call it in the transaction that makes the change."""
         if self._key is not None:
             body = shown.model_dump(mode="json")
             idempotency.save_answer(session, self._principal, self._key, self._fingerprint, location, body)
 
     def is_known(self, session: Session) -> bool:
-        """Say whether a request with this key was answered before; whether it was this one, `earlier` tells."""
+        """Return whether any request with this key was answered before; `find_answer` tells whether it was this one."""
         return self._key is not None and idempotency.has_answer(session, self._principal, self._key)
 
 
 def idempotent_request(
     request: Request, services: ServicesDep, principal: PrincipalDep, key: Key = None
 ) -> Iterator[IdempotentRequest]:
-    """Hold the request's key until it is answered. Raises InFlight."""
+    """Lock the key of a request until it is answered. Raises InFlight if another process or thread holds it."""
     address = f"{request.method} {request.url.path}?{request.url.query}"
     if key is None:
         yield IdempotentRequest(services, principal, None, address)
@@ -87,5 +88,5 @@ def idempotent_request(
         yield IdempotentRequest(services, principal, key, address)
 
 
-# The key is free before the answer leaves: whoever has the answer may ask again at once.
+# Scope "function" releases the key before the answer is sent: a client that has the answer may use the key again.
 IdempotencyDep = Annotated[IdempotentRequest, Depends(idempotent_request, scope="function")]

@@ -1,7 +1,8 @@
-"""What every request passes before a route sees it: its id, its size, who asks and from where. Knows no route.
+"""The middleware around every request: request id, size limits, allowed hosts, API key, metrics. Knows no route.
 
-A page from anywhere can make a browser send requests to an open loopback service. So the Host must be one of ours,
-against DNS names that point here, and a browser's request that changes something must come from our own pages.
+A page from anywhere can make a browser send requests to an open loopback service. So the Host must be an
+allowed one, which stops DNS names that point here, and a browser's request that changes something must come from a page
+of this service.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ log = structlog.get_logger()
 
 
 class ShutdownState:
-    """Whether this process ends soon: then every answer closes its connection, so that clients come back elsewhere."""
+    """Whether this process will end soon: then every answer closes its connection, so clients reconnect elsewhere."""
 
     is_draining = False
 
 
 class RequestMiddleware:
-    """The outermost middleware."""
+    """Refuses what no route should see, and counts what was answered. The outermost middleware."""
 
     def __init__(
         self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics, shutdown: ShutdownState
@@ -57,7 +58,7 @@ class RequestMiddleware:
         started = time.perf_counter()
         status = 500
 
-        async def watched(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -72,15 +73,15 @@ class RequestMiddleware:
             with structlog.contextvars.bound_contextvars(request=request_id):
                 refusal = self._refusal(scope)
                 if refusal is not None:
-                    await problems.response(refusal, request_id)(scope, receive, watched)
+                    await problems.response(refusal, request_id)(scope, receive, send_with_headers)
                 else:
-                    await self._app(scope, receive, watched)
+                    await self._app(scope, receive, send_with_headers)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.count_request(scope["method"], route, status, time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> EspalierError | None:
-        """Return why a request is turned away, or None."""
+        """Return the error that refuses a request, or None if a route may see it."""
         headers = Headers(scope=scope)
         url_bytes = len(scope["raw_path"]) + len(scope["query_string"])
         if url_bytes > URL_BYTES:

@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's own, told of problems and of the key. Describes no route by itself."""
+"""The OpenAPI document: FastAPI's own, extended by problems and the API key. Describes no route by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one table from errors to RFC 9457 problems. Nothing else in the program knows a status code of an error."""
+"""The table from errors to RFC 9457 problems. No other module knows the status code of an error."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from errors import EspalierError, RecipeInvalid, RequestInvalid
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:espalier:problem:"
 RETRY_AFTER_S = 1
-# As nginx counts requests whose client did not wait for the answer; no standard has a number for it.
+# nginx logs this status when a client disconnects before the answer; no standard defines one.
 CLIENT_CLOSED_REQUEST = 499
 
 log = structlog.get_logger()
 
-# Error → (status, title). Every class of `errors` stands here; a test says so.
+# Error → (status, title). A test checks that every class of `errors` is here.
 TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
     EspalierError: (500, "Something broke"),
     errors.NotFound: (404, "Not found"),
@@ -81,12 +81,12 @@ def problem(record: Mapping[str, Any]) -> Problem:
 
 
 def stored_problem(record: Mapping[str, Any] | None) -> Problem | None:
-    """Return the problem object of an error that stands in a row, or None."""
+    """Return the problem object of an error that a row stores, or None."""
     return None if record is None else problem(record)
 
 
 def response(error: EspalierError, request_id: str) -> JSONResponse:
-    """Return the answer that an error gets."""
+    """Return the HTTP answer for an error, with `Retry-After` where the client should try again."""
     content = problem(error.record())
     return _answer(content, request_id)
 
@@ -106,7 +106,10 @@ def request_id(request: Request) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the app a problem. The handlers are coroutines: plain functions would wait for a thread."""
+    """Answer every error of the app with a problem.
+
+    The handlers are coroutines, because plain functions would wait for a thread.
+    """
 
     @app.exception_handler(EspalierError)
     async def known(request: Request, error: EspalierError) -> JSONResponse:
@@ -119,7 +122,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
-        if status < 300:  # there is nothing to say
+        if status < 300:  # not an error
             return Response(status_code=status)
         content: Problem = {
             "type": TYPE_PREFIX + status.phrase.lower().replace(" ", "-"),
@@ -132,12 +135,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         log.info("client left", path=request.url.path)
-        return Response(status_code=CLIENT_CLOSED_REQUEST)  # read by nobody but the metrics
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # only the metrics see it
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
         log.exception("request broke", path=request.url.path, exc_info=error)
-        broken = EspalierError("This is a bug. The log has more under the request id.")
+        broken = EspalierError("This is a bug in Espalier. The log of the API has more under this request_id.")
         return response(broken, request_id(request))
 
 
@@ -146,19 +149,19 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 def short_repr(value: object) -> str:
-    """Return what was received in a form that fits into a sentence."""
+    """Return the repr of a value, shortened to fit into a message."""
     return _SHORT.repr(value)
 
 
 def expected_and_received(error: ErrorDetails) -> tuple[str, str]:
-    """Return what one error of a validation expected and what it received."""
+    """Return two phrases for a validation error: what was expected, and what was received."""
     if error["type"] == "json_invalid":
         return "Expected JSON", f"something else: {error['ctx']['error']}"
     return error["msg"], "nothing" if error["type"] == "missing" else short_repr(error["input"])
 
 
 def _invalid(error: RequestValidationError) -> EspalierError:
-    """Return what a failed validation says, with each field by the path that the client wrote."""
+    """Return the error for a failed validation; it names each field by the path that the client wrote."""
     found = []
     for item in error.errors():
         message, received = expected_and_received(item)

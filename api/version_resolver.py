@@ -1,8 +1,8 @@
-"""Which version answers for a name, kept in memory. Predictions ask no database, and go on while it is away.
+"""Resolves model names to the versions that answer, in memory: predictions need no database and survive its outages.
 
-Every process looks at the registry's revision a few times a second. When it moved, aliases are read anew: one whose new
-version is loaded, or needs a head only, moves at once; any other goes on with the old version until the new one is
-warm. What cannot be loaded is told in the log, and the old version stays.
+All processes read the registry's revision a few times a second. When it has changed, they read all aliases. An alias
+whose new version only needs a head moves at once. Any other alias keeps the old version until the backbone of the
+new one is loaded. If it cannot be loaded, the log says so, and the old version stays.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from models.registry import ModelVersion
 from models.session import Database
 
 REFRESH_EVERY_S = 0.25
-# Until a version that could not be loaded is tried again.
+# A version that could not be loaded is tried again after this time.
 RETRY_AFTER_S = 5.0
-# Networks that load side by side: it is the store that one waits for, not the processor.
+# Networks that load side by side. Loading waits for the store more than for the processor.
 _LOADS = 2
 
 log = structlog.get_logger()
@@ -53,17 +53,17 @@ class _AliasKey:
 
 @dataclass
 class _AliasState:
-    """What answers for a name, and what should."""
+    """The version that an alias serves now, and the one that it points to."""
 
     serving: ServedVersion
     target: ServedVersion
 
 
 class VersionResolver:
-    """Versions by name, for one process."""
+    """Finds the version that answers for a model name; one per process."""
 
     def __init__(self, database: Database, shelf: Shelf, refresh_every_s: float = REFRESH_EVERY_S) -> None:
-        """Begin to know nothing; `start` looks for changes from time to time."""
+        """Start with an empty cache; `start` keeps it up to date."""
         self._database = database
         self._shelf = shelf
         self._refresh_every_s = refresh_every_s
@@ -79,19 +79,19 @@ class VersionResolver:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look for changes until closed."""
+        """Refresh the aliases in a thread until `close`."""
         self._thread = threading.Thread(target=self._run, name="switchboard", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop refreshing, and cancel loads that have not begun."""
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()
         self._loads.shutdown(wait=False, cancel_futures=True)
 
     def find_cached(self, principal: Principal, model: str, version: int | None, alias: str) -> ServedVersion | None:
-        """Return what answers for a name if somebody asked for it before; `version` goes before `alias`."""
+        """Return the version that answers if it is in the cache. A `version` takes precedence over the `alias`."""
         with self._lock:
             if version is not None:
                 return self._versions.get((principal.project_id, model, version))
@@ -99,7 +99,7 @@ class VersionResolver:
             return state.serving if state else None
 
     def resolve(self, principal: Principal, model: str, version: int | None, alias: str) -> ServedVersion:
-        """Return what answers for a name, from the database if it must be. Raises NotFound or Unavailable."""
+        """Return the version that answers, from the cache or else from the database. Raises NotFound or Unavailable."""
         while True:
             found = self.find_cached(principal, model, version, alias)
             if found is not None:
@@ -120,14 +120,14 @@ class VersionResolver:
                     return self._aliases.setdefault(name, _AliasState(found, found)).serving
 
     def serves(self, principal: Principal, model: str, alias: str, version: int) -> bool:
-        """Say whether a name is answered by this version here and now, or by none so that it will be."""
-        with contextlib.suppress(Unavailable):  # the next look sees it
+        """Return whether this process answers with a version, or will as soon as somebody asks for the alias."""
+        with contextlib.suppress(Unavailable):  # the next refresh sees it
             self.refresh()
         found = self.find_cached(principal, model, None, alias)
         return found is None or found.version == version
 
     def refresh(self) -> None:
-        """Read the aliases anew if the registry moved. Raises Unavailable while the database is away."""
+        """Read the aliases again if the registry has changed. Raises Unavailable while the database is away."""
         with self._refreshing:
             with self._database.reading() as session:
                 revision = registry.get_revision(session)
@@ -153,7 +153,7 @@ class VersionResolver:
                 if not is_away:
                     log.warning("aliases cannot be read; the known ones are served", error=error.detail)
                 is_away = True
-            except Exception:  # whatever it is, the next look may see more
+            except Exception:  # whatever it is, the next refresh may succeed
                 log.exception("aliases were not read")
 
     def _is_retry_due(self) -> bool:
@@ -166,13 +166,13 @@ class VersionResolver:
         }
 
     def _switch(self, state: _AliasState) -> None:
-        """Have a line answer as wanted: at once if only a head is missing, else when its backbone is warm."""
+        """Move an alias to its target: at once if only the head is missing, else when the backbone is loaded."""
         target = state.target
         try:
             if self._shelf.predictor_if_warm(target.bundle, target.backbone):
                 self._move(state, target)
                 return
-        except Exception as error:  # whatever it is, the other lines go on
+        except Exception as error:  # whatever it is, the other aliases move on
             self._note_failure(target, error)
             return
         with self._lock:

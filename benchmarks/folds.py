@@ -27,13 +27,12 @@ from recipes.defaults import ClassCount, fill
 from recipes.recipe import Recipe, Task
 from training import experiment
 from training.data.split import make_folds
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.learners import Plan
 from training.networks import backbones
 from training.networks.network_files import BackboneKey, Workspace
-from training.progress import Epoch, Extraction
-from training.setup import Order
+from training.progress import Extraction, SilentFit
+from training.setup import TrainingRequest
 
 K = 5
 TIMED_EPOCHS = 2
@@ -80,22 +79,12 @@ class Silent:
     def extracted(self, extraction: Extraction) -> None:
         self.extraction_s = extraction.seconds
 
-    def part(self, number: int | None, plan: Plan) -> SilentPart:
-        return SilentPart()
+    def begin_fit(self, fold: int | None, plan: Plan) -> SilentFit:
+        return SilentFit()
 
-    def fold(self, outcome: FoldOutcome) -> None: ...
+    def fold_ended(self, outcome: FoldOutcome) -> None: ...
 
     def file(self, name: RunFile, data: bytes, media_type: str) -> None: ...
-
-
-class SilentPart(NoKeeper):
-    """Nobody listens to a part, either."""
-
-    def epoch(self, number: int, metrics: Epoch) -> None: ...
-
-    def batch(self, epochs: float) -> None: ...
-
-    def unfrozen(self, epochs: int) -> None: ...
 
 
 def ours(given: BenchData, wanted: argparse.Namespace) -> tuple[float, float]:
@@ -116,7 +105,7 @@ def ours(given: BenchData, wanted: argparse.Namespace) -> tuple[float, float]:
     )
     started = time.perf_counter()
     silent = Silent()
-    experiment.run(Order(recipe, version, given.labels, given.weights), place, Known(given.backbone), silent)
+    experiment.run(TrainingRequest(recipe, version, given.labels, given.weights), place, Known(given.backbone), silent)
     return time.perf_counter() - started, silent.extraction_s
 
 

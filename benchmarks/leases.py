@@ -40,8 +40,8 @@ from recipes.filled import parse_filled
 from recipes.recipe import FineTune, Folds, Mode, Recipe, Task
 from settings import Settings
 from worker.child_process import computing_threads
-from worker.handlers.tracking import Publish, TrackingPlace
-from worker.handlers.train import Train, TrainingPlace
+from worker.handlers.tracking import Publish, TrackingSettings
+from worker.handlers.train import Train, TrainingSettings
 from worker.lease import Handler, Timings
 from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
@@ -79,7 +79,7 @@ def bare(order: dict[str, Any]) -> None:
     from benchmarks.folds import Known, Silent
     from training.experiment import Experiment
     from training.networks.network_files import Workspace
-    from training.setup import Order
+    from training.setup import TrainingRequest
 
     place = Workspace(
         store=Store(Path(order["store"])),
@@ -89,7 +89,7 @@ def bare(order: dict[str, Any]) -> None:
         image_limits=LIMITS,
         threads=order["threads"],
     )
-    wanted = Order(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
+    wanted = TrainingRequest(parse_filled(order["recipe"]), order["manifest"], order["labels"], order["weights"])
     experiment = Experiment(wanted, place, Known(order["backbone"]), Silent())
     print(sum(experiment.learn_fold(number).result.seconds for number in range(FOLDS)))
 
@@ -107,11 +107,11 @@ def bare_folds(order: dict[str, Any]) -> float:
 class Service:
     """A worker's loops and its sweeper on a database of its own, with a data set."""
 
-    def __init__(self, given: BenchData, place: TrainingPlace, mlflow_url: str) -> None:
+    def __init__(self, given: BenchData, place: TrainingSettings, mlflow_url: str) -> None:
         self.database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
         upgrade(self.database)
         train = Train(given.store, place)
-        publish = Publish(given.store, TrackingPlace(mlflow_url, 5.0, "http://127.0.0.1:9"))
+        publish = Publish(given.store, TrackingSettings(mlflow_url, 5.0, "http://127.0.0.1:9"))
         handlers: dict[JobKind, Handler] = {
             JobKind.TRAIN: train,
             JobKind.FOLD: train,
@@ -190,7 +190,7 @@ def main() -> None:
         mlflow(given.folder) as url,
     ):
         recipe = recipe_of(wanted, given.labels)
-        place = TrainingPlace(
+        place = TrainingSettings(
             features=str(given.folder / "features"),
             pixels=str(given.folder / "pixels"),
             pixels_bytes=2**40,

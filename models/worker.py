@@ -44,6 +44,11 @@ def see_worker(session: Session, name: str, queues: Sequence[Queue]) -> None:
         worker.queues = list(queues)  # a new process may have an old one's name
 
 
+def list_workers(session: Session, limit: int) -> Sequence[Worker]:
+    """Return the workers of the last days, at most `limit`; those that were seen last come first."""
+    return session.scalars(select(Worker).order_by(Worker.looked_at.desc()).limit(limit)).all()
+
+
 def remove_worker(session: Session, name: str) -> None:
     """Forget a worker that has ended."""
     session.execute(delete(Worker).where(Worker.name == name))

@@ -27,7 +27,7 @@ from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.learners import Plan
 from training.networks.network_files import BackboneKey, Workspace
 from training.progress import Epoch, Extraction, FoldResult
-from training.setup import Order
+from training.setup import TrainingRequest
 
 QUICK: dict[str, Any] = {
     "backbone": "vgg16",
@@ -101,22 +101,22 @@ class Kept:
 
     def __init__(self, number: int | None, found: Checkpoint | None, is_cut: IsCut) -> None:
         self.number = number
-        self.found = found
+        self.checkpoint = found
         self.epochs: list[int] = []
         self.done: list[float] = []
         self.unfrozen_after: int | None = None
         self._is_cut = is_cut
 
-    def epoch(self, number: int, metrics: Epoch) -> None:
+    def epoch_ended(self, number: int, metrics: Epoch) -> None:
         self.epochs.append(number)
 
-    def batch(self, epochs: float) -> None:
+    def epochs_done(self, epochs: float) -> None:
         self.done.append(epochs)
 
-    def unfrozen(self, epochs: int) -> None:
+    def network_unfrozen(self, epochs: int) -> None:
         self.unfrozen_after = epochs
 
-    def offer(self, take: Callable[[], Checkpoint]) -> None:
+    def offer_checkpoint(self, take: Callable[[], Checkpoint]) -> None:
         checkpoint = take()
         if self._is_cut(self.number, checkpoint):
             raise Interrupted(self.number, checkpoint)
@@ -144,11 +144,11 @@ class Heard:
     def extracted(self, extraction: Extraction) -> None:
         self.extraction = extraction
 
-    def part(self, number: int | None, plan: Plan) -> Kept:
+    def begin_fit(self, number: int | None, plan: Plan) -> Kept:
         self.parts[number] = Kept(number, self.since.get(number), self.is_cut)
         return self.parts[number]
 
-    def fold(self, outcome: FoldOutcome) -> None:
+    def fold_ended(self, outcome: FoldOutcome) -> None:
         self.outcomes.append(outcome)
 
     def file(self, name: RunFile, data: bytes, media_type: str) -> None:
@@ -219,13 +219,13 @@ class Bench:
 
     def _order(
         self, rows: list[Row], candidates: dict[BackboneName, Digest] | None, change: Mapping[str, Any]
-    ) -> Order:
+    ) -> TrainingRequest:
         labels = sorted({label for row in rows for label in row.labels})
         counts = [ClassCount(label, 99, 99) for label in labels]
         base = {} if change.get("mode") == "from-scratch" else QUICK
         recipe = fill(Recipe.model_validate({**base, **change}), task_of(rows, labels), counts, groups=99)
         weights = self.weights_of(recipe.backbone) if recipe.backbone and not candidates else None
-        return Order(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
+        return TrainingRequest(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
 
     def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:
         """Run an experiment that is cut off at (part, phase, epochs of it), and goes on from what it had kept.

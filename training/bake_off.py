@@ -27,9 +27,8 @@ from training.data.arrays import ReportProgress
 from training.data.pixels import ImageDecoder
 from training.data.split import Fold, Indices, make_folds, nested_subsets
 from training.data.targets import Targets
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, Lesson
+from training.fitting.learners import Frozen, LearningTask
 from training.fitting.trials import Trial
 from training.networks import backbones
 from training.networks.network_files import Workspace
@@ -208,13 +207,13 @@ def _score(
 ) -> float | None:
     """Return the out-of-fold headline score of heads on features; None if training diverged."""
     learner = Frozen(recipe, FitData(task, outputs, features, truth))
-    lessons = [
-        (Lesson(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved), NoKeeper())
+    tasks = [
+        (LearningTask(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved))
         for fold in folds
     ]
     logits: Float32 = np.full((1, len(features), outputs), np.nan, dtype=np.float32)
     try:
-        for place, learned in learner.learn_many(lessons):
+        for place, learned in learner.learn_many(tasks):
             logits[0, folds[place].test] = learned.logits(folds[place].test)
     except TrainingDiverged:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save as save_tensors
@@ -20,32 +20,15 @@ from training import delivery
 from training.bake_off import BakeOffResult
 from training.data.split import Fold, Indices
 from training.delivery import DeliveredModel
-from training.fitting.checkpoint import Keeper
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
-from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, Lesson, Listener, Plan, final_plan
+from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, LearningTask, final_plan
 from training.fitting.training_loop import finite
 from training.networks.network_files import Registry, Workspace
-from training.progress import Extraction, FoldResult
+from training.progress import Extraction, FitListener, FoldResult, ProgressListener
 from training.report import run_report
-from training.setup import Data, Order, Told, begin, pick, seed_of
+from training.setup import RunData, TrainingRequest, choose_features, seed_of, set_up
 from training.statistics import evaluation
-
-
-class Reporter(Told, Protocol):
-    """Who is told how far the experiment is, and keeps what it can go on from."""
-
-    def part(self, number: int | None, plan: Plan) -> Part:
-        """Begin a fold, or the final fit (None), of so many epochs at most; return who hears of it and keeps it."""
-        ...
-
-    def fold(self, outcome: FoldOutcome) -> None:
-        """Tell that a fold ended."""
-        ...
-
-
-class Part(Listener, Keeper, Protocol):
-    """One fold, or the final fit: hears how it goes, and keeps its checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +46,27 @@ class Outcome:
     files: dict[RunFile, tuple[bytes, str]] = field(default_factory=dict)
 
 
-def run(order: Order, place: Workspace, registry: Registry, report: Reporter) -> Outcome:
+def run(request: TrainingRequest, place: Workspace, registry: Registry, report: ProgressListener) -> Outcome:
     """Train and measure a model: a head on a frozen backbone, the backbone with it, or a network from scratch."""
-    experiment = Experiment(order, place, registry, report)
+    experiment = Experiment(request, place, registry, report)
     return experiment.finish(experiment.learn_folds(range(len(experiment.folds))))
 
 
 class Experiment:
-    """A recipe on a data set version: what all its folds read is computed when it is made."""
+    """A recipe on a data set version; making one computes what all its folds read."""
 
-    def __init__(self, order: Order, place: Workspace, registry: Registry, report: Reporter) -> None:
+    def __init__(
+        self, request: TrainingRequest, place: Workspace, registry: Registry, report: ProgressListener
+    ) -> None:
         self._place, self._report = place, report
-        data = self._data = Data(order, place)
-        recipe, weights = order.recipe, order.weights
+        data = self._data = RunData(request, place)
+        recipe, weights = request.recipe, request.weights
         self._pick: BakeOffResult | None = None
         if isinstance(recipe, UndecidedRecipe):
-            self._pick = pick(data, recipe, order, place, registry, report)
+            self._pick = choose_features(data, recipe, request, place, registry, report)
             recipe, weights = self._pick.decide(recipe), self._pick.weights
         self._recipe: DecidedRecipe = recipe
-        self._course = begin(data, recipe, weights, place, registry, report)
+        self._setup = set_up(data, recipe, weights, place, registry, report)
 
     @property
     def folds(self) -> Sequence[Fold]:
@@ -91,43 +76,43 @@ class Experiment:
     def learn_fold(self, number: int) -> FoldOutcome:
         """Learn without a fold's test images, then measure on them."""
         self._report.stage("folds")
-        part = self._report.part(number, self._course.learner.plan)
-        started = time.perf_counter() - _spent_s(part)
-        learned = self._course.learner.learn(self._lesson(number, self._course.learner), part, part)
-        return self._end_fold(number, learned, part, started)
+        fit = self._report.begin_fit(number, self._setup.learner.plan)
+        started = time.perf_counter() - _spent_s(fit)
+        learned = self._setup.learner.learn(self._task(number, self._setup.learner), fit)
+        return self._end_fold(number, learned, fit, started)
 
     def learn_folds(self, numbers: Sequence[int]) -> list[FoldOutcome]:
-        """Do what `learn_fold` does with several folds, side by side if the learner can; they end in any order.
+        """Do what `learn_fold` does with several folds, side by side if the learner can; they end in any request.
 
         A fold's seconds are then its share of the time: each moment is divided among the folds that still learn.
         """
-        learner = self._course.learner
+        learner = self._setup.learner
         if not isinstance(learner, Frozen) or not learner.learns_abreast:
             return [self.learn_fold(number) for number in numbers]
         self._report.stage("folds")
-        parts = [self._report.part(number, learner.plan) for number in numbers]
-        lessons = [(self._lesson(number, learner), part, part) for number, part in zip(numbers, parts, strict=True)]
+        fits = [self._report.begin_fit(number, learner.plan) for number in numbers]
+        tasks = [(self._task(number, learner), fit) for number, fit in zip(numbers, fits, strict=True)]
         found: dict[int, FoldOutcome] = {}
         share_s, since = 0.0, time.perf_counter()
-        for place, learned in learner.learn_many(lessons):
+        for place, learned in learner.learn_many(tasks):
             now = time.perf_counter()
-            share_s, since = share_s + (now - since) / (len(parts) - len(found)), now
-            found[place] = self._end_fold(numbers[place], learned, parts[place], now - share_s - _spent_s(parts[place]))
-        return [found[place] for place in range(len(parts))]
+            share_s, since = share_s + (now - since) / (len(fits) - len(found)), now
+            found[place] = self._end_fold(numbers[place], learned, fits[place], now - share_s - _spent_s(fits[place]))
+        return [found[place] for place in range(len(fits))]
 
-    def _lesson(self, number: int, learner: Learner) -> Lesson:
-        """Return what is to be learned in a fold."""
+    def _task(self, number: int, learner: Learner) -> LearningTask:
+        """Return the task of a fold."""
         fold = self.folds[number]
-        return Lesson(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
+        return LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
 
-    def _end_fold(self, number: int, learned: Learned, part: Part, started: float) -> FoldOutcome:
-        """Measure on a fold's test images, and tell that it ended."""
+    def _end_fold(self, number: int, learned: Learned, fit: FitListener, started: float) -> FoldOutcome:
+        """Measure on a fold's test images, and report its end."""
         fold = self.folds[number]
-        logits = {self._course.precision: finite(learned.logits(fold.test))}
-        if self._course.exporter is not None:
+        logits = {self._setup.precision: finite(learned.logits(fold.test))}
+        if self._setup.exporter is not None:
             epochs = float(len(learned.history))
-            logits |= self._course.exporter.logits(
-                learned, fold.train, fold.test, lambda done, total: part.batch(epochs)
+            logits |= self._setup.exporter.logits(
+                learned, fold.train, fold.test, lambda done, total: fit.epochs_done(epochs)
             )
         result = FoldResult(
             number=number,
@@ -139,29 +124,29 @@ class Experiment:
             seconds=time.perf_counter() - started,
         )
         outcome = FoldOutcome(result, learned.phases, learned.kept, logits)
-        self._report.fold(outcome)
+        self._report.fold_ended(outcome)
         return outcome
 
     def finish(self, outcomes: Sequence[FoldOutcome], extraction: Extraction | None = None) -> Outcome:
         """Measure over all folds, learn from everything, and write what is served.
 
         Args:
-            outcomes: of every fold, in their order.
+            outcomes: of every fold, in their request.
             extraction: what the run had to compute, where this experiment found it computed.
         """
-        data, course, place = self._data, self._course, self._place
+        data, setup, place = self._data, self._setup, self._place
         recipe, labels, task, truth = self._recipe, data.labels, data.task, data.truth
         trained_on, held_out = data.trained_on, data.held_out
-        extraction = extraction or course.extraction
+        extraction = extraction or setup.extraction
         started = time.perf_counter()
         self._report.stage("final")
         plan = final_plan([outcome.phases for outcome in outcomes], [outcome.kept for outcome in outcomes])
-        part = self._report.part(None, plan)
-        started -= _spent_s(part)
+        fit = self._report.begin_fit(None, plan)
+        started -= _spent_s(fit)
         nothing = np.array([], dtype=np.intp)
         everything = np.union1d(trained_on, data.watched)
-        lesson = Lesson(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
-        final = course.learner.learn(lesson, part, part)
+        last = LearningTask(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
+        final = setup.learner.learn(last, fit)
         finite(final.logits(everything[:LOOKED_AT]))  # nothing has watched the last step
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
@@ -176,9 +161,9 @@ class Experiment:
         )
         if len(held_out):
             logits = final.logits(held_out)
-            if served.precision is not course.precision:
-                assert course.pixels is not None
-                logits = delivery.logits(served.engine, final.layers, course.pixels, held_out, self._report.images)
+            if served.precision is not setup.precision:
+                assert setup.pixels is not None
+                logits = delivery.logits(served.engine, final.layers, setup.pixels, held_out, self._report.images)
             metrics["test"] = evaluation.evaluate_held_out(task, labels, truth[held_out], data.groups[held_out], logits)
         if served.export is not None:
             metrics["export"] = served.export
@@ -209,7 +194,7 @@ class Experiment:
             served.precision,
             served.choice,
             self._pick,
-            course.notes,
+            setup.notes,
         )
         before_s = extraction.seconds + sum(outcome.result.seconds for outcome in outcomes)
         if self._pick is not None:
@@ -229,10 +214,10 @@ class Experiment:
 
     def _serve(self, final: Learned, outcomes: Sequence[FoldOutcome]) -> DeliveredModel:
         """Return what answers."""
-        course = self._course
-        if course.exporter is None:
-            assert course.trunk is not None
-            return DeliveredModel(course.precision, course.trunk.backbone, course.trunk.engine, course.choice)
+        setup = self._setup
+        if setup.exporter is None:
+            assert setup.trunk is not None
+            return DeliveredModel(setup.precision, setup.trunk.backbone, setup.trunk.engine, setup.choice)
         if final.network is not None:
             self._report.stage("export")
         scores = {
@@ -242,11 +227,11 @@ class Experiment:
         }
         data = self._data
         shown = data.held_out if len(data.held_out) else data.trained_on
-        return course.exporter.serve(final, data.trained_on, shown, scores, self._report.images)
+        return setup.exporter.serve(final, data.trained_on, shown, scores, self._report.images)
 
     def _neighbours(self, served: DeliveredModel, rows: Indices) -> bytes:
         """Return the file of the rows' images as the network that is served sees them."""
-        trunk, pixels = self._course.trunk, self._course.pixels
+        trunk, pixels = self._setup.trunk, self._setup.pixels
         if trunk is not None and (served.backbone, served.precision) == (trunk.backbone, trunk.precision):
             features = trunk.features[rows]
         else:
@@ -275,7 +260,7 @@ class Experiment:
             )
             for precision, of_precision in logits.items()
         }
-        metrics: dict[str, Any] = dict(scores.pop(self._course.precision))
+        metrics: dict[str, Any] = dict(scores.pop(self._setup.precision))
         if scores:
             metrics["precisions"] = {precision.value: found for precision, found in scores.items()}
         metrics["images"] = {"train": len(fold.train), "validation": len(fold.validation), "test": len(fold.test)}
@@ -288,6 +273,6 @@ class Experiment:
         return metrics
 
 
-def _spent_s(part: Keeper) -> float:
-    """Return how long others have learned what a part goes on from."""
-    return part.found.seconds if part.found else 0.0
+def _spent_s(fit: FitListener) -> float:
+    """Return the seconds that went into the checkpoint that a fit continues from."""
+    return fit.checkpoint.seconds if fit.checkpoint else 0.0

@@ -28,9 +28,8 @@ from recipes.recipe import Task
 from training.data.split import Indices, nested_subsets, set_aside
 from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, Lesson, Plan
+from training.fitting.learners import Frozen, LearningTask, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
 from training.statistics import evaluation, power_law, resampling
@@ -154,7 +153,7 @@ class _HeadFit:
     """One head to fit, and the rows to test it on; `images` counts training and validation images."""
 
     repeat: int
-    lesson: Lesson
+    task: LearningTask
     test: Indices
     images: int
 
@@ -182,7 +181,7 @@ def _logits_by_size(
         logits = np.full(measured.logits.shape, np.nan, dtype=np.float32)
         for part in (parts[number] for parts in folds):
             listener = Trial(partial(_report_epochs, report, done / total, part.images / total / learner.plan.epochs))
-            answered = learner.learn(part.lesson, listener, NoKeeper()).logits(part.test)
+            answered = learner.learn(part.task, listener).logits(part.test)
             if not np.isfinite(answered).all():
                 raise TrainingDiverged(
                     f"The head that was trained on {part.images} images predicts infinite numbers or NaN. Lower "
@@ -214,8 +213,8 @@ def _head_fits(
         aside = watched
         if share:
             aside = set_aside(rows, strata, needed, groups, share, seed)
-        lesson = Lesson(np.setdiff1d(rows, aside), aside, plan, seed)
-        found.append(_HeadFit(repeat, lesson, test, len(rows)))
+        task = LearningTask(np.setdiff1d(rows, aside), aside, plan, seed)
+        found.append(_HeadFit(repeat, task, test, len(rows)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Begins a run: lays out its images and folds, and makes ready what all folds of its mode read."""
+"""Sets up a run: lays out its images and folds, and prepares the inputs that all folds of its mode share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -37,10 +37,9 @@ from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
 from training.delivery import TrainedNetworkExporter, golden_images, spread
-from training.fitting.checkpoint import NoKeeper
 from training.fitting.fine_tuning import FineTuningData
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, Growing, Learner, Lesson, Tuning
+from training.fitting.learners import Frozen, Growing, Learner, LearningTask, Tuning
 from training.fitting.training_loop import finite
 from training.fitting.trials import Trials
 from training.networks import backbones, scratch_networks
@@ -57,33 +56,13 @@ from training.networks.precision import (
     choose_precision,
     measure_image_ms,
 )
-from training.progress import Extraction
+from training.progress import Extraction, StageListener
 from training.statistics import evaluation
 
 
-class Told(Protocol):
-    """Who is told how far the beginning is."""
-
-    def stage(self, name: str) -> None:
-        """Tell that a stage begins."""
-        ...
-
-    def images(self, done: int, total: int) -> None:
-        """Tell how many of its images, or epochs, the present stage has seen to."""
-        ...
-
-    def extracted(self, extraction: Extraction) -> None:
-        """Tell what extraction had to compute."""
-        ...
-
-    def file(self, name: RunFile, data: bytes, media_type: str) -> None:
-        """Keep a file with the run, before its end."""
-        ...
-
-
 @dataclass(frozen=True)
-class Order:
-    """What is to be done.
+class TrainingRequest:
+    """The run to train.
 
     Attributes:
         recipe: every default filled in.
@@ -100,16 +79,16 @@ class Order:
     candidates: Mapping[BackboneName, Digest] = field(default_factory=dict)
 
 
-class Data:
+class RunData:
     """The images of a data set version as a recipe sees them: what is to be learned of each, and who learns from it."""
 
-    def __init__(self, order: Order, place: Workspace) -> None:
-        recipe = order.recipe
+    def __init__(self, request: TrainingRequest, place: Workspace) -> None:
+        recipe = request.recipe
         self.repeats = recipe.folds.repeats
-        self.labels = order.labels
-        self.rows: Sequence[Row] = manifest.load(place.store.read(order.manifest))
+        self.labels = request.labels
+        self.rows: Sequence[Row] = manifest.load(place.store.read(request.manifest))
         self.task = recipe.task
-        targets = self.targets = make_targets(self.task, order.labels, self.rows)
+        targets = self.targets = make_targets(self.task, request.labels, self.rows)
         self.truth = targets.truth
         belongs = manifest.group_rows(self.rows)
         self.groups = np.array(belongs, dtype=np.intp)
@@ -153,8 +132,8 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Course:
-    """How the folds of a run learn, and what of it is served.
+class TrainingSetup:
+    """How the folds of a run learn, and what of it answers predictions.
 
     Attributes:
         learner: learns from rows.
@@ -177,17 +156,22 @@ class Course:
     notes: Sequence[str] = ()
 
 
-def pick(
-    data: Data, recipe: UndecidedRecipe, order: Order, place: Workspace, registry: Registry, told: Told
+def choose_features(
+    data: RunData,
+    recipe: UndecidedRecipe,
+    request: TrainingRequest,
+    place: Workspace,
+    registry: Registry,
+    listener: StageListener,
 ) -> BakeOffResult:
     """Return where the features of a recipe come from; a run that was interrupted keeps its earlier choice."""
     known = registry.find_bake_off_result()
     if known is not None:
         return BakeOffResult.of(known)
-    told.stage("bake-off")
-    candidates = order.candidates
-    if order.weights is not None and isinstance(recipe.backbone, BackboneName):
-        candidates = {recipe.backbone: order.weights}
+    listener.stage("bake-off")
+    candidates = request.candidates
+    if request.weights is not None and isinstance(recipe.backbone, BackboneName):
+        candidates = {recipe.backbone: request.weights}
     found = bake_off.bake_off(
         recipe,
         data.task,
@@ -198,39 +182,46 @@ def pick(
         data.digests,
         candidates,
         place,
-        told.images,
+        listener.images,
     )
     registry.set_bake_off_result(found.facts(data.task))
     return found
 
 
-def begin(
-    data: Data, recipe: DecidedRecipe, weights: Digest | None, place: Workspace, registry: Registry, told: Told
-) -> Course:
-    """Make ready what all folds of a run read."""
+def set_up(
+    data: RunData,
+    recipe: DecidedRecipe,
+    weights: Digest | None,
+    place: Workspace,
+    registry: Registry,
+    listener: StageListener,
+) -> TrainingSetup:
+    """Prepare the inputs that all folds of a run share."""
     if isinstance(recipe.precision, Precision):
         OpenVinoEngine.check(recipe.precision)
     if isinstance(recipe, FromScratchRecipe):
-        return _growing(data, recipe, place, told)
+        return _set_up_from_scratch(data, recipe, place, listener)
     assert weights is not None, "A recipe with a backbone has weights. This is a bug."
-    beginning = _Beginning(data, recipe, weights, place, registry, told)
+    setup = _BackboneSetup(data, recipe, weights, place, registry, listener)
     if isinstance(recipe, FineTuningRecipe):
-        return beginning.tuning(recipe)
-    return beginning.frozen()
+        return setup.set_up_fine_tuning(recipe)
+    return setup.set_up_frozen()
 
 
-def _growing(data: Data, recipe: FromScratchRecipe, place: Workspace, told: Told) -> Course:
-    """Return the course of a network from scratch."""
+def _set_up_from_scratch(
+    data: RunData, recipe: FromScratchRecipe, place: Workspace, listener: StageListener
+) -> TrainingSetup:
+    """Return the setup of a network from scratch."""
     started = time.perf_counter()
-    pixels = _pixels(data, recipe, place, told)
+    pixels = _pixels(data, recipe, place, listener)
     considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
     extraction = Extraction(len(set(data.digests)), 0, 0, round(time.perf_counter() - started, 3))
-    told.extracted(extraction)
+    listener.extracted(extraction)
 
     def rebuild(weights: bytes) -> Any:
         return scratch_networks.build_feature_network(recipe.network, recipe.image_size, weights)
 
-    return Course(
+    return TrainingSetup(
         Growing(recipe, FitData(data.task, data.outputs, pixels, data.truth)),
         Precision.FLOAT32,
         extraction,
@@ -239,43 +230,43 @@ def _growing(data: Data, recipe: FromScratchRecipe, place: Workspace, told: Told
     )
 
 
-class _Beginning:
-    """The beginning of a run on a backbone."""
+class _BackboneSetup:
+    """Prepares a run on a backbone: exports it, quantises it if need be, and extracts features."""
 
     def __init__(
         self,
-        data: Data,
+        data: RunData,
         recipe: FeatureExtractionRecipe | FineTuningRecipe,
         weights: Digest,
         place: Workspace,
         registry: Registry,
-        told: Told,
+        listener: StageListener,
     ) -> None:
         self._recipe = recipe
-        self._data, self._place, self._registry, self._told = data, place, registry, told
+        self._data, self._place, self._registry, self._listener = data, place, registry, listener
         self._weights = weights
         self._networks = NetworkFiles(recipe, weights, place, registry)
         self._considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
 
-    def frozen(self) -> Course:
-        """Return the course of a head on a frozen backbone."""
+    def set_up_frozen(self) -> TrainingSetup:
+        """Return the setup of a head on a frozen backbone."""
         recipe, place = self._recipe, self._place
         source = ImageDecoder(place.store, recipe.image_size, recipe.resize, place.image_limits, place.threads)
-        self._told.stage("backbone")
+        self._listener.stage("backbone")
         trunk, choice = self._trunk(self._considered, source)
-        return Course(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
+        return TrainingSetup(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
 
-    def tuning(self, recipe: FineTuningRecipe) -> Course:
-        """Return the course of a backbone that learns with its head."""
-        data, place, told = self._data, self._place, self._told
+    def set_up_fine_tuning(self, recipe: FineTuningRecipe) -> TrainingSetup:
+        """Return the setup of a backbone that learns with its head."""
+        data, place, listener = self._data, self._place, self._listener
         started = time.perf_counter()
-        pixels = _pixels(data, recipe, place, told)
+        pixels = _pixels(data, recipe, place, listener)
         source = LoadedPixels(data.digests, pixels)
-        told.stage("backbone")
+        listener.stage("backbone")
         trunk, _ = self._trunk([Precision.FLOAT32], source)
         fine_tuning_data, notes = self._fine_tuning_data(recipe, pixels)
         extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
-        told.extracted(extraction)
+        listener.extracted(extraction)
         head = self._heads(trunk)
         learner = Tuning(recipe, head, place.store.read(self._weights), fine_tuning_data)
 
@@ -288,7 +279,7 @@ class _Beginning:
             return self._networks.quantise(trunk.backbone, [data.digests[row] for row in train], source, report)
 
         exporter = TrainedNetworkExporter(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
-        return Course(learner, trunk.precision, extraction, trunk, pixels, exporter, notes=notes)
+        return TrainingSetup(learner, trunk.precision, extraction, trunk, pixels, exporter, notes=notes)
 
     def _heads(self, trunk: FrozenBackbone) -> Frozen:
         data = self._data
@@ -301,7 +292,7 @@ class _Beginning:
 
         Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
         """
-        data, report, networks, registry = self._data, self._told, self._networks, self._registry
+        data, report, networks, registry = self._data, self._listener, self._networks, self._registry
         recipe, digests = self._recipe, data.digests
         choice: PrecisionDecision | None = None
         known = registry.find_precision_decision() if len(precisions) > 1 else None
@@ -319,8 +310,8 @@ class _Beginning:
         report.stage("features")
         trunks = []
         for number, (precision, network) in enumerate(files.items()):
-            told = _one_of(number, len(files), report)
-            trunks.append(networks.frozen_backbone(network, precision, digests, source, told))
+            report_images = _one_of(number, len(files), report)
+            trunks.append(networks.frozen_backbone(network, precision, digests, source, report_images))
         extraction = sum_extractions([trunk.extraction for trunk in trunks])
         if len(trunks) > 1:
             report.extracted(extraction)  # the trials that follow may be interrupted
@@ -345,15 +336,14 @@ class _Beginning:
         """Return the headline score of heads on a frozen network, out of fold."""
         data, learner = self._data, self._heads(trunk)
         trials = Trials(learner.plan.epochs, len(data.folds), report)
-        lessons = [
+        tasks = [
             (
-                Lesson(fold.train, fold.validation, learner.plan, seed_of(self._recipe, fold.number)),
+                LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._recipe, fold.number)),
                 trials.of(fold.number),
-                NoKeeper(),
             )
             for fold in data.folds
         ]
-        learned = dict(learner.learn_many(lessons))
+        learned = dict(learner.learn_many(tasks))
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
     def _fine_tuning_data(self, recipe: FineTuningRecipe, pixels: Pixels) -> tuple[FineTuningData, Sequence[str]]:
@@ -367,10 +357,10 @@ class _Beginning:
             return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), ()
         frozen = networks.export_cut(boundary)
         engine = networks.engine(frozen, Precision.FLOAT32)
-        self._told.stage("activations")
+        self._listener.stage("activations")
         space = networks.feature_space(frozen, Precision.FLOAT32)
         room_bytes = place.pixels_bytes - pixels.nbytes
-        maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._told.images)
+        maps = load_maps(self._data.digests, pixels, engine, space, place.pixels, room_bytes, self._listener.images)
         if maps is not None:
             return FineTuningData(data.task, data.outputs, maps, data.truth, are_maps=True), ()
         note = (
@@ -381,15 +371,15 @@ class _Beginning:
         return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), (note,)
 
 
-def _pixels(data: Data, recipe: DecidedRecipe, place: Workspace, told: Told) -> Pixels:
+def _pixels(data: RunData, recipe: DecidedRecipe, place: Workspace, listener: StageListener) -> Pixels:
     """Return the pixels of every image, decoded once, and keep a picture of how they are varied."""
-    told.stage("pixels")
+    listener.stage("pixels")
     drop_unused(place.pixels, place.pixels_bytes)
     decoder = ImageDecoder(place.store, recipe.image_size, recipe.resize, place.image_limits, place.threads)
-    pixels = load_pixels(data.digests, decoder, place.pixels, told.images)
+    pixels = load_pixels(data.digests, decoder, place.pixels, listener.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)
-        told.file(RunFile.AUGMENTATIONS, shown, "image/png")
+        listener.file(RunFile.AUGMENTATIONS, shown, "image/png")
     return pixels
 
 
@@ -397,8 +387,8 @@ def _pixels(data: Data, recipe: DecidedRecipe, place: Workspace, told: Told) -> 
 _SHOWN = 8
 
 
-def _one_of(number: int, count: int, report: Told) -> ReportProgress:
-    """Return who is told of one of several passes of the same length, and tells how far all of them are."""
+def _one_of(number: int, count: int, report: StageListener) -> ReportProgress:
+    """Return what reports one of several passes of the same length as a part of all of them."""
     return lambda done, total: report.images(number * total + done, count * total)
 
 

@@ -1,4 +1,4 @@
-"""Routes of comparisons: several recipes on the same folds, and the table that they end in. Measures nothing."""
+"""Routes of comparisons: several recipes on the same folds, and the table of their scores. Measures nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start_comparison(
     body: ComparisonRequest,
     idempotency: IdempotencyDep,
 ) -> ComparisonOut:
-    """Train a run with each recipe on the same folds; the last one's end makes the table."""
+    """Train a run with each recipe on the same folds; when the last one has ended, a worker makes the table."""
     earlier = idempotency.find_answer(ComparisonOut, body, response)
     if earlier is not None:
         return earlier
@@ -72,16 +72,16 @@ def list_comparisons(
 
 @router.get("/{comparison_id}")
 def get_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
-    """Show a comparison: its runs so far, and at its end the table."""
+    """Show a comparison: its runs so far, and the table once it has one."""
     with services.database.reading() as session:
         return _comparison_out(session, comparisons.get_comparison(session, principal, comparison_id))
 
 
 @router.post("/{comparison_id}/cancel", status_code=202)
 def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
-    """End a comparison with its unfinished runs; asking twice, or too late, changes nothing.
+    """Cancel a comparison and its unfinished runs; a second request, or one after its end, changes nothing.
 
-    One that has a table, since a run of it is tried again, gets its last one when that run has ended.
+    If it had a table and a run of it was retried, it gets that table again when the run has ended.
     """
     with services.database.writing() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
@@ -111,7 +111,7 @@ def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: st
 def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> FileResponse:
     if digest is None:
         raise NotReady(
-            f"Comparison {comparison.id} has no table yet, or never will: expected it to have succeeded. Received "
+            f"Comparison {comparison.id} has no table. Expected a comparison in state 'succeeded'. Received "
             f"{comparison.state.value!r}."
         )
     return stored_file(services.store, digest, media_type)

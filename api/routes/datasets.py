@@ -1,4 +1,4 @@
-"""Routes of data sets: upload, look, delete. Opens no archive: that is a worker's job."""
+"""Routes of data sets: upload, show, delete. Opens no archive: workers do."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def upload(
     idempotency: IdempotencyDep,
 ) -> DatasetCreated:
     """Upload a zip, tar or tar.gz of images: one folder per class, or a labels.csv at its top."""
-    return await _take_in(
+    return await _receive_version(
         request,
         response,
         services,
@@ -86,7 +86,7 @@ async def add_images(
     idempotency: IdempotencyDep,
 ) -> DatasetCreated:
     """Upload an archive of images to add. They and the present ones become a new version."""
-    return await _take_in(
+    return await _receive_version(
         request,
         response,
         services,
@@ -96,7 +96,7 @@ async def add_images(
     )
 
 
-async def _take_in(
+async def _receive_version(
     request: Request,
     response: Response,
     services: Services,
@@ -105,11 +105,12 @@ async def _take_in(
     check: Callable[[Session], None],
     find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
-    """Receive an archive and owe its ingest as a version of the data set that `find` returns."""
+    """Receive an archive and queue its ingest as a new version of the data set that `find` returns."""
 
-    def check_first() -> None:  # before gigabytes are sent for nothing
+    def check_first() -> None:  # before gigabytes are uploaded in vain
         with services.database.reading() as session:
-            if not idempotency.is_known(session):  # else it may be here already, as only its last byte will tell
+            # A known key may mean a repeated upload, which only its last byte can show.
+            if not idempotency.is_known(session):
                 check(session)
 
     await run_in_threadpool(check_first)
@@ -125,25 +126,26 @@ def _record(
     archive: Digest,
     find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
-    """Write what an archive was sent for. If that fails, or was written before, the archive goes unless it is named."""
-    is_of_use = False
+    """Add the version and its job; delete the archive if that fails or was done before, unless another row names it."""
+    is_needed = False
     try:
         earlier = idempotency.find_answer(DatasetCreated, archive, response)
         if earlier is not None:
             return earlier
         with services.database.writing() as session:
-            lock_files(session)  # first: who finds the name taken removes the archive, which may be the very same one
+            # First: a request that finds the name taken deletes its archive, which may be the same file.
+            lock_files(session)
             dataset = find(session)
             if not services.store.has(archive):
-                raise Unavailable("The archive was removed just when it had arrived. Send it again.")
+                raise Unavailable("The archive was removed just after it arrived. Send it again.")
             version = datasets.add_version(session, dataset, archive)
             jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
             created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
             location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
             idempotency.keep_answer(session, created, location)
-        is_of_use = True
+        is_needed = True
     finally:
-        if not is_of_use:
+        if not is_needed:
             with services.database.writing() as session:
                 try_delete_unreferenced(session, services.store, [archive])
     services.dispatcher.request()
@@ -201,7 +203,7 @@ def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: st
 
 @router.delete("/{dataset_id}", status_code=204)
 def delete_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: str) -> None:
-    """Delete a data set with its images. Runs and models that came of it stay."""
+    """Delete a data set with its images. Its runs and models stay."""
     with services.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id, for_change=True)
         versions = [version.id for version in datasets.get_versions(session, dataset.id)]

@@ -1,4 +1,4 @@
-"""The events of a run as they happen, over server-sent events. Reads rows; nothing is kept in this process."""
+"""The events of a run as they happen, as server-sent events. Reads rows and keeps nothing in this process."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ After = Annotated[int, Header(alias="Last-Event-ID", ge=0, le=LARGEST_NUMBER)]
 
 
 def existing_run_id(services: ServicesDep, principal: PrincipalDep, run_id: str, after: After = 0) -> str:
-    """Return the id of a run that has events or will have them; a stream that has begun could not tell any more.
+    """Return the id of a run that has more events or will have them; a stream that has begun can send no status.
 
-    Raises NotFound, or HTTPException with 204 once a client has heard the last event: a browser asks again after
-    every end of a stream, unless it is told so.
+    Raises NotFound. Raises HTTPException with 204 if the client has received the last event: browsers reconnect after
+    every end of a stream, unless they get this status.
     """
     with services.database.reading() as session:
         run = runs.get_run(session, principal, run_id)
@@ -52,7 +52,7 @@ async def stream_events(
     while True:
         try:
             events, is_over = await run_in_threadpool(_read_events, services, run_id, after)
-        except Unavailable:  # a browser that is turned away once does not come back
+        except Unavailable:  # a browser that gets an error does not reconnect
             await asyncio.sleep(_AWAY_S)
             continue
         for event in events:

@@ -1,4 +1,4 @@
-"""Routes for those who run the service: is it alive, is it ready, how busy is it."""
+"""Routes for operators: liveness, readiness, metrics, workers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import redis
 import structlog
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from sqlalchemy import select
 
 from api.dependencies import Services, ServicesDep
 from api.schemas import Check, Page, Readiness, WorkerOut
 from errors import EspalierError
 from models import job as jobs
+from models import worker as workers
 from models.base import now
 from models.schema_revision import applied_revision, needed_revision
-from models.worker import Worker
 
 log = structlog.get_logger()
 
 router = APIRouter(tags=["operations"])
 
-# A worker looks every few seconds; one that has not for this long is gone or hung.
+# A live worker is seen every few seconds; one that was not seen for this long is gone or hangs.
 _WORKER_SEEN_S = 60
 _WORKERS_SHOWN = 200
 _DECISIVE = ("database", "schema", "disk", "engine", "process")
@@ -33,13 +32,13 @@ _DECISIVE = ("database", "schema", "disk", "engine", "process")
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """Answer, which shows that the process can."""
+    """Answer that the process is alive."""
     return {"status": "ok"}
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
 def readyz(services: ServicesDep, response: Response) -> Readiness:
-    """Say part by part whether requests should be sent here."""
+    """Report part by part whether requests should be sent here."""
     checks = {
         "database": _checked(_database, services),
         "schema": _checked(_schema, services),
@@ -71,7 +70,7 @@ def metrics(services: ServicesDep) -> Response:
 def list_workers(services: ServicesDep) -> Page[WorkerOut]:
     """List the workers of the last days, those that looked for work last first: which queues each of them serves."""
     with services.database.reading() as session:
-        found = session.scalars(select(Worker).order_by(Worker.looked_at.desc()).limit(_WORKERS_SHOWN)).all()
+        found = workers.list_workers(session, _WORKERS_SHOWN)
         alive_since = now() - timedelta(seconds=_WORKER_SEEN_S)
         items = [
             WorkerOut(
@@ -91,7 +90,7 @@ def _checked(check: Callable[[Services], Check], services: Services) -> Check:
         return check(services)
     except EspalierError as error:
         return Check(ok=False, detail=error.detail)
-    except Exception as error:  # whatever it is, this part does not work; anyone may read the answer, so no more of it
+    except Exception as error:  # anyone may read the answer, so it names only the kind of error
         log.warning("check failed", check=check.__name__.strip("_"), exc_info=error)
         return Check(ok=False, detail=f"{type(error).__name__}: the log has more")
 
@@ -117,7 +116,7 @@ def _disk(services: Services) -> Check:
 
 
 def _process(services: Services) -> Check:
-    """Name the process, by which those that share a port are told apart."""
+    """Report the process id, and whether the process drains."""
     return Check(
         ok=not services.shutdown.is_draining,
         detail="ends soon" if services.shutdown.is_draining else f"{os.getpid()} goes on",
@@ -135,22 +134,23 @@ def _engine(services: Services) -> Check:
 
 def _broker(services: Services) -> Check:
     if services.settings.redis_url is None:
-        return Check(ok=False, detail="REDIS_URL is not set; workers look for jobs by themselves every few seconds")
+        return Check(ok=False, detail="REDIS_URL is not set; nobody sends jobs to workers")
     try:
         with redis.Redis.from_url(_redis_url(services.settings.redis_url), socket_timeout=1) as client:
             client.ping()
     except redis.RedisError as error:
-        return Check(ok=False, detail=f"{error}; workers look for jobs by themselves every few seconds")
+        return Check(ok=False, detail=f"{error}; jobs wait until the broker answers")
     return Check(ok=True, detail="answers")
 
 
 def _redis_url(url: str) -> str:
-    """Return the broker's address as the redis client writes it: Kombu names a unix socket differently."""
+    """Return the broker's address for the redis client; Kombu writes unix sockets differently."""
     return url.replace("redis+socket://", "unix://", 1)
 
 
 def _workers(services: Services) -> Check:
     with services.database.reading() as session:
-        recent = session.scalars(select(Worker).where(Worker.looked_at > now() - timedelta(seconds=_WORKER_SEEN_S)))
-        alive = [worker.name for worker in recent]
-    return Check(ok=bool(alive), detail=", ".join(alive) or "no worker has looked for jobs within a minute")
+        alive_since = now() - timedelta(seconds=_WORKER_SEEN_S)
+        recent = workers.list_workers(session, _WORKERS_SHOWN)
+        alive = [worker.name for worker in recent if worker.looked_at > alive_since]
+    return Check(ok=bool(alive), detail=", ".join(alive) or "no worker was seen within a minute")

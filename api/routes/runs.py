@@ -1,4 +1,4 @@
-"""Routes of runs and backbones: start, look, cancel. Trains nothing: that is a worker's job."""
+"""Routes of runs and backbones: start, show, cancel, retry. Trains nothing: workers do."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def get_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> RunO
 
 @router.post("/runs/{run_id}/cancel", status_code=202)
 def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
-    """End a run; asking twice, or too late, changes nothing."""
+    """Cancel a run; a second request, or one after its end, changes nothing."""
     with services.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         due = None
@@ -100,7 +100,7 @@ def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> R
 def retry_run(
     response: Response, services: ServicesDep, principal: PrincipalDep, run_id: str, idempotency: IdempotencyDep
 ) -> RunOut:
-    """Train a failed run once more; for a week it goes on from the folds and epochs it has, then it begins anew."""
+    """Train a failed run again. Within a week it resumes from its folds and epochs; later it starts over."""
     earlier = idempotency.find_answer(RunOut, None, response)
     if earlier is not None:
         return earlier
@@ -129,13 +129,13 @@ def get_file(
 
 @router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
 def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
-    """Return a picture of what fine-tuning sees: each row one image as it is, then varied, each time anew."""
+    """Return a picture of what fine-tuning sees: each row shows one image unchanged, then random variations of it."""
     return get_file(services, principal, run_id, RunFile.AUGMENTATIONS)
 
 
 @router.get("/backbones")
 def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
-    """List the backbones that a recipe may name, with their cut points and the weights that are here."""
+    """List the backbones that a recipe may name, with their cut points and the weights that the store has."""
     with services.database.reading() as session:
         here = registry.get_weights_digests(session)
     items = []

@@ -1,4 +1,4 @@
-"""Routes of what can be looked at of a finished run. Whoever asks first has it computed, all others find it there."""
+"""Routes of the views of a finished run. The first request starts the computation; later ones get its result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from recipes.recipe import Mode
 
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"], route_class=JsonRoute)
 
-# Seconds after which to ask again, if nobody knows better.
+# Seconds until a client should ask again, without an ETA and at most.
 _ASK_AGAIN_S = 2
 _LATEST_S = 30
 
@@ -125,7 +125,7 @@ def _image(session: Session, run: Run, image: str | None) -> Digest:
 
 
 def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
-    """Return a view that is there or being computed from now on. Raises why it could not be, once."""
+    """Return a view, requesting it if nobody has. Raises the error of a failed view once; the next call retries it."""
     with services.database.reading() as session:
         view = views.find_view(session, run.id, kind, key)
     if view is not None and view.state is ViewState.FAILED:
@@ -144,14 +144,14 @@ def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
 
 
 def _failure(error: dict[str, Any]) -> EspalierError:
-    """Return why a view could not be computed, as an answer says it."""
+    """Return the error of a view that could not be computed."""
     found = from_record(error)
-    found.detail += " Asked again, it is tried anew."
+    found.detail += " Ask again to retry."
     return found
 
 
 def _computing(view: View) -> JSONResponse:
-    """Return how far a view is."""
+    """Return 202 with the progress of a view, and when to ask again."""
     progress = ViewProgress(**view.progress or {"fraction": 0.0, "eta_s": None})
     after_s = _ASK_AGAIN_S if progress.eta_s is None else min(_LATEST_S, max(1, math.ceil(progress.eta_s)))
     shown = ViewOut(state=view.state, progress=progress)
@@ -159,6 +159,6 @@ def _computing(view: View) -> JSONResponse:
 
 
 def _content(services: Services, view: View) -> Any:
-    """Return the JSON of a view that is there."""
+    """Return the parsed JSON of a view that has succeeded."""
     assert view.sha256 is not None
     return json.loads(services.store.read(Digest(view.sha256)))

@@ -130,10 +130,10 @@ def test_no_group_crosses_from_what_is_learned_from_to_what_is_tested_or_watched
     for parts in folds:
         assert [part.images for part in parts] == sorted(part.images for part in parts) and parts[-1].images == 120
         for part in parts:
-            sets = [set((rows // group).tolist()) for rows in (part.lesson.train, part.lesson.validation, part.test)]
+            sets = [set((rows // group).tolist()) for rows in (part.task.train, part.task.validation, part.test)]
             assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-            learned = np.union1d(part.lesson.train, part.lesson.validation)
-            assert len(learned) == part.images and len(part.lesson.validation) < len(part.lesson.train)
+            learned = np.union1d(part.task.train, part.task.validation)
+            assert len(learned) == part.images and len(part.task.validation) < len(part.task.train)
             assert set(np.unique(learned // group % 3)) == {0, 1, 2}, "every class"
         assert parts[-1].test.tolist() == parts[0].test.tolist()
 
@@ -141,23 +141,23 @@ def test_no_group_crosses_from_what_is_learned_from_to_what_is_tested_or_watched
 def test_images_that_the_data_set_sets_aside_are_watched_or_left_alone() -> None:
     aside = np.arange(5, 120, 6)
     for parts in parts_of(subject(120, split=Split.VALIDATION)):
-        assert all(part.lesson.validation.tolist() == aside.tolist() for part in parts)
-        assert [part.images for part in parts][-1] == 50 == len(parts[-1].lesson.train)
+        assert all(part.task.validation.tolist() == aside.tolist() for part in parts)
+        assert [part.images for part in parts][-1] == 50 == len(parts[-1].task.train)
     for parts in parts_of(subject(120, split=Split.TEST)):
         for part in parts:
-            used = np.concatenate([part.lesson.train, part.lesson.validation, part.test])
+            used = np.concatenate([part.task.train, part.task.validation, part.test])
             assert not set(used.tolist()) & set(aside.tolist())
 
 
 def test_without_early_stopping_everything_is_learned_from() -> None:
     for parts in parts_of(subject(60, early_stopping=None)):
-        assert all(not len(part.lesson.validation) and len(part.lesson.train) == part.images for part in parts)
+        assert all(not len(part.task.validation) and len(part.task.train) == part.images for part in parts)
 
 
 def test_few_images_of_many_classes_are_not_all_watched() -> None:
     for parts in parts_of(subject(120, classes=15)):
-        assert (parts[0].images, len(parts[0].lesson.validation)) == (15, 0), "one of each class: all are needed"
-        assert parts[2].images == 30 and 0 < len(parts[2].lesson.validation) < 10
+        assert (parts[0].images, len(parts[0].task.validation)) == (15, 0), "one of each class: all are needed"
+        assert parts[2].images == 30 and 0 < len(parts[2].task.validation) < 10
 
 
 def test_a_data_set_too_small_to_be_divided_says_so() -> None:

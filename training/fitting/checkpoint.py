@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy.typing as npt
@@ -38,28 +38,6 @@ class Checkpoint:
     head: FittedHead | None
     snapshot: Snapshot | None
     seconds: float = 0.0
-
-
-class Keeper(Protocol):
-    """Who keeps the checkpoints of one part of a run."""
-
-    @property
-    def found(self) -> Checkpoint | None:
-        """What to go on from; None to begin."""
-        ...
-
-    def offer(self, take: Callable[[], Checkpoint]) -> None:
-        """Hear that a checkpoint can be taken; it is the keeper's choice whether it is worth its time."""
-        ...
-
-
-class NoKeeper:
-    """Begins at the beginning and keeps nothing."""
-
-    found: Checkpoint | None = None
-
-    def offer(self, take: Callable[[], Checkpoint]) -> None:
-        """Keep nothing."""
 
 
 def mark(belongs: Mapping[str, Any]) -> str:

@@ -17,14 +17,14 @@ from recipes.filled import FineTuningRecipe, FromScratchRecipe, HeadedRecipe
 from recipes.recipe import Monitor, Recipe, Task
 from training.data.split import Indices
 from training.data.targets import Truth
-from training.fitting.checkpoint import Checkpoint, Keeper
+from training.fitting.checkpoint import Checkpoint
 from training.fitting.fine_tuning import FINE_TUNE_LEARNING_RATE, FineTuningData, fine_tune
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.from_scratch import fit_from_scratch
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, is_linear
 from training.fitting.training_loop import Passage, Snapshot, finite
-from training.progress import Epoch
+from training.progress import Epoch, FitListener
 from training.statistics import evaluation
 from training.statistics.evaluation import median_epoch
 
@@ -94,14 +94,14 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What is to be learned.
+class LearningTask:
+    """One fit of a learner: a fold, or the final fit.
 
     Attributes:
         train: rows to learn from.
         validation: rows that early stopping watches; if there are none, every planned epoch is trained.
         plan: epochs at most.
-        seed: the same seed teaches the same on the same machine.
+        seed: the same seed gives the same result on the same machine.
         is_final: whether what is learned is served, rather than measured.
     """
 
@@ -112,22 +112,6 @@ class Lesson:
     is_final: bool = False
 
 
-class Listener(Protocol):
-    """Who hears how the learning of a fold goes."""
-
-    def epoch(self, number: int, metrics: Epoch) -> None:
-        """Hear of a finished epoch, counted from 1 through all phases."""
-        ...
-
-    def batch(self, epochs: float) -> None:
-        """Hear how many epochs are done, the present one in part."""
-        ...
-
-    def unfrozen(self, epochs: int) -> None:
-        """Hear that after so many epochs of the head the network learns along: each takes far longer from now on."""
-        ...
-
-
 class Learner(Protocol):
     """Something that learns from rows."""
 
@@ -136,8 +120,8 @@ class Learner(Protocol):
         """What a fold trains at most."""
         ...
 
-    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
-        """Learn a lesson; one that was interrupted goes on from what the keeper found, and ends as if it never was."""
+    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
+        """Learn from rows; an interrupted fit continues from its checkpoint and ends with the same result."""
         ...
 
 
@@ -186,14 +170,14 @@ class Frozen:
         self.validation = Validation(recipe, data.task, data.targets)
         self.plan = Plan(recipe.epochs)
 
-    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
         """Learn a head."""
-        ((_, learned),) = self.learn_many([(lesson, listener, keeper)])
+        ((_, learned),) = self.learn_many([(task, listener)])
         return learned
 
     @property
     def learns_abreast(self) -> bool:
-        """Whether several lessons are learned side by side, which takes a fraction of the time.
+        """Whether several tasks are learned side by side, which takes a fraction of the time.
 
         Not with heads so large that Keras has the better of it, with all processors in one product.
         """
@@ -203,33 +187,33 @@ class Frozen:
     def _weights(self) -> int:
         return int(self._data.inputs.shape[1]) * self._data.outputs
 
-    def learn_many(self, lessons: Sequence[tuple[Lesson, Listener, Keeper]]) -> Iterator[tuple[int, Learned]]:
-        """Learn a head of each lesson; give its place among them and what was learned, as soon as it was."""
+    def learn_many(self, tasks: Sequence[tuple[LearningTask, FitListener]]) -> Iterator[tuple[int, Learned]]:
+        """Learn a head for each task; yield its place among the tasks and what was learned, as soon as it has ended."""
         if not self.learns_abreast:
-            for place, (lesson, listener, keeper) in enumerate(lessons):
-                yield place, self.of_head(self.fit_head(lesson, listener, keeper), lesson.validation)
+            for place, (task, listener) in enumerate(tasks):
+                yield place, self.of_head(self.fit_head(task, listener), task.validation)
             return
         at_once = max(1, _WEIGHTS_ABREAST // self._weights)
-        for start in range(0, len(lessons), at_once):
+        for start in range(0, len(tasks), at_once):
             wanted = [
                 LinearHeadTask(
-                    lesson.train,
-                    lesson.validation,
-                    lesson.plan.head,
-                    lesson.seed,
-                    _passage(listener, keeper),
+                    task.train,
+                    task.validation,
+                    task.plan.head,
+                    task.seed,
+                    _passage(listener),
                     self._recipe.head.l2,
                 )
-                for lesson, listener, keeper in lessons[start : start + at_once]
+                for task, listener in tasks[start : start + at_once]
             ]
             fits = fit_linear_heads(self._recipe, self._data, wanted)
             for place, head in fits:
                 yield start + place, self.of_head(head, wanted[place].validation)
 
-    def fit_head(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> FittedHead:
+    def fit_head(self, task: LearningTask, listener: FitListener) -> FittedHead:
         """Fit the recipe's head on the rows' features, by itself."""
-        passage = _passage(listener, keeper)
-        fit = FitTask(lesson.train, lesson.validation, lesson.plan.head, lesson.seed, passage)
+        passage = _passage(listener)
+        fit = FitTask(task.train, task.validation, task.plan.head, task.seed, passage)
         return fit_head(self._recipe, self._data, fit)
 
     def of_head(self, head: FittedHead, validation: Indices) -> Learned:
@@ -244,13 +228,15 @@ class Frozen:
         return Learned((phase,), trained.history, trained.best_epoch, trained.stopped, head.layers, None, logits)
 
 
-def _passage(listener: Listener, keeper: Keeper) -> Passage:
-    """Return how a training with one phase stands to those who hear of it and keep it."""
+def _passage(listener: FitListener) -> Passage:
+    """Return the hooks of a fit with one phase, for its listener."""
 
     def offer(take: Callable[[], Snapshot]) -> None:
-        keeper.offer(lambda: Checkpoint(None, take()))
+        listener.offer_checkpoint(lambda: Checkpoint(None, take()))
 
-    return Passage(listener.epoch, listener.batch, offer, keeper.found.snapshot if keeper.found else None)
+    return Passage(
+        listener.epoch_ended, listener.epochs_done, offer, listener.checkpoint.snapshot if listener.checkpoint else None
+    )
 
 
 class Tuning:
@@ -266,43 +252,43 @@ class Tuning:
         self._data = data
         self.plan = Plan(recipe.epochs, recipe.fine_tune.epochs)
 
-    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
         """Learn a head, then the network."""
-        found = keeper.found
+        found = listener.checkpoint
         head = found.head if found else None
         since = found.snapshot if found and head else None
         if head is None:
-            head = self._frozen.fit_head(lesson, listener, keeper)
-        before = self._frozen.of_head(head, lesson.validation)
-        if not lesson.plan.network:
+            head = self._frozen.fit_head(task, listener)
+        before = self._frozen.of_head(head, task.validation)
+        if not task.plan.network:
             return before
         fitted, trained = head, len(head.trained.history)
         if since is None:
-            keeper.offer(lambda: Checkpoint(fitted, None))
+            listener.offer_checkpoint(lambda: Checkpoint(fitted, None))
 
         def offer(take: Callable[[], Snapshot]) -> None:
-            keeper.offer(lambda: Checkpoint(fitted, take()))
+            listener.offer_checkpoint(lambda: Checkpoint(fitted, take()))
 
         heard = list(since.history) if since else []
 
         def hear(number: int, epoch: Epoch) -> None:
             heard[number - 1 :] = [epoch]
-            listener.epoch(trained + number, epoch)
+            listener.epoch_ended(trained + number, epoch)
 
-        listener.unfrozen(trained)
+        listener.network_unfrozen(trained)
         gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
         try:
-            passage = Passage(hear, lambda epochs: listener.batch(trained + epochs), offer, since)
-            fit = FitTask(lesson.train, lesson.validation, lesson.plan.network, lesson.seed, passage)
+            passage = Passage(hear, lambda epochs: listener.epochs_done(trained + epochs), offer, since)
+            fit = FitTask(task.train, task.validation, task.plan.network, task.seed, passage)
             tuned = fine_tune(self._recipe, self._data, self._weights, head, fit)
-            if not len(lesson.validation):  # no loss is told after the last step
-                finite(tuned.logits(lesson.train[:LOOKED_AT]), FINE_TUNE_LEARNING_RATE)
+            if not len(task.validation):  # no loss is told after the last step
+                finite(tuned.logits(task.train[:LOOKED_AT]), FINE_TUNE_LEARNING_RATE)
         except TrainingDiverged:
-            if lesson.is_final:  # what the folds measured was a network that learned
+            if task.is_final:  # what the folds measured was a network that learned
                 raise
             phases = (*before.phases, Phase(NETWORK, len(heard), len(heard), DIVERGED, None))
             return replace(before, phases=phases, history=[*head.trained.history, *heard])
-        value = self._frozen.validation(tuned.logits, lesson.validation)
+        value = self._frozen.validation(tuned.logits, task.validation)
         went = tuned.trained
         phases = (*before.phases, Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value))
         history = [*head.trained.history, *went.history]
@@ -326,13 +312,13 @@ class Growing:
         self._validation = Validation(recipe, data.task, data.targets)
         self.plan = Plan(0, recipe.epochs)
 
-    def learn(self, lesson: Lesson, listener: Listener, keeper: Keeper) -> Learned:
+    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
         """Learn all layers."""
         gc.collect()  # the network of the fold before, which holds itself in cycles
-        passage = _passage(listener, keeper)
-        fit = FitTask(lesson.train, lesson.validation, lesson.plan.network, lesson.seed, passage)
+        passage = _passage(listener)
+        fit = FitTask(task.train, task.validation, task.plan.network, task.seed, passage)
         grown = fit_from_scratch(self._recipe, self._data, fit)
         went = grown.trained
-        value = self._validation(grown.logits, lesson.validation)
+        value = self._validation(grown.logits, task.validation)
         phase = Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value)
         return Learned((phase,), went.history, went.best_epoch, went.stopped, grown.layers, grown.network, grown.logits)

@@ -1,16 +1,16 @@
-"""Fits that are tried for a choice and not kept: who hears of them, and how far all of them are."""
+"""Fits that are tried for a choice and not kept: their listeners, and how far all of them are together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from training.data.arrays import ReportProgress
-from training.progress import Epoch
+from training.progress import SilentFit
 
 
 class Trials:
-    """Says how far many fits are together, whether they go on side by side or one after the other."""
+    """Reports how far many fits are together, whether they run side by side or one after the other."""
 
     def __init__(self, epochs: int, count: int, report: ReportProgress) -> None:
         self._epochs = epochs
@@ -18,22 +18,19 @@ class Trials:
         self._report = report
 
     def of(self, number: int) -> Trial:
-        """Return who hears of one of them."""
-        return Trial(lambda epochs: self._hear(number, epochs))
+        """Return the listener of one of the fits."""
+        return Trial(partial(self._epochs_done, number))
 
-    def _hear(self, number: int, epochs: float) -> None:
+    def _epochs_done(self, number: int, epochs: float) -> None:
         self._done[number] = int(epochs)
         self._report(sum(self._done), self._epochs * len(self._done))
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Hears of one fit how many epochs are done."""
+class Trial(SilentFit):
+    """Passes on how many epochs of one fit are done, and keeps no checkpoints."""
 
-    batch: Callable[[float], None]
+    def __init__(self, report_epochs: Callable[[float], None]) -> None:
+        self._report_epochs = report_epochs
 
-    def epoch(self, number: int, metrics: Epoch) -> None:
-        """Hear of a finished epoch."""
-
-    def unfrozen(self, epochs: int) -> None:
-        """Hear that the network learns along."""
+    def epochs_done(self, epochs: float) -> None:
+        self._report_epochs(epochs)

@@ -63,7 +63,7 @@ from worker.messages import (
     WeightsObtained,
     WeightsSource,
 )
-from worker.run_progress import whole
+from worker.run_progress import ProgressEstimator
 
 _WRITE_EVERY_S = 0.5
 DRAIN_WITHIN_S = 12.0
@@ -74,7 +74,7 @@ MessageT = TypeVar("MessageT")
 
 
 @dataclass(frozen=True)
-class TrainingPlace:
+class TrainingSettings:
     """What the settings say of training: folders, limits, threads; checkpoints may take `checkpoint_share` of the time.
 
     `features` and `pixels` are folders of caches, the latter of about `pixels_bytes` at most.
@@ -99,7 +99,7 @@ class Train(Handler):
     def __init__(
         self,
         store: Store,
-        place: TrainingPlace,
+        place: TrainingSettings,
         start: Callable[[Mapping[str, str]], ChildConnection] = _start,
         drain_within_s: float = DRAIN_WITHIN_S,
     ) -> None:
@@ -409,7 +409,7 @@ def _set_progress(session: Session, run: Run) -> None:
     ended_s = [fold.seconds or 0.0 for fold in runs.get_folds(session, run.id)]
     noted = [progress["said"] for progress in run_jobs.get_progress(session, run)]
     states = [JobProgress.model_validate(state) for state in noted if state]
-    progress = whole(Mode(run.recipe["mode"]), run_jobs.count_folds(run), ended_s, states)
+    progress = ProgressEstimator.of_run(Mode(run.recipe["mode"]), run_jobs.count_folds(run), ended_s, states)
     runs.set_progress(session, run.id, runs.progress(**progress))
 
 

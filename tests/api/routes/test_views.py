@@ -127,7 +127,7 @@ def test_a_failure_is_told_once_and_whoever_asks_again_has_it_tried_anew(
     fail_as_a_worker(services)
     answer = client.get(curve_url(run))
     assert (answer.status_code, kind_of(answer)) == (422, "training-diverged")
-    assert answer.json()["detail"] == "The loss is no longer a number. Asked again, it is tried anew."
+    assert answer.json()["detail"] == "The loss is no longer a number. Ask again to retry."
     assert client.get(curve_url(run)).status_code == 202
     with services.database.reading() as session:
         assert [job.state for job in view_jobs(session)] == [JobState.FAILED, JobState.QUEUED]

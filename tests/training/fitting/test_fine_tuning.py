@@ -28,7 +28,7 @@ from training.fitting import fine_tuning, learners, training_loop
 from training.fitting.fine_tuning import FineTuningData, fine_tune
 from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.head_fit import FittedHead, fit_head
-from training.fitting.learners import Lesson
+from training.fitting.learners import LearningTask
 from training.fitting.training_loop import Passage, Snapshot
 from training.networks import backbones
 from training.networks.export import export
@@ -294,7 +294,7 @@ def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> 
     frozen = learners.Frozen(trial.recipe, trial.feature_data)
     learner = learners.Tuning(trial.recipe, frozen, trial.weights, broken)
     plan = replace(learner.plan, head=2)
-    fold = Lesson(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
+    fold = LearningTask(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
     heard = Kept(0, None, lambda part, checkpoint: False)
     learned = learner.learn(fold, heard, heard)
     head, network = learned.phases

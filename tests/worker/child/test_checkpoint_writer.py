@@ -16,9 +16,9 @@ from manual_clock import ByHand
 from artifacts.store import Digest, Store, Writer
 from training.fitting.checkpoint import Checkpoint
 from training.fitting.training_loop import Snapshot
-from worker.child import train
+from worker.child import checkpoints
 from worker.child.channel import Channel
-from worker.child.train import _Keeper
+from worker.child.checkpoints import CheckpointWriter
 
 
 class Said(Channel):
@@ -41,17 +41,17 @@ def state(epochs: int) -> Checkpoint:
 MARKED = {"run": "run_1"}
 
 
-def keeper(store: Store, said: Said, found: list[Digest] | None = None) -> _Keeper:
-    return _Keeper(said, store, MARKED, 0, found or [], share=1.0)
+def writer(store: Store, said: Said, found: list[Digest] | None = None) -> CheckpointWriter:
+    return CheckpointWriter(said, store, MARKED, 0, found or [], share=1.0)
 
 
-def offered(keeper: _Keeper, epochs: int) -> None:
-    keeper.offer(lambda: state(epochs))
+def offered(writer: CheckpointWriter, epochs: int) -> None:
+    writer.offer(lambda: state(epochs))
 
 
 def epochs_of(store: Store, said: Said, kept: list[Digest]) -> int:
     """Return how many epochs the next attempt goes on from."""
-    found = keeper(store, said, kept).found
+    found = writer(store, said, kept).found
     assert found is not None and found.snapshot is not None
     return len(found.snapshot.history)
 
@@ -74,12 +74,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_training_g
             return writer
 
     store, said = Filling(tmp_path / "store"), Said()
-    kept = keeper(store, said)
+    kept = writer(store, said)
     offered(kept, 1)
     (first,) = said.checkpoints()
     store.is_full = True
     offered(kept, 2)
-    assert said.checkpoints() == [first] and "No checkpoint: The disk is full." in capsys.readouterr().err
+    assert said.checkpoints() == [first] and "No checkpoint was written: The disk is full." in capsys.readouterr().err
     assert list(store.digests()) == [first["sha256"]] and not list((store.root / "incoming").iterdir())
     assert epochs_of(store, said, [first["sha256"]]) == 1
     store.is_full = False
@@ -92,7 +92,7 @@ def test_a_checkpoint_that_the_bucket_does_not_take_leaves_the_one_before_and_th
     bucket: Bucket, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, said = bucket.seen_from(tmp_path / "far", line.endpoint).store(), Said()
-    kept = keeper(store, said)
+    kept = writer(store, said)
     offered(kept, 1)
     line.cut()
     offered(kept, 2)
@@ -115,38 +115,38 @@ def test_after_a_checkpoint_that_did_not_fit_the_disk_is_left_alone_for_a_while(
             fill_disk(self.root / "incoming")
             return writer
 
-    kept = _Keeper(Said(), Full(tmp_path / "store"), MARKED, 0, [], share=0.5)
-    kept._taken_at = kept._written_at = -1000.0
+    kept = CheckpointWriter(Said(), Full(tmp_path / "store"), MARKED, 0, [], share=0.5)
+    kept._copied_at = kept._written_at = -1000.0
     offered(kept, 1)
-    kept._taken_at = -1000.0
+    kept._copied_at = -1000.0
     offered(kept, 2)
-    assert tried == [1] and kept._pause_s == train._DISK_PAUSE_S
+    assert tried == [1] and kept._pause_s == checkpoints._DISK_PAUSE_S
 
 
 def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = ByHand()
-    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(checkpoints, "time", clock)
     store, said = Store(tmp_path / "store"), Said()
     kept: list[Digest] = []
     for abreast, spent_s, expected_s in ((1, 100.0, 100.0), (2, 60.0, 130.0), (1, 10.0, 140.0)):
-        attempt = _Keeper(said, store, MARKED, 0, kept[-1:], share=1.0, abreast=lambda count=abreast: count)
+        attempt = CheckpointWriter(said, store, MARKED, 0, kept[-1:], share=1.0, count_fits=lambda count=abreast: count)
         clock.sleep(spent_s)
         offered(attempt, 1)
         kept = [told["sha256"] for told in said.checkpoints()]
-        found = keeper(store, said, kept[-1:]).found
+        found = writer(store, said, kept[-1:]).found
         assert found is not None and found.seconds == pytest.approx(expected_s)
-    attempt._abreast = lambda: 3
+    attempt._count_fits = lambda: 3
     clock.sleep(90.0)
     offered(attempt, 2)
-    found = keeper(store, said, [said.checkpoints()[-1]["sha256"]]).found
+    found = writer(store, said, [said.checkpoints()[-1]["sha256"]]).found
     assert found is not None and found.seconds == pytest.approx(170.0)
 
 
 def test_a_harmed_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     store, said = Store(tmp_path / "store"), Said()
-    kept = keeper(store, said)
+    kept = writer(store, said)
     offered(kept, 1)
     offered(kept, 2)
     first, second = (Digest(message["sha256"]) for message in said.checkpoints())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,9 +35,6 @@ from recipes.catalogue import BackboneName
 from recipes.recipe import Mode, Recipe, Task
 from training.progress import Extraction, FoldResult
 from worker import app as worker_app
-from worker.child import train as inside_train
-from worker.child.channel import Channel
-from worker.child.train import _Pulse
 from worker.child_process import Child
 from worker.handlers.train import DRAIN_WITHIN_S, Train, _answer
 from worker.lease import Bench, Complete, Stopped, Work
@@ -68,7 +63,6 @@ from worker.messages import (
     Stored,
     StoredFile,
 )
-from worker.run_progress import whole
 
 FOLD: dict[str, Any] = {
     "epochs": 3,
@@ -263,19 +257,6 @@ def test_steps_that_take_long_are_waited_for(
     job = done_late(case, tmp_path, 1.4, gap_s)
     assert job.state is state
     assert (job.error or {}).get("code") == (None if state is JobState.SUCCEEDED else "stalled")
-
-
-def test_a_child_says_at_most_once_a_second_that_it_lives_and_what_a_step_takes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock, said = ByHand(), io.StringIO()
-    monkeypatch.setattr(inside_train, "time", clock)
-    pulse = _Pulse(Channel(io.StringIO(), said))
-    for _ in range(11):
-        clock.sleep(0.25)
-        pulse.beat()
-    messages = [json.loads(line) for line in said.getvalue().splitlines()]
-    assert messages == [{"type": "alive", "step_s": 0.25}] * 2
 
 
 def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) -> None:
@@ -554,29 +535,6 @@ def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) 
     progress = tuning.run().progress
     assert progress["fraction"] == pytest.approx(0.1 + 0.7 * (0.5 + 0.25) / 2)
     assert progress["fold"] == 1 and progress["eta_s"] == pytest.approx(3.0 + (2.0 + 4.0) / 2)
-
-
-def test_folds_that_ended_foretell_those_that_do_not_know_yet_and_the_final_fit() -> None:
-    head = STATE.model_copy(update={"eta_s": None, "spent_s": 4.0})
-    assert whole(Mode.FINE_TUNING, 3, [], [head])["eta_s"] is None, "the network has not begun"
-    assert whole(Mode.FINE_TUNING, 3, [10.0], [head])["eta_s"] == pytest.approx(6.0 + 10.0 + 10.0)
-    final = head.model_copy(update={"stage": "final", "fold": None})
-    assert whole(Mode.FINE_TUNING, 3, [10.0, 10.0, 13.0], [final])["eta_s"] == pytest.approx(11.0 - 4.0)
-    late = final.model_copy(update={"spent_s": 20.0})
-    assert whole(Mode.FINE_TUNING, 3, [10.0, 10.0, 13.0], [late])["eta_s"] == 0.0
-
-
-def test_a_fold_that_does_not_know_yet_takes_as_long_as_one_that_does() -> None:
-    nearly = STATE.model_copy(update={"spent_s": 990.0, "eta_s": 10.0})
-    begun = STATE.model_copy(update={"fold": 1, "spent_s": 20.0, "eta_s": None})
-    assert whole(Mode.FINE_TUNING, 2, [], [nearly, begun])["eta_s"] == pytest.approx(980.0 + 1000.0)
-    brought = STATE.model_copy(update={"spent_s": 900.0, "eta_s": 100.0})  # a checkpoint had most of it
-    assert whole(Mode.FINE_TUNING, 3, [], [brought])["eta_s"] == pytest.approx(100.0 + 2 * 1000.0 + 1000.0)
-
-
-def test_a_fold_that_takes_longer_than_others_is_believed() -> None:
-    slow = STATE.model_copy(update={"fold": 1, "spent_s": 30.0, "eta_s": 7.0})
-    assert whole(Mode.FINE_TUNING, 2, [10.0], [slow])["eta_s"] == pytest.approx(7.0 + 10.0)
 
 
 def test_a_fold_that_fails_ends_the_run_and_the_other_folds(tuning: Case, say: Say, start_loop: StartLoop) -> None:
