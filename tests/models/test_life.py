@@ -456,7 +456,7 @@ def see(make: Callable[[], Lives], examples: int, steps: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(30, 30), pytest.param(100, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("examples", "steps"), [(30, 30), pytest.param(60, 50, marks=pytest.mark.slow)])
 def test_a_run_lives_as_it_should(examples: int, steps: int) -> None:
     database = InMemoryDatabase()
     see(lambda: Lives(EngineDatabase(database.engine)), examples, steps)

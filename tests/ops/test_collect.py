@@ -83,7 +83,7 @@ def test_a_bucket_is_collected_and_one_that_refuses_is_told(tmp_path: Path, data
     address = bucket.address
     shared = {"ESPALIER_STORE_ENDPOINT": bucket.endpoint, "ESPALIER_STORE_REGION": address.region}
     done = collect(tmp_path, ESPALIER_STORE_URL=address.url or "", ESPALIER_COLLECT_AFTER_S="0.001", **shared)
-    assert re.match(r"Removed [01] files", done.stdout), done.stderr
+    assert re.match(r"Removed [01] unreferenced files", done.stdout), done.stderr
     wrong = collect(tmp_path, ESPALIER_STORE_URL="s3://nobody-made-this", **shared)
     assert wrong.returncode == 1 and "no bucket s3://nobody-made-this" in wrong.stderr and wrong.stdout == ""
     database.close()

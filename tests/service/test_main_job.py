@@ -107,7 +107,7 @@ def test_a_later_run_makes_a_version_and_an_alias_chooses_between_them(
     assert again["extraction"]["computed"] == 0, "another head needs no image to go through the backbone again"
     model = service.http.get("/api/v1/models/colours").json()
     assert [version["version"] for version in model["versions"]] == [2, 1]
-    assert model["aliases"] == {"champion": 1}, "only a first run becomes champion by itself"
+    assert model["aliases"]["champion"] == 1, "only a first run becomes champion by itself"
     moved = service.http.put("/api/v1/models/colours/aliases/champion", json={"version": 2})
     assert moved.json() == {"model": "colours", "alias": "champion", "version": 2, "serving": "new"}
     assert service.http.post("/api/v1/models/colours/predict", content=RED).json()["version"] == 2

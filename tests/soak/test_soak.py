@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from soak.run import DIVERGES, RECIPES
+from soak.stream import DIVERGES, RECIPES
 
 from recipes.recipe import Recipe
 
