@@ -40,8 +40,8 @@ from recipes.filled import parse_filled
 from recipes.recipe import FineTune, Folds, Mode, Recipe, Task
 from settings import Settings
 from worker.child_process import computing_threads
-from worker.handlers.tracking import Publish, TrackingPlace
-from worker.handlers.train import Train, TrainingPlace
+from worker.handlers.tracking import Publish, TrackingSettings
+from worker.handlers.train import Train, TrainingSettings
 from worker.lease import Handler, Timings
 from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
@@ -107,11 +107,11 @@ def bare_folds(order: dict[str, Any]) -> float:
 class Service:
     """A worker's loops and its sweeper on a database of its own, with a data set."""
 
-    def __init__(self, given: BenchData, place: TrainingPlace, mlflow_url: str) -> None:
+    def __init__(self, given: BenchData, place: TrainingSettings, mlflow_url: str) -> None:
         self.database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
         upgrade(self.database)
         train = Train(given.store, place)
-        publish = Publish(given.store, TrackingPlace(mlflow_url, 5.0, "http://127.0.0.1:9"))
+        publish = Publish(given.store, TrackingSettings(mlflow_url, 5.0, "http://127.0.0.1:9"))
         handlers: dict[JobKind, Handler] = {
             JobKind.TRAIN: train,
             JobKind.FOLD: train,
@@ -190,7 +190,7 @@ def main() -> None:
         mlflow(given.folder) as url,
     ):
         recipe = recipe_of(wanted, given.labels)
-        place = TrainingPlace(
+        place = TrainingSettings(
             features=str(given.folder / "features"),
             pixels=str(given.folder / "pixels"),
             pixels_bytes=2**40,

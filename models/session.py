@@ -161,7 +161,14 @@ class _AdvisoryLocks:
     @contextmanager
     def hold(self, number: int) -> Iterator[bool]:
         with self._engine.connect() as connection:
-            yield bool(connection.scalar(select(func.pg_try_advisory_lock(number))))
+            is_held = bool(connection.scalar(select(func.pg_try_advisory_lock(number))))
+            try:
+                yield is_held
+            finally:
+                # A closed session releases its locks a moment later; a request in between would be refused.
+                if is_held:
+                    with suppress(DBAPIError):  # a connection that is lost has no lock any more
+                        connection.scalar(select(func.pg_advisory_unlock(number)))
 
     def close(self) -> None:
         self._engine.dispose()

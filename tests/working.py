@@ -26,7 +26,7 @@ from models.base import now
 from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
-from worker.handlers.train import TrainingPlace
+from worker.handlers.train import TrainingSettings
 from worker.lease import Bench, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
@@ -139,10 +139,10 @@ def claimed_work(
     bench.clear()
 
 
-def training_place(folder: Path) -> TrainingPlace:
+def training_place(folder: Path) -> TrainingSettings:
     """Return where training would happen, with nowhere to get weights from."""
     source = WeightsSource("http://127.0.0.1:1", "", 1.0, 1.0)
-    return TrainingPlace(
+    return TrainingSettings(
         features=str(folder / "features"),
         pixels=str(folder / "pixels"),
         pixels_bytes=10**9,

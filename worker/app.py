@@ -27,8 +27,8 @@ from worker.child_process import clear_left_folders
 from worker.garbage_collector import Collector
 from worker.handlers.compare import Compare
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
-from worker.handlers.tracking import Publish, TrackingPlace
-from worker.handlers.train import Train, TrainingPlace
+from worker.handlers.tracking import Publish, TrackingSettings
+from worker.handlers.train import Train, TrainingSettings
 from worker.handlers.view import Look
 from worker.job_runner import JobRunner, Outcome
 from worker.lease import Handler, Timings
@@ -125,7 +125,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         connect_s=settings.weights_connect_s,
         stall_s=settings.weights_stall_s,
     )
-    place = TrainingPlace(
+    place = TrainingSettings(
         features=str(settings.features_folder.absolute()),
         pixels=str(settings.pixels_folder.absolute()),
         pixels_bytes=settings.pixels_bytes,
@@ -135,7 +135,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         checkpoint_share=settings.checkpoint_share,
     )
     train = Train(store, place)
-    tracking = TrackingPlace(settings.mlflow, settings.mlflow_timeout_s, settings.api_public)
+    tracking = TrackingSettings(settings.mlflow, settings.mlflow_timeout_s, settings.api_public)
     return {
         JobKind.INGEST: Ingest(store, limits),
         JobKind.PURGE: Purge(store),

@@ -22,7 +22,7 @@ from simulator.invariants import InvariantViolated
 from simulator.machine import Machine
 from training.progress import Extraction, FoldResult
 from worker.child_process import ChildDied, ChildEnded
-from worker.handlers.tracking import Facts, OpenPages, TrackingPlace
+from worker.handlers.tracking import Facts, OpenPages, TrackingSettings
 from worker.lease import Work
 from worker.messages import (
     AddBackbone,
@@ -356,7 +356,7 @@ class Mlflow:
         """Return how a machine reaches it; `is_held` says whether the present task still has its lease."""
 
         @contextmanager
-        def reach(place: TrackingPlace) -> Iterator[Callable[[Facts], SimulatedPage]]:
+        def reach(place: TrackingSettings) -> Iterator[Callable[[Facts], SimulatedPage]]:
             yield partial(SimulatedPage, self, machine, is_held)
 
         return reach

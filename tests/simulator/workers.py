@@ -16,8 +16,8 @@ from simulator.machine import Machine
 from simulator.simulation import Simulation
 from simulator.stand_ins import ComparingChild, TrainingChild
 from worker.handlers.compare import Compare
-from worker.handlers.tracking import Publish, TrackingPlace
-from worker.handlers.train import Train, TrainingPlace
+from worker.handlers.tracking import Publish, TrackingSettings
+from worker.handlers.train import Train, TrainingSettings
 from worker.job_runner import JobFailed, JobRunner, Outcome
 from worker.lease import Timings, Work
 from worker.messages import WeightsSource
@@ -29,7 +29,7 @@ TIMINGS = Timings(look_every_s=12.0, renew_every_s=10.0, lease_s=40.0, let_go_s=
 LIVE_S = 3 * TIMINGS.look_every_s
 
 _DRAIN_S = 25.0
-_PLACE = TrainingPlace("", "", 0, ImageLimits(), 1, WeightsSource("", "", 1.0, 1.0), 1.0)
+_PLACE = TrainingSettings("", "", 0, ImageLimits(), 1, WeightsSource("", "", 1.0, 1.0), 1.0)
 
 
 class Crew:
@@ -83,7 +83,7 @@ class SimulatedWorker:
         handlers = {
             **dict.fromkeys((JobKind.TRAIN, JobKind.FOLD, JobKind.FINAL), train),
             JobKind.COMPARE: compare,
-            JobKind.PUBLISH: Publish(simulation.store, TrackingPlace("", 1.0, ""), pages),
+            JobKind.PUBLISH: Publish(simulation.store, TrackingSettings("", 1.0, ""), pages),
         }
         clock, database = machine.clock, machine.database
         self._dispatcher = ThreadDispatcher(database, crew.broker, LIVE_S, clock)

@@ -329,7 +329,7 @@ def test_a_network_that_learned_worse_is_not_kept(bench: Bench) -> None:
     assert [result.metrics["kept"] for result in heard.folds] == ["head", "head"]
     assert outcome.backbone in bench.known.exports.values()
     assert "export" not in outcome.metrics
-    assert "The frozen network is what is served" in outcome.files["report.md"][0].decode()
+    assert "The model uses the frozen network" in outcome.files["report.md"][0].decode()
 
 
 @pytest.mark.slow
@@ -412,7 +412,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
     ]
     assert np.mean(right) > 0.85
     assert outcome.files["labels.png"][0].startswith(b"\x89PNG")
-    assert "all labels are right in" in outcome.files["report.md"][0].decode()
+    assert "All labels are right in" in outcome.files["report.md"][0].decode()
 
 
 # --- precisions -------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ _STATUS = {RunState.SUCCEEDED: "FINISHED", RunState.FAILED: "FAILED", RunState.C
 
 
 @dataclass(frozen=True)
-class TrackingPlace:
+class TrackingSettings:
     """Where MLflow is, how long one call to it may take, and where its readers find the API."""
 
     url: str
@@ -88,12 +88,12 @@ class Page(Protocol):
     def move_alias(self, alias: str) -> None: ...
 
 
-OpenPages = Callable[[TrackingPlace], AbstractContextManager[Callable[[Facts], Page]]]
+OpenPages = Callable[[TrackingSettings], AbstractContextManager[Callable[[Facts], Page]]]
 """Reach MLflow, or what a simulation has in its place, and find the page of a run there."""
 
 
 @contextmanager
-def _pages(place: TrackingPlace) -> Iterator[Callable[[Facts], Page]]:
+def _pages(place: TrackingSettings) -> Iterator[Callable[[Facts], Page]]:
     with _mlflow(place) as client:
         yield lambda facts: _Page(client, facts, place)
 
@@ -101,7 +101,7 @@ def _pages(place: TrackingPlace) -> Iterator[Callable[[Facts], Page]]:
 class Publish(Handler):
     """The job that sends what MLflow is owed about one run."""
 
-    def __init__(self, store: Store, place: TrackingPlace, pages: OpenPages = _pages) -> None:
+    def __init__(self, store: Store, place: TrackingSettings, pages: OpenPages = _pages) -> None:
         self._store = store
         self._place = place
         self._pages = pages
@@ -159,7 +159,7 @@ def _facts(session: Session, run_id: str) -> Facts:
 
 
 @contextmanager
-def _mlflow(place: TrackingPlace) -> Iterator[Any]:
+def _mlflow(place: TrackingSettings) -> Iterator[Any]:
     """Yield a client whose every failure inside the block is Unavailable."""
     # MLflow reads these at each call. Its own defaults retry for minutes, and even one retry sends a POST twice whose
     # answer was lost: two runs in place of one. Imported late: it costs seconds and memory.
@@ -179,7 +179,7 @@ def _mlflow(place: TrackingPlace) -> Iterator[Any]:
 class _Page:
     """One run in MLflow: a parent run, its folds, its model."""
 
-    def __init__(self, client: Any, facts: Facts, place: TrackingPlace) -> None:
+    def __init__(self, client: Any, facts: Facts, place: TrackingSettings) -> None:
         self._client = client
         self._facts = facts
         self._place = place

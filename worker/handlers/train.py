@@ -74,7 +74,7 @@ MessageT = TypeVar("MessageT")
 
 
 @dataclass(frozen=True)
-class TrainingPlace:
+class TrainingSettings:
     """What the settings say of training: folders, limits, threads; checkpoints may take `checkpoint_share` of the time.
 
     `features` and `pixels` are folders of caches, the latter of about `pixels_bytes` at most.
@@ -99,7 +99,7 @@ class Train(Handler):
     def __init__(
         self,
         store: Store,
-        place: TrainingPlace,
+        place: TrainingSettings,
         start: Callable[[Mapping[str, str]], ChildConnection] = _start,
         drain_within_s: float = DRAIN_WITHIN_S,
     ) -> None:

@@ -132,7 +132,7 @@ class Place:
 
 
 @pytest.fixture
-def path_for(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     (tmp_path / "cache").mkdir()

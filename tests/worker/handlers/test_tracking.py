@@ -35,7 +35,7 @@ from models.outbox import Outbox, add_publish_jobs, owe
 from models.run import Fold, Run
 from models.session import Database
 from ops.up import mlflow_answers, mlflow_server
-from worker.handlers.tracking import Publish, TrackingPlace
+from worker.handlers.tracking import Publish, TrackingSettings
 
 
 class Relay:
@@ -132,8 +132,8 @@ class Case:
             return records.count(session, Outbox)
 
 
-def _place(url: str) -> TrackingPlace:
-    return TrackingPlace(url, 60.0, "http://127.0.0.1:1")
+def _place(url: str) -> TrackingSettings:
+    return TrackingSettings(url, 60.0, "http://127.0.0.1:1")
 
 
 def owe_all(session: Session, run_id: str) -> None:
