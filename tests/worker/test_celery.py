@@ -162,13 +162,14 @@ def test_task_events_tell_how_each_job_ended(broker_url: str) -> None:
     ):
         receiver = app.events.Receiver(connection, handlers={"*": events.append})
 
-        def have_come(count: int, *kinds: str) -> bool:
-            with suppress(TimeoutError):
-                connection.drain_events(timeout=1)
-            return sum(event["type"] in kinds for event in events) >= count
-
         try:
-            with receiver.consumer_context(wakeup=True):
+            with receiver.consumer_context(wakeup=True) as (own_connection, _, _):
+
+                def have_come(count: int, *kinds: str) -> bool:
+                    with suppress(TimeoutError):
+                        own_connection.drain_events(timeout=1)
+                    return sum(event["type"] in kinds for event in events) >= count
+
                 until(lambda: have_come(1, "worker-heartbeat"))
                 for job_id in ("succeeded", "cancelled", "given back", "refused"):
                     broker.send("cpu", "train", job_id)
