@@ -127,8 +127,8 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Sighting:
-    """What a sweeper saw of a running job; the same sighting for too long means that its holder is gone."""
+class LeaseObservation:
+    """The lease of a running job as a sweeper saw it. If it stays the same for too long, its holder is gone."""
 
     job_id: str
     epoch: int
@@ -305,21 +305,21 @@ def worked_on(session: Session, job_id: str) -> Sequence[Job]:
     return session.scalars(query, execution_options={"populate_existing": True}).all()
 
 
-def sightings(session: Session) -> list[Sighting]:
+def observe_leases(session: Session) -> list[LeaseObservation]:
     """Return what can be seen of every running job."""
     query = select(Job.id, Job.lease_epoch, Job.renewals).where(Job.state == JobState.RUNNING)
-    return [Sighting(*row) for row in session.execute(query)]
+    return [LeaseObservation(*row) for row in session.execute(query)]
 
 
-def take_over(session: Session, sighting: Sighting) -> Job | None:
-    """End the lease of a holder that stood still since the sighting; return the job with its new state.
+def take_over(session: Session, observation: LeaseObservation) -> Job | None:
+    """End the lease of a holder that stood still since the observation; return the job with its new state.
 
     Queued again; cancelled if that was asked for; failed if its attempts are used up. None if the holder moved.
     """
     still = (
-        Job.id == sighting.job_id,
-        Job.lease_epoch == sighting.epoch,
-        Job.renewals == sighting.renewals,
+        Job.id == observation.job_id,
+        Job.lease_epoch == observation.epoch,
+        Job.renewals == observation.renewals,
         Job.state == JobState.RUNNING,
     )
     taken = _execute(
@@ -327,7 +327,7 @@ def take_over(session: Session, sighting: Sighting) -> Job | None:
     )
     if not taken:
         return None
-    job = session.get_one(Job, sighting.job_id, populate_existing=True)
+    job = session.get_one(Job, observation.job_id, populate_existing=True)
     if job.cancel_requested_at is not None:
         job.state, job.finished_at = JobState.CANCELLED, now()
     elif attempts_are_used_up(job):
