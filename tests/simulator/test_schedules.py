@@ -231,7 +231,7 @@ BROKEN_CORES = {
     ),
     "jobs are sent to nobody": BrokenCore(models.worker, "count_free", lambda session, live_s: {}, "for ever|not over"),
     "a comparison stays closed": BrokenCore(
-        comparisons, "on_run_retried", lambda *asked: None, "is not in its table", 160
+        comparisons, "on_run_retried", lambda *asked: None, "is not in its table|before its runs were over", 160
     ),
     "a request is done twice": BrokenCore(
         IdempotentRequest, "find_answer", lambda self, *asked: None, "UNIQUE constraint failed: answer"
