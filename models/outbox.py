@@ -1,4 +1,4 @@
-"""The outbox: what MLflow is still owed about runs, in the order in which it became true. Knows no MLflow."""
+"""The outbox: what MLflow has not received yet about runs, in the order of events. Sends nothing itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.run import Run
 
 
 class Outbox(Base):
-    """Something that MLflow is still owed about a run; the row goes when MLflow has it."""
+    """Something about a run that MLflow has not received yet; the row is deleted when MLflow has it."""
 
     __tablename__ = "outbox"
 
@@ -29,23 +29,23 @@ class Outbox(Base):
 
 
 def owe(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
-    """Owe MLflow something about a run, in the transaction that makes it true."""
+    """Add a row for MLflow in the transaction that makes it true."""
     session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
 
 
 def owe_end(session: Session, run_id: str) -> None:
-    """Owe MLflow the end of a run that nobody works on, if MLflow knows of it or is to be told."""
+    """Add the end of a run that no worker is running, if MLflow knows the run or the outbox has other rows about it."""
     if session.get_one(Run, run_id).mlflow_run_id is not None or owed(session, run_id):
         owe(session, run_id, "finished", {})
 
 
 def owed(session: Session, run_id: str) -> Sequence[Outbox]:
-    """Return what MLflow is owed about a run, in its order."""
+    """Return the rows about a run, in order."""
     return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
 
 
 def add_publish_jobs(session: Session) -> int:
-    """Queue a job for every run that MLflow is owed something about and that has none; return how many."""
+    """Queue a publication for every run with outbox rows that has no such job; return how many."""
     busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_(UNFINISHED))
     query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
     added = 0
@@ -54,6 +54,6 @@ def add_publish_jobs(session: Session) -> int:
             with session.begin_nested():
                 jobs.add_job(session, project_id, JobKind.PUBLISH, Queue.TRACKING, run_id)
         except IntegrityError:
-            continue  # another worker looked at the same moment and queued it
+            continue  # another worker queued it at the same moment
         added += 1
     return added
