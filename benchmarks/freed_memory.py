@@ -38,7 +38,7 @@ def measure(is_kept: bool, images: int, epochs: int) -> EpochCost:
     from recipes.recipe import Task
     from training.fitting.fine_tuning import FineTuningData, fine_tune
     from training.fitting.fit_task import FitTask
-    from training.fitting.training_loop import Passage
+    from training.fitting.training_loop import FitHooks
     from training.networks import backbones, freed_memory
 
     if not is_kept:
@@ -56,7 +56,7 @@ def measure(is_kept: bool, images: int, epochs: int) -> EpochCost:
     def look(number: int, metrics: dict[str, float]) -> None:
         seen.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 
-    fine_tune(recipe, data, weights, head, FitTask(rows, NONE, 1 + epochs, 0, Passage(look)))
+    fine_tune(recipe, data, weights, head, FitTask(rows, NONE, 1 + epochs, 0, FitHooks(look)))
     (began, pages_before), (ended, pages) = seen[0], seen[-1]
     greatest_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return EpochCost((ended - began) / epochs, (pages - pages_before) / epochs, greatest_bytes)

@@ -29,7 +29,7 @@ try:
     from recipes.recipe import Task
     from training.fitting.fine_tuning import FineTuningData, fine_tune
     from training.fitting.fit_task import FitTask
-    from training.fitting.training_loop import Passage
+    from training.fitting.training_loop import FitHooks
     from training.networks import backbones
 except ImportError as error:
     sys.exit(
@@ -89,8 +89,8 @@ def images_per_s(
     features = np.random.default_rng(0).normal(size=(len(pixels), width)).astype(np.float32)
     ends: list[float] = []
     data = FineTuningData(Task.MULTICLASS, CLASSES, pixels, targets, are_maps=False)
-    passage = Passage(lambda number, metrics: ends.append(time.perf_counter()))
-    fit = FitTask(np.resize(np.arange(len(pixels)), batch * steps), NONE, 1 + epochs, 0, passage)
+    hooks = FitHooks(lambda number, metrics: ends.append(time.perf_counter()))
+    fit = FitTask(np.resize(np.arange(len(pixels)), batch * steps), NONE, 1 + epochs, 0, hooks)
     fine_tune(recipe, data, weights, first_head(recipe, features, targets), fit)
     return [batch * steps / float(seconds) for seconds in np.diff(ends)]
 

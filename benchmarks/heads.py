@@ -35,12 +35,12 @@ from training.data.split import Fold, Indices, make_folds
 from training.fitting.fit_task import FitData
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
-from training.fitting.training_loop import Passage
+from training.fitting.training_loop import FitHooks
 
 K, CLASSES = 5, 10
 GRID = (1e-6, 1e-4, 1e-2)
 SIZES = ((600, 512), (600, 2048), (2000, 512), (2000, 2048))
-QUIET = Passage(lambda number, metrics: None)
+QUIET = FitHooks(lambda number, metrics: None)
 _MOST_ITERATIONS = 1000
 
 

@@ -16,7 +16,7 @@ from recipes.recipe import FineTune, Mode, Recipe, Task
 from training.data.split import Indices
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, fit_head
-from training.fitting.training_loop import Passage
+from training.fitting.training_loop import FitHooks
 from training.networks import backbones
 
 NONE = np.array([], dtype=np.intp)
@@ -59,8 +59,8 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
 def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> FittedHead:
     """Return a head after a few epochs, from which fine-tuning can start."""
     data = FitData(Task.MULTICLASS, int(targets.max()) + 1, features, targets)
-    passage = Passage(lambda number, metrics: None)
-    return fit_head(recipe, data, FitTask(np.arange(len(targets)), NONE, _HEAD_EPOCHS, 0, passage))
+    hooks = FitHooks(lambda number, metrics: None)
+    return fit_head(recipe, data, FitTask(np.arange(len(targets)), NONE, _HEAD_EPOCHS, 0, hooks))
 
 
 def multiply_adds(model: Any) -> int:

@@ -34,7 +34,7 @@ from recipes.recipe import Mode, Precision, Recipe, Resize, Task
 from training.fitting.fine_tuning import FineTuningData, fine_tune
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.from_scratch import fit_from_scratch
-from training.fitting.training_loop import Passage
+from training.fitting.training_loop import FitHooks
 from training.networks import backbones, scratch_networks
 from training.networks.export import export
 
@@ -90,7 +90,7 @@ def scratch_case(bench: BenchData, args: argparse.Namespace) -> FittedCase:
     )
 
 
-_QUIET = Passage(lambda number, metrics: None)
+_QUIET = FitHooks(lambda number, metrics: None)
 
 
 def as_served(bench: BenchData, size: int, case: FittedCase) -> Float32:

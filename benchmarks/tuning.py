@@ -50,7 +50,7 @@ from training.fitting import fine_tuning
 from training.fitting.fine_tuning import FineTuningData
 from training.fitting.fit_task import FitTask
 from training.fitting.head_fit import FittedHead
-from training.fitting.training_loop import Passage, Rows
+from training.fitting.training_loop import FitHooks, Rows
 from training.networks import backbones
 from training.progress import Epoch
 
@@ -118,8 +118,8 @@ class FineTuning:
         """Fine-tune as the service does."""
         _drop_networks()
         ends: list[float] = []
-        passage = Passage(lambda number, metrics: ends.append(time.perf_counter()))
-        fit = FitTask(train, validation, self._epochs, SEED, passage)
+        hooks = FitHooks(lambda number, metrics: ends.append(time.perf_counter()))
+        fit = FitTask(train, validation, self._epochs, SEED, hooks)
         tuned = fine_tuning.fine_tune(self.recipe, data, self.weights, self.head, fit)
         return EpochTimes(np.diff(ends).tolist(), tuned.trained.history)
 

@@ -127,7 +127,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Sighting:
+class LeaseObservation:
     """What a sweeper observes of a running job; if it does not change for too long, the holder is gone."""
 
     job_id: str
@@ -305,22 +305,22 @@ def worked_on(session: Session, job_id: str) -> Sequence[Job]:
     return session.scalars(query, execution_options={"populate_existing": True}).all()
 
 
-def sightings(session: Session) -> list[Sighting]:
-    """Return a sighting of every running job."""
+def observe_leases(session: Session) -> list[LeaseObservation]:
+    """Return an observation of every running job."""
     query = select(Job.id, Job.lease_epoch, Job.renewals).where(Job.state == JobState.RUNNING)
-    return [Sighting(*row) for row in session.execute(query)]
+    return [LeaseObservation(*row) for row in session.execute(query)]
 
 
-def take_over(session: Session, sighting: Sighting) -> Job | None:
-    """End the lease of a holder that has not renewed it since the sighting; return the job with its new state.
+def take_over(session: Session, observation: LeaseObservation) -> Job | None:
+    """End the lease of a holder that has not renewed it since the observation; return the job with its new state.
 
     The job is cancelled if a client asked for that, failed if its attempts are used up, and queued again otherwise.
     Return None if the holder renewed its lease.
     """
     still = (
-        Job.id == sighting.job_id,
-        Job.lease_epoch == sighting.epoch,
-        Job.renewals == sighting.renewals,
+        Job.id == observation.job_id,
+        Job.lease_epoch == observation.epoch,
+        Job.renewals == observation.renewals,
         Job.state == JobState.RUNNING,
     )
     taken = _execute(
@@ -328,7 +328,7 @@ def take_over(session: Session, sighting: Sighting) -> Job | None:
     )
     if not taken:
         return None
-    job = session.get_one(Job, sighting.job_id, populate_existing=True)
+    job = session.get_one(Job, observation.job_id, populate_existing=True)
     if job.cancel_requested_at is not None:
         job.state, job.finished_at = JobState.CANCELLED, now()
     elif attempts_are_used_up(job):

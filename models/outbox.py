@@ -1,4 +1,4 @@
-"""The outbox: what MLflow has not received yet about runs, in the order of events. Sends nothing itself."""
+"""The outbox: what MLflow does not know of runs yet, in the order in which it happened. Never calls MLflow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.run import Run
 
 
 class Outbox(Base):
-    """Something about a run that MLflow has not received yet; the row is deleted when MLflow has it."""
+    """One fact about a run that MLflow does not have yet. The row is deleted once MLflow has it."""
 
     __tablename__ = "outbox"
 
@@ -28,24 +28,24 @@ class Outbox(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
-def owe(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
-    """Add a row for MLflow in the transaction that makes it true."""
+def add_to_outbox(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
+    """Add a fact about a run for MLflow, in the transaction that makes it true."""
     session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
 
 
-def owe_end(session: Session, run_id: str) -> None:
-    """Add the end of a run that no worker is running, if MLflow knows the run or the outbox has other rows about it."""
-    if session.get_one(Run, run_id).mlflow_run_id is not None or owed(session, run_id):
-        owe(session, run_id, "finished", {})
+def add_end_to_outbox(session: Session, run_id: str) -> None:
+    """Add the end of a run that no worker has, if MLflow knows the run or the outbox has rows of it."""
+    if session.get_one(Run, run_id).mlflow_run_id is not None or outbox_rows(session, run_id):
+        add_to_outbox(session, run_id, "finished", {})
 
 
-def owed(session: Session, run_id: str) -> Sequence[Outbox]:
-    """Return the rows about a run, in order."""
+def outbox_rows(session: Session, run_id: str) -> Sequence[Outbox]:
+    """Return the rows of a run, oldest first."""
     return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
 
 
 def add_publish_jobs(session: Session) -> int:
-    """Queue a publication for every run with outbox rows that has no such job; return how many."""
+    """Queue a publish job for every run that has outbox rows and no unfinished one; return how many were queued."""
     busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_(UNFINISHED))
     query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
     added = 0

@@ -21,7 +21,7 @@ from models import run as runs
 from models import worker as workers
 from models.dataset import Dataset, DatasetVersion
 from models.job import Job, JobKind
-from models.outbox import owe, owe_end
+from models.outbox import add_end_to_outbox, add_to_outbox
 from models.run import Fold, Run, RunState
 from recipes.layers import NetworkKind
 from recipes.recipe import Mode
@@ -75,7 +75,7 @@ def mark_started(session: Session, job: Job) -> Run | None:
     run = lock_active_run(session, job)
     if run is None or run.state is RunState.RUNNING:
         return run
-    owe(session, run.id, "started", {})
+    add_to_outbox(session, run.id, "started", {})
     return runs.start_run(session, run.id)
 
 
@@ -105,7 +105,7 @@ def mark_succeeded(session: Session, job: Job, metrics: dict[str, Any], training
     run = lock_active_run(session, job)
     if run is None:
         return None
-    owe(session, run.id, "finished", {})
+    add_to_outbox(session, run.id, "finished", {})
     return runs.succeed_run(session, run.id, metrics, training_s)
 
 
@@ -123,9 +123,9 @@ def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
     if run is None:
         return False
     if run.started_at is None:  # its worker was lost, or hung, before it began: MLflow knows nothing of it yet
-        owe(session, run.id, "started", {})
+        add_to_outbox(session, run.id, "started", {})
     runs.fail_run(session, run.id, error)
-    owe(session, run.id, "finished", {})
+    add_to_outbox(session, run.id, "finished", {})
     return True
 
 
@@ -136,7 +136,7 @@ def mark_cancelled(session: Session, job: Job) -> bool:
         return False
     jobs.request_cancel(session, run.id, *TRAINING)  # jobs that this job has just queued
     runs.cancel_run(session, run.id)
-    owe(session, run.id, "finished", {})
+    add_to_outbox(session, run.id, "finished", {})
     return True
 
 
@@ -147,7 +147,7 @@ def request_cancel(session: Session, run_id: str) -> bool:
     if run.state.is_final or _is_worked_on(session, run):
         return False
     runs.cancel_run(session, run_id)
-    owe_end(session, run_id)
+    add_end_to_outbox(session, run_id)
     drop_leftovers(session, run_id)  # garbage collection removes the files
     return True
 

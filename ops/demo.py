@@ -319,7 +319,7 @@ def _print_scores(run: dict[str, Any]) -> None:
     metrics = run["metrics"]
     extraction = run["extraction"]
     headline = HEADLINES[Task(run["recipe"]["task"])]
-    spread = headline.said(metrics[f"{headline.metric}_sd"])
+    spread = headline.formatted(metrics[f"{headline.metric}_sd"])
     console.print(f"\n[bold green]{headline.sentence(metrics)}[/]")
     console.print(
         f"  standard deviation over folds {spread}; each image was scored by the fold that did not train on it",

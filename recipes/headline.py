@@ -18,18 +18,18 @@ class Headline:
     form: str
     is_greater_better: bool
 
-    def said(self, value: float) -> str:
+    def formatted(self, value: float) -> str:
         """Return a value as it is printed."""
         return format(value, self.form)
 
     def sentence(self, metrics: Mapping[str, Any]) -> str:
         """Return the score with its interval, over groups as well where images belong together."""
-        low, high = map(self.said, metrics[f"{self.metric}_ci95"])
+        low, high = map(self.formatted, metrics[f"{self.metric}_ci95"])
         interval = f"95 % interval {low} to {high} over images"
         if "groups" in metrics:
-            low, high = map(self.said, metrics[f"{self.metric}_ci95_groups"])
+            low, high = map(self.formatted, metrics[f"{self.metric}_ci95_groups"])
             interval += f", {low} to {high} over the {metrics['groups']:,} groups of images that belong together"
-        return f"{self.title} {self.said(metrics[self.metric])} ({interval})"
+        return f"{self.title} {self.formatted(metrics[self.metric])} ({interval})"
 
     def interval(self, metrics: Mapping[str, Any]) -> tuple[float, float]:
         """Return the bounds that hold: over groups where there are some."""

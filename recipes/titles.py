@@ -17,11 +17,11 @@ def difference_titles(recipes: Sequence[Json]) -> list[str]:
 
     Recipes that differ have titles that differ.
     """
-    titles = [", ".join(parts) for parts in _told(recipes)]
-    return titles if len(set(titles)) == len(titles) else [", ".join(parts) for parts in _all_told(recipes)]
+    titles = [", ".join(parts) for parts in _differing_values(recipes)]
+    return titles if len(set(titles)) == len(titles) else [", ".join(parts) for parts in _all_differing_values(recipes)]
 
 
-def _told(recipes: Sequence[Json]) -> list[list[str]]:
+def _differing_values(recipes: Sequence[Json]) -> list[list[str]]:
     """Return what differs among the recipes that have it: a mode brings fields along that others have not."""
     every = _values(recipes)
     titles: list[list[str]] = [[] for _ in recipes]
@@ -38,7 +38,7 @@ def _told(recipes: Sequence[Json]) -> list[list[str]]:
     return titles
 
 
-def _all_told(recipes: Sequence[Json]) -> list[list[str]]:
+def _all_differing_values(recipes: Sequence[Json]) -> list[list[str]]:
     """Return every value that is not the same in all recipes."""
     every = [flat(recipe) for recipe in recipes]
     differing = [

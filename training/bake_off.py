@@ -28,7 +28,7 @@ from training.data.pixels import ImageDecoder
 from training.data.split import Fold, Indices, make_folds, nested_subsets
 from training.data.targets import Targets
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, LearningTask
+from training.fitting.learners import HeadLearner, LearningTask
 from training.fitting.trials import Trial
 from training.networks import backbones
 from training.networks.network_files import Workspace
@@ -206,7 +206,7 @@ def _score(
     steps: _Steps,
 ) -> float | None:
     """Return the out-of-fold headline score of heads on features; None if training diverged."""
-    learner = Frozen(recipe, FitData(task, outputs, features, truth))
+    learner = HeadLearner(recipe, FitData(task, outputs, features, truth))
     tasks = [
         (LearningTask(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved))
         for fold in folds

@@ -26,7 +26,7 @@ from recipes.recipe import Precision, Task
 from training.data.arrays import ReportProgress
 from training.data.pixels import BATCH
 from training.data.split import Indices
-from training.fitting.learners import Learned
+from training.fitting.learners import LearnedModel
 from training.networks.export import ExportedNetwork, export
 from training.networks.network_files import Workspace, calibration_rows
 from training.networks.precision import (
@@ -86,7 +86,7 @@ class TrainedNetworkExporter:
             precisions: the precisions to consider; float32 is always considered.
             pixels: the pixels of every image, uint8 [N, H, W, 3].
             place: the store and the number of threads.
-            rebuild: builds the Keras model from images to features, given weights of `Learned.network`.
+            rebuild: builds the Keras model from images to features, given weights of `LearnedModel.network`.
             frozen: returns the network of a fold that kept the frozen one; None if every network is trained.
         """
         self._recipe = recipe
@@ -98,7 +98,7 @@ class TrainedNetworkExporter:
         self._frozen = frozen
 
     def logits(
-        self, learned: Learned, train: Indices, rows: Indices, report: ReportProgress
+        self, learned: LearnedModel, train: Indices, rows: Indices, report: ReportProgress
     ) -> dict[Precision, Float32]:
         """Return the logits of rows in every considered precision but float32.
 
@@ -118,7 +118,12 @@ class TrainedNetworkExporter:
         return found
 
     def serve(
-        self, final: Learned, train: Indices, shown: Indices, scores: Mapping[Precision, float], report: ReportProgress
+        self,
+        final: LearnedModel,
+        train: Indices,
+        shown: Indices,
+        scores: Mapping[Precision, float],
+        report: ReportProgress,
     ) -> DeliveredModel:
         """Export the final network and choose its precision by the scores of the folds.
 
@@ -173,7 +178,7 @@ class TrainedNetworkExporter:
         """Export a trained network to ONNX and compare it with Keras on some of the rows."""
         return export(self._rebuild(weights), self._place.threads, self._pixels[_some(shown)])
 
-    def _answers(self, final: Learned, engine: Engine, shown: Indices) -> dict[str, Any]:
+    def _answers(self, final: LearnedModel, engine: Engine, shown: Indices) -> dict[str, Any]:
         """Return the differences between the predictions of the exported network and of Keras on some rows."""
         rows, task = _some(shown), self._task
         ours = np.asarray(heads.logits(final.layers, engine.features(self._pixels[rows])), np.float64)

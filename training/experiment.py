@@ -22,7 +22,7 @@ from training.data.split import Fold, Indices
 from training.delivery import DeliveredModel
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
-from training.fitting.learners import LOOKED_AT, Frozen, Learned, Learner, LearningTask, final_plan
+from training.fitting.learners import LOOKED_AT, HeadLearner, LearnedModel, Learner, LearningTask, final_plan
 from training.fitting.training_loop import finite
 from training.networks.network_files import Registry, Workspace
 from training.progress import Extraction, FitListener, FoldResult, ProgressListener
@@ -87,7 +87,7 @@ class Experiment:
         A fold's seconds are then its share of the time: each moment is divided among the folds that still learn.
         """
         learner = self._setup.learner
-        if not isinstance(learner, Frozen) or not learner.learns_abreast:
+        if not isinstance(learner, HeadLearner) or not learner.learns_in_parallel:
             return [self.learn_fold(number) for number in numbers]
         self._report.stage("folds")
         fits = [self._report.begin_fit(number, learner.plan) for number in numbers]
@@ -105,7 +105,7 @@ class Experiment:
         fold = self.folds[number]
         return LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
 
-    def _end_fold(self, number: int, learned: Learned, fit: FitListener, started: float) -> FoldOutcome:
+    def _end_fold(self, number: int, learned: LearnedModel, fit: FitListener, started: float) -> FoldOutcome:
         """Measure on a fold's test images, and report its end."""
         fold = self.folds[number]
         logits = {self._setup.precision: finite(learned.logits(fold.test))}
@@ -212,7 +212,7 @@ class Experiment:
             },
         )
 
-    def _serve(self, final: Learned, outcomes: Sequence[FoldOutcome]) -> DeliveredModel:
+    def _serve(self, final: LearnedModel, outcomes: Sequence[FoldOutcome]) -> DeliveredModel:
         """Return what answers."""
         setup = self._setup
         if setup.exporter is None:
@@ -253,7 +253,7 @@ class Experiment:
             fold_of[fold.repeat, fold.test] = fold.number
         return save_tensors({"folds": fold_of, "logits": logits})
 
-    def _fold_metrics(self, fold: Fold, learned: Learned, logits: Mapping[Precision, Float32]) -> dict[str, Any]:
+    def _fold_metrics(self, fold: Fold, learned: LearnedModel, logits: Mapping[Precision, Float32]) -> dict[str, Any]:
         scores = {
             precision: evaluation.without_tables(
                 evaluation.evaluate(self._data.task, self._data.labels, self._data.truth[fold.test], of_precision)

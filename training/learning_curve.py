@@ -29,7 +29,7 @@ from training.data.split import Indices, nested_subsets, set_aside
 from training.data.targets import Float64, Targets, make_targets
 from training.figures import png
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, LearningTask, Plan
+from training.fitting.learners import HeadLearner, LearningTask, Plan
 from training.fitting.trials import Trial
 from training.networks.precision import MARGIN, RELATIVE_MARGIN
 from training.statistics import evaluation, power_law, resampling
@@ -167,7 +167,7 @@ def _logits_by_size(
     """
     measured = subject.measured
     data = FitData(task, measured.logits.shape[2], subject.features, targets.truth)
-    learner = Frozen(subject.recipe, data)
+    learner = HeadLearner(subject.recipe, data)
     folds = [
         _head_fits(subject, targets, groups, learner.plan, repeat, number)
         for repeat, fold_of in enumerate(measured.folds)
@@ -322,12 +322,13 @@ def summary_sentence(headline: Headline, points: Sequence[Point], twice: Doubled
     low, high = sorted(map(abs, twice.change_ci95))
     margin = MARGIN if headline.is_greater_better else RELATIVE_MARGIN * points[-1].score
     title = headline.title[0].lower() + headline.title[1:]
+    interval = f"[{headline.formatted(low)}, {headline.formatted(high)}]"
     if headline.form.endswith("%"):
         much = f"about +{100 * gain:.1f} points of {title} [{100 * low:.1f}, {100 * high:.1f}]"
     elif headline.is_greater_better:
-        much = f"about +{headline.said(gain)} of {title} [{headline.said(low)}, {headline.said(high)}]"
+        much = f"about +{headline.formatted(gain)} of {title} {interval}"
     else:
-        much = f"the {title} down by about {headline.said(gain)} [{headline.said(low)}, {headline.said(high)}]"
+        much = f"the {title} down by about {headline.formatted(gain)} {interval}"
     if high < margin:
         return f"The curve is flat: twice the images would bring {much}."
     return f"Twice the images would bring {much}{', so it may be nothing' if low < margin / 10 else ''}."

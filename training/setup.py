@@ -39,7 +39,7 @@ from training.data.targets import make_targets
 from training.delivery import TrainedNetworkExporter, golden_images, spread
 from training.fitting.fine_tuning import FineTuningData
 from training.fitting.fit_task import FitData
-from training.fitting.learners import Frozen, Growing, Learner, LearningTask, Tuning
+from training.fitting.learners import FineTuningLearner, FromScratchLearner, HeadLearner, Learner, LearningTask
 from training.fitting.training_loop import finite
 from training.fitting.trials import Trials
 from training.networks import backbones, scratch_networks
@@ -222,7 +222,7 @@ def _set_up_from_scratch(
         return scratch_networks.build_feature_network(recipe.network, recipe.image_size, weights)
 
     return TrainingSetup(
-        Growing(recipe, FitData(data.task, data.outputs, pixels, data.truth)),
+        FromScratchLearner(recipe, FitData(data.task, data.outputs, pixels, data.truth)),
         Precision.FLOAT32,
         extraction,
         pixels=pixels,
@@ -268,7 +268,7 @@ class _BackboneSetup:
         extraction = replace(trunk.extraction, seconds=round(time.perf_counter() - started, 3))
         listener.extracted(extraction)
         head = self._heads(trunk)
-        learner = Tuning(recipe, head, place.store.read(self._weights), fine_tuning_data)
+        learner = FineTuningLearner(recipe, head, place.store.read(self._weights), fine_tuning_data)
 
         def rebuild(weights: bytes) -> Any:
             return backbones.build_backbone(recipe.backbone, recipe.features_from, recipe.image_size, weights)
@@ -281,9 +281,9 @@ class _BackboneSetup:
         exporter = TrainedNetworkExporter(recipe, data.task, self._considered, pixels, place, rebuild, still_frozen)
         return TrainingSetup(learner, trunk.precision, extraction, trunk, pixels, exporter, notes=notes)
 
-    def _heads(self, trunk: FrozenBackbone) -> Frozen:
+    def _heads(self, trunk: FrozenBackbone) -> HeadLearner:
         data = self._data
-        return Frozen(self._recipe, FitData(data.task, data.outputs, trunk.features, data.truth))
+        return HeadLearner(self._recipe, FitData(data.task, data.outputs, trunk.features, data.truth))
 
     def _trunk(
         self, precisions: Sequence[Precision], source: PixelSource

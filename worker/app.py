@@ -29,7 +29,7 @@ from worker.handlers.compare import Compare
 from worker.handlers.ingest import Ingest, IngestLimits, Purge
 from worker.handlers.tracking import Publish, TrackingSettings
 from worker.handlers.train import Train, TrainingSettings
-from worker.handlers.view import Look
+from worker.handlers.view import ComputeView
 from worker.job_runner import JobRunner, Outcome
 from worker.lease import Handler, Timings
 from worker.messages import WeightsSource
@@ -143,7 +143,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         JobKind.FOLD: train,
         JobKind.FINAL: train,
         JobKind.COMPARE: Compare(store, settings.engine_threads),
-        JobKind.VIEW: Look(store, place.features, settings.image_limits, settings.engine_threads),
+        JobKind.VIEW: ComputeView(store, place.features, settings.image_limits, settings.engine_threads),
         JobKind.PUBLISH: Publish(store, tracking),
     }
 

@@ -14,7 +14,7 @@ from errors import DiskFull, Stalled, Unavailable
 from models import job as jobs
 from models import outbox
 from models import worker as workers
-from models.job import JobKind, JobState, Queue, Sighting
+from models.job import JobKind, JobState, LeaseObservation, Queue
 from models.session import Database
 from models.worker import GPU_GRACE_S
 from worker.lease import Handler, Timings
@@ -51,7 +51,7 @@ class Sweeper:
         self._timings = timings
         self._clock = clock
         self._looked_at = self._gpu_seen_at = clock.now()
-        self._unmoved_s: dict[Sighting, float] = {}
+        self._unmoved_s: dict[LeaseObservation, float] = {}
         self._over = clock.flag()
         self._thread = clock.thread(self._run, "sweeper")
 
@@ -90,27 +90,31 @@ class Sweeper:
                 self._gpu_seen_at = now
             elif now - self._gpu_seen_at >= GPU_GRACE_S:
                 workers.move_to_cpu(session)
-            seen = jobs.sightings(session)
+            seen = jobs.observe_leases(session)
         now = self._clock.now()
         watched_s = min(now - self._looked_at, _ATTENTIVE * self._timings.look_every_s)
         self._looked_at = now
         before = self._unmoved_s
-        self._unmoved_s = {sighting: before[sighting] + watched_s if sighting in before else 0.0 for sighting in seen}
-        expired = [sighting for sighting, unmoved_s in self._unmoved_s.items() if unmoved_s >= self._timings.lease_s]
-        return sum(self._take_over(sighting) for sighting in expired)
+        self._unmoved_s = {
+            observation: before[observation] + watched_s if observation in before else 0.0 for observation in seen
+        }
+        expired = [
+            observation for observation, unmoved_s in self._unmoved_s.items() if unmoved_s >= self._timings.lease_s
+        ]
+        return sum(self._take_over(observation) for observation in expired)
 
-    def _take_over(self, sighting: Sighting) -> bool:
+    def _take_over(self, observation: LeaseObservation) -> bool:
         try:
-            return self._end_lease(sighting)
+            return self._end_lease(observation)
         except (Unavailable, DiskFull):
             raise
         except Exception:  # one job that cannot be taken over must not block the others
-            log.exception("take-over failed", job=sighting.job_id)
+            log.exception("take-over failed", job=observation.job_id)
             return False
 
-    def _end_lease(self, sighting: Sighting) -> bool:
+    def _end_lease(self, observation: LeaseObservation) -> bool:
         with self._database.writing() as session:
-            job = jobs.take_over(session, sighting)
+            job = jobs.take_over(session, observation)
             if job is None:
                 return False
             handler = self._handlers[job.kind]
@@ -123,5 +127,5 @@ class Sweeper:
                     error = Stalled("Its worker was lost at every attempt.")
                     job.error = error.record()
                     handler.failed(session, job, error)
-        log.warning("lease taken over", job=sighting.job_id, state=job.state.value)
+        log.warning("lease taken over", job=observation.job_id, state=job.state.value)
         return True

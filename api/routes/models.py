@@ -14,7 +14,7 @@ from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Numbe
 from artifacts.store import Digest
 from models import registry
 from models.dataset import DatasetVersion
-from models.outbox import owe
+from models.outbox import add_to_outbox
 from models.registry import Model, ModelVersion
 from models.run import Run
 from recipes.recipe import NAME_PATTERN
@@ -66,7 +66,7 @@ def move_alias(
         services.shelf.check_files(bundle)
     with services.database.writing() as session:
         registry.move_alias(session, model, alias, version)
-        owe(session, version.run_id, "alias", {"alias": alias})
+        add_to_outbox(session, version.run_id, "alias", {"alias": alias})
     is_served = services.version_resolver.serves(principal, name, alias, version.number)
     return AliasOut(model=name, alias=alias, version=version.number, serving="new" if is_served else "old")
 

@@ -75,7 +75,7 @@ def test_a_cancelled_run_waits_for_a_table_that_is_written_and_the_table_not_for
         cancelled = pool.submit(cancel)
         assert is_held.wait(60)
         session.execute(text("SET LOCAL lock_timeout = '20s'"))
-        outbox.owe(session, run_id, "compared", {})  # its row names the run that is held
+        outbox.add_to_outbox(session, run_id, "compared", {})  # its row names the run that is held
         session.flush()
         session.commit()
         cancelled.result(60)

@@ -21,8 +21,8 @@ from models.job import (
     JobState,
     Lease,
     LeaseLost,
+    LeaseObservation,
     Queue,
-    Sighting,
     attempts_are_used_up,
     back_off_s,
     is_retried,
@@ -55,15 +55,15 @@ def look(database: Database, job_id: str) -> Job:
         return session.get_one(Job, job_id)
 
 
-def sight(database: Database) -> Sighting:
+def sight(database: Database) -> LeaseObservation:
     with database.reading() as session:
-        (sighting,) = jobs.sightings(session)
-        return sighting
+        (observation,) = jobs.observe_leases(session)
+        return observation
 
 
-def take_over(database: Database, sighting: Sighting) -> Job | None:
+def take_over(database: Database, observation: LeaseObservation) -> Job | None:
     with database.writing() as session:
-        return jobs.take_over(session, sighting)
+        return jobs.take_over(session, observation)
 
 
 def change(database: Database, job_id: str, **values: object) -> None:
@@ -257,13 +257,13 @@ def test_a_job_whose_holder_stood_still_is_queued_again(database: Database) -> N
 def test_a_sighting_that_no_longer_stands_takes_nothing_over(database: Database) -> None:
     add(database, "run_1")
     _, lease = claimed(database)
-    sighting = sight(database)
+    observation = sight(database)
     with database.writing() as session:
         jobs.renew(session, lease)
-    assert take_over(database, sighting) is None
+    assert take_over(database, observation) is None
     assert take_over(database, sight(database)) is not None  # the fresh one does
-    assert take_over(database, sighting) is None
-    assert take_over(database, Sighting(lease.job_id, lease.epoch + 1, 0)) is None  # queued: nobody holds it
+    assert take_over(database, observation) is None
+    assert take_over(database, LeaseObservation(lease.job_id, lease.epoch + 1, 0)) is None  # queued: nobody holds it
     with database.writing() as session:
         claimed_again = records.claim_next(session, [Queue.CPU], "there")
         assert claimed_again is not None
@@ -273,16 +273,16 @@ def test_a_sighting_that_no_longer_stands_takes_nothing_over(database: Database)
 def test_two_sweepers_take_a_job_over_once(database: Database) -> None:
     add(database, "run_1")
     claimed(database)
-    sighting = sight(database)
+    observation = sight(database)
     together = threading.Barrier(4)
 
     def sweep(_: int) -> Job | None:
         together.wait()
-        return take_over(database, sighting)
+        return take_over(database, observation)
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(job is not None for job in pool.map(sweep, range(4))) == 1
-    assert look(database, sighting.job_id).lease_epoch == sighting.epoch + 1
+    assert look(database, observation.job_id).lease_epoch == observation.epoch + 1
 
 
 def test_a_job_that_should_be_cancelled_is_cancelled_at_its_take_over(database: Database) -> None:
@@ -311,7 +311,7 @@ def test_only_running_jobs_are_sighted(database: Database) -> None:
     add(database, "run_1", "run_2")
     assert claim(database) is not None
     with database.reading() as session:
-        assert len(jobs.sightings(session)) == 1
+        assert len(jobs.observe_leases(session)) == 1
 
 
 def test_only_transient_errors_with_attempts_left_are_retried() -> None:

@@ -12,7 +12,7 @@ from models import job as jobs
 from models import view as views
 from models.base import Base
 from models.job import Job, JobKind, Queue
-from models.outbox import Outbox, owe
+from models.outbox import Outbox, add_to_outbox
 from models.project import DEFAULT_PROJECT, Project
 from models.registry import RegistryRevision
 from models.run import Run
@@ -37,8 +37,8 @@ def test_an_older_schema_knows_no_comparisons_and_keeps_all_else(database: Datab
         comparison = records.queued_comparison(session, version)
         run_id = comparisons.get_runs(session, comparison.id)[0].id
         jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.COMPARE, Queue.CPU, comparison.id)
-        owe(session, run_id, "comparison", {})
-        owe(session, run_id, "finished", {})
+        add_to_outbox(session, run_id, "comparison", {})
+        add_to_outbox(session, run_id, "finished", {})
     downgrade(database, "0001")
     assert not {"comparison", "comparison_run"} & set(inspect(database.engine).get_table_names())
     with database.reading() as session:
@@ -56,8 +56,8 @@ def test_a_schema_without_views_keeps_all_else(database: Database) -> None:
         run = records.queued_run(session, records.ready_version(session))
         views.request_view(session, run, ViewKind.LEARNING_CURVE)
         jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.FOLD, Queue.CPU, run.id)
-        owe(session, run.id, "file", {"name": "learning-curve.png"})
-        owe(session, run.id, "finished", {})
+        add_to_outbox(session, run.id, "file", {"name": "learning-curve.png"})
+        add_to_outbox(session, run.id, "finished", {})
         run.features_choice = {"weights": "0" * 64}
     downgrade(database, "0005")
     assert "view" not in inspect(database.engine).get_table_names()

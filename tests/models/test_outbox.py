@@ -17,7 +17,7 @@ from models.session import Database
 
 def owing_run(session: Session, name: str) -> str:
     run_id = records.queued_run(session, records.ready_version(session, name)).id
-    outbox.owe(session, run_id, "started", {})
+    outbox.add_to_outbox(session, run_id, "started", {})
     return run_id
 
 
@@ -31,7 +31,7 @@ def test_a_run_that_is_owed_something_gets_one_publish_job(database: Database) -
     with database.writing() as session:
         first, second = owing_run(session, "first"), owing_run(session, "second")
         records.queued_run(session, records.ready_version(session, "third"))
-        outbox.owe(session, first, "fold", {"fold": 0})
+        outbox.add_to_outbox(session, first, "fold", {"fold": 0})
     with database.writing() as session:
         assert outbox.add_publish_jobs(session) == 2
         assert outbox.add_publish_jobs(session) == 0
@@ -85,10 +85,10 @@ def test_what_mlflow_is_owed_stands_in_the_order_it_became_true(database: Databa
     with database.writing() as session:
         run_id, other = owing_run(session, "mine"), owing_run(session, "other")
         for number, kind in enumerate(kinds[1:]):
-            outbox.owe(session, run_id, kind, {"number": number})
-            outbox.owe(session, other, "fold", {"number": number})
+            outbox.add_to_outbox(session, run_id, kind, {"number": number})
+            outbox.add_to_outbox(session, other, "fold", {"number": number})
     with database.reading() as session:
-        rows = outbox.owed(session, run_id)
+        rows = outbox.outbox_rows(session, run_id)
         assert [row.kind for row in rows] == kinds
         assert [row.payload for row in rows] == [{}, *({"number": number} for number in range(4))]
         assert records.count(session, Outbox) == 10
@@ -99,9 +99,9 @@ def test_the_end_of_a_run_is_owed_if_its_start_was_or_mlflow_has_it(database: Da
         unknown, started, known = (
             records.queued_run(session, records.ready_version(session, name)) for name in ("a", "b", "c")
         )
-        outbox.owe(session, started.id, "started", {})
+        outbox.add_to_outbox(session, started.id, "started", {})
         known.mlflow_run_id = "1234"
         for run in (unknown, started, known):
-            outbox.owe_end(session, run.id)
-        kinds = [[row.kind for row in outbox.owed(session, run.id)] for run in (unknown, started, known)]
+            outbox.add_end_to_outbox(session, run.id)
+        kinds = [[row.kind for row in outbox.outbox_rows(session, run.id)] for run in (unknown, started, known)]
     assert kinds == [[], ["started", "finished"], ["finished"]]

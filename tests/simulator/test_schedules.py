@@ -18,8 +18,8 @@ from models import job as jobs
 from models import run as runs
 from models import run_jobs
 from models.file_references import try_delete_unreferenced
-from models.job import Job, JobKind, JobState, Lease, Queue, Sighting
-from models.outbox import owe
+from models.job import Job, JobKind, JobState, Lease, LeaseObservation, Queue
+from models.outbox import add_to_outbox
 from models.run import Fold, Run
 from models.session import Database
 from simulator import workers
@@ -111,8 +111,8 @@ def _epoch_less_one(session: Session, job: Job | None) -> Job | None:
     return job
 
 
-def take_over_in_the_same_epoch(session: Session, sighting: Sighting) -> Job | None:
-    return _epoch_less_one(session, TAKE_OVER(session, sighting))
+def take_over_in_the_same_epoch(session: Session, observation: LeaseObservation) -> Job | None:
+    return _epoch_less_one(session, TAKE_OVER(session, observation))
 
 
 def claim_in_the_same_epoch(session: Session, job_id: str, queues: list[Queue], owner: str) -> Job | None:
@@ -156,12 +156,12 @@ def give_back_all_the_same(session: Session, lease: Lease, *, delay_s: float = 0
 
 def owe_no_end(session: Session, run_id: str, kind: str, payload: dict[str, object]) -> None:
     if kind != "finished":
-        owe(session, run_id, kind, payload)
+        add_to_outbox(session, run_id, kind, payload)
 
 
 def owe_no_fold(session: Session, run_id: str, kind: str, payload: dict[str, object]) -> None:
     if kind != "fold":
-        owe(session, run_id, kind, payload)
+        add_to_outbox(session, run_id, kind, payload)
 
 
 def complete_all_the_same(self: Train, session: Session, job: Job, end: PartEnd) -> None:
@@ -220,12 +220,12 @@ BROKEN_CORES = {
     "files go at once": BrokenCore(
         train, "delete_unreferenced_after_commit", try_delete_unreferenced, "a row names a file that is gone", 130
     ),
-    "no end for MLflow": BrokenCore(run_jobs, "owe", owe_no_end, "MLflow is not owed the end"),
-    "no folds for MLflow": BrokenCore(train, "owe", owe_no_fold, r"MLflow shows folds \[\] of"),
+    "no end for MLflow": BrokenCore(run_jobs, "add_to_outbox", owe_no_end, "MLflow is not owed the end"),
+    "no folds for MLflow": BrokenCore(train, "add_to_outbox", owe_no_fold, r"MLflow shows folds \[\] of"),
     "told twice": BrokenCore(
         ProgressWriter, "_write_rows", write_rows_once_more, "UNIQUE constraint failed: fold", 400
     ),
-    "nobody sweeps": BrokenCore(Sweeper, "_take_over", lambda self, sighting: False, "for ever|not over"),
+    "nobody sweeps": BrokenCore(Sweeper, "_take_over", lambda self, observation: False, "for ever|not over"),
     "nobody makes up for lost messages": BrokenCore(
         workers, "TIMINGS", replace(workers.TIMINGS, look_every_s=1e6), "for ever|not over"
     ),

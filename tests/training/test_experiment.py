@@ -34,7 +34,7 @@ from training.data.arrays import load_pixels
 from training.data.split import make_folds
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import fit_head
-from training.fitting.training_loop import Passage
+from training.fitting.training_loop import FitHooks
 from training.statistics import evaluation
 
 
@@ -219,7 +219,7 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
         hidden = features.copy()
         hidden[fold.test] = np.nan
         seed = int(np.random.SeedSequence((recipe.seed, fold.number)).generate_state(1)[0])
-        fit = FitTask(fold.train, fold.validation, 4, seed, Passage(lambda number, metrics: None))
+        fit = FitTask(fold.train, fold.validation, 4, seed, FitHooks(lambda number, metrics: None))
         alone = fit_head(recipe, FitData(Task.MULTICLASS, 3, hidden, truth), fit)
         assert [epoch["val_loss"] for epoch in alone.trained.history] == pytest.approx(
             [epoch["val_loss"] for epoch in result.history], rel=1e-4

@@ -110,14 +110,14 @@ def test_two_loops_do_every_job_once(database: Database, start_loop: StartLoop) 
 def test_what_mlflow_is_owed_becomes_work(database: Database, start_loop: StartLoop) -> None:
     with database.writing() as session:
         run_id = records.queued_run(session, records.ready_version(session)).id
-        outbox.owe(session, run_id, "started", {})
+        outbox.add_to_outbox(session, run_id, "started", {})
     published: list[str] = []
 
     def publish(work: Work) -> Complete:
         published.append(work.subject_id)
 
         def complete(session: Session) -> None:
-            for row in outbox.owed(session, work.subject_id):
+            for row in outbox.outbox_rows(session, work.subject_id):
                 session.delete(row)
 
         return complete
@@ -136,7 +136,7 @@ def test_what_mlflow_cannot_be_told_is_tried_again_by_the_same_job(
 ) -> None:
     with database.writing() as session:
         run_id = records.queued_run(session, records.ready_version(session)).id
-        outbox.owe(session, run_id, "finished", {})
+        outbox.add_to_outbox(session, run_id, "finished", {})
     attempts: list[int] = []
 
     def publish(work: Work) -> NoReturn:

@@ -19,7 +19,7 @@ from artifacts import tensors
 from artifacts.tensors import UNREADABLE, Tensors
 from recipes.layers import Activation
 from training.fitting.head_fit import FittedHead, Scaler, dense_layers
-from training.fitting.training_loop import Arrays, Snapshot, Trained, Watched
+from training.fitting.training_loop import Arrays, EarlyStoppingState, FitSummary, Snapshot
 
 # Counted up by whoever changes what a training computes or what is kept of it.
 VERSION = 3
@@ -76,15 +76,19 @@ def _dump_snapshot(snapshot: Snapshot, arrays: Tensors) -> dict[str, Any]:
     _put(arrays, "variables", snapshot.variables)
     _put(arrays, "optimizer", snapshot.optimizer)
     values: dict[str, Any] = {"history": snapshot.history}
-    if snapshot.watched is not None:
-        _put(arrays, "watched", snapshot.watched.weights)
-        values["watched"] = {name: getattr(snapshot.watched, name) for name in ("best", "best_epoch", "wait")}
+    if snapshot.early_stopping_state is not None:
+        _put(arrays, "watched", snapshot.early_stopping_state.weights)
+        values["watched"] = {
+            name: getattr(snapshot.early_stopping_state, name) for name in ("best", "best_epoch", "wait")
+        }
     return values
 
 
 def _load_snapshot(values: Mapping[str, Any], arrays: Tensors) -> Snapshot:
-    watched = Watched(**values["watched"], weights=_all(arrays, "watched")) if "watched" in values else None
-    return Snapshot(values["history"], _all(arrays, "variables"), _all(arrays, "optimizer"), watched)
+    early_stopping_state = (
+        EarlyStoppingState(**values["watched"], weights=_all(arrays, "watched")) if "watched" in values else None
+    )
+    return Snapshot(values["history"], _all(arrays, "variables"), _all(arrays, "optimizer"), early_stopping_state)
 
 
 def _dump_fit(fit: FittedHead, arrays: Tensors) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def _load_fit(values: Mapping[str, Any], arrays: Tensors) -> FittedHead:
     scaler = Scaler(arrays["scaler.mean"], arrays["scaler.scale"])
     target_scaler = Scaler(arrays["unit.mean"], arrays["unit.scale"]) if "unit.mean" in arrays else None
     layers = dense_layers(weights, Activation(values["activation"]), scaler, target_scaler)
-    return FittedHead(layers, scaler, target_scaler, weights, Trained(**values["trained"]))
+    return FittedHead(layers, scaler, target_scaler, weights, FitSummary(**values["trained"]))
 
 
 def _put(arrays: Tensors, name: str, put: Iterable[npt.NDArray[Any]]) -> None:

@@ -26,7 +26,7 @@ from training.fitting import head_fit
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
 from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.head_fit import FittedHead, Scaler
-from training.fitting.training_loop import Beat, Rows, predict_batch
+from training.fitting.training_loop import PredictProgress, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
 
@@ -80,12 +80,12 @@ def fine_tune(
         epochs=fit.epochs,
         early_stopping=recipe.early_stopping,
         class_weight=class_weights(data.targets[fit.train], recipe.class_weights),
-        passage=fit.passage,
+        hooks=fit.hooks,
         rate=FINE_TUNE_LEARNING_RATE,
     )
 
     def logits(rows: Indices) -> Float32:
-        beat = Beat(fit.passage, len(trained.history))
+        beat = PredictProgress(fit.hooks, len(trained.history))
         values: Float32 = model.predict(in_order(rows), callbacks=[beat], verbose=0)
         return head.target_scaler.inverse_transform(values) if head.target_scaler else values.astype(np.float32)
 

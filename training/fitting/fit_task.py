@@ -12,7 +12,7 @@ from artifacts.bundle import Dense, Float32
 from recipes.recipe import Task
 from training.data.split import Indices
 from training.data.targets import Truth
-from training.fitting.training_loop import Passage, Trained
+from training.fitting.training_loop import FitHooks, FitSummary
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class FitTask:
         validation: rows that early stopping watches; if empty, every epoch is trained.
         epochs: largest number of epochs.
         seed: the same seed gives the same result on the same machine.
-        passage: the snapshot to continue from, and who is told of the progress.
+        hooks: the snapshot to continue from, and the callbacks that report progress.
     """
 
     train: Indices
     validation: Indices
     epochs: int
     seed: int
-    passage: Passage
+    hooks: FitHooks
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class FittedNetwork:
         logits: returns float32 [n, outputs] for rows of the data, computed by Keras without augmentation.
     """
 
-    trained: Trained
+    trained: FitSummary
     layers: tuple[Dense, ...]
     network: Callable[[], bytes]
     logits: Callable[[Indices], Float32]

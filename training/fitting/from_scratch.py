@@ -16,7 +16,7 @@ from training.data.split import Indices
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, recipe_loss
 from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.head_fit import Scaler
-from training.fitting.training_loop import Beat, Rows, predict_batch
+from training.fitting.training_loop import PredictProgress, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
 from training.networks.scratch_networks import build_body, build_output_layer, build_trainable_network
@@ -63,11 +63,11 @@ def fit_from_scratch(recipe: FromScratchRecipe, data: FitData, fit: FitTask) -> 
         epochs=fit.epochs,
         early_stopping=recipe.early_stopping,
         class_weight=class_weights(targets[fit.train], recipe.class_weights),
-        passage=fit.passage,
+        hooks=fit.hooks,
     )
 
     def logits(rows: Indices) -> Float32:
-        beat = Beat(fit.passage, len(trained.history))
+        beat = PredictProgress(fit.hooks, len(trained.history))
         values: Float32 = model.predict(in_order(rows), callbacks=[beat], verbose=0)
         return target_scaler.inverse_transform(values) if target_scaler else values.astype(np.float32)
 

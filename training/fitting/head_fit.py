@@ -23,7 +23,7 @@ from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
 from training.fitting.fit_task import FitData, FitTask
-from training.fitting.training_loop import Rows, Trained
+from training.fitting.training_loop import FitSummary, Rows
 from training.fitting.training_loop import train as epoch_by_epoch
 
 # A step of a head takes much less time than leaving the compiled graph, which is done once for so many steps.
@@ -47,7 +47,7 @@ class FittedHead:
     scaler: Scaler
     target_scaler: Scaler | None
     weights: list[npt.NDArray[np.float32]]
-    trained: Trained
+    trained: FitSummary
 
 
 def fit_head(recipe: HeadedRecipe, data: FitData, fit: FitTask) -> FittedHead:
@@ -83,7 +83,7 @@ def fit_head(recipe: HeadedRecipe, data: FitData, fit: FitTask) -> FittedHead:
         epochs=fit.epochs,
         early_stopping=recipe.early_stopping,
         class_weight=class_weights(targets[fit.train], recipe.class_weights),
-        passage=fit.passage,
+        hooks=fit.hooks,
         validation_batch_size=1024,
     )
     weights = model.get_weights()

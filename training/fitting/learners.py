@@ -23,13 +23,13 @@ from training.fitting.fit_task import FitData, FitTask
 from training.fitting.from_scratch import fit_from_scratch
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, is_linear
-from training.fitting.training_loop import Passage, Snapshot, finite
+from training.fitting.training_loop import FitHooks, Snapshot, finite
 from training.progress import Epoch, FitListener
 from training.statistics import evaluation
 from training.statistics.evaluation import median_epoch
 
 HEAD, NETWORK = "head", "network"
-# How a phase ended whose loss was no number any more; for other ends see `training.fitting.training_loop.Trained`.
+# How a phase ended whose loss was no number any more; for other ends see `training.fitting.training_loop.FitSummary`.
 DIVERGED = "diverged"
 # Images that show whether what nothing watched in its last step still answers with numbers.
 LOOKED_AT = 16
@@ -66,7 +66,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedModel:
     """What a learner brings back from one set of training rows.
 
     Attributes:
@@ -120,7 +120,7 @@ class Learner(Protocol):
         """What a fold trains at most."""
         ...
 
-    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
+    def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
         """Learn from rows; an interrupted fit continues from its checkpoint and ends with the same result."""
         ...
 
@@ -158,10 +158,10 @@ class Validation:
 
 # Weights of one head (measured: up to 20,480), and of all that are learned at once: each is held some ten times, for
 # its optimizer, its best epoch and a snapshot.
-_LARGEST_ABREAST, _WEIGHTS_ABREAST = 262_144, 16_000_000
+_LARGEST_IN_PARALLEL, _WEIGHTS_IN_PARALLEL = 262_144, 16_000_000
 
 
-class Frozen:
+class HeadLearner:
     """Learns a head on features that were computed once."""
 
     def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
@@ -170,30 +170,30 @@ class Frozen:
         self.validation = Validation(recipe, data.task, data.targets)
         self.plan = Plan(recipe.epochs)
 
-    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
+    def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
         """Learn a head."""
         ((_, learned),) = self.learn_many([(task, listener)])
         return learned
 
     @property
-    def learns_abreast(self) -> bool:
+    def learns_in_parallel(self) -> bool:
         """Whether several tasks are learned side by side, which takes a fraction of the time.
 
         Not with heads so large that Keras has the better of it, with all processors in one product.
         """
-        return is_linear(self._recipe.head) and self._weights <= _LARGEST_ABREAST
+        return is_linear(self._recipe.head) and self._weights <= _LARGEST_IN_PARALLEL
 
     @property
     def _weights(self) -> int:
         return int(self._data.inputs.shape[1]) * self._data.outputs
 
-    def learn_many(self, tasks: Sequence[tuple[LearningTask, FitListener]]) -> Iterator[tuple[int, Learned]]:
+    def learn_many(self, tasks: Sequence[tuple[LearningTask, FitListener]]) -> Iterator[tuple[int, LearnedModel]]:
         """Learn a head for each task; yield its place among the tasks and what was learned, as soon as it has ended."""
-        if not self.learns_abreast:
+        if not self.learns_in_parallel:
             for place, (task, listener) in enumerate(tasks):
                 yield place, self.of_head(self.fit_head(task, listener), task.validation)
             return
-        at_once = max(1, _WEIGHTS_ABREAST // self._weights)
+        at_once = max(1, _WEIGHTS_IN_PARALLEL // self._weights)
         for start in range(0, len(tasks), at_once):
             wanted = [
                 LinearHeadTask(
@@ -201,7 +201,7 @@ class Frozen:
                     task.validation,
                     task.plan.head,
                     task.seed,
-                    _passage(listener),
+                    _hooks(listener),
                     self._recipe.head.l2,
                 )
                 for task, listener in tasks[start : start + at_once]
@@ -212,11 +212,11 @@ class Frozen:
 
     def fit_head(self, task: LearningTask, listener: FitListener) -> FittedHead:
         """Fit the recipe's head on the rows' features, by itself."""
-        passage = _passage(listener)
-        fit = FitTask(task.train, task.validation, task.plan.head, task.seed, passage)
+        hooks = _hooks(listener)
+        fit = FitTask(task.train, task.validation, task.plan.head, task.seed, hooks)
         return fit_head(self._recipe, self._data, fit)
 
-    def of_head(self, head: FittedHead, validation: Indices) -> Learned:
+    def of_head(self, head: FittedHead, validation: Indices) -> LearnedModel:
         """Return a fitted head as what was learned."""
 
         def logits(rows: Indices) -> Float32:
@@ -225,34 +225,34 @@ class Frozen:
         value = self.validation(logits, validation)
         trained = head.trained
         phase = Phase(HEAD, len(trained.history), trained.best_epoch, trained.stopped, value)
-        return Learned((phase,), trained.history, trained.best_epoch, trained.stopped, head.layers, None, logits)
+        return LearnedModel((phase,), trained.history, trained.best_epoch, trained.stopped, head.layers, None, logits)
 
 
-def _passage(listener: FitListener) -> Passage:
+def _hooks(listener: FitListener) -> FitHooks:
     """Return the hooks of a fit with one phase, for its listener."""
 
     def offer(take: Callable[[], Snapshot]) -> None:
         listener.offer_checkpoint(lambda: Checkpoint(None, take()))
 
-    return Passage(
+    return FitHooks(
         listener.epoch_ended, listener.epochs_done, offer, listener.checkpoint.snapshot if listener.checkpoint else None
     )
 
 
-class Tuning:
+class FineTuningLearner:
     """Learns a head on frozen features first, then the network with it, and keeps what validates better.
 
     Where the network diverges the head is kept, except in the final model: raises TrainingDiverged.
     """
 
-    def __init__(self, recipe: FineTuningRecipe, frozen: Frozen, weights: bytes, data: FineTuningData) -> None:
+    def __init__(self, recipe: FineTuningRecipe, frozen: HeadLearner, weights: bytes, data: FineTuningData) -> None:
         self._recipe = recipe
         self._frozen = frozen
         self._weights = weights
         self._data = data
         self.plan = Plan(recipe.epochs, recipe.fine_tune.epochs)
 
-    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
+    def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
         """Learn a head, then the network."""
         found = listener.checkpoint
         head = found.head if found else None
@@ -278,8 +278,8 @@ class Tuning:
         listener.network_unfrozen(trained)
         gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
         try:
-            passage = Passage(hear, lambda epochs: listener.epochs_done(trained + epochs), offer, since)
-            fit = FitTask(task.train, task.validation, task.plan.network, task.seed, passage)
+            hooks = FitHooks(hear, lambda epochs: listener.epochs_done(trained + epochs), offer, since)
+            fit = FitTask(task.train, task.validation, task.plan.network, task.seed, hooks)
             tuned = fine_tune(self._recipe, self._data, self._weights, head, fit)
             if not len(task.validation):  # no loss is told after the last step
                 finite(tuned.logits(task.train[:LOOKED_AT]), FINE_TUNE_LEARNING_RATE)
@@ -295,7 +295,7 @@ class Tuning:
         if self._is_better(before.phases[0].validation, value):
             return replace(before, phases=phases, history=history)
         best_epoch = trained + went.best_epoch
-        return Learned(phases, history, best_epoch, went.stopped, tuned.layers, tuned.network, tuned.logits)
+        return LearnedModel(phases, history, best_epoch, went.stopped, tuned.layers, tuned.network, tuned.logits)
 
     def _is_better(self, one: float | None, other: float | None) -> bool:
         if one is None or other is None:
@@ -303,7 +303,7 @@ class Tuning:
         return one > other if self._frozen.validation.is_accuracy else one < other
 
 
-class Growing:
+class FromScratchLearner:
     """Learns a network from scratch."""
 
     def __init__(self, recipe: FromScratchRecipe, data: FitData) -> None:
@@ -312,13 +312,15 @@ class Growing:
         self._validation = Validation(recipe, data.task, data.targets)
         self.plan = Plan(0, recipe.epochs)
 
-    def learn(self, task: LearningTask, listener: FitListener) -> Learned:
+    def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
         """Learn all layers."""
         gc.collect()  # the network of the fold before, which holds itself in cycles
-        passage = _passage(listener)
-        fit = FitTask(task.train, task.validation, task.plan.network, task.seed, passage)
+        hooks = _hooks(listener)
+        fit = FitTask(task.train, task.validation, task.plan.network, task.seed, hooks)
         grown = fit_from_scratch(self._recipe, self._data, fit)
         went = grown.trained
         value = self._validation(grown.logits, task.validation)
         phase = Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value)
-        return Learned((phase,), went.history, went.best_epoch, went.stopped, grown.layers, grown.network, grown.logits)
+        return LearnedModel(
+            (phase,), went.history, went.best_epoch, went.stopped, grown.layers, grown.network, grown.logits
+        )

@@ -29,7 +29,7 @@ from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers
-from training.fitting.training_loop import Arrays, Snapshot, Stopping, Trained, Watch, shuffled
+from training.fitting.training_loop import Arrays, EpochRecorder, FitSummary, Snapshot, Stopping, shuffled
 from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
 from training.progress import Epoch
 
@@ -248,7 +248,7 @@ class _HeadInTraining:
         watches = recipe.early_stopping if len(fold.validation) else None
         self._stopping = Stopping(watches) if watches else None
         self._restore()
-        self._callbacks: list[Any] = [Watch(self._history, self.batches, task.passage)]
+        self._callbacks: list[Any] = [EpochRecorder(self._history, self.batches, task.hooks)]
         self._callbacks += self._stopping.callbacks if self._stopping else []
         for callback in self._callbacks:
             callback.set_model(self)
@@ -265,7 +265,7 @@ class _HeadInTraining:
 
     def report_batches(self, batches: int) -> None:
         """Report how many batches of the current epoch are done."""
-        self._task.passage.on_batch(len(self._history) + batches / self.batches)
+        self._task.hooks.on_batch(len(self._history) + batches / self.batches)
 
     def end_epoch(self, train_scores: Epoch, loss: LossFunction) -> None:
         """Validate the head, and pass the scores of the epoch to the callbacks."""
@@ -274,7 +274,7 @@ class _HeadInTraining:
         for callback in self._callbacks:
             callback.on_epoch_end(number, scores)
         if not self.has_ended:
-            self._task.passage.offer(self._snapshot)
+            self._task.hooks.offer(self._snapshot)
 
     def result(self) -> FittedHead:
         """Return the fitted head, with the weights of its best epoch."""
@@ -283,7 +283,7 @@ class _HeadInTraining:
         (kernel_and_bias,) = self.get_weights()
         weights = [kernel_and_bias[:-1], kernel_and_bias[-1]]
         scaler, target_scaler = self.fold.scaler, self.fold.target_scaler
-        trained = Trained(
+        trained = FitSummary(
             history=self._history,
             best_epoch=self._stopping.best_epoch if self._stopping else len(self._history),
             stopped=self._stopping.reason if self._stopping else "epochs",
@@ -330,21 +330,21 @@ class _HeadInTraining:
 
     def _snapshot(self) -> Snapshot:
         weights, *optimizer_state = (array.copy() for array in self.state)
-        watched = self._stopping.watched() if self._stopping else None
+        early_stopping_state = self._stopping.early_stopping_state() if self._stopping else None
         history = [dict(epoch) for epoch in self._history]
-        return Snapshot(history, [weights], [np.array(self.steps), *optimizer_state], watched)
+        return Snapshot(history, [weights], [np.array(self.steps), *optimizer_state], early_stopping_state)
 
     def _restore(self) -> None:
         """Continue from the snapshot of the task, if there is one and its arrays have the shapes of this head."""
-        since = self._task.passage.since
+        since = self._task.hooks.since
         shapes = [array.shape for array in self.state]
         if since is None or [array.shape for array in (*since.variables, *since.optimizer[1:])] != shapes:
             return
         self.state = [*since.variables, *since.optimizer[1:]]
         self.steps = int(since.optimizer[0])
         self._history += since.history
-        if self._stopping is not None and since.watched is not None:
-            self._stopping.go_on_from(since.watched)
+        if self._stopping is not None and since.early_stopping_state is not None:
+            self._stopping.go_on_from(since.early_stopping_state)
 
 
 # --- stacks -----------------------------------------------------------------------------------------------------------

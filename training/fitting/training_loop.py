@@ -31,7 +31,7 @@ Arrays = list[npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Watched:
+class EarlyStoppingState:
     """What early stopping has seen: the best value so far, its epoch (from 0), and how many epochs ago that was.
 
     `weights` are those of the best epoch, in the order of `_learned`.
@@ -57,7 +57,7 @@ class Snapshot:
     history: list[Epoch]
     variables: Arrays
     optimizer: Arrays
-    watched: Watched | None
+    early_stopping_state: EarlyStoppingState | None
 
 
 Offer = Callable[[Callable[[], Snapshot]], None]
@@ -65,7 +65,7 @@ Offer = Callable[[Callable[[], Snapshot]], None]
 
 
 @dataclass(frozen=True)
-class Passage:
+class FitHooks:
     """How a training stands to the outside: what it goes on from, and who hears how it goes.
 
     Attributes:
@@ -82,7 +82,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Trained:
+class FitSummary:
     """What became of a training; the model has the weights of the best epoch.
 
     Attributes:
@@ -104,10 +104,10 @@ def train(
     epochs: int,
     early_stopping: EarlyStopping | None,
     class_weight: Mapping[int, float] | None,
-    passage: Passage,
+    hooks: FitHooks,
     rate: str = LEARNING_RATE,
     **options: Any,
-) -> Trained:
+) -> FitSummary:
     """Train a compiled Keras model, from the beginning or from a snapshot of it.
 
     Args:
@@ -117,7 +117,7 @@ def train(
         epochs: epochs to train at most.
         early_stopping: when to end before; without validation data it is ignored.
         class_weight: weight of each class.
-        passage: what to go on from, and who hears how it goes.
+        hooks: the snapshot to continue from, and the callbacks that report progress.
         rate: the field of a recipe that has the learning rate.
         options: more for Keras' `fit`.
 
@@ -127,17 +127,19 @@ def train(
     # Else Keras does it in the middle of the first step, and TensorFlow traces that step a second time.
     model.optimizer.build(model.trainable_variables)
     stopping = Stopping(early_stopping) if validation is not None and early_stopping is not None else None
-    since = passage.since if passage.since is not None and fits(model, passage.since) else None
+    since = hooks.since if hooks.since is not None and fits(model, hooks.since) else None
     history = list(since.history) if since else []
     if since is not None:
         restore(model, since)
-        if stopping is not None and since.watched is not None:
-            stopping.go_on_from(since.watched)
+        if stopping is not None and since.early_stopping_state is not None:
+            stopping.go_on_from(since.early_stopping_state)
     batches.begin(len(history))
-    callbacks: list[Any] = [Watch(history, len(batches), passage, rate), _Memory()]
+    callbacks: list[Any] = [EpochRecorder(history, len(batches), hooks, rate), _KeepFreedMemory()]
     if stopping is not None:
         callbacks += stopping.callbacks
-    callbacks.append(_Offering(history, epochs, stopping, passage.offer))  # last: it must see what the others decided
+    callbacks.append(
+        _SnapshotOffer(history, epochs, stopping, hooks.offer)
+    )  # last: it must see what the others decided
     model.fit(
         batches,
         validation_data=validation,
@@ -150,7 +152,7 @@ def train(
         **options,
     )
     freed_memory.give_back_freed()
-    return Trained(
+    return FitSummary(
         history=history,
         best_epoch=stopping.best_epoch if stopping else len(history),
         stopped=stopping.reason if stopping else "epochs",
@@ -222,13 +224,13 @@ def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:
 # --- snapshots -------------------------------------------------------------------------------------------------------
 
 
-def snapshot(model: Any, history: Sequence[Epoch], watched: Watched | None) -> Snapshot:
+def snapshot(model: Any, history: Sequence[Epoch], early_stopping_state: EarlyStoppingState | None) -> Snapshot:
     """Return the state of a training, copied."""
     return Snapshot(
         [dict(epoch) for epoch in history],
         _copied(_changing(model)),
         _copied(model.optimizer.variables),
-        watched,
+        early_stopping_state,
     )
 
 
@@ -277,43 +279,43 @@ def _assign(variables: Sequence[Any], values: Arrays) -> None:
 # --- callbacks -------------------------------------------------------------------------------------------------------
 
 
-class Beat(keras.callbacks.Callback):  # type: ignore[misc]
+class PredictProgress(keras.callbacks.Callback):  # type: ignore[misc]
     """Tells after each predicted batch that the work moves: many images take minutes."""
 
-    def __init__(self, passage: Passage, epochs: int) -> None:
+    def __init__(self, hooks: FitHooks, epochs: int) -> None:
         super().__init__()
-        self._passage = passage
+        self._hooks = hooks
         self._epochs = epochs
 
     def on_predict_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._passage.on_batch(float(self._epochs))
+        self._hooks.on_batch(float(self._epochs))
 
 
-class Watch(keras.callbacks.Callback):  # type: ignore[misc]
+class EpochRecorder(keras.callbacks.Callback):  # type: ignore[misc]
     """Keeps the history, tells each epoch, and ends a training that has diverged."""
 
-    def __init__(self, history: list[Epoch], batches: int, passage: Passage, rate: str = LEARNING_RATE) -> None:
+    def __init__(self, history: list[Epoch], batches: int, hooks: FitHooks, rate: str = LEARNING_RATE) -> None:
         super().__init__()
         self._history = history
         self._batches = batches
-        self._passage = passage
+        self._hooks = hooks
         self._rate = rate
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._passage.on_batch(len(self._history) + (batch + 1) / self._batches)
+        self._hooks.on_batch(len(self._history) + (batch + 1) / self._batches)
 
     def on_test_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._passage.on_batch(len(self._history) + 1.0)
+        self._hooks.on_batch(len(self._history) + 1.0)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         if not all(map(np.isfinite, metrics.values())):
             raise TrainingDiverged(f"The loss is no longer a number after epoch {epoch + 1}. Lower {self._rate}.")
         self._history.append(metrics)
-        self._passage.on_epoch(epoch + 1, metrics)
+        self._hooks.on_epoch(epoch + 1, metrics)
 
 
-class _Memory(keras.callbacks.Callback):  # type: ignore[misc]
+class _KeepFreedMemory(keras.callbacks.Callback):  # type: ignore[misc]
     """Has the process keep freed memory once the first batch was read."""
 
     is_kept = False
@@ -324,7 +326,7 @@ class _Memory(keras.callbacks.Callback):  # type: ignore[misc]
             self.is_kept = True
 
 
-class _Offering(keras.callbacks.Callback):  # type: ignore[misc]
+class _SnapshotOffer(keras.callbacks.Callback):  # type: ignore[misc]
     """Offers a snapshot at the end of each epoch that others follow."""
 
     def __init__(self, history: list[Epoch], epochs: int, stopping: Stopping | None, offer: Offer) -> None:
@@ -339,7 +341,7 @@ class _Offering(keras.callbacks.Callback):  # type: ignore[misc]
             self._offer(self._take)
 
     def _take(self) -> Snapshot:
-        return snapshot(self.model, self._history, self._stopping.watched() if self._stopping else None)
+        return snapshot(self.model, self._history, self._stopping.early_stopping_state() if self._stopping else None)
 
 
 class Stopping:
@@ -363,13 +365,13 @@ class Stopping:
             return "target"
         return "patience" if self._patience.stopped_epoch else "epochs"
 
-    def watched(self) -> Watched:
+    def early_stopping_state(self) -> EarlyStoppingState:
         """Return what was seen so far."""
-        return self._patience.watched()
+        return self._patience.early_stopping_state()
 
-    def go_on_from(self, watched: Watched) -> None:
+    def go_on_from(self, early_stopping_state: EarlyStoppingState) -> None:
         """Begin with what an interrupted training has seen."""
-        self._patience.since = watched
+        self._patience.since = early_stopping_state
 
 
 class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
@@ -383,7 +385,7 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
             mode="max" if recipe.monitor.value.endswith("accuracy") else "min",
             restore_best_weights=True,
         )
-        self.since: Watched | None = None
+        self.since: EarlyStoppingState | None = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
@@ -398,9 +400,9 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
         """Keep the present epoch, counted from 0, whatever was better."""
         self.best_epoch, self.best_weights = epoch, self.model.get_weights()
 
-    def watched(self) -> Watched:
+    def early_stopping_state(self) -> EarlyStoppingState:
         weights = [self.best_weights[place] for place in self._learned_places()]
-        return Watched(float(self.best), int(self.best_epoch), int(self.wait), weights)
+        return EarlyStoppingState(float(self.best), int(self.best_epoch), int(self.wait), weights)
 
     def _learned_places(self) -> list[int]:
         """Return where the weights that the training changes stand among all."""

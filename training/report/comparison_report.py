@@ -32,7 +32,7 @@ class Line:
 
 def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, interval: str) -> str:
     """Return the report as Markdown, with a row for each of `lines` in their order."""
-    said = headline.said
+    formatted = headline.formatted
     text = [
         f"# Comparison of {name}",
         "",
@@ -46,9 +46,14 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
         apart = ("", "", "")
         if line.difference is not None:
             low, high = line.difference.ci95
-            apart = (said(line.difference.difference), f"{said(low)} to {said(high)}", f"{line.difference.p_value:.2g}")
+            apart = (
+                formatted(line.difference.difference),
+                f"{formatted(low)} to {formatted(high)}",
+                f"{line.difference.p_value:.2g}",
+            )
         text.append(
-            f"| {line.title} | {line.version} | {said(line.score)} | {said(line.ci95[0])} to {said(line.ci95[1])} "
+            f"| {line.title} | {line.version} | {formatted(line.score)} "
+            f"| {formatted(line.ci95[0])} to {formatted(line.ci95[1])} "
             f"| {' | '.join(apart)} | {line.training_s:,.1f} s | {_milliseconds(line.predict_ms)} "
             f"| {line.backbone_bytes / 1e6:,.1f} MB | {line.bundle_bytes / 1e6:,.2f} MB |"
         )

@@ -51,7 +51,7 @@ class Description:
 def verdict(task: Task, metrics: dict[str, Any]) -> str:
     """Return the headline score in one sentence, and the other usual scores for labels and numbers in a second one."""
     headline = HEADLINES[task]
-    spread = headline.said(metrics[f"{headline.metric}_sd"])
+    spread = headline.formatted(metrics[f"{headline.metric}_sd"])
     sentence = (
         f"{headline.sentence(metrics)}, measured on images that the network had not seen. The standard deviation "
         f"between folds is {spread}."
@@ -87,7 +87,9 @@ def report(run: Description) -> str:
     if "test" in metrics:
         test = metrics["test"]
         has_interval = f"{headline.metric}_ci95" in test
-        score = headline.sentence(test) if has_interval else f"{headline.title} {headline.said(test[headline.metric])}"
+        score = (
+            headline.sentence(test) if has_interval else f"{headline.title} {headline.formatted(test[headline.metric])}"
+        )
         lines.append(
             f"- Test split: {score} on {test['images']:,} images that were never used for training or early stopping."
         )
@@ -99,7 +101,7 @@ def report(run: Description) -> str:
         "|--:|--:|--:|--:|--:|---|",
     ]
     lines += [
-        f"| {fold.number + 1} | {headline.said(fold.metrics[headline.metric])} | {fold.metrics['loss']:.4g} "
+        f"| {fold.number + 1} | {headline.formatted(fold.metrics[headline.metric])} | {fold.metrics['loss']:.4g} "
         f"| {fold.epochs} | {fold.best_epoch} | {fold.stopped} |"
         for fold in run.folds
     ]
@@ -141,7 +143,7 @@ def _bake_off_lines(run: Description) -> list[str]:
         "|---|---|--:|--:|",
         *(
             f"| {CATALOGUE[one.backbone].title} | `{one.features_from}` | {one.width} "
-            f"| {'diverged' if one.score is None else headline.said(one.score)} |"
+            f"| {'diverged' if one.score is None else headline.formatted(one.score)} |"
             for one in run.pick.tried
         ),
     ]
@@ -252,11 +254,11 @@ def _precision_lines(run: Description) -> list[str]:
         return []
     headline = HEADLINES[run.task]
     tried = "; ".join(
-        f"{one.precision.value} {headline.said(one.score)} at {one.image_ms:.1f} ms per image"
+        f"{one.precision.value} {headline.formatted(one.score)} at {one.image_ms:.1f} ms per image"
         for one in run.choice.scores
     )
     if headline.is_greater_better:
-        bound = f"at most {headline.said(MARGIN)} below that of float32"
+        bound = f"at most {headline.formatted(MARGIN)} below that of float32"
     else:
         bound = f"at most {RELATIVE_MARGIN:.0%} above that of float32"
     wanted = run.recipe.precision

@@ -169,7 +169,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences: Sequence[Difference | None]) -> str:
     """Return a sentence that says which recipe is best, and which others may be as good by the test."""
     winner = f"{entries[best].title} has the best {headline.title[0].lower()}{headline.title[1:]}, "
-    winner += headline.said(entries[best].score)
+    winner += headline.formatted(entries[best].score)
     others = [(entry, found) for entry, found in zip(entries, differences, strict=True) if found is not None]
     if not others:
         return f"{winner}; no other recipe could be trained, so there is nothing to compare it with."
@@ -179,7 +179,7 @@ def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences
         largest = max(found.p_value for _, found in others)
         return (
             f"{winner}, and is better than every other: the next, {next_best.title}, has "
-            f"{headline.said(next_best.score)} (p at most {largest:.2g}, adjusted by Holm)."
+            f"{headline.formatted(next_best.score)} (p at most {largest:.2g}, adjusted by Holm)."
         )
     names = " and ".join(filter(None, [", ".join(entry.title for entry in near[:-1]), near[-1].title]))
     return f"{winner}, but cannot be told apart from {names} on these images."

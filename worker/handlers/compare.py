@@ -17,7 +17,7 @@ from models.comparison import Comparison
 from models.dataset import DatasetVersion
 from models.file_references import delete_unreferenced_after_commit
 from models.job import Job
-from models.outbox import owe
+from models.outbox import add_to_outbox
 from models.run import Run, RunState
 from recipes.recipe import Task
 from recipes.titles import difference_titles
@@ -90,7 +90,7 @@ class Compare(Handler):
             return
         for run in comparisons.get_runs(session, comparison_id):
             if run.state is RunState.SUCCEEDED:
-                owe(session, run.id, "comparison", {})
+                add_to_outbox(session, run.id, "comparison", {})
 
 
 def _compared(session: Session, position: int, title: str, run: Run) -> ComparedRun:

@@ -23,7 +23,7 @@ from models import run as runs
 from models.dataset import DatasetVersion
 from models.file_references import delete_unreferenced_after_commit, lock_files
 from models.job import Job, JobKind, Queue
-from models.outbox import owe
+from models.outbox import add_to_outbox
 from models.project import Principal
 from models.registry import Backbone, Weights
 from models.run import FINAL_PART, EventKind, Fold, Run
@@ -505,7 +505,7 @@ def _fold(run_id: str, ended: FoldEnded) -> Fold:
 
 def _note_fold(session: Session, store: Store, run_id: str, number: int) -> None:
     """Owe MLflow a fold that has ended, and drop its checkpoints."""
-    owe(session, run_id, "fold", {"fold": number})
+    add_to_outbox(session, run_id, "fold", {"fold": number})
     delete_unreferenced_after_commit(session, store, runs.drop_checkpoints(session, run_id, number))
 
 

@@ -1,4 +1,4 @@
-"""Computes what is asked of a finished run: the worker's side. The child reads what the run left."""
+"""The worker's side of views of a finished run. The child (`worker.child.view`) reads the run's files and computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models import view as views
 from models.dataset import DatasetVersion
 from models.file_references import delete_unreferenced_after_commit, lock_files
 from models.job import Job
-from models.outbox import owe
+from models.outbox import add_to_outbox
 from models.run import Run
 from models.view import View, ViewKind
 from worker.child_process import Child, ChildConnection, ChildDied, computing_threads, messages, store_keys
@@ -28,8 +28,8 @@ from worker.messages import ActivationsOrder, LayersOrder, LearningCurveOrder, V
 StartChild = Callable[[ViewOrder, Mapping[str, str]], AbstractContextManager[ChildConnection]]
 
 
-class Look(Handler):
-    """The job that makes one view of a run."""
+class ComputeView(Handler):
+    """The job that computes one view of a run."""
 
     def __init__(
         self, store: Store, features: str, image_limits: ImageLimits, threads: int, start: StartChild = Child
@@ -41,12 +41,12 @@ class Look(Handler):
         self._start = start
 
     def run(self, work: Work) -> Complete:
-        """Compute in a child process; return what keeps the result."""
+        """Compute in a child process; return the function that stores the result."""
         order = work.write(lambda session: self._begin(session, work.subject_id))
         if order is None:  # the data set was deleted meanwhile
             return lambda session: None
         outcome: ViewOutcome | None = None
-        # No GPU: trainings have it, and a head trains as fast without.
+        # No GPU: it belongs to training, and a head trains as fast without one.
         surroundings = {"CUDA_VISIBLE_DEVICES": "-1", **computing_threads(self._threads), **store_keys(self._store)}
         try:
             with self._start(order, surroundings) as child:
@@ -76,7 +76,7 @@ class Look(Handler):
         views.cancel_view(session, job.subject_id)
 
     def _begin(self, session: Session, view_id: str) -> ViewOrder | None:
-        """Note that the view is worked on; return the order for the child, or None if nobody wants it any more."""
+        """Mark the view as running; return the order for the child, or None if the view is not needed any more."""
         view = views.start_view(session, view_id)
         if view is None:
             return None
@@ -114,9 +114,9 @@ class Look(Handler):
                 )
 
     def _complete(self, session: Session, view_id: str, outcome: ViewOutcome, contents: Mapping[Digest, bytes]) -> None:
-        """Name what was computed, unless nobody wants it any more."""
+        """Record the files that were computed, unless the view is not needed any more."""
         lock_files(session)
-        for missing in self._store.missing(contents):  # it was removed just now, with a view that was the same
+        for missing in self._store.missing(contents):  # an equal view was just deleted, and its files with it
             self._store.put(contents[missing])
         view = views.succeed_view(session, view_id, outcome.file, len(contents[outcome.file]))
         if view is None:
@@ -124,7 +124,7 @@ class Look(Handler):
         elif outcome.picture is not None:
             name, picture = RunFile.LEARNING_CURVE.value, outcome.picture
             runs.add_artifact(session, view.run_id, name, picture, len(contents[picture]), "image/png")
-            owe(session, view.run_id, "file", {"name": name})
+            add_to_outbox(session, view.run_id, "file", {"name": name})
 
 
 def _bundle_of(session: Session, run: Run) -> Digest:

@@ -29,13 +29,13 @@ from training.fitting.fine_tuning import FineTuningData, fine_tune
 from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.learners import LearningTask
-from training.fitting.training_loop import Passage, Snapshot
+from training.fitting.training_loop import FitHooks, Snapshot
 from training.networks import backbones
 from training.networks.export import export
 from training.progress import Epoch
 
 NONE = np.array([], dtype=np.intp)
-QUIET = Passage(lambda number, metrics: None)
+QUIET = FitHooks(lambda number, metrics: None)
 COUNT = 24
 # VGG16 has 1.5 million weights in its third block, and 13 million in the two after it.
 FEW = {"features_from": "block3", "unfreeze": "block3"}
@@ -88,7 +88,7 @@ class Trial:
         self.rows = np.arange(COUNT)
         self.outputs = 3 if targets is None else 1 if targets.ndim == 1 else targets.shape[1]
         self.head: FittedHead = fit_head(
-            wanted, self.feature_data, FitTask(self.rows, NONE, epochs=head_epochs, seed=0, passage=QUIET)
+            wanted, self.feature_data, FitTask(self.rows, NONE, epochs=head_epochs, seed=0, hooks=QUIET)
         )
 
     @property
@@ -100,7 +100,7 @@ class Trial:
 
     def fine_tune(self, data: FineTuningData | None = None, **change: Any) -> FittedNetwork:
         is_validation = self.rows % 4 == 0
-        fit = FitTask(self.rows[~is_validation], self.rows[is_validation], epochs=3, seed=0, passage=QUIET)
+        fit = FitTask(self.rows[~is_validation], self.rows[is_validation], epochs=3, seed=0, hooks=QUIET)
         data = data or self.data(self.pixels, are_maps=False)
         return fine_tune(self.recipe, data, self.weights, self.head, replace(fit, **change))
 
@@ -193,7 +193,7 @@ def test_the_loss_falls_and_every_epoch_is_told() -> None:
     told: list[tuple[int, Epoch]] = []
     # Random weights make tiny features, and standardising those makes small steps large.
     trial = Trial(recipe(unfreeze="block2", fine_tune={"learning_rate": 1e-7, "epochs": 3}), head_epochs=1)
-    tuned = trial.fine_tune(passage=Passage(lambda number, metrics: told.append((number, metrics))))
+    tuned = trial.fine_tune(hooks=FitHooks(lambda number, metrics: told.append((number, metrics))))
     assert [number for number, _ in told] == [1, 2, 3]
     assert tuned.trained.history[-1]["loss"] < tuned.trained.history[0]["loss"]
     assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= tuned.trained.history[0].keys()
@@ -204,7 +204,7 @@ def test_long_predictions_show_that_they_move(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(training_loop, "_ANSWERED_AT_ONCE", 8)
     beats: list[float] = []
     trial = Trial(recipe())
-    tuned = trial.fine_tune(epochs=2, passage=Passage(lambda number, metrics: None, beats.append))
+    tuned = trial.fine_tune(epochs=2, hooks=FitHooks(lambda number, metrics: None, beats.append))
     beats.clear()
     tuned.logits(trial.rows)
     assert beats == [2.0] * -(-COUNT // 8)
@@ -231,9 +231,9 @@ def test_classes_weigh_what_they_are_given_while_the_network_learns() -> None:
 def test_a_snapshot_of_other_code_is_not_gone_on_from() -> None:
     trial = Trial(recipe())
     kept: list[Snapshot] = []
-    unbroken = trial.fine_tune(passage=Passage(lambda number, metrics: None, offer=lambda take: kept.append(take())))
+    unbroken = trial.fine_tune(hooks=FitHooks(lambda number, metrics: None, offer=lambda take: kept.append(take())))
     variables = [variable[..., :-1] for variable in kept[0].variables]
-    tuned = trial.fine_tune(passage=Passage(lambda number, metrics: None, since=replace(kept[0], variables=variables)))
+    tuned = trial.fine_tune(hooks=FitHooks(lambda number, metrics: None, since=replace(kept[0], variables=variables)))
     assert tuned.trained == unbroken.trained
 
 
@@ -291,8 +291,8 @@ def test_a_network_with_branches_is_fine_tuned_from_its_last_block(name: Backbon
 def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> None:
     trial = Trial(recipe())
     broken = trial.data(np.full_like(trial.maps().inputs, np.nan, dtype=np.float32), are_maps=True)
-    frozen = learners.Frozen(trial.recipe, trial.feature_data)
-    learner = learners.Tuning(trial.recipe, frozen, trial.weights, broken)
+    frozen = learners.HeadLearner(trial.recipe, trial.feature_data)
+    learner = learners.FineTuningLearner(trial.recipe, frozen, trial.weights, broken)
     plan = replace(learner.plan, head=2)
     fold = LearningTask(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
     heard = Kept(0, None, lambda part, checkpoint: False)

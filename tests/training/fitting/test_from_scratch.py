@@ -28,13 +28,13 @@ from recipes.recipe import Recipe, Task
 from recipes.shapes import filled_network
 from training.fitting.fit_task import FitData, FitTask, FittedNetwork
 from training.fitting.from_scratch import fit_from_scratch
-from training.fitting.training_loop import Passage
+from training.fitting.training_loop import FitHooks
 from training.networks import backbones, scratch_networks
 from training.networks.export import export
 from training.networks.stochastic_pooling import StochasticPooling
 from training.progress import Epoch
 
-SILENT = Passage(lambda number, epoch: None)
+SILENT = FitHooks(lambda number, epoch: None)
 # The four pictures of two pixels, in black and white.
 BITS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
 PIXELS = np.repeat(BITS[:, None, :, None] * 255, 3, axis=3).astype(np.uint8)
@@ -422,6 +422,6 @@ def test_a_network_learns_tags_and_numbers(bench: Bench) -> None:
 
 def test_epochs_are_told(bench: Bench) -> None:
     told: list[tuple[int, Epoch]] = []
-    passage = Passage(lambda number, epoch: told.append((number, epoch)))
-    fit_from_scratch(perceptron("sigmoid"), FitData(Task.BINARY, 1, PIXELS, AND), FitTask(ALL, NONE, 3, 0, passage))
+    hooks = FitHooks(lambda number, epoch: told.append((number, epoch)))
+    fit_from_scratch(perceptron("sigmoid"), FitData(Task.BINARY, 1, PIXELS, AND), FitTask(ALL, NONE, 3, 0, hooks))
     assert [number for number, _ in told] == [1, 2, 3] and told[-1][1]["loss"] < told[0][1]["loss"]

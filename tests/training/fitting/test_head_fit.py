@@ -14,7 +14,7 @@ from training.data.split import Indices
 from training.fitting.compile_options import class_weights
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
-from training.fitting.training_loop import Passage, Rows
+from training.fitting.training_loop import FitHooks, Rows
 from training.networks import freed_memory
 
 NONE = np.array([], dtype=np.intp)
@@ -38,8 +38,8 @@ def fitted(recipe: Recipe, features: Features, truth: Indices, *, seed: int = 0,
 def quarter(count: int, seed: int = 0) -> FitTask:
     """Return a fit that validates on a quarter of the rows."""
     rows = np.arange(count)
-    passage = Passage(lambda number, metrics: None)
-    return FitTask(rows[rows % 4 != 0], rows[rows % 4 == 0], EPOCHS, seed, passage)
+    hooks = FitHooks(lambda number, metrics: None)
+    return FitTask(rows[rows % 4 != 0], rows[rows % 4 == 0], EPOCHS, seed, hooks)
 
 
 def quick(**fields: Any) -> Recipe:
@@ -142,8 +142,8 @@ def test_patience_ends_a_fit_and_the_best_weights_are_kept() -> None:
 def test_freed_memory_is_kept_once_the_first_batch_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(freed_memory, "keep_freed", lambda: told.append("kept"))
-    passage = Passage(lambda number, metrics: told.append("epoch"), lambda epochs: told.append("batch"))
-    fitted(quick(), *clouds(), epochs=2, passage=passage)
+    hooks = FitHooks(lambda number, metrics: told.append("epoch"), lambda epochs: told.append("batch"))
+    fitted(quick(), *clouds(), epochs=2, hooks=hooks)
     assert told.count("kept") == 1 and told.index("kept") == told.index("batch") + 1 < told.index("epoch")
 
 
@@ -186,7 +186,7 @@ def test_a_diverging_fit_says_what_to_lower() -> None:
 def test_every_epoch_is_told() -> None:
     told: list[tuple[int, float]] = []
     features, truth = clouds()
-    result = fitted(quick(), features, truth, passage=Passage(lambda *epoch: told.append((epoch[0], epoch[1]["loss"]))))
+    result = fitted(quick(), features, truth, hooks=FitHooks(lambda *epoch: told.append((epoch[0], epoch[1]["loss"]))))
     assert told == [(number, epoch["loss"]) for number, epoch in enumerate(result.trained.history, start=1)]
 
 

@@ -16,11 +16,11 @@ from training.fitting import linear_heads as module
 from training.fitting.fit_task import FitData
 from training.fitting.head_fit import FittedHead, fit_head
 from training.fitting.linear_heads import LinearHeadTask, fit_linear_heads, l2_grid
-from training.fitting.training_loop import Passage, Snapshot
+from training.fitting.training_loop import FitHooks, Snapshot
 
 NONE = np.array([], dtype=np.intp)
 ROWS, WIDTH = 120, 8
-QUIET = Passage(lambda number, metrics: None)
+QUIET = FitHooks(lambda number, metrics: None)
 
 
 def some(task: Task) -> tuple[Features, Truth, int]:
@@ -47,7 +47,7 @@ def wanted(count: int, validation: bool = True, **change: Any) -> list[LinearHea
     for number in range(count):
         rest = rows[fold != number]
         aside = rest[::8] if validation else NONE
-        one = LinearHeadTask(np.setdiff1d(rest, aside), aside, epochs=40, seed=number, l2=1e-3, passage=QUIET)
+        one = LinearHeadTask(np.setdiff1d(rest, aside), aside, epochs=40, seed=number, l2=1e-3, hooks=QUIET)
         found.append(replace(one, **change))
     return found
 
@@ -194,9 +194,7 @@ def test_every_epoch_of_every_head_is_told_and_what_has_ended_is_given_at_once()
     told: list[tuple[int, int]] = []
     done: list[float] = []
     asked = [
-        replace(
-            one, passage=Passage(lambda epoch, _, head=head: told.append((head, epoch)), done.append), epochs=epochs
-        )
+        replace(one, hooks=FitHooks(lambda epoch, _, head=head: told.append((head, epoch)), done.append), epochs=epochs)
         for head, (one, epochs) in enumerate(zip(wanted(2), (4, 2), strict=True))
     ]
     features, targets, outputs = some(Task.BINARY)
@@ -218,11 +216,11 @@ def test_heads_that_were_interrupted_end_as_if_they_never_were() -> None:
             if len(snapshot.history) == until:
                 kept[head] = snapshot
 
-        return replace(one, passage=replace(QUIET, offer=offer))
+        return replace(one, hooks=replace(QUIET, offer=offer))
 
     chosen, asked = recipe(early_stopping=EarlyStopping(patience=4)), wanted(2)
     unbroken = together(chosen, Task.MULTICLASS, [watched(0, asked[0], 3), watched(1, asked[1], 6)])
-    since = [replace(one, passage=replace(QUIET, since=kept[head])) for head, one in enumerate(asked)]
+    since = [replace(one, hooks=replace(QUIET, since=kept[head])) for head, one in enumerate(asked)]
     for one, other in zip(unbroken, together(chosen, Task.MULTICLASS, since), strict=True):
         assert one.trained == other.trained
         assert np.array_equal(one.weights[0], other.weights[0])
@@ -231,7 +229,7 @@ def test_heads_that_were_interrupted_end_as_if_they_never_were() -> None:
 def test_a_snapshot_of_something_else_is_no_beginning() -> None:
     (one,) = wanted(1, epochs=3)
     strange = Snapshot([{"loss": 1.0}], [np.zeros((2, 2), dtype=np.float32)], [], None)
-    (fitted,) = together(recipe(), Task.MULTICLASS, [replace(one, passage=replace(QUIET, since=strange))])
+    (fitted,) = together(recipe(), Task.MULTICLASS, [replace(one, hooks=replace(QUIET, since=strange))])
     assert len(fitted.trained.history) == 3
 
 

@@ -552,8 +552,8 @@ def abandon(intake: Intake, version_id: str) -> None:
         assert work.subject_id == version_id
         handler.run(work)
     with intake.database.writing() as session:
-        (sighting,) = jobs.sightings(session)
-        job = jobs.take_over(session, sighting)
+        (observation,) = jobs.observe_leases(session)
+        job = jobs.take_over(session, observation)
         assert job is not None
         if job.state is JobState.FAILED:
             handler.failed(session, job, Crashed("Its worker was lost at every attempt."))

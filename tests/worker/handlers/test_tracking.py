@@ -31,7 +31,7 @@ from models import registry, run_jobs
 from models import run as runs
 from models.comparison import Comparison, ComparisonRun, ComparisonState
 from models.job import Job, JobKind, JobState, Queue
-from models.outbox import Outbox, add_publish_jobs, owe
+from models.outbox import Outbox, add_publish_jobs, add_to_outbox
 from models.run import Fold, Run
 from models.session import Database
 from ops.up import mlflow_answers, mlflow_server
@@ -138,11 +138,11 @@ def _place(url: str) -> TrackingSettings:
 
 def owe_all(session: Session, run_id: str) -> None:
     """Owe MLflow everything about a run, whatever it was told before."""
-    owe(session, run_id, "started", {})
+    add_to_outbox(session, run_id, "started", {})
     for number in range(2):
-        owe(session, run_id, "fold", {"fold": number})
-    owe(session, run_id, "finished", {})
-    owe(session, run_id, "alias", {"alias": "champion"})
+        add_to_outbox(session, run_id, "fold", {"fold": number})
+    add_to_outbox(session, run_id, "finished", {})
+    add_to_outbox(session, run_id, "alias", {"alias": "champion"})
 
 
 def add_folds(session: Session, run_id: str) -> None:
@@ -275,8 +275,8 @@ def test_a_table_that_is_told_twice_is_shown_once_in_place_of_an_earlier_one(
         table = {"verdict": verdict, "rows": [{"position": 0}, {"position": 7, "difference": difference}]}
         with case.database.writing() as session:
             comparisons.succeed_comparison(session, comparison.id, table, records.digest("picture"), text)
-            owe(session, case.run_id, "started", {})
-            owe(session, case.run_id, "comparison", {})
+            add_to_outbox(session, case.run_id, "started", {})
+            add_to_outbox(session, case.run_id, "comparison", {})
         case.publish(mlflow_url)
 
     client = mlflow.MlflowClient(mlflow_url, registry_uri=mlflow_url)
@@ -302,8 +302,8 @@ def test_a_file_that_came_after_the_end_is_shown_beside_the_others(mlflow_url: s
     before = seen(mlflow_url, case.name)
     with case.database.writing() as session:
         runs.add_artifact(session, case.run_id, "learning-curve.png", case.store.put(b"a picture"), 9, "image/png")
-        owe(session, case.run_id, "file", {"name": "learning-curve.png"})
-        owe(session, case.run_id, "file", {"name": "learning-curve.png"})
+        add_to_outbox(session, case.run_id, "file", {"name": "learning-curve.png"})
+        add_to_outbox(session, case.run_id, "file", {"name": "learning-curve.png"})
     case.publish(mlflow_url)
     after = seen(mlflow_url, case.name)
     assert case.owed() == 0 and set(after["runs"][2][7]) - set(before["runs"][2][7]) == {"learning-curve.png"}
@@ -368,7 +368,7 @@ def test_the_end_of_a_run_that_is_tried_again_is_told_at_its_next_end(
 
     def fail(session: Session, run_id: str) -> None:
         runs.fail_run(session, run_id, {"code": "crashed", "detail": "It died."})
-        owe(session, run_id, "finished", {})
+        add_to_outbox(session, run_id, "finished", {})
 
     def shown() -> str:
         case = Case(sqlite, store, run_id, name)
@@ -380,7 +380,7 @@ def test_the_end_of_a_run_that_is_tried_again_is_told_at_its_next_end(
 
     with sqlite.writing() as session:
         run_id = records.running_run(session, records.ready_version(session), name).id
-        owe(session, run_id, "started", {})
+        add_to_outbox(session, run_id, "started", {})
         fail(session, run_id)
         runs.reopen_run(session, run_id)
     assert shown() == "RUNNING"

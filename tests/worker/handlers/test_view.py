@@ -42,7 +42,7 @@ from models.view import View, ViewKind, ViewState
 from recipes.layers import Activation
 from recipes.recipe import Precision, Recipe, Resize, Task
 from worker.handlers.ingest import Purge
-from worker.handlers.view import Look
+from worker.handlers.view import ComputeView
 from worker.messages import Failed, ViewOutcome, ViewProgress
 
 IMAGES = 48
@@ -60,8 +60,8 @@ class Case:
     images: list[Digest]
 
     @property
-    def handler(self) -> Look:
-        return Look(self.store, str(self.features), ImageLimits(), 1)
+    def handler(self) -> ComputeView:
+        return ComputeView(self.store, str(self.features), ImageLimits(), 1)
 
     def ask(self, kind: ViewKind, key: str = "") -> tuple[str, str]:
         """Ask for a view; return it and its job."""
