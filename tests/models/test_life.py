@@ -1,7 +1,7 @@
-"""A run's life, by a machine that does to runs and their jobs whatever can be done in any order.
+"""The life of a run: a state machine applies every possible operation to runs and their jobs, in any order.
 
-What it knows is written down a second time here, in a few sets and numbers, and compared with the rows after each step;
-the laws of the simulator are asked as well.
+It keeps a simple model of the expected rows and compares it with the database after each step. It also checks the
+invariants of the simulator.
 """
 
 from __future__ import annotations
