@@ -7,6 +7,8 @@ threads.
 from __future__ import annotations
 
 import os
+import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +41,7 @@ from worker.tasks import add_tasks
 log = structlog.get_logger()
 
 # Supervisors must wait longer than this before they kill the process.
-_DRAIN_S = 25.0
+_DRAIN_S = 24.0
 # A child that is kept for the next part of its run stops after so many sweeps without one.
 _IDLE_SWEEPS = 2
 
@@ -71,6 +73,8 @@ class WorkerService:
         self._collector = Collector(self._database, self._store, settings.collect_every_s, settings.collect_after_s)
         self._is_idle = self._clock.flag()
         self._is_idle.set()
+        self._deadline = threading.Timer(_DRAIN_S, _exit)
+        self._deadline.daemon = True
 
     def start(self) -> None:
         """Start the threads; Celery tasks call `run` for each job."""
@@ -89,25 +93,33 @@ class WorkerService:
             self._is_idle.set()
 
     def drain(self) -> None:
-        """Give the current job back and accept no more jobs."""
+        """Give the current job back and accept no more jobs. From now on the process has 24 s to end."""
         self._runner.drain()
+        if self._deadline.ident is None:
+            self._deadline.start()
 
     def stop(self) -> None:
-        """Drain and stop all threads. If the job does not end in time, exit; another worker takes it over."""
+        """Drain, stop all threads, and have another worker take the job that was given back."""
         self.drain()
-        if not self._is_idle.wait(_DRAIN_S):
-            log.error("job did not end in time, so the process is ended", within_s=_DRAIN_S)
-            os._exit(1)  # its child ends, too
+        self._is_idle.wait()
         self._runner.close()
         self._sweeper.stop()
-        self._collector.stop()
+        self._dispatcher.request()
         self._dispatcher.close()
+        self._collector.stop()
         self._database.close()
+        self._deadline.cancel()
         log.info("worker stopped")
 
     def _after_sweep(self) -> None:
         self._runner.stop_idle_child(self._idle_s)
         self._dispatcher.request()
+
+
+def _exit() -> None:
+    """End a process that does not end by itself: its child ends with it, and another worker takes the job over."""
+    log.error("worker did not stop in time, so the process is ended", within_s=_DRAIN_S)
+    os._exit(1)
 
 
 def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]:
@@ -158,13 +170,19 @@ def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
 
         requires = ("celery.worker.components:Pool",)
 
+        def __init__(self, worker: Any, **options: Any) -> None:
+            super().__init__(worker, **options)
+            if worker.concurrency != 1:
+                log.critical("a worker runs one job at a time: start more workers instead", slots=worker.concurrency)
+                raise SystemExit(1)
+
         def start(self, worker: Any) -> None:
             """Start the service before Celery fetches the first message."""
-            if worker.concurrency != 1:
-                log.warning("only one job at a time is sent to a worker: start more workers", slots=worker.concurrency)
             queues = [Queue(name) for name in app.amqp.queues.consume_from]
+            # In a container a new process may have the host name and the number of the one that was killed.
+            name = f"{worker.hostname} {os.getpid()}-{secrets.token_hex(3)}"
             try:
-                service = WorkerService(load_settings(), f"{worker.hostname} {os.getpid()}", queues)
+                service = WorkerService(load_settings(), name, queues)
             except StoreRefused as error:
                 log.critical("worker cannot start", error=error.detail)
                 raise SystemExit(1) from error
@@ -180,8 +198,12 @@ def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
 
         def stop(self, worker: Any) -> None:
             """Stop the service after the consumer and before the pool."""
-            while running:
-                running.pop().stop()
+            for service in running:
+                service.stop()
+
+        def terminate(self, worker: Any) -> None:
+            """Stop in the same way when Celery is told to end at once: there is nothing that could be left out."""
+            self.stop(worker)
 
     app.steps["worker"].add(Service)
     add_tasks(app, lambda job_id: running[-1].run(job_id))

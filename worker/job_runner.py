@@ -83,7 +83,8 @@ class JobRunner:
             self._after()
             return self._work(job)
         finally:
-            self._after()
+            if not self._draining.is_set():  # else this worker would count as free, and is not
+                self._after()
 
     def drain(self) -> None:
         """Give the current job back and accept no more jobs."""
