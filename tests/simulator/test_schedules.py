@@ -208,7 +208,7 @@ BROKEN_CORES = {
         run_jobs, "finish_fold", end_fold_one_too_early, "not given its folds|two final jobs"
     ),
     "parts linger": BrokenCore(
-        jobs, "end_others", end_others_by_asking_them, "UNIQUE constraint failed: job.kind", 2955
+        jobs, "end_others", end_others_by_asking_them, "UNIQUE constraint failed: job.kind", 6440
     ),
     "given back though cancelled": BrokenCore(
         jobs, "give_back", give_back_all_the_same, "its run was asked to end", 20
