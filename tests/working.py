@@ -27,7 +27,7 @@ from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
 from worker.handlers.train import TrainingSettings
-from worker.lease import Bench, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.lease import WarmChild, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
@@ -133,10 +133,10 @@ def claimed_work(
         job = records.claim_next(session, list(Queue), "here")
     assert job is not None
     is_draining = (draining or threading.Event()).is_set
-    bench = Bench()
+    warm_child = WarmChild()
     with Holder(database, Lease(job.id, job.lease_epoch), QUICK, is_draining) as holder:
-        yield Work(through or database, job, holder, bench)
-    bench.clear()
+        yield Work(through or database, job, holder, warm_child)
+    warm_child.clear()
 
 
 def training_place(folder: Path) -> TrainingSettings:

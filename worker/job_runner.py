@@ -17,7 +17,7 @@ from errors import DiskFull, EspalierError, OutOfMemory, Stalled, Unavailable
 from models import job as jobs
 from models.job import Job, JobKind, JobState, Lease, LeaseLost, Queue
 from models.session import Database
-from worker.lease import DATABASE_PAUSE_S, Bench, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.lease import DATABASE_PAUSE_S, WarmChild, Complete, Handler, Holder, Reason, Stopped, Timings, Work
 
 log = structlog.get_logger()
 
@@ -67,7 +67,7 @@ class JobRunner:
         self._timings = timings
         self._clock = clock
         self._after = after
-        self._bench = Bench(clock)
+        self._warm_child = WarmChild(clock)
         self._draining = clock.flag()
 
     def run(self, job_id: str) -> Outcome:
@@ -92,19 +92,19 @@ class JobRunner:
 
     def stop_idle_child(self, idle_s: float) -> None:
         """Stop the child that was kept for the next job, if no job came within `idle_s`."""
-        self._bench.stop_if_idle(idle_s)
+        self._warm_child.stop_if_idle(idle_s)
 
     def close(self) -> None:
         """Stop the child that was kept for the next job."""
-        self._bench.clear()
+        self._warm_child.clear()
 
     def _work(self, job: Job) -> Outcome:
-        self._bench.clear(but=job.subject_id)
+        self._warm_child.clear(but=job.subject_id)
         with structlog.contextvars.bound_contextvars(job=job.id, kind=job.kind.value, subject=job.subject_id):
             log.info("job started", attempt=job.attempt)
             lease = Lease(job.id, job.lease_epoch)
             with Holder(self._database, lease, self._timings, self._draining.is_set, self._clock) as holder:
-                return self.see_through(Work(self._database, job, holder, self._bench))
+                return self.see_through(Work(self._database, job, holder, self._warm_child))
 
     def see_through(self, work: Work) -> Outcome:
         """Run a claimed job and write how it ended. Raises JobFailed."""

@@ -85,7 +85,7 @@ class Handler:
         """Record that the job ended because a client cancelled it."""
 
 
-class Bench:
+class WarmChild:
     """Holds the child process that a worker reuses for consecutive jobs about the same subject."""
 
     def __init__(self, clock: Clock = Clock()) -> None:  # noqa: B008 - frozen
@@ -133,11 +133,11 @@ class Bench:
 class Work:
     """A claimed job as its handler sees it."""
 
-    def __init__(self, database: Database, job: Job, holder: Holder, bench: Bench) -> None:
+    def __init__(self, database: Database, job: Job, holder: Holder, warm_child: WarmChild) -> None:
         self.database = database
         self.job = job
         self.lease = Lease(job.id, job.lease_epoch)
-        self.bench = bench
+        self.warm_child = warm_child
         self._holder = holder
         self._afterwards: list[Callable[[], None]] = []
 

@@ -113,7 +113,7 @@ class Train(Handler):
         order = work.write(lambda session: self._make_order(session, work.job))
         if order is None:  # the run was closed meanwhile
             return lambda session: None
-        child = work.bench.take(work.subject_id) or self._start(self._surroundings(work.job.queue))
+        child = work.warm_child.take(work.subject_id) or self._start(self._surroundings(work.job.queue))
         writer = ProgressWriter(work, child, self._store, _LAST[order.part])
         try:
             child.send(order)
@@ -130,7 +130,7 @@ class Train(Handler):
         if order.part in (TrainPart.ALL, TrainPart.FINAL):
             child.stop()
         else:
-            work.bench.keep(work.subject_id, child)
+            work.warm_child.keep(work.subject_id, child)
         return partial(self._complete, job=work.job, end=end)
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:

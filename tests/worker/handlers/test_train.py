@@ -37,7 +37,7 @@ from training.progress import Extraction, FoldResult
 from worker import app as worker_app
 from worker.child_process import Child
 from worker.handlers.train import DRAIN_WITHIN_S, Train, _answer
-from worker.lease import Bench, Complete, Stopped, Work
+from worker.lease import WarmChild, Complete, Stopped, Work
 from worker.local_worker import LocalWorker
 from worker.messages import (
     AddBackbone,
@@ -95,7 +95,7 @@ class Case:
     train: Train
     run_id: str
     job_id: str
-    bench: Bench = field(default_factory=Bench)
+    warm_child: WarmChild = field(default_factory=WarmChild)
 
     def events(self) -> list[tuple[EventKind, dict[str, Any]]]:
         with self.database.reading() as session:
