@@ -208,8 +208,8 @@ def started(image: str, folder: Path, **settings: str) -> Iterator[subprocess.Po
     """Run the image's command in its folder; at the end it must stop by itself."""
     (line,) = final(image, "CMD")
     program, *arguments = json.loads(line)
-    assert program == "python"
-    process = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment(folder, **settings))
+    command = {"python": [sys.executable], "celery": [sys.executable, "-m", "celery"]}[program]
+    process = subprocess.Popen([*command, *arguments], cwd=folder, env=environment(folder, **settings))
     try:
         yield process
         assert process.poll() is None

@@ -105,5 +105,5 @@ def test_the_demo_runs_from_end_to_end_on_a_users_archive(tmp_path: Path) -> Non
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("ImageNet weights cannot be had", "Accuracy", "Confusion matrix", "6 right", "/docs", "curl"):
+    for shown in ("ImageNet weights are not available", "Accuracy", "Confusion matrix", "6 right", "/docs", "curl"):
         assert shown in done.stdout

@@ -12,7 +12,7 @@ from running import Service
 from ops import demo, up
 
 DEMOS = {
-    "numbers": (sample.labelled("target", [str(n) for n in range(30)]), ["Root mean squared error", "off in the mean"]),
+    "numbers": (sample.labelled("target", [str(n) for n in range(30)]), ["Root mean squared error", "mean absolute error"]),
     "labels": (sample.labelled("label", ["cold"] * 10 + ["cold|warm"] * 10 + ["warm"] * 10), ["Macro F1", "right"]),
 }
 
@@ -33,5 +33,5 @@ def test_the_demo_goes_through_its_steps_with_every_kind_of_label(
     with up.client(settings) as api:
         demo._demonstrate(api, demo._arguments(), settings)
     told = capsys.readouterr().out
-    for shown in ("ImageNet weights cannot be had", *wanted, "/docs", "curl"):
+    for shown in ("ImageNet weights are not available", *wanted, "/docs", "curl"):
         assert shown in told

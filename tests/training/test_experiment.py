@@ -448,7 +448,7 @@ def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
 ) -> None:
     monkeypatch.setattr(OpenVinoEngine, "precisions", staticmethod(lambda: [Precision.FLOAT32, Precision.INT8]))
     times = {Precision.FLOAT32: 9.0, Precision.INT8: 3.0}
-    monkeypatch.setattr(setup, "image_ms", lambda engines, golden, alive: {one: times[one] for one in engines})
+    monkeypatch.setattr(setup, "measure_image_ms", lambda engines, golden, alive: {one: times[one] for one in engines})
     rows = bench.rows(sample.coloured(per_class=10))
     outcome, heard = bench.run(rows, precision="auto")
     assert heard.stages == ["backbone", "quantise", "features", "precision", "folds", "final", "bundle"]
@@ -515,7 +515,7 @@ def test_a_run_that_keeps_its_training_images_shows_the_nearest(bench: Bench) ->
     digest = bundles.load(bench.store.read(outcome.bundle)).neighbours
     assert digest is not None and bench.store.read(digest) == outcome.files["neighbours.safetensors"][0]
     kept = neighbours.load(bench.store.read(digest))
-    assert {one.path for one in kept.known} == {row.path for row in rows}, "a test image is never shown"
+    assert {one.path for one in kept.images} == {row.path for row in rows}, "a test image is never shown"
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
     before = predictor.size_bytes
@@ -525,7 +525,7 @@ def test_a_run_that_keeps_its_training_images_shows_the_nearest(bench: Bench) ->
         asked = predictor.submit(pixels, math.inf)
         assert asked is not None
         [explained] = predictor.explain(Explanation.NEIGHBOURS, None, pixels, asked.result(), [], ImageLimits())
-        assert explained.neighbours is not None and explained.neighbours[0].known.path == row.path
+        assert explained.neighbours is not None and explained.neighbours[0].training_image.path == row.path
         assert explained.neighbours[0].similarity == pytest.approx(1, abs=1e-2)
         assert explained.png.startswith(b"\x89PNG")
     assert predictor.size_bytes == before + kept.size_bytes
@@ -538,7 +538,7 @@ def test_the_nearest_are_those_of_the_network_that_learned(bench: Bench) -> None
     assert bundle.neighbours is not None
     kept = neighbours.load(bench.store.read(bundle.neighbours))
     engine = OpenVinoEngine(bench.store.path(bundle.backbone), Precision.FLOAT32, 2)
-    files = [bench.store.read(one.image) for one in kept.known]
+    files = [bench.store.read(one.image) for one in kept.images]
     pixels = np.stack([images.decode(file, 32, bundle.resize, ImageLimits()) for file in files])
     for row, found in enumerate(nearest(kept, engine.features(pixels))):
-        assert found[0].known == kept.known[row]
+        assert found[0].training_image == kept.images[row]

@@ -296,13 +296,13 @@ def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> 
     plan = replace(learner.plan, head=2)
     fold = LearningTask(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
     heard = Kept(0, None, lambda part, checkpoint: False)
-    learned = learner.learn(fold, heard, heard)
+    learned = learner.learn(fold, heard)
     head, network = learned.phases
     assert (learned.kept, learned.best_epoch) == ("head", head.best_epoch)
     assert (network.stopped, network.epochs, network.validation) == ("diverged", 0, None)
     assert len(learned.history) == head.epochs and np.isfinite(learned.logits(trial.rows)).all()
     with pytest.raises(TrainingDiverged, match=r"fine_tune\.learning_rate"):
-        learner.learn(replace(fold, validation=NONE, is_final=True), heard, heard)
+        learner.learn(replace(fold, validation=NONE, is_final=True), heard)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
