@@ -120,7 +120,8 @@ class Service:
     def another_worker(self) -> Iterator[subprocess.Popen[bytes]]:
         """Have a second worker on the same data for as long as a block runs."""
         command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "cpu", "-n", "another@%h"]
-        with subprocess.Popen(command, cwd=ROOT, env=self.environment) as process:
+        environment = self.find("worker.app").environ()  # which names the broker of this service
+        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
             try:
                 yield process
             finally:

@@ -27,7 +27,7 @@ from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
 from worker.handlers.train import TrainingSettings
-from worker.lease import WarmChild, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.lease import Complete, Handler, Holder, Reason, Stopped, Timings, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
 from worker.sweeper import Sweeper

@@ -17,7 +17,7 @@ from errors import DiskFull, EspalierError, OutOfMemory, Stalled, Unavailable
 from models import job as jobs
 from models.job import Job, JobKind, JobState, Lease, LeaseLost, Queue
 from models.session import Database
-from worker.lease import DATABASE_PAUSE_S, WarmChild, Complete, Handler, Holder, Reason, Stopped, Timings, Work
+from worker.lease import DATABASE_PAUSE_S, Complete, Handler, Holder, Reason, Stopped, Timings, WarmChild, Work
 
 log = structlog.get_logger()
 

@@ -58,9 +58,10 @@ class LocalWorker:
 
     def work(self) -> bool:
         """Do the job that is next; return whether there was one."""
-        with self._database.writing() as session:
-            if self._queue is Queue.TRACKING:
+        if self._queue is Queue.TRACKING:
+            with self._database.writing() as session:
                 outbox.add_publish_jobs(session)
+        with self._database.reading() as session:
             due = jobs.due_jobs(session, self._queue, 1)
         if not due:
             return False

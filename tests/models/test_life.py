@@ -46,7 +46,7 @@ from recipes.recipe import Folds, Mode, Recipe, Task
 from training.progress import FoldResult
 from worker.handlers.train import PartEnd, Train
 from worker.job_runner import JobFailed
-from worker.lease import WarmChild, Complete, Holder, Reason, Stopped, Work
+from worker.lease import Complete, Holder, Reason, Stopped, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import FoldEnded, Prepared, RunOutcome
 from worker.sweeper import Sweeper

@@ -12,7 +12,10 @@ from running import Service
 from ops import demo, up
 
 DEMOS = {
-    "numbers": (sample.labelled("target", [str(n) for n in range(30)]), ["Root mean squared error", "mean absolute error"]),
+    "numbers": (
+        sample.labelled("target", [str(n) for n in range(30)]),
+        ["Root mean squared error", "mean absolute error"],
+    ),
     "labels": (sample.labelled("label", ["cold"] * 10 + ["cold|warm"] * 10 + ["warm"] * 10), ["Macro F1", "right"]),
 }
 

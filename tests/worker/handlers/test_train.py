@@ -37,7 +37,7 @@ from training.progress import Extraction, FoldResult
 from worker import app as worker_app
 from worker.child_process import Child
 from worker.handlers.train import DRAIN_WITHIN_S, Train, _answer
-from worker.lease import WarmChild, Complete, Stopped, Work
+from worker.lease import Complete, Stopped, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import (
     AddBackbone,
@@ -755,7 +755,7 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say
         say(OUTCOME)
         work()
         assert wire.cuts > 5
-    assert tuning.jobs(JobState.QUEUED) == tuning.jobs(JobState.RUNNING) == []
+    assert {kind for kind, _ in tuning.jobs(JobState.QUEUED)} <= {JobKind.PUBLISH} and not tuning.jobs(JobState.RUNNING)
     assert tuning.run().state is RunState.SUCCEEDED
     told = tuning.events()
     assert [payload["fold"] for kind, payload in told if kind is EventKind.FOLD] == [0, 1]
