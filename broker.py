@@ -52,7 +52,7 @@ def make_celery(url: Callable[[], str], queues: Callable[[], Sequence[str]] = la
         lambda: {
             **_CONFIGURATION,
             "broker_url": url(),
-            "broker_transport_options": {"socket_timeout": 5, "socket_connect_timeout": 1},
+            "broker_transport_options": {"socket_timeout": 3, "socket_connect_timeout": 1},
             "task_queues": {name: {"exchange": name, "routing_key": name} for name in queues()},
         }
     )

@@ -1,44 +1,44 @@
-"""Every way in which Espalier fails, as one tree. Knows no HTTP: `api.problems` gives each error its status.
+"""The tree of all errors that Espalier raises. Knows no HTTP: `api.problems` gives each error its status.
 
 EspalierError
-├── NotFound               a name or id that nothing answers to
+├── NotFound               no such name or id
 ├── Conflict
 │   ├── NameTaken          the name is in use
-│   ├── NotReady           the thing exists but is not ready yet, or never will be
-│   ├── InUse              something running still needs it
-│   └── InFlight           the same request is being answered at this moment
+│   ├── NotReady           something exists, but is not ready or never will be
+│   ├── InUse              something that is still running needs it
+│   └── InFlight           the same request is being answered right now
 ├── Invalid
 │   ├── RequestInvalid     a request that does not fit its schema
-│   ├── KeyReused          an Idempotency-Key that came with another request before
-│   ├── RecipeInvalid      a recipe that cannot be trained, naming its field
-│   ├── ArchiveRefused     an archive that breaks a limit or hides something
-│   ├── LayoutUnknown      an archive whose folders say no labels
-│   ├── DatasetRefused     readable files that make no data set
+│   ├── KeyReused          an Idempotency-Key that was used with another request
+│   ├── RecipeInvalid      a recipe that cannot be trained, with the field at fault
+│   ├── ArchiveRefused     an archive that exceeds a limit or is malicious
+│   ├── LayoutUnknown      an archive with neither class folders nor labels
+│   ├── DatasetRefused     readable files that do not make a data set
 │   └── ImageRefused       one image that cannot be used
 ├── TooLarge               a body above its limit
 ├── AddressTooLong         a URL above its limit
 ├── HeadersTooLarge        headers above their limit
-├── DiskFull               no room for what was sent
-├── DeadlineExceeded       an answer that came too late
+├── DiskFull               not enough disk space
+├── DeadlineExceeded       an answer that was not ready in time
 ├── Overloaded             more work than can be admitted
-├── Unavailable            a part that the answer needs is away
-│   └── StoreUnavailable   the bucket of stored files is away
-│       └── StoreRefused   the bucket is not there, or does not let us in
-├── Unauthorized           no key, or a wrong one
-├── Forbidden              a host or an origin that may not ask
-├── WeightsUnavailable     pretrained weights cannot be had
+├── Unavailable            a service that is needed does not respond
+│   └── StoreUnavailable   the bucket of stored files does not respond
+│       └── StoreRefused   the bucket does not exist, or denies access
+├── Unauthorized           no API key, or a wrong one
+├── Forbidden              a host or an origin that is not allowed
+├── WeightsUnavailable     pretrained weights that cannot be obtained
 ├── WeightsRefused         a weights file that does not fit, or holds code
-├── TrainingDiverged       the loss is no longer a number
+├── TrainingDiverged       the loss is infinite or NaN
 ├── NothingToCompare       no run of a comparison succeeded
-├── OutOfMemory            the machine killed the work for its memory
-├── Stalled                the work stopped moving
-├── Crashed                the work died without a word
-├── Corrupt                a file that is not what its digest says
-├── BundleRefused          a bundle that this process cannot answer for
-│   └── PrecisionUnsupported   an arithmetic that this machine's processor has not
-└── EngineMissing          an engine that is asked for and not installed
+├── OutOfMemory            the work was killed because memory ran out
+├── Stalled                the work made no progress
+├── Crashed                the work ended without a result or an error
+├── Corrupt                a file that does not match its digest
+├── BundleRefused          a bundle that this process cannot serve
+│   └── PrecisionUnsupported   an arithmetic that this processor does not support
+└── EngineMissing          an engine that is configured but not installed
 
-`Refused` is a value, not an error: one file was refused and the rest goes on.
+`Refused` is a value, not an error: one file was refused, and the operation continues.
 """
 
 from __future__ import annotations
@@ -50,18 +50,19 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Refused:
-    """One file that was refused, and why; the operation as a whole goes on."""
+    """One file that was refused, and why; the operation as a whole continues."""
 
     path: str
     reason: str
 
 
 class EspalierError(Exception):
-    """Something failed inside Espalier; this is a bug if no narrower error says otherwise."""
+    """The base class of all errors; raised itself, it reports a bug."""
 
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Something broke"
-    # Whether the same work may succeed a little later, and whether it only waits for somebody to make room.
+    # `is_transient`: the same work may succeed later.
+    # `is_parked`: the job waits for disk space or for the store, which costs no attempt.
     is_transient: ClassVar[bool] = False
     is_parked: ClassVar[bool] = False
 
@@ -80,13 +81,13 @@ class EspalierError(Exception):
 
 
 class NotFound(EspalierError):
-    """Nothing answers to this name or id."""
+    """Nothing has this name or id."""
 
     code = "not-found"
 
 
 class Conflict(EspalierError):
-    """The request is sound, but not in the present state of things."""
+    """The request is valid, but conflicts with the current state."""
 
     code = "conflict"
 
@@ -98,7 +99,7 @@ class NameTaken(Conflict):
 
 
 class NotReady(Conflict):
-    """The thing exists but is not ready to be used."""
+    """Something exists but is not ready for use, or never will be."""
 
     code = "not-ready"
 
@@ -110,7 +111,7 @@ class InUse(Conflict):
 
 
 class InFlight(Conflict):
-    """The same request is being answered at this moment."""
+    """The same request is being answered right now."""
 
     code = "in-flight"
 
@@ -128,7 +129,7 @@ class RequestInvalid(Invalid):
 
 
 class KeyReused(Invalid):
-    """The Idempotency-Key came with another request before."""
+    """The Idempotency-Key was already used with another request."""
 
     code = "key-reused"
 
@@ -144,50 +145,50 @@ class RecipeInvalid(Invalid):
 
 
 class ArchiveRefused(Invalid):
-    """The archive breaks a limit or is built to deceive."""
+    """The archive is of no known kind, exceeds a limit or is malicious."""
 
     code = "archive-refused"
 
 
 class LayoutUnknown(Invalid):
-    """The archive holds neither a folder per class nor a labels.csv."""
+    """The archive contains neither a folder per class nor a labels.csv."""
 
     code = "layout-unknown"
 
 
 class DatasetRefused(Invalid):
-    """The files can be read but make no data set."""
+    """The files are readable but do not make a data set."""
 
     code = "dataset-refused"
     title = "Data set refused"
 
 
 class ImageRefused(Invalid):
-    """The image cannot be used."""
+    """The image is damaged, too large or of an unsupported kind."""
 
     code = "image-refused"
 
 
 class TooLarge(EspalierError):
-    """The body is above its limit."""
+    """The request body, or a part of it, exceeds its limit."""
 
     code = "too-large"
 
 
 class AddressTooLong(EspalierError):
-    """The address is longer than it may be."""
+    """The URL exceeds its limit."""
 
     code = "address-too-long"
 
 
 class HeadersTooLarge(EspalierError):
-    """The headers are larger than they may be."""
+    """The request headers exceed their limit."""
 
     code = "headers-too-large"
 
 
 class DiskFull(EspalierError):
-    """There is no room for what was sent."""
+    """There is not enough disk space."""
 
     code = "disk-full"
     is_parked = True
@@ -200,27 +201,27 @@ class DeadlineExceeded(EspalierError):
 
 
 class Overloaded(EspalierError):
-    """More work is waiting than can be admitted."""
+    """Too much work is waiting; try again later."""
 
     code = "overloaded"
 
 
 class Unavailable(EspalierError):
-    """A part that the answer needs is away."""
+    """A service that is needed does not respond, such as the database."""
 
     code = "unavailable"
     is_transient = True
 
 
 class StoreUnavailable(Unavailable):
-    """The bucket of stored files is away; whatever needs it waits."""
+    """The bucket of stored files does not respond; jobs that need it wait."""
 
     code = "store-unavailable"
     is_parked = True
 
 
 class StoreRefused(StoreUnavailable):
-    """The bucket of stored files is not there, or does not let this service in: somebody must change that."""
+    """The bucket of stored files does not exist or denies access; an operator must fix that."""
 
     code = "store-refused"
 
@@ -232,25 +233,25 @@ class Unauthorized(EspalierError):
 
 
 class Forbidden(EspalierError):
-    """This host or origin may not ask."""
+    """This host or origin is not allowed."""
 
     code = "forbidden"
 
 
 class WeightsUnavailable(EspalierError):
-    """The pretrained weights cannot be had."""
+    """The pretrained weights cannot be obtained."""
 
     code = "weights-unavailable"
 
 
 class WeightsRefused(EspalierError):
-    """The weights file does not fit the network, or holds more than weights."""
+    """The weights file does not fit the network, or contains code."""
 
     code = "weights-refused"
 
 
 class TrainingDiverged(EspalierError):
-    """The loss is no longer a number."""
+    """The loss is infinite or NaN."""
 
     code = "training-diverged"
 
@@ -262,44 +263,44 @@ class NothingToCompare(EspalierError):
 
 
 class OutOfMemory(EspalierError):
-    """The work was killed for the memory it took."""
+    """The work was killed because memory ran out."""
 
     code = "out-of-memory"
 
 
 class Stalled(EspalierError):
-    """The work stopped moving."""
+    """The work made no progress for too long, or its worker was lost at every attempt."""
 
     code = "stalled"
 
 
 class Crashed(EspalierError):
-    """The work died without saying why."""
+    """The process that did the work ended without a result or an error."""
 
     code = "crashed"
     is_transient = True
 
 
 class Corrupt(EspalierError):
-    """A file is not what its digest says."""
+    """The content of a file does not match its digest or its format."""
 
     code = "corrupt"
 
 
 class BundleRefused(EspalierError):
-    """The bundle cannot be served by this process."""
+    """This process cannot serve the bundle."""
 
     code = "bundle-refused"
 
 
 class PrecisionUnsupported(BundleRefused):
-    """The processor of this machine does not compute as the recipe or the bundle asks."""
+    """The processor of this machine does not support the precision of the recipe or the bundle."""
 
     code = "precision-unsupported"
 
 
 class EngineMissing(EspalierError):
-    """The engine that is asked for is not installed."""
+    """The configured engine is not installed."""
 
     code = "engine-missing"
 
@@ -312,7 +313,7 @@ def _tree(root: type[EspalierError]) -> dict[str, type[EspalierError]]:
 
 
 def errors_by_code() -> Mapping[str, type[EspalierError]]:
-    """Return each error class under its code."""
+    """Return a mapping from each code to its error class."""
     return _tree(EspalierError)
 
 

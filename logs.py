@@ -1,4 +1,7 @@
-"""How processes write their logs: one event per line, its fields named as in the glossary. No local variables."""
+"""Log format of all processes: one event per line, with fields named as in the glossary.
+
+Tracebacks show no local variables, since these may contain data of users.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import structlog
 
 
 def configure() -> None:
-    """Write events to standard error as `time level event key=value …`, with plain tracebacks."""
+    """Write log events to standard error as `time level event key=value …`, with plain tracebacks."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -1,4 +1,4 @@
-"""Reads bodies as they stream in: archives into the store, images into memory. Opens neither."""
+"""Reads request bodies: streams archives into the store and images into memory. Decodes neither."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ JSON_BYTES = MIB
 _CHUNK_BYTES = MIB
 _SNIFFED_BYTES = 262
 _DISK_EVERY_BYTES = 64 * MIB
-# An upload needs its own room, and its images once more while both are there.
+# Disk space for an upload, as a multiple of its size: the archive and its images exist at the same time.
 _ROOM = 2.5
 
 
 def declared_bytes(request: Request) -> int | None:
-    """Return the length that the request says its body has; None if it says none."""
+    """Return the value of the header Content-Length, or None if it is missing or not a number."""
     declared = request.headers.get("content-length", "")
     return int(declared) if re.fullmatch(r"[0-9]{1,18}", declared) else None
 
@@ -44,13 +44,13 @@ def declared_bytes(request: Request) -> int | None:
 
 
 async def receive_archive(request: Request, store: Store, limit_bytes: int, free_disk_bytes: int) -> Digest:
-    """Stream an archive into the store: the raw body, or the multipart field `archive`.
+    """Stream an archive into the store, from the raw body or the multipart field `archive`; return its digest.
 
     Raises:
-        TooLarge: more than `limit_bytes` were announced or came.
+        TooLarge: Content-Length or the body exceeds `limit_bytes`.
         DiskFull: less than `free_disk_bytes` would stay free.
-        ArchiveRefused: the first bytes are those of no archive.
-        RequestInvalid: the multipart body is malformed or has not exactly one field `archive`.
+        ArchiveRefused: the first bytes are not those of a zip, tar or tar.gz archive.
+        RequestInvalid: the multipart body is malformed, or does not have exactly one field `archive`.
     """
     announced = declared_bytes(request) or 0
     _check_size(announced, limit_bytes)
@@ -65,7 +65,7 @@ async def receive_archive(request: Request, store: Store, limit_bytes: int, free
 
 @dataclass
 class _ArchiveSink:
-    """Where the bytes of an archive go, and what is checked on the way."""
+    """Writes the bytes of an archive, and checks its kind, its size and the free disk space on the way."""
 
     store: Store
     limit_bytes: int
@@ -86,7 +86,7 @@ class _ArchiveSink:
         writer.write(piece)
 
     def check_end(self) -> None:
-        """See that an archive came at all."""
+        """Check the kind of a body that was too short for `take` to check it. Raises ArchiveRefused."""
         if len(self.head) < _SNIFFED_BYTES:
             self._check_kind()
 
@@ -108,7 +108,7 @@ def _check_disk(store: Store, needed_bytes: int) -> None:
     free = shutil.disk_usage(store.root).free
     if free < needed_bytes:
         raise DiskFull(
-            f"Expected {needed_bytes / MIB:,.0f} MiB free for this upload and what is made of it. "
+            f"Expected {needed_bytes / MIB:,.0f} MiB free for this upload and its images. "
             f"The disk has {free / MIB:,.0f} MiB. Delete data sets that are not needed, or enlarge the disk."
         )
 
@@ -140,7 +140,7 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
 
 
 async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the stream in larger pieces: one hop to a thread per mebibyte, not per packet."""
+    """Yield the stream in pieces of about a mebibyte, so that each hop to a thread writes more than one packet."""
     buffer = bytearray()
     async for chunk in stream:
         buffer += chunk
@@ -157,13 +157,13 @@ async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]
 async def receive_images(
     request: Request, limit_images: int, limit_bytes: int, limit_file_bytes: int, stall_s: float
 ) -> list[bytes]:
-    """Return the images of a prediction: the raw body, the multipart fields `images`, or JSON with base64.
+    """Return the undecoded images of a request: its raw body, its multipart fields `images`, or JSON with base64.
 
     Raises:
-        TooLarge: more bytes or images than allowed, or a file above its limit.
-        DeadlineExceeded: nothing of the body came for `stall_s`.
-        ImageRefused: a file is empty; `image` is its position.
-        RequestInvalid: no image came, or the body is malformed.
+        TooLarge: the body, the number of images or one image exceeds its limit.
+        DeadlineExceeded: no bytes arrived for `stall_s` seconds before the body was complete.
+        ImageRefused: a file is empty; `image` is its position, from 0.
+        RequestInvalid: there is no image, or the body is malformed.
     """
     boundary = _boundary(request)
     body = await _whole_body(request, limit_bytes, stall_s)
@@ -239,9 +239,9 @@ def _json_images(body: bytes) -> list[bytes]:
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is JSON of at most a mebibyte, whatever it is called: curl calls any body a form.
+    """A route that reads its body as JSON of at most a mebibyte, whatever its Content-Type (curl declares a form).
 
-    FastAPI's own limit answers in plain text, past every error handler.
+    FastAPI's own limit would answer in plain text and bypass the error handlers.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -262,7 +262,7 @@ class JsonRoute(APIRoute):
                 if error.status_code != 400:
                     raise
                 raise RequestInvalid(
-                    "body: Expected JSON in UTF-8, not too deeply nested. Received something that cannot be read.",
+                    "body: Expected JSON in UTF-8, not too deeply nested. Received a body that cannot be parsed.",
                     field="body",
                 ) from error
 
@@ -270,7 +270,7 @@ class JsonRoute(APIRoute):
 
 
 class _BodyTooLarge(HTTPException):
-    """Of all errors, FastAPI lets only this class out of the reading of a body."""
+    """The body exceeds its limit. An HTTPException, since FastAPI wraps any other error while it reads a body."""
 
 
 def _limited(receive: Receive, limit_bytes: int) -> Receive:
@@ -307,7 +307,7 @@ def _boundary(request: Request) -> bytes | None:
 
 @dataclass
 class _MultipartForm:
-    """A multipart body being parsed; nothing of it is kept but the name of the part under way."""
+    """Parses a multipart body piece by piece; keeps only the name of the current part."""
 
     boundary: bytes
     names: set[str] = field(default_factory=set)
@@ -330,7 +330,7 @@ class _MultipartForm:
         )
 
     def feed(self, chunk: bytes) -> list[tuple[int, str, bytes]]:
-        """Return the (number of the part, field name, bytes) that this chunk brought; bytes may be empty."""
+        """Return (number of the part, field name, bytes) for each piece in this chunk; the bytes may be empty."""
         self._out = []
         try:
             self._parser.write(chunk)
@@ -353,7 +353,7 @@ class _MultipartForm:
             _, options = parse_options_header(self._value)
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
             self.names.add(self._name)
-            self._out.append((self._part, self._name, b""))  # also a part without content is a part
+            self._out.append((self._part, self._name, b""))  # so that a part without content counts too
         self._header = self._value = b""
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:

@@ -1,4 +1,4 @@
-"""The shapes of the contract: what answers look like, and requests that are JSON. Builds nothing."""
+"""Pydantic models of the HTTP contract: responses, and requests with a JSON body. Routes build them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recipes.recipe import NAME_PATTERN, Recipe, Task
 Item = TypeVar("Item")
 
 LARGEST_NUMBER = 2**31 - 1
-"""What a database keeps as a number of a version or an event."""
+"""The largest number of a version or an event that the database can store."""
 
 
 def _without_nul(text: str) -> str:
@@ -35,19 +35,19 @@ Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 
 
 class Schema(BaseModel):
-    """The root of all shapes."""
+    """Base class of all models of the HTTP contract."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class Request(Schema):
-    """The root of all requests: unknown fields are refused."""
+    """Base class of all request bodies; they refuse unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Problem(Schema):
-    """What went wrong (RFC 9457), with more fields by its type; in an answer also `request_id`, as the log has it."""
+    """An error (RFC 9457). Some types add fields; a response also has the `request_id` that the log shows."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -60,7 +60,7 @@ class Problem(Schema):
 
 
 class Page(Schema, Generic[Item]):
-    """A part of a list, the newest first; `next_cursor` asks for the next part, null at the end."""
+    """One page of a list, the newest items first. `next_cursor` requests the next page; it is null on the last."""
 
     items: list[Item]
     next_cursor: str | None
@@ -70,7 +70,7 @@ class Page(Schema, Generic[Item]):
 
 
 class DatasetCreated(Schema):
-    """A data set that waits to be taken in."""
+    """A data set that was uploaded and waits to be ingested."""
 
     id: str
     name: str
@@ -79,7 +79,7 @@ class DatasetCreated(Schema):
 
 
 class ClassImages(Schema):
-    """A class and how many images it has."""
+    """A class and its number of images."""
 
     name: str
     images: int
@@ -93,7 +93,7 @@ class RefusedFile(Schema):
 
 
 class TargetRange(Schema):
-    """The numbers of a regression data set."""
+    """The smallest, largest and mean target of a regression data set."""
 
     min: float
     max: float
@@ -101,7 +101,7 @@ class TargetRange(Schema):
 
 
 class IngestProgress(Schema):
-    """How far a version is."""
+    """The progress of a version's ingest; `fraction` goes from 0 to 1."""
 
     stage: str
     fraction: float
@@ -125,7 +125,7 @@ class DatasetVersionOut(Schema):
 
 
 class DatasetOut(Schema):
-    """A data set as its newest usable version shows it."""
+    """A data set, described by its newest usable version."""
 
     id: str
     name: str
@@ -137,7 +137,7 @@ class DatasetOut(Schema):
     """In the order of a model's outputs."""
     target: TargetRange | None
     duplicates: int
-    """Accepted files whose content another file of the version has, too."""
+    """Accepted files with the same content as another file of the version."""
     ignored: int
     """Files that operating systems leave behind."""
     refused: list[RefusedFile]
@@ -171,19 +171,19 @@ class ImageOut(Schema):
 
 
 class RunRequest(Request):
-    """What to train."""
+    """A training to start."""
 
     dataset: Id
     """Id of the data set."""
     version: Number | None = None
     """Version of the data set; by default the newest that is ready."""
     name: Name
-    """Name of the model that the run makes a version of."""
+    """Name of the model to which the run adds a version."""
     recipe: Recipe = Recipe()
 
 
 class RunProgress(Schema):
-    """How far a run is; `fraction` of the whole from 0 to 1."""
+    """The progress of a run; `fraction` goes from 0 to 1 over the whole run."""
 
     stage: str
     fraction: float
@@ -195,7 +195,7 @@ class RunProgress(Schema):
 
 
 class FoldOut(Schema):
-    """What a fold measured on images it did not train on; `fold` counts from 0."""
+    """The result of one fold on the images that it did not train on; `fold` counts from 0."""
 
     fold: int
     epochs: int
@@ -213,7 +213,7 @@ class ModelRef(Schema):
 
 
 class Extraction(Schema):
-    """How many different images a run had, how many went through the backbone, and how many were cached."""
+    """How many distinct images a run has, how many the backbone computed, and how many came from the cache."""
 
     images: int
     computed: int
@@ -222,7 +222,7 @@ class Extraction(Schema):
 
 
 class FileOut(Schema):
-    """A file that a run made."""
+    """A file that a run produced."""
 
     name: str
     size_bytes: int
@@ -231,16 +231,16 @@ class FileOut(Schema):
 
 
 class RunOut(Schema):
-    """A run."""
+    """A run with its progress, results and files."""
 
     id: str
     dataset: str
     version: int
     name: str
     recipe: dict[str, Any]
-    """With every default filled in."""
+    """The recipe with all defaults filled in."""
     batch_size: int | None
-    """Images in a step since memory ran out at the recipe's; null if it never did."""
+    """The reduced batch size after memory ran out with the recipe's; null if that never happened."""
     state: RunState
     progress: RunProgress
     metrics: dict[str, Any] | None
@@ -251,21 +251,21 @@ class RunOut(Schema):
     error: Problem | None
     mlflow_url: str | None
     training_s: float | None
-    """Seconds of all parts together, whoever did them; waiting does not count."""
+    """Total seconds of all parts on all workers, without waiting."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
 
 
 class CutOut(Schema):
-    """A place of a network to take features from, and how many they are."""
+    """A cut point of a network; `width` is the number of features there."""
 
     name: str
     width: int
 
 
 class WeightsOut(Schema):
-    """Weights that a recipe may name; `here` says whether they need no fetching."""
+    """Weights that a recipe may name; `here` is true if they are stored already and need no download."""
 
     name: str
     here: bool
@@ -273,7 +273,7 @@ class WeightsOut(Schema):
 
 
 class BackboneOut(Schema):
-    """A backbone."""
+    """A backbone with its cut points and weights."""
 
     name: str
     title: str
@@ -283,7 +283,7 @@ class BackboneOut(Schema):
     """Features after the last cut point."""
     cut_points: list[CutOut]
     unfreeze: list[str]
-    """Where fine-tuning may begin: a cut point, or all of the network."""
+    """Where fine-tuning may begin: after a cut point, or at the whole network."""
     weights: list[WeightsOut]
 
 
@@ -291,69 +291,69 @@ class BackboneOut(Schema):
 
 
 class NetworkPreviewRequest(Request):
-    """A network to look at: one from scratch, or a backbone with its cut."""
+    """A network to preview: one from scratch, or a backbone with its cut point."""
 
     network: NetworkRecipe | None = None
     """A network from scratch."""
     backbone: BackboneName | None = None
     """Instead of `network`: a backbone."""
     features_from: str | None = None
-    """Of a backbone: the cut point whose output becomes the features; by default the last."""
+    """Only with `backbone`: the cut point whose output becomes the features; by default the last."""
     image_size: Sides | None = None
     """Side of a square in pixels, or height and width; by default the backbone's own, 64 for a CNN, 32 for others."""
     outputs: Annotated[int, Field(ge=1, le=16_384)] | None = None
-    """Values of an output layer that closes the table, such as one for each class; by default it has none."""
+    """Number of outputs, such as one per class. Adds an output layer to the table; by default there is none."""
 
 
 class LayerOut(Schema):
-    """A layer of a network."""
+    """One layer of a network, with its shape and costs."""
 
     name: str
     type: str
     inputs: list[str]
-    """Names of what it reads: layers before it, or `input`."""
+    """Names of the layers that it reads, or `input`."""
     shape: list[int]
-    """Height, width and channels of its maps, or how many values it has in a row."""
+    """Height, width and channels of its maps, or the length of its output vector."""
     parameters: int
-    """BatchNorm's running mean and variance among them."""
+    """Number of parameters, including BatchNorm's running mean and variance."""
     multiply_adds: int
-    """Of convolutions and dense layers, for one image."""
+    """Multiply-adds of convolutions and dense layers, for one image."""
     receptive_field: tuple[int, int]
-    """Height and width in pixels of what one of its values sees, zeros beyond the image's border included."""
+    """Height and width in pixels of the area that one value depends on, including zeros beyond the border."""
     warning: str | None
-    """What of its maps is lost here."""
+    """Which part of its input maps this layer ignores."""
 
 
 class NetworkPreviewOut(Schema):
-    """The layers of a network, from the pixels on."""
+    """The layers of a network in order, and its totals."""
 
     input: tuple[int, int, int]
-    """Height, width and channels of an image."""
+    """Height, width and channels of the input image."""
     layers: list[LayerOut]
     parameters: int
     multiply_adds: int
     weights_bytes: int
-    """Of all parameters in float32."""
+    """Size of all parameters in float32."""
     warnings: list[str]
-    """Those of the layers, each with the layer's name."""
+    """The warnings of all layers, each with the layer's name."""
 
 
 class ViewProgress(Schema):
-    """How far something is; `fraction` of it from 0 to 1."""
+    """The progress of a view; `fraction` goes from 0 to 1."""
 
     fraction: float
     eta_s: float | None
 
 
 class ViewOut(Schema):
-    """Something that is being computed, since it was asked for: ask again for it."""
+    """A view that is still being computed; repeat the request to get it."""
 
     state: ViewState
     progress: ViewProgress
 
 
 class VisibleLayer(Schema):
-    """A layer that can be looked at: `channels` maps of `height` times `width` places."""
+    """A layer whose output can be shown: `channels` maps of `height` times `width` positions."""
 
     name: str
     height: int
@@ -362,13 +362,13 @@ class VisibleLayer(Schema):
 
 
 class VisibleLayers(Schema):
-    """The layers of a run's network as it answers, in its order; some are only seen together with those behind them."""
+    """The layers of a run's network as it is served, in order. Layers that the engine merges appear as one."""
 
     layers: list[VisibleLayer]
 
 
 class CurvePoint(Schema):
-    """The headline score after learning from a part of the images of a fold: `fraction`, or `images` in the mean."""
+    """The headline score after training on a part of each fold's images: `fraction` of them, `images` on average."""
 
     fraction: float
     images: int
@@ -377,9 +377,10 @@ class CurvePoint(Schema):
 
 
 class CurveLaw(Schema):
-    """`error = floor + scale * images ** -exponent`; `misfit` is the root mean square of what the points are off it.
+    """The power law `error = floor + scale * images ** -exponent`.
 
-    The error is the score, or what it lacks to one if a greater score is better.
+    `misfit` is the root mean square distance of the points from it. The error is the score, or 1 - score if a greater
+    score is better.
     """
 
     floor: float
@@ -389,7 +390,7 @@ class CurveLaw(Schema):
 
 
 class CurveTwice(Schema):
-    """What the law foretells for twice the images; `change` is by how much the score would change."""
+    """The law's forecast for twice the images; `change` is the expected change of the score."""
 
     images: int
     score: float
@@ -399,7 +400,7 @@ class CurveTwice(Schema):
 
 
 class LearningCurveOut(Schema):
-    """How a run's score hangs on the number of its training images; `law` and `twice` are null for too few of them."""
+    """How a run's score depends on its number of training images; `law` and `twice` are null if there are too few."""
 
     metric: str
     greater_is_better: bool
@@ -407,7 +408,7 @@ class LearningCurveOut(Schema):
     law: CurveLaw | None
     twice: CurveTwice | None
     interval: str
-    """How the intervals of `twice` were made; those of points are made as the run's own."""
+    """How the intervals of `twice` were computed; intervals of points are computed like the run's own."""
     sentence: str
     picture: str
 
@@ -416,20 +417,20 @@ class LearningCurveOut(Schema):
 
 
 class ComparisonRequest(Request):
-    """What to compare."""
+    """Recipes to compare on one data set."""
 
     dataset: Id
     """Id of the data set."""
     version: Number | None = None
     """Version of the data set; by default the newest that is ready."""
     name: Name
-    """Name of the model that every run makes a version of."""
+    """Name of the model to which every run adds a version."""
     recipes: Annotated[list[Recipe], Field(min_length=2, max_length=20)]
-    """They share `seed`, `folds.k`, `folds.repeats` and `task`, so that each is tested on the same images."""
+    """Recipes with equal `seed`, `folds.k`, `folds.repeats` and `task`, so that all are tested on the same images."""
 
 
 class ComparisonProgress(Schema):
-    """How far a comparison is; `fraction` is the mean of its runs', `ended` of `runs` are over."""
+    """The progress of a comparison: `fraction` is the mean over its runs, and `ended` of `runs` have ended."""
 
     stage: str
     fraction: float
@@ -439,7 +440,7 @@ class ComparisonProgress(Schema):
 
 
 class DifferenceOut(Schema):
-    """A score less the best one; `p_value` is adjusted for the number of recipes (Holm)."""
+    """The score minus the best score; `p_value` is adjusted for the number of recipes (Holm)."""
 
     difference: float
     ci95: list[float]
@@ -447,23 +448,23 @@ class DifferenceOut(Schema):
 
 
 class ComparisonRow(Schema):
-    """A recipe of a comparison, by its run; what is not known, or not yet, is null."""
+    """One recipe of a comparison and the result of its run; fields that are not known (yet) are null."""
 
     position: int
     run: str
     title: str
-    """The fields in which the recipes differ."""
+    """The values of the fields in which the recipes differ."""
     state: RunState
     score: float | None
     ci95: list[float] | None
     difference: DifferenceOut | None
-    """Null for the best."""
+    """Null for the best recipe."""
     training_s: float | None
-    """From start to end, with what no run had computed before."""
+    """Training time, including what no earlier run had computed."""
     extraction_s: float | None
-    """The part of it before the first epoch: features, and where a network learns its pixels and activations."""
+    """The part of it before the first epoch: features, or pixels and activations if the network itself is trained."""
     predict_ms: float | None
-    """For one decoded image on the machine that compared: the backbone and the head."""
+    """Time of backbone and head for one decoded image, on the machine that ran the comparison."""
     backbone_bytes: int | None
     bundle_bytes: int | None
     model: ModelRef | None
@@ -473,7 +474,7 @@ class ComparisonRow(Schema):
 class ComparisonOut(Schema):
     """A comparison; `best` is the position of the row with the best score.
 
-    While a run of a finished one is tried again it is running, and shows the table that it had.
+    When a run of a finished comparison is retried, the comparison is running again and still shows its last table.
     """
 
     id: str
@@ -487,9 +488,9 @@ class ComparisonOut(Schema):
     best: int | None
     verdict: str | None
     interval: str | None
-    """How intervals were made."""
+    """How the confidence intervals were computed."""
     test: str | None
-    """How `p_value` was made."""
+    """How `p_value` was computed."""
     rows: list[ComparisonRow]
     error: Problem | None
     created_at: datetime
@@ -500,7 +501,7 @@ class ComparisonOut(Schema):
 
 
 class ModelVersionOut(Schema):
-    """What one run made of a model."""
+    """One version of a model, made by one run."""
 
     version: int
     run: str
@@ -526,13 +527,13 @@ class ModelOut(Schema):
 
 
 class AliasRequest(Request):
-    """Where to point an alias."""
+    """The version that an alias will point to."""
 
     version: Number
 
 
 class AliasOut(Schema):
-    """An alias; `serving` is `new` once this process answers with the version it points at."""
+    """An alias; `serving` is `new` once this process answers with the version that it points to."""
 
     model: str
     alias: str
@@ -547,7 +548,7 @@ class PredictRequest(Request):
 
 
 class ClassPredictionOut(Schema):
-    """The class of one image."""
+    """The predicted class of one image."""
 
     label: str
     probability: float
@@ -555,20 +556,20 @@ class ClassPredictionOut(Schema):
 
 
 class LabelsPredictionOut(Schema):
-    """The labels of one image, none or several; the probability of each is by itself."""
+    """The predicted labels of one image, any number of them; each label has an independent probability."""
 
     labels: list[str]
     probabilities: dict[str, float]
 
 
 class ValuePredictionOut(Schema):
-    """The number of one image."""
+    """The predicted number of one image."""
 
     value: float
 
 
 class TimingsOut(Schema):
-    """Where the time of an answer went, in milliseconds."""
+    """The time of each stage of a prediction, in milliseconds."""
 
     queue: float
     decode: float
@@ -577,10 +578,10 @@ class TimingsOut(Schema):
 
 
 class NeighbourOut(Schema):
-    """A training image that looks like another one to the network.
+    """A training image whose features are near to those of the predicted image.
 
-    `image` is the digest of its file, `path` where it lay in the data set, and `similarity` the cosine of the angle
-    between the features of both, 1 at most.
+    `image` is the digest of its file, `path` its path in the data set, and `similarity` the cosine similarity of the
+    features of both images, at most 1.
     """
 
     image: str
@@ -591,9 +592,9 @@ class NeighbourOut(Schema):
 
 
 class ExplanationOut(Schema):
-    """A picture that explains the answer for one image: `png` is base64; `label` is whose it is, if of one.
+    """A picture that explains the prediction for one image: `png` is base64, `label` what it explains, if one label.
 
-    For neighbours it shows the image and then those in `neighbours`, the nearest first; a grey one was deleted.
+    For neighbours it shows the image, then the images in `neighbours`, the nearest first; a deleted one is grey.
     """
 
     label: str | None
@@ -602,14 +603,14 @@ class ExplanationOut(Schema):
 
 
 class PredictionsOut(Schema):
-    """The answers for a request's images, in their order."""
+    """The predictions for the images of a request, in their order."""
 
     model: str
     version: int
     predictions: list[ClassPredictionOut] | list[LabelsPredictionOut] | list[ValuePredictionOut]
-    """By the model's task: a class, labels, or a number for each image."""
+    """For each image a class, labels or a number, depending on the model's task."""
     explanations: list[ExplanationOut] | None = None
-    """A picture for each image, if asked for by `explain`."""
+    """A picture for each image, if `explain` requested it."""
     timings_ms: TimingsOut
 
 
@@ -617,7 +618,7 @@ class PredictionsOut(Schema):
 
 
 class WorkerOut(Schema):
-    """A worker process: which queues it serves, and when it last looked for work."""
+    """A worker process: the queues that it serves, and when it last looked for work."""
 
     name: str
     queues: list[Queue]
@@ -627,14 +628,14 @@ class WorkerOut(Schema):
 
 
 class Check(Schema):
-    """One part of the service."""
+    """The health of one part of the service."""
 
     ok: bool
     detail: str
 
 
 class Readiness(Schema):
-    """Whether requests should be sent here, part by part; `broker` and `workers` do not decide it."""
+    """Whether this process is ready for requests, with one check per part; `broker` and `workers` do not count."""
 
     ready: bool
     checks: dict[str, Check]

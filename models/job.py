@@ -1,10 +1,10 @@
-"""Jobs: work that is owed. The database is the truth; whoever holds a job's lease may change what the job is about.
+"""Jobs and their leases. The database is the truth; only the holder of a job's lease may change the job's subject.
 
     queued → running → succeeded | failed | cancelled        running → queued when a lease is lost or given back
 
-A lease is (job, epoch). Its holder counts `renewals` up; others watch that number on a clock of their own and take the
-job over when it stands still. Taking over counts the epoch up, and every write of a holder is fenced by its epoch, so
-a holder that was only asleep changes nothing any more. No clock decides who holds a job.
+A lease is (job, epoch). Its holder increments `renewals`. Other workers watch that number on their own clocks, and take
+the job over when it stops changing. A take-over increments the epoch, and every write of a holder is fenced by its
+epoch, so a holder that was only asleep can write nothing more. Who holds a job never depends on comparing clocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from models.project import owner
 
 
 class JobKind(StrEnum):
-    """What a job does."""
+    """The kind of work of a job; its Celery task has the same name."""
 
     INGEST = "ingest"
     TRAIN = "train"
@@ -37,15 +37,15 @@ class JobKind(StrEnum):
 
 
 MAX_ATTEMPTS = 3
-"""How often a job is begun before it counts as failed."""
+"""Maximum number of attempts at a job before it counts as failed."""
 ENDLESS = (JobKind.PURGE, JobKind.PUBLISH)
-"""Jobs that are begun as often as it takes: what MLflow is owed stays owed, and a purge can always go on."""
+"""Kinds without a limit of attempts: MLflow must receive all outbox rows, and a purge can always continue."""
 UNDER_WAY = 1
-"""Priority of what goes on with something that has begun, or that somebody waits for: before a run that has not."""
+"""Priority of jobs that continue a started run or that a client waits for; runs that have not started have 0."""
 
 
 class JobState(StrEnum):
-    """Where a job stands."""
+    """The state of a job: two unfinished ones and three final ones."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -58,7 +58,7 @@ UNFINISHED = (JobState.QUEUED, JobState.RUNNING)
 
 
 class Queue(StrEnum):
-    """Who does a job: each queue is one job at a time in each worker that serves it."""
+    """Jobs for one kind of worker. A worker runs one job at a time."""
 
     CPU = "cpu"
     GPU = "gpu"
@@ -66,7 +66,7 @@ class Queue(StrEnum):
     TRACKING = "tracking"
 
 
-# The longest wait between two attempts.
+# The longest delay before the next attempt.
 BACK_OFF_S = 60.0
 
 _UNFINISHED = text("state IN ('queued', 'running')")
@@ -75,7 +75,7 @@ _UNFINISHED = text("state IN ('queued', 'running')")
 class Job(Base):
     """One piece of work about one subject: a data set version to ingest, a run to train or to publish, and so on.
 
-    `index` tells apart the jobs of one kind about one subject, such as the folds of a run.
+    `index` distinguishes jobs of one kind about one subject, such as the folds of a run.
     """
 
     __tablename__ = "job"
@@ -115,12 +115,12 @@ class Job(Base):
 
 
 class LeaseLost(Exception):
-    """Another holder has the job, or it is over; stop at once and write nothing."""
+    """Another worker holds the job, or the job has ended; stop at once and write nothing."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to work on a job."""
+    """The right to work on a job, for one epoch."""
 
     job_id: str
     epoch: int
@@ -128,7 +128,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class LeaseObservation:
-    """The lease of a running job as a sweeper saw it. If it stays the same for too long, its holder is gone."""
+    """What a sweeper observes of a running job; if it does not change for too long, the holder is gone."""
 
     job_id: str
     epoch: int
@@ -149,7 +149,7 @@ def add_job(
     parent_id: str | None = None,
     priority: int = 0,
 ) -> Job:
-    """Owe a piece of work, in the transaction that makes it due."""
+    """Add a queued job in the transaction that makes the work necessary."""
     job = Job(
         project_id=project_id,
         kind=kind,
@@ -165,7 +165,7 @@ def add_job(
 
 
 def due_jobs(session: Session, queue: Queue, limit: int) -> list[tuple[str, JobKind]]:
-    """Return ids and kinds of the jobs of a queue that can begin now: highest priority first, then the oldest."""
+    """Return ids and kinds of the due jobs of a queue: highest priority first, then the oldest."""
     query = select(Job.id, Job.kind).where(*_is_due(), Job.queue == queue)
     return [
         (job_id, kind) for job_id, kind in session.execute(query.order_by(Job.priority.desc(), Job.id).limit(limit))
@@ -173,7 +173,7 @@ def due_jobs(session: Session, queue: Queue, limit: int) -> list[tuple[str, JobK
 
 
 def claim(session: Session, job_id: str, queues: Sequence[Queue], owner: str) -> Job | None:
-    """Take a job, if it is due and in one of the queues; None if it is not, or if somebody else has it."""
+    """Start an attempt at a job with a new lease; return None unless the job is due and in one of the queues."""
     taken = _execute(
         session,
         update(Job)
@@ -193,7 +193,7 @@ def claim(session: Session, job_id: str, queues: Sequence[Queue], owner: str) ->
 
 
 def _is_due() -> tuple[Any, ...]:
-    # Further ahead than any wait: the clock was set back since.
+    # A time further ahead than any delay means that the clock was set back since.
     longest = now() + timedelta(seconds=BACK_OFF_S)
     is_due = or_(Job.next_attempt_at.is_(None), Job.next_attempt_at <= now(), Job.next_attempt_at > longest)
     return (Job.state == JobState.QUEUED, is_due)
@@ -203,7 +203,7 @@ def _is_due() -> tuple[Any, ...]:
 
 
 def hold(session: Session, lease: Lease) -> Job:
-    """Fence the transaction: what follows is written by the lease's holder or not at all. Raises LeaseLost."""
+    """Fence the transaction: later writes in it happen only under this lease. Raises LeaseLost."""
     kept = _execute(session, _held(lease).values(renewals=Job.renewals))
     if not kept:
         raise LeaseLost(lease.job_id)
@@ -211,7 +211,7 @@ def hold(session: Session, lease: Lease) -> Job:
 
 
 def renew(session: Session, lease: Lease) -> bool:
-    """Show that the holder is alive; return whether somebody asked to cancel. Raises LeaseLost."""
+    """Show that the holder is alive; return whether a client asked to cancel. Raises LeaseLost."""
     kept = _execute(session, _held(lease).values(renewals=Job.renewals + 1))
     if not kept:
         raise LeaseLost(lease.job_id)
@@ -219,16 +219,16 @@ def renew(session: Session, lease: Lease) -> bool:
 
 
 def finish(session: Session, lease: Lease, state: JobState, error: dict[str, Any] | None = None) -> None:
-    """Close a job. Raises LeaseLost."""
+    """Close a job in a final state. Raises LeaseLost."""
     values = {"state": state, "error": error, "finished_at": now(), "lease_owner": None}
     if not _execute(session, _held(lease).values(**values)):
         raise LeaseLost(lease.job_id)
 
 
 def give_back(session: Session, lease: Lease, *, delay_s: float = 0.0, counts: bool = True) -> JobState:
-    """Queue a job again, after a delay, or cancel it if that was asked for; return its new state. Raises LeaseLost.
+    """Queue a job again after a delay, or cancel it if a client asked for that; return its new state. Raises LeaseLost.
 
-    An attempt that does not count was not the job's fault.
+    Pass `counts=False` for an attempt that ended for a reason outside the job.
     """
     job = hold(session, lease)
     if job.cancel_requested_at is not None:
@@ -252,20 +252,20 @@ def _held(lease: Lease) -> Any:
 
 
 def is_owed(session: Session, kind: JobKind, subject_id: str) -> bool:
-    """Say whether a job of a kind about a subject is queued or worked on."""
+    """Return whether a job of a kind about a subject is queued or running."""
     query = select(Job.id).where(Job.kind == kind, Job.subject_id == subject_id, Job.state.in_(UNFINISHED))
     return session.scalar(query.limit(1)) is not None
 
 
 def is_cancel_requested(session: Session, job_id: str) -> bool:
-    """Say whether somebody asked to cancel the job."""
+    """Return whether a client asked to cancel the job."""
     return session.scalar(select(Job.cancel_requested_at).where(Job.id == job_id)) is not None
 
 
 def request_cancel(session: Session, subject_id: str, *kinds: JobKind) -> int:
-    """Ask for the jobs of these kinds about a subject to end; return how many were still queued and ended at once."""
+    """Cancel the jobs of these kinds about a subject; return how many were queued and so ended at once."""
     mine = (Job.kind.in_(kinds), Job.subject_id == subject_id)
-    # First whatever its state: this waits for whoever is just giving the job back, and then holds its row.
+    # First for any state: this waits for a holder that is giving the job back, and then locks the row.
     _execute(
         session,
         update(Job)
@@ -279,9 +279,9 @@ def request_cancel(session: Session, subject_id: str, *kinds: JobKind) -> int:
 
 
 def end_others(session: Session, job: Job) -> int:
-    """End the unfinished jobs that belong together with a job, its parent and that one's other parts; return how many.
+    """End the other unfinished jobs of the same run: the parent and its other parts. Return how many.
 
-    Who works on one of them has lost its lease, so that the same work can be owed anew at once.
+    Their holders lose their leases, so that the same work can be queued again at once.
     """
     first = job.parent_id or job.id
     others = (or_(Job.id == first, Job.parent_id == first), Job.id != job.id)
@@ -300,21 +300,22 @@ def end_others(session: Session, job: Job) -> int:
 
 
 def worked_on(session: Session, job_id: str) -> Sequence[Job]:
-    """Return those of a job and the jobs that it owed that somebody works on."""
+    """Return the running ones among a job and the jobs that it created."""
     query = select(Job).where(or_(Job.id == job_id, Job.parent_id == job_id), Job.state == JobState.RUNNING)
     return session.scalars(query, execution_options={"populate_existing": True}).all()
 
 
 def observe_leases(session: Session) -> list[LeaseObservation]:
-    """Return what can be seen of every running job."""
+    """Return an observation of every running job."""
     query = select(Job.id, Job.lease_epoch, Job.renewals).where(Job.state == JobState.RUNNING)
     return [LeaseObservation(*row) for row in session.execute(query)]
 
 
 def take_over(session: Session, observation: LeaseObservation) -> Job | None:
-    """End the lease of a holder that stood still since the observation; return the job with its new state.
+    """End the lease of a holder that has not renewed it since the observation; return the job with its new state.
 
-    Queued again; cancelled if that was asked for; failed if its attempts are used up. None if the holder moved.
+    The job is cancelled if a client asked for that, failed if its attempts are used up, and queued again otherwise.
+    Return None if the holder renewed its lease.
     """
     still = (
         Job.id == observation.job_id,
@@ -339,19 +340,19 @@ def take_over(session: Session, observation: LeaseObservation) -> Job | None:
 
 
 def attempts_are_used_up(job: Job) -> bool:
-    """Say whether a failure of this attempt is final."""
+    """Return whether a failure of this attempt is final."""
     return job.attempt >= MAX_ATTEMPTS and job.kind not in ENDLESS
 
 
 def back_off_s(attempt: int) -> float:
-    """Return the seconds to wait before the attempt after this one: doubled each time, at most a minute."""
+    """Return the seconds to wait before the next attempt: doubled each time, at most BACK_OFF_S."""
     return min(BACK_OFF_S, 2.0 ** min(attempt, 6))
 
 
 def is_retried(job: Job, error: EspalierError) -> bool:
-    """Say whether a job that failed this way gets another attempt.
+    """Return whether a job that failed with this error gets another attempt.
 
-    A publication always does: what it owes would at once become a new job, which knows nothing of waiting.
+    A publication always does: a sweeper would replace it at once by a new job, which would not wait.
     """
     return (error.is_transient or job.kind is JobKind.PUBLISH) and not attempts_are_used_up(job)
 
@@ -360,7 +361,7 @@ def is_retried(job: Job, error: EspalierError) -> bool:
 
 
 def count_jobs(session: Session) -> dict[tuple[Queue, JobState], int]:
-    """Return how many unfinished jobs there are by queue and state."""
+    """Return the number of unfinished jobs by queue and state."""
     query = select(Job.queue, Job.state, func.count()).where(Job.state.in_(UNFINISHED)).group_by(Job.queue, Job.state)
     return {(queue, state): count for queue, state, count in session.execute(query)}
 

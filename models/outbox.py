@@ -54,6 +54,6 @@ def add_publish_jobs(session: Session) -> int:
             with session.begin_nested():
                 jobs.add_job(session, project_id, JobKind.PUBLISH, Queue.TRACKING, run_id)
         except IntegrityError:
-            continue  # another worker looked at the same moment and queued it
+            continue  # another worker queued it at the same moment
         added += 1
     return added

@@ -1,4 +1,4 @@
-"""Workers: which queues they serve and when they were last seen.
+"""Workers: the queues that they serve, and when they were last seen.
 
 A worker process has one slot, so it does one job at a time.
 """
@@ -17,13 +17,13 @@ from models.base import Base, Json, now
 from models.job import Job, JobState, Queue
 
 GPU_GRACE_S = 300.0
-"""Runs wait so long for a GPU worker that is gone: it may be restarting, and without a GPU they take hours."""
-# Each start of a worker is a row of its own; rows of killed workers are deleted after a week.
+"""How long runs wait for a GPU worker that is gone: it may be restarting, and without a GPU they take hours."""
+# Each start of a worker adds a row; rows of killed workers are deleted after a week.
 _FORGOTTEN_S = 7 * 86_400.0
 
 
 class Worker(Base):
-    """A worker process, for display."""
+    """A worker process, for display and for counting free slots."""
 
     __tablename__ = "worker"
 
@@ -34,40 +34,40 @@ class Worker(Base):
 
 
 def see_worker(session: Session, name: str, queues: Sequence[Queue]) -> None:
-    """Note that a worker is alive."""
+    """Record that a worker is alive, and which queues it serves."""
     worker = session.get(Worker, name)
     if worker is None:
         session.execute(delete(Worker).where(Worker.looked_at < now() - timedelta(seconds=_FORGOTTEN_S)))
         session.add(Worker(name=name, queues=list(queues)))
     else:
         worker.looked_at = now()
-        worker.queues = list(queues)  # a new process may have an old one's name
+        worker.queues = list(queues)  # a new process may have the name of an old one
 
 
 def list_workers(session: Session, limit: int) -> Sequence[Worker]:
-    """Return the workers of the last days, at most `limit`; those that were seen last come first."""
+    """Return at most `limit` workers, the most recently seen first."""
     return session.scalars(select(Worker).order_by(Worker.looked_at.desc()).limit(limit)).all()
 
 
 def remove_worker(session: Session, name: str) -> None:
-    """Forget a worker that has ended."""
+    """Delete the row of a worker that has ended."""
     session.execute(delete(Worker).where(Worker.name == name))
 
 
 def count_live(session: Session, queue: Queue, live_s: float) -> int:
-    """Return how many live workers serve a queue."""
+    """Return the number of live workers that serve a queue; `live_s` is the longest time since they were seen."""
     return sum(queue in worker.queues for worker in _live(session, live_s))
 
 
 def count_free(session: Session, live_s: float) -> dict[Queue, int]:
-    """Return for each queue how many live workers serve it and have no job."""
+    """Return for each queue the number of live workers that serve it and run no job."""
     busy = set(session.scalars(select(Job.lease_owner).where(Job.state == JobState.RUNNING)))
     free = Counter(queue for worker in _live(session, live_s) if worker.name not in busy for queue in worker.queues)
     return {queue: free[queue] for queue in Queue}
 
 
 def training_queue(session: Session, learns_layers: bool) -> Queue:
-    """Return where a run belongs: on a GPU if its layers learn and a worker with one was seen lately."""
+    """Return the queue for a run: `gpu` if it trains layers and a GPU worker was seen lately, else `cpu`."""
     return Queue.GPU if learns_layers and count_live(session, Queue.GPU, GPU_GRACE_S) else Queue.CPU
 
 
@@ -81,6 +81,6 @@ def move_to_cpu(session: Session) -> int:
 
 
 def _live(session: Session, live_s: float) -> Sequence[Worker]:
-    # A clock that is ahead by more than that tells as little as one that has stopped.
+    # A time that far in the future comes from a wrong clock and proves as little as an old one.
     near = timedelta(seconds=live_s)
     return session.scalars(select(Worker).where(Worker.looked_at > now() - near, Worker.looked_at < now() + near)).all()

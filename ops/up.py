@@ -1,7 +1,8 @@
-"""The embedded default: everything of the service on this machine, supervised. Run as `python -m ops.up`.
+"""Runs the whole service on this machine under a supervisor. Run as `python -m ops.up`, or `make up`.
 
-SQLite, a private Valkey (unless REDIS_URL names another), the API, one worker and MLflow's pages. A supervisor restarts
-what dies and keeps its logs; Ctrl-C ends all of it. For production there is docker-compose.yml.
+This is SQLite, a private Valkey (unless REDIS_URL names another), the API, a worker for each queue and MLflow. The
+supervisor restarts processes that die and rotates their logs; Ctrl-C stops everything. For production, use
+docker-compose.yml.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from ops.valkey_binary import get_binary_path
 from settings import Settings
 
 READY_WITHIN_S = 120.0
-# Those of one priority at once, the others after them. A worker gives its job back within 25 s.
+# Programs of one priority stop together, those of lower priority after them. A worker gives its job back within 25 s.
 _WORKER_STOP_S = 30
 STOP_WITHIN_S = 60
 
 _TRAINING_QUEUES = ("cpu", "gpu")
 
-# Where a service that listens everywhere is asked.
+# The address under which to reach a service that listens on all interfaces.
 _ASK_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
 
 _LOG_BYTES = "20MB"
@@ -57,7 +58,7 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True)
 class Program:
-    """One supervised process. Those with a higher priority stop first."""
+    """One supervised process. Programs with a higher priority number stop first."""
 
     name: str
     command: Sequence[str]
@@ -71,13 +72,13 @@ def client(settings: Settings, timeout_s: float = 30.0) -> httpx2.Client:
     headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
     host = _ASK_AT.get(settings.api_host, settings.api_host)
     base = f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
-    # A proxy is for what is far away.
+    # The service runs on this machine, so no proxy is used.
     return httpx2.Client(base_url=base, headers=headers, timeout=timeout_s, trust_env=False)
 
 
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the service, wait until it is ready, and end all of it at the end of the block.
+    """Start the service, wait until it is ready, and stop all of it at the end of the block.
 
     Yields the supervisor's process. Raises CannotStart.
     """
@@ -92,7 +93,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         database = Database(settings.database)
         upgrade(database)
         database.close()
-        # A unix socket's path may have some hundred bytes, and a data folder may lie deep.
+        # The path of a unix socket is limited to about 100 bytes; that of the data folder may be longer.
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espalier-")))
         environment = os.environ | {
             "ESPALIER_VAR": str(folder),
@@ -107,7 +108,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--silent", "--configuration", str(config)],
             env=environment,
-            start_new_session=True,  # so that Ctrl-C reaches us alone, and we end it in order
+            start_new_session=True,  # so that Ctrl-C reaches only this process, which stops the supervisor in order
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         stack.callback(_stop, supervisor)
@@ -116,7 +117,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
-    """Return what runs, first things first."""
+    """Return the programs to supervise. The broker starts first and stops last."""
     found = [
         *workers(settings),
         Program("api", [sys.executable, "-m", "api.app"], 30, stop_s=15),
@@ -126,16 +127,16 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
     if settings.redis_url is None:
         binary = shutil.which("valkey-server") or shutil.which("redis-server") or str(get_binary_path())
         serve = [binary, "--port", "0", "--unixsocket", str(sockets / "valkey.sock"), "--unixsocketperm", "700"]
-        # Nothing in it needs to survive: the database is the truth.
+        # Messages need not survive: the database is the truth.
         keep_nothing = ["--save", "", "--appendonly", "no", "--dir", str(sockets)]
         found.append(Program("broker", [*serve, *keep_nothing], 10, stop_s=5))
     return found
 
 
 def workers(settings: Settings) -> list[Program]:
-    """Return a Celery worker for each queue, and several for training if a setting says so.
+    """Return a Celery worker for each queue, and `settings.workers` of them for each queue that trains.
 
-    Those that train divide the processors among them, unless a setting says otherwise.
+    Workers of such a queue share the processors, unless `settings.threads` sets their number of threads.
     """
     return [worker for queue in settings.queues for worker in _workers_of(settings, queue)]
 
@@ -150,7 +151,7 @@ def _workers_of(settings: Settings, queue: str) -> list[Program]:
 
 def _worker(queue: str, name: str, environment: Mapping[str, str] | None = None) -> Program:
     command = [sys.executable, "-m", "celery", "--app", "worker.app", "worker", "--queues", queue]
-    # Workers need not know each other: the database does.
+    # Workers need no messages among each other: they coordinate through the database.
     alone = ["--hostname", f"{name}@%h", "--without-gossip", "--without-mingle", "--loglevel", "WARNING"]
     return Program(f"worker-{name}", [*command, *alone], 40, _WORKER_STOP_S, environment or {})
 
@@ -158,8 +159,8 @@ def _worker(queue: str, name: str, environment: Mapping[str, str] | None = None)
 def mlflow_server(port: int, folder: Path) -> Program:
     """Return MLflow's server as one process.
 
-    The command `mlflow server` starts another process below itself, which outlives it when it is killed, keeps its port
-    and is never found again. This is that other process, with the variables that the command hands it.
+    The command `mlflow server` starts a child process, which survives when the command is killed and keeps the port. So
+    this starts the child directly, with the environment variables that the command would set.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = f"sqlite:///{folder / 'mlflow.db'}"
@@ -170,7 +171,7 @@ def mlflow_server(port: int, folder: Path) -> Program:
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         "_MLFLOW_SGI_NAME": "uvicorn",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # for its language-model features: eight more processes
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes, for language models
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     serve = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port)]
@@ -210,13 +211,13 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
 
 
 def _escaped(text: str) -> str:
-    """Return text as supervisor's configuration wants it: it expands percent signs."""
+    """Return text with percent signs escaped, which supervisor's configuration would expand."""
     return text.replace("%", "%%")
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second service away from the same data. Raises CannotStart."""
+    """Lock the data folder against a second service. Raises CannotStart if one runs on it already."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
@@ -243,7 +244,7 @@ def _check_port(host: str, port: int, setting: str) -> None:
 
 
 def _check_store(settings: Settings) -> None:
-    """See that the bucket of stored files lets us in, if there is one. Raises CannotStart."""
+    """Check access to the bucket of stored files, if one is configured. Raises CannotStart."""
     try:
         open_store(settings.store)
     except StoreRefused as error:
@@ -268,7 +269,7 @@ def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], f
 
 
 def _missing(api: httpx2.Client) -> str:
-    """Return what is not ready yet; empty if all is."""
+    """Return the names of the checks that fail, as text; empty if the API is ready."""
     try:
         checks: dict[str, Any] = api.get("/readyz").json()["checks"]
     except (httpx2.HTTPError, ValueError, KeyError):
@@ -277,16 +278,16 @@ def _missing(api: httpx2.Client) -> str:
 
 
 def mlflow_answers(url: str) -> bool:
-    """Say whether MLflow's server answers from its database, which its first request lays out."""
+    """Return whether MLflow's server answers from its database; its first request creates the tables."""
     try:
-        asked = f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0"
-        return httpx2.get(asked, timeout=5.0, trust_env=False).is_success
+        address = f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0"
+        return httpx2.get(address, timeout=5.0, trust_env=False).is_success
     except httpx2.HTTPError:
         return False
 
 
 def _tails(folder: Path, lines: int = 15) -> str:
-    """Return the ends of all logs."""
+    """Return the last lines of all logs."""
     parts = []
     for log in sorted((folder / "logs").glob("*.log")):
         parts += [f"--- {log}", *log.read_text(errors="replace").splitlines()[-lines:]]
@@ -295,13 +296,13 @@ def _tails(folder: Path, lines: int = 15) -> str:
 
 @contextlib.contextmanager
 def _signals_end_us() -> Iterator[None]:
-    """Make what asks for an end a KeyboardInterrupt: from a terminal, its closing, a supervisor or a shell's `kill`."""
+    """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, from a terminal, a supervisor or `kill`."""
 
     def end(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    wanted = [number for number in _ENDING if not _is_ignored_on_purpose(number)]
-    before = {number: signal.signal(number, end) for number in wanted}
+    handled = [number for number in _STOP_SIGNALS if not _is_ignored_on_purpose(number)]
+    before = {number: signal.signal(number, end) for number in handled}
     try:
         yield
     finally:
@@ -309,16 +310,16 @@ def _signals_end_us() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _is_ignored_on_purpose(number: signal.Signals) -> bool:
-    """Say whether whoever started us wants a signal to be ignored: `nohup` does; a shell's `&` ignores SIGINT, too."""
+    """Return whether `nohup` made this process ignore SIGHUP. An ignored SIGINT only comes from a shell's `&`."""
     return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _end_with_parent() -> None:
-    """Have Linux end the supervisor, and so everything, if this process is killed."""
+    """Make Linux terminate the supervisor, and with it the whole service, if this process is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -326,22 +327,24 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _stop(supervisor: subprocess.Popen[bytes]) -> None:
-    """End everything, in order; a second Ctrl-C does not leave orphans."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
+    """Stop all programs in order; ignore a second Ctrl-C, which would leave orphans."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOP_SIGNALS}
     try:
         if supervisor.poll() is None:
             with console.status("stopping …"):
                 supervisor.terminate()
                 supervisor.wait(STOP_WITHIN_S)
     except subprocess.TimeoutExpired:
-        console.print(f"The supervisor (process {supervisor.pid}) does not end: see its log, and kill it.")
+        console.print(
+            f"The supervisor (process {supervisor.pid}) did not end in {STOP_WITHIN_S} s. Read its log, and kill it."
+        )
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def addresses(settings: Settings) -> str:
-    """Return where everything is."""
+    """Return the addresses of the API and MLflow and the folders of data and logs, as text."""
     return (
         f"API     http://127.0.0.1:{settings.api_port}/docs\n"
         f"MLflow  {settings.mlflow_public}\n"
@@ -350,7 +353,7 @@ def addresses(settings: Settings) -> str:
 
 
 def load_settings() -> Settings:
-    """Return the settings. Raises CannotStart, saying which one is wrong."""
+    """Return the settings. Raises CannotStart with the names of the invalid ones."""
     try:
         return Settings()
     except ValidationError as error:
@@ -359,7 +362,7 @@ def load_settings() -> Settings:
 
 
 def main() -> int:
-    """Serve until Ctrl-C."""
+    """Run the service until Ctrl-C; return the exit status."""
     try:
         settings = load_settings()
         with running(settings) as supervisor:

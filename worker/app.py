@@ -1,12 +1,14 @@
-"""The worker as a Celery app. Run as `celery -A worker.app worker -Q cpu`; everything else stands in its configuration.
+"""The Celery app of the worker. Run as `celery -A worker.app worker -Q cpu`; the rest is configured in the app.
 
-A worker process has one slot. A job runs in a child process of its own; a sweeper, a dispatcher and a collector run
-beside it.
+A worker process has one slot. Each job runs in a child process. A sweeper, a dispatcher and a garbage collector run as
+threads.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,17 +40,17 @@ from worker.tasks import add_tasks
 
 log = structlog.get_logger()
 
-# Supervisors wait longer than this before they kill.
-_DRAIN_S = 25.0
-# A child that is kept for the next part of its run ends if none has come for so many sweeps.
+# Supervisors must wait longer than this before they kill the process.
+_DRAIN_S = 24.0
+# A child that is kept for the next part of its run stops after so many sweeps without one.
 _IDLE_SWEEPS = 2
 
 
 class WorkerService:
-    """Everything of a worker but Celery: runs jobs, sweeps, sends due jobs, collects files."""
+    """A worker without Celery: runs jobs, sweeps, sends due jobs and collects garbage."""
 
     def __init__(self, settings: Settings, name: str, queues: Sequence[Queue]) -> None:
-        """Prepare a worker. Raises StoreRefused if the bucket of stored files refuses it."""
+        """Prepare a worker. Raises StoreRefused if the bucket of stored files denies access."""
         self._store = open_store(settings.store)
         self._clock = Clock()
         self._database = Database(settings.database)
@@ -71,9 +73,11 @@ class WorkerService:
         self._collector = Collector(self._database, self._store, settings.collect_every_s, settings.collect_after_s)
         self._is_idle = self._clock.flag()
         self._is_idle.set()
+        self._deadline = threading.Timer(_DRAIN_S, _exit)
+        self._deadline.daemon = True
 
     def start(self) -> None:
-        """Start the threads; jobs come through `run`."""
+        """Start the threads; Celery tasks call `run` for each job."""
         clear_left_folders()
         self._dispatcher.start()
         self._sweeper.start()
@@ -81,7 +85,7 @@ class WorkerService:
         log.info("worker started", queues=[queue.value for queue in self._queues])
 
     def run(self, job_id: str) -> Outcome:
-        """Do a job. Raises JobFailed."""
+        """Run a job and return how it ended. Raises JobFailed."""
         self._is_idle.clear()
         try:
             return self._runner.run(job_id)
@@ -89,20 +93,22 @@ class WorkerService:
             self._is_idle.set()
 
     def drain(self) -> None:
-        """Give the present job back and accept no other one."""
+        """Give the current job back and accept no more jobs. From now on the process has 24 s to end."""
         self._runner.drain()
+        if self._deadline.ident is None:
+            self._deadline.start()
 
     def stop(self) -> None:
-        """Drain, and stop everything. A job that does not end in time is left to the next holder of its lease."""
+        """Drain, stop all threads, and have another worker take the job that was given back."""
         self.drain()
-        if not self._is_idle.wait(_DRAIN_S):
-            log.error("job did not end in time, so the process is ended", within_s=_DRAIN_S)
-            os._exit(1)  # its child ends with it
+        self._is_idle.wait()
         self._runner.close()
         self._sweeper.stop()
-        self._collector.stop()
+        self._dispatcher.request()
         self._dispatcher.close()
+        self._collector.stop()
         self._database.close()
+        self._deadline.cancel()
         log.info("worker stopped")
 
     def _after_sweep(self) -> None:
@@ -110,8 +116,14 @@ class WorkerService:
         self._dispatcher.request()
 
 
+def _exit() -> None:
+    """End a process that does not end by itself: its child ends with it, and another worker takes the job over."""
+    log.error("worker did not stop in time, so the process is ended", within_s=_DRAIN_S)
+    os._exit(1)
+
+
 def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]:
-    """Return what does each kind of job."""
+    """Return the handler of each kind of job."""
     limits = IngestLimits(
         archive=settings.archive_limits,
         image=settings.image_limits,
@@ -154,34 +166,44 @@ def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
     running: list[WorkerService] = []
 
     class Service(bootsteps.StartStopStep):  # type: ignore[misc]
-        """Starts a `WorkerService` with a Celery worker, and drains it when that shuts down, whoever asked for it."""
+        """Starts a `WorkerService` with a Celery worker, and drains it when the worker shuts down for any reason."""
 
         requires = ("celery.worker.components:Pool",)
 
-        def start(self, worker: Any) -> None:
-            """Start before the first message is fetched."""
+        def __init__(self, worker: Any, **options: Any) -> None:
+            super().__init__(worker, **options)
             if worker.concurrency != 1:
-                log.warning("only one job at a time is sent to a worker: start more workers", slots=worker.concurrency)
+                log.critical("a worker runs one job at a time: start more workers instead", slots=worker.concurrency)
+                raise SystemExit(1)
+
+        def start(self, worker: Any) -> None:
+            """Start the service before Celery fetches the first message."""
             queues = [Queue(name) for name in app.amqp.queues.consume_from]
+            # In a container a new process may have the host name and the number of the one that was killed.
+            name = f"{worker.hostname} {os.getpid()}-{secrets.token_hex(3)}"
             try:
-                service = WorkerService(load_settings(), f"{worker.hostname} {os.getpid()}", queues)
+                service = WorkerService(load_settings(), name, queues)
             except StoreRefused as error:
                 log.critical("worker cannot start", error=error.detail)
                 raise SystemExit(1) from error
             running.append(service)
-            # A signal is handled at once; the steps are closed when the consumer has returned from what it does.
+            # This signal comes at once, while the steps are closed only after the consumer has returned.
             signals.worker_shutting_down.connect(lambda **_: service.drain(), weak=False)
             service.start()
 
         def close(self, worker: Any) -> None:
-            """Give the present job back as soon as a shutdown begins."""
+            """Give the current job back as soon as a shutdown begins."""
             for service in running:
                 service.drain()
 
         def stop(self, worker: Any) -> None:
-            """Stop after the consumer and before the pool."""
-            while running:
-                running.pop().stop()
+            """Stop the service after the consumer and before the pool."""
+            for service in running:
+                service.stop()
+
+        def terminate(self, worker: Any) -> None:
+            """Stop in the same way when Celery is told to end at once: there is nothing that could be left out."""
+            self.stop(worker)
 
     app.steps["worker"].add(Service)
     add_tasks(app, lambda job_id: running[-1].run(job_id))

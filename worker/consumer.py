@@ -19,4 +19,7 @@ class Consumer(consumer.Consumer):  # type: ignore[misc]
         conn.ensure_connection = partial(
             conn.ensure_connection, interval_start=_RETRY_EVERY_S, interval_step=0, interval_max=_RETRY_EVERY_S
         )
+        # A heartbeat that cannot be sent waits for the connection. By default Celery sends it again and again, and does
+        # not look whether the worker is to end.
+        conn.ensure = partial(conn.ensure, max_retries=0)
         return super().ensure_connected(conn)

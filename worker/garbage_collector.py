@@ -1,4 +1,4 @@
-"""Removes now and then what nothing needs any more: a thread of the worker that no job and no lease waits for."""
+"""Removes unreferenced files regularly, in a thread of the worker. Jobs and leases do not wait for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STOP_WITHIN_S = 5.0
 
 
 class Collector:
-    """Collects once at its start and then every `every_s`; on one database one process at a time does."""
+    """Collects garbage at its start and then every `every_s`; on one database, one process at a time."""
 
     def __init__(self, database: Database, store: Store, every_s: float, older_than_s: float) -> None:
         self._database = database
@@ -30,11 +30,11 @@ class Collector:
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
     def start(self) -> None:
-        """Begin to collect."""
+        """Start the thread, which collects at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Collect no more; one that waits for a bucket is left behind, since every step of it may be its last."""
+        """Stop collecting. A collection that waits for a bucket is abandoned, which is safe after any step."""
         self._over.set()
         self._thread.join(_STOP_WITHIN_S)
 
@@ -49,7 +49,7 @@ class Collector:
             self._over.wait(self._every_s)
 
     def collect(self) -> CollectionSummary | None:
-        """Clear this machine's folder up, and collect; None if another process does that just now."""
+        """Clean up this machine's folder and collect garbage; return None if another process is collecting."""
         self._store.drop_unfinished(self._older_than_s)
         garbage.drop_copies(self._database, self._store, self._older_than_s)
         with self._database.exclusive(GARBAGE_COLLECTION) as is_held:

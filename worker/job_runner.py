@@ -1,7 +1,7 @@
-"""Does one job: claims it, has its handler do the work under a lease, and writes how it ended.
+"""Runs one job: claims it, calls its handler under a lease, and writes how it ended.
 
-What runs it is a Celery task (`worker.tasks`); the database decides whether there is anything to do. Knows no kind of
-job by name: handlers do.
+A Celery task (`worker.tasks`) calls it; the database decides whether there is anything to do. The handlers know the
+kinds of jobs, this module does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from worker.lease import DATABASE_PAUSE_S, Bench, Complete, Handler, Holder, Rea
 
 log = structlog.get_logger()
 
-# A job that waits for somebody to make room is tried again this often.
+# A parked job is tried again after this time.
 _PARKED_S = 60.0
 
 
@@ -31,23 +31,23 @@ class Outcome(StrEnum):
     SUCCEEDED = "succeeded"
     CANCELLED = "cancelled"
     GIVEN_BACK = "given back"
-    """This worker is shutting down; another one goes on."""
+    """This worker is shutting down; another one continues the job."""
     WILL_BE_RETRIED = "will be retried"
-    """It failed in a way that may pass, or waits for room on a disk."""
+    """It failed with a transient error, or waits for disk space or for the store."""
     LEASE_LOST = "lease lost"
-    """Another worker took it over, or nobody knows how it ended: the sweeper finds out."""
+    """Another worker took it over, or its end could not be written; then a sweeper takes it over."""
     NOT_CLAIMED = "not claimed"
-    """It was done, claimed or cancelled before, or is not due yet."""
+    """It was already done, claimed or cancelled, or is not due yet."""
 
 
 class JobFailed(Exception):
-    """The job failed for good; the message is the title of its problem and what happened."""
+    """The job failed for good; the message is the title and the detail of its error."""
 
 
 class JobRunner:
     """Runs jobs for one worker, which has one slot.
 
-    `after` is called whenever a slot was taken or became free.
+    It calls `after` whenever the slot was taken or became free.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class JobRunner:
         self._draining = clock.flag()
 
     def run(self, job_id: str) -> Outcome:
-        """Claim a job and do it. Raises JobFailed; Unavailable or DiskFull if the database does not answer."""
+        """Claim a job and run it. Raises JobFailed, and Unavailable or DiskFull if the database cannot be used."""
         if self._draining.is_set():
             return Outcome.NOT_CLAIMED
         try:
@@ -83,18 +83,19 @@ class JobRunner:
             self._after()
             return self._work(job)
         finally:
-            self._after()
+            if not self._draining.is_set():  # else this worker would count as free, and is not
+                self._after()
 
     def drain(self) -> None:
-        """Give the present job back and accept no other one."""
+        """Give the current job back and accept no more jobs."""
         self._draining.set()
 
     def stop_idle_child(self, idle_s: float) -> None:
-        """Stop the child that was kept for a next job, if none came within `idle_s`."""
+        """Stop the child that was kept for the next job, if no job came within `idle_s`."""
         self._bench.stop_if_idle(idle_s)
 
     def close(self) -> None:
-        """Stop the child that was kept for a next job."""
+        """Stop the child that was kept for the next job."""
         self._bench.clear()
 
     def _work(self, job: Job) -> Outcome:
@@ -106,7 +107,7 @@ class JobRunner:
                 return self.see_through(Work(self._database, job, holder, self._bench))
 
     def see_through(self, work: Work) -> Outcome:
-        """Do a claimed job and write how it ended. Raises JobFailed."""
+        """Run a claimed job and write how it ended. Raises JobFailed."""
         job, handler = work.job, self._handlers[work.job.kind]
         try:
             complete = handler.run(work)
@@ -162,7 +163,7 @@ class JobRunner:
         raise JobFailed(f"{error.title}: {error.detail}") from error
 
     def _close(self, lease: Lease, state: JobState, complete: Complete) -> bool:
-        """Write a job's end; return whether this holder wrote it."""
+        """Write the end of a job; return whether this holder wrote it."""
 
         def change(session: Session) -> None:
             jobs.hold(session, lease)
@@ -185,12 +186,12 @@ class JobRunner:
         delay_s: float = 0.0,
         counts: bool = False,
     ) -> Outcome:
-        """Queue a job again; return `outcome`, or that it was cancelled or lost instead."""
+        """Queue a job again; return `outcome`, or CANCELLED or LEASE_LOST if that happened meanwhile."""
         states: list[JobState] = []
 
         def change(session: Session) -> None:
             states[:] = [jobs.give_back(session, lease, delay_s=delay_s, counts=counts)]
-            if states == [JobState.CANCELLED]:  # requested while the attempt was ending
+            if states == [JobState.CANCELLED]:  # a client cancelled it while the attempt was ending
                 handler.cancelled(session, job)
             else:
                 handler.requeued(session, job, error)
@@ -200,11 +201,10 @@ class JobRunner:
         return Outcome.CANCELLED if states == [JobState.CANCELLED] else outcome
 
     def _persist(self, change: Callable[[Session], None]) -> bool:
-        """Write how a job ended; wait for a database that is away for as long as the lease can last.
+        """Write how a job ended. Return False if the lease was lost, or if an earlier try was committed after all.
 
-        A full database is waited for as long as this worker lasts, since nobody can take the lease over meanwhile.
-
-        Return False if the lease was lost, or if an earlier try was written after all.
+        While the database is down, retry for as long as the lease can last. While its disk is full, retry until this
+        worker shuts down, since no other worker can take the lease over meanwhile.
         """
         until = self._clock.now() + self._timings.let_go_s
         while True:

@@ -1,7 +1,7 @@
-"""A claimed job: what its handler may do with it, and the lease that is kept for it meanwhile.
+"""A claimed job as its handler sees it, and the thread that renews its lease.
 
-A second thread renews the lease while the work moves, and finds the reasons to stop: somebody cancelled, another
-worker took over, nothing moved, this worker is to end.
+The thread renews the lease while the work makes progress, and looks for reasons to stop: the job was cancelled, another
+worker took it over, it made no progress, or this worker shuts down.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ log = structlog.get_logger()
 Complete = Callable[[Session], None]
 
 DATABASE_PAUSE_S = 1.0
-# A stall is this many times what a step usually takes, if that is longer than the limit.
+# Work is stalled after this many usual durations of a step, if that is longer than the limit.
 _STALLED_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Timings:
-    """The lengths of `settings`, in seconds."""
+    """The intervals and limits of `settings` about leases, in seconds."""
 
     look_every_s: float = 5.0
     renew_every_s: float = 10.0
@@ -48,7 +48,7 @@ class Timings:
 
 
 class Reason(StrEnum):
-    """Why a job must stop before its end."""
+    """Why a job must stop before it has finished."""
 
     CANCELLED = "cancelled"
     LOST = "lost"
@@ -57,7 +57,7 @@ class Reason(StrEnum):
 
 
 class Stopped(Exception):
-    """The job must end now; nothing went wrong in it."""
+    """The work must stop now, although it did not fail."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.value)
@@ -65,28 +65,28 @@ class Stopped(Exception):
 
 
 class Handler:
-    """One kind of job. Every method but `run` changes the job's subject inside the transaction that changes the job."""
+    """Handles one kind of job. All methods but `run` change its subject in the transaction that changes the job."""
 
     def run(self, work: Work) -> Complete:
-        """Do the work; return what to write in the transaction that closes the job. Raises EspalierError or Stopped."""
+        """Do the work; return a function for the transaction that closes the job. Raises EspalierError or Stopped."""
         raise NotImplementedError
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
-        """Note that the job waits again, because of an error that may pass or because its worker was lost."""
+        """Record that the job is queued again, after a transient error or because its worker was lost."""
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
-        """Note that the job is given up."""
+        """Record that the job has failed for good."""
 
     def ease(self, session: Session, job: Job) -> bool:
-        """Owe the work anew with less of what memory ran out for; return False if there is nothing to take less of."""
+        """Queue the work again with settings that need less memory; return False if nothing can be reduced."""
         return False
 
     def cancelled(self, session: Session, job: Job) -> None:
-        """Note that the job has ended because somebody asked for it."""
+        """Record that the job ended because a client cancelled it."""
 
 
 class Bench:
-    """The child process that a worker keeps from one job to the next, for as long as they are about one subject."""
+    """Holds the child process that a worker reuses for consecutive jobs about the same subject."""
 
     def __init__(self, clock: Clock = Clock()) -> None:  # noqa: B008 - frozen
         self._clock = clock
@@ -96,13 +96,13 @@ class Bench:
         self._kept_at = clock.now()
 
     def keep(self, subject_id: str, child: ChildConnection) -> None:
-        """Keep a child until a job about another subject comes, or none for some time."""
+        """Keep a child for the next job about the subject, until a job about another one comes or it was idle."""
         self.clear()
         with self._lock:
             self._subject_id, self._child, self._kept_at = subject_id, child, self._clock.now()
 
     def take(self, subject_id: str) -> ChildConnection | None:
-        """Hand over the child that is kept for a subject, if it lives; the caller has to stop it from now on."""
+        """Return the child that is kept for a subject, if it is alive; from now on the caller must stop it."""
         self.clear(but=subject_id)
         child = self._remove(lambda: True)
         if child is not None and not child.is_alive:  # killed while it waited
@@ -143,30 +143,30 @@ class Work:
 
     @property
     def subject_id(self) -> str:
-        """What the job is about."""
+        """Id of the data set version, run, comparison or view that the job is about."""
         return self.job.subject_id
 
     @property
     def clock(self) -> Clock:
-        """The time that this worker sees."""
+        """The clock of this worker."""
         return self._holder.clock
 
     def moved(self, step_s: float = 0.0) -> None:
-        """Say that the work made progress; a job that does not move for long counts as hung.
+        """Report progress; a job without progress for too long counts as stalled.
 
-        `step_s` is what it usually takes to the next time.
+        `step_s` is the usual time until the next report.
         """
         self._holder.moved(step_s)
 
     def check(self) -> None:
-        """Raise Stopped if the work must end."""
+        """Raise Stopped if the work must stop."""
         self._holder.check()
 
     def write(self, change: Callable[[Session], T]) -> T:
-        """Run `change` in one transaction, fenced by the lease; waits out a database that is away or has no room.
+        """Run `change` in one transaction, fenced by the lease; retry while the database is down or its disk is full.
 
-        A connection that is lost in the middle of a commit leaves open whether it was written: `change` runs again
-        then, and must bear that it was. Raises Stopped once the lease is lost.
+        If the connection is lost during a commit, nobody knows whether it was written. Then `change` runs again, so it
+        must be safe to run twice. Raises Stopped once the lease is lost.
         """
         while True:
             self.check()
@@ -179,27 +179,27 @@ class Work:
                 self.clock.sleep(DATABASE_PAUSE_S)
             except DiskFull as error:
                 log.warning("database full", job=self.lease.job_id, error=error.detail)
-                self.moved()  # a job that waits for room does not hang
+                self.moved()  # a job that waits for disk space is not stalled
                 self.clock.sleep(DATABASE_PAUSE_S)
             except LeaseLost as error:
                 raise Stopped(Reason.LOST) from error
 
     def write_on_leaving(self, change: Callable[[Session], None]) -> None:
-        """Write what may be of use to whoever does the job next; tried once, and only if the lease still holds."""
+        """Write something that may help the next attempt; try once, and only if the lease still holds."""
         try:
             self._write(change)
         except (Unavailable, DiskFull, LeaseLost) as error:
             log.warning("not written on leaving", job=self.lease.job_id, error=str(error))
 
     def afterwards(self, tidy: Callable[[], None]) -> None:
-        """Have `tidy` called once the job has succeeded: for what cannot be rolled back, such as removing a file.
+        """Call `tidy` after the job has succeeded: for actions that cannot be rolled back, such as removing a file.
 
-        A process that ends in between never calls it, so nothing may depend on it.
+        If the process ends before that, `tidy` is never called, so nothing may depend on it.
         """
         self._afterwards.append(tidy)
 
     def tidy(self) -> None:
-        """Do what was left for afterwards; the job is closed, so nothing that goes wrong here changes it."""
+        """Run the functions passed to `afterwards`. The job is closed, so their errors are only logged."""
         for tidy in self._afterwards:
             try:
                 tidy()
@@ -213,7 +213,7 @@ class Work:
 
 
 class Holder:
-    """Renews a lease while the work moves, and finds the reasons to stop. `look` is called by a thread of its own."""
+    """Renews a lease while the work makes progress, and looks for reasons to stop. A separate thread calls `look`."""
 
     def __init__(
         self,
@@ -243,23 +243,26 @@ class Holder:
         self._thread.join()
 
     def moved(self, step_s: float = 0.0) -> None:
-        """Note progress, and what it usually takes to the next."""
+        """Record progress, and the usual time until the next."""
         self._moved_at = self.clock.now()
         if step_s:
             self._stall_s = max(self._timings.stall_s, _STALLED_STEPS * step_s)
 
     def check(self) -> None:
-        """Raise Stopped if there is a reason."""
+        """Raise Stopped if there is a reason to stop."""
         if self._reason is None and self._is_draining():
             self._reason = Reason.DRAINING
-        # Looked at here too: a renewal that hangs in a dead connection never comes back to `look`.
+        # Checked here too: `look` may hang in a renewal on a dead connection.
         if self._reason is None and self._is_overdue():
             self._reason = Reason.LOST
         if self._reason is not None:
             raise Stopped(self._reason)
 
     def look(self) -> bool:
-        """Renew if it is time and the work moves, and look for reasons to stop; return whether to look again."""
+        """Renew the lease if it is due and the work makes progress, and look for reasons to stop.
+
+        Return whether to look again.
+        """
         now = self.clock.now()
         if now - self._moved_at > self._stall_s:
             self._reason = self._reason or Reason.STALLED
@@ -271,7 +274,7 @@ class Holder:
             self._reason = Reason.LOST
             return False
         except DiskFull:
-            self._renewed_at = now  # whoever would take the lease over cannot write either
+            self._renewed_at = now  # no other worker can take the lease over: it could not write either
         except Unavailable:
             if self._is_overdue():
                 self._reason = Reason.LOST

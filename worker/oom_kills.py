@@ -1,4 +1,4 @@
-"""Whether the kernel kills for memory: it sends SIGKILL, as others may, but it keeps count."""
+"""Counts the processes that the kernel killed for memory. Their SIGKILL alone does not tell who sent it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-# Of the whole machine (Linux 4.13), and of the container's group in either version of control groups.
+# Counters of the whole machine (since Linux 4.13) and of the container, in control groups of version 2 and 1.
 COUNTERS = (
     Path("/proc/vmstat"),
     Path("/sys/fs/cgroup/memory.events"),
@@ -15,7 +15,7 @@ COUNTERS = (
 
 
 def count_kills(counters: Sequence[Path] = COUNTERS) -> int:
-    """Return a number that grows each time the kernel kills a process for memory; 0 where it does not tell."""
+    """Return a number that grows with each process that the kernel kills for memory; 0 where there are no counters."""
     kills = 0
     for counter in counters:
         with contextlib.suppress(OSError, ValueError):  # another system, or no permission to look

@@ -1,6 +1,6 @@
-"""Looks at all jobs every few seconds: takes over those whose worker is gone, and has due ones sent.
+"""Checks all running jobs every few seconds, and takes over those whose worker is gone.
 
-It also notes that this worker is alive. Does no job itself.
+It also records that this worker is alive, queues publications, and asks the dispatcher to send due jobs. It runs none.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from worker.lease import Handler, Timings
 
 log = structlog.get_logger()
 
-# A look that comes later than this many times its due has not watched all that time.
+# After a late sweep, at most this many intervals count as observed.
 _ATTENTIVE = 2.0
 
 
 class Sweeper:
-    """Looks at every running job every few seconds.
+    """Checks every running job every few seconds.
 
-    A lease ends by observation: the same (epoch, renewals) for `lease_s` of this process' own monotonic clock. Time
-    that passed while it did not look itself, since the machine or this process stood still, does not count.
+    A lease expires when the sweeper observes the same (epoch, renewals) for `lease_s` on its own monotonic clock. Time
+    in which it did not sweep, since the machine or this process stood still, does not count.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Sweeper:
         clock: Clock = Clock(),  # noqa: B008 - frozen
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepare a sweeper; `after` is called at the end of each sweep, whether the database answered or not."""
+        """Prepare a sweeper; it calls `after` at the end of each sweep, even if the database did not answer."""
         self._after = after
         self._database = database
         self._queues = queues
@@ -56,11 +56,11 @@ class Sweeper:
         self._thread = clock.thread(self._run, "sweeper")
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread, which sweeps at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop sweeping, and forget this worker: it takes no jobs any more."""
+        """Stop sweeping, and remove the row of this worker, which accepts no more jobs."""
         self._over.set()
         self._thread.join()
         try:
@@ -81,7 +81,7 @@ class Sweeper:
             self._over.wait(self._timings.look_every_s)
 
     def sweep(self) -> int:
-        """Look once at every running job; return how many were taken over."""
+        """Check every running job once; return how many were taken over."""
         now = self._clock.now()
         with self._database.writing() as session:
             workers.see_worker(session, self._worker, self._queues)
@@ -108,7 +108,7 @@ class Sweeper:
             return self._end_lease(observation)
         except (Unavailable, DiskFull):
             raise
-        except Exception:  # one job that cannot be taken over must not keep the others waiting
+        except Exception:  # one job that cannot be taken over must not block the others
             log.exception("take-over failed", job=observation.job_id)
             return False
 

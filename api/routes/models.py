@@ -1,4 +1,4 @@
-"""Routes of models: their versions and aliases. Predicts nothing."""
+"""Routes of models, their versions and aliases. `api.routes.predictions` predicts."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def get_version(services: ServicesDep, principal: PrincipalDep, name: str, versi
 def move_alias(
     services: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, body: AliasRequest
 ) -> AliasOut:
-    """Point an alias at a version. What cannot be served is refused, and the alias stays where it was.
+    """Point an alias to a version. A version that cannot be served is refused, and the alias does not move.
 
-    `serving` is `old` while the version's backbone is being loaded: until then the version before it answers.
+    `serving` is `old` while the version's backbone is being loaded; until then the previous version answers.
     """
     with services.database.reading() as session:
         model = registry.get_model(session, principal, name)

@@ -1,4 +1,4 @@
-"""The route that shows a network before anything is trained. Works out no shapes: `recipes.shapes` does."""
+"""The route that previews a network before anything is trained. `recipes.shapes` computes the shapes."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ _FLOAT32_BYTES = 4
 
 
 @router.post("/networks/preview")
-def preview_network(wanted: NetworkPreviewRequest) -> NetworkPreviewOut:
-    """Show the layers of a network: shapes, parameters, multiply-adds, receptive fields, and what is lost where."""
+def preview_network(body: NetworkPreviewRequest) -> NetworkPreviewOut:
+    """Show the layers of a network: shapes, parameters, multiply-adds, receptive fields and warnings."""
     try:
-        return _shown(_rows(wanted))
+        return _preview_out(_rows(body))
     except RecipeInvalid as error:
         raise RecipeInvalid(error.field, f"{error.field}: {error.detail}") from error
 
 
-def _rows(wanted: NetworkPreviewRequest) -> list[Row]:
-    match wanted.network, wanted.backbone:
+def _rows(body: NetworkPreviewRequest) -> list[Row]:
+    match body.network, body.backbone:
         case NetworkRecipe() as network, None:
-            return _network_rows(network, wanted)
+            return _network_rows(network, body)
         case None, BackboneName() as backbone:
-            return _backbone_rows(backbone, wanted)
+            return _backbone_rows(backbone, body)
         case None, None:
             raise RequestInvalid("Expected 'network' or 'backbone'. Received neither.", field="network")
         case _:
             raise RequestInvalid("Expected 'network' or 'backbone'. Received both.", field="network")
 
 
-def _network_rows(network: NetworkRecipe, wanted: NetworkPreviewRequest) -> list[Row]:
-    if wanted.features_from is not None:
+def _network_rows(network: NetworkRecipe, body: NetworkPreviewRequest) -> list[Row]:
+    if body.features_from is not None:
         raise RecipeInvalid(
             "features_from",
-            f"Expected null: only a backbone has cut points. Received {wanted.features_from!r}.",
+            f"Expected null: only a backbone has cut points. Received {body.features_from!r}.",
         )
-    size = default_size(network.kind) if wanted.image_size is None else wanted.image_size
+    size = default_size(network.kind) if body.image_size is None else body.image_size
     height, width = sides(size)
-    return table(filled_network(network, height, width), height, width, wanted.outputs)
+    return table(filled_network(network, height, width), height, width, body.outputs)
 
 
-def _backbone_rows(backbone: BackboneName, wanted: NetworkPreviewRequest) -> list[Row]:
-    size = wanted.image_size
+def _backbone_rows(backbone: BackboneName, body: NetworkPreviewRequest) -> list[Row]:
+    size = body.image_size
     if isinstance(size, tuple):
         raise RecipeInvalid(
             "image_size", f"Expected one number: images for a backbone are squares. Received {list(size)}."
         )
-    return backbone_table(backbone, wanted.features_from, size, wanted.outputs)
+    return backbone_table(backbone, body.features_from, size, body.outputs)
 
 
-def _shown(rows: Sequence[Row]) -> NetworkPreviewOut:
-    """Return rows as an answer; the first one is that of the pixels."""
+def _preview_out(rows: Sequence[Row]) -> NetworkPreviewOut:
+    """Return the response for a table of layers, whose first row is the input."""
     pixels, *layers = rows
     height, width, channels = pixels.shape
     parameters = sum(row.parameters for row in layers)

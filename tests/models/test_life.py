@@ -1,13 +1,14 @@
-"""A run's life, by a machine that does to runs and their jobs whatever can be done in any order.
+"""The life of a run: a state machine applies every possible operation to runs and their jobs, in any order.
 
-What it knows is written down a second time here, in a few sets and numbers, and compared with the rows after each step;
-the laws of the simulator are asked as well.
+It keeps a simple model of the expected rows and compares it with the database after each step. It also checks the
+invariants of the simulator.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -44,6 +45,7 @@ from models.session import Database
 from recipes.recipe import Folds, Mode, Recipe, Task
 from training.progress import FoldResult
 from worker.handlers.train import PartEnd, Train
+from worker.job_runner import JobFailed
 from worker.lease import Bench, Complete, Holder, Reason, Stopped, Work
 from worker.local_worker import LocalWorker
 from worker.messages import FoldEnded, Prepared, RunOutcome
@@ -352,7 +354,9 @@ class Lives(RuleBasedStateMachine):
             for life in self.lives:
                 run = runs.get_run(session, records.PRINCIPAL, life.run_id)
                 unfinished = select(Job).where(
-                    Job.subject_id == life.run_id, Job.state.in_((JobState.QUEUED, JobState.RUNNING))
+                    Job.subject_id == life.run_id,
+                    Job.state.in_((JobState.QUEUED, JobState.RUNNING)),
+                    Job.kind != JobKind.PUBLISH,
                 )
                 assert run.state is life.state
                 assert {fold.number for fold in runs.get_folds(session, life.run_id)} == life.folds
@@ -403,7 +407,8 @@ class Lives(RuleBasedStateMachine):
     def _end(self, life: Life, part: Part, job: Job, end: PartEnd | EspalierError | Reason) -> None:
         """Have the loop see a job through to this end."""
         self.told.end = end
-        self.loop.runner.see_through(self._work(job))
+        with suppress(JobFailed):
+            self.loop.runner.see_through(self._work(job))
         self.checks.check(Writer("end", Lease(job.id, job.lease_epoch)))
         self._leave(life, part, job)
 

@@ -291,11 +291,12 @@ def test_a_frozen_broker_costs_no_run(ground: Ground) -> None:
     broker = ground.service.find("valkey-server")
     broker.suspend()
     try:
-        run = ground.service.train(ground.dataset, "broker-frozen")  # the worker looks by itself
-        assert run["state"] == "succeeded"
+        run = ground.service.train(ground.dataset, "broker-frozen", wait=False)
+        assert run["state"] == "queued"
         assert broker.status() == psutil.STATUS_STOPPED
     finally:
         broker.resume()
+    assert ground.service.settled(f"/api/v1/runs/{run['id']}")["state"] == "succeeded"
 
 
 @ON_ANY_DATABASE

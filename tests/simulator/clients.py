@@ -1,4 +1,4 @@
-"""The people of a schedule and the API that they ask, whose routes are the real ones. Each sends until answered."""
+"""The clients of a schedule, and the API with its real routes. A client repeats a request until it is answered."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ T = TypeVar("T")
 Request = Callable[[Services], T]
 
 _PRINCIPAL = Principal()
-_LOOK_EVERY_S = 3.0
+_POLL_S = 3.0
 _RETRIES = 2
-_PATIENCE_S = 60.0
-_LOOK_AGAIN_S = 0.2
+_LONGEST_WAIT_S = 60.0
+_TRANSACTIONS_POLL_S = 0.2
 
 
 class Api:
-    """The API process, and the network before it."""
+    """The API process, and the network between it and its clients."""
 
     def __init__(self, simulation: Simulation, broker: SimulatedBroker, settings: Settings) -> None:
         self._simulation = simulation
@@ -43,15 +43,15 @@ class Api:
         self._settings = settings
         self.machine, self._dispatcher = self._start()
 
-    def ask(self, name: str, request: Request[T], key: str | None = None, cancels: str | None = None) -> T:
-        """Send a request until it is answered. Raises the EspalierError that is the answer."""
+    def send(self, name: str, request: Request[T], key: str | None = None, cancels: str | None = None) -> T:
+        """Send a request until it is answered. Raises the EspalierError with which the API answers."""
         while True:
             try:
-                return self._try(name, request, key, cancels)
+                return self._send_one(name, request, key, cancels)
             except (Unavailable, DiskFull, InFlight):
                 self._simulation.scheduler.wait(self._simulation.chance.seconds(0.5, 10.0))
 
-    def _try(self, name: str, request: Request[T], key: str | None, cancels: str | None) -> T:
+    def _send_one(self, name: str, request: Request[T], key: str | None, cancels: str | None) -> T:
         machine, simulation = self.machine, self._simulation
         answer: list[T | EspalierError] = []
 
@@ -77,7 +77,7 @@ class Api:
         return answer[0]
 
     def _answer(self, machine: Machine, request: Request[T], key: str | None) -> T:
-        # The routes that are asked here need no more of a process.
+        # The routes used here need no other services.
         nothing = cast(Any, None)
         services = Services(self._settings, machine.database, self._simulation.store, self._dispatcher, *[nothing] * 5)
         if key is None:
@@ -97,30 +97,30 @@ class Api:
         return machine, dispatcher
 
 
-class Person:
-    """Orders a run or a comparison; may change their mind, and try again what failed."""
+class Client:
+    """Starts a run or a comparison; may cancel it, and may retry a run that failed."""
 
     def __init__(self, simulation: Simulation, api: Api, number: int) -> None:
         self._simulation = simulation
         self._api = api
         self._number = number
         self._keys = 0
-        self.orders = 0
+        self.runs_requested = 0
 
     def act(self) -> None:
-        """Do all that they do, to its end."""
+        """Send all requests of this client, and wait for the end of its runs."""
         chance = self._simulation.chance
         self._simulation.scheduler.wait(chance.seconds(0.0, 10.0))
         if chance.happens(0.12):
             self._compare()
         else:
-            self._follow(self._order())
+            self._follow(self._start_run())
 
-    def _order(self) -> str:
+    def _start_run(self) -> str:
         wanted = RunRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipe=self._recipe())
-        self.orders += 1
-        run = self._ask_once(
-            "order",
+        self.runs_requested += 1
+        run = self._send_once(
+            "start run",
             lambda services, idempotency: run_routes.start_run(Response(), services, _PRINCIPAL, wanted, idempotency),
         )
         return str(run.id)
@@ -129,8 +129,8 @@ class Person:
         chance = self._simulation.chance
         recipes = [self._recipe(k=2, epochs=epochs) for epochs in range(1, chance.choice([2, 2, 3]) + 1)]
         wanted = ComparisonRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipes=recipes)
-        self.orders += len(recipes)
-        comparison = self._ask_once(
+        self.runs_requested += len(recipes)
+        comparison = self._send_once(
             "compare",
             lambda services, idempotency: comparison_routes.start_comparison(
                 Response(), services, _PRINCIPAL, wanted, idempotency
@@ -141,56 +141,56 @@ class Person:
             for run_id, owner in self._simulation.invariants.snapshot.comparison_of_run.items()
             if owner == comparison.id
         ]
-        following = [self._simulation.spawn(partial(self._follow, run_id), f"person {self._number}") for run_id in mine]
+        following = [self._simulation.spawn(partial(self._follow, run_id), f"client {self._number}") for run_id in mine]
         if chance.strikes(Fault.CANCEL_ALL):
-            self._dither()
+            self._wait_at_random()
             cancel = partial(comparison_routes.cancel_comparison, principal=_PRINCIPAL, comparison_id=comparison.id)
-            self._api.ask("cancel", cancel, cancels=comparison.id)
+            self._api.send("cancel", cancel, cancels=comparison.id)
         for task in following:
             task.join()
 
     def _follow(self, run_id: str) -> None:
-        """See what becomes of a run, and meddle."""
+        """Poll a run until it ends; maybe cancel or retry it."""
         chance = self._simulation.chance
         for _ in range(1 + _RETRIES):
             if chance.strikes(Fault.CANCEL):
-                self._dither()
+                self._wait_at_random()
                 cancel = partial(run_routes.cancel_run, principal=_PRINCIPAL, run_id=run_id)
-                self._api.ask("cancel", cancel, cancels=run_id)
+                self._api.send("cancel", cancel, cancels=run_id)
             while not self._simulation.invariants.snapshot.runs[run_id].is_final:
-                self._simulation.scheduler.wait(_LOOK_EVERY_S)
+                self._simulation.scheduler.wait(_POLL_S)
             if self._simulation.invariants.snapshot.runs[run_id].state != "failed" or not chance.strikes(Fault.RETRY):
                 return
             self._simulation.scheduler.wait(chance.seconds(0.0, 5.0))
             self._retry(run_id)
 
-    def _dither(self) -> None:
-        """Wait for a while, or for something to happen: what comes at once after that meets more of it on its way."""
+    def _wait_at_random(self) -> None:
+        """Wait for some time, or for some transactions: a request right after one is more likely to race with it."""
         chance, simulation = self._simulation.chance, self._simulation
         if chance.happens(0.5):
             simulation.scheduler.wait(chance.seconds(0.0, 40.0))
             return
-        last, until = simulation.transactions + chance.integer(0, 40), simulation.scheduler.now + _PATIENCE_S
+        last, until = simulation.transactions + chance.integer(0, 40), simulation.scheduler.now + _LONGEST_WAIT_S
         while simulation.transactions < last and simulation.scheduler.now < until:
-            simulation.scheduler.wait(_LOOK_AGAIN_S)
+            simulation.scheduler.wait(_TRANSACTIONS_POLL_S)
 
     def _retry(self, run_id: str) -> None:
         try:
-            self._ask_once(
+            self._send_once(
                 "retry",
                 lambda services, idempotency: run_routes.retry_run(
                     Response(), services, _PRINCIPAL, run_id, idempotency
                 ),
             )
         except NotReady:
-            return  # somebody else was quicker
+            return  # another client was faster
 
-    def _ask_once(self, name: str, request: Callable[[Services, IdempotentRequest], T]) -> T:
-        """Ask for something that must happen once, however often it is sent."""
+    def _send_once(self, name: str, request: Callable[[Services, IdempotentRequest], T]) -> T:
+        """Send a request with an idempotency key, so that it acts once however often it is sent."""
         self._keys += 1
         key = f"{self._number}.{self._keys}"
         idempotency = partial(IdempotentRequest, principal=_PRINCIPAL, key=key, address=name)
-        return self._api.ask(name, lambda services: request(services, idempotency(services)), key)
+        return self._api.send(name, lambda services: request(services, idempotency(services)), key)
 
     def _recipe(self, k: int | None = None, epochs: int = 1) -> Recipe:
         chance = self._simulation.chance

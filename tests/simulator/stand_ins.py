@@ -1,6 +1,6 @@
-"""What stands around the workers: a store, a broker, MLflow, and children that train nothing.
+"""Stand-ins for what surrounds the workers: a store, MLflow, and children that train nothing.
 
-Each says and keeps what the real one does, so that the code that talks with it is the real one.
+Each has the interface of the real thing, so that the real code of the workers runs against it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _KILLED = -9
 _SEGMENTATION_FAULT = -11
 
 
-# After these a child waits for an answer.
+# A child waits for an answer after these messages.
 _QUESTIONS = (FindBackbone, AddBackbone)
 
 
@@ -94,11 +94,11 @@ class MemoryStore(Store):
 # --- children ------------------------------------------------------------------------------------------------------
 
 Script = Iterator[tuple[float, ChildMessage | Exception]]
-"""What a child sends, each after some seconds; an exception is its end."""
+"""The messages of a child, each with its delay in seconds; an exception ends the child."""
 
 
 class TrainingChild:
-    """Sends what a child sends that trains a run, and stores files as it does. Lives on its worker's machine."""
+    """Sends the messages and stores the files of a child that trains a run. Runs on its worker's machine."""
 
     def __init__(self, machine: Machine, store: MemoryStore) -> None:
         self._machine = machine
@@ -127,7 +127,7 @@ class TrainingChild:
             case DigestAnswer() | ChoiceAnswer() | Stored():
                 self._answer, self._is_waiting = message, False
             case Drain():
-                raise AssertionError("a handler drains a child by `drain`")
+                raise AssertionError("Expected a handler to call `drain`. Received a message Drain.")
             case order:
                 self._script, self._next, self._is_waiting = self._carry_out(order), None, False
 
@@ -150,12 +150,12 @@ class TrainingChild:
             return []
         self._machine.sleep(self._chance.seconds(0.0, within_s))
         kept: list[ChildMessage] = [self._checkpoint(self._part, 1)] if self._chance.happens(0.5) else []
-        if self._chance.happens(0.2):  # it was about to be done
+        if self._chance.happens(0.2):  # it was almost done
             kept += self._rest()
         return kept
 
     def _rest(self) -> list[ChildMessage]:
-        """Return all messages that are left; none if it would ask, hang or die before it was done."""
+        """Return all remaining messages; none if the child would ask, hang or die before its end."""
         rest: list[ChildMessage] = []
         if self._is_waiting:
             return rest
@@ -170,7 +170,7 @@ class TrainingChild:
         return None
 
     def _has_sent(self, within_s: float) -> bool:
-        """Wait for so long at most; return whether there is a message."""
+        """Wait at most `within_s` seconds; return whether there is a message."""
         now = self._machine.simulation.scheduler.now
         if self._next is None:
             after_s, message = next(self._script)
@@ -233,7 +233,7 @@ class TrainingChild:
         yield self._soon(Extracted(extraction=Extraction(images=20, computed=20, cached=0, seconds=1.0)))
 
     def _learn(self, number: int | None) -> Script:
-        """Train a part for some epochs."""
+        """Train one part for some epochs."""
         for epoch in range(1, self._chance.choice([1, 1, 1, 2, 3]) + 1):
             yield from self._work("final" if number is None else "folds", number)
             yield self._at_once(EpochEnded(fold=number, epoch=epoch, metrics={"loss": 1.0}))
@@ -256,10 +256,10 @@ class TrainingChild:
         )
 
     def _work(self, stage: str, number: int | None = None) -> Script:
-        """Work for a while; it may go wrong."""
+        """Work for some time, and maybe fail."""
         state = JobProgress(stage=stage, share=0.5, fold=number, epoch=1, epochs=3, spent_s=1.0, eta_s=1.0)
-        said: ChildMessage = Progress(state=state) if self._chance.happens(0.5) else Alive(step_s=0.1)
-        yield self._chance.seconds(0.1, 6.0), said
+        message: ChildMessage = Progress(state=state) if self._chance.happens(0.5) else Alive(step_s=0.1)
+        yield self._chance.seconds(0.1, 6.0), message
         chance = self._chance
         if chance.strikes(Fault.HANG):
             self._is_hung = True
@@ -282,7 +282,7 @@ class TrainingChild:
         return FoldEnded(result=result, outcome=outcome)
 
     def _check_outcomes(self, order: TrainOrder, folds: Sequence[int]) -> None:
-        """Check that the end of a run is given every fold, and that all were trained alike."""
+        """Check that the final fit gets the outcomes of all folds, and that all used the same batch size."""
         batch = order.spec.recipe["batch_size"]
         given = {number: self._store.read(digest).decode() for number, digest in order.outcomes.items()}
         wanted = {number: f"{self._subject_id} fold {number} batch {batch}" for number in folds}
@@ -294,7 +294,7 @@ class TrainingChild:
         return CheckpointWritten(fold=number, epochs=epochs, sha256=digest, size_bytes=9)
 
     def _file(self, name: str) -> Digest:
-        """Store a file that no other attempt has."""
+        """Store a file that differs from those of other attempts."""
         return self._store.write(f"{name} of {self._subject_id}, {self._chance.integer(0, 10**12)}")
 
     def _at_once(self, message: ChildMessage) -> tuple[float, ChildMessage]:
@@ -305,7 +305,7 @@ class TrainingChild:
 
 
 class ComparingChild(TrainingChild):
-    """Sends what a child sends that compares."""
+    """Sends the messages of a child that compares runs."""
 
     def __init__(
         self, machine: Machine, store: MemoryStore, order: CompareOrder, environment: Mapping[str, str]
@@ -336,8 +336,11 @@ class ComparingChild(TrainingChild):
 
 
 @dataclass
-class Shown:
-    """What MLflow shows of a run; `is_doubtful` once somebody told it who had lost his lease: it knows no fence."""
+class PageState:
+    """What MLflow shows of a run.
+
+    MLflow has no fencing, so `is_doubtful` is set when a worker that had lost its lease wrote to it.
+    """
 
     is_started: bool = False
     folds: set[int] = field(default_factory=set)
@@ -347,13 +350,13 @@ class Shown:
 
 
 class Mlflow:
-    """What MLflow was told, by run."""
+    """The simulated MLflow server, with the state of each run's page."""
 
     def __init__(self) -> None:
-        self.shown: dict[str, Shown] = {}
+        self.page_states: dict[str, PageState] = {}
 
     def pages(self, machine: Machine, is_held: Callable[[], bool]) -> OpenPages:
-        """Return how a machine reaches it; `is_held` says whether the present task still has its lease."""
+        """Return what opens pages from a machine; `is_held` returns whether the current thread holds its lease."""
 
         @contextmanager
         def reach(place: TrackingSettings) -> Iterator[Callable[[Facts], SimulatedPage]]:
@@ -371,26 +374,26 @@ class SimulatedPage:
         self._machine = machine
         self._is_held = is_held
         self._facts = facts
-        self._shown = mlflow.shown.setdefault(facts.run.id, Shown())
+        self._state = mlflow.page_states.setdefault(facts.run.id, PageState())
         self._call(lambda: None)
 
     def start(self) -> None:
-        self._call(lambda: setattr(self._shown, "is_started", True))
+        self._call(lambda: setattr(self._state, "is_started", True))
 
     def add_fold(self, number: int) -> None:
         if any(fold.number == number for fold in self._facts.folds):
-            self._call(lambda: self._shown.folds.add(number))
+            self._call(lambda: self._state.folds.add(number))
 
     def finish(self, store: Store) -> None:
         state = self._facts.run.state
         if not state.is_final:
             raise InvariantViolated(f"MLflow is told the end of a run that is {state.value}: {self._facts.run.id}")
-        self._call(lambda: setattr(self._shown, "state", state.value))
+        self._call(lambda: setattr(self._state, "state", state.value))
 
     def compare(self, store: Store) -> None:
         assert self._facts.comparison is not None and self._facts.comparison.report_sha256 is not None
         store.read(Digest(self._facts.comparison.report_sha256))
-        self._call(lambda: setattr(self._shown, "is_compared", True))
+        self._call(lambda: setattr(self._state, "is_compared", True))
 
     def add_file(self, store: Store, name: str) -> None:
         raise InvariantViolated(f"MLflow is told of a file that nobody asked for: {name}")
@@ -399,12 +402,12 @@ class SimulatedPage:
         raise InvariantViolated(f"MLflow is told of an alias that nobody moved: {alias}")
 
     def _call(self, effect: Callable[[], None]) -> None:
-        """Have MLflow do something; it may be away, and its answer may be lost."""
+        """Call MLflow, which may not respond, or whose answer may be lost."""
         self._machine.step()
         chance = self._machine.simulation.chance
         if chance.strikes(Fault.MLFLOW_AWAY):
             raise Unavailable("MLflow is away.")
-        self._shown.is_doubtful |= not self._is_held()
+        self._state.is_doubtful |= not self._is_held()
         effect()
         if chance.strikes(Fault.MLFLOW_DEAF):
             raise Unavailable("MLflow's answer was lost.")

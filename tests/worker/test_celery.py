@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +50,11 @@ class Valkey:
         self._process = subprocess.Popen([*command, "--save", "", "--dir", self._folder], stdout=subprocess.DEVNULL)
         with redis.Redis(unix_socket_path=f"{self._folder}/valkey.sock") as client:
             until_no(redis.RedisError, client.ping)
+
+    def freeze(self) -> None:
+        """Keep its connections, and say nothing more."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -162,13 +168,14 @@ def test_task_events_tell_how_each_job_ended(broker_url: str) -> None:
     ):
         receiver = app.events.Receiver(connection, handlers={"*": events.append})
 
-        def have_come(count: int, *kinds: str) -> bool:
-            with suppress(TimeoutError):
-                connection.drain_events(timeout=1)
-            return sum(event["type"] in kinds for event in events) >= count
-
         try:
-            with receiver.consumer_context(wakeup=True):
+            with receiver.consumer_context(wakeup=True) as (own_connection, _, _):
+
+                def have_come(count: int, *kinds: str) -> bool:
+                    with suppress(TimeoutError):
+                        own_connection.drain_events(timeout=1)
+                    return sum(event["type"] in kinds for event in events) >= count
+
                 until(lambda: have_come(1, "worker-heartbeat"))
                 for job_id in ("succeeded", "cancelled", "given back", "refused"):
                     broker.send("cpu", "train", job_id)
@@ -220,6 +227,8 @@ def test_a_consumer_does_not_wait_longer_and_longer_for_the_broker() -> None:
             asked.update(options)
             return self
 
+        def ensure(self, *args: Any, **options: Any) -> None: ...
+
     class Bare(Consumer):
         def __init__(self) -> None:
             self.app = make_celery(lambda: "memory://")
@@ -242,10 +251,10 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 @contextmanager
-def worker_process(var: Path, broker_url: str) -> Iterator[subprocess.Popen[str]]:
+def worker_process(var: Path, broker_url: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Run a worker of the queue `ingest` as operators do."""
     environment = os.environ | {"ESPALIER_VAR": str(var), "ESPALIER_LOOK_EVERY_S": "1", "REDIS_URL": broker_url}
-    command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "ingest"]
+    command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "ingest", *options]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as worker:
         try:
             yield worker
@@ -278,6 +287,26 @@ def test_work_waits_while_the_broker_is_away_and_goes_on_when_it_is_back(
         assert worker.wait(60) == 0
     with database.reading() as session:
         assert session.scalars(select(Worker)).all() == [], "a worker that ended takes no jobs"
+
+
+@pytest.mark.slow
+def test_a_worker_ends_within_25_seconds_though_its_broker_hangs(
+    database: Database, valkey: Valkey, tmp_path: Path
+) -> None:
+    valkey.start()
+    job_id = add_purge(database, "tulips")
+    with worker_process(tmp_path, valkey.url) as worker:
+        settled(database, job_id, JobState.SUCCEEDED)
+        valkey.freeze()
+        time.sleep(3)  # a heartbeat is being sent
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(25)
+
+
+def test_a_worker_with_more_than_one_slot_is_refused(tmp_path: Path, broker_url: str) -> None:
+    with worker_process(tmp_path, broker_url, "--concurrency", "2") as worker:
+        _, said = worker.communicate(timeout=120)
+        assert worker.returncode == 1 and "start more workers" in said
 
 
 def test_a_worker_ends_when_celery_asks_it_to(database: Database, broker_url: str, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_an_archive_that_another_machine_received_is_read_here(
     api = Case(sqlite, bucket.seen_from(tmp_path / "api").store())
     version_id = api.upload(sample.coloured(per_class=3))
     worker = Case(sqlite, bucket.seen_from(tmp_path / "worker").store())
-    assert worker.lease()
+    assert worker.work()
     assert worker.version(version_id).state is DatasetState.READY
     assert worker.version(version_id).archive_sha256 is None and len(bucket.digests()) == 10
 

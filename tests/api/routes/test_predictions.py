@@ -396,7 +396,7 @@ def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, se
     for query, detail in [
         ("explain=heatmap&label=green", "Expected a label of the model: red, blue. Received 'green'"),
         ("label=red", "together with explain=heatmap"),
-        ("explain=neighbours", "Train it with neighbours: true"),
+        ("explain=neighbours", "train it with neighbours: true"),
         ("explain=why", "Received 'why'"),
     ]:
         answer = client.post(f"{url}?{query}", content=colours)
@@ -439,4 +439,4 @@ def test_the_training_images_that_look_most_alike_are_shown_and_named(
 
 def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: Loads) -> None:
     answer = client.post(f"{WARM}?explain=heatmap", content=PNG)
-    assert answer.status_code == 422 and "at least 4×4 places. Received one with 1×1" in answer.json()["detail"]
+    assert answer.status_code == 422 and "at least 4×4 positions. Received 1×1" in answer.json()["detail"]

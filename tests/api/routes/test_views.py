@@ -234,7 +234,7 @@ def test_deleting_the_data_set_ends_what_is_computed_from_it(client: TestClient,
         assert [view.kind for view in session.scalars(select(View))] == [ViewKind.LAYERS]
     for answer in (client.get(curve_url(run)), client.get(activations_url(run), params=wanted)):
         assert (answer.status_code, kind_of(answer)) == (409, "not-ready")
-        assert "deleted with its images" in answer.json()["detail"]
+        assert "The data set of this run and its images were deleted" in answer.json()["detail"]
     assert client.get(activations_url(run)).json() == {"layers": LAYERS}
 
 
