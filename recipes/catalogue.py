@@ -1,4 +1,4 @@
-"""The backbones that Espalier knows, as a static table. Knows no Keras: the API answers from it without TensorFlow.
+"""The backbones that Espalier knows, as a static table. Knows no Keras, since the API reads it without TensorFlow.
 
 A cut is a named place to take features from; its width is the number of channels there. The networks are those of
 `keras.applications` without their top; file names and MD5 sums of the ImageNet weights are those that Keras publishes.
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from errors import RecipeInvalid
 
-# In place of a cut: the whole network learns.
+# In place of a cut: all layers are fine-tuned.
 ALL = "all"
 
 
@@ -27,7 +27,7 @@ class BackboneName(StrEnum):
 
 
 class Preprocessing(StrEnum):
-    """What a network expects of its input: `caffe` is BGR minus the ImageNet means, `tf` is RGB from -1 to 1."""
+    """The input that a network expects: `caffe` is BGR minus the ImageNet means, `tf` is RGB from -1 to 1."""
 
     CAFFE = "caffe"
     TF = "tf"
@@ -35,7 +35,7 @@ class Preprocessing(StrEnum):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published weights file: where it lies under the base address, and its MD5."""
+    """A published weights file: its path below the base URL, and its MD5."""
 
     path: str
     md5: str
@@ -55,11 +55,11 @@ class Backbone:
 
     @property
     def last_cut(self) -> str:
-        """The cut after which nothing is left but the top."""
+        """The last cut, at the end of the network without its top."""
         return list(self.cuts)[-1]
 
     def fitted(self, cut: str | None, size: int | None) -> tuple[str, int]:
-        """Return the cut and the size that are meant, by default the last cut and the network's own size.
+        """Return the cut and the size with defaults filled in: the last cut and the network's own size.
 
         Raises:
             RecipeInvalid: the network has no such cut, or needs larger images.
@@ -77,7 +77,7 @@ class Backbone:
         return cut, size
 
     def cut_before(self, unfreeze: str) -> str | None:
-        """Return the last cut of the part that stays frozen when layers from `unfreeze` on learn; None if all learn."""
+        """Return the last cut of the layers that stay frozen with this `unfreeze`; None if all are fine-tuned."""
         names = list(self.cuts)
         position = 0 if unfreeze == ALL else names.index(unfreeze)
         return names[position - 1] if position else None

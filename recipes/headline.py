@@ -1,4 +1,4 @@
-"""The one score that a run is known by, for each task, and how it is said in one line."""
+"""The headline score of a run, one metric for each task, and its text in reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from recipes.recipe import Task
 
 @dataclass(frozen=True)
 class Headline:
-    """A score: its name among the metrics, what it is called, and how its value is written."""
+    """A score.
+
+    Attributes:
+        metric: its key among the metrics.
+        title: its name in reports.
+        form: the format specification of its value, such as `.1%`.
+        is_greater_better: whether a greater value is better.
+    """
 
     metric: str
     title: str
@@ -19,11 +26,11 @@ class Headline:
     is_greater_better: bool
 
     def formatted(self, value: float) -> str:
-        """Return a value as it is printed."""
+        """Return a value as text, in the format of the score."""
         return format(value, self.form)
 
     def sentence(self, metrics: Mapping[str, Any]) -> str:
-        """Return the score with its interval, over groups as well where images belong together."""
+        """Return the score with its 95 % interval over images, and over groups if there are groups of images."""
         low, high = map(self.formatted, metrics[f"{self.metric}_ci95"])
         interval = f"95 % interval {low} to {high} over images"
         if "groups" in metrics:
@@ -32,12 +39,12 @@ class Headline:
         return f"{self.title} {self.formatted(metrics[self.metric])} ({interval})"
 
     def interval(self, metrics: Mapping[str, Any]) -> tuple[float, float]:
-        """Return the bounds that hold: over groups where there are some."""
+        """Return the bounds of the 95 % interval: over groups if there are any, else over images."""
         low, high = metrics.get(f"{self.metric}_ci95_groups") or metrics[f"{self.metric}_ci95"]
         return low, high
 
     def interval_kind(self, metrics: Mapping[str, Any]) -> str:
-        """Return in words how the bounds of `interval` were made."""
+        """Return the method behind the bounds of `interval`, in words."""
         kind = str(metrics["interval"])
         return kind.replace("over images", "over groups of images") if "groups" in metrics else kind
 

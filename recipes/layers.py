@@ -1,7 +1,7 @@
-"""What networks are made of: kinds of networks from scratch, their layers as a recipe says them, and sensible ones.
+"""Networks from scratch: their kinds, their layers as a recipe lists them, and default layers.
 
-The last few kinds of layers are in backbones alone (`recipes.backbone_layers`); no recipe can ask for them.
-Knows no shapes (`recipes.shapes` works them out) and builds nothing (`training.fitting.from_scratch` does).
+The last few layer types occur in backbones only (`recipes.backbone_layers`); no recipe can use them.
+Computes no shapes (`recipes.shapes` does) and builds no network (`training.networks.scratch_networks` does).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 LAYER_NAME_PATTERN = r"^[a-z][a-z0-9_]{0,39}$"
 INPUT = "input"
-"""The name of what every network begins with: the pixels."""
+"""The name by which layers read the pixels."""
 OUTPUT = "output"
-"""The name of the layer that every network ends in; it follows the task."""
+"""The name of the output layer, which follows the task."""
 
 
 class Part(BaseModel):
-    """A part of what is asked for, parsed at the door."""
+    """Base of the models of a recipe: frozen, without unknown fields."""
 
-    # JSON has no infinity: a database refuses to keep one that came in as 1e999.
+    # A number such as 1e999 becomes infinity, which JSON cannot hold and the database refuses.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Activation(StrEnum):
-    """What follows a layer."""
+    """The activation function of a layer."""
 
     LINEAR = "linear"
     RELU = "relu"
@@ -44,21 +44,21 @@ class NetworkKind(StrEnum):
 
 
 class Threshold(StrEnum):
-    """What a perceptron compares its targets with while it learns: yes or no, or a probability."""
+    """The output of a perceptron during training: `step` gives 0 or 1, `sigmoid` a probability."""
 
     STEP = "step"
     SIGMOID = "sigmoid"
 
 
 class Padding(StrEnum):
-    """`valid` leaves out what a window would need beyond the border, `same` adds zeros: side / stride, rounded up."""
+    """`valid` keeps windows inside the map; `same` adds zeros, so that a side becomes side / stride, rounded up."""
 
     VALID = "valid"
     SAME = "same"
 
 
 class PoolingKind(StrEnum):
-    """What is taken from each window: its largest value, its mean, or one drawn by its size (Zeiler & Fergus 2013)."""
+    """The value taken from each window: the largest, the mean, or one drawn by its size (Zeiler & Fergus 2013)."""
 
     MAX = "max"
     AVERAGE = "average"
@@ -72,7 +72,7 @@ def _is_pair(value: object) -> str:
     return "sides" if isinstance(value, list | tuple) else "side"
 
 
-# Told apart before they are looked at: else a bad number would be refused twice, once for being no pair.
+# The discriminator chooses one type before validation. Without it a bad number would give two errors.
 Sides = Annotated[Annotated[Side, Tag("side")] | Annotated[tuple[Side, Side], Tag("sides")], Discriminator(_is_pair)]
 """The side of a square in pixels, or height and width."""
 
@@ -84,7 +84,7 @@ class _Layer(Part):
     name: _Name | None = None
     """By default the type and a number, such as `convolution_1`."""
     inputs: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=16)] | None = None
-    """Names of the layers that it reads, or `input`; by default the one before it."""
+    """Names of the layers that it reads, or `input`; by default the previous layer."""
 
 
 class Convolution(_Layer):
@@ -107,7 +107,7 @@ class Pooling(_Layer):
     kind: PoolingKind = PoolingKind.MAX
     size: Sides = 2
     stride: Sides | None = None
-    """By default the size: windows that touch."""
+    """By default the size, so that windows touch."""
     padding: Padding = Padding.VALID
 
 
@@ -119,7 +119,7 @@ class Dropout(_Layer):
 
 
 class Flatten(_Layer):
-    """All values of all maps in a row."""
+    """Puts all values of all maps in a row."""
 
     type: Literal["flatten"] = "flatten"
 
@@ -131,7 +131,7 @@ class GlobalAverage(_Layer):
 
 
 class FullyConnected(_Layer):
-    """Units that each see all values."""
+    """Units that each read all values."""
 
     type: Literal["dense"] = "dense"
     units: Annotated[int, Field(ge=1, le=16_384)]
@@ -139,11 +139,11 @@ class FullyConnected(_Layer):
 
 
 class BatchNormalization(_Layer):
-    """Standardises each channel over the batch, and learns another mean and deviation."""
+    """Standardises each channel over the batch, then applies a learned scale and offset."""
 
     type: Literal["batch_normalization"] = "batch_normalization"
 
-    # Mean, variance, and what becomes of them: scale and offset.
+    # Moving mean, moving variance, scale and offset.
     numbers_per_channel: ClassVar[int] = 4
 
 
@@ -183,7 +183,7 @@ class BareConvolution(Convolution):
 
 
 class SeparableConvolution(_Layer):
-    """A filter for each channel, then one pixel of all channels at a time (Chollet 2017), no bias. Backbones only."""
+    """A filter for each channel, then a 1×1 convolution, without bias (Chollet 2017). Backbones only."""
 
     type: Literal["separable_convolution"] = "separable_convolution"
     filters: int
@@ -193,7 +193,7 @@ class SeparableConvolution(_Layer):
 
 
 class ZeroPadding(_Layer):
-    """Zeros around the map, so many on each side. Backbones only."""
+    """Adds `width` zeros on each side of the map. Backbones only."""
 
     type: Literal["zero_padding"] = "zero_padding"
     width: int
@@ -212,27 +212,27 @@ class OffsetNormalization(BatchNormalization):
 
 
 AnyLayer = Layer | SeparableConvolution | ZeroPadding | Rectifier
-"""A layer of any network, the special cases of a recipe's layers among them."""
+"""A layer of any network, of a recipe or of a backbone."""
 
 _Channels = Literal[1, 3]
 _MOST_LAYERS = 200
 
 
 class NetworkRecipe(Part):
-    """A network that begins with random weights. Its output layer follows the task and is not among the layers."""
+    """A network that starts with random weights. Its output layer follows the task and is not among the layers."""
 
     kind: NetworkKind = NetworkKind.CNN
     layers: Annotated[tuple[Layer, ...], Field(max_length=_MOST_LAYERS)] | None = None
-    """From the pixels to what the output layer reads; by default some that suit the kind and the image's size. A
+    """The layers between the pixels and the output layer; by default they follow from the kind and the image size. A
     perceptron has none."""
     channels: _Channels = 3
-    """3 for colours, 1 for their brightness alone."""
+    """3 for colour, 1 for brightness only."""
     threshold: Threshold | None = None
-    """Perceptron only: what follows its one layer while it learns, by default `sigmoid`."""
+    """Perceptron only: the output during training, by default `sigmoid`."""
 
 
 def default_layers(kind: NetworkKind, height: int, width: int) -> tuple[Layer, ...]:
-    """Return layers that suit images of so many pixels: a CNN halves its maps until they are small."""
+    """Return default layers for images of this size in pixels; a CNN halves its maps until they are small."""
     match kind:
         case NetworkKind.PERCEPTRON:
             return ()
@@ -254,7 +254,7 @@ _SMALL, _WIDEST = 8, 64
 
 
 def named(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Return the layers, each with a name of its own and the names of what it reads."""
+    """Return the layers, each with a unique name and the names of its inputs."""
     taken = {layer.name for layer in layers} | {INPUT}
     found: list[Layer] = []
     counts: dict[str, int] = {}

@@ -1,9 +1,10 @@
-"""Works out the shapes of a network layer by layer, before anything is trained. Knows no Keras.
+"""Computes the shapes of a network layer by layer, before anything is trained. Knows no Keras.
 
-Sides of maps: floor((m - n) / s) + 1 for a window of n pixels every s on m without padding, ceil(m / s) with padding
-`same` (Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning"). A receptive field begins
-p * jump earlier for p pixels of padding and grows by (n - 1) * jump, and the jump between neighbours by the factor s
-(Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks").
+A window of n pixels and stride s on a side of m pixels gives floor((m - n) / s) + 1 values without padding, and
+ceil(m / s) with padding `same` (Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning"). A
+receptive field starts p * jump earlier for p pixels of padding and grows by (n - 1) * jump. The jump, the distance
+between the fields of neighbouring values, is multiplied by s (Araujo et al. 2019, "Computing Receptive Fields of
+Convolutional Neural Networks").
 """
 
 from __future__ import annotations
@@ -43,25 +44,25 @@ from recipes.layers import (
 
 MOST_PARAMETERS = 100_000_000
 MOST_VALUES = 64_000_000
-"""Of one layer for one image: 256 MB, before it is multiplied by the batch."""
+"""Most values of one layer for one image: 256 MB, times the batch size."""
 
 MOST_PLACES = 64
-"""Of a window that stochastic pooling draws from: each of its places is a copy of the map."""
+"""Most pixels in a window of stochastic pooling, which copies the map once for each of them."""
 
 Shape = tuple[int, ...]
 """Height, width and channels of maps, or the number of values in a row."""
 _Pair = tuple[int, int]
-"""Down and across."""
+"""Vertical and horizontal."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Pixels that the first value of a map sees along one side of the image, zeros beyond its border included.
+    """The pixels that the first value of a map depends on, along one side of the image, padding included.
 
     Attributes:
-        first: the first of them, negative before the border.
-        last: the last of them.
-        jump: how many pixels further the value beside it looks.
+        first: the first pixel; negative in the padding.
+        last: the last pixel.
+        jump: distance in pixels to the span of the next value.
     """
 
     first: int = 0
@@ -70,44 +71,44 @@ class Span:
 
     @property
     def pixels(self) -> int:
-        """How many they are."""
+        """Number of pixels in the span."""
         return self.last - self.first + 1
 
     def through(self, window: int, stride: int, padding: int) -> Span:
-        """Return what a value sees behind windows, the first of which begins in so many zeros."""
+        """Return the span of a value after a layer of windows, with `padding` zeros before the first."""
         first = self.first - padding * self.jump
         return Span(first, first + self.last - self.first + (window - 1) * self.jump, self.jump * stride)
 
     def joined(self, other: Span) -> Span:
-        """Return what a value sees that depends on two; where they jump apart, it is that of the first value alone."""
+        """Return the span of a value that depends on two; exact for the first value only if their jumps differ."""
         return Span(min(self.first, other.first), max(self.last, other.last), max(self.jump, other.jump))
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """What a value of a map sees of the image, down and across."""
+    """The pixels of the image that a value of a map depends on, vertically and horizontally."""
 
     down: Span = Span()
     across: Span = Span()
 
     @property
     def height(self) -> int:
-        """Rows of pixels."""
+        """Height in pixels."""
         return self.down.pixels
 
     @property
     def width(self) -> int:
-        """Columns of pixels."""
+        """Width in pixels."""
         return self.across.pixels
 
     def through(self, window: _Pair, stride: _Pair, padding: _Pair) -> ReceptiveField:
-        """Return what a value sees behind windows, the first of which begins in so many zeros."""
+        """Return the receptive field of a value after a layer of windows, with `padding` zeros before the first."""
         return ReceptiveField(
             self.down.through(window[0], stride[0], padding[0]), self.across.through(window[1], stride[1], padding[1])
         )
 
     def joined(self, other: ReceptiveField) -> ReceptiveField:
-        """Return what a value sees that depends on two."""
+        """Return the receptive field of a value that depends on two others."""
         return ReceptiveField(self.down.joined(other.down), self.across.joined(other.across))
 
 
@@ -116,13 +117,15 @@ class Row:
     """One layer of a table.
 
     Attributes:
-        inputs: names of what it reads.
+        name: name of the layer.
+        type: type of the layer, as in a recipe.
+        inputs: names of the layers that it reads.
         shape: height, width and channels, or the number of values.
-        parameters: that it learns or counts, BatchNorm's running mean and variance among them.
-        multiply_adds: of convolutions and dense layers for one image, without biases.
-        receptive_field: pixels of the image that one value sees, zeros beyond its border included.
-        warning: what is lost here, if anything.
-        zeros: rows and columns of zeros in which a map ends, and which are no loss.
+        parameters: number of its weights, BatchNorm's moving mean and variance included.
+        multiply_adds: multiply-adds of a convolution or dense layer for one image, without biases.
+        receptive_field: the pixels of the image that one value depends on, padding included.
+        warning: the pixels that the layer leaves out, in a sentence; None if there are none.
+        zeros: rows and columns of zeros at the end of its map, which a later layer may leave out without a warning.
     """
 
     name: str
@@ -137,14 +140,14 @@ class Row:
 
 
 def default_size(kind: NetworkKind) -> int:
-    """Return the side of the square in pixels that suits a network from scratch."""
+    """Return the default image size of a network from scratch: the side of a square in pixels."""
     return 64 if kind is NetworkKind.CNN else 32
 
 
 def filled_network(network: NetworkRecipe, height: int, width: int, outputs: int | None = None) -> NetworkRecipe:
-    """Return the network with its layers, each named, for images of so many pixels.
+    """Return the network with its default layers filled in and every layer named, for images of this size.
 
-    With `outputs`, the values of its output layer, that counts among its parameters. Raises RecipeInvalid.
+    With `outputs`, the size of the output layer, the limit on parameters includes that layer. Raises RecipeInvalid.
     """
     if network.kind is NetworkKind.PERCEPTRON and network.layers:
         raise RecipeInvalid(
@@ -180,7 +183,7 @@ _ALLOWED: Mapping[NetworkKind, Sequence[str]] = {
 
 
 def chain(network: NetworkRecipe) -> tuple[Layer, ...]:
-    """Return the layers of a filled network from its pixels on: all but a CNN begin by laying them in a row."""
+    """Return the layers of a filled network, from the pixels on; all kinds but a CNN start by flattening them."""
     layers = network.layers or ()
     if network.kind is NetworkKind.CNN:
         return layers
@@ -200,12 +203,12 @@ def table(network: NetworkRecipe, height: int, width: int, outputs: int | None =
 
     Args:
         network: the network.
-        height: of its images in pixels.
-        width: of its images in pixels.
-        outputs: values of the output layer, which closes the table; by default it is left out.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
+        outputs: size of the output layer, the last row; by default the table has no output layer.
 
     Raises:
-        RecipeInvalid: a layer cannot follow what it reads, or the network is too large; it names the layer.
+        RecipeInvalid: a layer does not fit its inputs, or the network is too large; the error names the layer.
     """
     layers = chain(network)
     own = len(network.layers or ())
@@ -219,18 +222,18 @@ def table(network: NetworkRecipe, height: int, width: int, outputs: int | None =
             raise RecipeInvalid("network.layers", "Expected at least one layer, ending in values in a row.")
         raise _refusal(own - 1, layers[-1], "Expected values in a row at the end: add a flatten or a global_average.")
     rows += _output(rows, outputs)
-    _see_parameters(rows)
+    _check_parameters(rows)
     return rows
 
 
 def backbone_table(name: BackboneName, cut: str | None, size: int | None, outputs: int | None = None) -> list[Row]:
-    """Return the layers of a backbone with their shapes, the pixels first, then up to its features.
+    """Return the layers of a backbone with their shapes, from the pixels to its features.
 
     Args:
         name: the backbone.
         cut: the cut point that features are taken from; by default the last.
         size: side of the images in pixels; by default the backbone's own.
-        outputs: values of an output layer on the features, which closes the table; by default it is left out.
+        outputs: size of an output layer on the features, the last row; by default the table has no output layer.
 
     Raises:
         RecipeInvalid: the backbone has no such cut, or needs larger images.
@@ -246,9 +249,9 @@ _FEATURES = "features"
 
 
 def _rows(layers: Sequence[AnyLayer], pixels: Row, own: int) -> list[Row]:
-    """Return a row for each layer behind that of the pixels; the last `own` layers are those that a recipe counts.
+    """Return the row of the pixels and a row for each layer; the last `own` layers are those that a recipe lists.
 
-    Raises RecipeInvalid, naming the layer.
+    Raises RecipeInvalid, which names the layer.
     """
     rows = [pixels]
     at = {INPUT: pixels}
@@ -279,15 +282,15 @@ def _whole(pixels: Row) -> ReceptiveField:
 
 
 def _output(rows: Sequence[Row], outputs: int | None) -> list[Row]:
-    """Return the row of an output layer behind others, or none if there is none."""
+    """Return the row of an output layer after others; without `outputs`, no row."""
     if outputs is None:
         return []
     layer = FullyConnected(name=OUTPUT, inputs=(rows[-1].name,), units=outputs)
     return [_row(len(rows), layer, [rows[-1]], _whole(rows[0]))]
 
 
-def _see_parameters(rows: Sequence[Row]) -> None:
-    """See that a network is not too large. Raises RecipeInvalid."""
+def _check_parameters(rows: Sequence[Row]) -> None:
+    """Check that a network is not too large. Raises RecipeInvalid."""
     total = sum(row.parameters for row in rows)
     if total > MOST_PARAMETERS:
         largest = max(rows, key=lambda row: row.parameters)
@@ -304,7 +307,7 @@ def _refusal(number: int, layer: AnyLayer, detail: str, field: str | None = None
 
 
 def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveField) -> Row:
-    """Return the row of a layer. Raises RecipeInvalid."""
+    """Return the row of a layer that reads the given rows. Raises RecipeInvalid."""
 
     def refuse(detail: str, field: str | None = None) -> RecipeInvalid:
         return _refusal(number, layer, detail, field)
@@ -355,7 +358,7 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
         case Dropout() | Rectifier():
             return Row(*about, one.shape, receptive_field=field)
         case Flatten():
-            # a value in a row still sees what it saw in its map
+            # flattening keeps the receptive field of each value
             return Row(*about, (prod(one.shape),), receptive_field=field)
         case GlobalAverage():
             _maps(one, refuse)
@@ -372,14 +375,14 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
 
 
 def windows(sides: _Pair, window: _Pair, stride: _Pair, padding: Padding) -> _Pair:
-    """Return how many windows fit down and across; less than one of a window that is larger than what it lies on."""
+    """Return how many windows fit vertically and horizontally; below 1 if the window is larger than the map."""
     if padding is Padding.SAME:
         return -(-sides[0] // stride[0]), -(-sides[1] // stride[1])
     return (sides[0] - window[0]) // stride[0] + 1, (sides[1] - window[1]) // stride[1] + 1
 
 
 def _slid(read: Row, window: _Pair, stride: _Pair, padding: Padding) -> tuple[_Pair, ReceptiveField]:
-    """Return how many windows fit on maps, and what each of them sees."""
+    """Return how many windows fit on a map, and the receptive field of one."""
     height, width, _ = read.shape
     sides = windows((height, width), window, stride, padding)
     zeros = (0, 0)
@@ -392,7 +395,7 @@ def _slid(read: Row, window: _Pair, stride: _Pair, padding: Padding) -> tuple[_P
 
 
 def _zeros_before(side: int, windows: int, window: int, stride: int) -> int:
-    """Return how many of the zeros that `same` needs come before the map; an odd one more comes after it."""
+    """Return how many zeros padding `same` adds before the map; of an odd number the extra one comes after it."""
     return max((windows - 1) * stride + window - side, 0) // 2
 
 
@@ -410,7 +413,7 @@ def _too_large(name: str, window: _Pair, sides: _Pair) -> str:
 
 
 def _border(read: Row, size: _Pair, stride: _Pair) -> str | None:
-    """Return what windows without padding leave out at the end, or None."""
+    """Return a sentence on the rows and columns that windows without padding leave out; None if they leave out none."""
     height, width, _ = read.shape
     rows = (height - size[0]) % stride[0] - read.zeros[0]
     columns = (width - size[1]) % stride[1] - read.zeros[1]
@@ -445,5 +448,5 @@ def _seen(read: Sequence[Row]) -> ReceptiveField:
 
 
 def written(shape: Shape) -> str:
-    """Return a shape as people write it."""
+    """Return a shape as text, such as `32×32×3`."""
     return "×".join(str(side) for side in shape)

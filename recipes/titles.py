@@ -1,4 +1,4 @@
-"""Short titles for the recipes of a comparison, made of the values that differ between them."""
+"""Short titles for the recipes of a comparison, made from the values that differ between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def difference_titles(recipes: Sequence[Json]) -> list[str]:
 
 
 def _differing_values(recipes: Sequence[Json]) -> list[list[str]]:
-    """Return what differs among the recipes that have it: a mode brings fields along that others have not."""
+    """Return the differing values of each recipe, comparing a field only among the recipes whose mode has it."""
     every = _values(recipes)
     titles: list[list[str]] = [[] for _ in recipes]
     for name in _names(every):
@@ -39,7 +39,7 @@ def _differing_values(recipes: Sequence[Json]) -> list[list[str]]:
 
 
 def _all_differing_values(recipes: Sequence[Json]) -> list[list[str]]:
-    """Return every value that is not the same in all recipes."""
+    """Return the values that are not the same in all recipes, a missing field included."""
     every = [flat(recipe) for recipe in recipes]
     differing = [
         name
@@ -54,9 +54,10 @@ def _names(every: Sequence[Json]) -> list[str]:
 
 
 def _values(recipes: Sequence[Json]) -> list[dict[str, Any]]:
-    """Return every value of each recipe by its path, but for those that its kind of network has decided.
+    """Return the values of each recipe by path, without those that its kind of network decides.
 
-    Of layers it is their chain, where networks of one kind and size have several, and else what each layer has.
+    If networks of one kind and image size differ in their chains of layers, the chain is one value. Otherwise, if all
+    networks are of one kind and size, the fields of each layer are values.
     """
     every = [flat(recipe) for recipe in recipes]
     layers = [values.pop(_LAYERS, None) for values in every]
@@ -71,20 +72,20 @@ def _values(recipes: Sequence[Json]) -> list[dict[str, Any]]:
             values[_LAYERS] = _chain(one)
         elif len(chains) == 1:
             for layer in one:
-                told = {name: value for name, value in layer.items() if name not in ("name", "type")}
-                values |= {f"{layer['name']}.{name}": value for name, value in told.items()}
+                fields = {name: value for name, value in layer.items() if name not in ("name", "type")}
+                values |= {f"{layer['name']}.{name}": value for name, value in fields.items()}
         if values["network.kind"] == NetworkKind.PERCEPTRON:
             for name in _DECIDED:
                 values.pop(name)
     return every
 
 
-# What a perceptron has by itself: image by image, by the delta rule.
+# Fixed for a perceptron, which learns image by image, by the delta rule.
 _DECIDED = ("batch_size", "optimizer.name", "optimizer.learning_rate")
 
 
 def _alike(values: Json) -> tuple[str, str]:
-    """Return what layers by default depend on."""
+    """Return the values that decide the default layers: kind of network and image size."""
     return values["network.kind"], str(values["image_size"])
 
 
@@ -96,7 +97,7 @@ _LAYERS = "network.layers"
 
 
 def _layer(layer: Json) -> str:
-    """Return a layer of a network in a word: its name, and how many filters or units it has."""
+    """Return a layer as one word: its name, and its number of filters or units."""
     width = layer.get("filters") or layer.get("units")
     return f"{layer['name']}({width})" if width else str(layer["name"])
 

@@ -1,4 +1,4 @@
-"""One run from images to a bundle, to be read like the method section of a paper. Knows no rows, queues or HTTP."""
+"""One run from images to a bundle; reads like the method section of a paper. Knows no database, queues or HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.data.split import Fold, Indices
 from training.delivery import DeliveredModel
 from training.fitting.fold_outcome import FoldOutcome
 from training.fitting.head_fit import Scaler
-from training.fitting.learners import LOOKED_AT, HeadLearner, LearnedModel, Learner, LearningTask, final_plan
+from training.fitting.learners import CHECKED_IMAGES, HeadLearner, LearnedModel, Learner, LearningTask, final_plan
 from training.fitting.training_loop import finite
 from training.networks.network_files import Registry, Workspace
 from training.progress import Extraction, FitListener, FoldResult, ProgressListener
@@ -33,10 +33,14 @@ from training.statistics import evaluation
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: digests of stored files, and numbers.
+    """The result of a run.
 
-    `training_s` are the seconds of a bake-off, extraction, folds and final fit together. `files` holds what is kept
-    with the run under a name: bytes and media type.
+    Attributes:
+        bundle: digest of the bundle.
+        backbone: digest of the network file.
+        metrics: metrics of the run, as JSON.
+        training_s: seconds of bake-off, extraction, folds and final fit together.
+        files: content and media type of each file that is stored with the run.
     """
 
     bundle: Digest
@@ -53,7 +57,7 @@ def run(request: TrainingRequest, place: Workspace, registry: Registry, report: 
 
 
 class Experiment:
-    """A recipe on a data set version; making one computes what all its folds read."""
+    """A recipe on a data set version. The constructor prepares the inputs that all folds share."""
 
     def __init__(
         self, request: TrainingRequest, place: Workspace, registry: Registry, report: ProgressListener
@@ -70,11 +74,11 @@ class Experiment:
 
     @property
     def folds(self) -> Sequence[Fold]:
-        """The folds, those of every repeat."""
+        """The folds of every repeat, by number."""
         return self._data.folds
 
     def learn_fold(self, number: int) -> FoldOutcome:
-        """Learn without a fold's test images, then measure on them."""
+        """Train without a fold's test images, then evaluate on them."""
         self._report.stage("folds")
         fit = self._report.begin_fit(number, self._setup.learner.plan)
         started = time.perf_counter() - _spent_s(fit)
@@ -82,9 +86,9 @@ class Experiment:
         return self._end_fold(number, learned, fit, started)
 
     def learn_folds(self, numbers: Sequence[int]) -> list[FoldOutcome]:
-        """Do what `learn_fold` does with several folds, side by side if the learner can; they end in any request.
+        """Do `learn_fold` for several folds, in parallel if the learner can; they may end in any order.
 
-        A fold's seconds are then its share of the time: each moment is divided among the folds that still learn.
+        Folds in parallel share the time: each moment is divided among the folds that are still training.
         """
         learner = self._setup.learner
         if not isinstance(learner, HeadLearner) or not learner.learns_in_parallel:
@@ -106,7 +110,7 @@ class Experiment:
         return LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
 
     def _end_fold(self, number: int, learned: LearnedModel, fit: FitListener, started: float) -> FoldOutcome:
-        """Measure on a fold's test images, and report its end."""
+        """Evaluate on a fold's test images, and report its end."""
         fold = self.folds[number]
         logits = {self._setup.precision: finite(learned.logits(fold.test))}
         if self._setup.exporter is not None:
@@ -128,11 +132,11 @@ class Experiment:
         return outcome
 
     def finish(self, outcomes: Sequence[FoldOutcome], extraction: Extraction | None = None) -> Outcome:
-        """Measure over all folds, learn from everything, and write what is served.
+        """Evaluate over all folds, train the final model on all training images, and write its bundle.
 
         Args:
-            outcomes: of every fold, in their request.
-            extraction: what the run had to compute, where this experiment found it computed.
+            outcomes: the outcomes of all folds, in the order of `folds`.
+            extraction: the extraction of the run, if an earlier attempt did it; by default this experiment's own.
         """
         data, setup, place = self._data, self._setup, self._place
         recipe, labels, task, truth = self._recipe, data.labels, data.task, data.truth
@@ -147,7 +151,7 @@ class Experiment:
         everything = np.union1d(trained_on, data.watched)
         last = LearningTask(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
         final = setup.learner.learn(last, fit)
-        finite(final.logits(everything[:LOOKED_AT]))  # nothing has watched the last step
+        finite(final.logits(everything[:CHECKED_IMAGES]))  # without validation nothing has checked the last step
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
         results = [self._as_served(outcome, served.precision) for outcome in outcomes]
@@ -213,7 +217,7 @@ class Experiment:
         )
 
     def _serve(self, final: LearnedModel, outcomes: Sequence[FoldOutcome]) -> DeliveredModel:
-        """Return what answers."""
+        """Return the network that will answer predictions, exported if it was trained."""
         setup = self._setup
         if setup.exporter is None:
             assert setup.trunk is not None
@@ -230,7 +234,7 @@ class Experiment:
         return setup.exporter.serve(final, data.trained_on, shown, scores, self._report.images)
 
     def _neighbours(self, served: DeliveredModel, rows: Indices) -> bytes:
-        """Return the file of the rows' images as the network that is served sees them."""
+        """Return the index of the rows' images, by their features in the delivered network."""
         trunk, pixels = self._setup.trunk, self._setup.pixels
         if trunk is not None and (served.backbone, served.precision) == (trunk.backbone, trunk.precision):
             features = trunk.features[rows]
@@ -242,12 +246,12 @@ class Experiment:
         return build_index([self._data.rows[row] for row in rows], features, directions).dump()
 
     def _as_served(self, outcome: FoldOutcome, precision: Precision) -> FoldResult:
-        """Return what a fold measured, in the precision that is served."""
+        """Return the result of a fold, with the metrics of the delivered precision."""
         measured = outcome.result.metrics.get("precisions", {}).get(precision.value, {})
         return replace(outcome.result, metrics=outcome.result.metrics | measured)
 
     def _out_of_fold_file(self, logits: Float32) -> bytes:
-        """Return the fold of every image (int16 [repeats, N], -1 where it was in none) and its logits there (NaN)."""
+        """Return a file of each image's fold (int16 [repeats, N], -1 for none) and its logits there (NaN for none)."""
         fold_of = np.full(logits.shape[:2], -1, dtype=np.int16)
         for fold in self.folds:
             fold_of[fold.repeat, fold.test] = fold.number
@@ -274,5 +278,5 @@ class Experiment:
 
 
 def _spent_s(fit: FitListener) -> float:
-    """Return the seconds that went into the checkpoint that a fit continues from."""
+    """Return the training time, in seconds, behind the checkpoint that a fit continues from; 0 without one."""
     return fit.checkpoint.seconds if fit.checkpoint else 0.0

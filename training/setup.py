@@ -1,4 +1,4 @@
-"""Sets up a run: lays out its images and folds, and prepares the inputs that all folds of its mode share."""
+"""Sets up a run: reads its images, makes its folds, and prepares the inputs that all folds share."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ from training.statistics import evaluation
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """The run to train.
+    """The input of a run.
 
     Attributes:
-        recipe: every default filled in.
-        manifest: the data set version, in the store.
+        recipe: the recipe, with every default filled in.
+        manifest: digest of the data set version's manifest.
         labels: class names in the order of the outputs.
-        weights: the backbone's weights, in the store; None for a network from scratch, and where it is to be chosen.
-        candidates: the weights of the backbones that it is to be chosen among.
+        weights: digest of the backbone's weights; None for a network from scratch or a backbone still to be chosen.
+        candidates: digests of the weights of the backbones to choose from.
     """
 
     recipe: FilledRecipe
@@ -80,7 +80,7 @@ class TrainingRequest:
 
 
 class RunData:
-    """The images of a data set version as a recipe sees them: what is to be learned of each, and who learns from it."""
+    """The images of a data set version as a run uses them: their targets, groups, splits and folds."""
 
     def __init__(self, request: TrainingRequest, place: Workspace) -> None:
         recipe = request.recipe
@@ -110,7 +110,7 @@ class RunData:
 
     @cached_property
     def digests(self) -> list[Digest]:
-        """Of each row its image in the store."""
+        """The digest of each row's image."""
         return [row.sha256 for row in self.rows]
 
     @property
@@ -119,31 +119,31 @@ class RunData:
         return 1 if self.task in (Task.BINARY, Task.REGRESSION) else len(self.labels)
 
     def out_of_fold(self, logits: Sequence[Float32]) -> Float32:
-        """Return the logits of every fold as float32 [repeats, N, outputs], NaN for images that were in none."""
+        """Return all folds' test logits as float32 [repeats, N, outputs], NaN for images that no fold tested."""
         found = np.full((self.repeats, len(self.rows), self.outputs), np.nan, dtype=np.float32)
         for fold, of_fold in zip(self.folds, logits, strict=True):
             found[fold.repeat, fold.test] = of_fold
         return found
 
     def headline(self, logits: Sequence[Float32]) -> float:
-        """Return the task's headline score of the logits of every fold."""
+        """Return the task's headline score of all folds' test logits."""
         rows = self.trained_on
         return evaluation.headline_score(self.task, self.truth[rows], self.out_of_fold(logits)[:, rows])
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How the folds of a run learn, and what of it answers predictions.
+    """The learner of a run, and what its folds share.
 
     Attributes:
-        learner: learns from rows.
-        precision: that it learns in.
-        extraction: what had to be computed before.
-        trunk: the network that stays frozen, or that a head learned on first; None from scratch.
-        pixels: uint8 [N, H, W, 3]; None where only features are read.
-        taught: brings networks that have learned to where they answer; None if none does.
-        choice: what was tried for the precision of a frozen network, if there was anything to choose.
-        notes: what a person should know of it, in sentences.
+        learner: trains each fold and the final model.
+        precision: the precision of the network during training.
+        extraction: the work that was done before the folds.
+        trunk: the frozen network with its features, on which heads are trained; None from scratch.
+        pixels: uint8 [N, H, W, 3]; None if only features are read.
+        exporter: exports trained networks; None if the network stays frozen.
+        choice: the precisions of the frozen network that were compared; None if there was nothing to choose.
+        notes: sentences for the report.
     """
 
     learner: Learner
@@ -164,7 +164,7 @@ def choose_features(
     registry: Registry,
     listener: StageListener,
 ) -> BakeOffResult:
-    """Return where the features of a recipe come from; a run that was interrupted keeps its earlier choice."""
+    """Choose the source of a recipe's features by a bake-off; an interrupted run keeps its earlier choice."""
     known = registry.find_bake_off_result()
     if known is not None:
         return BakeOffResult.of(known)
@@ -211,7 +211,7 @@ def set_up(
 def _set_up_from_scratch(
     data: RunData, recipe: FromScratchRecipe, place: Workspace, listener: StageListener
 ) -> TrainingSetup:
-    """Return the setup of a network from scratch."""
+    """Decode the pixels; return the setup of a network from scratch."""
     started = time.perf_counter()
     pixels = _pixels(data, recipe, place, listener)
     considered = candidate_precisions(recipe.precision, OpenVinoEngine.precisions())
@@ -231,7 +231,7 @@ def _set_up_from_scratch(
 
 
 class _BackboneSetup:
-    """Prepares a run on a backbone: exports it, quantises it if need be, and extracts features."""
+    """Prepares a run on a backbone: exports it, quantises it if int8 is considered, and extracts features."""
 
     def __init__(
         self,
@@ -257,7 +257,7 @@ class _BackboneSetup:
         return TrainingSetup(self._heads(trunk), trunk.precision, trunk.extraction, trunk, choice=choice)
 
     def set_up_fine_tuning(self, recipe: FineTuningRecipe) -> TrainingSetup:
-        """Return the setup of a backbone that learns with its head."""
+        """Return the setup of a backbone that is fine-tuned with its head."""
         data, place, listener = self._data, self._place, self._listener
         started = time.perf_counter()
         pixels = _pixels(data, recipe, place, listener)
@@ -288,9 +288,9 @@ class _BackboneSetup:
     def _trunk(
         self, precisions: Sequence[Precision], source: PixelSource
     ) -> tuple[FrozenBackbone, PrecisionDecision | None]:
-        """Return the frozen network in the precision that heads are trained in, with the features of every image.
+        """Return the frozen network in one of the precisions, with the features of every image, and the choice.
 
-        Of several precisions it is the one that is chosen; a run that was interrupted keeps to its choice.
+        Several precisions are compared; an interrupted run keeps its earlier choice.
         """
         data, report, networks, registry = self._data, self._listener, self._networks, self._registry
         recipe, digests = self._recipe, data.digests
@@ -314,7 +314,7 @@ class _BackboneSetup:
             trunks.append(networks.frozen_backbone(network, precision, digests, source, report_images))
         extraction = sum_extractions([trunk.extraction for trunk in trunks])
         if len(trunks) > 1:
-            report.extracted(extraction)  # the trials that follow may be interrupted
+            report.extracted(extraction)  # before the trials, which may be interrupted
             report.stage("precision")
             engines = {trunk.precision: trunk.engine for trunk in trunks}
             times = measure_image_ms(engines, golden_images(recipe.image_size), lambda: report.images(0, 1))
@@ -333,7 +333,7 @@ class _BackboneSetup:
         return replace(trunk, extraction=extraction), choice
 
     def _score(self, trunk: FrozenBackbone, report: ReportProgress) -> float:
-        """Return the headline score of heads on a frozen network, out of fold."""
+        """Return the out-of-fold headline score of heads on a frozen network."""
         data, learner = self._data, self._heads(trunk)
         trials = Trials(learner.plan.epochs, len(data.folds), report)
         tasks = [
@@ -347,9 +347,9 @@ class _BackboneSetup:
         return data.headline([finite(learned[fold.number].logits(fold.test)) for fold in data.folds])
 
     def _fine_tuning_data(self, recipe: FineTuningRecipe, pixels: Pixels) -> tuple[FineTuningData, Sequence[str]]:
-        """Return what the learning part reads, and what to know of it.
+        """Return the inputs of the layers that are fine-tuned, and notes for the report.
 
-        Without augmentation the frozen part is gone through only once, if there is room for what it gives.
+        Without augmentation the frozen layers run only once per image, if there is room for their outputs.
         """
         data, place, networks = self._data, self._place, self._networks
         boundary = CATALOGUE[recipe.backbone].cut_before(recipe.unfreeze)
@@ -364,15 +364,15 @@ class _BackboneSetup:
         if maps is not None:
             return FineTuningData(data.task, data.outputs, maps, data.truth, are_maps=True), ()
         note = (
-            f"The layers before `{recipe.unfreeze}` were gone through in every epoch, where the final network learned: "
-            f"what they give of all images takes {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which "
-            "ESPALIER_PIXELS_BYTES or the disk has no room."
+            f"Fine-tuning computed the layers before `{recipe.unfreeze}` anew in every epoch: their outputs for all "
+            f"images take {maps_bytes(pixels, engine) / 2**30:,.1f} GiB, for which ESPALIER_PIXELS_BYTES or the disk "
+            "has no room."
         )
         return FineTuningData(data.task, data.outputs, pixels, data.truth, are_maps=False), (note,)
 
 
 def _pixels(data: RunData, recipe: DecidedRecipe, place: Workspace, listener: StageListener) -> Pixels:
-    """Return the pixels of every image, decoded once, and keep a picture of how they are varied."""
+    """Return the pixels of every image; with augmentation, store a sheet of examples as well."""
     listener.stage("pixels")
     drop_unused(place.pixels, place.pixels_bytes)
     decoder = ImageDecoder(place.store, recipe.image_size, recipe.resize, place.image_limits, place.threads)
@@ -383,12 +383,12 @@ def _pixels(data: RunData, recipe: DecidedRecipe, place: Workspace, listener: St
     return pixels
 
 
-# Images on the sheet of augmentations.
+# Number of images on the sheet of augmentations.
 _SHOWN = 8
 
 
 def _one_of(number: int, count: int, report: StageListener) -> ReportProgress:
-    """Return what reports one of several passes of the same length as a part of all of them."""
+    """Return a report function for one of `count` passes of the same length, which reports its part of the whole."""
     return lambda done, total: report.images(number * total + done, count * total)
 
 
@@ -397,5 +397,5 @@ def _rows_in(splits: Sequence[Split], wanted: Split) -> Indices:
 
 
 def seed_of(recipe: FilledRecipe, number: int) -> int:
-    """Return the seed of a fold, or of the final fit, whose number follows the last fold's."""
+    """Return the seed of a fold. The final fit has the number after the last fold."""
     return int(np.random.SeedSequence((recipe.seed, number)).generate_state(1)[0])

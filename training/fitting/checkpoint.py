@@ -1,7 +1,7 @@
-"""What an interrupted fold goes on from, as one safetensors file: arrays and plain values, never code.
+"""Checkpoints: the state that an interrupted fit continues from, as one safetensors file. They never contain code.
 
-A checkpoint belongs to one part of one run, its data and weights, and to the code that wrote it: its mark says which,
-and one of another mark is no checkpoint.
+A checkpoint is valid for one part of one run, its data, its weights and the code that wrote it. Its mark is a hash of
+all these; `load` ignores a file with another mark.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from recipes.layers import Activation
 from training.fitting.head_fit import FittedHead, Scaler, dense_layers
 from training.fitting.training_loop import Arrays, EarlyStoppingState, FitSummary, Snapshot
 
-# Counted up by whoever changes what a training computes or what is kept of it.
+# Raise it whenever the computation of a training or the contents of a checkpoint change.
 VERSION = 3
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """How far the learning of a fold is.
+    """The state of an unfinished fit.
 
     Attributes:
-        head: the head that has learned on frozen features; None while it still learns.
-        snapshot: of the head while it learns, then of the network; None before the network's first epoch has ended.
-        seconds: how long it took to come here, by all who learned; whoever keeps it fills that in.
+        head: the trained head on frozen features; None while it is being trained.
+        snapshot: of the head while it is trained, then of the network; None before the network's first epoch has ended.
+        seconds: training time so far, over all attempts; the writer of the checkpoint sets it.
     """
 
     head: FittedHead | None
@@ -41,13 +41,13 @@ class Checkpoint:
 
 
 def mark(belongs: Mapping[str, Any]) -> str:
-    """Return what a checkpoint must carry to be of use for what these values, as for JSON, stand for."""
+    """Return the mark of checkpoints for these values, which JSON must be able to hold."""
     what = json.dumps([VERSION, keras.__version__, belongs], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
 def dump(checkpoint: Checkpoint, mark: str) -> bytes:
-    """Return a checkpoint as a file."""
+    """Return the bytes of a checkpoint file."""
     arrays: Tensors = {}
     values: dict[str, Any] = {"mark": mark, "seconds": checkpoint.seconds}
     if checkpoint.head is not None:
@@ -58,7 +58,7 @@ def dump(checkpoint: Checkpoint, mark: str) -> bytes:
 
 
 def load(data: bytes, mark: str) -> Checkpoint | None:
-    """Return the checkpoint in a file; None if it is not whole or has another mark."""
+    """Return the checkpoint in a file; None if the file is damaged or has another mark."""
     try:
         values, arrays = tensors.load(data)
         if values["mark"] != mark:

@@ -1,6 +1,7 @@
-"""The ways to learn: a head on features of a frozen network, its later layers as well, or a network from scratch.
+"""The three learners: a head on features of a frozen network, fine-tuning of its later layers, a network from scratch.
 
-A learner is asked once per fold and once for the final model; it sees row numbers, never which images are being tested.
+A run calls its learner once per fold and once for the final model. A learner sees row numbers of training and
+validation images only, never those of test images.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from training.statistics import evaluation
 from training.statistics.evaluation import median_epoch
 
 HEAD, NETWORK = "head", "network"
-# How a phase ended whose loss was no number any more; for other ends see `training.fitting.training_loop.FitSummary`.
+# `Phase.stopped` of a phase whose loss was not finite; `training.fitting.training_loop.FitSummary` has the others.
 DIVERGED = "diverged"
-# Images that show whether what nothing watched in its last step still answers with numbers.
-LOOKED_AT = 16
+# Without validation nothing checks the last step. So the logits of so many images are checked for finite numbers.
+CHECKED_IMAGES = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Epochs to train at most: of the head alone, and of the network with it (0: it stays frozen).
+    """The largest numbers of epochs: of the head alone, and of the network with it (0: the network stays frozen).
 
-    A network from scratch has no head that learns alone.
+    For a network from scratch `head` is 0.
     """
 
     head: int
@@ -47,15 +48,21 @@ class Plan:
 
     @property
     def epochs(self) -> int:
-        """Epochs of both together."""
+        """The sum of both."""
         return self.head + self.network
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of learning: `head` or `network`; `validation` is the plain value of what early stopping watches.
+    """One phase of a fit.
 
-    That is None where nothing is watched. Where the network diverged, too, and its best epoch is the last before that.
+    Attributes:
+        name: `head` or `network`.
+        epochs: epochs that were trained.
+        best_epoch: counted from 1; of a network that diverged, the last epoch before that.
+        stopped: as in `FitSummary`, or `diverged`.
+        validation: the monitored metric on the validation rows, without penalty; None without such rows or after
+            divergence.
     """
 
     name: str
@@ -67,16 +74,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class LearnedModel:
-    """What a learner brings back from one set of training rows.
+    """The result of one fit.
 
     Attributes:
-        phases: what was trained, in order; the last one is not always the one that was kept.
-        history: metrics of each epoch of all phases, one after the other.
-        best_epoch: the epoch that was kept, counted from 1 through all phases.
-        stopped: why the phase that was kept ended.
+        phases: the phases in order; the last one is not always the one that was kept.
+        history: metrics of each epoch, over all phases.
+        best_epoch: the epoch that was kept, counted from 1 over all phases.
+        stopped: why the kept phase ended.
         layers: the head on raw features.
-        network: the weights of the network that has learned; None if it stayed frozen.
-        logits: float32 [n, outputs] for rows of the data set.
+        network: returns the weights of the trained network; None if it stayed frozen.
+        logits: returns float32 [n, outputs] for rows of the data set.
     """
 
     phases: tuple[Phase, ...]
@@ -89,7 +96,7 @@ class LearnedModel:
 
     @property
     def kept(self) -> str:
-        """Name of the phase that was kept."""
+        """The name of the phase that was kept."""
         return HEAD if self.network is None else NETWORK
 
 
@@ -100,9 +107,9 @@ class LearningTask:
     Attributes:
         train: rows to learn from.
         validation: rows that early stopping watches; if there are none, every planned epoch is trained.
-        plan: epochs at most.
+        plan: largest numbers of epochs.
         seed: the same seed gives the same result on the same machine.
-        is_final: whether what is learned is served, rather than measured.
+        is_final: whether the result is the model that is delivered; the others are only measured.
     """
 
     train: Indices
@@ -113,25 +120,25 @@ class LearningTask:
 
 
 class Learner(Protocol):
-    """Something that learns from rows."""
+    """Trains a model on rows of the data set."""
 
     @property
     def plan(self) -> Plan:
-        """What a fold trains at most."""
+        """The largest numbers of epochs of a fold."""
         ...
 
     def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
-        """Learn from rows; an interrupted fit continues from its checkpoint and ends with the same result."""
+        """Train on the rows of a task; an interrupted fit continues from its checkpoint and gives the same result."""
         ...
 
 
 def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
-    """Return what the final model trains, without rows to stop by: the medians of the folds' best epochs.
+    """Return the plan of the final model: the medians of the folds' best epochs, since it has no validation rows.
 
-    Its network stays frozen if no more than half of the folds were better with one that learned.
+    Its network stays frozen if no more than half of the folds kept a fine-tuned one.
 
     Args:
-        phases: what each fold trained.
+        phases: the phases of each fold.
         kept: name of the phase that each fold kept.
     """
     alone = [phase.best_epoch for fold in phases for phase in fold if phase.name == HEAD]
@@ -141,7 +148,7 @@ def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
 
 
 class Validation:
-    """Measures what early stopping watches, without any penalty."""
+    """Computes the metric that early stopping monitors, without the penalty on weights."""
 
     def __init__(self, recipe: Recipe, task: Task, targets: Truth) -> None:
         self._task = task
@@ -149,20 +156,20 @@ class Validation:
         self.is_accuracy = recipe.early_stopping is not None and recipe.early_stopping.monitor is Monitor.VAL_ACCURACY
 
     def __call__(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
-        """Return it for the rows; None if there are none."""
+        """Return the metric for the rows; None if there are none."""
         if not len(rows):
             return None
         score = evaluation.mean_scores(self._task, self._targets[rows], logits(rows))
         return score["accuracy" if self.is_accuracy else "loss"]
 
 
-# Weights of one head (measured: up to 20,480), and of all that are learned at once: each is held some ten times, for
-# its optimizer, its best epoch and a snapshot.
+# Most weights of one head that is trained in parallel with others (measured: up to 20,480), and of all such heads
+# together. Memory holds each weight about ten times: for the optimizer, the best epoch and a snapshot.
 _LARGEST_IN_PARALLEL, _WEIGHTS_IN_PARALLEL = 262_144, 16_000_000
 
 
 class HeadLearner:
-    """Learns a head on features that were computed once."""
+    """Trains a head on features that were extracted once."""
 
     def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
         self._recipe = recipe
@@ -171,15 +178,15 @@ class HeadLearner:
         self.plan = Plan(recipe.epochs)
 
     def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
-        """Learn a head."""
+        """Train the head."""
         ((_, learned),) = self.learn_many([(task, listener)])
         return learned
 
     @property
     def learns_in_parallel(self) -> bool:
-        """Whether several tasks are learned side by side, which takes a fraction of the time.
+        """Whether `learn_many` trains several tasks in parallel, which takes a fraction of the time.
 
-        Not with heads so large that Keras has the better of it, with all processors in one product.
+        Large heads are trained one after the other: for them Keras is faster, as one product uses all processors.
         """
         return is_linear(self._recipe.head) and self._weights <= _LARGEST_IN_PARALLEL
 
@@ -188,14 +195,14 @@ class HeadLearner:
         return int(self._data.inputs.shape[1]) * self._data.outputs
 
     def learn_many(self, tasks: Sequence[tuple[LearningTask, FitListener]]) -> Iterator[tuple[int, LearnedModel]]:
-        """Learn a head for each task; yield its place among the tasks and what was learned, as soon as it has ended."""
+        """Train a head for each task; yield the index of the task and its model, as soon as the fit has ended."""
         if not self.learns_in_parallel:
-            for place, (task, listener) in enumerate(tasks):
-                yield place, self.of_head(self.fit_head(task, listener), task.validation)
+            for index, (task, listener) in enumerate(tasks):
+                yield index, self.of_head(self.fit_head(task, listener), task.validation)
             return
         at_once = max(1, _WEIGHTS_IN_PARALLEL // self._weights)
         for start in range(0, len(tasks), at_once):
-            wanted = [
+            parallel_tasks = [
                 LinearHeadTask(
                     task.train,
                     task.validation,
@@ -206,18 +213,18 @@ class HeadLearner:
                 )
                 for task, listener in tasks[start : start + at_once]
             ]
-            fits = fit_linear_heads(self._recipe, self._data, wanted)
-            for place, head in fits:
-                yield start + place, self.of_head(head, wanted[place].validation)
+            fits = fit_linear_heads(self._recipe, self._data, parallel_tasks)
+            for index, head in fits:
+                yield start + index, self.of_head(head, parallel_tasks[index].validation)
 
     def fit_head(self, task: LearningTask, listener: FitListener) -> FittedHead:
-        """Fit the recipe's head on the rows' features, by itself."""
+        """Fit one head on the features of the task's rows."""
         hooks = _hooks(listener)
         fit = FitTask(task.train, task.validation, task.plan.head, task.seed, hooks)
         return fit_head(self._recipe, self._data, fit)
 
     def of_head(self, head: FittedHead, validation: Indices) -> LearnedModel:
-        """Return a fitted head as what was learned."""
+        """Return the `LearnedModel` of a fitted head."""
 
         def logits(rows: Indices) -> Float32:
             return heads.logits(head.layers, self._data.inputs[rows])
@@ -240,9 +247,9 @@ def _hooks(listener: FitListener) -> FitHooks:
 
 
 class FineTuningLearner:
-    """Learns a head on frozen features first, then the network with it, and keeps what validates better.
+    """Trains a head on frozen features, then the network with it, and keeps the better of both on validation rows.
 
-    Where the network diverges the head is kept, except in the final model: raises TrainingDiverged.
+    If the network diverges, a fold keeps the head alone; the final fit raises TrainingDiverged.
     """
 
     def __init__(self, recipe: FineTuningRecipe, frozen: HeadLearner, weights: bytes, data: FineTuningData) -> None:
@@ -253,7 +260,7 @@ class FineTuningLearner:
         self.plan = Plan(recipe.epochs, recipe.fine_tune.epochs)
 
     def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
-        """Learn a head, then the network."""
+        """Train the head, then the network."""
         found = listener.checkpoint
         head = found.head if found else None
         since = found.snapshot if found and head else None
@@ -269,33 +276,33 @@ class FineTuningLearner:
         def offer(take: Callable[[], Snapshot]) -> None:
             listener.offer_checkpoint(lambda: Checkpoint(fitted, take()))
 
-        heard = list(since.history) if since else []
+        history_so_far = list(since.history) if since else []
 
-        def hear(number: int, epoch: Epoch) -> None:
-            heard[number - 1 :] = [epoch]
+        def record(number: int, epoch: Epoch) -> None:
+            history_so_far[number - 1 :] = [epoch]
             listener.epoch_ended(trained + number, epoch)
 
         listener.network_unfrozen(trained)
-        gc.collect()  # the network of the fold before: it holds itself in cycles, and is large
+        gc.collect()  # frees the previous fold's network, which is large and part of reference cycles
         try:
-            hooks = FitHooks(hear, lambda epochs: listener.epochs_done(trained + epochs), offer, since)
+            hooks = FitHooks(record, lambda epochs: listener.epochs_done(trained + epochs), offer, since)
             fit = FitTask(task.train, task.validation, task.plan.network, task.seed, hooks)
             tuned = fine_tune(self._recipe, self._data, self._weights, head, fit)
-            if not len(task.validation):  # no loss is told after the last step
-                finite(tuned.logits(task.train[:LOOKED_AT]), FINE_TUNE_LEARNING_RATE)
+            if not len(task.validation):  # no loss is reported after the last step
+                finite(tuned.logits(task.train[:CHECKED_IMAGES]), FINE_TUNE_LEARNING_RATE)
         except TrainingDiverged:
-            if task.is_final:  # what the folds measured was a network that learned
+            if task.is_final:  # the folds measured a fine-tuned network
                 raise
-            phases = (*before.phases, Phase(NETWORK, len(heard), len(heard), DIVERGED, None))
-            return replace(before, phases=phases, history=[*head.trained.history, *heard])
+            phases = (*before.phases, Phase(NETWORK, len(history_so_far), len(history_so_far), DIVERGED, None))
+            return replace(before, phases=phases, history=[*head.trained.history, *history_so_far])
         value = self._frozen.validation(tuned.logits, task.validation)
-        went = tuned.trained
-        phases = (*before.phases, Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value))
-        history = [*head.trained.history, *went.history]
+        summary = tuned.trained
+        phases = (*before.phases, Phase(NETWORK, len(summary.history), summary.best_epoch, summary.stopped, value))
+        history = [*head.trained.history, *summary.history]
         if self._is_better(before.phases[0].validation, value):
             return replace(before, phases=phases, history=history)
-        best_epoch = trained + went.best_epoch
-        return LearnedModel(phases, history, best_epoch, went.stopped, tuned.layers, tuned.network, tuned.logits)
+        best_epoch = trained + summary.best_epoch
+        return LearnedModel(phases, history, best_epoch, summary.stopped, tuned.layers, tuned.network, tuned.logits)
 
     def _is_better(self, one: float | None, other: float | None) -> bool:
         if one is None or other is None:
@@ -304,7 +311,7 @@ class FineTuningLearner:
 
 
 class FromScratchLearner:
-    """Learns a network from scratch."""
+    """Trains a network from scratch."""
 
     def __init__(self, recipe: FromScratchRecipe, data: FitData) -> None:
         self._recipe = recipe
@@ -313,14 +320,14 @@ class FromScratchLearner:
         self.plan = Plan(0, recipe.epochs)
 
     def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
-        """Learn all layers."""
-        gc.collect()  # the network of the fold before, which holds itself in cycles
+        """Train all layers."""
+        gc.collect()  # frees the previous fold's network, which is part of reference cycles
         hooks = _hooks(listener)
         fit = FitTask(task.train, task.validation, task.plan.network, task.seed, hooks)
-        grown = fit_from_scratch(self._recipe, self._data, fit)
-        went = grown.trained
-        value = self._validation(grown.logits, task.validation)
-        phase = Phase(NETWORK, len(went.history), went.best_epoch, went.stopped, value)
+        fitted = fit_from_scratch(self._recipe, self._data, fit)
+        summary = fitted.trained
+        value = self._validation(fitted.logits, task.validation)
+        phase = Phase(NETWORK, len(summary.history), summary.best_epoch, summary.stopped, value)
         return LearnedModel(
-            (phase,), went.history, went.best_epoch, went.stopped, grown.layers, grown.network, grown.logits
+            (phase,), summary.history, summary.best_epoch, summary.stopped, fitted.layers, fitted.network, fitted.logits
         )

@@ -344,7 +344,7 @@ class _HeadInTraining:
         self.steps = int(since.optimizer[0])
         self._history += since.history
         if self._stopping is not None and since.early_stopping_state is not None:
-            self._stopping.go_on_from(since.early_stopping_state)
+            self._stopping.continue_from(since.early_stopping_state)
 
 
 # --- stacks -----------------------------------------------------------------------------------------------------------

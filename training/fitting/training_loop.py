@@ -1,7 +1,7 @@
-"""Goes through the epochs of a training: batches in their order, early stopping, and snapshots to go on from.
+"""The training loop: the order of batches, early stopping, and snapshots to continue from.
 
-The order of the batches is a function of (seed, epoch), and layers that draw at random keep their state in variables.
-So a training that goes on from a snapshot ends as one that was never interrupted.
+The order of the batches is a function of (seed, epoch), and random layers keep their state in variables. So a training
+that continues from a snapshot gives the same result as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ from training.networks import freed_memory
 from training.progress import Epoch
 
 LEARNING_RATE = "optimizer.learning_rate"
-# Images that are answered at once at most, and their pixels: a layer of 64 channels holds 256 MiB of so many.
-_ANSWERED_AT_ONCE, _ANSWERED_PLACES = 256, 2**20
+# At most so many images, and pixels, are predicted at once: a layer of 64 channels takes 256 MiB for so many pixels.
+_MOST_IMAGES, _MOST_PIXELS = 256, 2**20
 
 Arrays = list[npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class EarlyStoppingState:
-    """What early stopping has seen: the best value so far, its epoch (from 0), and how many epochs ago that was.
+    """The state of early stopping at the end of an epoch.
 
-    `weights` are those of the best epoch, in the order of `_learned`.
+    Attributes:
+        best: the best value so far.
+        best_epoch: the epoch of that value, counted from 0.
+        wait: epochs since then.
+        weights: the weights of the best epoch, in the order of `_learned`.
     """
 
     best: float
@@ -48,10 +52,10 @@ class Snapshot:
     """A training at the end of an epoch.
 
     Attributes:
-        history: metrics of each epoch that is done.
-        variables: what a training changes: its weights, then the states of layers that draw at random.
+        history: metrics of each finished epoch.
+        variables: the variables that training changes: weights, then the states of random layers.
         optimizer: the optimizer's variables.
-        watched: what early stopping has seen; None if nothing is watched.
+        watched: the state of early stopping; None without early stopping.
     """
 
     history: list[Epoch]
@@ -61,18 +65,18 @@ class Snapshot:
 
 
 Offer = Callable[[Callable[[], Snapshot]], None]
-"""Told at the end of an epoch that more follow: calling what it is given takes a snapshot."""
+"""Called at the end of each epoch but the last, with a function that takes a snapshot."""
 
 
 @dataclass(frozen=True)
 class FitHooks:
-    """How a training stands to the outside: what it goes on from, and who hears how it goes.
+    """The snapshot that a fit continues from, and its callbacks.
 
     Attributes:
-        on_epoch: called with the number of each finished epoch, from 1, and its metrics.
-        on_batch: called after each batch, or some of them, with the epochs that are done, the present one in part.
-        offer: called at the end of each epoch but the last.
-        since: where to go on from; None to begin.
+        on_epoch: called after each epoch with its number, from 1, and its metrics.
+        on_batch: called after each batch, or some of them, with the number of epochs done, counting part of an epoch.
+        offer: called at the end of each epoch but the last, with a function that takes a snapshot.
+        since: the snapshot to continue from; None to start at the first epoch.
     """
 
     on_epoch: Callable[[int, Epoch], None]
@@ -83,12 +87,12 @@ class FitHooks:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """What became of a training; the model has the weights of the best epoch.
+    """How a fit ended. The model then has the weights of the best epoch.
 
     Attributes:
         history: loss, accuracy, val_loss and val_accuracy of each epoch; the loss includes the penalty on weights.
         best_epoch: the epoch whose weights were kept, counted from 1.
-        stopped: why it ended: `patience`, `target`, or `epochs` when all of them were trained.
+        stopped: why the fit ended: `patience`, `target`, or `epochs` if every epoch was trained.
     """
 
     history: list[Epoch]
@@ -108,23 +112,23 @@ def train(
     rate: str = LEARNING_RATE,
     **options: Any,
 ) -> FitSummary:
-    """Train a compiled Keras model, from the beginning or from a snapshot of it.
+    """Train a compiled Keras model, from the start or from a snapshot.
 
     Args:
-        model: compiled; a snapshot is restored into it.
-        batches: what it learns from; their epoch is set to the first one that is trained.
-        validation: what Keras' `fit` takes as validation data, or None.
-        epochs: epochs to train at most.
-        early_stopping: when to end before; without validation data it is ignored.
+        model: the compiled model; a snapshot is restored into it.
+        batches: the training data; training starts with the order of the first epoch that is left.
+        validation: the validation data of Keras' `fit`, or None.
+        epochs: largest number of epochs.
+        early_stopping: when to stop early; ignored without validation data.
         class_weight: weight of each class.
         hooks: the snapshot to continue from, and the callbacks that report progress.
-        rate: the field of a recipe that has the learning rate.
-        options: more for Keras' `fit`.
+        rate: the recipe field of the learning rate, for the error message.
+        options: further arguments of Keras' `fit`.
 
     Raises:
-        TrainingDiverged: the loss is not a number any more.
+        TrainingDiverged: the loss is not finite.
     """
-    # Else Keras does it in the middle of the first step, and TensorFlow traces that step a second time.
+    # Otherwise Keras builds it during the first step, and TensorFlow traces that step twice.
     model.optimizer.build(model.trainable_variables)
     stopping = Stopping(early_stopping) if validation is not None and early_stopping is not None else None
     since = hooks.since if hooks.since is not None and fits(model, hooks.since) else None
@@ -132,20 +136,20 @@ def train(
     if since is not None:
         restore(model, since)
         if stopping is not None and since.early_stopping_state is not None:
-            stopping.go_on_from(since.early_stopping_state)
+            stopping.continue_from(since.early_stopping_state)
     batches.begin(len(history))
     callbacks: list[Any] = [EpochRecorder(history, len(batches), hooks, rate), _KeepFreedMemory()]
     if stopping is not None:
         callbacks += stopping.callbacks
     callbacks.append(
         _SnapshotOffer(history, epochs, stopping, hooks.offer)
-    )  # last: it must see what the others decided
+    )  # last, so that it sees whether the others stop the training
     model.fit(
         batches,
         validation_data=validation,
         initial_epoch=len(history),
         epochs=epochs,
-        shuffle=False,  # the batches shuffle themselves, by seed and epoch
+        shuffle=False,  # `Rows` shuffles by seed and epoch
         callbacks=callbacks,
         class_weight=class_weight,
         verbose=0,
@@ -160,9 +164,9 @@ def train(
 
 
 class Rows(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of rows in an order that is a function of (seed, epoch), or as given without a seed.
+    """Batches of rows, shuffled by (seed, epoch); without a seed the rows keep their order.
 
-    `inputs` is an array [N, ...], which may be mapped from a file; `prepare` is applied to those of each batch.
+    `inputs` is an array [N, ...], which may be mapped from a file. `prepare` is applied to the inputs of each batch.
     """
 
     def __init__(
@@ -184,7 +188,7 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
-        """Take the order of an epoch, counted from 0."""
+        """Shuffle for an epoch, counted from 0."""
         self._epoch = epoch
         self._order = self._rows if self._seed is None else shuffled(self._rows, self._seed, epoch)
 
@@ -200,24 +204,24 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
 
 
 def predict_batch(size: Sides, batch_size: int) -> int:
-    """Return how many images to answer at once: those of a training step, or up to four times as many small ones.
+    """Return how many images to predict at once: a training batch, or up to four times as many small images.
 
-    Training keeps what every layer gives and answering does not, so that what fits takes more; and where memory ran
-    out all the same, half the batch answers half as many.
+    Training keeps the output of every layer and prediction does not, so prediction has memory for more images. The
+    number depends on the batch size: a training that runs out of memory halves its batch, and this number with it.
     """
     height, width = sides(size)
-    return max(batch_size, min(_ANSWERED_AT_ONCE, 4 * batch_size, _ANSWERED_PLACES // (height * width)))
+    return max(batch_size, min(_MOST_IMAGES, 4 * batch_size, _MOST_PIXELS // (height * width)))
 
 
 def finite(logits: Float32, rate: str = LEARNING_RATE) -> Float32:
-    """Return logits that are numbers all. Raises TrainingDiverged; `rate` is the field that has the learning rate."""
+    """Return the logits if all are finite. Raises TrainingDiverged, which names `rate`, the learning rate's field."""
     if not np.isfinite(logits).all():
-        raise TrainingDiverged(f"What was learned answers with infinite numbers. Lower {rate}.")
+        raise TrainingDiverged(f"The trained model predicts infinite numbers or NaN. Lower {rate}.")
     return logits
 
 
 def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:
-    """Return rows in the order of an epoch, counted from 0; equally many others are shuffled alike."""
+    """Return the rows in the order of an epoch, counted from 0; the permutation depends on their number alone."""
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
@@ -225,19 +229,19 @@ def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:
 
 
 def snapshot(model: Any, history: Sequence[Epoch], early_stopping_state: EarlyStoppingState | None) -> Snapshot:
-    """Return the state of a training, copied."""
+    """Return a copy of the state of a training."""
     return Snapshot(
         [dict(epoch) for epoch in history],
-        _copied(_changing(model)),
+        _copied(_changing_variables(model)),
         _copied(model.optimizer.variables),
         early_stopping_state,
     )
 
 
 def fits(model: Any, since: Snapshot) -> bool:
-    """Say whether a snapshot is one of this compiled model, by its arrays; one of other code may not be."""
+    """Return whether a snapshot has the shapes of this compiled model; other code may have written it."""
     model.optimizer.build(model.trainable_variables)
-    pairs = ((_changing(model), since.variables), (model.optimizer.variables, since.optimizer))
+    pairs = ((_changing_variables(model), since.variables), (model.optimizer.variables, since.optimizer))
     return all(
         [tuple(variable.shape) for variable in variables] == [value.shape for value in values]
         for variables, values in pairs
@@ -245,26 +249,26 @@ def fits(model: Any, since: Snapshot) -> bool:
 
 
 def restore(model: Any, since: Snapshot) -> None:
-    """Put a compiled model and its optimizer into the state of a snapshot that fits them."""
-    _assign(_changing(model), since.variables)
+    """Set a compiled model and its optimizer to the state of a snapshot that fits them."""
+    _assign(_changing_variables(model), since.variables)
     _assign(model.optimizer.variables, since.optimizer)
 
 
-def _changing(model: Any) -> list[Any]:
-    """Return the variables that a training changes: frozen ones stay as they are, and take the most room."""
+def _changing_variables(model: Any) -> list[Any]:
+    """Return the variables that training changes, without frozen ones, which take most of the memory."""
     weights = {id(variable) for variable in model.weights}
     return [*_learned(model), *(variable for variable in model.variables if id(variable) not in weights)]
 
 
 def _learned(model: Any) -> list[Any]:
-    """Return the weights that a training changes: the trainable ones, then what BatchNorm counts while it learns."""
-    return [*model.trainable_variables, *_counted(model)]
+    """Return the weights that training changes: the trainable ones, then BatchNorm's moving statistics."""
+    return [*model.trainable_variables, *_moving_statistics(model)]
 
 
-def _counted(layer: Any) -> list[Any]:
+def _moving_statistics(layer: Any) -> list[Any]:
     if isinstance(layer, keras.layers.BatchNormalization):
         return list(layer.non_trainable_weights) if layer.trainable else []
-    return [variable for inner in getattr(layer, "layers", ()) for variable in _counted(inner)]
+    return [variable for inner in getattr(layer, "layers", ()) for variable in _moving_statistics(inner)]
 
 
 def _copied(variables: Sequence[Any]) -> Arrays:
@@ -280,7 +284,7 @@ def _assign(variables: Sequence[Any], values: Arrays) -> None:
 
 
 class PredictProgress(keras.callbacks.Callback):  # type: ignore[misc]
-    """Tells after each predicted batch that the work moves: many images take minutes."""
+    """Reports progress after each predicted batch, since predicting many images takes minutes."""
 
     def __init__(self, hooks: FitHooks, epochs: int) -> None:
         super().__init__()
@@ -292,7 +296,7 @@ class PredictProgress(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class EpochRecorder(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps the history, tells each epoch, and ends a training that has diverged."""
+    """Records the history, reports each batch and epoch, and raises TrainingDiverged if the loss is not finite."""
 
     def __init__(self, history: list[Epoch], batches: int, hooks: FitHooks, rate: str = LEARNING_RATE) -> None:
         super().__init__()
@@ -316,7 +320,7 @@ class EpochRecorder(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class _KeepFreedMemory(keras.callbacks.Callback):  # type: ignore[misc]
-    """Has the process keep freed memory once the first batch was read."""
+    """Makes the process keep freed memory after the first batch."""
 
     is_kept = False
 
@@ -327,7 +331,7 @@ class _KeepFreedMemory(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class _SnapshotOffer(keras.callbacks.Callback):  # type: ignore[misc]
-    """Offers a snapshot at the end of each epoch that others follow."""
+    """Offers a snapshot at the end of each epoch but the last."""
 
     def __init__(self, history: list[Epoch], epochs: int, stopping: Stopping | None, offer: Offer) -> None:
         super().__init__()
@@ -345,7 +349,7 @@ class _SnapshotOffer(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class Stopping:
-    """Early stopping by patience and by target, as Keras callbacks and what became of them."""
+    """Early stopping by patience and by target: Keras callbacks, and their outcome."""
 
     def __init__(self, recipe: EarlyStopping) -> None:
         self._patience = _Patience(recipe)
@@ -366,16 +370,16 @@ class Stopping:
         return "patience" if self._patience.stopped_epoch else "epochs"
 
     def early_stopping_state(self) -> EarlyStoppingState:
-        """Return what was seen so far."""
+        """Return the state so far."""
         return self._patience.early_stopping_state()
 
-    def go_on_from(self, early_stopping_state: EarlyStoppingState) -> None:
-        """Begin with what an interrupted training has seen."""
+    def continue_from(self, early_stopping_state: EarlyStoppingState) -> None:
+        """Start from the state of an interrupted training."""
         self._patience.since = early_stopping_state
 
 
 class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
-    """Keras' early stopping; it forgets everything when a training begins, so what was seen before is told here."""
+    """Keras' early stopping. Keras resets it when a training begins, so `since` restores the earlier state."""
 
     def __init__(self, recipe: EarlyStopping) -> None:
         super().__init__(
@@ -392,26 +396,26 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
         if self.since is not None:
             self.best, self.best_epoch, self.wait = self.since.best, self.since.best_epoch, self.since.wait
             weights = self.model.get_weights()
-            for place, value in zip(self._learned_places(), self.since.weights, strict=True):
-                weights[place] = value
+            for index, value in zip(self._learned_indices(), self.since.weights, strict=True):
+                weights[index] = value
             self.best_weights = weights
 
     def keep(self, epoch: int) -> None:
-        """Keep the present epoch, counted from 0, whatever was better."""
+        """Keep the current epoch, counted from 0, even if an earlier one was better."""
         self.best_epoch, self.best_weights = epoch, self.model.get_weights()
 
     def early_stopping_state(self) -> EarlyStoppingState:
-        weights = [self.best_weights[place] for place in self._learned_places()]
+        weights = [self.best_weights[index] for index in self._learned_indices()]
         return EarlyStoppingState(float(self.best), int(self.best_epoch), int(self.wait), weights)
 
-    def _learned_places(self) -> list[int]:
-        """Return where the weights that the training changes stand among all."""
-        places = {id(variable): place for place, variable in enumerate(self.model.weights)}
-        return [places[id(variable)] for variable in _learned(self.model)]
+    def _learned_indices(self) -> list[int]:
+        """Return the indices, among all weights of the model, of those that training changes."""
+        indices = {id(variable): index for index, variable in enumerate(self.model.weights)}
+        return [indices[id(variable)] for variable in _learned(self.model)]
 
 
 class _TargetReached(keras.callbacks.Callback):  # type: ignore[misc]
-    """Ends a training at its target and keeps that epoch, though what is monitored may have been better before."""
+    """Ends a training at its target and keeps that epoch, even if an earlier one had a better monitored value."""
 
     def __init__(self, target: Target, patience: _Patience) -> None:
         super().__init__()

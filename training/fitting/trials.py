@@ -1,4 +1,4 @@
-"""Fits that are tried for a choice and not kept: their listeners, and how far all of them are together."""
+"""Listeners for trial fits, which serve a choice and are then discarded, and the progress of all of them together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training.progress import SilentFit
 
 
 class Trials:
-    """Reports how far many fits are together, whether they run side by side or one after the other."""
+    """Reports the progress of several fits as one, whether they run in parallel or one after the other."""
 
     def __init__(self, epochs: int, count: int, report: ReportProgress) -> None:
         self._epochs = epochs
@@ -27,7 +27,7 @@ class Trials:
 
 
 class Trial(SilentFit):
-    """Passes on how many epochs of one fit are done, and keeps no checkpoints."""
+    """Reports how many epochs of one fit are done, and keeps no checkpoints."""
 
     def __init__(self, report_epochs: Callable[[float], None]) -> None:
         self._report_epochs = report_epochs

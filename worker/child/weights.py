@@ -1,7 +1,7 @@
-"""Gets weights into the store: fetched from Keras' catalogue, made at random. Runs in the child of a job.
+"""Puts weights into the store: downloaded from Keras' catalogue, or random. Runs in the child process of a job.
 
-A download is checked against the MD5 that Keras publishes, and everything after that goes by our own SHA-256. A machine
-without network must hear so at once, with the way out: every wait here is short.
+A download is checked against the MD5 that Keras publishes; from then on our own SHA-256 identifies the weights. On a
+machine without network the run must fail soon, with advice, so every wait here is short.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHUNK = 1024 * 1024
 
 @dataclass(frozen=True)
 class Obtained:
-    """Weights that lie in the store now, and where they came from."""
+    """The digest of weights in the store, and their origin."""
 
     sha256: Digest
     source: JsonObject
@@ -46,7 +46,7 @@ def obtain(
     progress: Progress,
     catalogue: Mapping[BackboneName, Backbone] = CATALOGUE,
 ) -> Obtained:
-    """Put weights into the store. Raises WeightsUnavailable, saying what to do."""
+    """Put weights into the store. Raises WeightsUnavailable, whose message says what to do."""
     if name == RANDOM:
         from training.networks import backbones
 
@@ -73,7 +73,7 @@ def obtain(
 def _download(
     network: BackboneName, published: WeightsFile, source: WeightsSource, file: Path, progress: Progress
 ) -> None:
-    """Fetch a published file and check its MD5. Raises WeightsUnavailable."""
+    """Download a published file and check its MD5. Raises WeightsUnavailable."""
     url = f"{source.url.rstrip('/')}/{published.path}"
     timeout = httpx2.Timeout(source.stall_s, connect=source.connect_s)
     started = time.monotonic()
@@ -95,7 +95,7 @@ def _download(
                 done += len(chunk)
                 speed = done / (time.monotonic() - started)
                 progress(done, total, (total - done) / speed if total else None)
-    # The last two: a proxy in the environment that cannot be understood, or that takes a package which is not there.
+    # ValueError and ImportError: the environment names a proxy that is malformed or needs a missing package.
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, ImportError) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         raise _unavailable(network, published, f"{url} cannot be fetched: {reason}") from error
@@ -108,10 +108,11 @@ def _download(
 
 
 def _open(client: httpx2.Client, url: str, source: WeightsSource) -> httpx2.Response:
-    """Send the request, from a thread of its own that can be left behind, and return the answer without its content.
+    """Send the request in a thread of its own, which a timeout abandons; return the response before its content.
 
-    No HTTP client bounds the look-up of a name, and each of a host's addresses has `connect_s` to itself: this waits
-    twice that for the connection, be it to the host or to a proxy. Raises what `client` does, or TimeoutError.
+    HTTP clients do not limit the time of a name look-up, and they try each address of a host for `connect_s`. So this
+    waits at most twice `connect_s` for the connection to the host or its proxy. Raises what `client` does, or
+    TimeoutError.
     """
     is_connected = threading.Event()
     answered: queue.Queue[httpx2.Response | Exception] = queue.Queue()
@@ -122,7 +123,7 @@ def _open(client: httpx2.Client, url: str, source: WeightsSource) -> httpx2.Resp
 
     def send() -> None:
         try:
-            # Not compressed on the way: progress compares the bytes that came with the length that was announced.
+            # Without compression, so that progress can compare the received bytes with the Content-Length.
             headers = {"Accept-Encoding": "identity"}
             request = client.build_request("GET", url, headers=headers, extensions={"trace": trace})
             answered.put(client.send(request, stream=True))
