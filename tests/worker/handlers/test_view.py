@@ -46,7 +46,15 @@ from worker.handlers.view import ComputeView
 from worker.messages import Failed, ViewOutcome, ViewProgress
 
 IMAGES = 48
-RECIPE = {"backbone": "vgg16", "weights": "random", "image_size": 32, "epochs": 2, "task": "binary", "folds": {"k": 2}}
+RECIPE = {
+    "backbone": "vgg16",
+    "weights": "random",
+    "features_from": "block5",
+    "image_size": 32,
+    "epochs": 2,
+    "task": "binary",
+    "folds": {"k": 2},
+}
 
 
 @dataclass
