@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import records
 import redis
+import structlog
 from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from running import ROOT
@@ -84,10 +85,12 @@ def serving(url: str, run: Any, queue: str = "cpu") -> Iterator[Celery]:
     """Run Celery as a worker of one queue does, in a thread; it does what `run` says."""
     app = make_celery(lambda: url)
     add_tasks(app, run)
+    before = structlog.get_config()  # Celery has this process configure its logs, as a worker does
     with start_worker(
         app, perform_ping_check=False, queues=[queue], pool="threads", loglevel="CRITICAL", shutdown_timeout=120.0
     ):
         yield app
+    structlog.configure(**before)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------

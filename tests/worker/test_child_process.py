@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import sample
+from structlog.testing import capture_logs
 from waiting import until
 from working import add_job, claimed_work, slow_jpeg
 
@@ -242,9 +243,7 @@ os.kill(os.getpid(), signal.SIGKILL)
             next_message(child, work)
 
 
-def test_a_line_that_is_no_message_is_an_error_that_shows_it(
-    work: Work, order: MakeOrder, sidecar: Sidecar, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_that_is_no_message_is_an_error_that_shows_it(work: Work, order: MakeOrder, sidecar: Sidecar) -> None:
     wrong = sidecar(
         """
 import os, sys, time
@@ -259,8 +258,9 @@ time.sleep(600)
                 next_message(child, work)
         assert next_message(child, work) == Alive(), "the lines after it are read"
         until(lambda: child._lines.qsize() == 1)
-        assert child.stop() == []
-    assert "no JSON" in "".join(capfd.readouterr())
+        with capture_logs() as logs:
+            assert child.stop() == []
+    assert "no JSON" in str(logs)
 
 
 # --- what a child is given -------------------------------------------------------------------------------------------
