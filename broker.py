@@ -105,5 +105,5 @@ class CeleryBroker:
         self._app.send_task(task_name(kind), args=[job_id], queue=queue)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Let go of the connections: they are closed with the objects that hold them."""
         self._app.close()

@@ -89,9 +89,11 @@ class ThreadDispatcher:
         self._broker.close()
 
     def _run(self) -> None:
-        while not self._is_closed.is_set():
+        is_last = False
+        while not is_last:
             self._is_requested.wait()
             self._is_requested.clear()
+            is_last = self._is_closed.is_set()  # before the look, so that a request just before the end is looked at
             self._dispatch()
 
     def _dispatch(self) -> None:

@@ -27,45 +27,45 @@ CLIENT_CLOSED_REQUEST = 499
 
 log = structlog.get_logger()
 
-# Error → (status, title). A test checks that every class of `errors` is here.
-TABLE: Mapping[type[EspalierError], tuple[int, str]] = {
-    EspalierError: (500, "Something broke"),
-    errors.NotFound: (404, "Not found"),
-    errors.Conflict: (409, "Conflict"),
-    errors.NameTaken: (409, "Name taken"),
-    errors.NotReady: (409, "Not ready"),
-    errors.InUse: (409, "In use"),
-    errors.InFlight: (409, "In flight"),
-    errors.Invalid: (422, "Invalid"),
-    errors.RequestInvalid: (422, "Request invalid"),
-    errors.KeyReused: (422, "Key reused"),
-    errors.RecipeInvalid: (422, "Recipe invalid"),
-    errors.ArchiveRefused: (422, "Archive refused"),
-    errors.LayoutUnknown: (422, "Layout unknown"),
-    errors.DatasetRefused: (422, "Data set refused"),
-    errors.ImageRefused: (422, "Image refused"),
-    errors.TooLarge: (413, "Too large"),
-    errors.AddressTooLong: (414, "Address too long"),
-    errors.HeadersTooLarge: (431, "Headers too large"),
-    errors.DiskFull: (507, "Disk full"),
-    errors.DeadlineExceeded: (504, "Deadline exceeded"),
-    errors.Overloaded: (503, "Overloaded"),
-    errors.Unavailable: (503, "Unavailable"),
-    errors.StoreUnavailable: (503, "Store unavailable"),
-    errors.StoreRefused: (503, "Store refused"),
-    errors.Unauthorized: (401, "Unauthorized"),
-    errors.Forbidden: (403, "Forbidden"),
-    errors.WeightsUnavailable: (503, "Weights unavailable"),
-    errors.WeightsRefused: (422, "Weights refused"),
-    errors.TrainingDiverged: (422, "Training diverged"),
-    errors.NothingToCompare: (422, "Nothing to compare"),
-    errors.OutOfMemory: (500, "Out of memory"),
-    errors.Stalled: (500, "Stalled"),
-    errors.Crashed: (500, "Crashed"),
-    errors.Corrupt: (500, "Corrupt"),
-    errors.BundleRefused: (500, "Bundle refused"),
-    errors.PrecisionUnsupported: (500, "Precision unsupported"),
-    errors.EngineMissing: (500, "Engine missing"),
+# Error → status; its title is in its class. A test checks that every class of `errors` is here.
+TABLE: Mapping[type[EspalierError], int] = {
+    EspalierError: 500,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.NameTaken: 409,
+    errors.NotReady: 409,
+    errors.InUse: 409,
+    errors.InFlight: 409,
+    errors.Invalid: 422,
+    errors.RequestInvalid: 422,
+    errors.KeyReused: 422,
+    errors.RecipeInvalid: 422,
+    errors.ArchiveRefused: 422,
+    errors.LayoutUnknown: 422,
+    errors.DatasetRefused: 422,
+    errors.ImageRefused: 422,
+    errors.TooLarge: 413,
+    errors.AddressTooLong: 414,
+    errors.HeadersTooLarge: 431,
+    errors.DiskFull: 507,
+    errors.DeadlineExceeded: 504,
+    errors.Overloaded: 503,
+    errors.Unavailable: 503,
+    errors.StoreUnavailable: 503,
+    errors.StoreRefused: 503,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.WeightsUnavailable: 503,
+    errors.WeightsRefused: 422,
+    errors.TrainingDiverged: 422,
+    errors.NothingToCompare: 422,
+    errors.OutOfMemory: 500,
+    errors.Stalled: 500,
+    errors.Crashed: 500,
+    errors.Corrupt: 500,
+    errors.BundleRefused: 500,
+    errors.PrecisionUnsupported: 500,
+    errors.EngineMissing: 500,
 }
 
 Problem = dict[str, Any]
@@ -75,9 +75,8 @@ def problem(record: Mapping[str, Any]) -> Problem:
     """Return the problem object of an error's record, as `EspalierError.record` writes it."""
     fields = dict(record)
     kind = errors.errors_by_code().get(fields.pop("code"), EspalierError)
-    status, title = TABLE[kind]
     detail = fields.pop("detail")
-    return {"type": TYPE_PREFIX + kind.code, "title": title, "status": status, "detail": detail, **fields}
+    return {"type": TYPE_PREFIX + kind.code, "title": kind.title, "status": TABLE[kind], "detail": detail, **fields}
 
 
 def stored_problem(record: Mapping[str, Any] | None) -> Problem | None:

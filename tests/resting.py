@@ -1,4 +1,4 @@
-"""A loop that has found nothing to do and waits for a bell, so that no test has to guess when it does."""
+"""A local worker that has found nothing to do and waits to be woken, so that no test has to guess when it does."""
 
 from __future__ import annotations
 
