@@ -97,7 +97,7 @@ def test_a_network_that_has_learned_is_looked_at_too_until_its_images_are_delete
     assert service.http.delete(f"/api/v1/datasets/{dataset}").status_code == 204
     until(lambda: not file.exists(), within_s=60)
     gone = service.http.get(url, params={"image": image, "layer": "block1_conv2"})
-    assert gone.status_code == 409 and "deleted with its images" in gone.json()["detail"]
+    assert gone.status_code == 409 and "its images were deleted" in gone.json()["detail"]
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ def test_the_loss_falls_and_every_epoch_is_told() -> None:
 
 @pytest.mark.slow
 def test_long_predictions_show_that_they_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_loop, "_ANSWERED_AT_ONCE", 8)
+    monkeypatch.setattr(training_loop, "_MOST_IMAGES", 8)
     beats: list[float] = []
     trial = Trial(recipe())
     tuned = trial.fine_tune(epochs=2, hooks=FitHooks(lambda number, metrics: None, beats.append))
