@@ -1,23 +1,28 @@
 """Decodes and resizes images, the same way for training and prediction. Knows no archives.
 
 Image rule 1 is part of every cache key and bundle. A JPEG is decoded at the smallest DCT scale that is at least twice
-the target size; EXIF orientation is applied once; 16-bit grey values are scaled, not clipped; transparent pixels are
+the target size; the orientation is applied once; 16-bit grey values are scaled, not clipped; transparent pixels are
 blended with white; then RGB is resized bilinearly with antialiasing. Any change to this needs a new rule number.
+
+All functions decode in one way, `_decoded`, so that what one of them accepts, the others can read.
 """
 
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from errors import ImageRefused
+from artifacts import jpeg_files, png_files
+from artifacts.decode_memory import Reserve, reserve_nothing
+from artifacts.foreign_formats import advice
+from errors import EspalierError, ImageRefused
 from recipes.layers import Sides, sides
 from recipes.recipe import Resize
 
@@ -26,29 +31,46 @@ IMAGE_RULE = 1
 MIB = 1024 * 1024
 Pixels = npt.NDArray[np.uint8]
 
-# Pillow's own limit is global and warns before it raises. `_open` checks ours, which an operator may raise, before any
-# pixel is decoded.
-Image.MAX_IMAGE_PIXELS = None
-
 
 @dataclass(frozen=True)
 class ImageLimits:
     """Upper limits for one image, in data sets and in predictions. `side` is in pixels.
 
     `scans` counts the passes of a JPEG over the whole image: each takes 25 ms at 40 megapixels but only a few hundred
-    bytes of the file. A progressive JPEG has about ten.
+    bytes of the file. A progressive JPEG has about ten. `memory_bytes` is what all images that a process decodes at
+    the same time may take together.
     """
 
     size_bytes: int = 20 * MIB
     pixels: int = 40_000_000
     side: int = 16_384
-    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
     scans: int = 100
+    memory_bytes: int = 1024 * MIB
+
+
+# Pillow checks sizes before it allocates memory, also in places that `_open` cannot check, such as frames of a GIF. Its
+# limit is global: `_open` raises it to that of an operator. Between the limit and twice the limit Pillow only warns.
+Image.MAX_IMAGE_PIXELS = ImageLimits.pixels
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# Images are decoded side by side already; more threads for one of them take more memory.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+# Memory that a decoder takes besides the image, in bytes per pixel, as measured by `benchmarks.decode_memory`: canvases
+# of a WEBP, planes and rows of an AVIF, a TIFF that is one strip, the area that a GIF restores afterwards.
+_DECODER_BYTES = {"WEBP": 14, "AVIF": 18, "TIFF": 8, "GIF": 2, "BMP": 2}
+# The same for any format and any pixels, the image and its RGB copy included.
+MOST_BYTES_PER_PIXEL = 26
+_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+# What a decoder takes for any image.
+_LEAST_BYTES = 4 * MIB
+# Transparent and 16-bit pixels become RGB in strips of this size, which need no second copy of the whole image.
+_STRIP_PIXELS = 1_000_000
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Size in pixels after EXIF rotation, and the name of the format."""
+    """Size in pixels after the rotation that the file asks for, and the name of the format."""
 
     width: int
     height: int
@@ -57,14 +79,13 @@ class ImageFacts:
 
 def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
     """Decode the whole image once and return its facts. Raises ImageRefused if it cannot be used."""
-    with _open(data, limits) as image:
-        # Pillow reports a JPEG with further pictures in the file, as phones write them, as MPO.
-        facts = ImageFacts(*_upright_size(image), "JPEG" if image.format == "MPO" else image.format or "")
-        _to_rgb(_upright(image))
+    with _decoded(data, limits, reserve_nothing, lambda upright: (1, 1)) as (facts, _):
         return facts
 
 
-def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pixels:
+def decode(
+    data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserve: Reserve = reserve_nothing
+) -> Pixels:
     """Decode an image by image rule 1.
 
     Args:
@@ -72,6 +93,7 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pix
         size: side of the result in pixels, or its height and width.
         resize: `squash` ignores the aspect ratio, `crop` keeps the centre square, `pad` adds black borders.
         limits: what the image may be at most.
+        reserve: waits for the memory that decoding takes.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -79,11 +101,13 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pix
     Raises:
         ImageRefused: the bytes are not a valid image within the limits.
     """
-    with _open(data, limits) as image:
-        down, across = sides(size)
-        width, height = _fitted(_upright_size(image), (across, down), resize)
-        image.draft(None, (2 * height, 2 * width) if _is_lying(image) else (2 * width, 2 * height))
-        upright = _to_rgb(_upright(image))
+    down, across = sides(size)
+
+    def scaled_size(upright: tuple[int, int]) -> tuple[int, int]:
+        return _fitted(upright, (across, down), resize)
+
+    with _decoded(data, limits, reserve, scaled_size) as (facts, upright):
+        width, height = scaled_size((facts.width, facts.height))
         if resize is Resize.CROP:  # crop first: a whole 16,384 × 1 image at this height would take gigabytes
             box = _middle(upright, (width, height), (across, down))
             scaled = upright.resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
@@ -95,13 +119,11 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pix
     return np.asarray(scaled, dtype=np.uint8)
 
 
-def thumbnail(data: bytes, side: int, limits: ImageLimits) -> bytes:
+def thumbnail(data: bytes, side: int, limits: ImageLimits, reserve: Reserve = reserve_nothing) -> bytes:
     """Return the image as a WEBP without metadata, at most `side` pixels wide and high. Raises ImageRefused."""
-    with _open(data, limits) as image:
-        image.draft(None, (2 * side, 2 * side))
-        upright = _to_rgb(_upright(image))
+    with _decoded(data, limits, reserve, lambda upright: (side, side)) as (_, upright):
         upright.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return encode(upright, "WEBP")
+        return encode(upright, "WEBP")
 
 
 def encode(image: Image.Image, format: str) -> bytes:
@@ -114,46 +136,137 @@ def encode(image: Image.Image, format: str) -> bytes:
 
 
 @contextmanager
+def _decoded(
+    data: bytes, limits: ImageLimits, reserve: Reserve, scaled_size: Callable[[tuple[int, int]], tuple[int, int]]
+) -> Iterator[tuple[ImageFacts, Image.Image]]:
+    """Yield the facts of an image, and the image itself: upright, RGB, decoded no larger than it needs to be.
+
+    Args:
+        data: the file's bytes.
+        limits: what the image may be at most.
+        reserve: waits for the memory that decoding takes; it is held inside the block.
+        scaled_size: returns the width and height that an upright image of a width and height will be scaled to.
+    """
+    with _open(data, limits) as image:
+        # Pillow reports a JPEG with further pictures in the file, as phones write them, as MPO.
+        format = "JPEG" if image.format == "MPO" else image.format or ""
+        orientation = _orientation(image)
+        stored = image.size
+        width, height = stored if orientation < 5 else (stored[1], stored[0])
+        facts = ImageFacts(width, height, format)
+        target = scaled_size((width, height))
+        least = (2 * target[0], 2 * target[1]) if orientation < 5 else (2 * target[1], 2 * target[0])
+        lacks_end = format == "JPEG" and jpeg_files.lacks_end(data)
+        has_scales = format == "JPEG" and not jpeg_files.is_lossless(data)
+        if has_scales and not lacks_end:
+            image.draft(None, least)
+        with reserve(_most_bytes(image, stored, target, orientation, data)):
+            if lacks_end:
+                image = Image.open(io.BytesIO(jpeg_files.with_end(data)), formats=("JPEG",))
+                if has_scales:
+                    image.draft(None, least)
+            upright = _to_rgb(image)
+            if upright is not image:
+                image.close()
+            if orientation != 1:
+                upright = upright.transpose(_TURNS[orientation])
+            if format == "TIFF":  # Pillow has turned it while it was decoded
+                facts = replace(facts, width=upright.width, height=upright.height)
+            yield facts, upright
+
+
+@contextmanager
 def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
     """Open `data` and check the limits; any error of a decoder inside the block becomes ImageRefused."""
     if len(data) > limits.size_bytes:
         raise ImageRefused(
             f"Expected a file of at most {limits.size_bytes / MIB:g} MiB. Received {len(data) / MIB:.1f} MiB."
         )
+    most = f"Expected at most {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels a side."
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.pixels)
     try:
-        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+        with _open_file(data, limits) as image:
             width, height = image.size
             if width * height > limits.pixels or max(width, height) > limits.side:
-                raise ImageRefused(
-                    f"Expected at most {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels a side. "
-                    f"Received {width:,} × {height:,}."
-                )
-            if image.format in ("JPEG", "MPO") and _has_more_scans(data, limits.scans):
-                raise ImageRefused(f"Expected a JPEG of at most {limits.scans} scans. Received more.")
+                raise ImageRefused(f"{most} Received {width:,} × {height:,}.")
+            _check_format(image, data, limits)
             yield image
     except UnidentifiedImageError as error:
-        raise ImageRefused(f"Expected an image ({', '.join(limits.formats)}). Received something else.") from error
-    except ImageRefused:
+        expected = f"Expected an image ({', '.join(limits.formats)})."
+        raise ImageRefused(f"{expected} Received {advice(data)}") from error
+    except EspalierError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        size = jpeg_files.size(data) or png_files.size(data)
+        raise ImageRefused(f"{most} Received {f'{size[0]:,} × {size[1]:,}' if size else 'more'}.") from error
     except Exception as error:  # decoders raise anything: TypeError, AssertionError, MemoryError
         raise ImageRefused(f"The image is damaged: {str(error) or type(error).__name__}.") from error
 
 
-_SCAN = b"\xff\xda"
-_END = b"\xd9"
-# Segments with content: not restarts, stuffed zeros or bytes that the decoder skips.
-_SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
+def _open_file(data: bytes, limits: ImageLimits) -> Image.Image:
+    """Return the image that a file starts with, not yet decoded. What has no effect on its pixels may be broken."""
+    if data.startswith(png_files.SIGNATURE):
+        data = png_files.reduced(data)
+    try:
+        return Image.open(io.BytesIO(data), formats=limits.formats)
+    except Exception:
+        if not _is_avif(data) or b"Exif" not in data:
+            raise
+        # The EXIF of an AVIF is read while it is opened; what is raised depends on where it is broken. The first `Exif` names the item that holds it.
+        return Image.open(io.BytesIO(data.replace(b"Exif", b"none", 1)), formats=limits.formats)
 
 
-def _has_more_scans(data: bytes, most: int) -> bool:
-    """Return whether a JPEG has more than `most` scans as the decoder counts: not in thumbnails or after the end."""
-    if data.count(_SCAN) <= most:
-        return False
-    scans, at = 0, 2
-    while scans <= most and (segment := _SEGMENT.search(data, at)) is not None and segment[1] != _END:
-        scans += segment[1] == _SCAN[1:]
-        at = segment.end() + max(2, int.from_bytes(data[segment.end() : segment.end() + 2]))
-    return scans > most
+def _is_avif(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and b"avi" in data[8:64]
+
+
+def _check_format(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
+    """Refuse what a format allows but no image of a data set needs. Raises ImageRefused."""
+    if image.format in ("JPEG", "MPO") and jpeg_files.has_more_scans(data, limits.scans):
+        raise ImageRefused(f"Expected a JPEG of at most {limits.scans} scans. Received more.")
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return
+    tags = image.tag_v2
+    if tags.get(_TIFF_DNG_VERSION) or int(tags.get(ExifTags.Base.NewSubfileType) or 0) & 1:
+        raise ImageRefused(
+            "Expected a photograph. Received a camera's raw file (such as DNG or NEF), whose first picture is only a "
+            "preview. Export it as JPEG, PNG or TIFF."
+        )
+    if image.mode == "F":
+        raise ImageRefused(
+            "Expected a TIFF of integers. Received one of 32-bit floating-point values, whose black and white are not "
+            "known. Scale the values and save them with 8 or 16 bits."
+        )
+    if int(tags.get(ExifTags.Base.TileWidth) or 0) * int(tags.get(ExifTags.Base.TileLength) or 0) > limits.pixels:
+        raise ImageRefused(f"Expected a TIFF with tiles of at most {limits.pixels / 1e6:g} megapixels. Received more.")
+
+
+_TIFF_DNG_VERSION = 0xC612
+
+
+def _most_bytes(
+    image: Image.Image, stored: tuple[int, int], target: tuple[int, int], orientation: int, data: bytes
+) -> int:
+    """Return the bytes of memory that decoding an image and scaling it takes at most, without the file itself.
+
+    Args:
+        image: the image, not yet decoded, in the scale that it will be decoded in.
+        stored: its width and height in the file.
+        target: the width and height that it will be scaled to.
+        orientation: the EXIF orientation that is left to be applied.
+        data: the file's bytes.
+    """
+    pixels = image.width * image.height
+    loaded = pixels * _BYTES.get(image.mode, 4)
+    becomes_rgb = 0 if image.mode == "RGB" and not image.has_transparency_data else 4 * pixels
+    decoder = pixels * _DECODER_BYTES.get(image.format or "", 0) + 2 * len(data)
+    if image.format in ("JPEG", "MPO") and jpeg_files.is_kept_whole(data):
+        decoder += 2 * stored[0] * stored[1] * len(image.getbands())  # coefficients of the whole image
+    turned = 4 * pixels if orientation != 1 else 0
+    across, down = target
+    # Pillow scales first to a size between three and six times the target, then to its width, then to its height.
+    scaling = 4 * (min(pixels // 4, 36 * across * down) + across * (image.height + down))
+    return _LEAST_BYTES + max(decoder + loaded + becomes_rgb, 4 * pixels + max(turned, scaling))
 
 
 _TURNS = {
@@ -168,24 +281,15 @@ _TURNS = {
 
 
 def _orientation(image: Image.Image) -> int:
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    """Return the EXIF orientation that is left to be applied: 1 if there is none, or if it cannot be read."""
+    if image.format == "TIFF":  # Pillow turns it
+        return 1
+    try:
+        # That of a PNG would decode the image first, to read what follows the pixels; `png_files` has moved it.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF says nothing about the pixels; what Pillow raises depends on where it is broken
+        return 1
     return int(orientation) if orientation in _TURNS else 1
-
-
-def _is_lying(image: Image.Image) -> bool:
-    """Return whether EXIF rotates the image by 90 degrees, which swaps width and height."""
-    return _orientation(image) >= 5
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. `ImageOps.exif_transpose` would rewrite the other tags and fail on invalid ones."""
-    orientation = _orientation(image)
-    return image if orientation == 1 else image.transpose(_TURNS[orientation])
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (height, width) if _is_lying(image) else (width, height)
 
 
 def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -> tuple[int, int]:
@@ -209,11 +313,27 @@ def _middle(image: Image.Image, scaled: tuple[int, int], target: tuple[int, int]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips everything above 255 to white
-        grey = np.clip(np.asarray(image), 0, 65535)
-        return Image.fromarray((grey // 257 + (grey % 257 > 128)).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    """Decode an image and return it in RGB, itself if it is so already."""
+    image.load()
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rgb = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb.paste(_strip_to_rgb(strip), (0, top))
+    return rgb
+
+
+def _strip_to_rgb(strip: Image.Image) -> Image.Image:
+    if strip.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips everything above 255 to white
+        grey = np.clip(np.asarray(strip), 0, 65535)
+        shades = (grey // 257 + (grey % 257 > 128)).astype(np.uint8)
+        if "transparency" in strip.info:
+            shades[grey == strip.info["transparency"]] = 255
+        return Image.fromarray(shades).convert("RGB")
+    if strip.has_transparency_data:
+        strip = strip.convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        return Image.alpha_composite(white, strip).convert("RGB")
+    return strip.convert("RGB")

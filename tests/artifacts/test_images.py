@@ -28,7 +28,7 @@ from recipes.recipe import Resize
 
 ROOT = Path(__file__).parent.parent.parent
 LIMITS = ImageLimits()
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF"]
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
 Doors = pytest.mark.parametrize(
@@ -456,28 +456,42 @@ def test_a_thumbnail_shows_transparency_as_white() -> None:
 
 @Doors
 @pytest.mark.parametrize(
-    "data",
+    ("data", "name"),
     [
-        b"",
-        b"text in a file called 1.jpg\n" * 10,
-        b"\xff\xd8\xff",
-        b"\x89PNG\r\n\x1a\n",
-        b"GIF89a",
-        b"BM",
-        b"RIFF\0\0\0\0WEBP",
-        zipped({"1.jpg": b"data"}),
-        b"%PDF-1.7\n" + bytes(100),
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n" + bytes(100),
-        b"8BPS\0\1" + bytes(100),
-        b"icns" + struct.pack(">I", 108) + bytes(100),
-        b"SIMPLE  =                    T" + b" " * 2850,
-        b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>',
-        *(saved(plain(RED), kind) for kind in ("TIFF", "ICO", "PPM", "TGA", "JPEG2000", "PCX", "SGI", "DDS")),
+        (b"", "an empty file"),
+        (bytes(2000), "an empty file, or only zeros"),
+        (b"text in a file called 1.jpg\n" * 10, "something else"),
+        (b"RIFF\0\0\0\0WEBP", "something else"),
+        (zipped({"1.jpg": b"data"}), "a zip"),
+        (b"%PDF-1.7\n" + bytes(100), "a PDF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n" + bytes(100), "a PostScript file"),
+        (b"8BPS\0\1" + bytes(100), "a Photoshop file"),
+        (b"icns" + struct.pack(">I", 108) + bytes(100), "an icon"),
+        (b"SIMPLE  =                    T" + b" " * 2850, "a FITS file"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"/>', "an SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC.* Convert it to JPEG"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf", "a HEIC.* Convert it to JPEG"),
+        (b"\xff\x0a" + bytes(50), "a JPEG XL"),
+        (b"II*\0\x10\0\0\0CR\x02\0" + bytes(50), "a camera's raw file"),
+        (bytes(128) + b"DICM" + bytes(50), "a DICOM file"),
+        (b"data:image/png;base64,iVBORw0KGgo=", "the text of a data URL"),
+        *(
+            (saved(plain(RED), kind), name)
+            for kind, name in {"ICO": "an icon", "PPM": "a PNM", "JPEG2000": "a JPEG 2000", "DDS": "a DDS"}.items()
+        ),
+        *((saved(plain(RED), kind), "something else") for kind in ("TGA", "PCX")),
     ],
 )
-def test_what_is_no_image_of_an_allowed_format_is_refused(door: Door, data: bytes) -> None:
-    with pytest.raises(ImageRefused, match=r"Expected an image \(JPEG, PNG, WEBP, BMP, GIF\)\. Received something"):
+def test_what_is_no_image_of_an_allowed_format_is_refused_by_its_name(door: Door, data: bytes, name: str) -> None:
+    with pytest.raises(ImageRefused, match=rf"Expected an image \(JPEG, .*\)\. Received {name}"):
         door(data, LIMITS)
+
+
+@Doors
+@pytest.mark.parametrize("start", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0"])
+def test_the_start_of_an_image_is_refused(door: Door, start: bytes) -> None:
+    with pytest.raises(ImageRefused):
+        door(start, LIMITS)
 
 
 @Doors
@@ -485,8 +499,10 @@ def test_a_format_is_allowed_by_name(door: Door) -> None:
     limits = ImageLimits(formats=("TIFF", "PNG"))
     door(saved(plain(RED), "TIFF"), limits)
     door(saved(plain(RED), "PNG"), limits)
-    with pytest.raises(ImageRefused, match=r"Expected an image \(TIFF, PNG\)"):
+    with pytest.raises(ImageRefused, match=r"Expected an image \(TIFF, PNG\)\. Received a JPEG\..*_IMAGE_FORMATS"):
         door(saved(plain(RED), "JPEG"), limits)
+    with pytest.raises(ImageRefused, match=r"Received an AVIF\."):
+        door(saved(plain(RED), "AVIF"), limits)
 
 
 def test_a_tiff_is_read_where_it_is_allowed() -> None:

@@ -1,0 +1,117 @@
+"""Reads the segments of JPEG files: what a decoder would say only while it decodes, or not at all."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+_START, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+# Segments with content: not restarts, stuffed zeros or bytes that the decoder skips.
+_SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
+# Of the segments 0xC0 to 0xCF, all but these begin an image and say how it is coded.
+_NO_FRAMES = (0xC4, 0xC8, 0xCC)
+_LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+
+# Bytes that the end of an image would be read from if it were missing.
+_FILLER = bytes(byte % 255 for byte in random.Random(0).randbytes(4096))  # noqa: S311
+# Blocks have 8 rows, those of a colour with fewer rows up to four times as many.
+_LAST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """How an image is coded; `position` is where its segment ends."""
+
+    kind: int
+    width: int
+    height: int
+    components: int
+    position: int
+
+
+def _segments(data: bytes, position: int) -> Iterator[tuple[int, int]]:
+    """Yield the kind of each segment, and the position of its length, as a decoder finds them; the end is the last."""
+    while (segment := _SEGMENT.search(data, position)) is not None:
+        kind, start = segment[1][0], segment.end()
+        yield kind, start
+        if kind == _END[1]:
+            return
+        position = start + max(2, int.from_bytes(data[start : start + 2]))
+
+
+def _frame(data: bytes) -> _Frame | None:
+    if not data.startswith(_START):
+        return None
+    for kind, start in _segments(data, len(_START)):
+        if 0xC0 <= kind <= 0xCF and kind not in _NO_FRAMES:
+            head = data[start : start + 8]
+            if len(head) < 8:
+                return None
+            end = start + int.from_bytes(head[:2])
+            return _Frame(kind, int.from_bytes(head[5:7]), int.from_bytes(head[3:5]), head[7], end)
+        if kind == _SCAN[1]:
+            return None
+    return None
+
+
+def size(data: bytes) -> tuple[int, int] | None:
+    """Return the width and height that a JPEG claims, or None if it is no JPEG."""
+    frame = _frame(data)
+    return frame and (frame.width, frame.height)
+
+
+def is_lossless(data: bytes) -> bool:
+    """Return whether a JPEG holds differences of pixels, as scanners write it, so that it has only one scale."""
+    frame = _frame(data)
+    return frame is not None and frame.kind in _LOSSLESS
+
+
+def is_kept_whole(data: bytes) -> bool:
+    """Return whether a decoder keeps the coefficients of the whole JPEG, because no scan holds all of a block."""
+    frame = _frame(data)
+    if frame is None or frame.kind in _PROGRESSIVE:
+        return frame is not None
+    scan = next((start for kind, start in _segments(data, frame.position) if kind == _SCAN[1]), None)
+    return scan is not None and data[scan + 2 : scan + 3] < bytes([frame.components])
+
+
+def has_more_scans(data: bytes, most: int) -> bool:
+    """Return whether a JPEG has more than `most` scans as the decoder counts: not in thumbnails or after the end."""
+    if data.count(_SCAN) <= most:
+        return False
+    scans = 0
+    for kind, _ in _segments(data, len(_START)):
+        scans += kind == _SCAN[1]
+        if scans > most:
+            return True
+    return False
+
+
+def lacks_end(data: bytes) -> bool:
+    """Return whether no end follows the last scan of a JPEG, as if its last bytes were lost."""
+    return data.startswith(_START) and data.find(_SCAN, max(0, data.rfind(_END))) >= 0
+
+
+def with_end(data: bytes) -> bytes:
+    """Return a JPEG that lacks its end with one, if nothing else is missing: if its pixels do not depend on what follows.
+
+    Decodes the image twice. A JPEG of which pixels are missing is returned as it is.
+    """
+    bare = data.rstrip(b"\xff")
+    last_rows = _last_rows(bare + _END)
+    return bare + _END if last_rows is not None and last_rows == _last_rows(bare + _FILLER + _END) else data
+
+
+def _last_rows(data: bytes) -> bytes | None:
+    """Return the pixels of the last rows of a JPEG, or None if it cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.crop((0, max(0, image.height - _LAST_ROWS), image.width, image.height)).tobytes()
+    except Exception:  # decoders raise anything
+        return None
