@@ -202,7 +202,7 @@ def test_a_password_is_never_part_of_an_address() -> None:
         given = services[name]["environment"]
         assert given["PGPASSWORD"] == odd
         addresses = [make_url(value) for value in given.values() if value.startswith("postgresql")]
-        assert [address.password for address in addresses] == [None]
+        assert {address.password for address in addresses} == {None}
 
 
 # --- who can be reached --------------------------------------------------------------------------------------------
