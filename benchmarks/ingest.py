@@ -160,7 +160,9 @@ def measure(folder: Path, images: int, side: int) -> None:
             "cpu_ms_per_image_first_and_last_tenth": costs,
         },
     )
-    parts = "; ".join(f"{stage} {first:.2f} → {last:.2f}" for stage, cost in costs.items() if cost for first, last in [cost])
+    parts = "; ".join(
+        f"{stage} {first:.2f} → {last:.2f}" for stage, cost in costs.items() if cost for first, last in [cost]
+    )
     measured = (
         f"{took_s:.0f} s, {images / took_s:.0f} images/s, {1000 * spent_s / images:.2f} ms of processor time per image "
         f"(first → last tenth: {parts})"
