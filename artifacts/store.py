@@ -130,7 +130,7 @@ class Store:
 
     @contextlib.contextmanager
     def lend_store(self, digest: Digest) -> Iterator[Store]:
-        """Yield a store in a temporary folder that contains the file, for a process that gets only a folder and no keys.
+        """Yield a store in a temporary folder that contains the file, for a process that gets no keys of a bucket.
 
         `import_files` takes the files that the process writes there into this store; the others are lost.
         """
