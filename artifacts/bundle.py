@@ -128,8 +128,7 @@ def load(data: bytes) -> Bundle:
         manifest = load_values(data)
         if manifest.get("format") not in (FORMAT, FORMAT_WITH_UNIT):
             raise BundleRefused(
-                f"Expected a bundle of format {FORMAT} or {FORMAT_WITH_UNIT}. Received format "
-                f"{manifest.get('format')}."
+                f"Expected a bundle of format {FORMAT} or {FORMAT_WITH_UNIT}. Received format {manifest.get('format')}."
             )
         return _bundle(*load_tensors(data))
     except UNREADABLE as error:

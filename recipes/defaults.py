@@ -268,8 +268,7 @@ def _check_task_fits(recipe: Recipe, task: Task) -> None:
     if stopping.target and stopping.target.metric in _ACCURACIES and stopping.target.value > 1:
         raise RecipeInvalid(
             "early_stopping.target.value",
-            f"Expected at most 1, since {stopping.target.metric.value} is a share. Received "
-            f"{stopping.target.value:g}.",
+            f"Expected at most 1, since {stopping.target.metric.value} is a share. Received {stopping.target.value:g}.",
         )
     if task is not Task.REGRESSION:
         return
