@@ -1,7 +1,8 @@
 """Bundle format 2: one model version as it is served, in one safetensors file named by its digest.
 
-Format 2 adds the unit of numbers to format 1; a bundle without it is still written as format 1. The file's metadata holds the manifest; its tensors are the weights of the head and a golden input with its output.
-The backbone is referenced by digest, so that bundles share it. A bundle contains arrays and text, never code.
+Format 2 adds the unit of numbers to format 1; a bundle without it is still written as format 1. The file's metadata
+holds the manifest; its tensors are the weights of the head and a golden input with its output. The backbone is
+referenced by digest, so that bundles share it. A bundle contains arrays and text, never code.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Bundle:
         threshold: minimum probability for the second class of a binary task, and for each label of a multi-label task.
         size: of the images, in pixels: the side of a square, or height and width.
         golden_input: uint8 [N, H, W, 3].
-        golden_output: [N, outputs], the logits that belong to `golden_input`: float64 if the last layer has a unit, else
-            float32.
+        golden_output: [N, outputs], the logits that belong to `golden_input`: float64 if the last layer has a unit,
+            else float32.
         neighbours: digest of the file of training images to show as neighbours, if the recipe asked for it.
     """
 

@@ -152,8 +152,8 @@ class Scaler:
 def build_head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:
     """Return the Keras head from features [N, inputs] to logits [N, outputs]."""
     penalty = keras.regularizers.L2(recipe.l2) if recipe.l2 else None
-    # Random weights of thousands of features give answers that are far off, which a small learning rate corrects only in
-    # many epochs. A linear head needs none, since nothing in it is symmetric.
+    # Random weights of thousands of features give answers that are far off, and a small learning rate corrects them
+    # only in many epochs. A linear head can start at zero.
     first = "glorot_uniform" if recipe.hidden else "zeros"
     layers: list[Any] = [keras.Input((inputs,))]
     for units in (*recipe.hidden, None):

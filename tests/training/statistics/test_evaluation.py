@@ -173,7 +173,7 @@ def test_draws_of_equal_numbers_have_no_r2_and_are_left_out() -> None:
 
 def test_the_interval_of_two_images_has_a_width() -> None:
     truth = np.array([[1.0], [2.0]])
-    metrics = evaluation.evaluate_held_out(Task.REGRESSION, [], truth, np.arange(2), truth + [[1], [-1]])
+    metrics = evaluation.evaluate_held_out(Task.REGRESSION, [], truth, np.arange(2), np.array([[2.0], [1.0]]))
     low, high = metrics["rmse_ci95"]  # chi-square with 2 degrees of freedom
     assert (metrics["rmse"], low, high) == pytest.approx((1.0, 0.5207, 6.2847), abs=1e-4)
     assert metrics["r2_ci95"][0] < metrics["r2"] < metrics["r2_ci95"][1] < 1
