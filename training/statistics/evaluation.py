@@ -213,7 +213,7 @@ def evaluate_folds(
     for name in _with_interval(task):
         metrics[f"{name}_sd"] = float(np.std([fold[name] for fold in folds], ddof=1))
     metrics["interval"] = _INTERVALS.get(task, INTERVAL)
-    if metrics.get("groups", count) < FEW:
+    if (metrics.get("groups") or count) < FEW:
         metrics["interval"] = metrics["interval"].replace("bootstrap", f"bootstrap, widened for fewer than {FEW}")
     return metrics
 
