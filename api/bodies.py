@@ -23,7 +23,7 @@ from api import problems
 from api.schemas import PredictRequest
 from artifacts.archive import sniff
 from artifacts.store import Digest, Store, Writer
-from errors import ArchiveRefused, DeadlineExceeded, DiskFull, ImageRefused, RequestInvalid, TooLarge
+from errors import ArchiveRefused, DiskFull, ImageRefused, RequestInvalid, TooLarge
 
 MIB = 1024 * 1024
 JSON_BYTES = MIB
@@ -154,19 +154,16 @@ async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]
 # --- images --------------------------------------------------------------------------------------------------------
 
 
-async def receive_images(
-    request: Request, limit_images: int, limit_bytes: int, limit_file_bytes: int, stall_s: float
-) -> list[bytes]:
+async def receive_images(request: Request, limit_images: int, limit_bytes: int, limit_file_bytes: int) -> list[bytes]:
     """Return the undecoded images of a request: its raw body, its multipart fields `images`, or JSON with base64.
 
     Raises:
         TooLarge: the body, the number of images or one image exceeds its limit.
-        DeadlineExceeded: no bytes arrived for `stall_s` seconds before the body was complete.
         ImageRefused: a file is empty; `image` is its position, from 0.
         RequestInvalid: there is no image, or the body is malformed.
     """
     boundary = _boundary(request)
-    body = await _whole_body(request, limit_bytes, stall_s)
+    body = await _whole_body(request, limit_bytes)
     if boundary is not None:
         images = _multipart_images(body, boundary)
     elif body[:_SNIFFED_BYTES].lstrip().startswith(b"{"):  # no image begins with a brace
@@ -185,23 +182,16 @@ async def receive_images(
     return images
 
 
-async def _whole_body(request: Request, limit_bytes: int, stall_s: float) -> bytes:
+async def _whole_body(request: Request, limit_bytes: int) -> bytes:
     expected = f"Expected at most {limit_bytes / MIB:g} MiB of images in one request."
     announced = declared_bytes(request) or 0
     if announced > limit_bytes:
         raise TooLarge(f"{expected} Received {announced} bytes.")
     body = bytearray()
-    try:
-        async with asyncio.timeout(stall_s) as patience:
-            async for chunk in request.stream():
-                patience.reschedule(asyncio.get_running_loop().time() + stall_s)
-                body += chunk
-                if len(body) > limit_bytes:
-                    raise TooLarge(f"{expected} Received more than {limit_bytes} bytes.")
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"Expected the whole body. Received {len(body)} bytes, then nothing for {stall_s:g} s."
-        ) from error
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise TooLarge(f"{expected} Received more than {limit_bytes} bytes.")
     return bytes(body)
 
 
