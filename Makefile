@@ -57,6 +57,7 @@ bench: $(VENV)/dev ## measure extraction, training and fine-tuning beside their 
 	python -m benchmarks.heads
 	python -m benchmarks.tuning
 	python -m benchmarks.freed_memory
+	python -m benchmarks.ingest
 
 # LitServe and BentoML run in an environment of their own, with their own requirements.
 PEERS := .cache/peers

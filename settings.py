@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     predict_waiting: Annotated[int, Field(gt=0)] = 64
     """Images that may wait for the engine of one API process before a prediction is turned away."""
     predict_deadline_s: Annotated[float, Field(gt=0, le=30)] = 5.0
-    """Seconds that a received prediction may wait for its model to be loaded and for the engine."""
+    """Seconds from the first byte of a prediction to its answer: receiving it, loading, decoding and the engine."""
     engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
     """Engine for predictions; `auto` is ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB

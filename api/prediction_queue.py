@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from api.deadline import Deadline, Stage
 from artifacts.images import Pixels
 from artifacts.store import Digest
-from errors import DeadlineExceeded, Overloaded, Unavailable
+from errors import Overloaded, Unavailable
 from inference.batcher import BackboneOutput
 from inference.explain import Explanation
 from inference.predictor import ExplanationImage, Prediction, Predictor, Timings
@@ -146,42 +147,41 @@ class PredictionQueue:
             )
 
     async def predict(
-        self, bundle: Digest, files: list[bytes], arrived_at: float, explanation: ExplanationRequest | None = None
+        self, bundle: Digest, files: list[bytes], deadline: Deadline, explanation: ExplanationRequest | None = None
     ) -> PredictionResult:
         """Predict image files, and explain the predictions if asked to.
 
         Args:
             bundle: the model version's bundle; it is loaded if it is not in memory.
             files: encoded images, one or more.
-            arrived_at: when the files arrived, in seconds of `time.perf_counter`. The deadline counts from then.
+            deadline: of the whole request; every stage counts.
             explanation: what to explain, if anything.
 
         Raises:
-            DeadlineExceeded: the answer is not ready in time.
+            DeadlineExceeded: the answer is not ready in time; it names the stage that took the time.
             Overloaded: the engine cannot finish the images within the deadline.
             ImageRefused: a file cannot be decoded.
             Unavailable: the shelf evicts the network again and again.
             EspalierError: the model cannot be loaded or does not support the explanation.
         """
-        deadline_s = self._settings.predict_deadline_s
-        until = arrived_at + deadline_s
+        arrived_at = time.perf_counter()
         decoded_s = 0.0
         pixels: Pixels | None = None
         for _ in range(_LOAD_ATTEMPTS):
-            predictor = await within_deadline(self._predictor(bundle), until, deadline_s)
+            predictor = await deadline.wait(Stage.LOAD, self._predictor(bundle))
             self.check_wait(bundle, len(files))
             if explanation is not None:
                 predictor.check_explains(explanation.kind)
             if pixels is None:
                 began = time.perf_counter()
-                pixels = await self._decode(predictor, files, until)
+                pixels = await self._decode(predictor, files, deadline)
                 decoded_s = time.perf_counter() - began
             needs_maps = explanation is not None and explanation.kind.needs_maps
-            pending = predictor.submit(pixels, until, wants_maps=needs_maps)
+            pending = predictor.submit(pixels, deadline.until, wants_maps=needs_maps)
             if pending is None:  # evicted meanwhile
                 continue
             try:
-                computed = await within_deadline(asyncio.wrap_future(pending), until, deadline_s)
+                computed = await deadline.wait(Stage.ENGINE, asyncio.wrap_future(pending))
             finally:
                 pending.abandon()  # has no effect on one that has ended
             computed_at = time.perf_counter()
@@ -190,7 +190,7 @@ class PredictionQueue:
             explanations = None
             if explanation is not None:
                 explaining = self._explain(predictor, explanation, pixels, computed, predictions)
-                explanations = await within_deadline(explaining, until, deadline_s)
+                explanations = await deadline.wait(Stage.EXPLAIN, explaining)
             # The rest of the time was spent waiting for the model and for the engine.
             queue_ms = max(0.0, 1000 * (computed_at - arrived_at - decoded_s) - computed.backbone_ms)
             timings = Timings(queue_ms, 1000 * decoded_s, computed.backbone_ms, head_ms)
@@ -199,16 +199,24 @@ class PredictionQueue:
             "Clients ask for more networks at once than fit into ESPALIER_SHELF_BYTES. Try again, or raise the setting."
         )
 
-    async def _decode(self, predictor: Predictor, files: list[bytes], until: float) -> Pixels:
-        """Return the pixels of all files, uint8 [n, H, W, 3]; the first error cancels what has not begun."""
+    async def _decode(self, predictor: Predictor, files: list[bytes], deadline: Deadline) -> Pixels:
+        """Return the pixels of all files, uint8 [n, H, W, 3]; the first error cancels what has not begun.
+
+        At the deadline the request gives its decoders up: an image that is being decoded ends without it.
+        """
         loop = asyncio.get_running_loop()
         limits = self._settings.image_limits
-        decoding = [
-            loop.run_in_executor(self._decoders, predictor.decode, position, file, limits, until)
-            for position, file in enumerate(files)
-        ]
+        begun = asyncio.Event()
+
+        def decode(position: int, file: bytes) -> Pixels:
+            if position == 0:
+                loop.call_soon_threadsafe(begun.set)
+            return predictor.decode(position, file, limits, deadline.until)
+
+        decoding = [loop.run_in_executor(self._decoders, decode, position, file) for position, file in enumerate(files)]
         try:
-            return np.stack([await one for one in decoding])
+            await deadline.wait(Stage.DECODER, begun.wait())
+            return np.stack([await deadline.wait(Stage.DECODE, one) for one in decoding])
         finally:
             for one in decoding:
                 one.cancel()
@@ -254,19 +262,3 @@ def retrieve_exception(future: asyncio.Future[Result]) -> None:
     """Retrieve the exception of an abandoned future, which asyncio would otherwise report in the log."""
     if not future.cancelled():
         future.exception()
-
-
-async def within_deadline(awaitable: Awaitable[Result], until: float, deadline_s: float) -> Result:
-    """Return the result of an awaitable.
-
-    Raises DeadlineExceeded if it is not ready when `time.perf_counter` reaches `until`; `deadline_s` is for the
-    message.
-    """
-    try:
-        async with asyncio.timeout(until - time.perf_counter()):
-            return await awaitable
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"Expected an answer within {deadline_s:g} s. Received none: the model is still loading, or other requests "
-            "are answered first. Try again in a moment."
-        ) from error

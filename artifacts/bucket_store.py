@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +23,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
-from artifacts.store import Digest, Store, StoreAddress, StoredFile, digest_at, disk_errors, files_in, is_digest
+from artifacts.store import Digest, Store, StoreAddress, StoredFile, digest_at, disk_errors, files_in, is_digest, sync
 from errors import Corrupt, NotFound, StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -228,18 +226,8 @@ class BucketStore(Store):
             except NotFound as error:
                 raise self._unavailable("it did not keep an upload") from error
 
-    @contextlib.contextmanager
-    def lend_store(self, digest: Digest) -> Iterator[Store]:
-        """Yield a store in a temporary folder that contains this file; nothing is evicted from it."""
-        lent = Store(self._incoming / secrets.token_hex(16))
-        try:
-            place, found = lent.path_for(digest), self.path(digest)
-            with disk_errors():
-                place.parent.mkdir()
-                os.link(found, place)
-            yield lent
-        finally:
-            shutil.rmtree(lent.root, ignore_errors=True)
+    def _link(self, found: Path, place: Path) -> None:
+        os.link(found, place)  # `found` may be evicted meanwhile
 
     def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
         """Upload files from a lent store, and yield each digest when that is done.
@@ -252,6 +240,8 @@ class BucketStore(Store):
             if place.exists():
                 if digest_at(place) != digest:
                     raise Corrupt(f"A file from a child process does not match its digest {digest}. Run the job again.")
+                with disk_errors():
+                    sync(place)
                 self.add_file(place, digest)
             return digest
 

@@ -225,11 +225,10 @@ class LayoutFound(_Message):
 
 
 class ImageBegun(_Message):
-    """The image that is decoded next; if the child dies, this one killed it. No digest: it could not be unpacked."""
+    """The image that is decoded next; if the child dies, this one killed it."""
 
     type: Literal["reading"] = "reading"
     path: str
-    sha256: Digest | None
 
 
 class ImageRejected(_Message):
@@ -241,7 +240,7 @@ class ImageRejected(_Message):
 
 
 class ImageAccepted(_Message):
-    """An image that is stored, with what its archive says of it."""
+    """An image that is in the lent store, with what its archive says of it."""
 
     type: Literal["accepted"] = "accepted"
     path: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
 from collections.abc import Awaitable
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
@@ -13,8 +12,9 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from api import bodies
+from api.deadline import Deadline, Stage
 from api.dependencies import PrincipalDep, ServicesDep
-from api.prediction_queue import ExplanationRequest, retrieve_exception, within_deadline
+from api.prediction_queue import ExplanationRequest, retrieve_exception
 from api.schemas import ExplanationOut, NeighbourOut, Number, PredictionsOut, PredictRequest, TimingsOut
 from errors import RequestInvalid
 from inference.explain import Explanation
@@ -104,7 +104,7 @@ async def predict(
     if label is not None and explain is not Explanation.HEATMAP:
         raise RequestInvalid("Expected a label together with explain=heatmap. Received it without.", field="label")
     settings, queue = services.settings, services.prediction_queue
-    deadline_s, limit_bytes = settings.predict_deadline_s, settings.predict_bytes
+    deadline, limit_bytes = Deadline(settings.predict_deadline_s), settings.predict_bytes
     declared = bodies.declared_bytes(request)
     explanation = ExplanationRequest(explain, label) if explain else None
     with queue.admission.admit(limit_bytes if declared is None else min(declared, limit_bytes)) as admit_more:
@@ -112,13 +112,12 @@ async def predict(
         served = services.version_resolver.find_cached(*name_of_version)
         if served is None:
             resolving = queue.run_lookup(services.version_resolver.resolve, *name_of_version)
-            served = await within_deadline(resolving, time.perf_counter() + deadline_s, deadline_s)
+            served = await deadline.wait(Stage.LOOKUP, resolving)
         queue.check_wait(served.bundle, 1)
-        images = await bodies.receive_images(
-            request, settings.predict_images, limit_bytes, settings.image_bytes, stall_s=deadline_s
-        )
+        receiving = bodies.receive_images(request, settings.predict_images, limit_bytes, settings.image_bytes)
+        images = await deadline.wait(Stage.BODY, receiving)
         admit_more(len(images) - 1)
-        predicting = queue.predict(served.bundle, images, time.perf_counter(), explanation)
+        predicting = queue.predict(served.bundle, images, deadline, explanation)
         result = await unless_disconnected(request, predicting)
     timings = {stage: round(value, 3) for stage, value in asdict(result.timings).items()}
     headers = {"Server-Timing": ", ".join(f"{stage};dur={value}" for stage, value in timings.items())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from artifacts.run_files import RunFile
 from recipes import shapes
 from recipes.catalogue import ALL, CATALOGUE
@@ -37,7 +38,7 @@ class Description:
     labels: Sequence[str]
     images: int
     truth: Truth
-    logits: Float32
+    logits: Logits
     metrics: dict[str, Any]
     folds: Sequence[FoldResult]
     plan: Plan
@@ -194,7 +195,10 @@ def _in_all_precisions(run: Description) -> str:
 def _learned(run: Description) -> str:
     """Return the number of classes or labels, or the range of the targets."""
     if run.task is Task.REGRESSION:
-        return f" with numbers from {run.truth.min():.4g} to {run.truth.max():.4g}"
+        low, high = float(run.truth.min()), float(run.truth.max())
+        # Enough digits to see the range of numbers that are far from zero.
+        digits = 4 + max(0, math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))) if low < high else 4
+        return f" with numbers from {low:.{min(digits, 16)}g} to {high:.{min(digits, 16)}g}"
     return f" in {len(run.labels)} classes" if run.task is not Task.MULTILABEL else f" with {len(run.labels)} labels"
 
 

@@ -51,11 +51,14 @@ def bootstrap_interval(values: Float64, blocks: int) -> tuple[float, float]:
     the normal distribution (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 3.4).
 
     Args:
-        values: the score in each draw, float64 [draws].
+        values: the score in each draw, float64 [draws]; draws that have no score, NaN, are left out.
         blocks: number of blocks that were drawn from; at least two.
     """
     tail = stats.norm.cdf(-np.sqrt(blocks / (blocks - 1)) * stats.t.ppf(0.975, blocks - 1))
-    low, high = np.quantile(values, [tail, 1 - tail])
+    has_score = ~np.isnan(values)
+    if not has_score.any():
+        return 0.0, 0.0
+    low, high = np.quantile(values[has_score], [tail, 1 - tail])
     return float(low), float(high)
 
 

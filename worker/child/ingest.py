@@ -8,7 +8,7 @@ from pathlib import Path
 from artifacts import images, layout
 from artifacts.archive import Archive, open_archive
 from artifacts.layout import Layout
-from artifacts.store import Store, digest_of
+from artifacts.store import Store
 from errors import DatasetRefused, ImageRefused, Refused
 from worker.child.channel import Channel
 from worker.messages import ImageAccepted, ImageBegun, ImageRejected, IngestOrder, LayoutFound
@@ -21,7 +21,7 @@ def ingest(order: IngestOrder, channel: Channel) -> None:
     process is the last one that was begun; the worker then orders the rest from a new process.
     """
     resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
-    store = Store(Path(order.store))
+    store = Store(Path(order.store), is_durable=False)  # the worker syncs what it takes over
     archive = open_archive(store.verified_path(order.archive), order.archive_limits)
     found = _layout(archive)
     done = set(order.done)
@@ -35,8 +35,7 @@ def ingest(order: IngestOrder, channel: Channel) -> None:
     )
     samples = {sample.path: sample for sample in found.samples if sample.path not in done}
     for path, data in archive.read(samples.keys()):
-        # With its digest, so that the worker knows of every file that may lie in the store if it stops us now.
-        channel.send(ImageBegun(path=path, sha256=None if isinstance(data, Refused) else digest_of(data)))
+        channel.send(ImageBegun(path=path))
         _limit_cpu(order.decode_cpu_s)
         try:
             if isinstance(data, Refused):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -51,7 +51,7 @@ class IngestLimits:
 
 @dataclass
 class _Intake:
-    """What has been read of an archive so far; `stored` are the files that this may have put into the store."""
+    """What has been read of an archive so far; `stored` are the files that were taken into the store."""
 
     task: Task | None = None
     samples: int = 0
@@ -63,9 +63,13 @@ class _Intake:
     reading: str | None = None
 
     @property
-    def done(self) -> list[str]:
-        """The paths that need not be read again."""
-        return [image.row.path for image in self.accepted] + [file.path for file in self.refused]
+    def done(self) -> int:
+        """Number of files that need not be read again."""
+        return len(self.accepted) + len(self.refused)
+
+    def done_paths(self) -> tuple[str, ...]:
+        """Return the paths that need not be read again."""
+        return (*(image.row.path for image in self.accepted), *(file.path for file in self.refused))
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Ingest(Handler):
                 new = _merge(intake, parent)
                 rows = (parent.rows if parent else []) + [image.row for image in new]
                 self._check(intake, rows)
-                self._write(work, lent, parent, new)
+                self._write(work, lent, parent, new, intake)
         except EspalierError as error:
             if not (error.is_transient or error.is_parked):
                 return self._rejection(work, intake, error)
@@ -154,14 +158,14 @@ class Ingest(Handler):
             image_limits=self._limits.image,
             decode_cpu_s=self._limits.decode_cpu_s,
             memory_bytes=self._limits.memory_bytes,
-            done=tuple(intake.done),
+            done=intake.done_paths(),
         )
 
     def _listen(self, work: Work, child: Child, intake: _Intake) -> None:
-        progress = _ProgressReporter(work, "reading", len(intake.done))
+        progress = _ProgressReporter(work, "reading", intake.done)
         for message in messages(child, work):
             _take_in(intake, message)
-            progress.report(len(intake.done), intake.samples)
+            progress.report(intake.done, intake.samples)
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
@@ -198,7 +202,9 @@ class Ingest(Handler):
         rows = manifest.load(self._store.read(Digest(version.manifest_sha256)))
         return _Parent(parent_id, version.task, rows)
 
-    def _write(self, work: Work, lent: Store, parent: _Parent | None, new: Sequence[IngestedImage]) -> None:
+    def _write(
+        self, work: Work, lent: Store, parent: _Parent | None, new: Sequence[IngestedImage], intake: _Intake
+    ) -> None:
         """Keep the files and write the version's rows in pieces, so that nobody waits long for the database."""
         version_id = work.subject_id
         after: str | None = "" if parent is not None else None
@@ -207,7 +213,9 @@ class Ingest(Handler):
             after = work.write(partial(copy, from_version=parent.version_id))
         progress = _ProgressReporter(work, "storing")
         for start, piece in _pieces(new):
-            for done, _ in enumerate(self._store.import_files(lent, [image.row.sha256 for image in piece]), start):
+            files = [image.row.sha256 for image in piece]
+            intake.stored.update(files)
+            for done, _ in enumerate(self._store.import_files(lent, files), start):
                 work.moved()
                 progress.report(done, len(new))
             work.write(partial(_add_images, project_id=work.job.project_id, version_id=version_id, images=piece))
@@ -239,8 +247,6 @@ class Ingest(Handler):
                 refused=sorted(intake.refused, key=lambda file: file.path),
             )
 
-        kept = {row.sha256 for row in rows}
-        work.afterwards(partial(self._forget, work, intake, kept))
         work.afterwards(partial(self._forget_archive, work))
         return complete
 
@@ -260,9 +266,9 @@ class Ingest(Handler):
         with work.database.writing() as session:
             try_delete_unreferenced(session, self._store, datasets.drop_archive(session, work.subject_id))
 
-    def _forget(self, work: Work, intake: _Intake, kept: Collection[Digest] = ()) -> None:
+    def _forget(self, work: Work, intake: _Intake) -> None:
         """Remove what the intake stored and nothing names; needs no lease, as it only removes that."""
-        for _, files in _pieces(sorted(intake.stored.difference(kept))):
+        for _, files in _pieces(sorted(intake.stored)):
             with work.database.writing() as session:
                 is_removed = try_delete_unreferenced(session, self._store, files)
             work.moved()
@@ -355,8 +361,6 @@ def _take_in(intake: _Intake, message: ChildMessage) -> None:
             intake.files = intake.samples + len(intake.refused)
         case ImageBegun():
             intake.reading = message.path
-            if message.sha256 is not None:
-                intake.stored.add(message.sha256)
         case ImageRejected():
             intake.refused.append(Refused(message.path, message.reason))
             intake.reading = None

@@ -22,8 +22,9 @@ from flat import PNG, SIZE, Loads, add_model, flat_bundle, serve
 from PIL import Image
 from waiting import until
 
+from api.deadline import Deadline
 from api.dependencies import Services
-from api.prediction_queue import Admission
+from api.prediction_queue import Admission, PredictionQueue
 from artifacts import images
 from artifacts.bundle import Dense
 from artifacts.features import Features
@@ -31,9 +32,12 @@ from artifacts.images import ImageLimits, Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.neighbours import FeatureNormaliser, build_index
-from errors import Overloaded
+from artifacts.store import Digest
+from errors import DeadlineExceeded, ImageRefused, Overloaded
 from inference import heads
 from inference.engine import Engine, FlatEngine
+from inference.predictor import Predictor
+from inference.shelf import Shelf
 from recipes.layers import Activation
 from recipes.recipe import Precision, Resize, Task
 from settings import Settings
@@ -166,6 +170,7 @@ def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(
         started = time.monotonic()
         answer = client.post(COLD, content=PNG)
         assert (answer.status_code, answer.json()["type"].rsplit(":")[-1]) == (504, "deadline-exceeded")
+        assert answer.json()["stage"] == "load" and "went into loading the model" in answer.json()["detail"]
         assert time.monotonic() - started > 0.4
     loads.gate.set()
     until(lambda: client.post(COLD, content=PNG).status_code == 200)
@@ -209,7 +214,47 @@ def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Loads, 
     sent: list[bytes] = []
     status, problem = ask(client, "POST", WARM, receive)
     assert (status, problem["type"].rsplit(":")[-1]) == (504, "deadline-exceeded")
-    assert "Received 4 bytes, then nothing" in problem["detail"]
+    assert problem["stage"] == "body" and "went into receiving the request" in problem["detail"]
+
+
+class HeldDecoder(Predictor):
+    """A predictor whose decoders hang until its gate opens."""
+
+    def __init__(self) -> None:
+        self.gate = Event()
+
+    def wait_s(self, images: int) -> float:
+        return 0.0
+
+    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
+        assert self.gate.wait(120)
+        raise ImageRefused("decoded too late for anyone")
+
+
+class HeldShelf(Shelf):
+    """A shelf with one predictor."""
+
+    def __init__(self, held: HeldDecoder) -> None:
+        self.held = held
+
+    def find(self, bundle: Digest) -> Predictor:
+        return self.held
+
+
+def test_the_deadline_covers_decoders_and_its_problem_names_the_stage_that_took_the_time(settings: Settings) -> None:
+    held = HeldDecoder()
+    queue = PredictionQueue(settings.model_copy(update={"threads": 1}), HeldShelf(held))
+
+    async def predict_all() -> list[Any]:
+        hanging = [queue.predict(Digest("0" * 64), [PNG], Deadline(0.3)) for _ in range(8)]
+        return await asyncio.gather(*hanging, return_exceptions=True)
+
+    failures = asyncio.run(predict_all())
+    held.gate.set()
+    queue.close()
+    assert {type(one) for one in failures} == {DeadlineExceeded}
+    assert {one.extra["stage"] for one in failures[:2]} == {"decode"} and failures[-1].extra["stage"] == "decoder"
+    assert "went into waiting for a decoder" in failures[-1].detail
 
 
 # --- what is turned away -------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,6 +168,12 @@ def refused(version: DatasetVersion) -> dict[str, str]:
 
 def is_stored(intake: Intake, data: bytes) -> bool:
     return intake.store.has(digest_of(data))
+
+
+def is_read(intake: Intake, data: bytes) -> bool:
+    """Say whether a child has written an image into the store that it was lent."""
+    digest = digest_of(data)
+    return any(intake.store.root.glob(f"incoming/*/{digest[:2]}/{digest}"))
 
 
 # --- what a data set becomes -----------------------------------------------------------------------------------------
@@ -480,7 +487,7 @@ Begin = Callable[..., tuple[str, LocalWorker]]
 
 @pytest.fixture
 def begin() -> Iterator[Begin]:
-    """Begin an ingest in a thread; return its version and its loop once all images but the last are stored."""
+    """Begin an ingest in a thread; return its version and its loop once all images but the last are read."""
     threads = []
 
     def begin(intake: Intake, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, LocalWorker]:
@@ -488,7 +495,7 @@ def begin() -> Iterator[Begin]:
         loop = intake.loop()
         threads.append(threading.Thread(target=loop.work))
         threads[-1].start()
-        until(lambda: is_stored(intake, list(files.values())[-2]))
+        until(lambda: is_read(intake, list(files.values())[-2]))
         return version_id, loop
 
     yield begin
@@ -721,7 +728,7 @@ def test_a_purge_waits_for_an_ingest_that_is_under_way(intake: Intake, begin: Be
     assert intake.has_nothing_but()
 
 
-def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere: Intake, begin: Begin) -> None:
+def test_a_file_that_a_purge_takes_while_an_ingest_reads_it_is_stored_again(anywhere: Intake, begin: Begin) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(shared, "gone")
     files = shared | {"green/new.png": sample.png(5), "green/slow.jpg": slow_jpeg(100)}
@@ -732,13 +739,33 @@ def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere:
         assert anywhere.loop().work()  # nothing names the shared files yet
         assert look(anywhere.database, purge).state is JobState.SUCCEEDED
         assert not is_stored(anywhere, shared["blue/0.png"])
-    job_id = anywhere.job(version_id).id
-    until(lambda: look(anywhere.database, job_id).next_attempt_at)
-    make_due(anywhere.database, job_id)
-    assert anywhere.loop().work()
+    settled(anywhere.database, anywhere.job(version_id).id, JobState.SUCCEEDED)
     version = anywhere.version(version_id)
     assert (version.state, version.images) == (DatasetState.READY, 6)
     assert anywhere.has_nothing_but(version)
+
+
+def test_a_file_that_a_purge_takes_before_a_row_names_it_is_stored_again(sqlite: Database, tmp_path: Path) -> None:
+    taken = digest_of(sample.coloured(per_class=2)["blue/0.png"])
+
+    class Robbed(Store):
+        """A store from which somebody takes a file just after its import, once."""
+
+        def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
+            yield from super().import_files(lent, digests)
+            if not (self.root / "robbed").exists():
+                (self.root / "robbed").touch()
+                self.delete(taken)
+
+    intake = Intake(sqlite, Robbed(tmp_path / "store"))
+    version_id = intake.upload(sample.zipped(sample.coloured(per_class=2)))
+    loop = intake.loop()
+    assert loop.work()
+    assert intake.version(version_id).state is DatasetState.UPLOADED
+    make_due(sqlite, intake.job(version_id).id)
+    assert loop.work()
+    assert intake.version(version_id).state is DatasetState.READY
+    assert intake.has_nothing_but(intake.version(version_id))
 
 
 @EACH_STORE_SLOWLY
