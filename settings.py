@@ -16,12 +16,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from artifacts.archive import ArchiveLimits
 from artifacts.bucket_store import parse_url
-from artifacts.images import ImageLimits
+from artifacts.images import MOST_BYTES_PER_PIXEL, ImageLimits
 from artifacts.store import StoreAddress
 
 GIB = 1024**3
 MIB = 1024**2
-ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     image_bytes: Annotated[int, Field(gt=0)] = 20 * MIB
     """Maximum bytes of an image file, in an archive and in a prediction."""
     image_pixels: Annotated[int, Field(gt=0)] = 40_000_000
-    """Maximum pixels of an image: 40 megapixels take 120 MB when decoded."""
+    """Maximum pixels of an image: 40 megapixels take up to 1 GB while they are decoded."""
     image_side: Annotated[int, Field(gt=0)] = 16_384
     """Maximum pixels of an image's longer side."""
     image_formats: Annotated[tuple[ImageFormat, ...], NoDecode, Field(min_length=1)] = (
@@ -125,8 +125,12 @@ class Settings(BaseSettings):
         "WEBP",
         "BMP",
         "GIF",
+        "TIFF",
+        "AVIF",
     )
-    """Accepted image formats, separated by commas; TIFF may be added, other decoders had too many vulnerabilities."""
+    """Accepted image formats, separated by commas; decoders of other formats had too many vulnerabilities."""
+    decode_bytes: Annotated[int, Field(gt=0)] = GIB
+    """Memory for all images that one process decodes at a time; further ones wait. At least 26 bytes per pixel."""
     decode_cpu_s: Annotated[int, Field(gt=0)] = 10
     """Maximum processor seconds to decode an image during ingest."""
     ingest_memory_bytes: Annotated[int, Field(gt=0)] = 3 * GIB // 2
@@ -183,6 +187,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"ESPALIER_API_HOST={self.api_host} would give everyone on the network access. "
                 "Set ESPALIER_API_KEY too, or leave the host at 127.0.0.1."
+            )
+        if self.decode_bytes < MOST_BYTES_PER_PIXEL * self.image_pixels:
+            raise ValueError(
+                f"Expected ESPALIER_DECODE_BYTES of at least {MOST_BYTES_PER_PIXEL} bytes for each of "
+                f"ESPALIER_IMAGE_PIXELS, {MOST_BYTES_PER_PIXEL * self.image_pixels}, so that the largest image can be "
+                f"decoded. Received {self.decode_bytes}."
             )
         if not self.renew_every_s < self.let_go_s < self.lease_s:
             raise ValueError("Expected ESPALIER_RENEW_EVERY_S < ESPALIER_LET_GO_S < ESPALIER_LEASE_S.")
@@ -252,4 +262,6 @@ class Settings(BaseSettings):
     @cached_property
     def image_limits(self) -> ImageLimits:
         """Upper limits for an image, from the settings."""
-        return ImageLimits(self.image_bytes, self.image_pixels, self.image_side, self.image_formats)
+        return ImageLimits(
+            self.image_bytes, self.image_pixels, self.image_side, self.image_formats, memory_bytes=self.decode_bytes
+        )

@@ -25,11 +25,14 @@ from api.middleware import RequestMiddleware, ShutdownState
 from api.prediction_queue import PredictionQueue
 from api.routes import comparisons, datasets, events, models, networks, operations, predictions, runs, views
 from api.socket_drain import ACCEPT_BACKLOG_S, DRAIN_S, stop_accepting
+from api.thumbnails import ThumbnailMaker
 from api.version_resolver import VersionResolver
 from artifacts.bucket_store import open_store
+from artifacts.decode_memory import DecodeMemory
 from broker import CeleryBroker
 from dispatch import Dispatcher, NoDispatcher, ThreadDispatcher
 from errors import EngineMissing, StoreRefused
+from inference import freed_memory
 from inference.engine_choice import choose_engine_loader
 from inference.shelf import Shelf
 from models.session import Database
@@ -63,7 +66,9 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
     metrics, shutdown = Metrics(), ShutdownState()
     metrics.watch(shelf.loaded)
     version_resolver = VersionResolver(database, shelf)
-    prediction_queue = PredictionQueue(settings, shelf)
+    decode_memory = DecodeMemory(settings.decode_bytes)
+    prediction_queue = PredictionQueue(settings, shelf, decode_memory)
+    thumbnails = ThumbnailMaker(store, settings.image_limits, decode_memory)
     own_dispatcher: ThreadDispatcher | None = None
     if dispatcher is None and settings.redis_url:
         own_dispatcher = ThreadDispatcher(database, CeleryBroker(settings.redis_url), settings.live_s)
@@ -76,6 +81,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         yield
         version_resolver.close()
         prediction_queue.close()
+        thumbnails.close()
         shelf.close()
         if own_dispatcher is not None:
             own_dispatcher.close()
@@ -99,6 +105,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         shelf=shelf,
         version_resolver=version_resolver,
         prediction_queue=prediction_queue,
+        thumbnails=thumbnails,
         metrics=metrics,
         shutdown=shutdown,
     )
@@ -163,6 +170,7 @@ def make_server(settings: Settings) -> uvicorn.Server:
 def main() -> None:
     """Serve until told to stop."""
     logs.configure()
+    freed_memory.give_back_large_pieces()
     if os.environ.get(_REMOVED_SETTING, "1") != "1":
         log.warning(
             f"{_REMOVED_SETTING} is no longer used; this machine serves with one API process. Start several containers "

@@ -15,6 +15,7 @@ from api import engine_probe
 from api.metrics import Metrics
 from api.middleware import ShutdownState
 from api.prediction_queue import PredictionQueue
+from api.thumbnails import ThumbnailMaker
 from api.version_resolver import VersionResolver
 from artifacts.store import Store
 from dispatch import Dispatcher
@@ -35,6 +36,7 @@ class Services:
     shelf: Shelf
     version_resolver: VersionResolver
     prediction_queue: PredictionQueue
+    thumbnails: ThumbnailMaker
     metrics: Metrics
     shutdown: ShutdownState
     probe_engine: Callable[[], str] = engine_probe.cpu

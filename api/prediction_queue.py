@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from api.deadline import Deadline, Stage
+from artifacts.decode_memory import DecodeMemory
 from artifacts.images import Pixels
 from artifacts.store import Digest
 from errors import Overloaded, Unavailable
@@ -30,7 +32,7 @@ Result = TypeVar("Result")
 
 # Bodies of the largest size that may be in memory at once.
 _LARGEST_BODIES = 4
-# An image of 40 megapixels takes some 250 MB until it is scaled down.
+# Their images wait for memory one by one (`DecodeMemory`).
 _DECODING_THREADS = 8
 _LOOKUP_THREADS = 4
 _EXPLAINING_THREADS = 2
@@ -113,10 +115,11 @@ class PredictionQueue:
     Belongs to one event loop.
     """
 
-    def __init__(self, settings: Settings, shelf: Shelf) -> None:
+    def __init__(self, settings: Settings, shelf: Shelf, decode_memory: DecodeMemory) -> None:
         self.admission = Admission(settings.predict_waiting, _LARGEST_BODIES * settings.predict_bytes)
         self._settings = settings
         self._shelf = shelf
+        self._decode_memory = decode_memory
         self._decoders = ThreadPoolExecutor(min(_DECODING_THREADS, settings.engine_threads + 1), "decode")
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, "look-up")
         self._explainers = ThreadPoolExecutor(_EXPLAINING_THREADS, "explain")  # they may read files of the store
@@ -189,7 +192,7 @@ class PredictionQueue:
             head_ms = 1000 * (time.perf_counter() - computed_at)
             explanations = None
             if explanation is not None:
-                explaining = self._explain(predictor, explanation, pixels, computed, predictions)
+                explaining = self._explain(predictor, explanation, pixels, computed, predictions, deadline)
                 explanations = await deadline.wait(Stage.EXPLAIN, explaining)
             # The rest of the time was spent waiting for the model and for the engine.
             queue_ms = max(0.0, 1000 * (computed_at - arrived_at - decoded_s) - computed.backbone_ms)
@@ -208,10 +211,17 @@ class PredictionQueue:
         limits = self._settings.image_limits
         begun = asyncio.Event()
 
-        def decode(position: int, file: bytes) -> Pixels:
-            if position == 0:
+        @contextmanager
+        def reserve(size_bytes: int) -> Iterator[None]:
+            with self._decode_memory.reserve(size_bytes, deadline.until):
                 loop.call_soon_threadsafe(begun.set)
-            return predictor.decode(position, file, limits, deadline.until)
+                yield
+
+        def decode(position: int, file: bytes) -> Pixels:
+            try:
+                return predictor.decode(position, file, limits, deadline.until, reserve)
+            finally:  # it may be refused before it needs memory
+                loop.call_soon_threadsafe(begun.set)
 
         decoding = [loop.run_in_executor(self._decoders, decode, position, file) for position, file in enumerate(files)]
         try:
@@ -229,6 +239,7 @@ class PredictionQueue:
         pixels: Pixels,
         computed: BackboneOutput,
         predictions: list[Prediction],
+        deadline: Deadline,
     ) -> list[ExplanationImage]:
         arguments = (
             explanation.kind,
@@ -237,6 +248,7 @@ class PredictionQueue:
             computed,
             predictions,
             self._settings.image_limits,
+            partial(self._decode_memory.reserve, until=deadline.until),
         )
         return await asyncio.get_running_loop().run_in_executor(self._explainers, predictor.explain, *arguments)
 

@@ -83,9 +83,7 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
         return facts
 
 
-def decode(
-    data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserve: Reserve = reserve_nothing
-) -> Pixels:
+def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserve: Reserve = reserve_nothing) -> Pixels:
     """Decode an image by image rule 1.
 
     Args:
@@ -149,15 +147,15 @@ def _decoded(
     """
     with _open(data, limits) as image:
         # Pillow reports a JPEG with further pictures in the file, as phones write them, as MPO.
-        format = "JPEG" if image.format == "MPO" else image.format or ""
+        kind = "JPEG" if image.format == "MPO" else image.format or ""
         orientation = _orientation(image)
         stored = image.size
         width, height = stored if orientation < 5 else (stored[1], stored[0])
-        facts = ImageFacts(width, height, format)
+        facts = ImageFacts(width, height, kind)
         target = scaled_size((width, height))
         least = (2 * target[0], 2 * target[1]) if orientation < 5 else (2 * target[1], 2 * target[0])
-        lacks_end = format == "JPEG" and jpeg_files.lacks_end(data)
-        has_scales = format == "JPEG" and not jpeg_files.is_lossless(data)
+        lacks_end = kind == "JPEG" and jpeg_files.lacks_end(data)
+        has_scales = kind == "JPEG" and not jpeg_files.is_lossless(data)
         if has_scales and not lacks_end:
             image.draft(None, least)
         with reserve(_most_bytes(image, stored, target, orientation, data)):
@@ -170,7 +168,7 @@ def _decoded(
                 image.close()
             if orientation != 1:
                 upright = upright.transpose(_TURNS[orientation])
-            if format == "TIFF":  # Pillow has turned it while it was decoded
+            if kind == "TIFF":  # Pillow has turned it while it was decoded
                 facts = replace(facts, width=upright.width, height=upright.height)
             yield facts, upright
 
@@ -212,7 +210,8 @@ def _open_file(data: bytes, limits: ImageLimits) -> Image.Image:
     except Exception:
         if not _is_avif(data) or b"Exif" not in data:
             raise
-        # The EXIF of an AVIF is read while it is opened; what is raised depends on where it is broken. The first `Exif` names the item that holds it.
+        # The EXIF of an AVIF is read while it is opened; what is raised depends on where it is broken.
+        # The first `Exif` names the item that holds it.
         return Image.open(io.BytesIO(data.replace(b"Exif", b"none", 1)), formats=limits.formats)
 
 

@@ -63,7 +63,7 @@ def _frame(data: bytes) -> _Frame | None:
 def size(data: bytes) -> tuple[int, int] | None:
     """Return the width and height that a JPEG claims, or None if it is no JPEG."""
     frame = _frame(data)
-    return frame and (frame.width, frame.height)
+    return (frame.width, frame.height) if frame else None
 
 
 def is_lossless(data: bytes) -> bool:
@@ -99,7 +99,7 @@ def lacks_end(data: bytes) -> bool:
 
 
 def with_end(data: bytes) -> bytes:
-    """Return a JPEG that lacks its end with one, if nothing else is missing: if its pixels do not depend on what follows.
+    """Return a JPEG that lacks its end with one, if its pixels do not depend on what would follow.
 
     Decodes the image twice. A JPEG of which pixels are missing is returned as it is.
     """

@@ -1,4 +1,4 @@
-"""Measures what `training.networks.freed_memory.keep_freed` saves: epochs of fine-tuning without it and with it.
+"""Measures what `inference.freed_memory.keep_freed` saves: epochs of fine-tuning without it and with it.
 
 TensorFlow sets glibc's M_TRIM_THRESHOLD to 128 KiB when it first reads from a generator, as Keras does for a
 `PyDataset`. `keep_freed` undoes that after the first batch. Both are measured in pairs, each in a fresh process: VGG16
@@ -34,12 +34,13 @@ class EpochCost:
 def measure(is_kept: bool, images: int, epochs: int) -> EpochCost:
     """Measure an epoch with or without `keep_freed`. Runs in a process of its own."""
     from benchmarks.networks import NONE, fine_tuning_case, first_head
+    from inference import freed_memory
     from recipes.catalogue import BackboneName
     from recipes.recipe import Task
     from training.fitting.fine_tuning import FineTuningData, fine_tune
     from training.fitting.fit_task import FitTask
     from training.fitting.training_loop import FitHooks
-    from training.networks import backbones, freed_memory
+    from training.networks import backbones
 
     if not is_kept:
         freed_memory.keep_freed = lambda: None

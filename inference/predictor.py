@@ -12,6 +12,7 @@ import numpy as np
 
 from artifacts import images, neighbours
 from artifacts.bundle import Bundle, Logits
+from artifacts.decode_memory import Reserve, reserve_nothing
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.neighbours import NeighbourIndex
@@ -126,8 +127,10 @@ class Predictor:
         """Return [N, outputs] for decoded images, uint8 [N, H, W, 3], without a deadline."""
         return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
-    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
-        """Return the pixels of one image file of a request, uint8 [H, W, 3].
+    def decode(
+        self, position: int, file: bytes, limits: ImageLimits, until: float, reserve: Reserve = reserve_nothing
+    ) -> Pixels:
+        """Return the pixels of one image file of a request, uint8 [H, W, 3]. `reserve` waits for memory to decode in.
 
         Raises:
             ImageRefused: the image cannot be used; `image` is its position.
@@ -138,7 +141,7 @@ class Predictor:
                 f"Only {position} images were decoded in time. Send fewer or smaller images per request."
             )
         try:
-            return images.decode(file, self.bundle.size, self.bundle.resize, limits)
+            return images.decode(file, self.bundle.size, self.bundle.resize, limits, reserve)
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
@@ -183,15 +186,17 @@ class Predictor:
         computed: BackboneOutput,
         predictions: list[Prediction],
         limits: ImageLimits,
+        reserve: Reserve = reserve_nothing,
     ) -> list[ExplanationImage]:
         """Return a picture for each image, uint8 [n, H, W, 3], from the output of the backbone.
 
-        A heat map explains `label`, or if that is None the label with the highest probability.
+        A heat map explains `label`, or if that is None the label with the highest probability. `reserve` waits for
+        memory to decode neighbours in.
         Raises RequestInvalid for a label that the model does not have, and for maps that are too small.
         """
         if kind is Explanation.NEIGHBOURS:
             near = nearest(self._neighbour_index(), computed.features)
-            return [self._neighbour_sheet(*one, limits) for one in zip(pixels, near, strict=True)]
+            return [self._neighbour_sheet(*one, limits, reserve) for one in zip(pixels, near, strict=True)]
         assert computed.maps is not None
         explain.check_side(computed.maps, self.bundle.size)
         if kind is Explanation.ACTIVATIONS:
@@ -214,8 +219,10 @@ class Predictor:
                 field="explain",
             )
 
-    def _neighbour_sheet(self, image: Pixels, found: Sequence[Neighbour], limits: ImageLimits) -> ExplanationImage:
-        picture = sheet(image, found, lambda known: self._read_pixels(known, limits))
+    def _neighbour_sheet(
+        self, image: Pixels, found: Sequence[Neighbour], limits: ImageLimits, reserve: Reserve
+    ) -> ExplanationImage:
+        picture = sheet(image, found, lambda known: self._read_pixels(known, limits, reserve))
         return ExplanationImage(None, explain.png(np.asarray(picture)), found)
 
     def _neighbour_index(self) -> NeighbourIndex:
@@ -228,10 +235,10 @@ class Predictor:
                 self._on_growth()
             return self._neighbours
 
-    def _read_pixels(self, image: Digest, limits: ImageLimits) -> Pixels | None:
+    def _read_pixels(self, image: Digest, limits: ImageLimits, reserve: Reserve) -> Pixels | None:
         """Return the decoded pixels of a training image, or None if it was deleted or is damaged."""
         try:
-            return images.decode(self._read(image), self.bundle.size, self.bundle.resize, limits)
+            return images.decode(self._read(image), self.bundle.size, self.bundle.resize, limits, reserve)
         except (NotFound, Corrupt, ImageRefused):
             return None
 

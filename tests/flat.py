@@ -15,6 +15,7 @@ from api.dependencies import Services
 from api.prediction_queue import PredictionQueue
 from api.version_resolver import VersionResolver
 from artifacts.bundle import Bundle, Dense
+from artifacts.decode_memory import DecodeMemory
 from artifacts.images import IMAGE_RULE
 from artifacts.store import Digest
 from inference import heads
@@ -89,5 +90,5 @@ def serve(client: TestClient, settings: Settings, loads: Loads) -> None:
         settings=settings,
         shelf=shelf,
         version_resolver=VersionResolver(services.database, shelf),
-        prediction_queue=PredictionQueue(settings, shelf),
+        prediction_queue=PredictionQueue(settings, shelf, DecodeMemory(settings.decode_bytes)),
     )

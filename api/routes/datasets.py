@@ -26,7 +26,6 @@ from api.schemas import (
     RefusedFile,
     TargetRange,
 )
-from artifacts import images
 from artifacts.store import Digest
 from errors import InUse, NotFound, Unavailable
 from models import comparison as comparisons
@@ -37,8 +36,6 @@ from models import view as views
 from models.dataset import Dataset, DatasetVersion, Image, Membership
 from models.file_references import lock_files, try_delete_unreferenced
 from models.job import JobKind, Queue
-
-THUMBNAIL_SIDE = 160
 
 router = APIRouter(prefix="/api/v1/datasets", tags=["data sets"])
 
@@ -190,14 +187,18 @@ def list_images(
 
 
 @router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
-def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
+async def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
     """Return a small WEBP of an image, upright and without its metadata."""
-    with services.database.reading() as session:
-        dataset = datasets.get_dataset(session, principal, dataset_id)
-        digest = datasets.find_image(session, dataset.id, image)
-    if digest is None:
-        raise NotFound(f"Data set {dataset.name!r} has no image {image!r}.")
-    data = images.thumbnail(services.store.read(digest), THUMBNAIL_SIDE, services.settings.image_limits)
+
+    def find() -> Digest:
+        with services.database.reading() as session:
+            dataset = datasets.get_dataset(session, principal, dataset_id)
+            digest = datasets.find_image(session, dataset.id, image)
+        if digest is None:
+            raise NotFound(f"Data set {dataset.name!r} has no image {image!r}.")
+        return digest
+
+    data = await services.thumbnails.make(await run_in_threadpool(find))
     return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from artifacts import images
+from artifacts.decode_memory import DecodeMemory
 from artifacts.images import ImageLimits, Pixels
 from artifacts.store import Digest, Store
 from errors import Corrupt, ImageRefused
@@ -23,7 +24,7 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """Decodes images of the store to pixels, all of one size, in `threads` threads."""
+    """Decodes images of the store to pixels, all of one size, in `threads` threads and within `limits.memory_bytes`."""
 
     store: Store
     size: Sides
@@ -39,6 +40,7 @@ class ImageDecoder:
         """
         batches = deque(digests[start : start + BATCH] for start in range(0, len(digests), BATCH))
         ahead: deque[tuple[Sequence[Digest], list[Future[Pixels]]]] = deque()
+        memory = DecodeMemory(self.limits.memory_bytes)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="bring") as bringing,
             ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool,
@@ -47,14 +49,14 @@ class ImageDecoder:
                 while batches and len(ahead) < _BATCHES_AHEAD:
                     names = batches.popleft()
                     brought = bringing.submit(self.store.prefetch, names)
-                    ahead.append((names, [pool.submit(self._decode, name, brought) for name in names]))
+                    ahead.append((names, [pool.submit(self._decode, name, brought, memory) for name in names]))
                 names, futures = ahead.popleft()
                 yield names, np.stack([future.result() for future in futures])
 
-    def _decode(self, digest: Digest, brought: Future[None]) -> Pixels:
+    def _decode(self, digest: Digest, brought: Future[None], memory: DecodeMemory) -> Pixels:
         brought.result()  # those of a batch together: one by one, each would be waited for
         try:
-            return images.decode(self.store.read(digest), self.size, self.resize, self.limits)
+            return images.decode(self.store.read(digest), self.size, self.resize, self.limits, memory.reserve)
         except ImageRefused as error:
             raise Corrupt(f"Image {digest} was accepted but cannot be decoded any more: {error.detail}") from error
 

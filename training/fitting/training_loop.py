@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from artifacts.bundle import Logits
 from errors import TrainingDiverged
+from inference import freed_memory
 from recipes.layers import Sides, sides
 from recipes.recipe import EarlyStopping, Target
 from training.data.split import Indices
 from training.data.targets import Truth
-from training.networks import freed_memory
 from training.progress import Epoch
 
 LEARNING_RATE = "optimizer.learning_rate"

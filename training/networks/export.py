@@ -16,9 +16,9 @@ import numpy as np
 
 from artifacts.images import Pixels
 from errors import EspalierError
+from inference import freed_memory
 from inference.engine import TOLERANCE, OpenVinoEngine
 from recipes.recipe import Precision
-from training.networks import freed_memory
 
 # Part of a backbone's key. Count it up when the export changes: new backbones are made, and old ones stay in use.
 EXPORT_VERSION = 1

@@ -27,6 +27,7 @@ from api.dependencies import Services
 from api.prediction_queue import Admission, PredictionQueue
 from artifacts import images
 from artifacts.bundle import Dense
+from artifacts.decode_memory import DecodeMemory, Reserve, reserve_nothing
 from artifacts.features import Features
 from artifacts.images import ImageLimits, Pixels
 from artifacts.layout import Split
@@ -226,8 +227,11 @@ class HeldDecoder(Predictor):
     def wait_s(self, images: int) -> float:
         return 0.0
 
-    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
-        assert self.gate.wait(120)
+    def decode(
+        self, position: int, file: bytes, limits: ImageLimits, until: float, reserve: Reserve = reserve_nothing
+    ) -> Pixels:
+        with reserve(600):
+            assert self.gate.wait(120)
         raise ImageRefused("decoded too late for anyone")
 
 
@@ -241,9 +245,12 @@ class HeldShelf(Shelf):
         return self.held
 
 
-def test_the_deadline_covers_decoders_and_its_problem_names_the_stage_that_took_the_time(settings: Settings) -> None:
+@pytest.mark.parametrize(("limit_bytes", "decoding"), [(1200, 2), (1199, 1)])
+def test_the_deadline_covers_decoders_and_its_problem_names_the_stage_that_took_the_time(
+    settings: Settings, limit_bytes: int, decoding: int
+) -> None:
     held = HeldDecoder()
-    queue = PredictionQueue(settings.model_copy(update={"threads": 1}), HeldShelf(held))
+    queue = PredictionQueue(settings.model_copy(update={"threads": 1}), HeldShelf(held), DecodeMemory(limit_bytes))
 
     async def predict_all() -> list[Any]:
         hanging = [queue.predict(Digest("0" * 64), [PNG], Deadline(0.3)) for _ in range(8)]
@@ -253,7 +260,7 @@ def test_the_deadline_covers_decoders_and_its_problem_names_the_stage_that_took_
     held.gate.set()
     queue.close()
     assert {type(one) for one in failures} == {DeadlineExceeded}
-    assert {one.extra["stage"] for one in failures[:2]} == {"decode"} and failures[-1].extra["stage"] == "decoder"
+    assert sorted(one.extra["stage"] for one in failures) == ["decode"] * decoding + ["decoder"] * (8 - decoding)
     assert "went into waiting for a decoder" in failures[-1].detail
 
 

@@ -8,14 +8,13 @@ import pytest
 
 from artifacts.features import Features
 from errors import TrainingDiverged
-from inference import heads
+from inference import freed_memory, heads
 from recipes.recipe import ClassWeights, EarlyStopping, HeadRecipe, OptimizerRecipe, Recipe, Target, Task
 from training.data.split import Indices
 from training.fitting.compile_options import class_weights
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, fit_head
 from training.fitting.training_loop import FitHooks, Rows
-from training.networks import freed_memory
 
 NONE = np.array([], dtype=np.intp)
 EPOCHS = 12

@@ -11,7 +11,7 @@ import pytest
 COUNT = """
 import ctypes, resource
 import numpy as np
-from training.networks import freed_memory
+from inference import freed_memory
 
 def pages(times):
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt

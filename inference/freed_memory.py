@@ -13,6 +13,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Freed memory that may stay at the end of a heap, and the size above which a piece goes back at once.
 # 32 MiB is the largest that glibc takes.
 _KEPT_BYTES, _PIECE_BYTES = 512 * 2**20, 32 * 2**20
+# The same for a process that decodes images: Pillow takes 16 MiB at a time for a large one.
+_SERVED_KEPT_BYTES, _SERVED_PIECE_BYTES = 16 * 2**20, 4 * 2**20
 
 
 def keep_freed() -> None:
@@ -26,6 +28,18 @@ def keep_freed() -> None:
     if libc is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, _PIECE_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def give_back_large_pieces() -> None:
+    """Return large pieces of memory to the system when they are freed. Call this at the start of a process that serves.
+
+    By default glibc keeps pieces of up to 32 MiB once it has seen some, in heaps of each thread that never shrink while
+    anything above them is in use: an API that had decoded large images kept gigabytes.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _SERVED_PIECE_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _SERVED_KEPT_BYTES)
 
 
 def give_back_freed() -> None:

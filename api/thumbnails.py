@@ -1,0 +1,44 @@
+"""Makes thumbnails on threads of their own, with the memory that all routes share for decoding. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from artifacts import images
+from artifacts.decode_memory import DecodeMemory
+from artifacts.images import ImageLimits
+from artifacts.store import Digest, Store
+
+SIDE = 160
+
+# A page of thumbnails waits for these threads, and not for those of other routes.
+_THREADS = 2
+_WAIT_S = 30.0
+
+
+class ThumbnailMaker:
+    """Reads images of the store and makes them small. Belongs to one event loop."""
+
+    def __init__(self, store: Store, limits: ImageLimits, memory: DecodeMemory) -> None:
+        self._store = store
+        self._limits = limits
+        self._memory = memory
+        self._pool = ThreadPoolExecutor(_THREADS, "thumbnail")
+
+    async def make(self, image: Digest) -> bytes:
+        """Return a stored image as a WEBP of at most `SIDE` pixels a side.
+
+        Raises DeadlineExceeded if larger images take all the memory for too long.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, image)
+
+    def close(self) -> None:
+        """Cancel what has not begun, and accept nothing new."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, image: Digest) -> bytes:
+        reserve = partial(self._memory.reserve, until=time.perf_counter() + _WAIT_S)
+        return images.thumbnail(self._store.read(image), SIDE, self._limits, reserve)
