@@ -62,5 +62,11 @@ class DecodeMemory:
                 self._reserved_bytes -= size_bytes
                 self._changed.notify_all()
 
+    @property
+    def waiting(self) -> int:
+        """Number of images that wait for memory."""
+        with self._changed:
+            return len(self._waiting)
+
     def _has_room(self, size_bytes: int) -> bool:
         return self._reserved_bytes == 0 or self._reserved_bytes + size_bytes <= self._limit_bytes

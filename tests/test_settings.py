@@ -94,6 +94,14 @@ def test_what_is_no_address_of_a_bucket_is_refused(url: str) -> None:
         Settings(store_url=url)
 
 
+def test_the_memory_of_decoders_must_suffice_for_the_largest_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_IMAGE_PIXELS", "100000000")
+    with pytest.raises(ValidationError, match=r"ESPALIER_DECODE_BYTES of at least 26 bytes .* 2600000000"):
+        Settings()
+    monkeypatch.setenv("ESPALIER_DECODE_BYTES", "2600000000")
+    assert Settings().image_limits.memory_bytes == 2_600_000_000
+
+
 def test_only_formats_that_are_decoded_safely_may_be_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_IMAGE_FORMATS", "jpeg, Tiff")
     assert Settings().image_limits.formats == ("JPEG", "TIFF")

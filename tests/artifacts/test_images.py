@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from sample import jpeg, picture, png, zipped
 from working import slow_jpeg
 
+from artifacts import images
 from artifacts.images import IMAGE_RULE, MIB, ImageFacts, ImageLimits, Pixels, decode, encode, inspect, thumbnail
 from errors import ImageRefused
 from recipes.recipe import Resize
@@ -100,7 +102,15 @@ def shot(orientation: int, format: str, upright: Pixels | None = None, **options
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize(
-    ("format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100, "subsampling": 0})]
+    ("format", "options"),
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
+    ],
 )
 def test_a_picture_comes_out_upright(orientation: int, format: str, options: dict[str, Any]) -> None:
     data = shot(orientation, format, **options)
@@ -108,7 +118,7 @@ def test_a_picture_comes_out_upright(orientation: int, format: str, options: dic
     upright = encode(Image.fromarray(corners()), "PNG")
     for resize in Resize:
         difference = np.abs(pixels(data, 24, resize).astype(int) - pixels(upright, 24, resize)).max()
-        assert difference <= (8 if format == "JPEG" else 0)
+        assert difference <= (8 if format in ("JPEG", "AVIF") else 0)
     with Image.open(io.BytesIO(thumbnail(data, 12, LIMITS))) as small:
         assert small.size == (12, 8)
         shown = np.asarray(small.convert("RGB")).astype(int)
@@ -145,6 +155,66 @@ def test_odd_tags_beside_the_orientation_do_no_harm(tag: int, kind: int) -> None
     assert thumbnail(data, 8, LIMITS)
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "orientation",
+    [
+        chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x03\0\0\0\0\0\0\0"),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
+    ],
+)
+def test_the_orientation_of_a_png_may_stand_before_or_behind_its_pixels(orientation: bytes, before: bool) -> None:
+    plain_png = encode(Image.fromarray(corners()), "PNG")
+    at = 33 if before else -12
+    data = plain_png[:at] + chunk(b"tEXt", b"Comment\0") + orientation + plain_png[at:]
+    assert np.array_equal(pixels(data, 24, Resize.PAD), pixels(plain_png, 24, Resize.PAD)[::-1, ::-1])
+
+
+NONSENSE = b"\0\x08\0\x02\x01\x12\0\x03" + bytes(30)
+
+
+def with_chunks(*chunks: bytes) -> bytes:
+    whole = png(1)
+    return whole[:33] + b"".join(chunks) + whole[33:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        with_chunks(chunk(b"eXIf", NONSENSE)),
+        with_chunks(chunk(b"eXIf", b"II*\0\xff\xff\xff\xff")),
+        with_chunks(chunk(b"eXIf", NONSENSE)[:-1] + b"?"),
+        with_chunks(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**21)))),
+        with_chunks(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(2**21)))),
+        with_chunks(*[chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**20)))] * 70),
+        with_chunks(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n  4\nno hex"))),
+        with_chunks(chunk(b"tEXt", b"Comment\0text")[:-1] + b"?"),
+        with_chunks(chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(2**21)))),
+        with_chunks(chunk(b"iCCP", b"profile\0\0nothing that zlib knows")),
+    ],
+)
+def test_what_a_png_says_besides_its_pixels_may_be_long_and_broken(data: bytes) -> None:
+    assert inspect(data, LIMITS) == ImageFacts(40, 40, "PNG")
+    assert np.array_equal(pixels(data), pixels(png(1)))
+    assert thumbnail(data, 8, LIMITS)
+
+
+def test_broken_exif_of_other_formats_does_no_harm() -> None:
+    exif = b"II*\0\x08\0\0\0" + bytes(30)
+    for kind in ("WEBP", "AVIF", "JPEG"):
+        data = saved(picture(1), kind, exif=exif).replace(b"II*\0\x08", b"none\x08")
+        assert b"none\x08" in data
+        assert np.array_equal(pixels(data), pixels(saved(picture(1), kind)))
+
+
 # --- colours ---------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +239,27 @@ def test_sixteen_bit_greys_are_scaled_not_clipped() -> None:
 def test_sixteen_bit_greys_may_be_large() -> None:
     levels = np.full((3000, 3000), 40_000, np.uint16)
     assert colour_of(saved(Image.fromarray(levels), "PNG", compress_level=1)) == [156, 156, 156]
+
+
+def test_sixteen_bit_greys_may_be_transparent() -> None:
+    for grey, colour in {(0, 0): 255, (0, 1): 0, (40_000, 40_000): 255, (40_001, 40_000): 156}.items():
+        head = chunk(b"IHDR", struct.pack(">2I5B", 2, 2, 16, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", grey[1]))
+        rows = zlib.compress((b"\0" + struct.pack(">2H", grey[0], grey[0])) * 2)
+        assert colour_of(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")) == [colour] * 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "1", "CMYK", "I;16"])
+def test_strips_have_the_pixels_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shades = np.random.default_rng(0).integers(0, 256, (31, 23, 4), np.uint8)
+    wide = Image.fromarray(shades[..., 0].astype(np.uint16) * 257)
+    image = wide if mode == "I;16" else Image.fromarray(shades).convert("RGB").quantize(9) if mode == "P" else None
+    image = image or (Image.fromarray(shades) if mode == "RGBA" else Image.fromarray(shades).convert(mode))
+    transparency = {"P": b"\x80\x10\xff", "L": 7, "1": 0, "RGB": tuple(map(int, shades[3, 3, :3]))}.get(mode)
+    kind = "TIFF" if mode in ("PA", "CMYK") else "PNG"
+    data = saved(image, kind, **({} if transparency is None else {"transparency": transparency}))
+    whole = {resize: pixels(data, 31, resize) for resize in Resize}
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 60)
+    assert all(np.array_equal(pixels(data, 31, resize), found) for resize, found in whole.items())
 
 
 @pytest.mark.parametrize(
@@ -375,6 +466,36 @@ def test_a_small_jpeg_is_decoded_whole() -> None:
     assert np.array_equal(pixels(jpeg(1, side=190), 48), pixels(full, 48))
 
 
+def lossless(grey: npt.NDArray[np.uint8]) -> bytes:
+    """Return a lossless JPEG: each pixel as its difference from the one before, with codes of five bits."""
+    height, width = grey.shape
+    before = np.roll(grey, 1, axis=1).astype(int)
+    before[1:, 0], before[0, 0] = grey[:-1, 0], 128
+    bits = ""
+    for difference in (grey - before).ravel():
+        size = int(abs(difference)).bit_length()
+        value = int(difference) if difference > 0 else int(difference) + 2**size - 1
+        bits += f"{size:05b}" + (f"{value:0{size}b}" if size else "")
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8).replace(b"\xff", b"\xff\0")
+
+    def segment(kind: int, body: bytes) -> bytes:
+        return bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body
+
+    frame = segment(0xC3, struct.pack(">B2HB3B", 8, height, width, 1, 1, 0x11, 0))
+    codes = segment(0xC4, bytes([0, 0, 0, 0, 0, 17, *bytes(11), *range(17)]))
+    return b"\xff\xd8" + frame + codes + segment(0xDA, bytes([1, 1, 0, 1, 0, 0])) + coded + b"\xff\xd9"
+
+
+def test_a_lossless_jpeg_is_read_in_one_scale_wherever_it_is_read() -> None:
+    grey = np.asarray(landscape(300, 200).convert("L"))
+    data, same = lossless(grey), saved(Image.fromarray(grey), "PNG")
+    assert inspect(data, LIMITS) == ImageFacts(300, 200, "JPEG")
+    for size in (8, 32, 200, 400):
+        assert np.array_equal(pixels(data, size), pixels(same, size))
+    assert thumbnail(data, 16, LIMITS) == thumbnail(same, 16, LIMITS)
+
+
 def test_decoding_gives_the_same_pixels_every_time_and_in_every_thread() -> None:
     files = [saved(landscape(640, 400), kind) for kind in FORMATS]
     before = [pixels(data, 32, Resize.CROP) for data in files]
@@ -514,7 +635,7 @@ def test_a_tiff_is_read_where_it_is_allowed() -> None:
     assert (decode(saved(levels, "TIFF"), 4, Resize.CROP, limits) == 156).all()
 
 
-@pytest.mark.parametrize("mode", ["F", "I", "LAB", "YCbCr", "CMYK", "LA", "1"])
+@pytest.mark.parametrize("mode", ["I", "LAB", "YCbCr", "CMYK", "LA", "1"])
 def test_what_is_accepted_in_one_place_is_accepted_in_all(mode: str) -> None:
     limits = ImageLimits(formats=("TIFF",))
     data = saved(Image.new(mode, (8, 8)), "TIFF")
@@ -538,6 +659,35 @@ def test_a_truncated_file_is_refused(door: Door, format: str) -> None:
     for part in (0.3, 0.5, 0.9):
         with pytest.raises(ImageRefused, match=r"^The image is damaged: .+\.$|^Expected an image"):
             door(data[: int(len(data) * part)], LIMITS)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"quality": 100}])
+def test_a_jpeg_may_lack_its_end_but_no_pixels(options: dict[str, Any]) -> None:
+    for image in (landscape(320, 240), landscape(50, 37).convert("L")):
+        whole = saved(image, "JPEG", **options)
+        for data in (whole[:-2], whole[:-1]):
+            assert inspect(data, LIMITS) == inspect(whole, LIMITS)
+            for size in (20, 300):
+                assert np.array_equal(pixels(data, size), pixels(whole, size))
+            assert thumbnail(data, 16, LIMITS) == thumbnail(whole, 16, LIMITS)
+        for lost in (4, 5, 10, 50, 200):
+            with pytest.raises(ImageRefused, match="The image is damaged: "):
+                inspect(whole[:-lost], LIMITS)
+            with pytest.raises(ImageRefused, match="The image is damaged: "):
+                pixels(whole[:-lost], 20)
+
+
+@Doors
+def test_a_preview_of_a_raw_file_is_not_taken_for_the_photograph(door: Door) -> None:
+    for tags in ({254: 1}, {50706: b"\1\4\0\0"}):
+        with pytest.raises(ImageRefused, match=r"Received a camera's raw file .* Export it"):
+            door(saved(plain(RED), "TIFF", tiffinfo=tags), LIMITS)
+
+
+@Doors
+def test_a_tiff_whose_black_and_white_are_unknown_is_refused(door: Door) -> None:
+    with pytest.raises(ImageRefused, match=r"floating-point values.* Scale the values"):
+        door(saved(Image.new("F", (8, 8)), "TIFF"), LIMITS)
 
 
 @Doors
@@ -614,11 +764,14 @@ def test_scans_do_not_hide_behind_other_bytes(door: Door, filling: bytes) -> Non
 def png_of(width: int, height: int, rows: bytes = b"", depth: int = 8, kind: int = 2) -> bytes:
     """Return a PNG whose header says what we like."""
 
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     head = struct.pack(">2I5B", width, height, depth, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def gif_frame(width: int, height: int) -> bytes:
+    """Return a GIF of one pixel with a frame that claims to be larger, and to be cleared afterwards."""
+    frame = b"!\xf9\x04\x08\0\0\0\0," + struct.pack("<4HB", 0, 0, width, height, 0)
+    return b"GIF89a" + struct.pack("<2H3B", 1, 1, 0, 0, 0) + frame + b"\x02\0;"
 
 
 def claiming(format: str) -> bytes:
@@ -675,8 +828,9 @@ def frugally(folder: Path, files: list[bytes], memory_mib: int) -> list[str]:
 
 def test_an_image_that_claims_to_be_huge_is_refused_without_taking_memory(tmp_path: Path) -> None:
     files = [claiming(kind) for kind in ("JPEG", "PNG", "BMP", "GIF")]
-    answers = frugally(tmp_path, [*files, png_of(20_000, 1), png_of(2**31 - 1, 2**31 - 1)], 100)
-    assert len(answers) == 6 * 5
+    files += [gif_frame(65_535, 65_535), png_of(20_000, 1), png_of(2**31 - 1, 2**31 - 1)]
+    answers = frugally(tmp_path, files, 100)
+    assert len(answers) == 7 * 5
     assert {answer.partition(" Received ")[0] for answer in answers} == {
         "Expected at most 40 megapixels and 16,384 pixels a side."
     }
@@ -691,6 +845,45 @@ def test_a_webp_that_claims_to_be_huge_is_refused(door: Door) -> None:
 def test_a_very_long_image_takes_no_more_memory_than_its_pixels(tmp_path: Path) -> None:
     files = [encode(plain(RED, size=size), "PNG") for size in ((16_384, 1), (1, 16_384), (16_384, 3))]
     assert frugally(tmp_path, files, 200) == ["taken"] * 15
+
+
+MEASURED = """
+import resource, sys
+from contextlib import contextmanager
+from pathlib import Path
+from artifacts.images import ImageLimits, decode
+from recipes.recipe import Resize
+
+@contextmanager
+def reserve(size_bytes):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+decode(Path(sys.argv[1]).read_bytes(), 8, Resize.SQUASH, ImageLimits())  # what is loaded once
+for file in sys.argv[1:]:
+    decode(Path(file).read_bytes(), 600, Resize.PAD, ImageLimits(), reserve)
+"""
+
+
+def test_no_image_takes_more_memory_than_it_reserves(tmp_path: Path) -> None:
+    image = landscape(2400, 1600)
+    clear, exif = image.copy(), Image.Exif()
+    clear.putalpha(image.getchannel("R"))
+    exif[ExifTags.Base.Orientation] = 6
+    files = [saved(clear, "AVIF", speed=10, exif=exif), saved(clear, "WEBP", method=0, exif=exif)]
+    files += [saved(clear, "PNG", compress_level=1), saved(image, "PNG", compress_level=1, exif=exif)]
+    files += [saved(image.convert("CMYK"), "JPEG", progressive=True), saved(image, "JPEG")[:-2]]
+    files += [saved(clear, "TIFF", compression="tiff_adobe_deflate", strip_size=2**30)]
+    files += [saved(image.convert("L"), "BMP"), saved(image.quantize(9, Image.Quantize.FASTOCTREE), "GIF")]
+    paths = [tmp_path / str(number) for number in range(len(files))]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    subprocess.run([sys.executable, "-c", MEASURED, *map(str, paths)], cwd=ROOT, check=True)
 
 
 def test_an_image_without_pixels_is_refused() -> None:
