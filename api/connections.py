@@ -91,6 +91,7 @@ class Connections:
         self.limits = limits
         self._count_closed = count_closed
         self._open: set[BoundedProtocol] = set()
+        self._arriving = 0
         self._idle: dict[BoundedProtocol, None] = {}  # the longest idle one first
         self._closed: Counter[str] = Counter()
         self._logged_at = float("-inf")
@@ -107,8 +108,17 @@ class Connections:
         """Whether there are more than the limit, all of them busy, so that only probes are answered."""
         return len(self._open) > self.limits.connections
 
+    def expect(self) -> None:
+        """Count a connection that was accepted; `add` or `give_up` follows."""
+        self._arriving += 1
+
+    def give_up(self) -> None:
+        """Forget a connection that was expected."""
+        self._arriving -= 1
+
     def add(self, connection: BoundedProtocol) -> None:
-        """Add a new connection, which is idle."""
+        """Add a connection that was expected; it is idle."""
+        self._arriving -= 1
         self._open.add(connection)
         self._idle[connection] = None
 
@@ -124,11 +134,11 @@ class Connections:
         elif connection in self._open:
             self._idle.setdefault(connection)
 
-    def make_room(self, arriving: int = 1) -> bool:
-        """Close the longest idle connections until `arriving` more fit; return False if there is no room for them."""
-        while len(self._open) + arriving > self.limits.connections and self._idle:
+    def make_room(self) -> bool:
+        """Close the longest idle connections until one more fits; return False if there is no room for it."""
+        while len(self._open) + self._arriving >= self.limits.connections and self._idle:
             self.abort(next(iter(self._idle)), "idle-for-longest")
-        return len(self._open) + arriving <= self.limits.connections + SPARE_CONNECTIONS
+        return len(self._open) + self._arriving < self.limits.connections + SPARE_CONNECTIONS
 
     def abort(self, connection: BoundedProtocol, reason: str) -> None:
         """Close a connection at once."""
@@ -357,7 +367,7 @@ class Acceptor:
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
-            if not self._connections.make_room(len(self._arriving) + 1):
+            if not self._connections.make_room():
                 self._connections.count("no-room")
                 self._pause()
                 return
@@ -370,6 +380,7 @@ class Acceptor:
                 self._pause()
                 return
             accepted.setblocking(False)
+            self._connections.expect()
             arriving = self._loop.create_task(self._connect(accepted))
             self._arriving.add(arriving)
             arriving.add_done_callback(self._arriving.discard)
@@ -378,6 +389,7 @@ class Acceptor:
         try:
             await self._loop.connect_accepted_socket(self._make_protocol, accepted)
         except OSError:  # the client is gone
+            self._connections.give_up()
             accepted.close()
 
 
