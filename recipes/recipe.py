@@ -142,7 +142,7 @@ PrecisionChoice = TypeAliasType(
 class HeadRecipe(Part):
     """The dense layers that are trained on the features. Without hidden layers the head is linear."""
 
-    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=4)] = ()
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=4, fail_fast=True)] = ()
     """Units of each hidden layer."""
     activation: Activation = Activation.RELU
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
