@@ -37,6 +37,7 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.Conflict: 409,
     errors.NameTaken: 409,
     errors.NotReady: 409,
+    errors.NoChampion: 409,
     errors.InUse: 409,
     errors.InFlight: 409,
     errors.Invalid: 422,

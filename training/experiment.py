@@ -29,6 +29,7 @@ from training.progress import Extraction, FitListener, FoldResult, ProgressListe
 from training.report import run_report
 from training.setup import RunData, TrainingRequest, choose_features, seed_of, set_up
 from training.statistics import evaluation
+from training.statistics.baseline import compare_with_constant_answer
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,9 @@ class Experiment:
             data.groups[trained_on],
             out_of_fold[:, trained_on],
             [result.metrics for result in results],
+        )
+        metrics["baseline"] = compare_with_constant_answer(
+            task, truth[trained_on], data.groups[trained_on], out_of_fold[:, trained_on], metrics.get("r2", 0.0)
         )
         if len(held_out):
             logits = final.logits(held_out)

@@ -238,6 +238,16 @@ def test_class_names_are_no_formulas(bench: Bench) -> None:
         files[f"a$_$b/{number}.png"] = sample.png(100 + number, sample.COLOURS["blue"])
     outcome, _ = bench.run(bench.rows(files), folds={"k": 2})
     assert outcome.files["confusion.png"][0].startswith(b"\x89PNG")
+    assert outcome.metrics["baseline"]["is_better"]
+
+
+@pytest.mark.slow
+def test_a_run_on_noise_begins_its_report_with_that(bench: Bench) -> None:
+    files = {f"{'ab'[number % 2]}/{number}.png": sample.png(number, sample.COLOURS["red"]) for number in range(16)}
+    outcome, _ = bench.run(bench.rows(files), folds={"k": 2}, epochs=2)
+    assert not outcome.metrics["baseline"]["is_better"]
+    first = outcome.files["report.md"][0].decode().split("\n")[2]
+    assert first.startswith("**This model is no better than a constant answer that ignores the image:**")
 
 
 @pytest.mark.slow
