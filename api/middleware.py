@@ -18,8 +18,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import problems
+from api.connections import Connections
 from api.metrics import Metrics
-from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, RequestInvalid, Unauthorized
+from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Overloaded, RequestInvalid, Unauthorized
 
 URL_BYTES = 8 * 1024
 HEADER_BYTES = 16 * 1024
@@ -41,13 +42,20 @@ class RequestMiddleware:
     """Refuses what no route should see, and counts what was answered. The outermost middleware."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics, shutdown: ShutdownState
+        self,
+        app: ASGIApp,
+        hosts: Sequence[str],
+        api_key: str | None,
+        metrics: Metrics,
+        shutdown: ShutdownState,
+        connections: Connections,
     ) -> None:
         self._app = app
         self._hosts = hosts
         self._api_key = api_key
         self._metrics = metrics
         self._shutdown = shutdown
+        self._connections = connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,7 +73,7 @@ class RequestMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                if self._shutdown.is_draining:
+                if self._shutdown.is_draining or self._connections.is_crowded:
                     headers["Connection"] = "close"
             await send(message)
 
@@ -99,8 +107,13 @@ class RequestMiddleware:
             )
         if scope["method"] not in _SAFE and _is_cross_site(headers, host):
             return Forbidden("A page of another site may not send this request for you.")
-        if self._api_key is not None and not scope["path"].startswith(PUBLIC_PATHS):
-            return self._unauthorized(headers)
+        if scope["path"].startswith(PUBLIC_PATHS):
+            return None
+        if self._api_key is not None and (unauthorized := self._unauthorized(headers)) is not None:
+            return unauthorized
+        if self._connections.is_crowded:
+            limit = self._connections.limits.connections
+            return Overloaded(f"Expected at most {limit} open connections, and all are busy. Try again soon.")
         return None
 
     def _unauthorized(self, headers: Headers) -> EspalierError | None:

@@ -16,6 +16,7 @@ from api.dependencies import Services, ServicesDep
 from api.schemas import Check, Page, Readiness, WorkerOut
 from errors import EspalierError
 from models import job as jobs
+from models import outbox
 from models import worker as workers
 from models.base import now
 from models.schema_revision import applied_revision, needed_revision
@@ -27,6 +28,9 @@ router = APIRouter(tags=["operations"])
 # A live worker is seen every few seconds; one that was not seen for this long is gone or hangs.
 _WORKER_SEEN_S = 60
 _WORKERS_SHOWN = 200
+# A publish job that finds no server is tried again within minutes.
+_MLFLOW_WAITING_S = 900
+_REASON_SHOWN = 500
 _DECISIVE = ("database", "schema", "disk", "engine", "process")
 
 
@@ -48,6 +52,7 @@ def readyz(services: ServicesDep, response: Response) -> Readiness:
         "engine": _checked(_engine, services),
         "broker": _checked(_broker, services),
         "workers": _checked(_workers, services),
+        "mlflow": _checked(_mlflow, services),
     }
     ready = all(checks[name].ok for name in _DECISIVE)
     response.status_code = 200 if ready else 503
@@ -154,3 +159,20 @@ def _workers(services: Services) -> Check:
         recent = workers.list_workers(session, _WORKERS_SHOWN)
         alive = [worker.name for worker in recent if worker.looked_at > alive_since]
     return Check(ok=bool(alive), detail=", ".join(alive) or "no worker was seen within a minute")
+
+
+def _mlflow(services: Services) -> Check:
+    """Report what MLflow does not have: what waits, and what it refused for good."""
+    with services.database.reading() as session:
+        found = outbox.summarize_outbox(session)
+    details = ["knows of everything"] if not found.waiting else []
+    waiting_s = (now() - found.waiting_since).total_seconds() if found.waiting_since else 0.0
+    if found.waiting:
+        details.append(f"{found.waiting} facts about runs wait to be sent, the oldest for {waiting_s:.0f} s")
+    if found.last_refusal is not None:
+        last = found.last_refusal
+        details.append(
+            f"refused {found.refused} for good, the last of {last.run_id}: {last.payload['what']}: "
+            f"{last.payload['reason'][:_REASON_SHOWN]}"
+        )
+    return Check(ok=waiting_s < _MLFLOW_WAITING_S, detail="; ".join(details))

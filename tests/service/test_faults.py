@@ -303,7 +303,7 @@ def test_a_frozen_broker_costs_no_run(ground: Ground) -> None:
 def test_a_frozen_mlflow_is_told_once_it_answers_and_nothing_waits_for_it(ground: Ground) -> None:
     import mlflow
 
-    frozen = ground.service.find("mlflow.server")
+    frozen = ground.service.find("mlflow_server")
     frozen.suspend()
     try:
         run = ground.service.train(ground.dataset, "mlflow-frozen")
