@@ -9,6 +9,7 @@ EspalierError
 │   ├── InUse              something that is still running needs it
 │   └── InFlight           the same request is being answered right now
 ├── Invalid
+│   ├── RequestMalformed   bytes that are no HTTP request
 │   ├── RequestInvalid     a request that does not fit its schema
 │   ├── KeyReused          an Idempotency-Key that was used with another request
 │   ├── RecipeInvalid      a recipe that cannot be trained, with the field at fault
@@ -20,6 +21,7 @@ EspalierError
 ├── AddressTooLong         a URL above its limit
 ├── HeadersTooLarge        headers above their limit
 ├── DiskFull               not enough disk space
+├── RequestTimeout         a request that did not arrive in time
 ├── DeadlineExceeded       an answer that was not ready in time
 ├── Overloaded             more work than can be admitted
 ├── Unavailable            a service that is needed does not respond
@@ -130,6 +132,12 @@ class Invalid(EspalierError):
     code = "invalid"
 
 
+class RequestMalformed(Invalid):
+    """The bytes on the connection are not a request that HTTP allows here."""
+
+    code = "request-malformed"
+
+
 class RequestInvalid(Invalid):
     """The request does not fit its schema."""
 
@@ -200,6 +208,12 @@ class DiskFull(EspalierError):
 
     code = "disk-full"
     is_parked = True
+
+
+class RequestTimeout(EspalierError):
+    """The request did not arrive in time."""
+
+    code = "request-timeout"
 
 
 class DeadlineExceeded(EspalierError):

@@ -67,6 +67,13 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Allowed Host headers, separated by commas; by default loopback names, or any if a key is set."""
 
+    connections: Annotated[int, Field(ge=16, le=100_000)] = 1000
+    """Open connections of one API process, or half of `ulimit -n` less 128; beyond it the longest idle are closed."""
+    head_s: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds for the head of a request to arrive; several round trips of the slowest network."""
+    body_stall_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds in which 4 KiB of a request's body must arrive, or some of an answer be read; as in common proxies."""
+
     queues: Annotated[tuple[str, ...], NoDecode] = ("ingest", "cpu", "tracking")
     """Queues that `make up` starts workers for, separated by commas. A worker without `--queues` serves all of them."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1

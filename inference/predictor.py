@@ -17,7 +17,7 @@ from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.neighbours import NeighbourIndex
 from artifacts.store import Digest
 from errors import BundleRefused, Corrupt, DeadlineExceeded, ImageRefused, NotFound, RequestInvalid
-from inference import explain, heads
+from inference import captions, explain, heads
 from inference.batcher import BackboneOutput, Batcher, FeatureFuture
 from inference.engine import TOLERANCE
 from inference.explain import Explanation
@@ -203,8 +203,16 @@ class Predictor:
             chosen = self._explained_label(label, prediction)
             output, sign = self._output(chosen)
             places = sign * explain.heat(self.bundle.layers, features, maps, output)
-            found.append(ExplanationImage(chosen, explain.overlay(image, places)))
+            found.append(ExplanationImage(chosen, explain.overlay(image, places, self._heat_title(chosen))))
         return found
+
+    def _heat_title(self, label: str | None) -> str:
+        """Return the title of a heat map: the label that it explains, or its number if no font has its letters."""
+        if label is None:
+            return "contribution to the number"
+        if captions.can_write(label):
+            return f"contribution to {label}"
+        return f"contribution to class {self.bundle.labels.index(label) + 1} of {len(self.bundle.labels)}"
 
     def check_explains(self, kind: Explanation) -> None:
         """Raise RequestInvalid if this model does not support a kind of explanation."""

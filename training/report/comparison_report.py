@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from artifacts.markdown import escaped
 from recipes.headline import Headline
-from training.figures import png
+from training.figures import drawn_names, png
 from training.statistics.comparison import TEST, Difference
 
-_TITLE_CHARACTERS = 40
+_TITLE_CHARACTERS, _TITLE_LINES = 44, 3
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,15 @@ def _milliseconds(value: float | None) -> str:
     return "not supported here" if value is None else f"{value:.2f} ms"
 
 
+def row_name(line: Line) -> str:
+    """Return the name of a row in the picture: its version, by which the table has the row, and its title."""
+    title = textwrap.fill(line.title, _TITLE_CHARACTERS, max_lines=_TITLE_LINES, placeholder=" …")
+    return f"version {line.version}: {title}" if title else f"version {line.version}"
+
+
 def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
     """Return the scores with their intervals as a PNG, in the order of `lines`; the first one is best."""
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.55 * len(lines)), layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(lines):
         colour = "C0" if line.difference is None else "0.35"
@@ -84,9 +90,9 @@ def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
         axes.plot(line.score, place, "s", color=colour)
     axes.axvline(lines[0].score, color="C0", alpha=0.4, linestyle=":")
     # Not as formulas: a label may hold a $.
-    names = [textwrap.shorten(line.title, _TITLE_CHARACTERS, placeholder=" …") for line in lines]
-    axes.set_yticks(range(len(lines)), names, parse_math=False)
+    drawn = drawn_names([row_name(line) for line in lines])
+    axes.set_yticks(range(len(lines)), drawn.names, parse_math=False, fontsize=8)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel(f"{headline.title}, 95 % interval")
     axes.grid(axis="x", alpha=0.3)
-    return png(figure)
+    return png(figure, drawn.fonts)

@@ -20,8 +20,8 @@ from recipes.headline import HEADLINES
 from recipes.layers import NetworkKind, sides
 from recipes.recipe import ClassWeights, Mode, Precision, Task
 from training.bake_off import FOLDS, BakeOffResult
-from training.data.targets import Truth
-from training.figures import png
+from training.data.targets import Float64, Truth
+from training.figures import drawn_names, png
 from training.fitting.learners import DIVERGED, NETWORK, Plan
 from training.networks.precision import MARGIN, RELATIVE_MARGIN, PrecisionDecision
 from training.progress import Epoch, Extraction, FoldResult
@@ -93,6 +93,18 @@ def _differences(found: Mapping[str, Any]) -> str:
     )
 
 
+def _number_lines(labels: Sequence[str]) -> list[str]:
+    """Return the line on classes that pictures show as numbers, or none."""
+    shown = drawn_names(labels).names
+    numbered = [f"{number} {label}" for number, label in zip(shown, labels, strict=True) if number != label]
+    if not numbered:
+        return []
+    return [
+        f"- Pictures show numbers for classes whose letters no font of the worker has: {', '.join(numbered)}. With a "
+        "font installed, such as Debian's `fonts-droid-fallback`, they show names."
+    ]
+
+
 def _baseline_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Return the line on a model of classes or labels that is better than the constant answer."""
     found = metrics["baseline"]
@@ -134,6 +146,7 @@ def report(run: Description) -> str:
         *_fine_tuning_lines(run),
         *_precision_lines(run),
         *(f"- {note}" for note in run.notes),
+        *_number_lines(run.labels),
         *_baseline_lines(metrics),
         f"- {overfitting(run.folds, recipe, is_bad=bool(failure(metrics)))}",
     ]
@@ -402,13 +415,36 @@ def _values(run: Description) -> bytes:
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     truth, guesses = run.truth[:, 0], run.logits[:, 0]
-    axes.plot(truth, guesses, ".", alpha=min(1.0, max(0.05, 300 / len(truth))))
-    ends = [min(truth.min(), guesses.min()), max(truth.max(), guesses.max())]
-    axes.plot(ends, ends, color="black", linewidth=1)
+    low, high = shown_range(np.concatenate([truth, guesses]))
+    outside = (np.minimum(truth, guesses) < low) | (np.maximum(truth, guesses) > high)
+    inside = ~outside
+    axes.plot(truth[inside], guesses[inside], ".", alpha=min(1.0, max(0.05, 300 / len(truth))))
+    axes.plot([low, high], [low, high], color="black", linewidth=1)
+    if outside.any():
+        label = f"{outside.sum():,} outside the picture, drawn at its border"
+        kept = truth[outside].clip(low, high), guesses[outside].clip(low, high)
+        axes.plot(*kept, "x", color="C3", clip_on=False, label=label)
+        axes.legend(fontsize=8, loc="upper left")
+        axes.set_xlim(low, high)
+        axes.set_ylim(low, high)
     axes.set_xlabel("true value")
     axes.set_ylabel("predicted value, out of fold")
     axes.set_title(f"root mean squared error {run.metrics['rmse']:.4g}, R² {run.metrics['r2']:.3f}")
     return png(figure)
+
+
+def shown_range(values: Float64) -> tuple[float, float]:
+    """Return the range of numbers that a picture shows: all, unless a few far ones would squeeze the others.
+
+    Far is more than three times the range of the middle half outside of it (Tukey 1977, "Exploratory Data Analysis").
+    """
+    least, low, high, most = np.quantile(values, [0, 0.25, 0.75, 1]).tolist()
+    near = values[(values >= low - 3 * (high - low)) & (values <= high + 3 * (high - low))]
+    start, end = float(near.min()), float(near.max())
+    if end > start and most - least > 3 * (end - start):
+        margin = 0.05 * (end - start)
+        return start - margin, end + margin
+    return least, most
 
 
 def _labels(run: Description) -> bytes:
@@ -420,18 +456,20 @@ def _labels(run: Description) -> bytes:
     axes.barh(places, [row["f1"] for row in rows], color="lightsteelblue", label="F1")
     axes.plot([row["precision"] for row in rows], places, ">", label="precision")
     axes.plot([row["recall"] for row in rows], places, "o", fillstyle="none", label="recall")
-    axes.set_yticks(places, [f"{row['label']} ({row['images']:,})" for row in rows], parse_math=False)
+    drawn = drawn_names(run.labels)
+    shown = dict(zip(run.labels, drawn.names, strict=True))
+    axes.set_yticks(places, [f"{shown[row['label']]} ({row['images']:,})" for row in rows], parse_math=False)
     axes.set_xlim(0, 1.02)
     axes.set_title(f"macro F1 {run.metrics['f1_macro']:.3f}")
     axes.legend(fontsize=8, loc="lower right")
-    return png(figure)
+    return png(figure, drawn.fonts)
 
 
 def _confusion(run: Description) -> bytes:
     """Return the confusion matrix; colours are shares of each true class."""
     counts = np.array(run.metrics["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    classes = len(run.labels)
+    drawn, classes = drawn_names(run.labels), len(run.labels)
     side = min(12.0, max(4.0, 0.45 * classes + 2))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
@@ -441,13 +479,13 @@ def _confusion(run: Description) -> bytes:
     axes.set_title(f"accuracy {run.metrics['accuracy']:.1%}")
     if classes <= _CLASSES_WITH_NUMBERS:
         # Not as formulas: a class may be called $5.
-        axes.set_xticks(range(classes), run.labels, rotation=90, parse_math=False)
-        axes.set_yticks(range(classes), run.labels, parse_math=False)
+        axes.set_xticks(range(classes), drawn.names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), drawn.names, parse_math=False)
         for truth in range(classes):
             for answer in range(classes):
                 colour = "white" if shares[truth, answer] > 0.5 else "black"
                 axes.text(answer, truth, str(counts[truth, answer]), ha="center", va="center", color=colour, size=8)
-    return png(figure)
+    return png(figure, drawn.fonts)
 
 
 def _curves(run: Description) -> bytes:
