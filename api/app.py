@@ -22,6 +22,7 @@ import logs
 from api import openapi, problems
 from api.connections import Acceptor, Connections, connection_limits, listen
 from api.dependencies import Services
+from api.key_claims import KeyClaims
 from api.metrics import Metrics
 from api.middleware import RequestMiddleware, ShutdownState
 from api.prediction_queue import PredictionQueue
@@ -67,6 +68,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
     connections = Connections(connection_limits(settings), metrics.count_closed_connection)
     version_resolver = VersionResolver(database, shelf)
     prediction_queue = PredictionQueue(settings, shelf)
+    key_claims = KeyClaims(database)
     own_dispatcher: ThreadDispatcher | None = None
     if dispatcher is None and settings.redis_url:
         own_dispatcher = ThreadDispatcher(database, CeleryBroker(settings.redis_url), settings.live_s)
@@ -74,10 +76,12 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         version_resolver.start()
+        key_claims.start()
         if own_dispatcher is not None:
             own_dispatcher.start()
         yield
         version_resolver.close()
+        key_claims.close()
         prediction_queue.close()
         shelf.close()
         if own_dispatcher is not None:
@@ -104,6 +108,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         prediction_queue=prediction_queue,
         metrics=metrics,
         shutdown=shutdown,
+        key_claims=key_claims,
     )
     for group in (datasets, runs, views, events, networks, comparisons, models, predictions, operations):
         app.include_router(group.router)
@@ -192,6 +197,7 @@ def make_server(settings: Settings) -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=settings.trusted_proxies,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
         ws="none",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from artifacts.markdown import escaped
 from recipes.headline import Headline
 from training.figures import drawn_names, png
 from training.statistics.comparison import TEST, Difference
@@ -34,7 +35,7 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
     """Return the report as Markdown, with a row for each of `lines` in their order."""
     formatted = headline.formatted
     text = [
-        f"# Comparison of {name}",
+        f"# Comparison of {escaped(name)}",
         "",
         verdict,
         "",
@@ -52,7 +53,7 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
                 f"{line.difference.p_value:.2g}",
             )
         text.append(
-            f"| {line.title} | {line.version} | {formatted(line.score)} "
+            f"| {escaped(line.title)} | {line.version} | {formatted(line.score)} "
             f"| {formatted(line.ci95[0])} to {formatted(line.ci95[1])} "
             f"| {' | '.join(apart)} | {line.training_s:,.1f} s | {_milliseconds(line.predict_ms)} "
             f"| {line.backbone_bytes / 1e6:,.1f} MB | {line.bundle_bytes / 1e6:,.2f} MB |"

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from artifacts.bundle import Logits
+from artifacts.markdown import escaped
 from artifacts.run_files import RunFile
 from recipes import shapes
 from recipes.catalogue import ALL, CATALOGUE
@@ -175,13 +176,14 @@ def report(run: Description) -> str:
     if run.labels:
         lines += ["", "## Classes", "", "| class | images | precision | recall | F1 |", "|---|--:|--:|--:|--:|"]
     lines += [
-        f"| {row['label']} | {row['images']:,} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |"
+        f"| {escaped(row['label'])} | {row['images']:,} | {row['precision']:.3f} | {row['recall']:.3f} "
+        f"| {row['f1']:.3f} |"
         for row in sorted(metrics.get("per_class", []), key=lambda row: row["f1"])
     ]
     confused = _confused(run) if "confusion" in metrics else []
     if confused:
         lines += ["", "## Most frequent confusions", "", "| true class | predicted class | images |", "|---|---|--:|"]
-        lines += [f"| {truth} | {answer} | {count:,} |" for count, truth, answer in confused]
+        lines += [f"| {escaped(truth)} | {escaped(answer)} | {count:,} |" for count, truth, answer in confused]
     return "\n".join(lines) + "\n"
 
 
