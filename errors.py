@@ -28,6 +28,7 @@ EspalierError
 │   └── StoreUnavailable   the bucket of stored files does not respond
 │       └── StoreRefused   the bucket does not exist, or denies access
 ├── Unauthorized           no API key, or a wrong one
+├── KeyThrottled           too many wrong API keys from one address
 ├── Forbidden              a host or an origin that is not allowed
 ├── WeightsUnavailable     pretrained weights that cannot be obtained
 ├── WeightsRefused         a weights file that does not fit, or holds code
@@ -251,6 +252,13 @@ class Unauthorized(EspalierError):
     """The API key is missing or wrong."""
 
     code = "unauthorized"
+
+
+class KeyThrottled(EspalierError):
+    """One address sent too many wrong API keys; try again later."""
+
+    code = "key-throttled"
+    title = "Too many wrong API keys"
 
 
 class Forbidden(EspalierError):

@@ -7,7 +7,6 @@ of this service.
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -19,8 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import problems
 from api.connections import Connections
+from api.key_guard import KeyGuard
 from api.metrics import Metrics
-from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Overloaded, RequestInvalid, Unauthorized
+from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Overloaded, RequestInvalid
 
 URL_BYTES = 8 * 1024
 HEADER_BYTES = 16 * 1024
@@ -52,7 +52,7 @@ class RequestMiddleware:
     ) -> None:
         self._app = app
         self._hosts = hosts
-        self._api_key = api_key
+        self._guard = KeyGuard(api_key) if api_key is not None else None
         self._metrics = metrics
         self._shutdown = shutdown
         self._connections = connections
@@ -107,22 +107,23 @@ class RequestMiddleware:
             )
         if scope["method"] not in _SAFE and _is_cross_site(headers, host):
             return Forbidden("A page of another site may not send this request for you.")
+        refusal = self._key_refusal(scope, headers)
+        scope["state"]["may_see_details"] = refusal is None
         if scope["path"].startswith(PUBLIC_PATHS):
             return None
-        if self._api_key is not None and (unauthorized := self._unauthorized(headers)) is not None:
-            return unauthorized
+        if refusal is not None:
+            return refusal
         if self._connections.is_crowded:
             limit = self._connections.limits.connections
             return Overloaded(f"Expected at most {limit} open connections, and all are busy. Try again soon.")
         return None
 
-    def _unauthorized(self, headers: Headers) -> EspalierError | None:
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        if not key:
-            return Unauthorized("Expected the header 'Authorization: Bearer <API key>'. Received none.")
-        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), (self._api_key or "").encode()):
-            return Unauthorized("The API key is wrong.")
-        return None
+    def _key_refusal(self, scope: Scope, headers: Headers) -> EspalierError | None:
+        """Return why the key of a request is refused, or None if it is right or none is needed."""
+        if self._guard is None:
+            return None
+        host, _ = scope.get("client") or ("", 0)
+        return self._guard.check(headers.get("authorization", ""), host)
 
 
 def _without_port(host: str) -> str:

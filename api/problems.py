@@ -60,6 +60,7 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.StoreUnavailable: 503,
     errors.StoreRefused: 503,
     errors.Unauthorized: 401,
+    errors.KeyThrottled: 429,
     errors.Forbidden: 403,
     errors.WeightsUnavailable: 503,
     errors.WeightsRefused: 422,
@@ -100,7 +101,7 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
     extra = dict(headers or {})
     if content["status"] == 401:
         extra["WWW-Authenticate"] = "Bearer"
-    if content["status"] == 503:
+    if content["status"] in (429, 503):
         extra["Retry-After"] = str(math.ceil(content.get("retry_after_s", RETRY_AFTER_S)))
     return ProblemResponse({**content, "request_id": request_id}, content["status"], extra)
 

@@ -655,7 +655,8 @@ class Check(Schema):
     """The health of one part of the service."""
 
     ok: bool
-    detail: str
+    detail: str | None
+    """What was found; null for requests without the API key, if there is one."""
 
 
 class Readiness(Schema):

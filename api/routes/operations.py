@@ -9,11 +9,12 @@ from datetime import timedelta
 
 import redis
 import structlog
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api.dependencies import Services, ServicesDep
 from api.schemas import Check, Page, Readiness, WorkerOut
+from artifacts.addresses import hide_password
 from errors import EspalierError
 from models import job as jobs
 from models import outbox
@@ -41,8 +42,8 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
-def readyz(services: ServicesDep, response: Response) -> Readiness:
-    """Report part by part whether requests should be sent here."""
+def readyz(services: ServicesDep, request: Request, response: Response) -> Readiness:
+    """Report part by part whether requests should be sent here; if there is an API key, the details need it."""
     checks = {
         "database": _checked(_database, services),
         "schema": _checked(_schema, services),
@@ -56,6 +57,8 @@ def readyz(services: ServicesDep, response: Response) -> Readiness:
     }
     ready = all(checks[name].ok for name in _DECISIVE)
     response.status_code = 200 if ready else 503
+    if not request.state.may_see_details:
+        checks = {name: Check(ok=check.ok, detail=None) for name, check in checks.items()}
     return Readiness(ready=ready, checks=checks)
 
 
@@ -144,7 +147,7 @@ def _broker(services: Services) -> Check:
         with redis.Redis.from_url(_redis_url(services.settings.redis_url), socket_timeout=1) as client:
             client.ping()
     except redis.RedisError as error:
-        return Check(ok=False, detail=f"{error}; jobs wait until the broker answers")
+        return Check(ok=False, detail=f"{hide_password(str(error))}; jobs wait until the broker answers")
     return Check(ok=True, detail="answers")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from artifacts.markdown import escaped
 from recipes.headline import Headline
 from training.figures import drawn_names, png
 from training.statistics.comparison import TEST, Difference
@@ -34,7 +35,7 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
     """Return the report as Markdown, with a row for each of `lines` in their order."""
     formatted = headline.formatted
     text = [
-        f"# Comparison of {name}",
+        f"# Comparison of {escaped(name)}",
         "",
         verdict,
         "",
@@ -52,7 +53,7 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
                 f"{line.difference.p_value:.2g}",
             )
         text.append(
-            f"| {line.title} | {line.version} | {formatted(line.score)} "
+            f"| {escaped(line.title)} | {line.version} | {formatted(line.score)} "
             f"| {formatted(line.ci95[0])} to {formatted(line.ci95[1])} "
             f"| {' | '.join(apart)} | {line.training_s:,.1f} s | {_milliseconds(line.predict_ms)} "
             f"| {line.backbone_bytes / 1e6:,.1f} MB | {line.bundle_bytes / 1e6:,.2f} MB |"
@@ -75,8 +76,14 @@ def _milliseconds(value: float | None) -> str:
 
 def row_name(line: Line) -> str:
     """Return the name of a row in the picture: its version, by which the table has the row, and its title."""
-    title = textwrap.fill(line.title, _TITLE_CHARACTERS, max_lines=_TITLE_LINES, placeholder=" …")
-    return f"version {line.version}: {title}" if title else f"version {line.version}"
+    title = line.title
+    half = _TITLE_CHARACTERS * _TITLE_LINES // 2 - 22
+    if len(title) > 2 * half:  # titles often differ at their end
+        title = f"{title[:half]} … {title[-half:]}"
+    title = textwrap.fill(
+        f"version {line.version}: {title}", _TITLE_CHARACTERS, max_lines=_TITLE_LINES, placeholder=" …"
+    )
+    return title.removesuffix(": ").removesuffix(":")
 
 
 def forest(headline: Headline, lines: Sequence[Line]) -> bytes:

@@ -23,6 +23,8 @@ import structlog
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from artifacts.addresses import hide_password
+from artifacts.markdown import escaped
 from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
 from errors import Unavailable
@@ -34,7 +36,7 @@ from models.dataset import Dataset, DatasetVersion
 from models.outbox import Outbox, drop_refusals, outbox_rows, record_refusals
 from models.registry import ModelVersion
 from models.run import Fold, Run, RunArtifact, RunState
-from recipes.headline import HEADLINES, Headline
+from recipes.headline import HEADLINES, Headline, written_numbers
 from recipes.recipe import Task, flat
 from worker.lease import Complete, Handler, Work
 
@@ -204,7 +206,8 @@ def _mlflow(place: TrackingSettings) -> Iterator[Any]:
     try:
         yield mlflow.MlflowClient(tracking_uri=place.url, registry_uri=place.url)
     except (mlflow.MlflowException, requests.RequestException) as error:
-        raise Unavailable(f"MLflow at {place.url} does not take what it is sent: {error}") from error
+        told = hide_password(f"MLflow at {place.url} does not take what it is sent: {error}")
+        raise Unavailable(told) from error
 
 
 # What MLflow answers about the request itself. All other errors come from a proxy or from a server that is away, too
@@ -287,7 +290,9 @@ class _Page:
         run = facts.run
         if run.error is not None:
             with self._recording("the error"):
-                self._client.set_tag(self.run_id, _NOTE, f"**Failed:** {run.error['detail']}"[:_TAG_CHARACTERS])
+                self._client.set_tag(
+                    self.run_id, _NOTE, f"**Failed:** {escaped(run.error['detail'])}"[:_TAG_CHARACTERS]
+                )
         if run.metrics is not None:
             at = _milliseconds(run.finished_at)
             summary = _summary(self._headline, run.metrics)
@@ -528,7 +533,7 @@ def _card(facts: Facts, api_url: str) -> str:
     """Return the card of the data set, as Markdown."""
     version = facts.version
     lines = [
-        f"# {facts.dataset.name}",
+        f"# {escaped(facts.dataset.name)}",
         "",
         f"{version.images:,} images, version {version.number}, {version.task.value if version.task else ''}; "
         f"{version.duplicates:,} duplicates, {version.refused_total:,} refused.",
@@ -544,8 +549,9 @@ def _card(facts: Facts, api_url: str) -> str:
 def _contents(version: DatasetVersion) -> list[str]:
     """Return what a data set version has images of, as lines of Markdown."""
     if version.target is not None:
-        return ["Numbers from {min:g} to {max:g}, {mean:g} in the mean.".format(**version.target)]
-    counts = (f"| {count.name} | {count.images:,} |" for count in version.class_counts)
+        low, high, mean = written_numbers(*(version.target[name] for name in ("min", "max", "mean")))
+        return [f"Numbers from {low} to {high}, {mean} in the mean."]
+    counts = (f"| {escaped(count.name)} | {count.images:,} |" for count in version.class_counts)
     return ["| class | images |", "|---|--:|", *counts]
 
 
@@ -554,9 +560,12 @@ def _headline(run: Run) -> Headline:
 
 
 def _note(facts: Facts) -> str:
+    metrics = facts.run.metrics or {}
+    is_better = metrics.get("baseline", {}).get("is_better", True)
+    bad = "" if is_better else "**This model is no better than a constant answer that ignores the image.** "
     return (
-        f"**{_headline(facts.run).sentence(facts.run.metrics or {})}**, out of fold on {facts.dataset.name} version "
-        f"{facts.version.number}. See `report.md` under Artifacts."
+        f"{bad}**{_headline(facts.run).sentence(metrics)}**, out of fold on {escaped(facts.dataset.name)} "
+        f"version {facts.version.number}. See `report.md` under Artifacts."
     )
 
 

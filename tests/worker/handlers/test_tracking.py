@@ -29,6 +29,7 @@ from models import job as jobs
 from models import registry, run_jobs
 from models import run as runs
 from models.comparison import Comparison, ComparisonRun, ComparisonState
+from models.dataset import DatasetVersion
 from models.job import Job, JobKind, JobState, Queue
 from models.outbox import Outbox, add_publish_jobs, add_to_outbox, get_refusals, outbox_rows
 from models.run import Fold, Run
@@ -342,6 +343,16 @@ def test_names_that_mlflow_does_not_take_are_shown_under_others(
     assert case.owed() == 0
     assert [run[1] for run in shown["runs"]] == ["FINISHED"] * 3
     assert shown["models"] == 1 and shown["aliases"] == dict.fromkeys(aliases.values(), 1)
+
+
+def test_the_card_of_a_data_set_shows_the_names_of_classes_as_text(mlflow_url: str, case: Case) -> None:
+    with case.database.writing() as session:
+        version = session.get_one(DatasetVersion, session.get_one(Run, case.run_id).dataset_version_id)
+        version.classes = [{**version.classes[0], "name": "<img src=x onerror=alert(1)>|"}]
+    case.publish(mlflow_url)
+    experiment = mlflow.MlflowClient(mlflow_url).get_experiment_by_name(case.name)
+    assert experiment is not None
+    assert r"| &lt;img src=x onerror=alert(1)&gt;\| | 10 |" in experiment.tags["mlflow.note.content"]
 
 
 @pytest.mark.parametrize(
