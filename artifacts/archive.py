@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from artifacts.file_names import decode_names, is_litter
+from artifacts.file_names import find_code_page, is_litter
 from errors import ArchiveRefused, Refused
 
 MIB = 1024 * 1024
@@ -101,7 +101,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def check_path(name: str, limits: ArchiveLimits) -> str:
-    """Return a member name as a relative path with `/`, in NFC. Raises ArchiveRefused for an unsafe or overlong name."""
+    """Return a member name as a relative path with `/`, in NFC. Raises ArchiveRefused for an unsafe or long name."""
     check_safe(name)
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
         raise ArchiveRefused(
@@ -347,8 +347,8 @@ def _names(infos: Sequence[zipfile.ZipInfo], code_page: str | None) -> list[str]
     """
     known = [_said_name(info) for info in infos]
     unknown = {_raw_name(info) for info, name in zip(infos, known, strict=True) if name is None}
-    decoded = decode_names(unknown, code_page)
-    return [name if name is not None else decoded[_raw_name(info)] for info, name in zip(infos, known, strict=True)]
+    found = find_code_page(unknown, code_page, "file names")
+    return [_raw_name(info).decode(found) if name is None else name for info, name in zip(infos, known, strict=True)]
 
 
 def _said_name(info: zipfile.ZipInfo) -> str | None:
@@ -393,10 +393,10 @@ class TarArchive:
         self._budget = _budget(path.stat().st_size, limits)
         index = _EntryCollector(path.stat().st_size, limits)
         members = [_TarMember.of(number, info) for number, (_, info) in enumerate(self._files(index))]
-        decoded = decode_names({member.name for member in members}, code_page)
+        found = find_code_page({member.name for member in members}, code_page, "file names")
         self._paths: dict[int, str] = {}
         for member in members:
-            entry = index.add(decoded[member.name], member.size_bytes, member.check)
+            entry = index.add(member.name.decode(found), member.size_bytes, member.check)
             if entry is not None:
                 self._paths[member.number] = entry
         index.check_any()
@@ -521,6 +521,4 @@ def _tar_damaged(error: Exception) -> ArchiveRefused:
 
 
 def _not_regular(info: tarfile.TarInfo) -> ArchiveRefused:
-    return ArchiveRefused(
-        f"Expected regular files and folders only. Received a sparse file: {info.name[:200]!r}."
-    )
+    return ArchiveRefused(f"Expected regular files and folders only. Received a sparse file: {info.name[:200]!r}.")

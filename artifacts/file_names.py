@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 
 from errors import ArchiveRefused
@@ -66,7 +66,7 @@ _LITTER_BEGINNINGS = ("._", ".trash-", ".fuse_hidden", ".nfs")
 
 
 def is_litter(path: str) -> bool:
-    """Return whether a path is a hidden file, or one that an operating system, camera or disk station creates by itself.
+    """Return whether a path is a hidden file, or one that a system, camera or disk station creates by itself.
 
     An unknown folder that begins with a dot is none: `.NET` may be a class.
     """
@@ -76,27 +76,21 @@ def is_litter(path: str) -> bool:
     return any(folder in _LITTER_FOLDERS or folder.startswith(_LITTER_BEGINNINGS) for folder in folders)
 
 
-def decode_names(names: Collection[bytes], code_page: str | None, what: str = "file names") -> Mapping[bytes, str]:
-    """Return each name as text: in UTF-8 if all are, else in `code_page`, or in the only plausible one if that is None.
+def find_code_page(names: Collection[bytes], chosen: str | None, what: str) -> str:
+    """Return the encoding of names: UTF-8 if all are in it, else the `chosen` one, or the only plausible one.
 
-    Raises ArchiveRefused if several code pages give plausible names, with each reading, or if none does.
+    Raises ArchiveRefused if several code pages give plausible names, with each reading, or if none does. `what` is what
+    they are, for the message.
     """
-    try:
-        return {name: name.decode() for name in names}
-    except UnicodeDecodeError:
-        pass
-    if code_page is not None:
-        try:
-            return {name: name.decode(code_page) for name in names}
-        except UnicodeDecodeError as error:
-            raise ArchiveRefused(
-                f"The {what} are neither in UTF-8 nor in {code_page}: {error.object[:100]!r}. Choose another code page.",
-                retry="names",
-            ) from error
+    if _can_decode(names, "utf-8"):
+        return "utf-8"
+    if chosen is not None:
+        if _can_decode(names, chosen):
+            return chosen
+        raise ArchiveRefused(f"The {what} are neither in UTF-8 nor in {chosen}. Choose another one.", retry="names")
     plausible = _readings(sorted(name for name in names if not name.isascii()))
     if len(plausible) == 1:
-        (only,) = plausible
-        return {name: name.decode(only) for name in names}
+        return next(iter(plausible))
     several = "several code pages give plausible ones" if plausible else "no known code page gives plausible ones"
     readings = "; ".join(f"{page}: {', '.join(map(repr, some))}" for page, some in plausible.items())
     raise ArchiveRefused(
@@ -105,6 +99,15 @@ def decode_names(names: Collection[bytes], code_page: str | None, what: str = "f
         retry="names",
         readings={page: list(some) for page, some in plausible.items()},
     )
+
+
+def _can_decode(names: Iterable[bytes], code_page: str) -> bool:
+    try:
+        for name in names:
+            name.decode(code_page)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def code_page_named(name: str) -> str | None:

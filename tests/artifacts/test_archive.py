@@ -547,7 +547,9 @@ def test_litter_is_ignored_and_counted(opened: Opener, named: Named) -> None:
 
 def test_litter_is_told_by_its_name() -> None:
     others = ["cat/Icon\r", "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/1.jpg", "lost+found/x.png"]
-    assert all(is_litter(path) for path in [*LITTER, *others, "desktop.ini", "a/Desktop.ini", ".Trash-1000/files/1.jpg"])
+    assert all(
+        is_litter(path) for path in [*LITTER, *others, "desktop.ini", "a/Desktop.ini", ".Trash-1000/files/1.jpg"]
+    )
     pictures = ["a/1.png", "thumbs.db/1.png", "macosx/1.png", "a/x.DS_Store", ".NET/1.png"]
     assert not any(is_litter(path) for path in pictures)
 
@@ -752,7 +754,7 @@ def test_an_encrypted_member_is_refused(opened: Opener, flags: int) -> None:
     encrypted = Member(b"a/2.png", says={"flags": flags})
     archive = opened(zip_of(Member(b"a/1.png"), encrypted))
     assert "without encryption" in refusals(archive)["a/2.png"] and list(contents(archive)) == ["a/1.png"]
-    with pytest.raises(ArchiveRefused, match="No file of the archive can be read.*without encryption"):
+    with pytest.raises(ArchiveRefused, match=r"No file of the archive can be read.*without encryption"):
         opened(zip_of(encrypted))
 
 
