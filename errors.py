@@ -5,6 +5,7 @@ EspalierError
 ├── Conflict
 │   ├── NameTaken          the name is in use
 │   ├── NotReady           something exists, but is not ready or never will be
+│   ├── NoChampion         a model whose versions are all too bad to answer by default
 │   ├── InUse              something that is still running needs it
 │   └── InFlight           the same request is being answered right now
 ├── Invalid
@@ -102,6 +103,12 @@ class NotReady(Conflict):
     """Something exists but is not ready for use, or never will be."""
 
     code = "not-ready"
+
+
+class NoChampion(Conflict):
+    """No version of the model answers by default, since none is better than a constant answer."""
+
+    code = "no-champion"
 
 
 class InUse(Conflict):

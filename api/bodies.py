@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails, from_json
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import MutableHeaders
@@ -23,10 +24,15 @@ from api import problems
 from api.schemas import PredictRequest
 from artifacts.archive import sniff
 from artifacts.store import Digest, Store, Writer
-from errors import ArchiveRefused, DiskFull, ImageRefused, RequestInvalid, TooLarge
+from errors import ArchiveRefused, DiskFull, EspalierError, ImageRefused, RequestInvalid, TooLarge
 
 MIB = 1024 * 1024
 JSON_BYTES = MIB
+# Values of a JSON body: a comparison of 20 recipes with 200 layers each has fewer. Pydantic keeps one error for each.
+JSON_VALUES = 20_000
+# Multipart fields beside those that a route reads.
+OTHER_FIELDS = 100
+_NAMES_SHOWN = 3
 _CHUNK_BYTES = MIB
 _SNIFFED_BYTES = 262
 _DISK_EVERY_BYTES = 64 * MIB
@@ -120,22 +126,12 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
         async for piece in pieces:
             yield piece
         return
-    form = _MultipartForm(boundary)
-    archive: int | None = None
+    form = _MultipartForm(boundary, "archive", limit=1)
     async for piece in pieces:
-        for part, name, data in form.feed(piece):
-            if name != "archive":
-                continue
-            if archive not in (None, part):
-                raise RequestInvalid(
-                    "Expected one multipart field 'archive'. Received two. Send the second one as a version.",
-                    field="archive",
-                )
-            archive = part
-            yield data
-    if archive is None:
+        yield b"".join(data for _, data in await asyncio.to_thread(form.feed, piece))
+    if not form.parts:
         raise RequestInvalid(
-            f"Expected a multipart field 'archive'. Received {sorted(form.names) or 'none'}.", field="archive"
+            f"Expected a multipart field 'archive'. Received {_names(form.other_names)}.", field="archive"
         )
 
 
@@ -163,36 +159,43 @@ async def receive_images(request: Request, limit_images: int, limit_bytes: int, 
         RequestInvalid: there is no image, or the body is malformed.
     """
     boundary = _boundary(request)
-    body = await _whole_body(request, limit_bytes)
     if boundary is not None:
-        images = _multipart_images(body, boundary)
-    elif body[:_SNIFFED_BYTES].lstrip().startswith(b"{"):  # no image begins with a brace
-        images = _json_images(body)
+        images = await _multipart_images(request, boundary, limit_images, limit_bytes)
     else:
-        images = [body] if body else []
+        body = await _whole_body(request, limit_bytes)
+        if body[:_SNIFFED_BYTES].lstrip().startswith(b"{"):  # no image begins with a brace
+            images = await asyncio.to_thread(_json_images, body, limit_images)
+        else:
+            images = [body] if body else []
     if not images:
         raise RequestInvalid(
             "Expected an image as the body, multipart fields 'images', or JSON {'images': [base64]}. Received nothing.",
             field="images",
         )
-    if len(images) > limit_images:
-        raise TooLarge(f"Expected at most {limit_images} images in one request. Received {len(images)}.")
     for position, image in enumerate(images):
         _check_file(position, image, limit_file_bytes)
     return images
 
 
 async def _whole_body(request: Request, limit_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in _limited_stream(request, limit_bytes):
+        body += chunk
+    return bytes(body)
+
+
+async def _limited_stream(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the body of a prediction. Raises TooLarge as soon as it exceeds the limit."""
     expected = f"Expected at most {limit_bytes / MIB:g} MiB of images in one request."
     announced = declared_bytes(request) or 0
     if announced > limit_bytes:
         raise TooLarge(f"{expected} Received {announced} bytes.")
-    body = bytearray()
+    received = 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
+        received += len(chunk)
+        if received > limit_bytes:
             raise TooLarge(f"{expected} Received more than {limit_bytes} bytes.")
-    return bytes(body)
+        yield chunk
 
 
 def _check_file(position: int, image: bytes, limit_bytes: int) -> None:
@@ -206,26 +209,73 @@ def _check_file(position: int, image: bytes, limit_bytes: int) -> None:
         )
 
 
-def _multipart_images(body: bytes, boundary: bytes) -> list[bytes]:
-    form = _MultipartForm(boundary)
+async def _multipart_images(request: Request, boundary: bytes, limit_images: int, limit_bytes: int) -> list[bytes]:
+    form = _MultipartForm(boundary, "images", limit_images)
     images: dict[int, bytearray] = {}
-    for part, name, data in form.feed(body):
-        if name == "images":
+    async for piece in _in_large_chunks(_limited_stream(request, limit_bytes)):
+        for part, data in await asyncio.to_thread(form.feed, piece):
             images.setdefault(part, bytearray()).extend(data)
+    if not images and form.other_names:
+        raise RequestInvalid(
+            f"Expected multipart fields 'images'. Received {_names(form.other_names)}. Rename the field, as in "
+            "curl -F images=@photo.jpg.",
+            field="images",
+        )
     return [bytes(image) for image in images.values()]
 
 
-def _json_images(body: bytes) -> list[bytes]:
+def _too_many_images(limit_images: int) -> TooLarge:
+    return TooLarge(f"Expected at most {limit_images} images in one request. Received more. Send several requests.")
+
+
+def _json_images(body: bytes, limit_images: int) -> list[bytes]:
+    """Return the images of a JSON body. Base64 has no commas, so a body with too many of them is not read to its end.
+
+    Raises RequestInvalid for the first error, and TooLarge.
+    """
+    end = _nth_comma(body, limit_images + 1)
     try:
-        return list(PredictRequest.model_validate_json(body).images)
+        if end is None:
+            images = list(PredictRequest.model_validate_json(body).images)
+        else:
+            images = list(PredictRequest.model_validate(from_json(body[:end], allow_partial=True)).images)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = problems.field_path(first["loc"]) or "body"
-        expected, received = problems.expected_and_received(first)
-        raise RequestInvalid(f"{field}: {expected}. Received {received}.", field=field) from error
+        raise _images_invalid(error.errors()[0]) from error
+    except ValueError as error:  # of `from_json`
+        raise RequestInvalid(f"body: Expected JSON. Received something else: {error}.", field="body") from error
+    if end is not None or len(images) > limit_images:
+        raise _too_many_images(limit_images)
+    return images
+
+
+def _nth_comma(body: bytes, number: int) -> int | None:
+    """Return the position of the comma with this number, counted from 1; None if there are fewer."""
+    at = -1
+    for _ in range(number):
+        at = body.find(b",", at + 1)
+        if at < 0:
+            return None
+    return at
+
+
+def _images_invalid(error: ErrorDetails) -> RequestInvalid:
+    """Return the error for the first thing that is wrong with a JSON body of images."""
+    field = problems.field_path(error["loc"]) or "body"
+    expected, received = problems.expected_and_received(error)
+    hint = ""
+    if error["loc"][:1] == ("images",) and len(error["loc"]) == 2:
+        expected = "Expected the bytes of an image file as base64 text"
+        if isinstance(error["input"], str) and error["input"].startswith("data:"):
+            hint = " Send only what follows the comma of a data URL."
+        else:
+            hint = " In Python: base64.b64encode(image_bytes).decode()."
+    return RequestInvalid(f"{field}: {expected}. Received {received}.{hint}", field=field)
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+_EXPECTED_BYTES = f"Expected a body of at most {JSON_BYTES / MIB:g} MiB."
 
 
 class JsonRoute(APIRoute):
@@ -240,12 +290,12 @@ class JsonRoute(APIRoute):
         async def limited(request: Request) -> Response:
             announced = declared_bytes(request) or 0
             if announced > JSON_BYTES:
-                raise _json_too_large(f"{announced} bytes")
+                raise TooLarge(f"{_EXPECTED_BYTES} Received {announced} bytes.")
             MutableHeaders(scope=request.scope)["content-type"] = "application/json"
             try:
-                return await handler(Request(request.scope, _limited(request.receive, JSON_BYTES)))
+                return await handler(Request(request.scope, _limited(request.receive)))
             except _BodyTooLarge as error:
-                raise _json_too_large(f"more than {JSON_BYTES} bytes") from error
+                raise TooLarge(error.detail) from error
             except HTTPException as error:
                 if isinstance(error.__cause__, ClientDisconnect):
                     raise error.__cause__ from None
@@ -260,25 +310,29 @@ class JsonRoute(APIRoute):
 
 
 class _BodyTooLarge(HTTPException):
-    """The body exceeds its limit. An HTTPException, since FastAPI wraps any other error while it reads a body."""
+    """The body exceeds a limit; `detail` says which. FastAPI wraps any other error than an HTTPException."""
 
 
-def _limited(receive: Receive, limit_bytes: int) -> Receive:
-    left = limit_bytes
+def _limited(receive: Receive) -> Receive:
+    """Return a function that receives a JSON body. It raises _BodyTooLarge beyond the limits of bytes and values.
+
+    Every comma separates two values, except for those in texts, which no body has by the thousand.
+    """
+    left, values_left = JSON_BYTES, JSON_VALUES
 
     async def counted() -> Message:
-        nonlocal left
+        nonlocal left, values_left
         message = await receive()
-        left -= len(message.get("body", b""))
+        body = message.get("body", b"")
+        left -= len(body)
+        values_left -= body.count(b",")
         if left < 0:
-            raise _BodyTooLarge(413)
+            raise _BodyTooLarge(413, f"{_EXPECTED_BYTES} Received more than {JSON_BYTES} bytes.")
+        if values_left <= 0:
+            raise _BodyTooLarge(413, f"Expected a JSON body of at most {JSON_VALUES:,} values. Received more.")
         return message
 
     return counted
-
-
-def _json_too_large(received: str) -> TooLarge:
-    return TooLarge(f"Expected a body of at most {JSON_BYTES / MIB:g} MiB. Received {received}.")
 
 
 # --- multipart -----------------------------------------------------------------------------------------------------
@@ -295,32 +349,45 @@ def _boundary(request: Request) -> bytes | None:
     return boundary
 
 
-@dataclass
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"a field {problems.short_repr(name)}" for name in names) or "none"
+
+
 class _MultipartForm:
-    """Parses a multipart body piece by piece; keeps only the name of the current part."""
+    """Parses a multipart body piece by piece, and stops at its limits.
 
-    boundary: bytes
-    names: set[str] = field(default_factory=set)
-    _part: int = 0
-    _name: str = ""
-    _header: bytes = b""
-    _value: bytes = b""
-    _out: list[tuple[int, str, bytes]] = field(default_factory=list)
+    Attributes:
+        parts: how many fields of the wanted name have begun.
+        other_names: the names of the first other fields.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, boundary: bytes, wanted: str, limit: int) -> None:
+        """Accept at most `limit` fields named `wanted`, and `OTHER_FIELDS` others."""
+        self.parts = 0
+        self.other_names: list[str] = []
+        self._wanted = wanted
+        self._limit = limit
+        self._others = 0
+        self._is_wanted = False
+        self._header = self._value = b""
+        self._out: list[tuple[int, bytes]] = []
         self._parser = MultipartParser(
-            self.boundary,
+            boundary,
             {
                 "on_part_begin": self._begin,
                 "on_header_field": self._on_field,
                 "on_header_value": self._on_value,
                 "on_header_end": self._on_header,
+                "on_headers_finished": self._on_headers,
                 "on_part_data": self._on_data,
             },
         )
 
-    def feed(self, chunk: bytes) -> list[tuple[int, str, bytes]]:
-        """Return (number of the part, field name, bytes) for each piece in this chunk; the bytes may be empty."""
+    def feed(self, chunk: bytes) -> list[tuple[int, bytes]]:
+        """Return (number of the wanted field, bytes) for each piece in this chunk; the bytes may be empty.
+
+        Raises RequestInvalid for a malformed body, and for too many fields; TooLarge for too many images.
+        """
         self._out = []
         try:
             self._parser.write(chunk)
@@ -329,7 +396,6 @@ class _MultipartForm:
         return self._out
 
     def _begin(self) -> None:
-        self._part += 1
         self._name = ""
 
     def _on_field(self, data: bytes, start: int, end: int) -> None:
@@ -342,9 +408,34 @@ class _MultipartForm:
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(self._value)
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
-            self.names.add(self._name)
-            self._out.append((self._part, self._name, b""))  # so that a part without content counts too
         self._header = self._value = b""
 
+    def _on_headers(self) -> None:
+        self._is_wanted = self._name == self._wanted
+        if self._is_wanted:
+            self.parts += 1
+            if self.parts > self._limit:
+                raise self._too_many()
+            self._out.append((self.parts, b""))  # so that a part without content counts too
+            return
+        self._others += 1
+        if len(self.other_names) < _NAMES_SHOWN:
+            self.other_names.append(self._name)
+        if self._others > OTHER_FIELDS:
+            raise RequestInvalid(
+                f"Expected multipart fields '{self._wanted}' and at most {OTHER_FIELDS} others. Received more, such as "
+                f"{_names(self.other_names)}.",
+                field=self._wanted,
+            )
+
+    def _too_many(self) -> EspalierError:
+        if self._limit > 1:
+            return _too_many_images(self._limit)
+        return RequestInvalid(
+            f"Expected one multipart field '{self._wanted}'. Received two. Send the second one as a version.",
+            field=self._wanted,
+        )
+
     def _on_data(self, data: bytes, start: int, end: int) -> None:
-        self._out.append((self._part, self._name, data[start:end]))
+        if self._is_wanted:
+            self._out.append((self.parts, data[start:end]))

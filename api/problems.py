@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from errors import EspalierError, RecipeInvalid, RequestInvalid
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:espalier:problem:"
 RETRY_AFTER_S = 1
+# Validation errors that one answer lists.
+ERRORS_SHOWN = 20
 # nginx logs this status when a client disconnects before the answer; no standard defines one.
 CLIENT_CLOSED_REQUEST = 499
 
@@ -34,6 +37,7 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.Conflict: 409,
     errors.NameTaken: 409,
     errors.NotReady: 409,
+    errors.NoChampion: 409,
     errors.InUse: 409,
     errors.InFlight: 409,
     errors.Invalid: 422,
@@ -96,7 +100,16 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
         extra["WWW-Authenticate"] = "Bearer"
     if content["status"] == 503:
         extra["Retry-After"] = str(math.ceil(content.get("retry_after_s", RETRY_AFTER_S)))
-    return JSONResponse({**content, "request_id": request_id}, content["status"], extra, MEDIA_TYPE)
+    return ProblemResponse({**content, "request_id": request_id}, content["status"], extra)
+
+
+class ProblemResponse(JSONResponse):
+    """A problem. Half a surrogate pair, which no encoding has, stays the escape that the client wrote."""
+
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
 def request_id(request: Request) -> str:
@@ -162,13 +175,15 @@ def expected_and_received(error: ErrorDetails) -> tuple[str, str]:
 def _invalid(error: RequestValidationError) -> EspalierError:
     """Return the error for a failed validation; it names each field by the path that the client wrote."""
     found = []
-    for item in error.errors():
+    items = error.errors()
+    for item in items[:ERRORS_SHOWN]:
         message, received = expected_and_received(item)
         found.append({"field": _field(item, error.body), "message": message, "received": received})
     first = found[0]
     detail = f"{first['field']}: {first['message']}. Received {first['received']}."
-    if len(found) > 1:
-        detail += f" And {len(found) - 1} more; 'errors' lists them."
+    if len(items) > 1:
+        shown = "lists them" if len(found) == len(items) else f"lists the first {len(found)} of all"
+        detail += f" And {len(items) - 1} more; 'errors' {shown}."
     if first["field"].startswith(_RECIPES):
         return RecipeInvalid(first["field"], detail, errors=found)
     return RequestInvalid(detail, field=first["field"], errors=found)

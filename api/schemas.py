@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 from artifacts.layout import Split
 from models.comparison import ComparisonState
@@ -44,6 +45,16 @@ class Request(Schema):
     """Base class of all request bodies; they refuse unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_text(cls, body: object) -> object:
+        """Refuse halves of surrogate pairs, which JSON can write but no file, database or answer can hold."""
+        try:
+            json.dumps(body, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("expected text in Unicode, received half a surrogate pair") from error
+        return body
 
 
 class Problem(Schema):
@@ -425,7 +436,7 @@ class ComparisonRequest(Request):
     """Version of the data set; by default the newest that is ready."""
     name: Name
     """Name of the model to which every run adds a version."""
-    recipes: Annotated[list[Recipe], Field(min_length=2, max_length=20)]
+    recipes: Annotated[list[Recipe], Field(min_length=2, max_length=20, fail_fast=True)]
     """Recipes with equal `seed`, `folds.k`, `folds.repeats` and `task`, so that all are tested on the same images."""
 
 
@@ -541,10 +552,12 @@ class AliasOut(Schema):
     serving: Literal["new", "old"]
 
 
-class PredictRequest(Request):
+class PredictRequest(Schema):
     """Images as base64 text."""
 
-    images: Annotated[list[Base64Bytes], Field(min_length=1)]
+    model_config = ConfigDict(extra="forbid")
+
+    images: Annotated[list[Base64Bytes], Field(min_length=1, fail_fast=True)]
 
 
 class ClassPredictionOut(Schema):

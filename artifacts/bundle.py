@@ -1,7 +1,8 @@
-"""Bundle format 1: one model version as it is served, in one safetensors file named by its digest.
+"""Bundle format 2: one model version as it is served, in one safetensors file named by its digest.
 
-The file's metadata holds the manifest; its tensors are the weights of the head and a golden input with its output.
-The backbone is referenced by digest, so that bundles share it. A bundle contains arrays and text, never code.
+Format 2 adds the unit of numbers to format 1; a bundle without it is still written as format 1. The file's metadata
+holds the manifest; its tensors are the weights of the head and a golden input with its output. The backbone is
+referenced by digest, so that bundles share it. A bundle contains arrays and text, never code.
 """
 
 from __future__ import annotations
@@ -21,23 +22,39 @@ from errors import BundleRefused
 from recipes.layers import Activation, Sides, sides
 from recipes.recipe import Precision, Resize, Task
 
-FORMAT = 1
+FORMAT, FORMAT_WITH_UNIT = 1, 2
 
 Float32 = npt.NDArray[np.float32]
+Logits = npt.NDArray[np.floating[Any]]
+"""The outputs of a head, [N, outputs]: float32, or float64 for the numbers of a regression, see `Unit`."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of the numbers that a regression answers: `output * scale + mean`, computed in float64.
+
+    Both are float64 [outputs]. They are not merged into the layer, since float32 has seven digits: numbers that vary
+    little around a large mean, such as times in seconds since 1970, would lose what varies.
+    """
+
+    mean: npt.NDArray[np.float64]
+    scale: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Dense:
-    """One dense layer: `activation((x - offset) @ kernel + bias)`.
+    """One dense layer: `activation((x - offset) @ kernel + bias)`, converted to `unit` if that is not None.
 
     kernel is float32 [inputs, units], bias float32 [units]. offset is float32 [inputs] or None. It is not merged into
-    the bias, because features that vary little around a large mean would lose their precision in float32.
+    the bias, because features that vary little around a large mean would lose their precision in float32. Only the
+    last layer can have a unit.
     """
 
     kernel: Float32
     bias: Float32
     activation: Activation
     offset: Float32 | None = None
+    unit: Unit | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,8 @@ class Bundle:
         threshold: minimum probability for the second class of a binary task, and for each label of a multi-label task.
         size: of the images, in pixels: the side of a square, or height and width.
         golden_input: uint8 [N, H, W, 3].
-        golden_output: float32 [N, outputs], the logits that belong to `golden_input`.
+        golden_output: [N, outputs], the logits that belong to `golden_input`: float64 if the last layer has a unit,
+            else float32.
         neighbours: digest of the file of training images to show as neighbours, if the recipe asked for it.
     """
 
@@ -68,7 +86,7 @@ class Bundle:
     resize: Resize
     layers: tuple[Dense, ...]
     golden_input: Pixels
-    golden_output: Float32
+    golden_output: Logits
     temperature: float = 1.0
     threshold: float = 0.5
     neighbours: Digest | None = None
@@ -76,7 +94,7 @@ class Bundle:
     def dump(self) -> bytes:
         """Return the bundle as a file; equal bundles give equal bytes."""
         manifest = {
-            "format": FORMAT,
+            "format": FORMAT if self.layers[-1].unit is None else FORMAT_WITH_UNIT,
             "task": self.task,
             "labels": self.labels,
             "backbone": self.backbone,
@@ -100,6 +118,8 @@ class Bundle:
             tensors[f"layers.{number}.bias"] = layer.bias
             if layer.offset is not None:
                 tensors[f"layers.{number}.offset"] = layer.offset
+            if layer.unit is not None:
+                tensors |= {f"layers.{number}.mean": layer.unit.mean, f"layers.{number}.scale": layer.unit.scale}
         return dump(manifest, tensors)
 
 
@@ -107,8 +127,10 @@ def load(data: bytes) -> Bundle:
     """Return the bundle in `data`. Raises BundleRefused."""
     try:
         manifest = load_values(data)
-        if manifest.get("format") != FORMAT:
-            raise BundleRefused(f"Expected a bundle of format {FORMAT}. Received format {manifest.get('format')}.")
+        if manifest.get("format") not in (FORMAT, FORMAT_WITH_UNIT):
+            raise BundleRefused(
+                f"Expected a bundle of format {FORMAT} or {FORMAT_WITH_UNIT}. Received format {manifest.get('format')}."
+            )
         return _bundle(*load_tensors(data))
     except UNREADABLE as error:
         raise BundleRefused(f"The bundle cannot be read: {error}.") from error
@@ -121,6 +143,9 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
             tensors[f"layers.{number}.bias"],
             Activation(layer["activation"]),
             tensors.get(f"layers.{number}.offset"),
+            Unit(tensors[f"layers.{number}.mean"], tensors[f"layers.{number}.scale"])
+            if f"layers.{number}.mean" in tensors
+            else None,
         )
         for number, layer in enumerate(manifest["layers"])
     )
@@ -151,7 +176,7 @@ def _size(value: int | list[int]) -> Sides:
     return height, width
 
 
-_F32, _U8 = np.dtype(np.float32), np.dtype(np.uint8)
+_F64, _F32, _U8 = np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.uint8)
 
 
 def _check(bundle: Bundle) -> None:
@@ -164,10 +189,16 @@ def _check(bundle: Bundle) -> None:
         _expect(f"layers.{number}.bias", layer.bias, _F32, (units[number],))
         if layer.offset is not None:
             _expect(f"layers.{number}.offset", layer.offset, _F32, (inputs,))
+    unit = bundle.layers[-1].unit
+    if any(layer.unit for layer in bundle.layers[:-1]) or (unit and bundle.task is not Task.REGRESSION):
+        raise BundleRefused("Expected a unit only of the last layer of a regression. Received another.")
+    if unit is not None:
+        _expect("the unit's mean", unit.mean, _F64, (outputs,))
+        _expect("the unit's scale", unit.scale, _F64, (outputs,))
     if bundle.layers[-1].activation is not Activation.LINEAR:
         raise BundleRefused(f"Expected a linear last layer. Received {bundle.layers[-1].activation}.")
     _expect("golden_input", bundle.golden_input, _U8, (images, *sides(bundle.size), 3))
-    _expect("golden_output", bundle.golden_output, _F32, (images, outputs))
+    _expect("golden_output", bundle.golden_output, _F32 if unit is None else _F64, (images, outputs))
     labels = len(bundle.labels)
     if (labels, outputs) != {Task.BINARY: (2, 1), Task.REGRESSION: (0, 1)}.get(bundle.task, (labels, labels)):
         raise BundleRefused(f"The labels do not fit the head of a {bundle.task} task: {labels} for {outputs} outputs.")

@@ -33,7 +33,7 @@ from models.project import Principal
 from models.registry import Weights
 from models.session import Database
 from ops.migrate import upgrade
-from ops.up import mlflow_answers, mlflow_server
+from ops.up import command_line, mlflow_answers, mlflow_server
 from recipes.catalogue import BackboneName
 from recipes.defaults import ClassCount, fill
 from recipes.filled import parse_filled
@@ -162,9 +162,9 @@ class Service:
 def mlflow(folder: Path) -> Iterator[str]:
     """Yield the address of a real MLflow server."""
     port = free_port()
-    program = mlflow_server(port, folder / "mlflow")
+    command = command_line(mlflow_server(port, folder / "mlflow"), folder)
     url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(program.command, env={**os.environ, **program.environment}) as server:
+    with subprocess.Popen(command) as server:
         while not mlflow_answers(url):
             time.sleep(0.3)
         yield url

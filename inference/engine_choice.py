@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from errors import EngineMissing
@@ -17,7 +16,6 @@ def choose_engine_loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> 
     """
     if choice == "openvino":
         return OpenVinoEngine
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it sends telemetry from its import on
     try:
         from inference.onnx_engine import OnnxEngine, finds_cuda
     except ImportError as error:

@@ -59,7 +59,7 @@ def gradient(layers: Sequence[Dense], features: Features, output: int) -> Float3
         x = ACTIVATIONS[layer.activation](centred @ layer.kernel + layer.bias)
         outputs.append(x)
     slope: Float32 = np.zeros_like(x)
-    slope[output] = 1
+    slope[output] = 1 if layers[-1].unit is None else layers[-1].unit.scale[output]
     for layer, y in zip(reversed(layers), reversed(outputs), strict=True):
         slope = layer.kernel @ (slope * _SLOPES[layer.activation](y))
     return slope

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.bundle import Dense, Float32
+from artifacts.bundle import Dense, Float32, Logits
 from artifacts.features import Features
 from recipes.layers import Activation
 from recipes.recipe import Task
@@ -30,13 +30,14 @@ ACTIVATIONS: Mapping[Activation, Callable[[Float32], Float32]] = {
 }
 
 
-def logits(layers: Sequence[Dense], features: Features) -> Float32:
-    """Return float32 [N, outputs] for features float32 [N, D]."""
+def logits(layers: Sequence[Dense], features: Features) -> Logits:
+    """Return [N, outputs] for features float32 [N, D]: float32, or float64 if the last layer has a unit."""
     x: Float32 = features
     for layer in layers:
         centred: Float32 = x if layer.offset is None else x - layer.offset
         x = ACTIVATIONS[layer.activation](centred @ layer.kernel + layer.bias)
-    return x
+    unit = layers[-1].unit
+    return x if unit is None else x * unit.scale + unit.mean
 
 
 def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: float = 1.0) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from artifacts import images, neighbours
-from artifacts.bundle import Bundle, Float32
+from artifacts.bundle import Bundle, Logits
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.neighbours import NeighbourIndex
@@ -109,9 +109,12 @@ class Predictor:
                 f"The model was trained with image rule {bundle.image_rule}, but this version decodes by rule "
                 f"{IMAGE_RULE}. Train it again, or serve it with the version that trained it."
             )
-        found = self.logits(bundle.golden_input)
-        scale = max(1.0, float(np.abs(bundle.golden_output).max()))
-        difference = float(np.abs(found - bundle.golden_output).max()) / scale
+        found, golden = self.logits(bundle.golden_input), bundle.golden_output
+        unit = bundle.layers[-1].unit
+        if unit is not None:  # a large mean would hide any difference
+            deviation = np.where(unit.scale > 0, unit.scale, 1.0)
+            found, golden = (found - unit.mean) / deviation, (golden - unit.mean) / deviation
+        difference = float(np.abs(found - golden).max()) / max(1.0, float(np.abs(golden).max()))
         if not difference <= TOLERANCE[bundle.precision]:
             raise BundleRefused(
                 f"The engine {self._batcher.engine} of this machine does not reproduce the model's golden output: "
@@ -119,8 +122,8 @@ class Predictor:
                 f"Received {difference:g}. Serve the model on another machine or engine, or train it again."
             )
 
-    def logits(self, pixels: Pixels) -> Float32:
-        """Return float32 [N, outputs] for decoded images, uint8 [N, H, W, 3], without a deadline."""
+    def logits(self, pixels: Pixels) -> Logits:
+        """Return [N, outputs] for decoded images, uint8 [N, H, W, 3], without a deadline."""
         return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
     def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:

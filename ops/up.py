@@ -29,6 +29,7 @@ import httpx2
 from pydantic import ValidationError
 from rich.console import Console
 
+import environments
 from artifacts.bucket_store import open_store
 from errors import StoreRefused
 from models.session import Database
@@ -45,6 +46,8 @@ _TRAINING_QUEUES = ("cpu", "gpu")
 
 # The address under which to reach a service that listens on all interfaces.
 _ASK_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
+
+_UMASK = 0o077
 
 _LOG_BYTES = "20MB"
 _LOGS_KEPT = 3
@@ -65,6 +68,8 @@ class Program:
     priority: int
     stop_s: int
     environment: Mapping[str, str] = field(default_factory=dict)
+    is_trusted: bool = True
+    """Whether it has the environment of this process, in which there may be keys and passwords."""
 
 
 def client(settings: Settings, timeout_s: float = 30.0) -> httpx2.Client:
@@ -85,6 +90,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
     folder = settings.var.absolute()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals_end_us())
+        make_private(folder)
         stack.enter_context(_locked(folder))
         _check_port(settings.api_host, settings.api_port, "ESPALIER_API_PORT")
         if settings.mlflow_url is None:
@@ -98,9 +104,6 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         environment = os.environ | {
             "ESPALIER_VAR": str(folder),
             "REDIS_URL": settings.redis_url or f"redis+socket://{sockets / 'valkey.sock'}",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "NNCF_CI": "1",
-            "ORT_DISABLE_TELEMETRY": "1",
             "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"))),
         }
         config = folder / "supervisord.conf"
@@ -129,8 +132,15 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
         serve = [binary, "--port", "0", "--unixsocket", str(sockets / "valkey.sock"), "--unixsocketperm", "700"]
         # Messages need not survive: the database is the truth.
         keep_nothing = ["--save", "", "--appendonly", "no", "--dir", str(sockets)]
-        found.append(Program("broker", [*serve, *keep_nothing], 10, stop_s=5))
+        found.append(Program("broker", [*serve, *keep_nothing], 10, stop_s=5, is_trusted=False))
     return found
+
+
+def make_private(folder: Path) -> None:
+    """Let only this user open a folder, and read whatever this process and those that it starts write from now on."""
+    os.umask(_UMASK)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
 
 
 def workers(settings: Settings) -> list[Program]:
@@ -160,7 +170,8 @@ def mlflow_server(port: int, folder: Path) -> Program:
     """Return MLflow's server as one process.
 
     The command `mlflow server` starts a child process, which survives when the command is killed and keeps the port. So
-    this starts the child directly, with the environment variables that the command would set.
+    this starts the child directly, with the environment variables that the command would set, and with only the paths
+    that Espalier needs (`worker.mlflow_server`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = f"sqlite:///{folder / 'mlflow.db'}"
@@ -172,10 +183,18 @@ def mlflow_server(port: int, folder: Path) -> Program:
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         "_MLFLOW_SGI_NAME": "uvicorn",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes, for language models
-        "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     serve = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port)]
-    return Program("mlflow", [*serve, "mlflow.server.fastapi_app:app"], 20, stop_s=5, environment=environment)
+    serve.append("worker.mlflow_server:app")
+    return Program("mlflow", serve, 20, stop_s=5, environment=environment, is_trusted=False)
+
+
+def command_line(program: Program, folder: Path) -> list[str]:
+    """Return the command of a program, which for an untrusted one starts from an environment without secrets."""
+    if program.is_trusted:
+        return list(program.command)
+    kept = {**environments.without_secrets(), **program.environment, "ESPALIER_VAR": str(folder)}
+    return ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in kept.items()), *program.command]
 
 
 def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> None:
@@ -188,10 +207,11 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
         "logfile_backups": str(_LOGS_KEPT),
         "pidfile": _escaped(str(folder / "supervisord.pid")),
         "directory": _escaped(str(Path(__file__).parent.parent)),
+        "umask": f"{_UMASK:03o}",
     }
     for program in supervised:
         config[f"program:{program.name}"] = {
-            "command": _escaped(shlex.join(program.command)),
+            "command": _escaped(shlex.join(command_line(program, folder))),
             "environment": _escaped(",".join(f'{name}="{value}"' for name, value in program.environment.items())),
             "priority": str(program.priority),
             "autorestart": "true",

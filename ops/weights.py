@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("file", type=Path, help=".weights.h5, .h5 or .safetensors; weights alone, without the top")
     wanted = parser.parse_args()
     settings = Settings()
+    os.umask(0o077)  # it may be the first command to make the data folder
     database = Database(settings.database)
     upgrade(database)
     network = BackboneName(wanted.backbone)

@@ -251,6 +251,9 @@ def _filled_task(wanted: Task | Literal["auto"], task: Task, classes: Sequence[C
     return chosen
 
 
+_ACCURACIES = (TargetMetric.ACCURACY, TargetMetric.VAL_ACCURACY)
+
+
 def _check_task_fits(recipe: Recipe, task: Task) -> None:
     """Check the fields that only some tasks support. Raises RecipeInvalid."""
     if recipe.class_weights is not ClassWeights.NONE and task not in (Task.BINARY, Task.MULTICLASS):
@@ -260,11 +263,18 @@ def _check_task_fits(recipe: Recipe, task: Task) -> None:
             f"{recipe.class_weights.value!r}.",
         )
     stopping = recipe.early_stopping
-    if task is not Task.REGRESSION or stopping is None:
+    if stopping is None:
+        return
+    if stopping.target and stopping.target.metric in _ACCURACIES and stopping.target.value > 1:
+        raise RecipeInvalid(
+            "early_stopping.target.value",
+            f"Expected at most 1, since {stopping.target.metric.value} is a share. Received {stopping.target.value:g}.",
+        )
+    if task is not Task.REGRESSION:
         return
     if stopping.monitor is Monitor.VAL_ACCURACY:
         raise RecipeInvalid("early_stopping.monitor", "Expected 'val_loss': a regression has no accuracy.")
-    if stopping.target and stopping.target.metric in (TargetMetric.ACCURACY, TargetMetric.VAL_ACCURACY):
+    if stopping.target and stopping.target.metric in _ACCURACIES:
         raise RecipeInvalid("early_stopping.target.metric", "Expected a loss: a regression has no accuracy.")
 
 

@@ -83,7 +83,7 @@ _Name = Annotated[str, Field(pattern=LAYER_NAME_PATTERN)]
 class _Layer(Part):
     name: _Name | None = None
     """By default the type and a number, such as `convolution_1`."""
-    inputs: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=16)] | None = None
+    inputs: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=16, fail_fast=True)] | None = None
     """Names of the layers that it reads, or `input`; by default the previous layer."""
 
 
@@ -222,7 +222,7 @@ class NetworkRecipe(Part):
     """A network that starts with random weights. Its output layer follows the task and is not among the layers."""
 
     kind: NetworkKind = NetworkKind.CNN
-    layers: Annotated[tuple[Layer, ...], Field(max_length=_MOST_LAYERS)] | None = None
+    layers: Annotated[tuple[Layer, ...], Field(max_length=_MOST_LAYERS, fail_fast=True)] | None = None
     """The layers between the pixels and the output layer; by default they follow from the kind and the image size. A
     perceptron has none."""
     channels: _Channels = 3

@@ -20,6 +20,9 @@ from recipes.layers import Activation, NetworkRecipe, Part, Sides
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 IMAGENET, RANDOM = "imagenet", "random"
 AUTO: Final = "auto"
+LARGEST_LOSS = 1e6
+"""The largest value that early stopping compares losses with. It computes in float32, which ends at 3e38; a loss of
+random weights is far below."""
 
 
 class Mode(StrEnum):
@@ -139,7 +142,7 @@ PrecisionChoice = TypeAliasType(
 class HeadRecipe(Part):
     """The dense layers that are trained on the features. Without hidden layers the head is linear."""
 
-    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=4)] = ()
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(max_length=4, fail_fast=True)] = ()
     """Units of each hidden layer."""
     activation: Activation = Activation.RELU
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -162,7 +165,8 @@ class Target(Part):
     """
 
     metric: TargetMetric
-    value: float
+    value: Annotated[float, Field(ge=0, le=LARGEST_LOSS)]
+    """An accuracy is at most 1."""
 
 
 class EarlyStopping(Part):
@@ -171,7 +175,7 @@ class EarlyStopping(Part):
     monitor: Monitor = Monitor.VAL_LOSS
     patience: Annotated[int, Field(ge=0, le=10_000)] = 5
     """Number of epochs without improvement after which training ends."""
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    min_delta: Annotated[float, Field(ge=0, le=LARGEST_LOSS)] = 0.0
     """The smallest change that counts as an improvement."""
     target: Target | None = None
 

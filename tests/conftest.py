@@ -21,6 +21,7 @@ from waiting import until_no
 
 from artifacts.store import Store
 from models.session import Database
+from no_telemetry import turn_off_telemetry
 from ops.migrate import upgrade
 from ops.valkey_binary import get_binary_path
 
@@ -31,7 +32,7 @@ for _name in list(os.environ):
 # How long an example takes says nothing but how busy the machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import ONNX Runtime themselves
+turn_off_telemetry()  # some tests import ONNX Runtime themselves
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ ROOMS = {
     "migrations",
     "broker",
     "dispatch",
+    "environments",
     "settings",
     "logs",
 }
@@ -33,6 +34,8 @@ ROOMS = {
     [
         ("errors.py", set()),
         ("clock.py", set()),
+        ("environments.py", set()),
+        ("no_telemetry.py", set()),
         ("logs.py", set()),
         ("settings.py", {"artifacts", "recipes"}),
         ("broker.py", set()),

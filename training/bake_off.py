@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from artifacts.features import Features
 from artifacts.store import Digest
 from errors import RecipeInvalid, TrainingDiverged
@@ -211,7 +211,8 @@ def _score(
         (LearningTask(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved))
         for fold in folds
     ]
-    logits: Float32 = np.full((1, len(features), outputs), np.nan, dtype=np.float32)
+    dtype = np.float64 if task is Task.REGRESSION else np.float32
+    logits: Logits = np.full((1, len(features), outputs), np.nan, dtype=dtype)
     try:
         for place, learned in learner.learn_many(tasks):
             logits[0, folds[place].test] = learned.logits(folds[place].test)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.bundle import Bundle, Dense, Float32
+from artifacts.bundle import Bundle, Dense, Logits
 from artifacts.features import Features
 from artifacts.images import IMAGE_RULE, Pixels
 from artifacts.store import Digest
@@ -99,12 +99,12 @@ class TrainedNetworkExporter:
 
     def logits(
         self, learned: LearnedModel, train: Indices, rows: Indices, report: ReportProgress
-    ) -> dict[Precision, Float32]:
+    ) -> dict[Precision, Logits]:
         """Return the logits of rows in every considered precision but float32.
 
         A trained network is calibrated on its training rows; a frozen network is shared by all folds.
         """
-        found: dict[Precision, Float32] = {}
+        found: dict[Precision, Logits] = {}
         exported = self._export(learned.network(), rows) if learned.network and self._others else None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
@@ -194,8 +194,8 @@ class TrainedNetworkExporter:
         }
 
 
-def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: ReportProgress) -> Float32:
-    """Return float32 [len(rows), outputs] for rows of images uint8 [N, H, W, 3], a few at a time."""
+def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: ReportProgress) -> Logits:
+    """Return [len(rows), outputs] for rows of images uint8 [N, H, W, 3], a few at a time."""
     return np.concatenate([heads.logits(layers, part) for part in _by_batch(engine, pixels, rows, report)])
 
 

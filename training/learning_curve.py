@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from artifacts import manifest
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from artifacts.features import Features
 from artifacts.layout import Split
 from artifacts.manifest import Row
@@ -160,7 +160,7 @@ class _HeadFit:
 
 def _logits_by_size(
     subject: MeasuredRun, task: Task, targets: Targets, groups: Indices, report: ReportShare
-) -> Iterator[tuple[float, int, Float32]]:
+) -> Iterator[tuple[float, int, Logits]]:
     """Yield the fraction, the number of images and the logits, float32 [repeats, N, outputs], for each size.
 
     In a data set so small that two fractions give the same number of images, only the larger fraction is used.
@@ -178,7 +178,7 @@ def _logits_by_size(
     total = sum(parts[number].images for parts in folds for number in wanted)
     done = 0
     for number in wanted:
-        logits = np.full(measured.logits.shape, np.nan, dtype=np.float32)
+        logits: Logits = np.full(measured.logits.shape, np.nan, np.float64 if task is Task.REGRESSION else np.float32)
         for part in (parts[number] for parts in folds):
             listener = Trial(partial(_report_epochs, report, done / total, part.images / total / learner.plan.epochs))
             answered = learner.learn(part.task, listener).logits(part.test)

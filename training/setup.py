@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from artifacts import manifest
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from artifacts.images import Pixels
 from artifacts.layout import Split
 from artifacts.manifest import Row
@@ -118,14 +118,14 @@ class RunData:
         """Number of logits."""
         return 1 if self.task in (Task.BINARY, Task.REGRESSION) else len(self.labels)
 
-    def out_of_fold(self, logits: Sequence[Float32]) -> Float32:
-        """Return all folds' test logits as float32 [repeats, N, outputs], NaN for images that no fold tested."""
-        found = np.full((self.repeats, len(self.rows), self.outputs), np.nan, dtype=np.float32)
+    def out_of_fold(self, logits: Sequence[Logits]) -> Logits:
+        """Return all folds' test logits, [repeats, N, outputs], NaN for images that no fold tested."""
+        found = np.full((self.repeats, len(self.rows), self.outputs), np.nan, dtype=logits[0].dtype)
         for fold, of_fold in zip(self.folds, logits, strict=True):
             found[fold.repeat, fold.test] = of_fold
         return found
 
-    def headline(self, logits: Sequence[Float32]) -> float:
+    def headline(self, logits: Sequence[Logits]) -> float:
         """Return the task's headline score of all folds' test logits."""
         rows = self.trained_on
         return evaluation.headline_score(self.task, self.truth[rows], self.out_of_fold(logits)[:, rows])

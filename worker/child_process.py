@@ -22,6 +22,7 @@ from typing import IO, Final, Protocol
 
 import structlog
 
+import environments
 from artifacts.store import Store, disk_errors
 from errors import Crashed, EspalierError, OutOfMemory
 from worker.lease import Work
@@ -35,8 +36,6 @@ _POLL_S = 0.25
 _WAITING = 1000
 _STDERR = 2
 
-# A child decodes files of strangers: what it does not need, they cannot take.
-_SECRETS = ("DATABASE_URL", "ESPALIER_API_KEY", "MLFLOW_TRACKING_URI", "REDIS_URL", "ESPALIER_STORE_", "AWS_")
 _STORE_KEYS = "AWS_"
 _FOLDERS = "espalier-child-"
 
@@ -48,7 +47,8 @@ def store_keys(store: Store) -> dict[str, str]:
     """Return the variables that a child needs to open a store: for one that decodes no file of a stranger first."""
     if store.address.url is None:
         return {}
-    return {name: value for name, value in os.environ.items() if name.startswith(_STORE_KEYS)}
+    keys = {name: value for name, value in os.environ.items() if name.startswith(_STORE_KEYS)}
+    return keys | environments.proxies()
 
 
 def computing_threads(threads: int) -> dict[str, str]:
@@ -128,7 +128,6 @@ class Child:
         """Start a child; raise DiskFull if there is no room for it, or Crashed if the system has no more processes."""
         self._count_kills = count_kills
         self._kills = count_kills()
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
         # Its own: whatever it leaves there when it is killed goes with it.
         prefix = f"{_FOLDERS}{os.getpid()}-"
         with disk_errors():
@@ -142,7 +141,7 @@ class Child:
                 stdout=_STDERR,
                 pass_fds=(outgoing,),
                 start_new_session=True,
-                env={**inherited, "TMPDIR": self._folder.name, **(environment or {})},
+                env={**environments.without_secrets(), "TMPDIR": self._folder.name, **(environment or {})},
                 text=True,
                 encoding="utf-8",
             )

@@ -13,10 +13,14 @@ import sample
 import structlog
 from asgi import ask
 from fastapi.testclient import TestClient
+from flat import Loads, add_model, flat_bundle, serve
 from sqlalchemy import Connection, event
 
+from api.bodies import OTHER_FIELDS, _json_images
 from api.dependencies import Services
+from api.problems import ERRORS_SHOWN
 from artifacts.store import digest_of
+from errors import RequestInvalid, TooLarge
 from models.job import Queue
 
 ARCHIVE = sample.zipped(sample.coloured(per_class=2))
@@ -210,6 +214,62 @@ def test_a_prediction_for_an_unknown_model_is_told_whatever_is_sent(client: Test
 
 
 def test_json_images_are_bytes_in_base64() -> None:
-    from api.bodies import _json_images
+    assert _json_images(b'{"images": ["' + base64.b64encode(b"abc") + b'"]}', 1) == [b"abc"]
 
-    assert _json_images(b'{"images": ["' + base64.b64encode(b"abc") + b'"]}') == [b"abc"]
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"images": [' + b"1," * 300_000 + b"1]}", "images[0]: Expected the bytes of an image file as base64"),
+        (b'{"images": [' + b'"",' * 300_000 + b'""]}', "at most 32 images"),
+        (b'{"images": ["YQ=="]' + b"".join(b',"%d": 1' % number for number in range(99_000)) + b"}", "0: Extra inputs"),
+        (b'{"images": [' + b'"data:image/png;base64,YQ==",' * 40 + b'""]}', "follows the comma of a data URL"),
+        (b'{"images": [' + b"," * 300_000, "body: Expected JSON"),
+    ],
+    ids=["numbers", "empty", "unknown-fields", "data-urls", "no-json"],
+)
+def test_images_in_json_are_read_up_to_their_first_error_or_their_limit(body: bytes, said: str) -> None:
+    with pytest.raises((RequestInvalid, TooLarge)) as raised:
+        _json_images(body, 32)
+    assert said in raised.value.detail and len(raised.value.detail) < 300
+
+
+def test_a_json_body_of_very_many_values_is_not_read_and_few_errors_are_listed(client: TestClient) -> None:
+    many = client.post("/api/v1/networks/preview", content=b'{"network": {"layers": [' + b"1," * 40_000 + b"1]}}")
+    assert (many.status_code, many.json()["type"]) == (413, "urn:espalier:problem:too-large")
+    unknown = client.post("/api/v1/runs", json={f"field{number}": 1 for number in range(1000)})
+    assert unknown.status_code == 422 and len(unknown.json()["errors"]) == ERRORS_SHOWN
+    assert "And 1001 more; 'errors' lists the first 20 of all." in unknown.json()["detail"]
+    layers = client.post("/api/v1/networks/preview", json={"network": {"layers": [1] * 10_000}})
+    assert layers.status_code == 422 and layers.json()["field"] == "network.layers[0]"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"dataset": "\udce9", "name": "m"}',
+        rb'{"dataset": "d", "name": "m", "\ud800": 1}',
+        rb'{"dataset": "d", "name": "m", "recipe": {"weights": "\ud800"}}',
+        rb'{"dataset": "d", "name": "m", "recipe": {"\ud800": "\ud800"}}',
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_like_any_other_value(client: TestClient, body: bytes) -> None:
+    answer = client.post("/api/v1/runs", content=body)
+    assert answer.status_code == 422 and answer.json()["request_id"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "status", "said"),
+    [
+        ("images", 33, 413, "at most 32 images"),
+        ("other", OTHER_FIELDS + 1, 422, f"at most {OTHER_FIELDS} others"),
+        ("file", 1, 422, "curl -F images=@photo.jpg"),
+    ],
+)
+def test_a_multipart_body_is_read_up_to_its_limit_of_fields(
+    client: TestClient, services: Services, name: str, count: int, status: int, said: str
+) -> None:
+    add_model(services, "one", flat_bundle(services.store.put(b"one")))
+    serve(client, services.settings, Loads())
+    answer = client.post("/api/v1/models/one/predict", files=[(name, ("a", b"x"))] * count)
+    assert answer.status_code == status and said in answer.json()["detail"], answer.text

@@ -1,4 +1,4 @@
-"""Bundle format 1: what is written is read, and what does not fit is refused."""
+"""Bundle formats 1 and 2: what is written is read, and what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from artifacts.bundle import FORMAT, Bundle, Dense, load
+from artifacts.bundle import Bundle, Dense, Unit, load
 from artifacts.store import digest_of
 from errors import BundleRefused
 from recipes.layers import Activation
@@ -71,6 +71,7 @@ def same(one: Bundle, other: Bundle) -> bool:
             bundle.golden_input,
             bundle.golden_output,
             *(part for layer in bundle.layers for part in (layer.kernel, layer.bias)),
+            *(part for layer in bundle.layers if layer.unit for part in (layer.unit.mean, layer.unit.scale)),
         ]
         for bundle in (one, other)
     ]
@@ -209,16 +210,45 @@ def test_a_linear_head_and_a_deep_one_are_read() -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [0, 2, 99, "1", None, 1.5])
+@pytest.mark.parametrize("number", [0, 3, 99, "1", None, 1.5])
 def test_another_format_is_refused_by_its_number(number: object) -> None:
-    assert FORMAT == 1
-    with pytest.raises(BundleRefused, match=f"Expected a bundle of format 1. Received format {number}"):
+    with pytest.raises(BundleRefused, match=f"Expected a bundle of format 1 or 2. Received format {number}"):
         load(changed(lambda manifest, _: manifest.update(format=number)))
 
 
 def test_another_format_is_told_even_if_nothing_else_is_understood() -> None:
-    with pytest.raises(BundleRefused, match=r"Received format 2\."):
-        load(joined({"format": 2, "graph": []}, {"x": np.zeros(1, np.float32)}))
+    with pytest.raises(BundleRefused, match=r"Received format 3\."):
+        load(joined({"format": 3, "graph": []}, {"x": np.zeros(1, np.float32)}))
+
+
+def with_unit(bundle: Bundle, **changed: Any) -> Bundle:
+    """Return a bundle whose last layer has a unit, and whose golden output is in that unit."""
+    unit = Unit(np.array([1e12]), np.array([5.8]))
+    last = replace(bundle.layers[-1], unit=unit)
+    golden = bundle.golden_output * unit.scale + unit.mean
+    return replace(bundle, **{"layers": (*bundle.layers[:-1], last), "golden_output": golden, **changed})
+
+
+NUMBER = make(units=(6, 1), task=Task.REGRESSION, labels=())
+
+
+def test_a_unit_is_kept_in_float64_and_makes_the_bundle_one_of_format_2() -> None:
+    data = with_unit(NUMBER).dump()
+    assert same(load(data), with_unit(NUMBER)) and parts(data)[0]["format"] == 2
+    assert same(load(NUMBER.dump()), NUMBER) and parts(NUMBER.dump())[0]["format"] == 1  # as earlier versions wrote it
+
+
+def test_a_unit_of_anything_but_one_number_is_refused() -> None:
+    first = replace(make().layers[0], unit=Unit(np.zeros(4), np.ones(4)))
+    wrong = [
+        with_unit(make(units=(6, 1), task=Task.BINARY, labels=("a", "b"))),
+        make(layers=(first, make().layers[1])),
+        with_unit(NUMBER, golden_output=NUMBER.golden_output),
+        replace(NUMBER, layers=(replace(NUMBER.layers[0], unit=Unit(np.zeros(2), np.ones(1))),)),
+    ]
+    for bundle in wrong:
+        with pytest.raises(BundleRefused):
+            load(bundle.dump())
 
 
 def test_every_cut_of_a_bundle_is_refused() -> None:

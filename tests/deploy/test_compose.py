@@ -202,7 +202,7 @@ def test_a_password_is_never_part_of_an_address() -> None:
         given = services[name]["environment"]
         assert given["PGPASSWORD"] == odd
         addresses = [make_url(value) for value in given.values() if value.startswith("postgresql")]
-        assert [address.password for address in addresses] == [None]
+        assert {address.password for address in addresses} == {None}
 
 
 # --- who can be reached --------------------------------------------------------------------------------------------
@@ -352,15 +352,15 @@ def test_the_api_is_healthy_when_it_is_ready() -> None:
 
 
 def test_mlflow_answers_workers_and_browsers_on_this_machine() -> None:
-    hosts = re.search(r"--allowed-hosts='([^']*)'", SERVICES["mlflow"]["command"][-1])
-    assert hosts is not None
-    assert set(hosts[1].split(",")) == {"mlflow", "mlflow:*", "localhost:*", "127.0.0.1:*"}
+    hosts = SERVICES["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"]
+    assert set(hosts.split(",")) == {"mlflow", "mlflow:*", "localhost:*", "127.0.0.1:*"}
+    assert SERVICES["mlflow"]["command"][-1].endswith("worker.mlflow_server:app")
     assert SERVICES["mlflow"]["environment"]["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_mlflow_has_a_database_and_a_role_of_its_own() -> None:
     ours = make_url(SERVICES["api"]["environment"]["DATABASE_URL"])
-    theirs = make_url(SERVICES["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"])
+    theirs = make_url(SERVICES["mlflow"]["environment"]["_MLFLOW_SERVER_FILE_STORE"])
     assert theirs.host == ours.host
     assert theirs.database != ours.database
     assert theirs.username != ours.username

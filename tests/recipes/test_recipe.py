@@ -202,6 +202,13 @@ def test_a_regression_is_folded_by_all_of_its_groups() -> None:
     assert caught.value.field == "dataset"
 
 
+def test_an_accuracy_above_one_is_no_target() -> None:
+    recipe = Recipe.model_validate({"early_stopping": {"target": {"metric": "accuracy", "value": 90}}})
+    with pytest.raises(RecipeInvalid, match="at most 1, since accuracy is a share") as caught:
+        fill(recipe, Task.BINARY, TWO)
+    assert caught.value.field == "early_stopping.target.value"
+
+
 @pytest.mark.parametrize(
     ("recipe", "field"),
     [
@@ -300,6 +307,9 @@ def test_what_is_not_built_is_refused_by_name(recipe: dict[str, Any], field: str
         ({"early_stopping": {"monitor": "loss"}}, "early_stopping.monitor"),
         ({"early_stopping": {"patience": -1}}, "early_stopping.patience"),
         ({"early_stopping": {"min_delta": -0.1}}, "early_stopping.min_delta"),
+        ({"early_stopping": {"min_delta": 1e39}}, "early_stopping.min_delta"),
+        ({"early_stopping": {"target": {"metric": "loss", "value": 1e300}}}, "early_stopping.target.value"),
+        ({"early_stopping": {"target": {"metric": "loss", "value": -1}}}, "early_stopping.target.value"),
         ({"early_stopping": {"target": {"metric": "f1", "value": 0.9}}}, "early_stopping.target.metric"),
         ({"early_stopping": {"target": {"metric": "loss"}}}, "early_stopping.target.value"),
         ({"folds": {"k": 1}}, "folds.k"),

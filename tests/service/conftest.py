@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sample
 from running import Service, started
+from watching import watch
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with started(tmp_path_factory.mktemp("service") / "var") as service:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder into which all Python processes of the service report what they connect to and start."""
+    return tmp_path_factory.mktemp("watched") / "acts"
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, watched: Path) -> Iterator[Service]:
+    var = tmp_path_factory.mktemp("service") / "var"
+    var.mkdir(mode=0o755)
+    with started(var, **watch(watched), PGPASSWORD="of-a-neighbour") as service:
         yield service
         service.end(signal.SIGINT)
 

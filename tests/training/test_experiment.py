@@ -142,7 +142,7 @@ def test_an_interrupted_fine_tuning_ends_as_an_unbroken_one(
 @pytest.mark.slow
 def test_a_number_in_its_own_unit_survives_an_interruption(bench: Bench) -> None:
     rows = [
-        Row(f"{level}.png", bench.store.put(sample.png(level, (level,) * 3)), (), 1900.0 + level, None, Split.TRAIN)
+        Row(f"{level}.png", bench.store.put(sample.png(level, (level,) * 3)), (), 1e12 + level, None, Split.TRAIN)
         for level in range(40, 180, 4)
     ]
     unbroken, _ = bench.run(rows, epochs=4, folds={"k": 2})
@@ -238,6 +238,16 @@ def test_class_names_are_no_formulas(bench: Bench) -> None:
         files[f"a$_$b/{number}.png"] = sample.png(100 + number, sample.COLOURS["blue"])
     outcome, _ = bench.run(bench.rows(files), folds={"k": 2})
     assert outcome.files["confusion.png"][0].startswith(b"\x89PNG")
+    assert outcome.metrics["baseline"]["is_better"]
+
+
+@pytest.mark.slow
+def test_a_run_on_noise_begins_its_report_with_that(bench: Bench) -> None:
+    files = {f"{'ab'[number % 2]}/{number}.png": sample.png(number, sample.COLOURS["red"]) for number in range(16)}
+    outcome, _ = bench.run(bench.rows(files), folds={"k": 2}, epochs=2)
+    assert not outcome.metrics["baseline"]["is_better"]
+    first = outcome.files["report.md"][0].decode().split("\n")[2]
+    assert first.startswith("**This model is no better than a constant answer that ignores the image:**")
 
 
 @pytest.mark.slow
@@ -366,7 +376,7 @@ def test_a_number_is_learned_measured_and_answered_in_its_own_unit(bench: Bench,
     levels = [40 + 2 * number for number in range(72)]
     files = {f"{level}.png": sample.png(level, (level, level, level)) for level in levels}
     rows = [
-        Row(path, bench.store.put(data), (), 1900.0 + level, None, Split.TRAIN)
+        Row(path, bench.store.put(data), (), 1e12 + level, None, Split.TRAIN)
         for (path, data), level in zip(files.items(), levels, strict=True)
     ]
     rows[3] = replace(rows[3], split=Split.TEST)
@@ -382,10 +392,10 @@ def test_a_number_is_learned_measured_and_answered_in_its_own_unit(bench: Bench,
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
     answered = [prediction.value for prediction in predictions if isinstance(prediction, ValuePrediction)]
-    assert np.abs(np.array(answered) - 1900 - levels).mean() < 15
+    assert np.abs(np.array(answered) - 1e12 - levels).mean() < 15
     assert outcome.files["values.png"][0].startswith(b"\x89PNG") and "confusion.png" not in outcome.files
     report = outcome.files["report.md"][0].decode()
-    assert "Root mean squared error" in report and "with numbers from 1940 to 2082" in report
+    assert "Root mean squared error" in report and "with numbers from 1000000000040 to 1000000000182" in report
 
 
 def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -> None:

@@ -268,9 +268,10 @@ time.sleep(600)
 
 def test_a_child_is_given_no_secrets(endless: IngestOrder, sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI", "ESPALIER_API_KEY", "ESPALIER_STORE_URL")
-    secret += ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    for name in (*secret, "ESPALIER_TEST_OTHER"):
-        monkeypatch.setenv(name, "value")
+    secret += ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD", "HTTPS_PROXY")
+    secret += ("A_TOKEN_THAT_NOBODY_THOUGHT_OF", "NVIDIA_API_KEY", "TF_VAR_password")
+    for name in (*secret, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "7")
     environment = sidecar(
         """
 import json, os
@@ -283,7 +284,7 @@ os.rename(os.environ["SIDECAR"] + "/new", os.environ["SIDECAR"] + "/environment"
         file = Path(environment["SIDECAR"]) / "environment"
         until(file.exists)
         found = json.loads(file.read_text())
-    assert found["ESPALIER_TEST_OTHER"] == "value" and found["PATH"] == os.environ["PATH"]
+    assert found["OMP_NUM_THREADS"] == "7" and found["PATH"] == os.environ["PATH"]
     assert not found.keys() & set(secret)
 
 

@@ -22,7 +22,7 @@ from training.fitting.head_fit import FittedHead, Scaler, dense_layers
 from training.fitting.training_loop import Arrays, EarlyStoppingState, FitSummary, Snapshot
 
 # Raise it whenever the computation of a training or the contents of a checkpoint change.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

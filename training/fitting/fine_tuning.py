@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from recipes.catalogue import CATALOGUE
 from recipes.filled import FineTuningRecipe
 from recipes.recipe import FineTune
@@ -84,9 +84,9 @@ def fine_tune(
         rate=FINE_TUNE_LEARNING_RATE,
     )
 
-    def logits(rows: Indices) -> Float32:
+    def logits(rows: Indices) -> Logits:
         beat = PredictProgress(fit.hooks, len(trained.history))
-        values: Float32 = model.predict(in_order(rows), callbacks=[beat], verbose=0)
+        values: Logits = model.predict(in_order(rows), callbacks=[beat], verbose=0)
         return head.target_scaler.inverse_transform(values) if head.target_scaler else values.astype(np.float32)
 
     activation = recipe.head.activation

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from artifacts.bundle import Dense, Float32
+from artifacts.bundle import Dense, Logits
 from recipes.recipe import Task
 from training.data.split import Indices
 from training.data.targets import Truth
@@ -59,10 +59,10 @@ class FittedNetwork:
         trained: how the training went.
         layers: the head on the network's raw features, with outputs in the targets' own unit.
         network: returns the weights of the network before the head, as `backbones.dump_weights` does.
-        logits: returns float32 [n, outputs] for rows of the data, computed by Keras without augmentation.
+        logits: returns [n, outputs] for rows of the data, computed by Keras without augmentation.
     """
 
     trained: FitSummary
     layers: tuple[Dense, ...]
     network: Callable[[], bytes]
-    logits: Callable[[Indices], Float32]
+    logits: Callable[[Indices], Logits]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from artifacts import tensors
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from recipes.recipe import Precision
 from training.fitting.learners import Phase
 from training.progress import FoldResult
@@ -20,14 +20,14 @@ class FoldOutcome:
         result: the scores of the fold.
         phases: the phases that were trained.
         kept: name of the phase whose network is kept.
-        logits: float32 [n, outputs] of the test images, in the order of their rows, in each precision that is
+        logits: [n, outputs] of the test images, in the order of their rows, in each precision that is
             considered; the first precision is the one of the training.
     """
 
     result: FoldResult
     phases: Sequence[Phase]
     kept: str
-    logits: Mapping[Precision, Float32]
+    logits: Mapping[Precision, Logits]
 
     def dump(self) -> bytes:
         """Return the outcome as a safetensors file, which `load` reads."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from artifacts.bundle import Dense, Float32
+from artifacts.bundle import Dense, Logits
 from recipes.filled import FromScratchRecipe
 from recipes.layers import Activation, NetworkKind
 from recipes.recipe import Task
@@ -66,12 +66,12 @@ def fit_from_scratch(recipe: FromScratchRecipe, data: FitData, fit: FitTask) -> 
         hooks=fit.hooks,
     )
 
-    def logits(rows: Indices) -> Float32:
+    def logits(rows: Indices) -> Logits:
         beat = PredictProgress(fit.hooks, len(trained.history))
-        values: Float32 = model.predict(in_order(rows), callbacks=[beat], verbose=0)
+        values: Logits = model.predict(in_order(rows), callbacks=[beat], verbose=0)
         return target_scaler.inverse_transform(values) if target_scaler else values.astype(np.float32)
 
     kernel, bias = (np.asarray(weights, np.float32) for weights in output_layer.get_weights())
     layer = Dense(kernel, bias, Activation.LINEAR)
-    layers = (target_scaler.merge_into_last_layer(layer) if target_scaler else layer,)
+    layers = (target_scaler.add_unit(layer) if target_scaler else layer,)
     return FittedNetwork(trained, layers, lambda: backbones.dump_weights(body), logits)

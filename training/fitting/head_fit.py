@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.bundle import Dense
+from artifacts.bundle import Dense, Unit
 from artifacts.features import Features
 from recipes.filled import HeadedRecipe
 from recipes.layers import Activation
@@ -23,7 +23,7 @@ from recipes.recipe import HeadRecipe, Task
 from training.data.split import Indices
 from training.fitting.compile_options import accuracy_metrics, build_optimizer, class_weights, task_loss
 from training.fitting.fit_task import FitData, FitTask
-from training.fitting.training_loop import FitSummary, Rows
+from training.fitting.training_loop import LEARNING_RATE, FitSummary, Rows
 from training.fitting.training_loop import train as epoch_by_epoch
 
 # A step of a head takes much less time than leaving the compiled graph, which is done once for so many steps.
@@ -48,6 +48,16 @@ class FittedHead:
     target_scaler: Scaler | None
     weights: list[npt.NDArray[np.float32]]
     trained: FitSummary
+
+
+def what_to_lower(learning_rate: float, l2: float) -> str:
+    """Return the recipe fields that can make a head diverge, as an error message names them.
+
+    A step shrinks a weight by the share `2 * learning_rate * l2`, and momentum multiplies that by up to ten. From a
+    share of 2 on, weights grow.
+    """
+    can_penalty_diverge = 2 * 10 * learning_rate * l2 >= 2
+    return f"{LEARNING_RATE} or head.l2" if can_penalty_diverge else LEARNING_RATE
 
 
 def fit_head(recipe: HeadedRecipe, data: FitData, fit: FitTask) -> FittedHead:
@@ -84,6 +94,7 @@ def fit_head(recipe: HeadedRecipe, data: FitData, fit: FitTask) -> FittedHead:
         early_stopping=recipe.early_stopping,
         class_weight=class_weights(targets[fit.train], recipe.class_weights),
         hooks=fit.hooks,
+        rate=what_to_lower(recipe.optimizer.learning_rate, recipe.head.l2),
         validation_batch_size=1024,
     )
     weights = model.get_weights()
@@ -122,9 +133,9 @@ class Scaler:
         """The standard deviation of each column, float64 [D]; zero for a constant column."""
         return np.divide(1.0, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
 
-    def inverse_transform(self, standardised: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return standardised columns in their own unit again, float32 [n, D]."""
-        return (standardised * self.deviation + self.mean).astype(np.float32)
+    def inverse_transform(self, standardised: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Return standardised columns in their own unit again, float64 [n, D]."""
+        return standardised * self.deviation + self.mean
 
     def merge_into_first_layer(self, layer: Dense) -> Dense:
         """Return a layer that gives for raw features what `layer` gives for standardised ones."""
@@ -133,22 +144,27 @@ class Scaler:
         bias = layer.bias.astype(np.float64) - (self.mean - offset) @ kernel
         return Dense(kernel.astype(np.float32), bias.astype(np.float32), layer.activation, offset)
 
-    def merge_into_last_layer(self, layer: Dense) -> Dense:
-        """Return a linear layer whose outputs are those of `layer`, converted to the columns' own unit."""
-        kernel = layer.kernel * self.deviation
-        bias = layer.bias * self.deviation + self.mean
-        return replace(layer, kernel=kernel.astype(np.float32), bias=bias.astype(np.float32))
+    def add_unit(self, layer: Dense) -> Dense:
+        """Return a layer whose outputs are those of `layer`, converted to the columns' own unit in float64."""
+        return replace(layer, unit=Unit(self.mean, self.deviation))
 
 
 def build_head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:
     """Return the Keras head from features [N, inputs] to logits [N, outputs]."""
     penalty = keras.regularizers.L2(recipe.l2) if recipe.l2 else None
+    # Random weights of thousands of features give answers that are far off, and a small learning rate corrects them
+    # only in many epochs. A linear head can start at zero.
+    first = "glorot_uniform" if recipe.hidden else "zeros"
     layers: list[Any] = [keras.Input((inputs,))]
     for units in (*recipe.hidden, None):
         if recipe.dropout:
             layers.append(keras.layers.Dropout(recipe.dropout))
         activation = recipe.activation.value if units else "linear"
-        layers.append(keras.layers.Dense(units or outputs, activation=activation, kernel_regularizer=penalty))
+        layers.append(
+            keras.layers.Dense(
+                units or outputs, activation=activation, kernel_initializer=first, kernel_regularizer=penalty
+            )
+        )
     return keras.Sequential(layers)
 
 
@@ -168,5 +184,5 @@ def dense_layers(
     layers = [Dense(kernel, bias, after) for (kernel, bias), after in zip(pairs, activations, strict=True)]
     layers[0] = scaler.merge_into_first_layer(layers[0])
     if target_scaler is not None:
-        layers[-1] = target_scaler.merge_into_last_layer(layers[-1])
+        layers[-1] = target_scaler.add_unit(layers[-1])
     return tuple(layers)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from artifacts.bundle import Dense, Float32
+from artifacts.bundle import Dense, Logits
 from errors import TrainingDiverged
 from inference import heads
 from recipes.filled import FineTuningRecipe, FromScratchRecipe, HeadedRecipe
@@ -83,7 +83,7 @@ class LearnedModel:
         stopped: why the kept phase ended.
         layers: the head on raw features.
         network: returns the weights of the trained network; None if it stayed frozen.
-        logits: returns float32 [n, outputs] for rows of the data set.
+        logits: returns [n, outputs] for rows of the data set.
     """
 
     phases: tuple[Phase, ...]
@@ -92,7 +92,7 @@ class LearnedModel:
     stopped: str
     layers: tuple[Dense, ...]
     network: Callable[[], bytes] | None
-    logits: Callable[[Indices], Float32]
+    logits: Callable[[Indices], Logits]
 
     @property
     def kept(self) -> str:
@@ -155,7 +155,7 @@ class Validation:
         self._targets = targets
         self.is_accuracy = recipe.early_stopping is not None and recipe.early_stopping.monitor is Monitor.VAL_ACCURACY
 
-    def __call__(self, logits: Callable[[Indices], Float32], rows: Indices) -> float | None:
+    def __call__(self, logits: Callable[[Indices], Logits], rows: Indices) -> float | None:
         """Return the metric for the rows; None if there are none."""
         if not len(rows):
             return None
@@ -226,7 +226,7 @@ class HeadLearner:
     def of_head(self, head: FittedHead, validation: Indices) -> LearnedModel:
         """Return the `LearnedModel` of a fitted head."""
 
-        def logits(rows: Indices) -> Float32:
+        def logits(rows: Indices) -> Logits:
             return heads.logits(head.layers, self._data.inputs[rows])
 
         value = self.validation(logits, validation)

@@ -28,7 +28,7 @@ from training.data.split import Indices
 from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
 from training.fitting.fit_task import FitData, FitTask
-from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers
+from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers, what_to_lower
 from training.fitting.training_loop import Arrays, EpochRecorder, FitSummary, Snapshot, Stopping, shuffled
 from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
 from training.progress import Epoch
@@ -248,7 +248,11 @@ class _HeadInTraining:
         watches = recipe.early_stopping if len(fold.validation) else None
         self._stopping = Stopping(watches) if watches else None
         self._restore()
-        self._callbacks: list[Any] = [EpochRecorder(self._history, self.batches, task.hooks)]
+        self._callbacks: list[Any] = [
+            EpochRecorder(
+                self._history, self.batches, task.hooks, what_to_lower(recipe.optimizer.learning_rate, task.l2)
+            )
+        ]
         self._callbacks += self._stopping.callbacks if self._stopping else []
         for callback in self._callbacks:
             callback.set_model(self)

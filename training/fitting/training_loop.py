@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from errors import TrainingDiverged
 from recipes.layers import Sides, sides
 from recipes.recipe import EarlyStopping, Target
@@ -24,6 +24,7 @@ from training.networks import freed_memory
 from training.progress import Epoch
 
 LEARNING_RATE = "optimizer.learning_rate"
+_GREATEST = float(np.finfo(np.float32).max)
 # At most so many images, and pixels, are predicted at once: a layer of 64 channels takes 256 MiB for so many pixels.
 _MOST_IMAGES, _MOST_PIXELS = 256, 2**20
 
@@ -122,7 +123,7 @@ def train(
         early_stopping: when to stop early; ignored without validation data.
         class_weight: weight of each class.
         hooks: the snapshot to continue from, and the callbacks that report progress.
-        rate: the recipe field of the learning rate, for the error message.
+        rate: the recipe field of the learning rate, or several, for the error message.
         options: further arguments of Keras' `fit`.
 
     Raises:
@@ -213,7 +214,7 @@ def predict_batch(size: Sides, batch_size: int) -> int:
     return max(batch_size, min(_MOST_IMAGES, 4 * batch_size, _MOST_PIXELS // (height * width)))
 
 
-def finite(logits: Float32, rate: str = LEARNING_RATE) -> Float32:
+def finite(logits: Logits, rate: str = LEARNING_RATE) -> Logits:
     """Return the logits if all are finite. Raises TrainingDiverged, which names `rate`, the learning rate's field."""
     if not np.isfinite(logits).all():
         raise TrainingDiverged(f"The trained model predicts infinite numbers or NaN. Lower {rate}.")
@@ -313,7 +314,8 @@ class EpochRecorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items()}
-        if not all(map(np.isfinite, metrics.values())):
+        # Linear heads sum their loss in float64; Keras compares it in float32.
+        if not all(abs(value) <= _GREATEST for value in metrics.values()):
             raise TrainingDiverged(f"The loss is no longer a number after epoch {epoch + 1}. Lower {self._rate}.")
         self._history.append(metrics)
         self._hooks.on_epoch(epoch + 1, metrics)

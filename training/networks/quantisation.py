@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -81,8 +80,7 @@ class _Repeatable:
 
 
 def _nncf() -> Any:
-    """Import NNCF, and with it ONNX Runtime, with their telemetry off. NNCF sends none in continuous integration."""
-    os.environ |= {"NNCF_CI": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    """Import NNCF, and with it ONNX Runtime."""
     import nncf
 
     nncf.set_log_level(logging.ERROR)

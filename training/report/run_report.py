@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from artifacts.run_files import RunFile
 from recipes import shapes
 from recipes.catalogue import ALL, CATALOGUE
@@ -37,7 +38,7 @@ class Description:
     labels: Sequence[str]
     images: int
     truth: Truth
-    logits: Float32
+    logits: Logits
     metrics: dict[str, Any]
     folds: Sequence[FoldResult]
     plan: Plan
@@ -65,13 +66,64 @@ def verdict(task: Task, metrics: dict[str, Any]) -> str:
     return sentence
 
 
+def failure(metrics: Mapping[str, Any]) -> str:
+    """Return the sentence on a model that is no better than a constant answer, or an empty text."""
+    found = metrics["baseline"]
+    if found["is_better"]:
+        return ""
+    if "r2" in found:
+        why = f"always answering the mean of the numbers has an R² of 0, and the model has {found['r2']:.3f}"
+    else:
+        why = f"against the shares of the classes or labels alone, {_differences(found)}"
+    return (
+        f"**This model is no better than a constant answer that ignores the image:** {why}. It does not become "
+        "`champion` by itself."
+    )
+
+
+def _differences(found: Mapping[str, Any]) -> str:
+    """Return how the log-loss and the balanced accuracy differ from those of the constant answer, with intervals."""
+    low, high = found["loss_difference_ci95"]
+    least, most = found["balanced_accuracy_difference_ci95"]
+    return (
+        f"the log-loss differs by {found['loss_difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) and the "
+        f"balanced accuracy by {100 * found['balanced_accuracy_difference']:+.1f} points (95 % interval "
+        f"{100 * least:+.1f} to {100 * most:+.1f})"
+    )
+
+
+def _baseline_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the line on a model of classes or labels that is better than the constant answer."""
+    found = metrics["baseline"]
+    if not found["is_better"] or "r2" in found:
+        return []
+    return [
+        f"- Against a constant answer, {_differences(found)}. Balanced accuracy is "
+        f"{100 * found['balanced_accuracy']:.1f} %."
+    ]
+
+
+def undertrained(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
+    """Return the sentence on folds that all trained to their last epoch, so that more epochs may help; else no text."""
+    watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
+    falling = sum(_least(fold.history) + 1 == len(fold.history) for fold in watched)
+    is_early = recipe.early_stopping is not None and any(fold.stopped != "epochs" for fold in folds)
+    if not watched or is_early or (recipe.early_stopping is None and falling < len(watched)):
+        return ""
+    field = "`epochs` or `fine_tune.epochs`" if recipe.mode is Mode.FINE_TUNING else "`epochs`"
+    return (
+        f"**All {len(folds)} folds stopped at their last epoch:** the validation loss was still falling in {falling} "
+        f"of them, so the training may be too short. Raise {field}."
+    )
+
+
 def report(run: Description) -> str:
     """Return the report of a run as Markdown."""
     recipe, metrics = run.recipe, run.metrics
     lines = [
         f"# {_title(recipe)}, {recipe.mode.value}",
         "",
-        verdict(run.task, metrics),
+        " ".join(filter(None, [failure(metrics), verdict(run.task, metrics), undertrained(run.folds, recipe)])),
         "",
         *(_scratch_lines(run, recipe) if isinstance(recipe, FromScratchRecipe) else _feature_lines(run, recipe)),
         f"- Folds: {recipe.folds.k}, stratified and grouped{_repeats(recipe.folds.repeats)}. The final "
@@ -81,7 +133,8 @@ def report(run: Description) -> str:
         *_fine_tuning_lines(run),
         *_precision_lines(run),
         *(f"- {note}" for note in run.notes),
-        f"- {overfitting(run.folds, recipe)}",
+        *_baseline_lines(metrics),
+        f"- {overfitting(run.folds, recipe, is_bad=bool(failure(metrics)))}",
     ]
     headline = HEADLINES[run.task]
     if "test" in metrics:
@@ -194,7 +247,10 @@ def _in_all_precisions(run: Description) -> str:
 def _learned(run: Description) -> str:
     """Return the number of classes or labels, or the range of the targets."""
     if run.task is Task.REGRESSION:
-        return f" with numbers from {run.truth.min():.4g} to {run.truth.max():.4g}"
+        low, high = float(run.truth.min()), float(run.truth.max())
+        # Enough digits to see the range of numbers that are far from zero.
+        digits = 4 + max(0, math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))) if low < high else 4
+        return f" with numbers from {low:.{min(digits, 16)}g} to {high:.{min(digits, 16)}g}"
     return f" in {len(run.labels)} classes" if run.task is not Task.MULTILABEL else f" with {len(run.labels)} labels"
 
 
@@ -276,8 +332,8 @@ def _precision_lines(run: Description) -> list[str]:
 _RISE = 0.02
 
 
-def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
-    """Return in one or two sentences whether the folds overfitted."""
+def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe, *, is_bad: bool = False) -> str:
+    """Return in one or two sentences whether the folds overfitted; of a bad model it is no praise that none did."""
     watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
     if not watched:
         return "The folds had no validation images, so overfitting could not be detected."
@@ -290,7 +346,8 @@ def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
         else ""
     )
     if not rising:
-        return f"No fold overfitted: validation loss did not rise while training loss fell.{gap}"
+        what = "Overfitting is not the reason" if is_bad else "No fold overfitted"
+        return f"{what}: validation loss did not rise while training loss fell.{gap}"
     least = [_least(fold.history) + 1 for fold in rising]
     when = f"epoch {min(least)}" if min(least) == max(least) else f"epochs {min(least)} to {max(least)}"
     later = sum(fold.best_epoch > epoch for fold, epoch in zip(rising, least, strict=True))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from artifacts import manifest
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from artifacts.manifest import Row
 from errors import EspalierError
 from recipes.headline import HEADLINES, Headline
@@ -42,11 +42,11 @@ class OutOfFoldLogits:
 
     Attributes:
         folds: int16 [repeats, N], the fold that tested each image; -1 for an image that none has tested.
-        logits: float32 [repeats, N, outputs].
+        logits: [repeats, N, outputs].
     """
 
     folds: npt.NDArray[np.int16]
-    logits: Float32
+    logits: Logits
 
 
 @dataclass(frozen=True)

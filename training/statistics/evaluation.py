@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
-from artifacts.bundle import Float32
+from artifacts.bundle import Logits
 from inference import heads
 from recipes.headline import HEADLINES
 from recipes.recipe import Task
@@ -58,47 +59,49 @@ def wilson_over_groups(correct: npt.NDArray[np.float64], groups: Indices) -> tup
     return wilson(share, min(effective, len(correct)))
 
 
-def image_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
+def image_statistics(task: Task, truth: Truth, logits: Logits) -> Float64:
     """Return float64 [N, S]: statistics of each image from whose sums `scores_of_sums` gives the scores.
 
     Args:
         task: what is predicted.
         truth: as `training.data.targets` has it.
-        logits: float32 [N, outputs]; for a regression the predicted numbers themselves.
+        logits: [N, outputs]; for a regression the predicted numbers themselves.
     """
     if task is Task.REGRESSION:
-        centred = truth[:, 0] - truth[:, 0].mean()
+        # From the median: one outlier moves the mean away from all other numbers, and the squares of the distance to it
+        # would leave no digits for their deviations in a draw without the outlier.
+        centred = truth[:, 0] - np.median(truth[:, 0])
         error = logits[:, 0] - truth[:, 0]
         return np.stack([np.ones(len(truth)), np.square(error), np.abs(error), centred, np.square(centred)], axis=1)
     probabilities = heads.probabilities(task, logits)
     answers = heads.answers(task, probabilities)
     if task is not Task.MULTILABEL:
         of_truth = probabilities[np.arange(len(truth)), truth]
-        return np.stack([np.ones(len(truth)), answers == truth, _surprise(of_truth)], axis=1).astype(np.float64)
+        return np.stack([np.ones(len(truth)), answers == truth, surprise(of_truth)], axis=1).astype(np.float64)
     has = truth > 0.5
     right = (answers == has).all(axis=1)
-    surprise = _surprise(np.where(has, probabilities, 1 - probabilities)).mean(axis=1)
+    losses = surprise(np.where(has, probabilities, 1 - probabilities)).mean(axis=1)
     return np.concatenate(
-        [np.stack([np.ones(len(truth)), right, surprise], axis=1), answers & has, answers & ~has, ~answers & has],
+        [np.stack([np.ones(len(truth)), right, losses], axis=1), answers & has, answers & ~has, ~answers & has],
         axis=1,
         dtype=np.float64,
     )
 
 
-def headline_score(task: Task, truth: Truth, logits: Float32) -> float:
-    """Return the task's headline score of logits float32 [repeats, N, outputs], out of fold."""
+def headline_score(task: Task, truth: Truth, logits: Logits) -> float:
+    """Return the task's headline score of logits [repeats, N, outputs], out of fold."""
     return float(scores_of_sums(task, mean_image_statistics(task, truth, logits).sum(axis=0))[HEADLINES[task].metric])
 
 
-def mean_image_statistics(task: Task, truth: Truth, logits: Float32) -> Float64:
-    """Return `image_statistics` float64 [N, S], averaged over the repeats of logits float32 [repeats, N, outputs]."""
+def mean_image_statistics(task: Task, truth: Truth, logits: Logits) -> Float64:
+    """Return `image_statistics` float64 [N, S], averaged over the repeats of logits [repeats, N, outputs]."""
     total = image_statistics(task, truth, logits[0])
     for once in logits[1:]:
         total += image_statistics(task, truth, once)
     return total / len(logits)
 
 
-def _surprise(probabilities: Float64) -> Float64:
+def surprise(probabilities: Float64) -> Float64:
     """Return the negative logarithm; as in scikit-learn's log loss, zero counts as float64's epsilon."""
     return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))
 
@@ -109,15 +112,15 @@ def scores_of_sums(task: Task, sums: Float64) -> dict[str, Float64]:
     Classes have accuracy, and loss, which is the mean negative log-likelihood. Labels have the same; an image counts as
     right if all its labels are right, and its loss is the mean over labels. They also have f1_macro, the mean F1 of the
     labels that occur in truth or answers, and f1_micro, the F1 of all answers together. Numbers have rmse, mae, loss,
-    which is the mean squared error, and r2 = 1 - squared errors / squared deviations from the mean (0 if all numbers
+    which is the mean squared error, and r2 = 1 - squared errors / squared deviations from the mean (NaN if all numbers
     are equal).
     """
     count = sums[..., 0]
     if task is Task.REGRESSION:
         squares, absolute, centred, deviations = np.moveaxis(sums[..., 1:], -1, 0)
+        rounding = 1e-12 * deviations
         deviations = deviations - np.square(centred) / count
-        has_spread = deviations > 1e-12 * squares
-        r2 = 1 - np.divide(squares, deviations, out=np.ones_like(squares), where=has_spread)
+        r2 = 1 - np.divide(squares, deviations, out=np.full_like(squares, np.nan), where=deviations > rounding)
         return {"rmse": np.sqrt(squares / count), "mae": absolute / count, "r2": r2, "loss": squares / count}
     found = {"accuracy": sums[..., 1] / count, "loss": sums[..., 2] / count}
     if task is Task.MULTILABEL:
@@ -134,14 +137,14 @@ def _f1(hits: Float64, false_alarms: Float64, misses: Float64) -> Float64:
     return np.divide(2 * hits, relevant, out=np.zeros_like(relevant), where=relevant > 0)
 
 
-def evaluate(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -> dict[str, Any]:
+def evaluate(task: Task, labels: Sequence[str], truth: Truth, logits: Logits) -> dict[str, Any]:
     """Return the scores of logits by name.
 
     Args:
         task: what is predicted.
         labels: class names in the order of the outputs; none for a regression.
         truth: as `training.data.targets` has it.
-        logits: float32 [N, outputs].
+        logits: [N, outputs].
 
     Returns:
         what `scores_of_sums` returns; for classes also f1_macro, per_class and confusion (rows are the truth); for
@@ -168,10 +171,13 @@ def evaluate(task: Task, labels: Sequence[str], truth: Truth, logits: Float32) -
     return metrics
 
 
-def mean_scores(task: Task, truth: Truth, logits: Float32) -> dict[str, float]:
-    """Return the scores of all images together by name, without tables."""
+def mean_scores(task: Task, truth: Truth, logits: Logits) -> dict[str, float]:
+    """Return the scores of all images together by name, without tables; r2 is 0 if all numbers are equal."""
     found = scores_of_sums(task, image_statistics(task, truth, logits).sum(axis=0))
-    return {name: float(value) for name, value in found.items()}
+    scores = {name: float(value) for name, value in found.items()}
+    if np.isnan(scores.get("r2", 0.0)):
+        scores["r2"] = 0.0
+    return scores
 
 
 def evaluate_folds(
@@ -179,7 +185,7 @@ def evaluate_folds(
     labels: Sequence[str],
     truth: Truth,
     groups: Indices,
-    logits: Float32,
+    logits: Logits,
     folds: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the scores of all folds together, with their intervals, from out-of-fold logits.
@@ -189,7 +195,7 @@ def evaluate_folds(
         labels: class names in the order of the outputs; none for a regression.
         truth: as `training.data.targets` has it.
         groups: group of each image, int [N].
-        logits: float32 [repeats, N, outputs].
+        logits: [repeats, N, outputs].
         folds: scores of every fold of every repeat.
 
     Returns:
@@ -207,10 +213,12 @@ def evaluate_folds(
     for name in _with_interval(task):
         metrics[f"{name}_sd"] = float(np.std([fold[name] for fold in folds], ddof=1))
     metrics["interval"] = _INTERVALS.get(task, INTERVAL)
+    if (metrics.get("groups") or count) < FEW:
+        metrics["interval"] = metrics["interval"].replace("bootstrap", f"bootstrap, widened for fewer than {FEW}")
     return metrics
 
 
-def scores_with_intervals(task: Task, truth: Truth, groups: Indices, logits: Float32) -> dict[str, Any]:
+def scores_with_intervals(task: Task, truth: Truth, groups: Indices, logits: Logits) -> dict[str, Any]:
     """Return the scores of out-of-fold logits float32 [repeats, N, outputs], with intervals as in `evaluate_folds`."""
     metrics: dict[str, Any] = mean_scores(
         task, np.concatenate([truth] * len(logits)), logits.reshape(-1, logits.shape[2])
@@ -219,9 +227,9 @@ def scores_with_intervals(task: Task, truth: Truth, groups: Indices, logits: Flo
 
 
 def evaluate_held_out(
-    task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Float32
+    task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Logits
 ) -> dict[str, Any]:
-    """Return the scores of logits float32 [N, outputs] for images that no fit has seen.
+    """Return the scores of logits [N, outputs] for images that no fit has seen.
 
     They are those of `evaluate`, with the number of images and, for at least two images, the intervals of
     `evaluate_folds`.
@@ -255,12 +263,37 @@ def _intervals(
     """Return the interval of each score over groups: by formula for shares of images, by bootstrap for the others."""
     names = _with_interval(task)
     found: dict[str, tuple[float, float]] = {}
+    blocks = len(np.unique(groups))
     if set(names) - set(_IS_SHARE):
         found = resampling.bootstrap_intervals(of_images, groups, lambda sums: scores_of_sums(task, sums))
+        if blocks < FEW:
+            found = {name: _widened(name, metrics[name], found[name], blocks) for name in names}
     for name in set(names) & set(_IS_SHARE):
-        is_alone = len(np.unique(groups)) == len(groups)
+        is_alone = blocks == len(groups)
         found[name] = wilson(metrics[name], len(groups)) if is_alone else wilson_over_groups(of_images[:, 1], groups)
     return {f"{name}_{suffix}": list(found[name]) for name in names}
+
+
+FEW = 10
+"""Below this number of images, or of groups, bootstrap intervals are widened to those of a formula. All draws of two
+images with equal errors give the same score, which would be an interval without width."""
+
+
+def _widened(name: str, score: float, found: tuple[float, float], blocks: int) -> tuple[float, float]:
+    """Return an interval that includes the bootstrap interval and that of a formula for so many independent images.
+
+    An error is estimated like the standard deviation of normal errors, so that chi-square bounds it. r2 follows from
+    the error. F1 counts like a share.
+    """
+    low, high = np.sqrt(blocks / stats.chi2.ppf([0.975, 0.025], blocks))  # factors of an error
+    bounds = {
+        "rmse": (score * low, score * high),
+        "mae": (score * low, score * high),
+        "r2": (1 - (1 - score) * high**2, 1 - (1 - score) * low**2),
+    }.get(name)
+    if bounds is None:
+        bounds = wilson(score, blocks)
+    return min(found[0], float(bounds[0])), max(found[1], float(bounds[1]))
 
 
 def without_tables(metrics: dict[str, Any]) -> dict[str, float]:

@@ -26,14 +26,19 @@ def block_sums(statistics: Float64, groups: Indices) -> Float64:
 
     The same groups always give the same blocks, so that sums of different statistics can be compared block by block.
     """
+    block = blocks(groups)
+    sums = np.zeros((int(block.max()) + 1, *statistics.shape[1:]))
+    np.add.at(sums, block, statistics)
+    return sums
+
+
+def blocks(groups: Indices) -> Indices:
+    """Return the block of each image, int [N] from 0: its group, or one of several groups if there are very many."""
     _, block = np.unique(groups, return_inverse=True)
     count = int(block.max()) + 1
     if count > _MOST_BLOCKS:
         block = (np.random.default_rng(0).permutation(count) % _MOST_BLOCKS)[block]
-        count = _MOST_BLOCKS
-    sums = np.zeros((count, *statistics.shape[1:]))
-    np.add.at(sums, block, statistics)
-    return sums
+    return np.asarray(block, dtype=np.intp)
 
 
 def draws(blocks: int, count: int = DRAWS) -> Iterator[Float64]:
@@ -51,11 +56,14 @@ def bootstrap_interval(values: Float64, blocks: int) -> tuple[float, float]:
     the normal distribution (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 3.4).
 
     Args:
-        values: the score in each draw, float64 [draws].
+        values: the score in each draw, float64 [draws]; draws that have no score, NaN, are left out.
         blocks: number of blocks that were drawn from; at least two.
     """
     tail = stats.norm.cdf(-np.sqrt(blocks / (blocks - 1)) * stats.t.ppf(0.975, blocks - 1))
-    low, high = np.quantile(values, [tail, 1 - tail])
+    has_score = ~np.isnan(values)
+    if not has_score.any():
+        return 0.0, 0.0
+    low, high = np.quantile(values[has_score], [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -165,7 +165,6 @@ def _mlflow(place: TrackingSettings) -> Iterator[Any]:
     # answer was lost: two runs in place of one. Imported late: it costs seconds and memory.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(place.timeout_s)))
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     import mlflow
     import requests

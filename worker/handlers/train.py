@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
+import environments
 from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store
 from errors import Crashed, DiskFull, EspalierError, StoreUnavailable
@@ -164,7 +165,8 @@ class Train(Handler):
 
     def _surroundings(self, queue: Queue) -> dict[str, str]:
         """Return the environment of a child: set here, since the child may need TensorFlow before its first order."""
-        return _devices(queue) | computing_threads(self._place.threads) | store_keys(self._store)
+        devices = _devices(queue) | computing_threads(self._place.threads)
+        return devices | environments.proxies() | store_keys(self._store)
 
     def _make_order(self, session: Session, job: Job) -> TrainOrder | None:
         """Note that a part is worked on; return the order for the child, or None if there is nothing to do."""
@@ -250,7 +252,15 @@ class Train(Handler):
             return
         for file in end.files:
             _add_file(session, run.id, file)
-        registry.add_model_version(session, Principal(run.project_id), run.name, run.id, end.bundle, end.backbone)
+        registry.add_model_version(
+            session,
+            Principal(run.project_id),
+            run.name,
+            run.id,
+            end.bundle,
+            end.backbone,
+            can_be_champion=end.metrics.get("baseline", {}).get("is_better", True),
+        )
         comparisons.on_run_ended(session, run.id)
         delete_unreferenced_after_commit(session, self._store, run_jobs.drop_leftovers(session, run.id))
 

@@ -60,6 +60,19 @@ def loads(client: TestClient, services: Services, settings: Settings) -> Iterato
     found.gate.set()
 
 
+def test_a_model_of_bad_versions_answers_only_if_one_is_named_or_made_champion(
+    client: TestClient, services: Services, loads: Loads
+) -> None:
+    add_model(services, "noise", flat_bundle(services.store.put(b"noise")), can_be_champion=False)
+    url = "/api/v1/models/noise"
+    refused = client.post(f"{url}/predict", content=PNG)
+    assert (refused.status_code, refused.json()["version"]) == (409, 1)
+    assert refused.json()["type"].endswith("no-champion") and f"PUT {url}/aliases/champion" in refused.json()["detail"]
+    assert client.post(f"{url}/predict?version=1", content=PNG).status_code == 200
+    assert client.put(f"{url}/aliases/champion", json={"version": 1}).status_code == 200
+    assert client.post(f"{url}/predict", content=PNG).json()["version"] == 1
+
+
 # --- what is answered ----------------------------------------------------------------------------------------------
 
 

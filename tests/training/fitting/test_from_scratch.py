@@ -128,8 +128,9 @@ def test_a_perceptron_of_numbers_is_linear() -> None:
     for row in order_of(4, epochs=4):
         error = (numbers[row, 0] - mean) / deviation - (w @ INPUTS[row] + b)
         w, b = w + 0.01 * error * INPUTS[row], b + 0.01 * error
-    assert grown.layers[0].kernel[:, 0] == pytest.approx(w * deviation, abs=1e-5)
-    assert grown.layers[0].bias[0] == pytest.approx(b * deviation + mean, abs=1e-5)
+    assert grown.layers[0].kernel[:, 0] == pytest.approx(w, abs=1e-5)
+    assert grown.layers[0].bias[0] == pytest.approx(b, abs=1e-5)
+    assert grown.logits(ALL)[:, 0] == pytest.approx((INPUTS @ w + b) * deviation + mean, abs=1e-5)
 
 
 @pytest.mark.parametrize(

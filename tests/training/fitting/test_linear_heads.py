@@ -186,8 +186,16 @@ def test_the_same_seed_gives_the_same_head_and_another_seed_another() -> None:
 def test_a_head_that_diverges_says_what_to_lower() -> None:
     calm, wild = wanted(2)
     chosen = recipe(optimizer=OptimizerRecipe(name="sgd", learning_rate=10))
-    with pytest.raises(TrainingDiverged, match=r"optimizer\.learning_rate"):
-        together(chosen, Task.REGRESSION, [calm, replace(wild, l2=10.0, epochs=200)])
+    for task, l2 in ((Task.REGRESSION, 10.0), (Task.MULTICLASS, 1.0)):  # the latter passes float32 before float64
+        with pytest.raises(TrainingDiverged, match=r"Lower optimizer\.learning_rate or head\.l2"):
+            together(chosen, task, [calm, replace(wild, l2=l2, epochs=200)])
+
+
+def test_a_head_that_learns_nothing_answers_what_it_began_with() -> None:
+    """Zero, that is the mean: random weights would have to be unlearned."""
+    (slow,) = together(recipe(optimizer=OptimizerRecipe(learning_rate=1e-30)), Task.REGRESSION, wanted(1, epochs=1))
+    features, targets, _ = some(Task.REGRESSION)
+    assert heads.logits(slow.layers, features) == pytest.approx(np.full((ROWS, 1), targets[wanted(1)[0].train].mean()))
 
 
 def test_every_epoch_of_every_head_is_told_and_what_has_ended_is_given_at_once() -> None:
@@ -219,7 +227,7 @@ def test_heads_that_were_interrupted_end_as_if_they_never_were() -> None:
         return replace(one, hooks=replace(QUIET, offer=offer))
 
     chosen, asked = recipe(early_stopping=EarlyStopping(patience=4)), wanted(2)
-    unbroken = together(chosen, Task.MULTICLASS, [watched(0, asked[0], 3), watched(1, asked[1], 6)])
+    unbroken = together(chosen, Task.MULTICLASS, [watched(0, asked[0], 2), watched(1, asked[1], 4)])
     since = [replace(one, hooks=replace(QUIET, since=kept[head])) for head, one in enumerate(asked)]
     for one, other in zip(unbroken, together(chosen, Task.MULTICLASS, since), strict=True):
         assert one.trained == other.trained

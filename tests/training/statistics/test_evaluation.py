@@ -155,6 +155,33 @@ def test_numbers_that_are_all_equal_explain_nothing() -> None:
     assert metrics["r2"] == 0.0 and metrics["mae"] == pytest.approx(1 / 3)
 
 
+def test_draws_without_the_outlier_do_not_count_as_explaining_nothing() -> None:
+    """Predicting the mean of an outlier and 59 small numbers is far worse than nothing for the small ones alone."""
+    truth = np.append(np.linspace(0, 1, 59), 1e9)[:, None]
+    guesses = np.full((1, 60, 1), truth.mean())
+    metrics = evaluation.scores_with_intervals(Task.REGRESSION, truth, np.arange(60), guesses)
+    alone = 1 - np.square(truth[:59] - truth.mean()).sum() / np.square(truth[:59] - truth[:59].mean()).sum()
+    assert metrics["r2"] == pytest.approx(0, abs=1e-9)
+    assert metrics["r2_ci95"] == [pytest.approx(alone, rel=0.5), pytest.approx(0, abs=1e-3)]
+
+
+def test_draws_of_equal_numbers_have_no_r2_and_are_left_out() -> None:
+    truth = np.append(np.zeros(19), 5.0)[:, None]
+    metrics = evaluation.scores_with_intervals(Task.REGRESSION, truth, np.arange(20), 0.9 * truth[None])
+    assert metrics["r2_ci95"] == pytest.approx([0.98, 0.99], abs=0.01)
+
+
+def test_the_interval_of_two_images_has_a_width() -> None:
+    truth = np.array([[1.0], [2.0]])
+    metrics = evaluation.evaluate_held_out(Task.REGRESSION, [], truth, np.arange(2), np.array([[2.0], [1.0]]))
+    low, high = metrics["rmse_ci95"]  # chi-square with 2 degrees of freedom
+    assert (metrics["rmse"], low, high) == pytest.approx((1.0, 0.5207, 6.2847), abs=1e-4)
+    assert metrics["r2_ci95"][0] < metrics["r2"] < metrics["r2_ci95"][1] < 1
+    labels = np.eye(2, dtype=np.float32)
+    metrics = evaluation.evaluate_held_out(Task.MULTILABEL, LABELS[:2], labels, np.arange(2), 8 * labels - 4)
+    assert metrics["f1_macro_ci95"] == list(evaluation.wilson(1.0, 2))
+
+
 def test_numbers_are_pooled_with_an_interval_of_each_score_over_images_and_over_groups() -> None:
     random = np.random.default_rng(3)
     of_group = np.repeat(random.normal(size=40), 5)

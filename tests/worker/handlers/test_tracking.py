@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import httpx2
 import mlflow
 import pytest
 import records
-from running import free_port
+from running import ROOT, free_port
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from waiting import until
@@ -34,7 +33,7 @@ from models.job import Job, JobKind, JobState, Queue
 from models.outbox import Outbox, add_publish_jobs, add_to_outbox
 from models.run import Fold, Run
 from models.session import Database
-from ops.up import mlflow_answers, mlflow_server
+from ops.up import command_line, mlflow_answers, mlflow_server
 from worker.handlers.tracking import Publish, TrackingSettings
 
 
@@ -84,8 +83,8 @@ class Relay:
 def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a real MLflow server of this module."""
     port = free_port()
-    program = mlflow_server(port, tmp_path_factory.mktemp("mlflow"))
-    server = subprocess.Popen(program.command, env={**os.environ, **program.environment})
+    folder = tmp_path_factory.mktemp("mlflow")
+    server = subprocess.Popen(command_line(mlflow_server(port, folder), folder), cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     until(lambda: mlflow_answers(url), within_s=180)
     yield url
