@@ -126,10 +126,12 @@ class DatasetVersionOut(Schema):
     state: DatasetState
     images: int
     ignored: int
-    """Files that operating systems leave behind."""
+    """Files that operating systems leave behind, and text beside images."""
     refused: list[RefusedFile]
     """The first thousand."""
     refused_total: int
+    warnings: list[str]
+    """What the owner of the images should know."""
     progress: IngestProgress | None
     error: Problem | None
     created_at: datetime
@@ -150,10 +152,12 @@ class DatasetOut(Schema):
     duplicates: int
     """Accepted files with the same content as another file of the version."""
     ignored: int
-    """Files that operating systems leave behind."""
+    """Files that operating systems leave behind, and text beside images."""
     refused: list[RefusedFile]
     """The first thousand."""
     refused_total: int
+    warnings: list[str]
+    """What the owner of the images should know, such as classes that lost images."""
     version: int
     versions: list[DatasetVersionOut]
     progress: IngestProgress | None
