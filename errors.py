@@ -9,6 +9,7 @@ EspalierError
 │   ├── InUse              something that is still running needs it
 │   └── InFlight           the same request is being answered right now
 ├── Invalid
+│   ├── RequestMalformed   bytes that are no HTTP request
 │   ├── RequestInvalid     a request that does not fit its schema
 │   ├── KeyReused          an Idempotency-Key that was used with another request
 │   ├── RecipeInvalid      a recipe that cannot be trained, with the field at fault
@@ -20,12 +21,14 @@ EspalierError
 ├── AddressTooLong         a URL above its limit
 ├── HeadersTooLarge        headers above their limit
 ├── DiskFull               not enough disk space
+├── RequestTimeout         a request that did not arrive in time
 ├── DeadlineExceeded       an answer that was not ready in time
 ├── Overloaded             more work than can be admitted
 ├── Unavailable            a service that is needed does not respond
 │   └── StoreUnavailable   the bucket of stored files does not respond
 │       └── StoreRefused   the bucket does not exist, or denies access
 ├── Unauthorized           no API key, or a wrong one
+├── KeyThrottled           too many wrong API keys from one address
 ├── Forbidden              a host or an origin that is not allowed
 ├── WeightsUnavailable     pretrained weights that cannot be obtained
 ├── WeightsRefused         a weights file that does not fit, or holds code
@@ -129,6 +132,12 @@ class Invalid(EspalierError):
     code = "invalid"
 
 
+class RequestMalformed(Invalid):
+    """The bytes on the connection are not a request that HTTP allows here."""
+
+    code = "request-malformed"
+
+
 class RequestInvalid(Invalid):
     """The request does not fit its schema."""
 
@@ -201,6 +210,12 @@ class DiskFull(EspalierError):
     is_parked = True
 
 
+class RequestTimeout(EspalierError):
+    """The request did not arrive in time."""
+
+    code = "request-timeout"
+
+
 class DeadlineExceeded(EspalierError):
     """The answer was not ready in time."""
 
@@ -237,6 +252,13 @@ class Unauthorized(EspalierError):
     """The API key is missing or wrong."""
 
     code = "unauthorized"
+
+
+class KeyThrottled(EspalierError):
+    """One address sent too many wrong API keys; try again later."""
+
+    code = "key-throttled"
+    title = "Too many wrong API keys"
 
 
 class Forbidden(EspalierError):

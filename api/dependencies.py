@@ -12,6 +12,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from api import engine_probe
+from api.key_claims import KeyClaims
 from api.metrics import Metrics
 from api.middleware import ShutdownState
 from api.prediction_queue import PredictionQueue
@@ -37,6 +38,7 @@ class Services:
     prediction_queue: PredictionQueue
     metrics: Metrics
     shutdown: ShutdownState
+    key_claims: KeyClaims
     probe_engine: Callable[[], str] = engine_probe.cpu
 
 

@@ -7,7 +7,6 @@ of this service.
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -18,8 +17,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import problems
+from api.connections import Connections
+from api.key_guard import KeyGuard
 from api.metrics import Metrics
-from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, RequestInvalid, Unauthorized
+from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Overloaded, RequestInvalid
 
 URL_BYTES = 8 * 1024
 HEADER_BYTES = 16 * 1024
@@ -41,13 +42,20 @@ class RequestMiddleware:
     """Refuses what no route should see, and counts what was answered. The outermost middleware."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics, shutdown: ShutdownState
+        self,
+        app: ASGIApp,
+        hosts: Sequence[str],
+        api_key: str | None,
+        metrics: Metrics,
+        shutdown: ShutdownState,
+        connections: Connections,
     ) -> None:
         self._app = app
         self._hosts = hosts
-        self._api_key = api_key
+        self._guard = KeyGuard(api_key) if api_key is not None else None
         self._metrics = metrics
         self._shutdown = shutdown
+        self._connections = connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,7 +73,7 @@ class RequestMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                if self._shutdown.is_draining:
+                if self._shutdown.is_draining or self._connections.is_crowded:
                     headers["Connection"] = "close"
             await send(message)
 
@@ -99,17 +107,23 @@ class RequestMiddleware:
             )
         if scope["method"] not in _SAFE and _is_cross_site(headers, host):
             return Forbidden("A page of another site may not send this request for you.")
-        if self._api_key is not None and not scope["path"].startswith(PUBLIC_PATHS):
-            return self._unauthorized(headers)
+        refusal = self._key_refusal(scope, headers)
+        scope["state"]["may_see_details"] = refusal is None
+        if scope["path"].startswith(PUBLIC_PATHS):
+            return None
+        if refusal is not None:
+            return refusal
+        if self._connections.is_crowded:
+            limit = self._connections.limits.connections
+            return Overloaded(f"Expected at most {limit} open connections, and all are busy. Try again soon.")
         return None
 
-    def _unauthorized(self, headers: Headers) -> EspalierError | None:
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        if not key:
-            return Unauthorized("Expected the header 'Authorization: Bearer <API key>'. Received none.")
-        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), (self._api_key or "").encode()):
-            return Unauthorized("The API key is wrong.")
-        return None
+    def _key_refusal(self, scope: Scope, headers: Headers) -> EspalierError | None:
+        """Return why the key of a request is refused, or None if it is right or none is needed."""
+        if self._guard is None:
+            return None
+        host, _ = scope.get("client") or ("", 0)
+        return self._guard.check(headers.get("authorization", ""), host)
 
 
 def _without_port(host: str) -> str:

@@ -41,6 +41,7 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.InUse: 409,
     errors.InFlight: 409,
     errors.Invalid: 422,
+    errors.RequestMalformed: 400,
     errors.RequestInvalid: 422,
     errors.KeyReused: 422,
     errors.RecipeInvalid: 422,
@@ -52,12 +53,14 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.AddressTooLong: 414,
     errors.HeadersTooLarge: 431,
     errors.DiskFull: 507,
+    errors.RequestTimeout: 408,
     errors.DeadlineExceeded: 504,
     errors.Overloaded: 503,
     errors.Unavailable: 503,
     errors.StoreUnavailable: 503,
     errors.StoreRefused: 503,
     errors.Unauthorized: 401,
+    errors.KeyThrottled: 429,
     errors.Forbidden: 403,
     errors.WeightsUnavailable: 503,
     errors.WeightsRefused: 422,
@@ -98,7 +101,7 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
     extra = dict(headers or {})
     if content["status"] == 401:
         extra["WWW-Authenticate"] = "Bearer"
-    if content["status"] == 503:
+    if content["status"] in (429, 503):
         extra["Retry-After"] = str(math.ceil(content.get("retry_after_s", RETRY_AFTER_S)))
     return ProblemResponse({**content, "request_id": request_id}, content["status"], extra)
 

@@ -245,6 +245,13 @@ class FileOut(Schema):
     url: str
 
 
+class MlflowRefusal(Schema):
+    """Something that MLflow refused, and its reason."""
+
+    what: str
+    reason: str
+
+
 class RunOut(Schema):
     """A run with its progress, results and files."""
 
@@ -265,6 +272,8 @@ class RunOut(Schema):
     files: list[FileOut]
     error: Problem | None
     mlflow_url: str | None
+    mlflow_refused: list[MlflowRefusal] = Field(default_factory=list)
+    """What MLflow refused for good, so that its page of the run lacks it."""
     training_s: float | None
     """Total seconds of all parts on all workers, without waiting."""
     created_at: datetime
@@ -648,11 +657,15 @@ class Check(Schema):
     """The health of one part of the service."""
 
     ok: bool
-    detail: str
+    detail: str | None
+    """What was found; null for requests without the API key, if there is one."""
 
 
 class Readiness(Schema):
-    """Whether this process is ready for requests, with one check per part; `broker` and `workers` do not count."""
+    """Whether this process is ready for requests, with one check per part.
+
+    `store`, `broker`, `workers` and `mlflow` do not count.
+    """
 
     ready: bool
     checks: dict[str, Check]

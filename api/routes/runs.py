@@ -22,6 +22,7 @@ from api.schemas import (
     Extraction,
     FileOut,
     FoldOut,
+    MlflowRefusal,
     Page,
     RunOut,
     RunProgress,
@@ -32,7 +33,7 @@ from artifacts.run_files import RunFile
 from errors import NotFound
 from models import comparison as comparisons
 from models import dataset as datasets
-from models import registry, run_jobs
+from models import outbox, registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
 from models.run import Run
@@ -198,6 +199,7 @@ def _run_out(session: Session, services: Services, run: Run) -> RunOut:
         ],
         error=problems.stored_problem(run.error),
         mlflow_url=_mlflow_url(services, run),
+        mlflow_refused=[MlflowRefusal(**row.payload) for row in outbox.get_refusals(session, run.id)],
         training_s=run.training_s,
         created_at=run.created_at,
         started_at=run.started_at,

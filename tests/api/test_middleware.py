@@ -30,7 +30,7 @@ def guarded(tmp_path: Path) -> Iterator[TestClient]:
 def test_an_address_other_than_loopback_needs_a_key(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="ESPALIER_API_KEY"):
         Settings(var=tmp_path, api_host="0.0.0.0")
-    assert Settings(var=tmp_path, api_host="0.0.0.0", api_key="k").hosts == ("*",)
+    assert Settings(var=tmp_path, api_host="0.0.0.0", api_key=KEY).hosts == ("*",)
 
 
 def test_without_the_key_nothing_but_probes_and_documentation_answers(guarded: TestClient) -> None:
@@ -41,7 +41,23 @@ def test_without_the_key_nothing_but_probes_and_documentation_answers(guarded: T
         assert answer.headers["content-type"] == "application/problem+json"
     for path in ("/healthz", "/docs", "/openapi.json"):
         assert guarded.get(path).status_code == 200, path
-    assert guarded.get("/readyz").json()["checks"]["database"]["ok"]
+    assert guarded.get("/readyz").json()["checks"]["database"] == {"ok": True, "detail": None}
+
+
+@pytest.mark.parametrize(("sent", "detail"), [(KEY, "answers"), (KEY[:-1], None)])
+def test_details_of_readiness_need_the_key(guarded: TestClient, sent: str, detail: str | None) -> None:
+    answer = guarded.get("/readyz", headers={"Authorization": f"Bearer {sent}"})
+    assert answer.json()["checks"]["database"] == {"ok": True, "detail": detail}
+
+
+def test_an_address_that_sends_many_wrong_keys_has_to_wait(guarded: TestClient) -> None:
+    right, wrong = {"Authorization": f"Bearer {KEY}"}, {"Authorization": "Bearer a-guess"}
+    assert [guarded.get("/api/v1/runs", headers=wrong).status_code for _ in range(12)] == [401] * 10 + [429] * 2
+    answer = guarded.get("/api/v1/runs", headers=right)  # not even compared: a guess must not be told apart
+    assert answer.status_code == 429 and answer.json()["type"].endswith(":key-throttled")
+    assert 1 <= int(answer.headers["retry-after"]) <= 6
+    assert guarded.get("/api/v1/runs").status_code == 401
+    assert guarded.get("/readyz").status_code == 200
 
 
 @pytest.mark.parametrize("sent", [KEY[:-1], KEY + "x", "", "Bearer", "schlüssel"])

@@ -404,7 +404,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
         is_red, is_green = number % 2 == 0, number % 3 == 0
         path = f"{number}.png"
         files[path] = sample.png(number, (200 if is_red else 60, 200 if is_green else 60, 60))
-        wanted[path] = ["green"] * is_green + ["red"] * is_red
+        wanted[path] = ["<i>green"] * is_green + ["red|"] * is_red
     rows = [
         Row(path, bench.store.put(data), tuple(wanted[path]), None, None, Split.TRAIN) for path, data in files.items()
     ]
@@ -412,7 +412,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
     metrics = outcome.metrics
     assert min(metrics["f1_macro"], metrics["f1_micro"], metrics["accuracy"]) > 0.85
     assert metrics["f1_macro_ci95"][0] <= metrics["f1_macro"] <= metrics["f1_macro_ci95"][1]
-    assert [row["label"] for row in metrics["per_class"]] == ["green", "red"]
+    assert [row["label"] for row in metrics["per_class"]] == ["<i>green", "red|"]
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
@@ -422,7 +422,9 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
     ]
     assert np.mean(right) > 0.85
     assert outcome.files["labels.png"][0].startswith(b"\x89PNG")
-    assert "All labels are right in" in outcome.files["report.md"][0].decode()
+    report = outcome.files["report.md"][0].decode()
+    assert "All labels are right in" in report
+    assert "| &lt;i&gt;green |" in report and r"| red\| |" in report and "<i>" not in report
 
 
 # --- precisions -------------------------------------------------------------------------------------------------------

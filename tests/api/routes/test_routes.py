@@ -479,7 +479,7 @@ def test_readiness_names_each_part(client: TestClient) -> None:
     answer = client.get("/readyz")
     checks = answer.json()["checks"]
     assert answer.status_code == 200
-    good = {"database", "schema", "disk", "process", "store", "engine"}
+    good = {"database", "schema", "disk", "process", "store", "engine", "mlflow"}
     assert checks.keys() == good | {"broker", "workers"}
     assert {name for name, check in checks.items() if check["ok"]} == good
 
@@ -524,7 +524,7 @@ def test_a_part_that_breaks_in_any_way_is_named_and_the_others_are_still_asked(
     answer = client.get("/readyz")
     checks = answer.json()["checks"]
     assert (answer.status_code, answer.json()["ready"]) == (503, False)
-    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "process"}
+    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "process", "mlflow"}
     assert checks["engine"]["detail"].startswith("RuntimeError") and "secret" not in answer.text
     assert checks["disk"]["detail"].startswith("FileNotFoundError")
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from recipes.recipe import ClassWeights, EarlyStopping, Recipe
 from training.progress import Epoch, FoldResult
-from training.report.run_report import failure, fine_tuning_outcome, overfitting, undertrained
+from training.report.run_report import failure, fine_tuning_outcome, overfitting, shown_range, undertrained
 
 FALLING = (0.9, 0.5, 0.3, 0.2)
 WATCHED, UNWATCHED = Recipe(), Recipe(early_stopping=None)
@@ -135,3 +136,11 @@ def tuned(kept: str, head: float | None, network: float | None, stopped: str = "
 )
 def test_how_the_network_that_learned_did_against_the_frozen_one(folds: list[FoldResult], expected: str) -> None:
     assert fine_tuning_outcome(folds) == expected
+
+
+def test_one_outlier_does_not_squeeze_the_picture_of_values() -> None:
+    values = np.append(np.linspace(0, 1, 99), 1e9)
+    low, high = shown_range(values)
+    assert -0.1 < low < 0 and 1 < high < 1.1
+    assert shown_range(np.linspace(0, 1, 99)) == (0, 1) and shown_range(np.full(9, 7.0)) == (7, 7)
+    assert shown_range(np.append(np.zeros(50), 1.0)) == (0, 1), "nothing is squeezed if all others are equal"
