@@ -542,10 +542,12 @@ class ModelVersionOut(Schema):
 
 
 class ModelOut(Schema):
-    """A model with its versions, the newest first."""
+    """A model with its aliases and versions, the newest first."""
 
     name: str
     versions: list[ModelVersionOut]
+    """The newest 50, with metrics that leave out `confusion` and `per_class`."""
+    versions_total: int
     aliases: dict[str, int]
     created_at: datetime
 
