@@ -139,10 +139,12 @@ class DatasetVersionOut(Schema):
     state: DatasetState
     images: int
     ignored: int
-    """Files that operating systems leave behind."""
+    """Files that operating systems leave behind, and text beside images."""
     refused: list[RefusedFile]
     """The first thousand."""
     refused_total: int
+    warnings: list[str]
+    """What the owner of the images should know."""
     progress: IngestProgress | None
     error: Problem | None
     created_at: datetime
@@ -163,10 +165,12 @@ class DatasetOut(Schema):
     duplicates: int
     """Accepted files with the same content as another file of the version."""
     ignored: int
-    """Files that operating systems leave behind."""
+    """Files that operating systems leave behind, and text beside images."""
     refused: list[RefusedFile]
     """The first thousand."""
     refused_total: int
+    warnings: list[str]
+    """What the owner of the images should know, such as classes that lost images."""
     version: int
     versions: list[DatasetVersionOut]
     progress: IngestProgress | None
@@ -551,10 +555,12 @@ class ModelVersionOut(Schema):
 
 
 class ModelOut(Schema):
-    """A model with its versions, the newest first."""
+    """A model with its aliases and versions, the newest first."""
 
     name: str
     versions: list[ModelVersionOut]
+    """The newest 50, with metrics that leave out `confusion` and `per_class`."""
+    versions_total: int
     aliases: dict[str, int]
     created_at: datetime
 

@@ -27,7 +27,7 @@ from recipes.layers import Activation, Sides, sides
 LEAST_SIDE = 4
 CHANNELS = 16
 # Minimum side of a picture: an input of 32 pixels is hard to see.
-_SIDE = 256
+LEAST_PICTURE = 256
 
 # Derivative of each activation as a function of its output.
 _SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
@@ -95,7 +95,7 @@ def overlay(pixels: Pixels, places: Float32, title: str) -> bytes:
     darkest and the brightest colour stand.
     """
     height, width = pixels.shape[:2]
-    enlarge = max(1.0, _SIDE / min(height, width))
+    enlarge = max(1.0, LEAST_PICTURE / min(height, width))
     size = round(width * enlarge), round(height * enlarge)
     picture = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
     positive = np.maximum(places, 0)

@@ -22,6 +22,7 @@ from inference.batcher import BackboneOutput, Batcher, FeatureFuture
 from inference.engine import TOLERANCE
 from inference.explain import Explanation
 from inference.neighbours import Neighbour, nearest, sheet
+from recipes.layers import sides
 from recipes.recipe import Task
 
 
@@ -126,8 +127,13 @@ class Predictor:
         """Return [N, outputs] for decoded images, uint8 [N, H, W, 3], without a deadline."""
         return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
-    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
-        """Return the pixels of one image file of a request, uint8 [H, W, 3].
+    @property
+    def heat_map_scale(self) -> int:
+        """How many times as high and wide as the network's input an image should be under a heat map, to be seen."""
+        return -(-explain.LEAST_PICTURE // min(sides(self.bundle.size)))
+
+    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float, scale: int = 1) -> Pixels:
+        """Return the pixels of one image file of a request, uint8 [H, W, 3], `scale` times the size of the bundle.
 
         Raises:
             ImageRefused: the image cannot be used; `image` is its position.
@@ -138,7 +144,8 @@ class Predictor:
                 f"Only {position} images were decoded in time. Send fewer or smaller images per request."
             )
         try:
-            return images.decode(file, self.bundle.size, self.bundle.resize, limits)
+            height, width = sides(self.bundle.size)
+            return images.decode(file, (height * scale, width * scale), self.bundle.resize, limits)
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
@@ -186,6 +193,7 @@ class Predictor:
     ) -> list[ExplanationImage]:
         """Return a picture for each image, uint8 [n, H, W, 3], from the output of the backbone.
 
+        The images may be larger than the network's input, see `heat_map_scale`.
         A heat map explains `label`, or if that is None the label with the highest probability.
         Raises RequestInvalid for a label that the model does not have, and for maps that are too small.
         """

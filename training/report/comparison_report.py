@@ -76,8 +76,14 @@ def _milliseconds(value: float | None) -> str:
 
 def row_name(line: Line) -> str:
     """Return the name of a row in the picture: its version, by which the table has the row, and its title."""
-    title = textwrap.fill(line.title, _TITLE_CHARACTERS, max_lines=_TITLE_LINES, placeholder=" …")
-    return f"version {line.version}: {title}" if title else f"version {line.version}"
+    title = line.title
+    half = _TITLE_CHARACTERS * _TITLE_LINES // 2 - 22
+    if len(title) > 2 * half:  # titles often differ at their end
+        title = f"{title[:half]} … {title[-half:]}"
+    title = textwrap.fill(
+        f"version {line.version}: {title}", _TITLE_CHARACTERS, max_lines=_TITLE_LINES, placeholder=" …"
+    )
+    return title.removesuffix(": ").removesuffix(":")
 
 
 def forest(headline: Headline, lines: Sequence[Line]) -> bytes:

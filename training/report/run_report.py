@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from artifacts.run_files import RunFile
 from recipes import shapes
 from recipes.catalogue import ALL, CATALOGUE
 from recipes.filled import BackboneRecipe, DecidedRecipe, FineTuningRecipe, FromScratchRecipe
-from recipes.headline import HEADLINES
+from recipes.headline import HEADLINES, written_numbers
 from recipes.layers import NetworkKind, sides
 from recipes.recipe import ClassWeights, Mode, Precision, Task
 from training.bake_off import FOLDS, BakeOffResult
@@ -93,10 +92,13 @@ def _differences(found: Mapping[str, Any]) -> str:
     )
 
 
-def _number_lines(labels: Sequence[str]) -> list[str]:
+def _number_lines(run: Description) -> list[str]:
     """Return the line on classes that pictures show as numbers, or none."""
+    labels = run.labels
+    if run.task is not Task.MULTILABEL and len(labels) > _CLASSES_WITH_NUMBERS:
+        return []  # the confusion matrix names no class then
     shown = drawn_names(labels).names
-    numbered = [f"{number} {label}" for number, label in zip(shown, labels, strict=True) if number != label]
+    numbered = [f"{number} {escaped(label)}" for number, label in zip(shown, labels, strict=True) if number != label]
     if not numbered:
         return []
     return [
@@ -146,7 +148,7 @@ def report(run: Description) -> str:
         *_fine_tuning_lines(run),
         *_precision_lines(run),
         *(f"- {note}" for note in run.notes),
-        *_number_lines(run.labels),
+        *_number_lines(run),
         *_baseline_lines(metrics),
         f"- {overfitting(run.folds, recipe, is_bad=bool(failure(metrics)))}",
     ]
@@ -262,10 +264,8 @@ def _in_all_precisions(run: Description) -> str:
 def _learned(run: Description) -> str:
     """Return the number of classes or labels, or the range of the targets."""
     if run.task is Task.REGRESSION:
-        low, high = float(run.truth.min()), float(run.truth.max())
-        # Enough digits to see the range of numbers that are far from zero.
-        digits = 4 + max(0, math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))) if low < high else 4
-        return f" with numbers from {low:.{min(digits, 16)}g} to {high:.{min(digits, 16)}g}"
+        low, high = written_numbers(float(run.truth.min()), float(run.truth.max()))
+        return f" with numbers from {low} to {high}"
     return f" in {len(run.labels)} classes" if run.task is not Task.MULTILABEL else f" with {len(run.labels)} labels"
 
 

@@ -36,7 +36,7 @@ from models.dataset import Dataset, DatasetVersion
 from models.outbox import Outbox, drop_refusals, outbox_rows, record_refusals
 from models.registry import ModelVersion
 from models.run import Fold, Run, RunArtifact, RunState
-from recipes.headline import HEADLINES, Headline
+from recipes.headline import HEADLINES, Headline, written_numbers
 from recipes.recipe import Task, flat
 from worker.lease import Complete, Handler, Work
 
@@ -549,7 +549,8 @@ def _card(facts: Facts, api_url: str) -> str:
 def _contents(version: DatasetVersion) -> list[str]:
     """Return what a data set version has images of, as lines of Markdown."""
     if version.target is not None:
-        return ["Numbers from {min:g} to {max:g}, {mean:g} in the mean.".format(**version.target)]
+        low, high, mean = written_numbers(*(version.target[name] for name in ("min", "max", "mean")))
+        return [f"Numbers from {low} to {high}, {mean} in the mean."]
     counts = (f"| {escaped(count.name)} | {count.images:,} |" for count in version.class_counts)
     return ["| class | images |", "|---|--:|", *counts]
 
@@ -559,8 +560,11 @@ def _headline(run: Run) -> Headline:
 
 
 def _note(facts: Facts) -> str:
+    metrics = facts.run.metrics or {}
+    is_better = metrics.get("baseline", {}).get("is_better", True)
+    bad = "" if is_better else "**This model is no better than a constant answer that ignores the image.** "
     return (
-        f"**{_headline(facts.run).sentence(facts.run.metrics or {})}**, out of fold on {escaped(facts.dataset.name)} "
+        f"{bad}**{_headline(facts.run).sentence(metrics)}**, out of fold on {escaped(facts.dataset.name)} "
         f"version {facts.version.number}. See `report.md` under Artifacts."
     )
 

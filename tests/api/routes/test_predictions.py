@@ -239,7 +239,7 @@ class HeldDecoder(Predictor):
     def wait_s(self, images: int) -> float:
         return 0.0
 
-    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float) -> Pixels:
+    def decode(self, position: int, file: bytes, limits: ImageLimits, until: float, scale: int = 1) -> Pixels:
         assert self.gate.wait(120)
         raise ImageRefused("decoded too late for anyone")
 
@@ -430,6 +430,20 @@ def colours(client: TestClient, services: Services, settings: Settings) -> bytes
     return file.getvalue()
 
 
+def test_a_heat_map_is_drawn_on_the_image_and_not_on_the_small_input_of_the_network(
+    client: TestClient, colours: bytes
+) -> None:
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::4, 0] = stripes[:, 1::4, 0] = 255
+    file = io.BytesIO()
+    Image.fromarray(stripes).save(file, "PNG")
+    png = client.post(
+        "/api/v1/models/colours/predict?explain=heatmap", content=file.getvalue(), headers={"Accept": "image/png"}
+    )
+    picture = np.asarray(Image.open(io.BytesIO(png.content))).astype(int)[:256]
+    assert picture.shape[1] == 256 and (np.abs(picture[:, 2:, 0] - picture[:, :-2, 0]) > 30).all()
+
+
 def test_a_heat_map_shows_which_places_speak_for_the_answer_or_for_a_label(client: TestClient, colours: bytes) -> None:
     url = "/api/v1/models/colours/predict"
     answer = client.post(f"{url}?explain=heatmap", content=colours).json()
@@ -446,7 +460,7 @@ def test_the_channels_of_each_image_are_shown_as_a_sheet(client: TestClient, col
     files = [("images", ("a", colours)), ("images", ("b", PNG))]
     answer = client.post("/api/v1/models/colours/predict?explain=activations", files=files).json()
     sheets = [Image.open(io.BytesIO(base64.b64decode(one["png"]))) for one in answer["explanations"]]
-    assert len(sheets) == 2 and all(sheet.size == (132, 132) for sheet in sheets)
+    assert len(sheets) == 2 and all(sheet.size == (196, 260) for sheet in sheets)
 
 
 def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, services: Services) -> None:

@@ -222,6 +222,11 @@ def test_a_smaller_error_of_numbers_is_better() -> None:
     rows = [row(number, target=float(value)) for number, value in enumerate(truth)]
     table = compare(Task.REGRESSION, [], rows, found, lambda: None)
     assert table.best == best_of([one.score for one in found], HEADLINES[Task.REGRESSION]) == 1
+    assert not table.verdict.startswith("Not even")
+    alone = compare(Task.REGRESSION, [], rows, found[:1], lambda: None)
+    assert alone.verdict.startswith(
+        "Not even the best recipe is better than a constant answer that ignores the image. "
+    )
     worst = table.differences[0]
     assert worst is not None and worst.difference == pytest.approx(found[0].score - found[1].score, rel=1e-6)
     assert worst.ci95[0] > 0 and worst.p_value < 0.01
