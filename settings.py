@@ -127,6 +127,8 @@ class Settings(BaseSettings):
     """Maximum bytes of an archive when unpacked."""
     classes: Annotated[int, Field(ge=2)] = 1000
     """Maximum number of classes of a data set."""
+    refused_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of an archive's files, from 0 to 1, that may be refused; with more, or a whole class, it is rejected."""
     image_bytes: Annotated[int, Field(gt=0)] = 20 * MIB
     """Maximum bytes of an image file, in an archive and in a prediction."""
     image_pixels: Annotated[int, Field(gt=0)] = 40_000_000

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, String, UniqueConstraint, select, update
+from sqlalchemy import BigInteger, ForeignKey, String, UniqueConstraint, func, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from artifacts.store import Digest
@@ -167,6 +167,23 @@ def get_model_versions(session: Session, model_id: str) -> Sequence[ModelVersion
     """Return every version of a model, the newest first."""
     query = select(ModelVersion).where(ModelVersion.model_id == model_id)
     return session.scalars(query.order_by(ModelVersion.number.desc())).all()
+
+
+def list_versions(session: Session, model_id: str, page: PageRequest) -> RowPage[ModelVersion]:
+    """Return one page of the versions of a model, the newest first."""
+    return fetch_records(session, select(ModelVersion).where(ModelVersion.model_id == model_id), ModelVersion.id, page)
+
+
+def count_versions(session: Session, model_id: str) -> int:
+    """Return the number of versions of a model."""
+    return session.scalar(select(func.count()).where(ModelVersion.model_id == model_id)) or 0
+
+
+def get_alias_numbers(session: Session, model_id: str) -> dict[str, int]:
+    """Return the aliases of a model, each with the number of the version that it points at."""
+    query = select(Alias.name, ModelVersion.number).join(ModelVersion, ModelVersion.id == Alias.version_id)
+    rows = session.execute(query.where(Alias.model_id == model_id).order_by(Alias.name))
+    return dict(rows.all())
 
 
 def find_run_version(session: Session, run_id: str) -> ModelVersion | None:

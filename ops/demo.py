@@ -29,7 +29,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from artifacts import layout
-from artifacts.archive import ArchiveLimits, is_litter, open_archive
+from artifacts.archive import ArchiveLimits, open_archive
+from artifacts.file_names import is_litter
 from artifacts.images import encode
 from errors import EspalierError, Refused
 from ops import up

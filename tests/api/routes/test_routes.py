@@ -646,3 +646,30 @@ def test_workers_say_which_queues_they_serve(client: TestClient, services: Servi
     here, gone = client.get("/api/v1/workers").json()["items"]
     assert (here["name"], here["queues"], here["is_alive"]) == ("here", ["gpu", "ingest"], True)
     assert (gone["name"], gone["queues"], gone["is_alive"]) == ("gone", ["cpu"], False)
+
+
+def test_lists_leave_out_what_grows_with_the_classes_and_versions_have_pages(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    digest = services.store.put(b"bundle and backbone")
+    tables = {"confusion": [[1, 0], [0, 1]], "per_class": [{"label": "a"}]}
+    with services.database.writing() as session:
+        version = records.ready_version(session, "counted")
+        for number in range(52):
+            run = records.queued_run(session, version, "m")
+            run.metrics = {"accuracy": number, **tables}
+            registry.add_model_version(session, records.PRINCIPAL, "m", run.id, digest, digest)
+        without = records.queued_run(session, version, "n").id
+    listed = {run["id"]: run["metrics"] for run in client.get("/api/v1/runs?limit=200").json()["items"]}
+    assert listed.pop(without) is None and len(listed) == 52
+    assert all(metrics.keys() == {"accuracy"} for metrics in listed.values())
+    assert client.get(f"/api/v1/runs/{run.id}").json()["metrics"] == {"accuracy": 51, **tables}
+    (model,) = client.get("/api/v1/models").json()["items"]
+    assert model == client.get("/api/v1/models/m").json()
+    assert [one["metrics"] for one in model["versions"]] == [{"accuracy": number} for number in range(51, 1, -1)]
+    assert model["versions_total"] == 52
+    first = client.get("/api/v1/models/m/versions?limit=40").json()
+    rest = client.get("/api/v1/models/m/versions", params={"limit": 40, "cursor": first["next_cursor"]}).json()
+    assert [one["version"] for one in first["items"] + rest["items"]] == list(range(52, 0, -1))
+    assert rest["next_cursor"] is None and rest["items"][0]["metrics"] == {"accuracy": 11}
+    assert client.get("/api/v1/models/m/versions/52").json()["metrics"] == {"accuracy": 51, **tables}
