@@ -5,9 +5,11 @@ EspalierError
 ├── Conflict
 │   ├── NameTaken          the name is in use
 │   ├── NotReady           something exists, but is not ready or never will be
+│   ├── NoChampion         a model whose versions are all too bad to answer by default
 │   ├── InUse              something that is still running needs it
 │   └── InFlight           the same request is being answered right now
 ├── Invalid
+│   ├── RequestMalformed   bytes that are no HTTP request
 │   ├── RequestInvalid     a request that does not fit its schema
 │   ├── KeyReused          an Idempotency-Key that was used with another request
 │   ├── RecipeInvalid      a recipe that cannot be trained, with the field at fault
@@ -19,12 +21,14 @@ EspalierError
 ├── AddressTooLong         a URL above its limit
 ├── HeadersTooLarge        headers above their limit
 ├── DiskFull               not enough disk space
+├── RequestTimeout         a request that did not arrive in time
 ├── DeadlineExceeded       an answer that was not ready in time
 ├── Overloaded             more work than can be admitted
 ├── Unavailable            a service that is needed does not respond
 │   └── StoreUnavailable   the bucket of stored files does not respond
 │       └── StoreRefused   the bucket does not exist, or denies access
 ├── Unauthorized           no API key, or a wrong one
+├── KeyThrottled           too many wrong API keys from one address
 ├── Forbidden              a host or an origin that is not allowed
 ├── WeightsUnavailable     pretrained weights that cannot be obtained
 ├── WeightsRefused         a weights file that does not fit, or holds code
@@ -104,6 +108,12 @@ class NotReady(Conflict):
     code = "not-ready"
 
 
+class NoChampion(Conflict):
+    """No version of the model answers by default, since none is better than a constant answer."""
+
+    code = "no-champion"
+
+
 class InUse(Conflict):
     """Something that is still running needs this."""
 
@@ -120,6 +130,12 @@ class Invalid(EspalierError):
     """What was sent cannot be used as it is."""
 
     code = "invalid"
+
+
+class RequestMalformed(Invalid):
+    """The bytes on the connection are not a request that HTTP allows here."""
+
+    code = "request-malformed"
 
 
 class RequestInvalid(Invalid):
@@ -194,6 +210,12 @@ class DiskFull(EspalierError):
     is_parked = True
 
 
+class RequestTimeout(EspalierError):
+    """The request did not arrive in time."""
+
+    code = "request-timeout"
+
+
 class DeadlineExceeded(EspalierError):
     """The answer was not ready in time."""
 
@@ -230,6 +252,13 @@ class Unauthorized(EspalierError):
     """The API key is missing or wrong."""
 
     code = "unauthorized"
+
+
+class KeyThrottled(EspalierError):
+    """One address sent too many wrong API keys; try again later."""
+
+    code = "key-throttled"
+    title = "Too many wrong API keys"
 
 
 class Forbidden(EspalierError):

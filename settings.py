@@ -7,13 +7,15 @@ too. `docs/settings.md` is generated from this file; a test compares the two.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from artifacts.addresses import hide_password
 from artifacts.archive import ArchiveLimits
 from artifacts.bucket_store import parse_url
 from artifacts.images import MOST_BYTES_PER_PIXEL, ImageLimits
@@ -22,6 +24,9 @@ from artifacts.store import StoreAddress
 GIB = 1024**3
 MIB = 1024**2
 ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]
+QueueName = Literal["ingest", "cpu", "gpu", "tracking"]
+_KEY_CHARACTERS = 16
+_MAKE_KEY = "'openssl rand -hex 32' prints a good one."
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -56,11 +61,21 @@ class Settings(BaseSettings):
     mlflow_port: Annotated[int, Field(ge=1, le=65535)] = 5000
     """TCP port of the MLflow server that `make up` starts."""
     api_key: SecretStr | None = None
-    """Key that every request must send as `Authorization: Bearer …`; without it only loopback is allowed."""
+    """Key of at least 16 ASCII characters that every request must send as `Authorization: Bearer …`; without it only
+    loopback is allowed."""
+    trusted_proxies: str = "127.0.0.1,::1"
+    """Addresses and networks of proxies, separated by commas, whose `X-Forwarded-Proto` and `X-Forwarded-For` count."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
     """Allowed Host headers, separated by commas; by default loopback names, or any if a key is set."""
 
-    queues: Annotated[tuple[str, ...], NoDecode] = ("ingest", "cpu", "tracking")
+    connections: Annotated[int, Field(ge=16, le=100_000)] = 1000
+    """Open connections of one API process, or half of `ulimit -n` less 128; beyond it the longest idle are closed."""
+    head_s: Annotated[float, Field(gt=0)] = 20.0
+    """Seconds for the head of a request to arrive; several round trips of the slowest network."""
+    body_stall_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds in which 4 KiB of a request's body must arrive, or some of an answer be read; as in common proxies."""
+
+    queues: Annotated[tuple[QueueName, ...], NoDecode] = ("ingest", "cpu", "tracking")
     """Queues that `make up` starts workers for, separated by commas. A worker without `--queues` serves all of them."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers that `make up` starts; several train the folds of a fine-tuning run side by side."""
@@ -113,6 +128,8 @@ class Settings(BaseSettings):
     """Maximum bytes of an archive when unpacked."""
     classes: Annotated[int, Field(ge=2)] = 1000
     """Maximum number of classes of a data set."""
+    refused_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of an archive's files, from 0 to 1, that may be refused; with more, or a whole class, it is rejected."""
     image_bytes: Annotated[int, Field(gt=0)] = 20 * MIB
     """Maximum bytes of an image file, in an archive and in a prediction."""
     image_pixels: Annotated[int, Field(gt=0)] = 40_000_000
@@ -170,15 +187,30 @@ class Settings(BaseSettings):
     def _upper(cls, value: object) -> object:
         return value.upper() if isinstance(value, str) else value
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Yield the settings for a representation, in which no address shows its password."""
+        for name, value in super().__repr_args__():
+            yield name, hide_password(value) if isinstance(value, str) else value
+
     @field_validator("api_key")
     @classmethod
-    def _strip(cls, value: SecretStr | None) -> SecretStr | None:
-        """Strip whitespace around a key from a file, which a header cannot contain."""
+    def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
+        """Strip whitespace around a key from a file, and refuse what a header cannot hold or anybody can guess."""
         if value is None:
             return None
         key = value.get_secret_value().strip()
         if not key:
             raise ValueError("Expected a key in ESPALIER_API_KEY. Received only spaces. Unset it to use no key.")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                "Expected ESPALIER_API_KEY to hold only printable ASCII characters, since HTTP headers are sent in "
+                f"ASCII. {_MAKE_KEY}"
+            )
+        if len(key) < _KEY_CHARACTERS:
+            raise ValueError(
+                f"Expected ESPALIER_API_KEY to have at least {_KEY_CHARACTERS} characters. Received {len(key)}, which "
+                f"can be guessed. {_MAKE_KEY}"
+            )
         return SecretStr(key)
 
     @model_validator(mode="after")

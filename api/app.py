@@ -14,12 +14,15 @@ from types import FrameType
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_swagger import patch_fastapi
+from uvicorn.config import STARTUP_FAILURE
 
 import logs
 from api import openapi, problems
-from api.dependencies import Services
+from api.connections import Acceptor, Connections, connection_limits, listen
+from api.dependencies import Services, refuse_unknown_query
+from api.key_claims import KeyClaims
 from api.metrics import Metrics
 from api.middleware import RequestMiddleware, ShutdownState
 from api.prediction_queue import PredictionQueue
@@ -65,10 +68,12 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, choose_engine_loader(settings.engine))
     metrics, shutdown = Metrics(), ShutdownState()
     metrics.watch(shelf.loaded)
+    connections = Connections(connection_limits(settings), metrics.count_closed_connection)
     version_resolver = VersionResolver(database, shelf)
     decode_memory = DecodeMemory(settings.decode_bytes)
     prediction_queue = PredictionQueue(settings, shelf, decode_memory)
     thumbnails = ThumbnailMaker(store, settings.image_limits, decode_memory)
+    key_claims = KeyClaims(database)
     own_dispatcher: ThreadDispatcher | None = None
     if dispatcher is None and settings.redis_url:
         own_dispatcher = ThreadDispatcher(database, CeleryBroker(settings.redis_url), settings.live_s)
@@ -76,10 +81,12 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         version_resolver.start()
+        key_claims.start()
         if own_dispatcher is not None:
             own_dispatcher.start()
         yield
         version_resolver.close()
+        key_claims.close()
         prediction_queue.close()
         thumbnails.close()
         shelf.close()
@@ -92,6 +99,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         version="1",
         description=_DESCRIPTION,
         lifespan=lifespan,
+        dependencies=[Depends(refuse_unknown_query)],
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
@@ -108,6 +116,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         thumbnails=thumbnails,
         metrics=metrics,
         shutdown=shutdown,
+        key_claims=key_claims,
     )
     for group in (datasets, runs, views, events, networks, comparisons, models, predictions, operations):
         app.include_router(group.router)
@@ -115,20 +124,30 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
     problems.install(app)
     key = settings.api_key.get_secret_value() if settings.api_key else None
     openapi.install(app, has_key=key is not None)
-    app.add_middleware(RequestMiddleware, hosts=settings.hosts, api_key=key, metrics=metrics, shutdown=shutdown)
+    app.state.connections = connections
+    app.add_middleware(
+        RequestMiddleware,
+        hosts=settings.hosts,
+        api_key=key,
+        metrics=metrics,
+        shutdown=shutdown,
+        connections=connections,
+    )
     return app
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that loses no request when it is told to stop.
+    """A server that accepts connections within their limits, and loses no request when it is told to stop.
 
     After SIGTERM it goes on for a moment, so that clients with open connections leave before these close. Ctrl-C stops
     it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, shutdown: ShutdownState) -> None:
+    def __init__(self, config: uvicorn.Config, shutdown: ShutdownState, connections: Connections) -> None:
         super().__init__(config)
         self._shutdown = shutdown
+        self._connections = connections
+        self._acceptors: list[Acceptor] = []
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig != signal.SIGTERM:
@@ -137,14 +156,39 @@ class DrainingServer(uvicorn.Server):
             self._shutdown.is_draining = True
             threading.Timer(DRAIN_S, super().handle_exit, (sig, frame)).start()
 
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Start the application, then listen. uvicorn itself listens to nothing: it would accept without a limit."""
+        await super().startup(sockets=[])
+        if self.should_exit:
+            return
+        try:
+            listening = sockets or listen(self.config.host, self.config.port, self.config.backlog)
+        except OSError as error:
+            log.error("cannot listen", host=self.config.host, port=self.config.port, error=str(error))
+            await self.lifespan.shutdown()
+            sys.exit(STARTUP_FAILURE)
+        self._acceptors = [Acceptor(one, self._connections, self._make_protocol) for one in listening]
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        return self._connections.make_protocol(self.config, self.server_state, self.lifespan.state)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _SWEEP_TICKS == 0:
+            self._connections.sweep(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop accepting connections, serve those that wait already, and finish the requests that have begun."""
-        for server in self.servers:
-            for listening in server.sockets:
-                stop_accepting(listening.fileno())
+        for acceptor in self._acceptors:
+            stop_accepting(acceptor.listening.fileno())
         await asyncio.sleep(ACCEPT_BACKLOG_S)
+        for acceptor in self._acceptors:
+            acceptor.close()
         await super().shutdown(sockets)
 
+
+# Ticks of the server, a tenth of a second each, between two looks at the connections.
+_SWEEP_TICKS = 10
 
 # Proxies usually keep idle connections for 60 s. The server must keep them longer: if it closed a connection first, a
 # request that the proxy is just sending would be lost.
@@ -161,10 +205,12 @@ def make_server(settings: Settings) -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=settings.trusted_proxies,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.predict_deadline_s) + 5,
+        ws="none",
     )
-    return DrainingServer(config, app.state.services.shutdown)
+    return DrainingServer(config, app.state.services.shutdown, app.state.connections)
 
 
 def main() -> None:

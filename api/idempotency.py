@@ -1,7 +1,7 @@
 """Requests with an `Idempotency-Key`: when one is sent again, it gets the answer of the first time and changes nothing.
 
-The key is locked while its request is being answered. The answer is stored in the same transaction as the change, so
-that a process that dies leaves either both or neither.
+The key is claimed while its request is being answered (`api.key_claims`). The answer is stored in the same transaction
+as the change, so that a process that dies leaves either both or neither.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
 from api.dependencies import PrincipalDep, Services, ServicesDep
+from api.key_claims import KeyClaim
 from errors import InFlight
 from models import idempotency
 from models.project import Principal
@@ -37,11 +38,14 @@ Key = Annotated[
 class IdempotentRequest:
     """One request with its `Idempotency-Key`, or without one; then nothing is found or stored."""
 
-    def __init__(self, services: Services, principal: Principal, key: str | None, address: str) -> None:
+    def __init__(
+        self, services: Services, principal: Principal, key: str | None, address: str, claim: KeyClaim | None = None
+    ) -> None:
         self._services = services
         self._principal = principal
         self._key = key
         self._address = address
+        self._claim = claim
         self._fingerprint = ""
 
     def find_answer(self, shape: type[Shape], payload: BaseModel | str | None, response: Response) -> Shape | None:
@@ -64,8 +68,13 @@ class IdempotentRequest:
         return shape.model_validate(answer.body)
 
     def keep_answer(self, session: Session, shown: BaseModel, location: str | None) -> None:
-        """Store an answer for its replay; call it in the transaction that makes the change."""
+        """Store an answer for its replay; call it in the transaction that makes the change.
+
+        Raises InFlight if another request has taken the key over.
+        """
         if self._key is not None:
+            if self._claim is not None:
+                self._claim.confirm(session)
             body = shown.model_dump(mode="json")
             idempotency.save_answer(session, self._principal, self._key, self._fingerprint, location, body)
 
@@ -77,15 +86,15 @@ class IdempotentRequest:
 def idempotent_request(
     request: Request, services: ServicesDep, principal: PrincipalDep, key: Key = None
 ) -> Iterator[IdempotentRequest]:
-    """Lock the key of a request until it is answered. Raises InFlight if another process or thread holds it."""
+    """Hold the key of a request until it is answered. Raises InFlight if another request holds it."""
     address = f"{request.method} {request.url.path}?{request.url.query}"
     if key is None:
         yield IdempotentRequest(services, principal, None, address)
         return
-    with services.database.exclusive(f"idempotency {principal.project_id} {key}") as is_held:
-        if not is_held:
+    with services.key_claims.hold(principal, key) as claim:
+        if claim is None:
             raise InFlight(f"A request with the Idempotency-Key {key!r} is being answered. Try again in a moment.")
-        yield IdempotentRequest(services, principal, key, address)
+        yield IdempotentRequest(services, principal, key, address, claim)
 
 
 # Scope "function" releases the key before the answer is sent: a client that has the answer may use the key again.

@@ -30,6 +30,9 @@ class Metrics:
         self._seconds = Histogram(
             "espalier_http_request_seconds", "Time to answer a request.", ["method", "route"], registry=self._registry
         )
+        self._closed = Counter(
+            "espalier_connections_closed", "Connections closed for a limit.", ["reason"], registry=self._registry
+        )
         self._images = Counter("espalier_predicted_images", "Images predicted.", registry=self._registry)
         self._predictions = Counter(
             "espalier_predictions", "Prediction requests answered.", ["model"], registry=self._registry
@@ -49,6 +52,10 @@ class Metrics:
         """Count a request that was answered."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
+
+    def count_closed_connection(self, reason: str) -> None:
+        """Count a connection that was closed for a limit."""
+        self._closed.labels(reason).inc()
 
     def count_prediction(self, model: str, images: int, timings_ms: Mapping[str, float]) -> None:
         """Count a prediction request, its images, and the milliseconds that each stage took."""

@@ -7,7 +7,6 @@ of this service.
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -18,8 +17,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import problems
+from api.connections import Connections
+from api.key_guard import KeyGuard
 from api.metrics import Metrics
-from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, RequestInvalid, Unauthorized
+from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Overloaded, RequestInvalid
 
 URL_BYTES = 8 * 1024
 HEADER_BYTES = 16 * 1024
@@ -41,13 +42,20 @@ class RequestMiddleware:
     """Refuses what no route should see, and counts what was answered. The outermost middleware."""
 
     def __init__(
-        self, app: ASGIApp, hosts: Sequence[str], api_key: str | None, metrics: Metrics, shutdown: ShutdownState
+        self,
+        app: ASGIApp,
+        hosts: Sequence[str],
+        api_key: str | None,
+        metrics: Metrics,
+        shutdown: ShutdownState,
+        connections: Connections,
     ) -> None:
         self._app = app
         self._hosts = hosts
-        self._api_key = api_key
+        self._guard = KeyGuard(api_key) if api_key is not None else None
         self._metrics = metrics
         self._shutdown = shutdown
+        self._connections = connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,17 +65,29 @@ class RequestMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status = 500
+        asked = scope["method"]
+        is_bare = False  # whether the answer has no body
+        if asked == "HEAD":  # answered as GET without its body; the server's own scope stays HEAD
+            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_bare
+            if is_bare:
+                return
             if message["type"] == "http.response.start":
-                status = message["status"]
                 headers = MutableHeaders(scope=message)
+                if _is_known(scope, message["status"], headers):
+                    message["status"] = 304
+                    del headers["content-length"], headers["content-type"]
+                status = message["status"]
+                is_bare = asked == "HEAD" or status == 304
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                if self._shutdown.is_draining:
+                if self._shutdown.is_draining or self._connections.is_crowded:
                     headers["Connection"] = "close"
             await send(message)
+            if is_bare:
+                await send({"type": "http.response.body", "body": b""})
 
         try:
             with structlog.contextvars.bound_contextvars(request=request_id):
@@ -78,7 +98,7 @@ class RequestMiddleware:
                     await self._app(scope, receive, send_with_headers)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._metrics.count_request(scope["method"], route, status, time.perf_counter() - started)
+            self._metrics.count_request(asked, route, status, time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> EspalierError | None:
         """Return the error that refuses a request, or None if a route may see it."""
@@ -99,17 +119,32 @@ class RequestMiddleware:
             )
         if scope["method"] not in _SAFE and _is_cross_site(headers, host):
             return Forbidden("A page of another site may not send this request for you.")
-        if self._api_key is not None and not scope["path"].startswith(PUBLIC_PATHS):
-            return self._unauthorized(headers)
+        refusal = self._key_refusal(scope, headers)
+        scope["state"]["may_see_details"] = refusal is None
+        if scope["path"].startswith(PUBLIC_PATHS):
+            return None
+        if refusal is not None:
+            return refusal
+        if self._connections.is_crowded:
+            limit = self._connections.limits.connections
+            return Overloaded(f"Expected at most {limit} open connections, and all are busy. Try again soon.")
         return None
 
-    def _unauthorized(self, headers: Headers) -> EspalierError | None:
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        if not key:
-            return Unauthorized("Expected the header 'Authorization: Bearer <API key>'. Received none.")
-        if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), (self._api_key or "").encode()):
-            return Unauthorized("The API key is wrong.")
-        return None
+    def _key_refusal(self, scope: Scope, headers: Headers) -> EspalierError | None:
+        """Return why the key of a request is refused, or None if it is right or none is needed."""
+        if self._guard is None:
+            return None
+        host, _ = scope.get("client") or ("", 0)
+        return self._guard.check(headers.get("authorization", ""), host)
+
+
+def _is_known(scope: Scope, status: int, headers: MutableHeaders) -> bool:
+    """Return whether the client has an answer already, by the ETag that it sent (RFC 9110, 13.1.2)."""
+    sent = Headers(scope=scope).get("if-none-match")
+    tag = headers.get("etag")
+    if sent is None or tag is None or status != 200 or scope["method"] != "GET":
+        return False
+    return sent.strip() == "*" or tag in [one.strip().removeprefix("W/") for one in sent.split(",")]
 
 
 def _without_port(host: str) -> str:

@@ -192,7 +192,10 @@ class PredictionQueue:
             head_ms = 1000 * (time.perf_counter() - computed_at)
             explanations = None
             if explanation is not None:
-                explaining = self._explain(predictor, explanation, pixels, computed, predictions, deadline)
+                shown = pixels
+                if explanation.kind is Explanation.HEATMAP and predictor.heat_map_scale > 1:
+                    shown = await self._decode(predictor, files, deadline, predictor.heat_map_scale)
+                explaining = self._explain(predictor, explanation, shown, computed, predictions, deadline)
                 explanations = await deadline.wait(Stage.EXPLAIN, explaining)
             # The rest of the time was spent waiting for the model and for the engine.
             queue_ms = max(0.0, 1000 * (computed_at - arrived_at - decoded_s) - computed.backbone_ms)
@@ -202,8 +205,10 @@ class PredictionQueue:
             "Clients ask for more networks at once than fit into ESPALIER_SHELF_BYTES. Try again, or raise the setting."
         )
 
-    async def _decode(self, predictor: Predictor, files: list[bytes], deadline: Deadline) -> Pixels:
+    async def _decode(self, predictor: Predictor, files: list[bytes], deadline: Deadline, scale: int = 1) -> Pixels:
         """Return the pixels of all files, uint8 [n, H, W, 3]; the first error cancels what has not begun.
+
+        With a `scale`, height and width are so many times those of the network's input.
 
         At the deadline the request gives its decoders up: an image that is being decoded ends without it.
         """
@@ -219,7 +224,7 @@ class PredictionQueue:
 
         def decode(position: int, file: bytes) -> Pixels:
             try:
-                return predictor.decode(position, file, limits, deadline.until, reserve)
+                return predictor.decode(position, file, limits, deadline.until, scale, reserve)
             finally:  # it may be refused before it needs memory
                 loop.call_soon_threadsafe(begun.set)
 

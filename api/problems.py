@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import compile_path
 
 import errors
 from errors import EspalierError, RecipeInvalid, RequestInvalid
@@ -37,9 +38,11 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.Conflict: 409,
     errors.NameTaken: 409,
     errors.NotReady: 409,
+    errors.NoChampion: 409,
     errors.InUse: 409,
     errors.InFlight: 409,
     errors.Invalid: 422,
+    errors.RequestMalformed: 400,
     errors.RequestInvalid: 422,
     errors.KeyReused: 422,
     errors.RecipeInvalid: 422,
@@ -51,12 +54,14 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.AddressTooLong: 414,
     errors.HeadersTooLarge: 431,
     errors.DiskFull: 507,
+    errors.RequestTimeout: 408,
     errors.DeadlineExceeded: 504,
     errors.Overloaded: 503,
     errors.Unavailable: 503,
     errors.StoreUnavailable: 503,
     errors.StoreRefused: 503,
     errors.Unauthorized: 401,
+    errors.KeyThrottled: 429,
     errors.Forbidden: 403,
     errors.WeightsUnavailable: 503,
     errors.WeightsRefused: 422,
@@ -97,7 +102,7 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
     extra = dict(headers or {})
     if content["status"] == 401:
         extra["WWW-Authenticate"] = "Bearer"
-    if content["status"] == 503:
+    if content["status"] in (429, 503):
         extra["Retry-After"] = str(math.ceil(content.get("retry_after_s", RETRY_AFTER_S)))
     return ProblemResponse({**content, "request_id": request_id}, content["status"], extra)
 
@@ -141,7 +146,10 @@ def install(app: FastAPI) -> None:
             "status": status.value,
             "detail": f"{error.detail}. Received {request.method} {request.url.path}.",
         }
-        return _answer(content, request_id(request), error.headers)
+        headers = dict(error.headers or {})
+        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(request))
+        return _answer(content, request_id(request), headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -153,6 +161,15 @@ def install(app: FastAPI) -> None:
         log.exception("request broke", path=request.url.path, exc_info=error)
         broken = EspalierError("This is a bug in Espalier. The log of the API has more under this request_id.")
         return response(broken, request_id(request))
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that a path has, over all routes; each framework route knows only its own."""
+    found = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        if compile_path(path)[0].match(request.url.path):
+            found |= {method.upper() for method in operations}
+    return sorted(found | {"HEAD"} if "GET" in found else found)
 
 
 _SHORT = reprlib.Repr()

@@ -6,7 +6,14 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from artifacts.layout import Split
 from models.comparison import ComparisonState
@@ -15,7 +22,7 @@ from models.job import Queue
 from models.run import RunState
 from models.view import ViewState
 from recipes.catalogue import BackboneName
-from recipes.layers import NetworkRecipe, Sides
+from recipes.layers import NetworkRecipe, Sides, refuse_truth
 from recipes.recipe import NAME_PATTERN, Recipe, Task
 
 Item = TypeVar("Item")
@@ -55,6 +62,12 @@ class Request(Schema):
         except UnicodeEncodeError as error:
             raise ValueError("expected text in Unicode, received half a surrogate pair") from error
         return body
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_truth(cls, body: object) -> object:
+        """Refuse `true` and `false` where a number is expected: Python would count them as 1 and 0."""
+        return refuse_truth(body, cls)
 
 
 class Problem(Schema):
@@ -126,10 +139,12 @@ class DatasetVersionOut(Schema):
     state: DatasetState
     images: int
     ignored: int
-    """Files that operating systems leave behind."""
+    """Files that operating systems leave behind, and text beside images."""
     refused: list[RefusedFile]
     """The first thousand."""
     refused_total: int
+    warnings: list[str]
+    """What the owner of the images should know."""
     progress: IngestProgress | None
     error: Problem | None
     created_at: datetime
@@ -150,10 +165,12 @@ class DatasetOut(Schema):
     duplicates: int
     """Accepted files with the same content as another file of the version."""
     ignored: int
-    """Files that operating systems leave behind."""
+    """Files that operating systems leave behind, and text beside images."""
     refused: list[RefusedFile]
     """The first thousand."""
     refused_total: int
+    warnings: list[str]
+    """What the owner of the images should know, such as classes that lost images."""
     version: int
     versions: list[DatasetVersionOut]
     progress: IngestProgress | None
@@ -241,6 +258,13 @@ class FileOut(Schema):
     url: str
 
 
+class MlflowRefusal(Schema):
+    """Something that MLflow refused, and its reason."""
+
+    what: str
+    reason: str
+
+
 class RunOut(Schema):
     """A run with its progress, results and files."""
 
@@ -261,6 +285,8 @@ class RunOut(Schema):
     files: list[FileOut]
     error: Problem | None
     mlflow_url: str | None
+    mlflow_refused: list[MlflowRefusal] = Field(default_factory=list)
+    """What MLflow refused for good, so that its page of the run lacks it."""
     training_s: float | None
     """Total seconds of all parts on all workers, without waiting."""
     created_at: datetime
@@ -529,10 +555,12 @@ class ModelVersionOut(Schema):
 
 
 class ModelOut(Schema):
-    """A model with its versions, the newest first."""
+    """A model with its aliases and versions, the newest first."""
 
     name: str
     versions: list[ModelVersionOut]
+    """The newest 50, with metrics that leave out `confusion` and `per_class`."""
+    versions_total: int
     aliases: dict[str, int]
     created_at: datetime
 
@@ -644,11 +672,15 @@ class Check(Schema):
     """The health of one part of the service."""
 
     ok: bool
-    detail: str
+    detail: str | None
+    """What was found; null for requests without the API key, if there is one."""
 
 
 class Readiness(Schema):
-    """Whether this process is ready for requests, with one check per part; `broker` and `workers` do not count."""
+    """Whether this process is ready for requests, with one check per part.
+
+    `store`, `broker`, `workers` and `mlflow` do not count.
+    """
 
     ready: bool
     checks: dict[str, Check]

@@ -15,14 +15,17 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from artifacts.file_names import find_code_page, is_litter
 from errors import ArchiveRefused, Refused
 
 MIB = 1024 * 1024
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ArchiveLimits:
     inflated_ratio_from_bytes: int = 64 * MIB
     member_bytes: int = 64 * MIB
     member_ratio: int = 100
+    member_ratio_from_bytes: int = 8 * MIB
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,16 @@ class Entry:
 
 
 class Archive(Protocol):
-    """A checked archive. `ignored` counts hidden and operating system files, which are not in `entries`."""
+    """A checked archive.
+
+    Attributes:
+        entries: the files that can be read.
+        refused: files that cannot be read, by their paths or, where that is what is wrong, by their names.
+        ignored: number of hidden and operating system files, which are in neither.
+    """
 
     entries: tuple[Entry, ...]
+    refused: tuple[Refused, ...]
     ignored: int
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
@@ -59,14 +70,17 @@ class Archive(Protocol):
         ...
 
 
-def open_archive(path: Path, limits: ArchiveLimits) -> Archive:
-    """Check the archive at `path` and return it for reading. Raises ArchiveRefused."""
+def open_archive(path: Path, limits: ArchiveLimits, code_page: str | None = None) -> Archive:
+    """Check the archive at `path` and return it for reading. Raises ArchiveRefused.
+
+    `code_page` is that of names that are not in UTF-8; None if it is to be found out.
+    """
     with path.open("rb") as file:
         kind = sniff(file.read(262))
     if kind == "zip":
-        return ZipArchive(path, limits)
+        return ZipArchive(path, limits, code_page)
     if kind in ("tar", "tar.gz"):
-        return TarArchive(path, limits)
+        return TarArchive(path, limits, code_page)
     raise ArchiveRefused("Expected a zip, tar or tar.gz archive. Received a file in another format.")
 
 
@@ -84,79 +98,107 @@ def sniff(head: bytes) -> str | None:
 # --- names ---------------------------------------------------------------------------------------------------------
 
 _DRIVE = re.compile(r"[A-Za-z]:")
-_LITTER = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def check_path(name: str, limits: ArchiveLimits) -> str:
-    """Return a member name as a relative path with `/`. Raises ArchiveRefused for an unsafe or overlong name."""
-    shown = ascii(name if len(name) <= 200 else name[:200] + "…")
+    """Return a member name as a relative path with `/`, in NFC. Raises ArchiveRefused for an unsafe or long name."""
+    check_safe(name)
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-        raise ArchiveRefused(f"Expected file names without control characters. Received: {shown}. Rename the file.")
-    path = name.replace("\\", "/")
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if path.startswith("/") or (parts and _DRIVE.match(parts[0])):
-        raise ArchiveRefused(f"Expected relative paths. Received: {shown}. Pack the archive with relative paths.")
-    if ".." in parts:
-        raise ArchiveRefused(f"Expected paths without '..'. Received: {shown}. Pack the archive without '..'.")
+        raise ArchiveRefused(
+            f"Expected file names without control characters. Received: {_shown(name)}. Rename the file."
+        )
+    parts = _parts(unicodedata.normalize("NFC", name))  # macOS writes NFD, everybody else NFC
     if len(parts) > limits.depth:
-        raise ArchiveRefused(f"Expected paths of at most {limits.depth} parts. Received: {shown}.")
+        raise ArchiveRefused(f"Expected paths of at most {limits.depth} parts. Received: {_shown(name)}.")
     sizes = [len(part.encode()) for part in parts]
     if max(sizes, default=0) > limits.part_bytes or sum(sizes) + len(sizes) - 1 > limits.path_bytes:
         raise ArchiveRefused(
             f"Expected names of at most {limits.part_bytes} bytes and paths of at most {limits.path_bytes}. "
-            f"Received: {shown}."
+            f"Received: {_shown(name)}."
         )
+    if not parts:
+        raise ArchiveRefused(f"Expected a name for each file. Received: {_shown(name)}. Pack the archive again.")
     return "/".join(parts)
 
 
-def is_litter(path: str) -> bool:
-    """Return whether a path is a hidden file or one that macOS or Windows creates by itself."""
-    parts = path.split("/")
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _LITTER
+def check_safe(name: str) -> None:
+    """Check that a member name leads nowhere outside. Raises ArchiveRefused."""
+    shown, path, parts = _shown(name), name.replace("\\", "/"), _parts(name)
+    if "\0" in name:
+        raise ArchiveRefused(f"Expected file names without control characters. Received: {shown}. Rename the file.")
+    if path.startswith("/") or (parts and _DRIVE.match(parts[0])):
+        raise ArchiveRefused(f"Expected relative paths. Received: {shown}. Pack the archive with relative paths.")
+    if ".." in parts:
+        raise ArchiveRefused(f"Expected paths without '..'. Received: {shown}. Pack the archive without '..'.")
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= _SHOWN_CHARACTERS else name[:_SHOWN_CHARACTERS] + "…")
 
 
 class _EntryCollector:
-    """Collects entries while checking duplicates and the limits on their number and total size."""
+    """Collects entries: refuses files alone where it can, and checks the limits on their number and total size."""
 
     def __init__(self, stored_bytes: int, limits: ArchiveLimits) -> None:
         self.entries: list[Entry] = []
+        self.refused: list[Refused] = []
         self.ignored = 0
         self._seen: set[str] = set()
+        self._files = 0
         self._folders = 0
         self._limits = limits
         self._budget = _budget(stored_bytes, limits)
         self._inflated = 0
 
     def add_folder(self, name: str) -> None:
-        """Check the path of a folder and the number of folders. Raises ArchiveRefused."""
-        check_path(name, self._limits)
+        """Check a folder and the number of folders. Raises ArchiveRefused."""
+        check_safe(name)
         self._folders += 1
         if self._folders > self._limits.entries:
             raise ArchiveRefused(f"Expected at most {self._limits.entries:,} folders. Received more.")
 
-    def add(self, name: str, size_bytes: int) -> str | None:
-        """Check one file and add it; return its path, or None if it is ignored. Raises ArchiveRefused."""
-        path = check_path(name, self._limits)
-        if not path:
-            raise ArchiveRefused(f"Expected a name for each file. Received: {name!a}. Pack the archive again.")
-        if path in self._seen:
-            raise ArchiveRefused(f"Expected each file once. Received {path!r} twice. Pack the archive again.")
-        self._seen.add(path)
-        if len(self._seen) > self._limits.entries:
+    def add(self, name: str, size_bytes: int, check: Callable[[], None]) -> str | None:
+        """Add one file and return its path, or None if it is ignored or refused.
+
+        `check` raises ArchiveRefused if something else than its name and size is wrong. Raises ArchiveRefused if there
+        are too many files, if they are too large together, or if a name is an attack.
+        """
+        self._files += 1
+        if self._files > self._limits.entries:
             raise ArchiveRefused(f"Expected at most {self._limits.entries:,} files. Received more.")
-        if size_bytes > self._limits.member_bytes:
-            raise ArchiveRefused(
-                f"Expected files of at most {_mib(self._limits.member_bytes)}. "
-                f"Received: {path!r} of {_mib(size_bytes)}."
-            )
+        if is_litter(name):
+            self.ignored += 1
+            return None
+        check_safe(name)
+        path = None
+        try:
+            path = check_path(name, self._limits)
+            check()
+            if size_bytes > self._limits.member_bytes:
+                raise ArchiveRefused(
+                    f"Expected files of at most {_mib(self._limits.member_bytes)}. Received {_mib(size_bytes)}."
+                )
+            if path in self._seen:
+                raise ArchiveRefused("Expected each file once. Received another file of this name. Rename one.")
+        except ArchiveRefused as error:
+            self.refused.append(Refused(path or _shown(name)[1:-1], error.detail))
+            return None
         self._inflated += size_bytes
         if self._inflated > self._budget:
             raise _too_inflated(self._budget)
-        if is_litter(path):
-            self.ignored += 1
-            return None
+        self._seen.add(path)
         self.entries.append(Entry(path, size_bytes))
         return path
+
+    def check_any(self) -> None:
+        """See that not all files were refused. Raises ArchiveRefused with the reason of the first."""
+        if self.refused and not self.entries:
+            first = self.refused[0]
+            raise ArchiveRefused(f"No file of the archive can be read. {_shown(first.path)}: {first.reason}")
 
 
 def _budget(stored_bytes: int, limits: ArchiveLimits) -> int:
@@ -180,12 +222,13 @@ def _mib(size_bytes: int) -> str:
 _LOCAL = struct.Struct("<4s5H3I2H")
 _ENCRYPTED, _SIZES_FOLLOW, _PATCH, _STRONG, _UTF8, _MASKED = 0x1, 0x8, 0x20, 0x40, 0x800, 0x2000
 _IN_ZIP64 = 0xFFFFFFFF
+_UNICODE_PATH = 0x7075
 
 
 class ZipArchive:
     """A zip whose central directory agrees with its local headers."""
 
-    def __init__(self, path: Path, limits: ArchiveLimits) -> None:
+    def __init__(self, path: Path, limits: ArchiveLimits, code_page: str | None) -> None:
         self._limits = limits
         self._budget = _budget(path.stat().st_size, limits)
         try:
@@ -198,16 +241,15 @@ class ZipArchive:
         index = _EntryCollector(path.stat().st_size, limits)
         with path.open("rb") as file:
             _check_headers(file, infos, directory)
-        for info in infos:
-            name = _name(info)
+        for info, name in zip(infos, _names(infos, code_page), strict=True):
             if name.endswith(("/", "\\")):
                 index.add_folder(name)
                 continue
-            self._check(info)
-            entry = index.add(name, info.file_size)
+            entry = index.add(name, info.file_size, partial(self._check, info))
             if entry is not None:
                 self._infos[entry] = info
-        self.entries, self.ignored = tuple(index.entries), index.ignored
+        index.check_any()
+        self.entries, self.refused, self.ignored = tuple(index.entries), tuple(index.refused), index.ignored
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         inflated = 0
@@ -233,20 +275,22 @@ class ZipArchive:
         return data
 
     def _check(self, info: zipfile.ZipInfo) -> None:
-        shown = ascii(info.filename[:200])
         if info.flag_bits & (_ENCRYPTED | _STRONG | _MASKED | _PATCH):
-            raise ArchiveRefused(f"Expected a zip without encryption. Received an encrypted file: {shown}.")
+            raise ArchiveRefused("Expected a file without encryption. Received an encrypted one.")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ArchiveRefused(
-                f"Expected files stored or deflated. Received compression method {info.compress_type}: {shown}."
+                f"Expected files stored or deflated. Received compression method {info.compress_type}. Pack them as an "
+                "ordinary zip."
             )
         mode = info.external_attr >> 16
         if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            raise ArchiveRefused(f"Expected regular files and folders only. Received a link or device: {shown}.")
-        if info.file_size > self._limits.member_ratio * max(info.compress_size, 1):
+            raise ArchiveRefused("Expected regular files and folders only. Received a link or device.")
+        most = max(self._limits.member_ratio * max(info.compress_size, 1), self._limits.member_ratio_from_bytes)
+        if info.file_size > most:
             raise ArchiveRefused(
-                f"Expected files that unpack to at most {self._limits.member_ratio} times their stored size. "
-                f"Received {shown}: {info.compress_size} bytes that unpack to {info.file_size}."
+                f"Expected files that unpack to at most {self._limits.member_ratio} times their stored size, or "
+                f"{_mib(self._limits.member_ratio_from_bytes)}. Received {info.compress_size} bytes that unpack to "
+                f"{info.file_size}."
             )
 
 
@@ -254,7 +298,7 @@ def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory:
     """Check that every local header agrees with the central directory, and that no two members overlap."""
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
-        shown = ascii(info.filename[:200])
+        shown = repr(info.filename[:_SHOWN_CHARACTERS])
         if not 0 <= info.header_offset < directory:  # not a position that can be sought
             raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
         file.seek(info.header_offset)
@@ -295,15 +339,33 @@ def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
     return compressed, plain
 
 
-def _name(info: zipfile.ZipInfo) -> str:
-    """Return a member's full name (zipfile cuts it at a NUL), decoded as UTF-8 if possible.
+def _names(infos: Sequence[zipfile.ZipInfo], code_page: str | None) -> list[str]:
+    """Return the full name of each member (zipfile cuts it at a NUL).
 
-    macOS writes UTF-8 without setting the flag, and zipfile would read it as code page 437: `caf├⌐` for a class.
+    A name is that of the Unicode Path field, if there is one for it. macOS writes UTF-8 without setting the flag, and
+    programs for Windows write the code page of their machine; zipfile would read both as code page 437.
     """
-    try:
-        return _raw_name(info).decode()
-    except UnicodeDecodeError:
-        return info.orig_filename if "\0" in info.orig_filename else info.filename
+    known = [_said_name(info) for info in infos]
+    unknown = {_raw_name(info) for info, name in zip(infos, known, strict=True) if name is None}
+    found = find_code_page(unknown, code_page, "file names")
+    return [_raw_name(info).decode(found) if name is None else name for info, name in zip(infos, known, strict=True)]
+
+
+def _said_name(info: zipfile.ZipInfo) -> str | None:
+    """Return the name of a member that says how it is encoded, else None."""
+    if info.flag_bits & _UTF8:
+        return info.orig_filename
+    raw, extra = _raw_name(info), info.extra
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<2H", extra)
+        field = extra[4 : 4 + length]
+        if kind == _UNICODE_PATH and length > 5 and field[:5] == struct.pack("<BI", 1, zlib.crc32(raw)):
+            try:
+                return field[5:].decode()
+            except UnicodeDecodeError:
+                return None
+        extra = extra[4 + length :]
+    return None
 
 
 def _raw_name(info: zipfile.ZipInfo) -> bytes:
@@ -325,28 +387,39 @@ _OCTAL_BYTES = 8**11  # the largest size that a plain header can hold: 8 GiB
 class TarArchive:
     """A tar, plain or gzipped, of files and folders; read as a stream, once for the names and once per `read`."""
 
-    def __init__(self, path: Path, limits: ArchiveLimits) -> None:
+    def __init__(self, path: Path, limits: ArchiveLimits, code_page: str | None) -> None:
         self._path = path
         self._limits = limits
         self._budget = _budget(path.stat().st_size, limits)
         index = _EntryCollector(path.stat().st_size, limits)
-        self._names: dict[str, str] = {}
-        for _, info in self._members():
+        members = [_TarMember.of(number, info) for number, (_, info) in enumerate(self._files(index))]
+        found = find_code_page({member.name for member in members}, code_page, "file names")
+        self._paths: dict[int, str] = {}
+        for member in members:
+            entry = index.add(member.name.decode(found), member.size_bytes, member.check)
+            if entry is not None:
+                self._paths[member.number] = entry
+        index.check_any()
+        self.entries, self.refused, self.ignored = tuple(index.entries), tuple(index.refused), index.ignored
+
+    def _files(self, index: _EntryCollector) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+        """Yield the members that are no folders, after checking their number and sizes. Raises ArchiveRefused."""
+        for files, (tar, info) in enumerate(self._members()):
             if info.isdir():
                 index.add_folder(info.name)
                 continue
-            if not info.isreg() or info.issparse():
+            if info.issparse():
                 raise _not_regular(info)
+            if files > 2 * self._limits.entries:
+                raise ArchiveRefused(f"Expected at most {self._limits.entries:,} files. Received more.")
             _check_size(info, _OCTAL_BYTES)  # tarfile takes the size of a pax header unchecked
-            entry = index.add(info.name, info.size)
-            if entry is not None:
-                self._names[info.name] = entry
-        self.entries, self.ignored = tuple(index.entries), index.ignored
+            yield tar, info
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
-        for tar, info in self._members():
-            path = self._names.get(info.name)
-            if path is None or path not in wanted or not info.isreg():  # a folder may have the name of a file
+        files = (found for found in self._members() if not found[1].isdir())
+        for number, (tar, info) in enumerate(files):
+            path = self._paths.get(number)
+            if path is None or path not in wanted:
                 continue
             member = tar.extractfile(info)  # opens the member's bytes in place; nothing is written anywhere
             assert member is not None  # because it is a regular file
@@ -373,6 +446,25 @@ class TarArchive:
                     raise _tar_damaged(error) from error
 
 
+@dataclass(frozen=True)
+class _TarMember:
+    """A member that is no folder: its place among them, its raw name, and whether it can be read."""
+
+    number: int
+    name: bytes
+    size_bytes: int
+    is_regular: bool
+
+    @classmethod
+    def of(cls, number: int, info: tarfile.TarInfo) -> _TarMember:
+        return cls(number, info.name.encode("utf-8", "surrogateescape"), info.size, info.isreg())
+
+    def check(self) -> None:
+        """Raises ArchiveRefused for a link or a device."""
+        if not self.is_regular:
+            raise ArchiveRefused("Expected regular files and folders only. Received a link or device.")
+
+
 class _Header(tarfile.TarInfo):
     """A tar header that is checked before tarfile acts on it; a header that is cut off is an error, not the end."""
 
@@ -395,7 +487,7 @@ class _Header(tarfile.TarInfo):
 def _check_size(info: tarfile.TarInfo, most: int) -> None:
     if not 0 <= info.size <= most:
         raise ArchiveRefused(
-            f"Expected a size of 0 to {most:,} bytes in a tar header. Received {info.size:,} for {info.name[:200]!a}."
+            f"Expected a size of 0 to {most:,} bytes in a tar header. Received {info.size:,} for {info.name[:200]!r}."
         )
 
 
@@ -429,6 +521,4 @@ def _tar_damaged(error: Exception) -> ArchiveRefused:
 
 
 def _not_regular(info: tarfile.TarInfo) -> ArchiveRefused:
-    return ArchiveRefused(
-        f"Expected regular files and folders only. Received a link, device or sparse file: {info.name[:200]!a}."
-    )
+    return ArchiveRefused(f"Expected regular files and folders only. Received a sparse file: {info.name[:200]!r}.")

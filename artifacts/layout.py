@@ -1,23 +1,26 @@
 """Reads labels or target, group and split of each image from an archive's folders or its labels.csv. Reads no image.
 
-Three layouts are supported, each with or without one outer folder around everything:
+Three layouts are supported, each with or without outer folders around everything:
 `daisy/1.jpg` · `train/daisy/1.jpg` with `test/…` and `validation/…` beside it · `labels.csv` at the top.
+A metadata.csv or metadata.jsonl, as Hugging Face's image folders have it, is read as a labels.csv.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from artifacts.label_table import LabelTable, read_table
 from errors import LayoutUnknown, Refused
 from recipes.recipe import Task
 
 LABELS_FILE = "labels.csv"
+_LABELS_FILES = (LABELS_FILE, "labels.tsv", "metadata.csv", "metadata.jsonl")
 
 
 class Split(StrEnum):
@@ -36,7 +39,23 @@ _SPLITS = {
     "valid": Split.VALIDATION,
     "validation": Split.VALIDATION,
     "test": Split.TEST,
+    "testing": Split.TEST,
 }
+# What tools add to the names of splits: `seg_train`, `test_set`, `train2017`, `test1`.
+_ADDED = re.compile(r"[^a-z]+|\b(seg|set|data|dataset|images|imgs)\b")
+_UNLABELLED = frozenset({"pred", "prediction", "predictions", "unlabeled", "unlabelled"})
+
+_SIDECARS = re.compile(
+    r"aae|cfg|csv|dat|db|docx?|html?|ini|ipynb|jsonl?|lnk|log|mat|md|names|nfo|pdf|pbtxt|py|rst|rtf|sh|thm|toml|tsv|txt|url|"
+    r"xlsx?|xml|xmp|ya?ml"
+)
+_SIDECAR_NAMES = frozenset({"readme", "license", "licence", "changelog", "notice", "authors", "citation", "makefile"})
+
+
+def is_sidecar(path: str) -> bool:
+    """Return whether a file is known by its name to be text about images, and not an image."""
+    stem, dot, suffix = path.rpartition("/")[2].lower().rpartition(".")
+    return _SIDECARS.fullmatch(suffix) is not None if dot and stem else suffix in _SIDECAR_NAMES
 
 
 @dataclass(frozen=True)
@@ -52,148 +71,259 @@ class Sample:
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples of an archive, the task they define, and the files that were refused."""
+    """The samples of an archive and the task they define.
+
+    Attributes:
+        task: what can be learned from the samples.
+        samples: the images.
+        refused: files that were refused, with their reasons.
+        ignored: number of files that are no images and were left out.
+        warnings: what the owner of the images should know.
+    """
 
     task: Task
     samples: tuple[Sample, ...]
     refused: tuple[Refused, ...] = field(default=())
+    ignored: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def labels_file(paths: Iterable[str]) -> str | None:
-    """Return the path of labels.csv at the top of the archive or in its one outer folder; None if there is none."""
-    paths = list(paths)
-    if LABELS_FILE in paths:
-        return LABELS_FILE
-    outer = _outer_folder(paths)
-    return outer + LABELS_FILE if outer + LABELS_FILE in paths else None
+    """Return the path of labels.csv, in any case, at the top of the archive or in its one outer folder; else None.
+
+    Raises LayoutUnknown if there are two of them.
+    """
+    split = [path.split("/") for path in paths]
+    pictures = [parts for parts in split if not is_sidecar(parts[-1])]
+    tops = {parts[0] for parts in pictures if len(parts) > 1}
+    for name in _LABELS_FILES:
+        found = [parts for parts in split if len(parts) == 1 and parts[-1].lower() == name]
+        if not found and len(tops) == 1 and not any(len(parts) == 1 for parts in pictures):
+            found = [parts for parts in split if len(parts) == 2 and parts[0] in tops and parts[-1].lower() == name]
+        if len(found) > 1:
+            raise LayoutUnknown(f"Expected one {name}. Received {' and '.join(repr('/'.join(one)) for one in found)}.")
+        if found:
+            return "/".join(found[0])
+    return None
 
 
 def from_folders(paths: Sequence[str]) -> Layout:
     """Read the layout with one folder per class. Raises LayoutUnknown with the expected layouts."""
-    outer = _outer_folder(paths)
-    if outer.removesuffix("/").lower() in _SPLITS:  # an archive with only test images must not be trained on
-        outer = ""
-    inner = [path.removeprefix(outer).split("/") for path in paths]
-    if not inner:
+    if not paths:
         raise LayoutUnknown(f"The archive is empty. {_EXPECTED}")
-    splits = {parts[0].lower() for parts in inner if len(parts) > 1}
-    has_splits = splits <= _SPLITS.keys() and any(len(parts) == 3 for parts in inner)
-    if splits and splits <= _SPLITS.keys() and not has_splits:
+    pictures = [path for path in paths if not is_sidecar(path)]
+    if not pictures:
+        raise LayoutUnknown(f"The archive contains no images. {_EXPECTED} Received files such as {paths[0]!r}.")
+    inner = dict(zip(pictures, _without_outer([path.split("/") for path in pictures]), strict=True))
+    samples, refused, left_out, deep = [], [], [], []
+    for path, (split, parts) in _with_splits(inner).items():
+        if split is None:
+            left_out.append(path)
+        elif len(parts) < 2:
+            refused.append(Refused(path, "in no class folder"))
+        elif len(parts) > 2:
+            deep.append(path)
+        else:
+            samples.append(Sample(path, labels=(parts[0],), split=split))
+    if len(deep) > _DEEP_SHARE * len(pictures):
+        raise LayoutUnknown(f"{_EXPECTED} Received {deep[0]!r}, which is nested more deeply.")
+    refused += [Refused(path, "nested more deeply than the class folders") for path in deep]
+    if not samples:
+        raise LayoutUnknown(f"{_EXPECTED} Received {len(pictures)} files in no class folder, such as {pictures[0]!r}.")
+    check_class_names({sample.labels[0] for sample in samples})
+    samples = [replace(sample, labels=(sample.labels[0].strip(),)) for sample in samples]
+    names = {sample.labels[0] for sample in samples}
+    warnings = [f"The folder {name!r} begins with a dot; it was taken as a class." for name in names if name[0] == "."]
+    if left_out:
+        warnings.append(
+            f"{len(left_out)} images such as {left_out[0]!r} are in a split without class folders. They were left out, "
+            "since their classes are unknown."
+        )
+    task = Task.BINARY if len(names) == 2 else Task.MULTICLASS
+    ignored = len(paths) - len(pictures) + len(left_out)
+    return Layout(task, tuple(samples), tuple(refused), ignored, tuple(sorted(warnings)))
+
+
+def _without_outer(split: list[list[str]]) -> list[list[str]]:
+    """Return paths without the folders around everything; the last folder that is left may be the only class."""
+    while len({parts[0] for parts in split}) == 1 and min(map(len, split)) > 1 and any(len(p) > 2 for p in split):
+        if _split_named(split[0][0]) is not None:  # an archive with only test images must not be trained on
+            break
+        split = [parts[1:] for parts in split]
+    return split
+
+
+def _with_splits(inner: dict[str, list[str]]) -> dict[str, tuple[Split | None, list[str]]]:
+    """Return the split of each path and the path below it; no split where a split's images have no classes.
+
+    Raises LayoutUnknown if there are splits and none has class folders.
+    """
+    plain: dict[str, tuple[Split | None, list[str]]] = {path: (Split.TRAIN, parts) for path, parts in inner.items()}
+    folders = {parts[0] for parts in inner.values() if len(parts) > 1}
+    splits = {name: _split_named(name) for name in folders}
+    is_known = {name for name in folders if name.lower() in _SPLITS}
+    if not folders or not any(splits.values()):
+        return plain
+    if any(split is None and not _is_unlabelled(name) for name, split in splits.items()):
+        return plain
+    below = {}
+    for name in folders:
+        paths = [path for path, parts in inner.items() if parts[0] == name and len(parts) > 1]
+        cut = [inner[path][1:] for path in paths]
+        # `seg_train/seg_train/<class>`, `train/images/<class>`
+        while len({parts[0] for parts in cut}) == 1 and min(map(len, cut)) > 1 and _is_wrapper(cut[0][0], name):
+            cut = [parts[1:] for parts in cut]
+        below[name] = dict(zip(paths, cut, strict=True))
+    flat = {name for name in folders if all(len(parts) == 1 for parts in below[name].values())}
+    if flat == folders and not is_known:  # `test1` and `test2` may be classes
+        return plain
+    if flat == folders:
         raise LayoutUnknown(
             f"{_EXPECTED} Splits contain class folders (train/daisy/1.jpg, test/daisy/2.jpg). Received images "
-            f"directly in {' and '.join(sorted(splits))}, so their classes are unknown."
+            f"directly in {' and '.join(sorted(name.lower() for name in folders))}, so their classes are unknown."
         )
-    depth = 3 if has_splits else 2
-    samples, refused = [], []
-    for path, parts in zip(paths, inner, strict=True):
-        if len(parts) < depth:
-            refused.append(Refused(path, "in no class folder"))
-        elif len(parts) > depth:
-            raise LayoutUnknown(f"{_EXPECTED} Received {path!r}, which is nested more deeply.")
-        else:
-            split = _SPLITS[parts[0].lower()] if has_splits else Split.TRAIN
-            samples.append(Sample(path, labels=(parts[-2],), split=split))
-    if not samples:
-        raise LayoutUnknown(f"{_EXPECTED} Received {len(paths)} files in no class folder, such as {paths[0]!r}.")
-    names = {sample.labels[0] for sample in samples}
-    check_class_names(names)
-    return Layout(Task.BINARY if len(names) == 2 else Task.MULTICLASS, tuple(samples), tuple(refused))
+    found = {path: (split, parts) for path, (split, parts) in plain.items() if len(parts) == 1}
+    for name in folders:
+        has_classes = name not in flat and splits[name] is not None
+        found |= {path: (splits[name] if has_classes else None, parts) for path, parts in below[name].items()}
+    return {path: found[path] for path in inner}
 
 
-def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
-    """Read the labels.csv of an archive with these `paths`. Raises LayoutUnknown with the number of the wrong line."""
-    try:
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        rows = [(reader.line_num, row) for row in reader if any(row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise LayoutUnknown(f"labels.csv cannot be read as comma-separated UTF-8: {error}.") from error
-    columns = _columns(rows[0][1] if rows else [])
-    folder = csv_path.removesuffix(LABELS_FILE)
+def _split_named(folder: str) -> Split | None:
+    words = _ADDED.sub(" ", _ADDED.sub(" ", folder.lower())).split()
+    word = words[0] if len(words) == 1 else ""
+    for end in ("", "set"):
+        if word and word.removesuffix(end) in _SPLITS:
+            return _SPLITS[word.removesuffix(end)]
+    return None
+
+
+def _is_wrapper(folder: str, around: str) -> bool:
+    """Return whether a folder inside a split only repeats it, or says that it holds images."""
+    return folder.lower() in (around.lower(), "images", "image", "imgs", "img", "data")
+
+
+def _is_unlabelled(folder: str) -> bool:
+    return bool(_UNLABELLED & set(_ADDED.sub(" ", _ADDED.sub(" ", folder.lower())).split()))
+
+
+def from_labels(data: bytes, csv_path: str, paths: Sequence[str], code_page: str | None = None) -> Layout:
+    """Read the labels.csv of an archive with these `paths`.
+
+    Raises LayoutUnknown with the number of the wrong line, or ArchiveRefused if its code page is not clear.
+    """
+    name = csv_path.rpartition("/")[2]
+    table = read_table(data, name, code_page)
+    folder = csv_path.removesuffix(name)
     present = set(paths) - {csv_path}
     samples: dict[str, Sample] = {}
     refused = []
-    for line, row in rows[1:]:
-        if len(row) != len(columns):
-            raise LayoutUnknown(f"Line {line} of labels.csv: expected {len(columns)} values. Received {len(row)}.")
-        sample = _sample(line, dict(zip(columns, (value.strip() for value in row), strict=True)))
+    for line, row in table.rows:
+        sample = _sample(line, name, dict(zip(table.columns, row, strict=True)))
         path = next((path for path in (sample.path, folder + sample.path) if path in present), None)
         if path is None:
-            refused.append(Refused(sample.path, "listed in labels.csv but not in the archive"))
+            refused.append(Refused(sample.path, f"listed in {name} but not in the archive"))
         elif path in samples:
-            raise LayoutUnknown(f"Line {line} of labels.csv: expected each file once. Received {sample.path!r} again.")
+            raise LayoutUnknown(f"Line {line} of {name}: expected each file once. Received {sample.path!r} again.")
         else:
-            samples[path] = Sample(path, sample.labels, sample.target, sample.group, sample.split)
-    unnamed = present - samples.keys()
-    refused += [Refused(path, "not listed in labels.csv") for path in paths if path in unnamed]
+            samples[path] = replace(sample, path=path)
+    unnamed = [path for path in paths if path in present and path not in samples]
+    pictures = [path for path in unnamed if not is_sidecar(path)]
     if not samples:
-        raise LayoutUnknown("labels.csv lists no file of the archive. Write paths relative to the top of the archive.")
-    _check_groups(samples.values())
+        raise LayoutUnknown(_no_file_listed(name, table, refused, pictures))
+    refused += [Refused(path, f"not listed in {name}") for path in pictures]
+    _check_groups(name, samples.values())
     names = {label for sample in samples.values() for label in sample.labels}
     check_class_names(names)
-    return Layout(_task(columns, samples.values(), names), tuple(samples.values()), tuple(refused))
+    ignored = len(unnamed) - len(pictures)
+    task = _task(table.columns, samples.values(), names)
+    return Layout(task, tuple(samples.values()), tuple(refused), ignored, table.notes)
+
+
+def _no_file_listed(name: str, table: LabelTable, listed: Sequence[Refused], pictures: Sequence[str]) -> str:
+    sides = (f" It lists {listed[0].path!r}" if listed else " It lists nothing") + (
+        f"; the archive has {pictures[0]!r}." if pictures else "; the archive has no other files."
+    )
+    return f"{name} lists no file of the archive.{sides} Write paths relative to the top of the archive."
+
+
+def name_format(path: str, data: bytes) -> str | None:
+    """Return what a file beside images tells of them, for a message, if it is of a known format for other tasks."""
+    lower = path.rpartition("/")[2].lower()
+    if lower.endswith(".xml") and b"<annotation" in data[:500]:
+        return f"{path!r} is an annotation of Pascal VOC, which says where objects are"
+    if lower in ("data.yaml", "data.yml", "classes.txt", "obj.names"):
+        return f"{path!r} belongs to annotations of YOLO, which say where objects are"
+    if not lower.endswith(".json"):
+        return None
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, dict) and {"images", "annotations"} <= found.keys():
+        return f"{path!r} has annotations of COCO, which say where objects are"
+    first = found[0] if isinstance(found, list) and found else None
+    if isinstance(first, dict) and ("annotations" in first or "completions" in first) and "data" in first:
+        return f"{path!r} is an export of Label Studio"
+    if isinstance(first, dict) and {"choice", "image"} <= first.keys():
+        return f"{path!r} is an export of Label Studio (JSON-MIN)"
+    if isinstance(found, dict) and {"shapes", "imagePath"} <= found.keys():
+        return f"{path!r} is an annotation of Labelme, which says where objects are"
+    return None
 
 
 _EXPECTED = "Expected one folder per class (daisy/1.jpg, rose/2.jpg), or a labels.csv at the top."
 _TEXT_BYTES = 1024
+# Letters and marks without ink: fillers of Hangul, joiners, variation selectors.
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
+_DEEP_SHARE = 0.2  # with more, the folders mean something else
 # Magnitudes of targets that float32 can represent, squares included.
 _LEAST, _GREATEST = 1e-15, 1e15
-_KNOWN_COLUMNS = ("path", "label", "target", "group", "split")
 
 
-def _columns(header: list[str]) -> list[str]:
-    columns = [name.strip().lower() for name in header]
-    is_known = set(columns) <= set(_KNOWN_COLUMNS) and len(set(columns)) == len(columns)
-    if not is_known or "path" not in columns or ("label" in columns) == ("target" in columns):
-        raise LayoutUnknown(
-            "Line 1 of labels.csv: expected path,label[,group][,split] or path,target[,group][,split]. "
-            f"Received {','.join(header)!r}."
-        )
-    return columns
-
-
-def _sample(line: int, values: dict[str, str]) -> Sample:
+def _sample(line: int, name: str, values: dict[str, str]) -> Sample:
     for column in ("path", "label", "group"):
-        _check_text(line, column, values.get(column, ""))
+        _check_text(line, name, column, values.get(column, ""))
     path = "/".join(part for part in values["path"].replace("\\", "/").split("/") if part not in ("", "."))
     split = _SPLITS.get(values.get("split", "").lower())
     if split is None:
         raise LayoutUnknown(
-            f"Line {line} of labels.csv: expected split train, validation or test. Received {values['split']!r}."
+            f"Line {line} of {name}: expected split train, validation or test. Received {values['split']!r}."
         )
     labels: tuple[str, ...] = ()
     target = None
     if "target" in values:
-        target = _number(line, values["target"])
+        target = _number(line, name, values["target"])
     else:
         labels = tuple(sorted({label.strip() for label in values["label"].split("|")} - {""}))
         if not labels and "|" not in values["label"]:
-            raise LayoutUnknown(f"Line {line} of labels.csv: expected a label (or | for none of them). Received none.")
+            raise LayoutUnknown(f"Line {line} of {name}: expected a label (or | for none of them). Received none.")
     return Sample(path, labels, target, values.get("group") or None, split)
 
 
-def _check_text(line: int, column: str, text: str) -> None:
+def _check_text(line: int, name: str, column: str, text: str) -> None:
     is_readable = not any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
     if len(text.encode()) > _TEXT_BYTES or not is_readable:
         raise LayoutUnknown(
-            f"Line {line} of labels.csv: expected a {column} of at most {_TEXT_BYTES} bytes without control "
-            f"characters. Received {text[:100]!a}."
+            f"Line {line} of {name}: expected a {column} of at most {_TEXT_BYTES} bytes without control "
+            f"characters. Received {text[:100]!r}."
         )
 
 
-def _number(line: int, text: str) -> float:
+def _number(line: int, name: str, text: str) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not (number == 0 or _LEAST <= abs(number) <= _GREATEST):
         raise LayoutUnknown(
-            f"Line {line} of labels.csv: expected as target 0 or a number of magnitude {_LEAST:g} to {_GREATEST:g}. "
+            f"Line {line} of {name}: expected as target 0 or a number of magnitude {_LEAST:g} to {_GREATEST:g}. "
             f"Received {text!r}."
         )
     return number
 
 
-def _task(columns: list[str], samples: Iterable[Sample], names: set[str]) -> Task:
+def _task(columns: Sequence[str], samples: Iterable[Sample], names: set[str]) -> Task:
     if "target" in columns:
         return Task.REGRESSION
     if any(len(sample.labels) != 1 for sample in samples):
@@ -201,36 +331,39 @@ def _task(columns: list[str], samples: Iterable[Sample], names: set[str]) -> Tas
     return Task.BINARY if len(names) == 2 else Task.MULTICLASS
 
 
-def _check_groups(samples: Iterable[Sample]) -> None:
+def _check_groups(name: str, samples: Iterable[Sample]) -> None:
     splits: dict[str, Split] = {}
     for sample in samples:
         if sample.group and splits.setdefault(sample.group, sample.split) != sample.split:
             raise LayoutUnknown(
-                f"Expected each group of labels.csv in one split. Received group {sample.group!r} in two. Give all "
+                f"Expected each group of {name} in one split. Received group {sample.group!r} in two. Give all "
                 "images of a group the same split."
             )
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """Check that class names contain no `|` and differ by more than case or Unicode form. Raises LayoutUnknown."""
+    """Check that class names contain no `|` and do not look the same. Raises LayoutUnknown."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         if "|" in name:
             raise LayoutUnknown(f"Expected class names without |, which separates labels. Received {name!r}.")
-        folded = unicodedata.normalize("NFKC", name).casefold()
-        if folded in seen:
+        look = _look(name)
+        if look in seen:
             raise LayoutUnknown(
-                f"Two classes differ only by case or Unicode form: {seen[folded]!r} and {name!r}. Rename one."
+                "Two classes look the same: they differ only by case or Unicode form, spaces or invisible characters: "
+                f"{seen[look]!r} and {name!r}. Rename one."
             )
-        seen[folded] = name
+        if not look:
+            raise LayoutUnknown(f"Expected class names that can be seen. Received {name!r}. Rename it.")
+        seen[look] = name
 
 
-def _outer_folder(paths: Iterable[str]) -> str:
-    """Return the one folder around everything, with a slash; empty if there is none or it is a class folder."""
-    split = [path.split("/") for path in paths]
-    firsts = {parts[0] for parts in split}
-    if len(firsts) != 1 or min(map(len, split)) < 2:
-        return ""
-    has_inner_folders = any(len(parts) > 2 for parts in split)
-    has_labels = any(parts[1:] == [LABELS_FILE] for parts in split)
-    return firsts.pop() + "/" if has_inner_folders or has_labels else ""
+def _look(name: str) -> str:
+    """Return what is left of a name without case, Unicode form, spaces at its ends, and characters that nobody sees."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    seen = "".join(
+        " " if char.isspace() else char
+        for char in folded
+        if char not in _INVISIBLE and (char.isspace() or unicodedata.category(char) not in ("Cf", "Cc"))
+    )
+    return unicodedata.normalize("NFKC", " ".join(seen.split()))

@@ -19,6 +19,7 @@ from artifacts.bundle import Dense, Float32
 from artifacts.features import Features
 from artifacts.images import Pixels
 from errors import RequestInvalid
+from inference import captions
 from inference.heads import ACTIVATIONS
 from recipes.layers import Activation, Sides, sides
 
@@ -26,7 +27,7 @@ from recipes.layers import Activation, Sides, sides
 LEAST_SIDE = 4
 CHANNELS = 16
 # Minimum side of a picture: an input of 32 pixels is hard to see.
-_SIDE = 256
+LEAST_PICTURE = 256
 
 # Derivative of each activation as a function of its output.
 _SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
@@ -87,36 +88,58 @@ def check_side(maps: Features, size: Sides) -> None:
         )
 
 
-def overlay(pixels: Pixels, places: Float32) -> bytes:
-    """Return a PNG of an image [H, W, 3] in which positions that support the answer glow and others are dark."""
-    side = max(_SIDE, *pixels.shape[:2])
-    picture = np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR), dtype=np.float32)
+def overlay(pixels: Pixels, places: Float32, title: str) -> bytes:
+    """Return a PNG of an image [H, W, 3] in which positions that support the answer glow and others are dark.
+
+    Below it are a title, such as the explained class, and the scale: the contributions of a position for which the
+    darkest and the brightest colour stand.
+    """
+    height, width = pixels.shape[:2]
+    enlarge = max(1.0, LEAST_PICTURE / min(height, width))
+    size = round(width * enlarge), round(height * enlarge)
+    picture = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
     positive = np.maximum(places, 0)
-    level = positive / max(float(positive.max()), float(np.finfo(np.float32).tiny))
-    large = np.asarray(Image.fromarray(level).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
-    glow = np.concatenate([np.full_like(large, 255), 255 * large, np.zeros_like(large)], axis=2)
-    mixed = picture * (0.35 + 0.25 * (1 - large)) + glow * (0.6 * large)
-    return png(mixed.clip(0, 255).astype(np.uint8))
+    most = float(positive.max())
+    level = positive / max(most, float(np.finfo(np.float32).tiny))
+    large = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    scale = np.tile(np.linspace(0, 1, size[0], dtype=np.float32)[None, :, None], (captions.LINE // 2, 1, 1))
+    bar = _glowing(np.full((*scale.shape[:2], 3), 128, np.float32), scale)
+    text = captions.caption(size[0], title, "0")
+    at_most = f"{most:+.3g}"
+    captions.write(text, (size[0] - 7 * len(at_most), captions.LINE), at_most, 7 * len(at_most))
+    return png(captions.below(np.concatenate([_glowing(picture, large), bar]), text))
+
+
+def _glowing(picture: Float32, level: Float32) -> Pixels:
+    """Return colours [H, W, 3] that glow from red to yellow by a level [H, W, 1] from 0 to 1; the rest is darker."""
+    glow = np.concatenate([np.full_like(level, 255), 255 * level, np.zeros_like(level)], axis=2)
+    mixed = picture * (0.35 + 0.25 * (1 - level)) + glow * (0.6 * level)
+    colours: Pixels = mixed.clip(0, 255).astype(np.uint8)
+    return colours
 
 
 def grid(maps: Features, channels: int = CHANNELS) -> bytes:
     """Return a PNG grid of the strongest channels of maps [h, w, D], the strongest first, row by row.
 
     Channels are ranked by their mean absolute value. Each is scaled from black (its minimum) to white (its maximum).
+    Below each are its number, from 0, and its minimum and maximum.
     """
     strongest = np.argsort(np.abs(maps).mean(axis=(0, 1)))[::-1][:channels]
     columns = int(np.ceil(np.sqrt(len(strongest))))
     rows = -(-len(strongest) // columns)
-    tile = max(64, *maps.shape[:2])
-    sheet = np.zeros((rows * (tile + 2), columns * (tile + 2)), np.uint8)
+    tile = max(96, *maps.shape[:2])
+    width, height = tile + 2, tile + 2 + 2 * captions.LINE
+    sheet = Image.new("L", (columns * width, rows * height), 0)
     for place, channel in enumerate(strongest):
         values = maps[:, :, channel]
         low, high = float(values.min()), float(values.max())
         level = (255 * (values - low) / max(high - low, float(np.finfo(np.float32).tiny))).astype(np.uint8)
         picture = Image.fromarray(level).resize((tile, tile), Image.Resampling.NEAREST)
-        top, left = place // columns * (tile + 2), place % columns * (tile + 2)
-        sheet[top : top + tile, left : left + tile] = np.asarray(picture)
-    return png(sheet)
+        top, left = place // columns * height, place % columns * width
+        sheet.paste(picture, (left, top))
+        text = captions.caption(tile, f"channel {channel}", f"{low:.3g} to {high:.3g}")
+        sheet.paste(text.convert("L"), (left, top + tile))
+    return png(np.asarray(sheet))
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:

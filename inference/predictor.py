@@ -18,11 +18,12 @@ from artifacts.images import IMAGE_RULE, ImageLimits, Pixels
 from artifacts.neighbours import NeighbourIndex
 from artifacts.store import Digest
 from errors import BundleRefused, Corrupt, DeadlineExceeded, ImageRefused, NotFound, RequestInvalid
-from inference import explain, heads
+from inference import captions, explain, heads
 from inference.batcher import BackboneOutput, Batcher, FeatureFuture
 from inference.engine import TOLERANCE
 from inference.explain import Explanation
 from inference.neighbours import Neighbour, nearest, sheet
+from recipes.layers import sides
 from recipes.recipe import Task
 
 
@@ -127,10 +128,23 @@ class Predictor:
         """Return [N, outputs] for decoded images, uint8 [N, H, W, 3], without a deadline."""
         return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
+    @property
+    def heat_map_scale(self) -> int:
+        """How many times as high and wide as the network's input an image should be under a heat map, to be seen."""
+        return -(-explain.LEAST_PICTURE // min(sides(self.bundle.size)))
+
     def decode(
-        self, position: int, file: bytes, limits: ImageLimits, until: float, reserve: Reserve = reserve_nothing
+        self,
+        position: int,
+        file: bytes,
+        limits: ImageLimits,
+        until: float,
+        scale: int = 1,
+        reserve: Reserve = reserve_nothing,
     ) -> Pixels:
-        """Return the pixels of one image file of a request, uint8 [H, W, 3]. `reserve` waits for memory to decode in.
+        """Return the pixels of one image file of a request, uint8 [H, W, 3], `scale` times the size of the bundle.
+
+        `reserve` waits for memory to decode in.
 
         Raises:
             ImageRefused: the image cannot be used; `image` is its position.
@@ -141,7 +155,8 @@ class Predictor:
                 f"Only {position} images were decoded in time. Send fewer or smaller images per request."
             )
         try:
-            return images.decode(file, self.bundle.size, self.bundle.resize, limits, reserve)
+            height, width = sides(self.bundle.size)
+            return images.decode(file, (height * scale, width * scale), self.bundle.resize, limits, reserve)
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
@@ -190,6 +205,7 @@ class Predictor:
     ) -> list[ExplanationImage]:
         """Return a picture for each image, uint8 [n, H, W, 3], from the output of the backbone.
 
+        The images may be larger than the network's input, see `heat_map_scale`.
         A heat map explains `label`, or if that is None the label with the highest probability. `reserve` waits for
         memory to decode neighbours in.
         Raises RequestInvalid for a label that the model does not have, and for maps that are too small.
@@ -208,8 +224,16 @@ class Predictor:
             chosen = self._explained_label(label, prediction)
             output, sign = self._output(chosen)
             places = sign * explain.heat(self.bundle.layers, features, maps, output)
-            found.append(ExplanationImage(chosen, explain.overlay(image, places)))
+            found.append(ExplanationImage(chosen, explain.overlay(image, places, self._heat_title(chosen))))
         return found
+
+    def _heat_title(self, label: str | None) -> str:
+        """Return the title of a heat map: the label that it explains, or its number if no font has its letters."""
+        if label is None:
+            return "contribution to the number"
+        if captions.can_write(label):
+            return f"contribution to {label}"
+        return f"contribution to class {self.bundle.labels.index(label) + 1} of {len(self.bundle.labels)}"
 
     def check_explains(self, kind: Explanation) -> None:
         """Raise RequestInvalid if this model does not support a kind of explanation."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -43,6 +43,8 @@ from recipes.defaults import ClassCount
 from recipes.recipe import Task
 
 REFUSED_SHOWN = 1000
+ARCHIVE_KEPT = timedelta(days=1)
+"""How long the archive of a version is kept that was rejected for its names or its refused files."""
 
 _ALIVE = text("deleted_at IS NULL")
 
@@ -79,7 +81,14 @@ class Dataset(Base):
 
 
 class DatasetVersion(Base):
-    """One immutable state of a data set. Counts, classes and manifest are set once its state is ready."""
+    """One immutable state of a data set. Counts, classes and manifest are set once its state is ready.
+
+    Attributes:
+        warnings: what the owner of the images should know.
+        code_page: that of names in the archive which are not in UTF-8; None if it is to be found out.
+        allow_refused: whether the version becomes ready whatever share of its files is refused.
+        archive_until: when the archive of a rejected version is dropped, so that another version can be made of it.
+    """
 
     __tablename__ = "dataset_version"
     __table_args__ = (UniqueConstraint("dataset_id", "number"),)
@@ -99,6 +108,10 @@ class DatasetVersion(Base):
     target: Mapped[dict[str, Any] | None]
     refused: Mapped[list[Any]] = mapped_column(Json, default=list)
     refused_total: Mapped[int] = mapped_column(default=0)
+    warnings: Mapped[list[Any]] = mapped_column(Json, default=list)
+    code_page: Mapped[str | None] = mapped_column(String(32))
+    allow_refused: Mapped[bool] = mapped_column(default=False)
+    archive_until: Mapped[datetime | None]
     progress: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -291,7 +304,9 @@ def check_idle(session: Session, dataset: Dataset) -> None:
         raise NotReady(f"Data set {dataset.name!r} is still ingesting other images. Wait until its state is ready.")
 
 
-def add_version(session: Session, dataset: Dataset, archive: Digest) -> DatasetVersion:
+def add_version(
+    session: Session, dataset: Dataset, archive: Digest, code_page: str | None = None, *, allow_refused: bool = False
+) -> DatasetVersion:
     """Add a version whose archive is to be ingested. Raises NotReady while another version is being ingested."""
     check_idle(session, dataset)
     versions = get_versions(session, dataset.id)
@@ -301,10 +316,38 @@ def add_version(session: Session, dataset: Dataset, archive: Digest) -> DatasetV
         number=versions[0].number + 1 if versions else 1,
         parent_id=ready[0].id if ready else None,
         archive_sha256=archive,
+        code_page=code_page,
+        allow_refused=allow_refused,
     )
     session.add(version)
     session.flush()
     return version
+
+
+def add_version_again(
+    session: Session, dataset: Dataset, number: int, code_page: str | None, *, allow_refused: bool
+) -> DatasetVersion:
+    """Add a version with the archive of a rejected one, which that one no longer references.
+
+    Raises NotFound if there is no such version, and NotReady if its archive was dropped or was not the reason.
+    """
+    rejected = next((version for version in get_versions(session, dataset.id) if version.number == number), None)
+    if rejected is None:
+        raise NotFound(f"Data set {dataset.name!r} has no version {number}.")
+    is_kept = rejected.archive_until is not None and rejected.archive_until > now()
+    if rejected.state is not DatasetState.REJECTED or not is_kept or rejected.archive_sha256 is None:
+        raise NotReady(
+            f"The archive of version {number} of data set {dataset.name!r} is not kept: only one that was rejected for "
+            "its names or its refused files is, for a day. Upload it again."
+        )
+    archive, rejected.archive_sha256 = Digest(rejected.archive_sha256), None
+    return add_version(
+        session,
+        dataset,
+        archive,
+        code_page or rejected.code_page,
+        allow_refused=allow_refused or rejected.allow_refused,
+    )
 
 
 def start_ingest(session: Session, version_id: str) -> DatasetVersion:
@@ -401,6 +444,7 @@ def mark_ready(
     classes: Iterable[ClassCount],
     target: dict[str, Any] | None,
     refused: Sequence[Refused],
+    warnings: Sequence[str] = (),
 ) -> None:
     """Mark an ingested version as ready. It still references its archive, which may be dropped after the commit."""
     version = session.get_one(DatasetVersion, version_id)
@@ -412,19 +456,32 @@ def mark_ready(
     version.ignored = ignored
     version.classes = [vars(count) for count in classes]
     version.target = target
+    version.warnings = list(warnings)
     _set_refused(version, refused)
     version.progress = None
     version.ready_at = now()
 
 
 def mark_rejected(
-    session: Session, version_id: str, error: dict[str, Any], refused: Sequence[Refused] = (), ignored: int = 0
+    session: Session,
+    version_id: str,
+    error: dict[str, Any],
+    refused: Sequence[Refused] = (),
+    ignored: int = 0,
+    warnings: Sequence[str] = (),
+    *,
+    keep_archive: bool = False,
 ) -> None:
-    """Mark a version as rejected, with the reason. It still references its archive, as in `mark_ready`."""
+    """Mark a version as rejected, with the reason. It still references its archive, as in `mark_ready`.
+
+    With `keep_archive` it is not to be dropped for a day.
+    """
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.REJECTED
     version.error = error
     version.ignored = ignored
+    version.warnings = list(warnings)
+    version.archive_until = now() + ARCHIVE_KEPT if keep_archive else None
     _set_refused(version, refused)
     version.progress = None
 
@@ -446,10 +503,12 @@ def set_progress(session: Session, version_id: str, progress: dict[str, Any]) ->
 
 
 def find_leftover_archives(session: Session) -> Sequence[str]:
-    """Return the closed versions that still reference their archive because their worker died before dropping it."""
+    """Return the closed versions that reference an archive whose time is over, or that nobody dropped."""
     closed = (DatasetState.READY, DatasetState.REJECTED)
     query = select(DatasetVersion.id).where(
-        DatasetVersion.archive_sha256.is_not(None), DatasetVersion.state.in_(closed)
+        DatasetVersion.archive_sha256.is_not(None),
+        DatasetVersion.state.in_(closed),
+        or_(DatasetVersion.archive_until.is_(None), DatasetVersion.archive_until < now()),
     )
     return session.scalars(query.order_by(DatasetVersion.id)).all()
 

@@ -1,15 +1,18 @@
 """Stored answers to requests with an `Idempotency-Key`: a repeated request receives the first answer again.
 
-An answer is written in the transaction that makes the change it reports. See the IETF draft "The Idempotency-Key HTTP
-Header Field" (draft-ietf-httpapi-idempotency-key-header).
+An answer is written in the transaction that makes the change it reports. Until then, on PostgreSQL, a claim with an
+expiring lease shows that the key is in use; leases are measured by the clock of the database. See the IETF draft "The
+Idempotency-Key HTTP Header Field" (draft-ietf-httpapi-idempotency-key-header).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, String, delete, func, select
+from sqlalchemy import CursorResult, String, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from errors import KeyReused
@@ -17,6 +20,7 @@ from models.base import Base, Json, now
 from models.project import Principal, owner
 
 KEPT_FOR = timedelta(days=7)
+LEASE = timedelta(seconds=45)
 
 
 class Answer(Base):
@@ -30,6 +34,47 @@ class Answer(Base):
     location: Mapped[str | None] = mapped_column(String(255))
     body: Mapped[dict[str, Any]] = mapped_column(Json)
     created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+
+class Claim(Base):
+    """The request that holds a key while it is being answered; `token` identifies it."""
+
+    __tablename__ = "key_claim"
+
+    project_id: Mapped[str] = owner(primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    token: Mapped[str] = mapped_column(String(32))
+    expires_at: Mapped[datetime]
+
+
+def try_claim(session: Session, principal: Principal, key: str, token: str) -> bool:
+    """Claim a key on PostgreSQL; return False if another request's claim has not expired."""
+    values = {"token": token, "expires_at": func.now() + LEASE}
+    session.execute(delete(Claim).where(Claim.expires_at < func.now() - KEPT_FOR))
+    claim = (
+        insert(Claim)
+        .values(project_id=principal.project_id, key=key, **values)
+        .on_conflict_do_update(
+            index_elements=[Claim.project_id, Claim.key], set_=values, where=Claim.expires_at < func.now()
+        )
+        .returning(Claim.token)
+    )
+    return session.scalar(claim) is not None
+
+
+def renew_claims(session: Session, tokens: Collection[str]) -> None:
+    """Extend the leases of claims that no other request has taken over."""
+    session.execute(update(Claim).where(Claim.token.in_(tokens)).values(expires_at=func.now() + LEASE))
+
+
+def confirm_claim(session: Session, token: str) -> bool:
+    """Return whether a claim still holds its key, and lock it until the transaction ends."""
+    return session.scalar(select(Claim.token).where(Claim.token == token).with_for_update()) is not None
+
+
+def release_claim(session: Session, token: str) -> None:
+    """Free the key of a claim."""
+    session.execute(delete(Claim).where(Claim.token == token))
 
 
 def has_answer(session: Session, principal: Principal, key: str) -> bool:

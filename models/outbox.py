@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Integer, String, select
+from sqlalchemy import BigInteger, ForeignKey, Integer, String, delete, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -33,6 +34,53 @@ def add_to_outbox(session: Session, run_id: str, kind: str, payload: dict[str, A
     session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
 
 
+REFUSED = "refused"
+"""Kind of a row that is not sent: what MLflow refused for good, as `what` and `reason`."""
+
+
+def record_refusals(session: Session, run_id: str, refusals: Sequence[Mapping[str, str]]) -> None:
+    """Record what MLflow refused of a run for good; a later refusal of the same thing replaces an earlier one."""
+    known = {row.payload["what"]: row for row in get_refusals(session, run_id)}
+    for refusal in refusals:
+        row = known.get(refusal["what"])
+        if row is None:
+            row = known[refusal["what"]] = Outbox(run_id=run_id, kind=REFUSED, payload={})
+            session.add(row)
+        row.payload = dict(refusal)
+
+
+def drop_refusals(session: Session, run_id: str) -> None:
+    """Forget what MLflow refused of a run, because it is told again."""
+    session.execute(delete(Outbox).where(Outbox.run_id == run_id, Outbox.kind == REFUSED))
+
+
+def get_refusals(session: Session, run_id: str) -> Sequence[Outbox]:
+    """Return what MLflow refused of a run for good, oldest first."""
+    query = select(Outbox).where(Outbox.run_id == run_id, Outbox.kind == REFUSED)
+    return session.scalars(query.order_by(Outbox.id)).all()
+
+
+@dataclass(frozen=True)
+class OutboxSummary:
+    """What MLflow does not have: how many facts wait, since when, and the last one that it refused."""
+
+    waiting: int
+    waiting_since: datetime | None
+    refused: int
+    last_refusal: Outbox | None
+
+
+def summarize_outbox(session: Session) -> OutboxSummary:
+    """Return what MLflow does not have of all runs."""
+    waiting, since = session.execute(
+        select(func.count(), func.min(Outbox.created_at)).where(Outbox.kind != REFUSED)
+    ).one()
+    refused = select(Outbox).where(Outbox.kind == REFUSED)
+    last = session.scalar(refused.order_by(Outbox.id.desc()).limit(1))
+    count = session.scalar(select(func.count()).select_from(refused.subquery())) or 0
+    return OutboxSummary(waiting, since, count, last)
+
+
 def add_end_to_outbox(session: Session, run_id: str) -> None:
     """Add the end of a run that no worker has, if MLflow knows the run or the outbox has rows of it."""
     if session.get_one(Run, run_id).mlflow_run_id is not None or outbox_rows(session, run_id):
@@ -40,14 +88,17 @@ def add_end_to_outbox(session: Session, run_id: str) -> None:
 
 
 def outbox_rows(session: Session, run_id: str) -> Sequence[Outbox]:
-    """Return the rows of a run, oldest first."""
-    return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
+    """Return the rows of a run that are to be sent, oldest first."""
+    query = select(Outbox).where(Outbox.run_id == run_id, Outbox.kind != REFUSED)
+    return session.scalars(query.order_by(Outbox.id)).all()
 
 
 def add_publish_jobs(session: Session) -> int:
     """Queue a publish job for every run that has outbox rows and no unfinished one; return how many were queued."""
     busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_(UNFINISHED))
-    query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
+    query = select(Run.id, Run.project_id).where(
+        Run.id.in_(select(Outbox.run_id).where(Outbox.kind != REFUSED)), Run.id.not_in(busy)
+    )
     added = 0
     for run_id, project_id in session.execute(query).all():
         try:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, String, UniqueConstraint, select, update
+from sqlalchemy import BigInteger, ForeignKey, String, UniqueConstraint, func, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from artifacts.store import Digest
-from errors import NotFound
+from errors import NoChampion, NotFound
 from models.base import Base, new_id, now, text_enum
 from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
@@ -142,13 +142,22 @@ def get_model_version(session: Session, model: Model, number: int) -> ModelVersi
 
 
 def get_alias(session: Session, model: Model, alias: str) -> ModelVersion:
-    """Return the version that an alias points at. Raises NotFound."""
+    """Return the version that an alias points at. Raises NotFound, or NoChampion."""
     query = (
         select(ModelVersion)
         .join(Alias, Alias.version_id == ModelVersion.id)
         .where(Alias.model_id == model.id, Alias.name == alias)
     )
     version = session.scalar(query)
+    if version is None and alias == CHAMPION:
+        newest = get_model_versions(session, model.id)[0].number
+        raise NoChampion(
+            f"Model {model.name!r} has no champion: none of its versions is better than a constant answer, so none "
+            f"became it by itself. To use version {newest} all the same, PUT "
+            f'/api/v1/models/{model.name}/aliases/champion with {{"version": {newest}}}, or add ?version={newest} to '
+            "the request. Or train a better version.",
+            version=newest,
+        )
     if version is None:
         raise NotFound(f"Model {model.name!r} has no alias {alias!r}.")
     return version
@@ -158,6 +167,23 @@ def get_model_versions(session: Session, model_id: str) -> Sequence[ModelVersion
     """Return every version of a model, the newest first."""
     query = select(ModelVersion).where(ModelVersion.model_id == model_id)
     return session.scalars(query.order_by(ModelVersion.number.desc())).all()
+
+
+def list_versions(session: Session, model_id: str, page: PageRequest) -> RowPage[ModelVersion]:
+    """Return one page of the versions of a model, the newest first."""
+    return fetch_records(session, select(ModelVersion).where(ModelVersion.model_id == model_id), ModelVersion.id, page)
+
+
+def count_versions(session: Session, model_id: str) -> int:
+    """Return the number of versions of a model."""
+    return session.scalar(select(func.count()).where(ModelVersion.model_id == model_id)) or 0
+
+
+def get_alias_numbers(session: Session, model_id: str) -> dict[str, int]:
+    """Return the aliases of a model, each with the number of the version that it points at."""
+    query = select(Alias.name, ModelVersion.number).join(ModelVersion, ModelVersion.id == Alias.version_id)
+    rows = session.execute(query.where(Alias.model_id == model_id).order_by(Alias.name))
+    return dict(rows.all())
 
 
 def find_run_version(session: Session, run_id: str) -> ModelVersion | None:
@@ -195,9 +221,19 @@ def get_revision(session: Session) -> int:
 
 
 def add_model_version(
-    session: Session, principal: Principal, name: str, run_id: str, bundle: Digest, backbone: Digest
+    session: Session,
+    principal: Principal,
+    name: str,
+    run_id: str,
+    bundle: Digest,
+    backbone: Digest,
+    *,
+    can_be_champion: bool = True,
 ) -> ModelVersion:
-    """Add the result of a run as the next version of a model; the first version becomes the champion."""
+    """Add the result of a run as the next version of a model.
+
+    It becomes the champion if the model has none, unless it may not by itself, since it is no good.
+    """
     _count_revision(session)  # also a lock: two runs cannot take the same number
     model = session.scalar(select(Model).where(Model.name == name, scope(Model.project_id, principal)))
     if model is None:
@@ -214,7 +250,7 @@ def add_model_version(
     )
     session.add(version)
     session.flush()
-    if not versions:
+    if can_be_champion and session.get(Alias, (model.id, CHAMPION)) is None:
         session.add(Alias(model_id=model.id, name=CHAMPION, version_id=version.id))
     return version
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,14 @@ class Headline:
         """Return the method behind the bounds of `interval`, in words."""
         kind = str(metrics["interval"])
         return kind.replace("over images", "over groups of images") if "groups" in metrics else kind
+
+
+def written_numbers(low: float, high: float, *others: float) -> list[str]:
+    """Return the least and the largest of some numbers, and others between, with enough digits to see their range."""
+    digits = 4
+    if low < high:
+        digits += max(0, math.ceil(math.log10(max(abs(low), abs(high)) / (high - low))))
+    return [f"{number:.{min(digits, 16)}g}" for number in (low, high, *others)]
 
 
 _ACCURACY = Headline("accuracy", "Accuracy", ".1%", True)

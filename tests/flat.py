@@ -72,12 +72,14 @@ def flat_bundle(
     )
 
 
-def add_model(services: Services, name: str, bundle: Bundle) -> None:
+def add_model(services: Services, name: str, bundle: Bundle, *, can_be_champion: bool = True) -> None:
     """Add a bundle as the next version of a model."""
     digest = services.store.put(bundle.dump())
     with services.database.writing() as session:
         run = records.queued_run(session, records.ready_version(session, f"{name}-{digest[:8]}"), name)
-        registry.add_model_version(session, records.PRINCIPAL, name, run.id, digest, bundle.backbone)
+        registry.add_model_version(
+            session, records.PRINCIPAL, name, run.id, digest, bundle.backbone, can_be_champion=can_be_champion
+        )
 
 
 def serve(client: TestClient, settings: Settings, loads: Loads) -> None:

@@ -63,6 +63,26 @@ def test_a_key_may_end_in_the_newline_of_its_file() -> None:
     assert key is not None and key.get_secret_value() == "correct horse battery staple"
 
 
+@pytest.mark.parametrize("key", ["short", "0123456789abcde", "schlüssel-schlüssel", "a\tkey with a tab in it"])
+def test_a_key_that_can_be_guessed_or_not_be_sent_is_refused(key: str) -> None:
+    with pytest.raises(ValidationError, match="openssl rand") as told:
+        Settings(api_key=key)
+    assert key not in str(told.value)
+
+
+def test_no_representation_shows_the_password_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = {"DATABASE_URL": "postgresql://me:s3cret@db/x", "REDIS_URL": "redis://:s3cret@valkey:6379/0"}
+    secret |= {
+        "MLFLOW_TRACKING_URI": "http://me:s3cret@mlflow:5000",
+        "ESPALIER_WEIGHTS_URL": "https://me:s3cret@mirror",
+    }
+    for name, value in secret.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert settings.database == secret["DATABASE_URL"]
+    assert "s3cret" not in repr(settings) + str(settings) and repr(settings).count("***") == 4
+
+
 def test_what_is_wrong_is_told_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_API_KEY", OPERATORS["ESPALIER_API_KEY"])
     for wrong in ({"api_port": 99_999}, {"let_go_s": 1}):

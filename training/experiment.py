@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as save_tensors
 
+from artifacts import tensors
 from artifacts.bundle import Logits
 from artifacts.neighbours import FeatureNormaliser, build_index
 from artifacts.run_files import RunFile
@@ -29,6 +29,7 @@ from training.progress import Extraction, FitListener, FoldResult, ProgressListe
 from training.report import run_report
 from training.setup import RunData, TrainingRequest, choose_features, seed_of, set_up
 from training.statistics import evaluation
+from training.statistics.baseline import compare_with_constant_answer
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ class Experiment:
             out_of_fold[:, trained_on],
             [result.metrics for result in results],
         )
+        metrics["baseline"] = compare_with_constant_answer(
+            task, truth[trained_on], data.groups[trained_on], out_of_fold[:, trained_on], metrics.get("r2", 0.0)
+        )
         if len(held_out):
             logits = final.logits(held_out)
             if served.precision is not setup.precision:
@@ -251,11 +255,19 @@ class Experiment:
         return replace(outcome.result, metrics=outcome.result.metrics | measured)
 
     def _out_of_fold_file(self, logits: Logits) -> bytes:
-        """Return a file of each image's fold (int16 [repeats, N], -1 for none) and its logits there (NaN for none)."""
+        """Return a file of each image's fold (int16 [repeats, N], -1 for none) and its logits there (NaN for none).
+
+        Its metadata names the image of each of the N rows by path and SHA-256, and the class of each logit.
+        """
         fold_of = np.full(logits.shape[:2], -1, dtype=np.int16)
         for fold in self.folds:
             fold_of[fold.repeat, fold.test] = fold.number
-        return save_tensors({"folds": fold_of, "logits": logits})
+        named = {
+            "labels": list(self._data.labels),
+            "paths": [row.path for row in self._data.rows],
+            "sha256": [row.sha256 for row in self._data.rows],
+        }
+        return tensors.dump(named, {"folds": fold_of, "logits": logits})
 
     def _fold_metrics(self, fold: Fold, learned: LearnedModel, logits: Mapping[Precision, Logits]) -> dict[str, Any]:
         scores = {

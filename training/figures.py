@@ -1,14 +1,78 @@
-"""Turns matplotlib figures into files, without pyplot and its global state."""
+"""Turns matplotlib figures into files, without pyplot and its global state, and finds fonts for names in any script."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+
+# matplotlib's own font has Latin, Greek, Cyrillic, Arabic and Hebrew letters, but none of China, Japan, Korea or India.
+_OWN = "DejaVu Sans"
+# These have a box for every letter. matplotlib brings the first.
+_BOXES = ("Last Resort", "LastResort", "Adobe Blank", "Unicode BMP Fallback")
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG of 100 dots per inch."""
+def png(figure: Figure, fonts: Sequence[str] = (_OWN,)) -> bytes:
+    """Return a figure as a PNG of 100 dots per inch; each letter comes from the first of the fonts that has it."""
+    for text in figure.findobj(Text):
+        text.set_fontfamily(list(fonts))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class DrawnNames:
+    """Names as a picture can show them.
+
+    Attributes:
+        names: each name, or its number such as `#3` if no font of this machine has its letters.
+        fonts: families of fonts that together have all letters of the names.
+    """
+
+    names: Sequence[str]
+    fonts: Sequence[str]
+
+
+def drawn_names(names: Sequence[str]) -> DrawnNames:
+    """Return names as a picture can show them, with fonts of this machine where matplotlib's own lacks letters.
+
+    Names are numbered from 1 in their order; whoever draws numbers must say in the text what they mean.
+    """
+    letters = _letters(names)
+    fonts = [_OWN]
+    missing = letters - _letters_of(_file_of(_OWN))
+    known = {_OWN}
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (abs(int(entry.weight) - 400), entry.style != "normal")):
+        if not missing:
+            break
+        if entry.name in known or entry.name.startswith(_BOXES):
+            continue
+        known.add(entry.name)
+        found = missing & _letters_of(entry.fname)
+        if found:
+            fonts.append(entry.name)
+            missing -= found
+    shown = [f"#{number}" if _letters([name]) & missing else name for number, name in enumerate(names, 1)]
+    return DrawnNames(shown, fonts)
+
+
+def _letters(names: Iterable[str]) -> set[int]:
+    return {ord(letter) for name in names for letter in name if not letter.isspace()}
+
+
+def _file_of(family: str) -> str:
+    return next(entry.fname for entry in fontManager.ttflist if entry.name == family)
+
+
+def _letters_of(path: str) -> set[int]:
+    """Return the letters that a font file has; none if it cannot be read."""
+    try:
+        return set(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return set()

@@ -95,7 +95,7 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class DoubledForecast:
-    """The forecast for twice the images; `change` is its score minus the score of the law for all images."""
+    """The forecast for twice the images: the measured score for all images, plus the `change` that the law foresees."""
 
     images: int
     score: float
@@ -262,6 +262,9 @@ def forecast_doubled(
 ) -> tuple[FittedLaw, DoubledForecast]:
     """Fit the law to the points and forecast the score for twice the images.
 
+    The law says how much the error falls from all images to twice as many; the forecast starts from the score that was
+    measured for all images, which need not lie on the law.
+
     The interval comes from laws that are fitted to resampled points. Each point moves by the change of its score in a
     draw of test images, and by its residual with a random sign (the wild bootstrap, Wu 1986, "Jackknife, Bootstrap and
     Other Resampling Methods in Regression Analysis"), since other training images would also give other heads.
@@ -282,10 +285,12 @@ def forecast_doubled(
     )  # residuals are smaller than the errors that they estimate
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=drawn.shape)
     moved = law.error(images) + signs * misfits * free + _error_or_score(headline, drawn) - errors
-    resampled = _error_or_score(
-        headline, power_law.fit_power_law(images, np.maximum(moved, 0.0)).error(ends)
-    )  # [draws, 2]
-    now, then = _error_or_score(headline, law.error(ends)).tolist()
+    resampled = power_law.fit_power_law(images, np.maximum(moved, 0.0)).error(ends)  # [draws, 2]
+    now, then = law.error(ends).tolist()
+    forecast = max(0.0, float(errors[-1]) + then - now)
+    falls = resampled[:, 1] - resampled[:, 0]
+    forecasts = _error_or_score(headline, np.maximum(0.0, _error_or_score(headline, drawn[:, -1]) + falls))
+    change_sign = -1.0 if headline.is_greater_better else 1.0
     return (
         FittedLaw(
             floor=float(law.floor),
@@ -295,10 +300,10 @@ def forecast_doubled(
         ),
         DoubledForecast(
             images=round(ends[1]),
-            score=then,
-            ci95=resampling.bootstrap_interval(resampled[:, 1], blocks),
-            change=then - now,
-            change_ci95=resampling.bootstrap_interval(resampled[:, 1] - resampled[:, 0], blocks),
+            score=float(_error_or_score(headline, np.array(forecast))),
+            ci95=resampling.bootstrap_interval(forecasts, blocks),
+            change=change_sign * (then - now),
+            change_ci95=resampling.bootstrap_interval(change_sign * falls, blocks),
         ),
     )
 
@@ -343,9 +348,12 @@ def _plot(
     images = [point.images for point in points]
     _plot_intervals(axes, images, [point.score for point in points], [point.ci95 for point in points], "C0", "measured")
     if law is not None and twice is not None:
-        along = np.geomspace(images[0], twice.images, 100)
-        found = PowerLaw(np.array(law.floor), np.array(law.scale), np.array(law.exponent)).error(along)
-        axes.plot(along, _error_or_score(headline, found), "--", color="C0", alpha=0.6, label="power law")
+        fitted = PowerLaw(np.array(law.floor), np.array(law.scale), np.array(law.exponent))
+        along, beyond = np.geomspace(images[0], images[-1], 100), np.geomspace(images[-1], twice.images, 100)
+        axes.plot(along, _error_or_score(headline, fitted.error(along)), "--", color="C0", alpha=0.6, label="power law")
+        # From the measured score on, as the forecast is.
+        change = _error_or_score(headline, fitted.error(beyond)) - _error_or_score(headline, fitted.error(along[-1:]))
+        axes.plot(beyond, points[-1].score + change, ":", color="C1")
         _plot_intervals(axes, [twice.images], [twice.score], [twice.ci95], "C1", "forecast")
         images.append(twice.images)
     axes.set_xscale("log")

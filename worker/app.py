@@ -130,6 +130,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         classes=settings.classes,
         decode_cpu_s=settings.decode_cpu_s,
         memory_bytes=settings.ingest_memory_bytes,
+        refused_share=settings.refused_share,
     )
     source = WeightsSource(
         url=settings.weights_url,

@@ -38,11 +38,18 @@ class _Message(BaseModel):
 
 
 class IngestOrder(_Message):
-    """Read an archive. `store` is the folder of the store that is lent; `done` are paths that were read before."""
+    """Read an archive.
+
+    Attributes:
+        store: the folder of the store that is lent.
+        code_page: that of names which are not in UTF-8; None if it is to be found out.
+        done: paths that were read before.
+    """
 
     type: Literal["ingest"] = "ingest"
     store: str
     archive: Digest
+    code_page: str | None = None
     archive_limits: ArchiveLimits
     image_limits: ImageLimits
     decode_cpu_s: int
@@ -138,6 +145,10 @@ class CompareOrder(_Message):
     labels: tuple[str, ...]
     name: str
     runs: tuple[ComparedRun, ...]
+    failed: int = 0
+    """Runs of the comparison that failed, and so are not among `runs`."""
+    cancelled: int = 0
+    """Runs of the comparison that a client cancelled."""
 
 
 class _ViewOrder(_Message):
@@ -215,13 +226,24 @@ WorkerMessage = Order | Answer | Drain
 
 
 class LayoutFound(_Message):
-    """What an archive holds; `samples` counts its images, `ignored` the files that are none."""
+    """What an archive holds.
+
+    Attributes:
+        task: what can be learned from it.
+        samples: number of images that are to be decoded.
+        classes: number of images of each class, those that were refused already included.
+        ignored: number of files that are no images.
+        refused: files that were refused already.
+        warnings: what the owner of the images should know.
+    """
 
     type: Literal["layout"] = "layout"
     task: Task
     samples: int
     ignored: int
     refused: tuple[Refused, ...]
+    classes: dict[str, int] = {}
+    warnings: tuple[str, ...] = ()
 
 
 class ImageBegun(_Message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -26,8 +27,9 @@ from api.schemas import (
     RefusedFile,
     TargetRange,
 )
+from artifacts.file_names import CODE_PAGES, code_page_named
 from artifacts.store import Digest
-from errors import InUse, NotFound, Unavailable
+from errors import InUse, NotFound, RequestInvalid, Unavailable
 from models import comparison as comparisons
 from models import dataset as datasets
 from models import job as jobs
@@ -91,6 +93,42 @@ async def add_images(
         check=lambda session: datasets.check_idle(session, datasets.get_dataset(session, principal, dataset_id)),
         find=lambda session: datasets.get_dataset(session, principal, dataset_id, for_change=True),
     )
+
+
+@router.post("/{dataset_id}/versions/{version}/ingest", status_code=202)
+def ingest_again(
+    response: Response,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    dataset_id: str,
+    version: Number,
+    idempotency: IdempotencyDep,
+    names: Annotated[str | None, Query(max_length=32, description="Code page of names that are not in UTF-8.")] = None,
+    allow_refused: Annotated[
+        bool, Query(description="Accept the archive whatever share of its files is refused.")
+    ] = False,
+) -> DatasetCreated:
+    """Take in the archive of a rejected version after all, as a new version. Such archives are kept for a day."""
+    code_page = None if names is None else code_page_named(names)
+    if names is not None and code_page is None:
+        raise RequestInvalid(
+            f"names: expected a code page, such as {', '.join(CODE_PAGES[:5])}. Received {names!r}.", field="names"
+        )
+    if code_page is None and not allow_refused:
+        raise RequestInvalid("Expected names=… or allow_refused=true. Received neither.", field="names")
+    earlier = idempotency.find_answer(DatasetCreated, None, response)
+    if earlier is not None:
+        return earlier
+    with services.database.writing() as session:
+        lock_files(session)  # a collector must not drop the archive meanwhile
+        dataset = datasets.get_dataset(session, principal, dataset_id, for_change=True)
+        added = datasets.add_version_again(session, dataset, version, code_page, allow_refused=allow_refused)
+        jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, added.id)
+        created = DatasetCreated(id=dataset.id, name=dataset.name, state=added.state, version=added.number)
+        location = response.headers["Location"] = f"/api/v1/datasets/{created.id}"
+        idempotency.keep_answer(session, created, location)
+    services.dispatcher.request()
+    return created
 
 
 async def _receive_version(
@@ -181,7 +219,8 @@ def list_images(
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
         chosen = datasets.ready_version(session, dataset, version)
-        page = datasets.list_images(session, chosen.id, label, page_request(limit, cursor))
+        composed = unicodedata.normalize("NFC", label) if label else None
+        page = datasets.list_images(session, chosen.id, composed, page_request(limit, cursor))
         items = [_image_out(dataset.id, membership, image) for membership, image in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
@@ -238,6 +277,7 @@ def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:
         ignored=shown.ignored,
         refused=_refused_out(shown),
         refused_total=shown.refused_total,
+        warnings=shown.warnings,
         version=shown.number,
         versions=_versions_out(versions),
         progress=_progress_out(shown.progress),
@@ -255,6 +295,7 @@ def _versions_out(versions: Sequence[DatasetVersion]) -> list[DatasetVersionOut]
             ignored=version.ignored,
             refused=_refused_out(version),
             refused_total=version.refused_total,
+            warnings=version.warnings,
             progress=_progress_out(version.progress),
             error=problems.stored_problem(version.error),
             created_at=version.created_at,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 from sqlalchemy.orm import Session
@@ -13,13 +14,18 @@ from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Number, Page
 from artifacts.store import Digest
 from models import registry
+from models import run as runs
 from models.dataset import DatasetVersion
 from models.outbox import add_to_outbox
+from models.paging import PageRequest
 from models.registry import Model, ModelVersion
 from models.run import Run
 from recipes.recipe import NAME_PATTERN
 
 router = APIRouter(prefix="/api/v1/models", tags=["models"], route_class=JsonRoute)
+
+# Versions that a model shows by itself; the route of versions pages through all of them.
+VERSIONS_SHOWN = 50
 
 AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
 
@@ -28,7 +34,7 @@ AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
 def list_models(
     services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
 ) -> Page[ModelOut]:
-    """List models, the newest first."""
+    """List models, the newest first, each with its newest versions."""
     with services.database.reading() as session:
         page = registry.list_models(session, principal, page_request(limit, cursor))
         return Page(items=[_model_out(session, model) for model in page.rows], next_cursor=next_cursor(page.next_after))
@@ -36,9 +42,20 @@ def list_models(
 
 @router.get("/{name}")
 def get_model(services: ServicesDep, principal: PrincipalDep, name: str) -> ModelOut:
-    """Show a model with its versions and aliases."""
+    """Show a model with its aliases and its newest versions; `GET …/versions` pages through all of them."""
     with services.database.reading() as session:
         return _model_out(session, registry.get_model(session, principal, name))
+
+
+@router.get("/{name}/versions")
+def list_versions(
+    services: ServicesDep, principal: PrincipalDep, name: str, limit: LimitQuery = 50, cursor: CursorQuery = None
+) -> Page[ModelVersionOut]:
+    """List the versions of a model, the newest first; their metrics leave out `confusion` and `per_class`."""
+    with services.database.reading() as session:
+        model = registry.get_model(session, principal, name)
+        page = registry.list_versions(session, model.id, page_request(limit, cursor))
+        return Page(items=_versions_out(session, model, page.rows), next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/{name}/versions/{version}")
@@ -47,7 +64,10 @@ def get_version(services: ServicesDep, principal: PrincipalDep, name: str, versi
     with services.database.reading() as session:
         model = registry.get_model(session, principal, name)
         found = registry.get_model_version(session, model, version)
-        return _version_out(session, found, registry.get_aliases(session, model.id).get(found.id, []))
+        run = session.get_one(Run, found.run_id)
+        data = session.get_one(DatasetVersion, run.dataset_version_id)
+        aliases = registry.get_aliases(session, model.id).get(found.id, [])
+        return _version_out(found, run, run.metrics, data, aliases)
 
 
 @router.put("/{name}/aliases/{alias}")
@@ -72,26 +92,39 @@ def move_alias(
 
 
 def _model_out(session: Session, model: Model) -> ModelOut:
-    versions = registry.get_model_versions(session, model.id)
-    aliases = registry.get_aliases(session, model.id)
+    newest = registry.list_versions(session, model.id, PageRequest(VERSIONS_SHOWN)).rows
     return ModelOut(
         name=model.name,
-        versions=[_version_out(session, version, aliases.get(version.id, [])) for version in versions],
-        aliases={alias: version.number for version in versions for alias in aliases.get(version.id, [])},
+        versions=_versions_out(session, model, newest),
+        versions_total=registry.count_versions(session, model.id),
+        aliases=registry.get_alias_numbers(session, model.id),
         created_at=model.created_at,
     )
 
 
-def _version_out(session: Session, version: ModelVersion, aliases: list[str]) -> ModelVersionOut:
-    run = session.get_one(Run, version.run_id)
-    data = session.get_one(DatasetVersion, run.dataset_version_id)
+def _versions_out(session: Session, model: Model, versions: Sequence[ModelVersion]) -> list[ModelVersionOut]:
+    """Return the versions of a model without the tables of their metrics."""
+    made_by = runs.get_brief_runs(session, [version.run_id for version in versions])
+    metrics = runs.get_brief_metrics(session, made_by)
+    aliases = registry.get_aliases(session, model.id)
+    found = []
+    for version in versions:
+        run = made_by[version.run_id]
+        data = session.get_one(DatasetVersion, run.dataset_version_id)
+        found.append(_version_out(version, run, metrics[run.id], data, aliases.get(version.id, [])))
+    return found
+
+
+def _version_out(
+    version: ModelVersion, run: Run, metrics: dict[str, Any] | None, data: DatasetVersion, aliases: list[str]
+) -> ModelVersionOut:
     return ModelVersionOut(
         version=version.number,
         run=run.id,
         dataset=data.dataset_id,
         dataset_version=data.number,
         recipe=run.recipe,
-        metrics=run.metrics or {},
+        metrics=metrics or {},
         bundle=version.bundle_sha256,
         backbone=version.backbone_sha256,
         aliases=aliases,

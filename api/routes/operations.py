@@ -9,13 +9,15 @@ from datetime import timedelta
 
 import redis
 import structlog
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api.dependencies import Services, ServicesDep
 from api.schemas import Check, Page, Readiness, WorkerOut
+from artifacts.addresses import hide_password
 from errors import EspalierError
 from models import job as jobs
+from models import outbox
 from models import worker as workers
 from models.base import now
 from models.schema_revision import applied_revision, needed_revision
@@ -27,6 +29,9 @@ router = APIRouter(tags=["operations"])
 # A live worker is seen every few seconds; one that was not seen for this long is gone or hangs.
 _WORKER_SEEN_S = 60
 _WORKERS_SHOWN = 200
+# A publish job that finds no server is tried again within minutes.
+_MLFLOW_WAITING_S = 900
+_REASON_SHOWN = 500
 _DECISIVE = ("database", "schema", "disk", "engine", "process")
 
 
@@ -37,8 +42,8 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
-def readyz(services: ServicesDep, response: Response) -> Readiness:
-    """Report part by part whether requests should be sent here."""
+def readyz(services: ServicesDep, request: Request, response: Response) -> Readiness:
+    """Report part by part whether requests should be sent here; if there is an API key, the details need it."""
     checks = {
         "database": _checked(_database, services),
         "schema": _checked(_schema, services),
@@ -48,9 +53,12 @@ def readyz(services: ServicesDep, response: Response) -> Readiness:
         "engine": _checked(_engine, services),
         "broker": _checked(_broker, services),
         "workers": _checked(_workers, services),
+        "mlflow": _checked(_mlflow, services),
     }
     ready = all(checks[name].ok for name in _DECISIVE)
     response.status_code = 200 if ready else 503
+    if not request.state.may_see_details:
+        checks = {name: Check(ok=check.ok, detail=None) for name, check in checks.items()}
     return Readiness(ready=ready, checks=checks)
 
 
@@ -139,7 +147,7 @@ def _broker(services: Services) -> Check:
         with redis.Redis.from_url(_redis_url(services.settings.redis_url), socket_timeout=1) as client:
             client.ping()
     except redis.RedisError as error:
-        return Check(ok=False, detail=f"{error}; jobs wait until the broker answers")
+        return Check(ok=False, detail=f"{hide_password(str(error))}; jobs wait until the broker answers")
     return Check(ok=True, detail="answers")
 
 
@@ -154,3 +162,20 @@ def _workers(services: Services) -> Check:
         recent = workers.list_workers(session, _WORKERS_SHOWN)
         alive = [worker.name for worker in recent if worker.looked_at > alive_since]
     return Check(ok=bool(alive), detail=", ".join(alive) or "no worker was seen within a minute")
+
+
+def _mlflow(services: Services) -> Check:
+    """Report what MLflow does not have: what waits, and what it refused for good."""
+    with services.database.reading() as session:
+        found = outbox.summarize_outbox(session)
+    details = ["knows of everything"] if not found.waiting else []
+    waiting_s = (now() - found.waiting_since).total_seconds() if found.waiting_since else 0.0
+    if found.waiting:
+        details.append(f"{found.waiting} facts about runs wait to be sent, the oldest for {waiting_s:.0f} s")
+    if found.last_refusal is not None:
+        last = found.last_refusal
+        details.append(
+            f"refused {found.refused} for good, the last of {last.run_id}: {last.payload['what']}: "
+            f"{last.payload['reason'][:_REASON_SHOWN]}"
+        )
+    return Check(ok=waiting_s < _MLFLOW_WAITING_S, detail="; ".join(details))

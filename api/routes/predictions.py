@@ -70,7 +70,11 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answers, or a picture.",
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
-    }
+    },
+    409: {
+        "description": "The model has no `champion`: none of its versions is better than a constant answer. `version` "
+        "is the newest; `PUT /api/v1/models/{name}/aliases/champion` with it uses it all the same."
+    },
 }
 
 
@@ -94,7 +98,8 @@ async def predict(
 ) -> PredictionsOut | Response:
     """Predict images: one as the raw body, several as multipart fields `images` or as base64 in JSON.
 
-    Answers with the `champion`, unless a version or an alias is asked for. `explain=heatmap` shows which places of an
+    Answers with the `champion`, unless a version or an alias is asked for. A version that is no better than a constant
+    answer does not become `champion` by itself. `explain=heatmap` shows which places of an
     image speak for the answer, or for a `label`; `explain=activations` shows the network's strongest channels, and
     `explain=neighbours` the three training images that look most like it to the network, if the run was told to keep
     them. The pictures come with the answers, or one alone to who asks with `Accept: image/png`.

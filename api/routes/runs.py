@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,9 @@ from api.schemas import (
     Extraction,
     FileOut,
     FoldOut,
+    Id,
+    MlflowRefusal,
+    Name,
     Page,
     RunOut,
     RunProgress,
@@ -32,10 +35,10 @@ from artifacts.run_files import RunFile
 from errors import NotFound
 from models import comparison as comparisons
 from models import dataset as datasets
-from models import registry, run_jobs
+from models import outbox, registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
-from models.run import Run
+from models.run import Run, RunState
 from recipes.catalogue import ALL, CATALOGUE, Backbone
 from recipes.recipe import IMAGENET, RANDOM
 
@@ -56,7 +59,7 @@ def start_run(
         recipe = fill_recipe(session, body.recipe, version, "recipe")
         run = runs.create_run(session, principal, version.id, body.name, recipe)
         run_jobs.queue_training(session, run)
-        shown = _run_out(session, services, run)
+        shown = _whole_run_out(session, services, run)
         location = response.headers["Location"] = f"/api/v1/runs/{run.id}"
         idempotency.keep_answer(session, shown, location)
     services.dispatcher.request()
@@ -65,21 +68,34 @@ def start_run(
 
 @router.get("/runs")
 def list_runs(
-    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep,
+    principal: PrincipalDep,
+    limit: LimitQuery = 50,
+    cursor: CursorQuery = None,
+    state: Annotated[RunState | None, Query()] = None,
+    dataset: Annotated[Id | None, Query(description="Id of a data set.")] = None,
+    name: Annotated[Name | None, Query()] = None,
 ) -> Page[RunOut]:
-    """List runs, the newest first."""
+    """List runs, the newest first: all, or those of a state, a data set or a name.
+
+    Metrics leave out `confusion` and `per_class`, which each run by itself has.
+    """
     with services.database.reading() as session:
-        page = runs.list_runs(session, principal, page_request(limit, cursor))
-        return Page(
-            items=[_run_out(session, services, run) for run in page.rows], next_cursor=next_cursor(page.next_after)
-        )
+        versions = None
+        if dataset is not None:
+            found = datasets.get_dataset(session, principal, dataset)
+            versions = [version.id for version in datasets.get_versions(session, found.id)]
+        page = runs.list_runs(session, principal, page_request(limit, cursor), state, name, versions)
+        metrics = runs.get_brief_metrics(session, [run.id for run in page.rows])
+        items = [_run_out(session, services, run, metrics[run.id]) for run in page.rows]
+        return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/runs/{run_id}")
 def get_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
     """Show a run."""
     with services.database.reading() as session:
-        return _run_out(session, services, runs.get_run(session, principal, run_id))
+        return _whole_run_out(session, services, runs.get_run(session, principal, run_id))
 
 
 @router.post("/runs/{run_id}/cancel", status_code=202)
@@ -90,7 +106,7 @@ def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> R
         due = None
         if run_jobs.request_cancel(session, run_id):
             due = comparisons.on_run_ended(session, run_id)
-        shown = _run_out(session, services, run)
+        shown = _whole_run_out(session, services, run)
     if due is not None:
         services.dispatcher.request()
     return shown
@@ -108,7 +124,7 @@ def retry_run(
         run = runs.get_run(session, principal, run_id)
         run_jobs.retry(session, run)
         comparisons.on_run_retried(session, run_id)
-        shown = _run_out(session, services, run)
+        shown = _whole_run_out(session, services, run)
         idempotency.keep_answer(session, shown, None)
     services.dispatcher.request()
     return shown
@@ -162,7 +178,11 @@ def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
     )
 
 
-def _run_out(session: Session, services: Services, run: Run) -> RunOut:
+def _whole_run_out(session: Session, services: Services, run: Run) -> RunOut:
+    return _run_out(session, services, run, run.metrics)
+
+
+def _run_out(session: Session, services: Services, run: Run, metrics: dict[str, Any] | None) -> RunOut:
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     return RunOut(
         id=run.id,
@@ -173,7 +193,7 @@ def _run_out(session: Session, services: Services, run: Run) -> RunOut:
         batch_size=run.batch_size,
         state=run.state,
         progress=RunProgress(**run.progress),
-        metrics=run.metrics,
+        metrics=metrics,
         folds=[
             FoldOut(
                 fold=fold.number,
@@ -198,6 +218,7 @@ def _run_out(session: Session, services: Services, run: Run) -> RunOut:
         ],
         error=problems.stored_problem(run.error),
         mlflow_url=_mlflow_url(services, run),
+        mlflow_refused=[MlflowRefusal(**row.payload) for row in outbox.get_refusals(session, run.id)],
         training_s=run.training_s,
         created_at=run.created_at,
         started_at=run.started_at,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -11,13 +10,17 @@ import pytest
 import records
 import sample
 from fastapi.testclient import TestClient
-from sqlalchemy import update
+from on_databases import ON_POSTGRESQL
+from sqlalchemy import select, text, update
+from waiting import until
 
 from api.dependencies import Services
+from api.key_claims import KeyClaims
+from errors import InFlight
 from models.base import now
 from models.comparison import Comparison
 from models.dataset import Dataset, DatasetVersion
-from models.idempotency import Answer
+from models.idempotency import Answer, Claim, try_claim
 from models.run import Run
 from models.session import Database
 
@@ -87,17 +90,81 @@ def test_a_key_with_another_request_is_refused(send: Send, services: Services) -
     assert count(services) == before and sorted(services.store.digests()) == files
 
 
-def test_the_same_request_is_refused_while_it_is_being_answered(send: Send, services: Services) -> None:
-    url = services.database.engine.url
-    elsewhere = Database(url)  # another process, as far as locks go on PostgreSQL
-    holder = services.database if services.database.is_sqlite else elsewhere
-    with holder.exclusive(f"idempotency {records.PRINCIPAL.project_id} {KEY['Idempotency-Key']}") as is_held:
-        assert is_held
+@pytest.fixture
+def elsewhere(services: Services) -> Iterator[KeyClaims]:
+    """The claims of another process, as far as that is possible; file locks are shared within one."""
+    if services.database.is_sqlite:
+        yield services.key_claims
+        return
+    database = Database(services.database.engine.url)
+    claims = KeyClaims(database, renew_every_s=0.01)
+    claims.start()
+    yield claims
+    claims.close()
+    database.close()
+
+
+def test_the_same_request_is_refused_while_it_is_being_answered(send: Send, elsewhere: KeyClaims) -> None:
+    with elsewhere.hold(records.PRINCIPAL, KEY["Idempotency-Key"]) as claim:
+        assert claim is not None
         refused = send(**KEY)
         assert refused.status_code == 409 and refused.json()["type"].endswith(":in-flight")
         assert send(**{"Idempotency-Key": "another"}).status_code == 202
-    elsewhere.close()
     assert ":in-flight" not in send(other=True, **KEY).text
+
+
+def expire(services: Services) -> None:
+    with services.database.writing() as session:
+        session.execute(update(Claim).values(expires_at=now() - timedelta(days=1)))
+
+
+def is_renewed(services: Services) -> bool:
+    with services.database.reading() as session:
+        return session.scalar(select(Claim.expires_at).where(Claim.expires_at > now())) is not None
+
+
+BUSY_CONNECTIONS = """
+    SELECT count(*) FROM pg_stat_activity
+    LEFT JOIN pg_locks ON pg_locks.pid = pg_stat_activity.pid AND locktype = 'advisory'
+    WHERE datname = current_database() AND pg_stat_activity.pid <> pg_backend_pid()
+    AND (state <> 'idle' OR locktype IS NOT NULL)
+"""
+
+
+def busy_connections(services: Services) -> int | None:
+    """Return how many connections have a transaction or a lock; there is always one for a lock that is held."""
+    with services.database.reading() as session:
+        return session.scalar(text(BUSY_CONNECTIONS))
+
+
+@ON_POSTGRESQL
+def test_a_key_that_is_held_takes_no_connection_is_renewed_and_is_free_when_its_process_died(
+    client: TestClient, services: Services, dataset: str, elsewhere: KeyClaims
+) -> None:
+    order = {"dataset": dataset, "name": "m"}
+    with elsewhere.hold(records.PRINCIPAL, KEY["Idempotency-Key"]):
+        until(lambda: not busy_connections(services))
+        expire(services)
+        until(lambda: is_renewed(services))
+        assert client.post("/api/v1/runs", json=order, headers=KEY).status_code == 409
+    with services.database.writing() as session:  # of a process that died
+        assert try_claim(session, records.PRINCIPAL, KEY["Idempotency-Key"], "0" * 32)
+    assert client.post("/api/v1/runs", json=order, headers=KEY).status_code == 409
+    expire(services)
+    assert client.post("/api/v1/runs", json=order, headers=KEY).status_code == 202
+
+
+@ON_POSTGRESQL
+def test_a_request_whose_key_was_taken_over_changes_nothing(services: Services) -> None:
+    frozen = KeyClaims(services.database)  # never renews
+    with frozen.hold(records.PRINCIPAL, "k") as claim:
+        expire(services)
+        with services.key_claims.hold(records.PRINCIPAL, "k") as taken:
+            assert claim is not None and taken is not None
+            with services.database.writing() as session:
+                taken.confirm(session)
+            with pytest.raises(InFlight, match="Nothing was changed"), services.database.writing() as session:
+                claim.confirm(session)
 
 
 def test_a_refused_request_leaves_its_key_free(client: TestClient, dataset: str) -> None:
@@ -109,34 +176,23 @@ def test_a_refused_request_leaves_its_key_free(client: TestClient, dataset: str)
 
 @pytest.mark.parametrize(("which", "status"), [("unknown", 404), ("ready", 202)])
 def test_a_key_is_free_before_its_answer_leaves(
-    client: TestClient, services: Services, dataset: str, monkeypatch: pytest.MonkeyPatch, which: str, status: int
+    client: TestClient, dataset: str, elsewhere: KeyClaims, which: str, status: int
 ) -> None:
-    held: list[str] = []
-    when_answered: list[list[str]] = []
-    exclusive = services.database.exclusive
-
-    @contextmanager
-    def watched(name: str) -> Iterator[bool]:
-        held.append(name)
-        try:
-            with exclusive(name) as is_held:
-                yield is_held
-        finally:
-            held.remove(name)
+    was_free: list[bool] = []
 
     async def answering(scope: Any, receive: Any, send: Any) -> None:
         async def pass_on(message: Any) -> None:
             if message["type"] == "http.response.start":
-                when_answered.append([*held])
+                with elsewhere.hold(records.PRINCIPAL, KEY["Idempotency-Key"]) as claim:
+                    was_free.append(claim is not None)
             await send(message)
 
         await client.app(scope, receive, pass_on)
 
-    monkeypatch.setattr(services.database, "exclusive", watched)
     order = {"dataset": dataset if which == "ready" else "ds_unknown", "name": "m"}
     answer = TestClient(answering, base_url=str(client.base_url)).post("/api/v1/runs", json=order, headers=KEY)
     assert answer.status_code == status, answer.text
-    assert when_answered == [[]]
+    assert was_free == [True]
 
 
 def test_a_key_means_nothing_any_more_after_a_week(send: Send, services: Services) -> None:

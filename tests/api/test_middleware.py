@@ -30,7 +30,7 @@ def guarded(tmp_path: Path) -> Iterator[TestClient]:
 def test_an_address_other_than_loopback_needs_a_key(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="ESPALIER_API_KEY"):
         Settings(var=tmp_path, api_host="0.0.0.0")
-    assert Settings(var=tmp_path, api_host="0.0.0.0", api_key="k").hosts == ("*",)
+    assert Settings(var=tmp_path, api_host="0.0.0.0", api_key=KEY).hosts == ("*",)
 
 
 def test_without_the_key_nothing_but_probes_and_documentation_answers(guarded: TestClient) -> None:
@@ -41,7 +41,23 @@ def test_without_the_key_nothing_but_probes_and_documentation_answers(guarded: T
         assert answer.headers["content-type"] == "application/problem+json"
     for path in ("/healthz", "/docs", "/openapi.json"):
         assert guarded.get(path).status_code == 200, path
-    assert guarded.get("/readyz").json()["checks"]["database"]["ok"]
+    assert guarded.get("/readyz").json()["checks"]["database"] == {"ok": True, "detail": None}
+
+
+@pytest.mark.parametrize(("sent", "detail"), [(KEY, "answers"), (KEY[:-1], None)])
+def test_details_of_readiness_need_the_key(guarded: TestClient, sent: str, detail: str | None) -> None:
+    answer = guarded.get("/readyz", headers={"Authorization": f"Bearer {sent}"})
+    assert answer.json()["checks"]["database"] == {"ok": True, "detail": detail}
+
+
+def test_an_address_that_sends_many_wrong_keys_has_to_wait(guarded: TestClient) -> None:
+    right, wrong = {"Authorization": f"Bearer {KEY}"}, {"Authorization": "Bearer a-guess"}
+    assert [guarded.get("/api/v1/runs", headers=wrong).status_code for _ in range(12)] == [401] * 10 + [429] * 2
+    answer = guarded.get("/api/v1/runs", headers=right)  # not even compared: a guess must not be told apart
+    assert answer.status_code == 429 and answer.json()["type"].endswith(":key-throttled")
+    assert 1 <= int(answer.headers["retry-after"]) <= 6
+    assert guarded.get("/api/v1/runs").status_code == 401
+    assert guarded.get("/readyz").status_code == 200
 
 
 @pytest.mark.parametrize("sent", [KEY[:-1], KEY + "x", "", "Bearer", "schlüssel"])
@@ -113,6 +129,22 @@ def test_a_wrong_method_is_a_problem_that_says_what_is_allowed(client: TestClien
     assert answer.status_code == 405
     assert answer.json()["type"].endswith(":method-not-allowed")
     assert "DELETE /api/v1/runs" in answer.json()["detail"]
+    assert answer.headers["allow"] == "GET, HEAD, POST"
+
+
+def test_head_is_answered_like_get_without_a_body(client: TestClient) -> None:
+    for path in ("/healthz", "/api/v1/runs", "/nowhere", "/api/v1/runs/none", "/openapi.json"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers["content-length"] == got.headers["content-length"]
+        assert head.headers["content-type"] == got.headers["content-type"]
+
+
+def test_an_unknown_query_parameter_is_refused_with_those_that_there_are(client: TestClient) -> None:
+    answer = client.get("/api/v1/runs?stat=failed")
+    assert (answer.status_code, answer.json()["field"]) == (422, "stat")
+    assert "Expected limit or cursor or state" in answer.json()["detail"]
+    assert client.get("/api/v1/runs?limit=3").status_code == client.get("/healthz?x=1").status_code == 200
 
 
 def test_the_documentation_asks_for_the_key_where_there_is_one(guarded: TestClient, client: TestClient) -> None:

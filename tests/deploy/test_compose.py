@@ -24,7 +24,7 @@ import worker.app
 from models.job import Queue
 from settings import Settings
 
-SECRETS = {"ESPALIER_API_KEY": "key", "POSTGRES_PASSWORD": "secret", "MLFLOW_POSTGRES_PASSWORD": "other"}
+SECRETS = {"ESPALIER_API_KEY": "a key of the API", "POSTGRES_PASSWORD": "secret", "MLFLOW_POSTGRES_PASSWORD": "other"}
 WORKERS = ("worker", "worker-ingest", "worker-tracking", "worker-gpu")
 OURS = ("api", *WORKERS, "migrate")
 ALIASES = {"DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"}
@@ -146,7 +146,7 @@ def test_the_api_listens_for_other_containers_and_only_with_a_key(monkeypatch: p
     settings = settings_of("api", monkeypatch)
     assert settings.api_host == "0.0.0.0"
     assert settings.api_key is not None
-    assert settings.api_key.get_secret_value() == "key"
+    assert settings.api_key.get_secret_value() == SECRETS["ESPALIER_API_KEY"]
     assert settings.hosts == ("*",)
 
 
@@ -346,6 +346,11 @@ def test_the_health_check_tells_well_from_unwell(name: str) -> None:
 
 def test_the_api_is_healthy_when_it_is_ready() -> None:
     assert "'/readyz'" in SERVICES["api"]["healthcheck"]["test"][-1]
+
+
+@pytest.mark.parametrize("name", list(SERVICES))
+def test_no_container_can_take_the_memory_or_the_processes_of_the_machine(name: str) -> None:
+    assert SERVICES[name]["mem_limit"] not in ("", "0") and int(SERVICES[name]["pids_limit"]) > 0
 
 
 # --- MLflow --------------------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from PIL import Image
 from artifacts.bundle import Dense
 from errors import RequestInvalid
 from inference import heads
+from inference.captions import LINE
 from inference.explain import CHANNELS, check_side, gradient, grid, heat, overlay
 from recipes.layers import Activation
 
 RANDOM = np.random.default_rng(5)
+BELOW = LINE // 2 + 2 * LINE  # the scale and two lines of text
 
 
 def dense(inputs: int, units: int, activation: Activation, has_offset: bool = False) -> Dense:
@@ -47,12 +49,27 @@ def test_what_speaks_for_the_answer_glows() -> None:
     pixels = np.full((40, 40, 3), 128, np.uint8)
     places = np.full((4, 4), -1.0, np.float32)
     places[0, 3] = 2.0
-    picture = np.asarray(Image.open(io.BytesIO(overlay(pixels, places))))
-    assert picture.shape == (256, 256, 3)
+    picture = np.asarray(Image.open(io.BytesIO(overlay(pixels, places, "rose"))))
+    assert picture.shape == (256 + BELOW, 256, 3)
     assert picture[20, 236, 0] > 170 and picture[20, 236, 2] < 80, "yellow at the top right"
     assert (picture[200, 40] < 90).all(), "dark elsewhere"
-    nothing = np.asarray(Image.open(io.BytesIO(overlay(pixels, np.zeros((4, 4), np.float32)))))
+    nothing = np.asarray(Image.open(io.BytesIO(overlay(pixels, np.zeros((4, 4), np.float32), "rose"))))[:256]
     assert (nothing == nothing[0, 0]).all()
+    wide = np.asarray(Image.open(io.BytesIO(overlay(np.zeros((40, 80, 3), np.uint8), places, "rose"))))
+    assert wide.shape == (256 + BELOW, 512, 3), "as wide as the image is"
+
+
+def test_a_heat_map_says_what_it_explains_and_on_which_scale() -> None:
+    pixels, places = np.full((40, 40, 3), 128, np.uint8), np.eye(4, dtype=np.float32)
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(overlay(pixels, places * most, title))))
+        for title, most in (("rose", 1), ("daisy", 1), ("rose", 2))
+    ]
+    rose, daisy, larger = (picture[256:] for picture in pictures)
+    bar = rose[4]
+    assert bar[-1, 0] > bar[0, 0] and bar[-1, 2] < bar[0, 2], "from dark to yellow"
+    assert (rose != daisy).any() and (rose != larger).any(), "the title and the most that a place contributes"
+    assert (pictures[0][:256] == pictures[2][:256]).all()
 
 
 def test_the_strongest_channels_come_first() -> None:
@@ -60,12 +77,18 @@ def test_the_strongest_channels_come_first() -> None:
     for channel in range(20):
         maps[channel % 4, channel // 4 % 4, channel] = channel
     sheet = np.asarray(Image.open(io.BytesIO(grid(maps))))
-    assert sheet.shape == (4 * 66, 4 * 66)
-    tile = 16
+    high = 98 + 2 * LINE  # a tile with two lines of text
+    assert sheet.shape == (4 * high, 4 * 98)
+    tile = 24
     for place in range(CHANNELS):
         channel = 19 - place
-        top, left = place // 4 * 66 + channel % 4 * tile, place % 4 * 66 + channel // 4 % 4 * tile
+        top, left = place // 4 * high + channel % 4 * tile, place % 4 * 98 + channel // 4 % 4 * tile
         assert sheet[top + 8, left + 8] == 255
+    texts = {
+        sheet[place // 4 * high + 96 : place // 4 * high + 112, place % 4 * 98 :][:, :96].tobytes()
+        for place in range(16)
+    }
+    assert len(texts) == 16, "each channel has its number"
 
 
 def test_maps_of_too_few_places_are_told_with_the_size_that_is_enough() -> None:

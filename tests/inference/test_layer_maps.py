@@ -9,6 +9,7 @@ from networks import FILTERS, layered
 from PIL import Image
 
 from inference import explain
+from inference.captions import LINE
 from inference.layer_maps import CHANNELS, Layer, LayerReader
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -43,12 +44,13 @@ def test_the_picture_has_the_strongest_channels_first_each_with_its_own_scale() 
     strengths = 1.05 ** random.permutation(100)
     maps = (random.choice([-1, 1], 100) * strengths * random.uniform(0.9, 1, (8, 8, 100))).astype(np.float32)
     sheet = np.asarray(Image.open(io.BytesIO(explain.grid(maps, CHANNELS))))
-    assert sheet.shape == (8 * 66, 8 * 66) and CHANNELS == 64
+    high = 98 + 2 * LINE  # a tile of 96 pixels and two lines of text
+    assert sheet.shape == (8 * high, 8 * 98) and CHANNELS == 64
     strongest = np.argsort(strengths)[::-1]
     for place in range(CHANNELS):
-        top, left = place // 8 * 66, place % 8 * 66
-        tile = sheet[top : top + 64, left : left + 64]
+        top, left = place // 8 * high, place % 8 * 98
+        tile = sheet[top : top + 96, left : left + 96]
         assert tile.min() == 0 and tile.max() >= 254
         values = maps[:, :, strongest[place]]
         level = 255 * (values - values.min()) / (values.max() - values.min())
-        np.testing.assert_allclose(tile[4::8, 4::8], level, atol=1)
+        np.testing.assert_allclose(tile[6::12, 6::12], level, atol=1)

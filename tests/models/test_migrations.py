@@ -7,6 +7,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
+import models.all  # noqa: F401 - every record, so that the comparison is complete
 from models import comparison as comparisons
 from models import job as jobs
 from models import view as views

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from artifacts.store import Digest
-from errors import NotFound
+from errors import NoChampion, NotFound
 from models import registry
 from models import run as runs
 from models.project import Principal
@@ -20,17 +20,18 @@ from models.session import Database
 from recipes.catalogue import BackboneName
 
 
-def add_version(session: Session, run_id: str, name: str = "flowers") -> ModelVersion:
+def add_version(session: Session, run_id: str, name: str = "flowers", *, can_be_champion: bool = True) -> ModelVersion:
+    bundle, backbone = digest(f"bundle of {run_id}"), digest("backbone")
     return registry.add_model_version(
-        session, PRINCIPAL, name, run_id, digest(f"bundle of {run_id}"), digest("backbone")
+        session, PRINCIPAL, name, run_id, bundle, backbone, can_be_champion=can_be_champion
     )
 
 
-def finished_version(session: Session, name: str = "flowers") -> ModelVersion:
+def finished_version(session: Session, name: str = "flowers", *, can_be_champion: bool = True) -> ModelVersion:
     """Add a finished run with its model version."""
     run = records.running_run(session, records.ready_version(session, f"set of {records.count(session, runs.Run)}"))
     runs.succeed_run(session, run.id, {}, 1.0)
-    return add_version(session, run.id, name)
+    return add_version(session, run.id, name, can_be_champion=can_be_champion)
 
 
 def revision(session: Session) -> int:
@@ -66,6 +67,25 @@ def test_the_first_version_of_a_model_is_its_champion(database: Database) -> Non
         found = registry.find_run_version(session, second.run_id)
         assert found is not None and found.id == second.id
         assert registry.find_run_version(session, "run_0") is None
+
+
+def test_a_bad_version_becomes_no_champion_by_itself_and_the_first_good_one_does(database: Database) -> None:
+    with database.writing() as session:
+        bad, worse, good, later = (
+            finished_version(session, can_be_champion=is_good) for is_good in (False, False, True, True)
+        )
+        model = registry.get_model(session, PRINCIPAL, "flowers")
+        assert registry.get_alias(session, model, CHAMPION).id == good.id
+        alone = finished_version(session, "trees", can_be_champion=False)
+        trees = registry.get_model(session, PRINCIPAL, "trees")
+        with pytest.raises(
+            NoChampion, match=r'PUT /api/v1/models/trees/aliases/champion with \{"version": 1\}'
+        ) as caught:
+            registry.get_alias(session, trees, CHAMPION)
+        assert caught.value.extra == {"version": 1}
+        registry.move_alias(session, trees, CHAMPION, alone)
+        assert registry.get_alias(session, trees, CHAMPION).id == alone.id
+        assert [version.number for version in (bad, worse, good, later)] == [1, 2, 3, 4]
 
 
 def test_an_alias_is_made_and_moved(database: Database) -> None:

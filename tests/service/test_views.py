@@ -43,7 +43,7 @@ def test_a_layer_of_the_network_that_answers_is_drawn_for_an_image(
     answers = [shown(service, url, image=one["image"], layer="block1_pool") for one in (images[0], images[-1])]
     for answer in answers:
         sheet = np.asarray(Image.open(io.BytesIO(answer.content)))
-        assert answer.headers["content-type"] == "image/png" and sheet.shape == (8 * 66, 8 * 66)
+        assert answer.headers["content-type"] == "image/png" and sheet.shape == (8 * 130, 8 * 98)
     assert answers[0].content != answers[1].content
     again = service.http.get(url, params={"image": images[0]["image"], "layer": "block1_pool"})
     assert again.status_code == 200 and again.content == answers[0].content
@@ -127,5 +127,5 @@ def test_layers_of_a_network_from_scratch_have_the_names_of_its_recipe(
     ]
     image = service.http.get(f"/api/v1/datasets/{colours['id']}/images").json()["items"][0]["image"]
     picture = shown(service, url, image=image, layer="edges")
-    assert Image.open(io.BytesIO(picture.content)).size == (3 * 66, 2 * 66)
+    assert Image.open(io.BytesIO(picture.content)).size == (3 * 98, 2 * 130)
     assert service.http.get(f"/api/v1/runs/{run['id']}/learning-curve").status_code == 409

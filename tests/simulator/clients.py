@@ -79,7 +79,7 @@ class Api:
     def _answer(self, machine: Machine, request: Request[T], key: str | None) -> T:
         # The routes used here need no other services.
         nothing = cast(Any, None)
-        services = Services(self._settings, machine.database, self._simulation.store, self._dispatcher, *[nothing] * 6)
+        services = Services(self._settings, machine.database, self._simulation.store, self._dispatcher, *[nothing] * 7)
         if key is None:
             return request(services)
         with machine.database.exclusive(key) as is_held:

@@ -371,6 +371,7 @@ class SimulatedPage:
     def __init__(self, mlflow: Mlflow, machine: Machine, is_held: Callable[[], bool], facts: Facts) -> None:
         self.experiment_id = "1"
         self.run_id = f"page of {facts.run.id}"
+        self.refusals: list[dict[str, str]] = []
         self._machine = machine
         self._is_held = is_held
         self._facts = facts

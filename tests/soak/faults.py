@@ -53,7 +53,7 @@ class FaultInjector:
             "worker killed": (4, lambda: self._kill(TRAINING_WORKER)),
             "trainer killed": (4, lambda: self._kill("worker.child")),
             "api killed": (2, lambda: self._kill("api.app")),
-            "mlflow killed": (1, lambda: self._kill("mlflow.server")),
+            "mlflow killed": (1, lambda: self._kill("mlflow_server")),
             "broker killed": (2, lambda: self._kill("valkey-server")),
             "worker told to end": (2, lambda: self._signal(TRAINING_WORKER, signal.SIGTERM)),
             "worker frozen past its lease": (2, lambda: self._freeze(TRAINING_WORKER, 1.6 * TIMINGS["lease_s"])),

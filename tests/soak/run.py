@@ -95,7 +95,7 @@ def soak(wanted: argparse.Namespace, folder: Path) -> dict[str, Any]:
         settings = up.load_settings()
         with up.running(settings):
             figures = _run_with_faults(wanted, settings, take_away, chance)
-        left = [process.pid for name in ("api.app", "worker.", "mlflow.server") for process in find(settings.var, name)]
+        left = [process.pid for name in ("api.app", "worker.", "mlflow_server") for process in find(settings.var, name)]
         figures["wrong"] += [f"process {pid} is left" for pid in left]
         figures["wrong"] += [f"{file.name} is left" for file in temporary.glob("espalier-child-*")]
         figures["wrong"] += [f"{file.name} is left" for file in (folder / "var").rglob("incoming/*")]

@@ -21,6 +21,7 @@ from artifacts import images, neighbours
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
+from artifacts.tensors import load_values
 from inference import heads
 from inference.engine import OpenVinoEngine
 from inference.explain import Explanation
@@ -61,6 +62,9 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(tmp_path: Path, 
     assert kept["folds"].shape == (1, 60) and set(kept["folds"][0]) == {0, 1, 2}
     assert kept["logits"].shape == (1, 60, 3) and kept["logits"].dtype == np.float32
     ordered = sorted(rows, key=lambda row: row.path)
+    named = load_values(outcome.files["out-of-fold.safetensors"][0])
+    assert named["paths"] == [row.path for row in ordered] and named["labels"] == ["blue", "green", "red"]
+    assert named["sha256"] == [row.sha256 for row in ordered]
     truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
     again = evaluation.evaluate(Task.MULTICLASS, ["blue", "green", "red"], truth, kept["logits"][0])
     assert again["confusion"] == outcome.metrics["confusion"]
@@ -238,6 +242,16 @@ def test_class_names_are_no_formulas(bench: Bench) -> None:
         files[f"a$_$b/{number}.png"] = sample.png(100 + number, sample.COLOURS["blue"])
     outcome, _ = bench.run(bench.rows(files), folds={"k": 2})
     assert outcome.files["confusion.png"][0].startswith(b"\x89PNG")
+    assert outcome.metrics["baseline"]["is_better"]
+
+
+@pytest.mark.slow
+def test_a_run_on_noise_begins_its_report_with_that(bench: Bench) -> None:
+    files = {f"{'ab'[number % 2]}/{number}.png": sample.png(number, sample.COLOURS["red"]) for number in range(16)}
+    outcome, _ = bench.run(bench.rows(files), folds={"k": 2}, epochs=2)
+    assert not outcome.metrics["baseline"]["is_better"]
+    first = outcome.files["report.md"][0].decode().split("\n")[2]
+    assert first.startswith("**This model is no better than a constant answer that ignores the image:**")
 
 
 @pytest.mark.slow
@@ -394,7 +408,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
         is_red, is_green = number % 2 == 0, number % 3 == 0
         path = f"{number}.png"
         files[path] = sample.png(number, (200 if is_red else 60, 200 if is_green else 60, 60))
-        wanted[path] = ["green"] * is_green + ["red"] * is_red
+        wanted[path] = ["<i>green"] * is_green + ["red|"] * is_red
     rows = [
         Row(path, bench.store.put(data), tuple(wanted[path]), None, None, Split.TRAIN) for path, data in files.items()
     ]
@@ -402,7 +416,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
     metrics = outcome.metrics
     assert min(metrics["f1_macro"], metrics["f1_micro"], metrics["accuracy"]) > 0.85
     assert metrics["f1_macro_ci95"][0] <= metrics["f1_macro"] <= metrics["f1_macro_ci95"][1]
-    assert [row["label"] for row in metrics["per_class"]] == ["green", "red"]
+    assert [row["label"] for row in metrics["per_class"]] == ["<i>green", "red|"]
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
@@ -412,7 +426,9 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
     ]
     assert np.mean(right) > 0.85
     assert outcome.files["labels.png"][0].startswith(b"\x89PNG")
-    assert "All labels are right in" in outcome.files["report.md"][0].decode()
+    report = outcome.files["report.md"][0].decode()
+    assert "All labels are right in" in report
+    assert "| &lt;i&gt;green |" in report and r"| red\| |" in report and "<i>" not in report
 
 
 # --- precisions -------------------------------------------------------------------------------------------------------

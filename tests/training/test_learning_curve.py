@@ -213,6 +213,8 @@ def test_points_that_lie_on_no_law_leave_more_open() -> None:
     _, smooth = forecast_doubled(ACCURACY, points(law_scores), drawn(law_scores, 0.005), 1000)
     law, rough = forecast_doubled(ACCURACY, points(scores), drawn(scores, 0.005), 1000)
     assert law.misfit > 0.01
+    assert rough.score == pytest.approx(scores[-1] + rough.change), "from what was measured, not from the law"
+    assert rough.ci95[0] < rough.score < rough.ci95[1]
     assert np.diff(rough.change_ci95) > 2 * np.diff(smooth.change_ci95)
 
 

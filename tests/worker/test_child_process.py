@@ -126,7 +126,9 @@ def test_a_child_says_everything_and_then_ends(work: Work, order: MakeOrder) -> 
     with Child(order(sample.zipped(files))) as child:
         layout, *images = listen(child, work)
         assert not is_alive(child.pid)
-    assert layout == LayoutFound(task=Task.MULTICLASS, samples=6, ignored=0, refused=())
+    assert layout == LayoutFound(
+        task=Task.MULTICLASS, samples=6, ignored=0, refused=(), classes={"blue": 2, "green": 2, "red": 2}
+    )
     assert [type(message) for message in images] == [ImageBegun, ImageAccepted] * 6
     assert [(image.path, image.sha256) for image in images if isinstance(image, ImageAccepted)] == [
         (path, digest_of(data)) for path, data in files.items()

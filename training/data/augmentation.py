@@ -10,10 +10,13 @@ import numpy as np
 from PIL import Image
 
 from artifacts.images import Pixels
+from inference.captions import below, caption
 from recipes.layers import Sides, sides
 from recipes.recipe import Augmentation
 
 _SHEET_SIDE = 8
+# The least side of an image on the sheet, so that its label fits.
+_LEAST_TILE = 80
 
 
 def build_augmentation(recipe: Augmentation, size: Sides, seed: int) -> Any:
@@ -42,20 +45,37 @@ def build_augmentation(recipe: Augmentation, size: Sides, seed: int) -> Any:
 
 
 def contact_sheet(recipe: Augmentation, images: Pixels, seed: int) -> bytes:
-    """Return a PNG that shows in each row one image as it is, and then augmented several times.
+    """Return a PNG that shows in each row one image as it is, and then augmented several times, each column labelled.
+
+    A line at the end says how the images are augmented. Small images are enlarged, so that labels fit.
 
     Args:
         recipe: how images are augmented.
         images: uint8 [N, H, W, 3].
         seed: the same seed gives the same sheet.
     """
-    count, height, width, _ = images.shape
+    _, height, width, _ = images.shape
     augment = build_augmentation(recipe, (height, width), seed)
     columns = [images]
     for _ in range(_SHEET_SIDE - 1):
         augmented = keras.ops.convert_to_numpy(augment(images.astype(np.float32), training=True))
         columns.append(np.clip(np.rint(augmented), 0, 255).astype(np.uint8))
-    rows = [np.concatenate([column[row] for column in columns], axis=1) for row in range(count)]
+    times = -(-_LEAST_TILE // width)
+    tiles = [np.concatenate(list(column), axis=0).repeat(times, axis=0).repeat(times, axis=1) for column in columns]
+    labels = ["as it is", *(f"augmented {number}" for number in range(1, _SHEET_SIDE))]
+    sheet = np.concatenate(
+        [
+            np.concatenate([np.asarray(caption(width * times, label)), tile])
+            for label, tile in zip(labels, tiles, strict=True)
+        ],
+        axis=1,
+    )
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(rows, axis=0)).save(buffer, "PNG")
+    Image.fromarray(below(sheet, caption(sheet.shape[1], f"At most: {_described(recipe)}"))).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _described(recipe: Augmentation) -> str:
+    """Return the changes of a recipe that are not zero, such as `rotate_degrees 10, zoom 0.1, flip`."""
+    values = recipe.model_dump().items()
+    return ", ".join(name if value is True else f"{name} {value:g}" for name, value in values if value) or "no change"

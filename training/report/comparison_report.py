@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from artifacts.markdown import escaped
 from recipes.headline import Headline
-from training.figures import png
+from training.figures import drawn_names, png
 from training.statistics.comparison import TEST, Difference
 
-_TITLE_CHARACTERS = 40
+_TITLE_CHARACTERS, _TITLE_LINES = 44, 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
     """Return the report as Markdown, with a row for each of `lines` in their order."""
     formatted = headline.formatted
     text = [
-        f"# Comparison of {name}",
+        f"# Comparison of {escaped(name)}",
         "",
         verdict,
         "",
@@ -52,7 +53,7 @@ def report(name: str, headline: Headline, lines: Sequence[Line], verdict: str, i
                 f"{line.difference.p_value:.2g}",
             )
         text.append(
-            f"| {line.title} | {line.version} | {formatted(line.score)} "
+            f"| {escaped(line.title)} | {line.version} | {formatted(line.score)} "
             f"| {formatted(line.ci95[0])} to {formatted(line.ci95[1])} "
             f"| {' | '.join(apart)} | {line.training_s:,.1f} s | {_milliseconds(line.predict_ms)} "
             f"| {line.backbone_bytes / 1e6:,.1f} MB | {line.bundle_bytes / 1e6:,.2f} MB |"
@@ -73,9 +74,21 @@ def _milliseconds(value: float | None) -> str:
     return "not supported here" if value is None else f"{value:.2f} ms"
 
 
+def row_name(line: Line) -> str:
+    """Return the name of a row in the picture: its version, by which the table has the row, and its title."""
+    title = line.title
+    half = _TITLE_CHARACTERS * _TITLE_LINES // 2 - 22
+    if len(title) > 2 * half:  # titles often differ at their end
+        title = f"{title[:half]} … {title[-half:]}"
+    title = textwrap.fill(
+        f"version {line.version}: {title}", _TITLE_CHARACTERS, max_lines=_TITLE_LINES, placeholder=" …"
+    )
+    return title.removesuffix(": ").removesuffix(":")
+
+
 def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
     """Return the scores with their intervals as a PNG, in the order of `lines`; the first one is best."""
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.55 * len(lines)), layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(lines):
         colour = "C0" if line.difference is None else "0.35"
@@ -83,9 +96,9 @@ def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
         axes.plot(line.score, place, "s", color=colour)
     axes.axvline(lines[0].score, color="C0", alpha=0.4, linestyle=":")
     # Not as formulas: a label may hold a $.
-    names = [textwrap.shorten(line.title, _TITLE_CHARACTERS, placeholder=" …") for line in lines]
-    axes.set_yticks(range(len(lines)), names, parse_math=False)
+    drawn = drawn_names([row_name(line) for line in lines])
+    axes.set_yticks(range(len(lines)), drawn.names, parse_math=False, fontsize=8)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel(f"{headline.title}, 95 % interval")
     axes.grid(axis="x", alpha=0.3)
-    return png(figure)
+    return png(figure, drawn.fonts)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +10,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from artifacts.bundle import Logits
+from artifacts.markdown import escaped
 from artifacts.run_files import RunFile
 from recipes import shapes
 from recipes.catalogue import ALL, CATALOGUE
 from recipes.filled import BackboneRecipe, DecidedRecipe, FineTuningRecipe, FromScratchRecipe
-from recipes.headline import HEADLINES
+from recipes.headline import HEADLINES, written_numbers
 from recipes.layers import NetworkKind, sides
 from recipes.recipe import ClassWeights, Mode, Precision, Task
 from training.bake_off import FOLDS, BakeOffResult
-from training.data.targets import Truth
-from training.figures import png
+from training.data.targets import Float64, Truth
+from training.figures import drawn_names, png
 from training.fitting.learners import DIVERGED, NETWORK, Plan
 from training.networks.precision import MARGIN, RELATIVE_MARGIN, PrecisionDecision
 from training.progress import Epoch, Extraction, FoldResult
@@ -66,13 +66,79 @@ def verdict(task: Task, metrics: dict[str, Any]) -> str:
     return sentence
 
 
+def failure(metrics: Mapping[str, Any]) -> str:
+    """Return the sentence on a model that is no better than a constant answer, or an empty text."""
+    found = metrics["baseline"]
+    if found["is_better"]:
+        return ""
+    if "r2" in found:
+        why = f"always answering the mean of the numbers has an R² of 0, and the model has {found['r2']:.3f}"
+    else:
+        why = f"against the shares of the classes or labels alone, {_differences(found)}"
+    return (
+        f"**This model is no better than a constant answer that ignores the image:** {why}. It does not become "
+        "`champion` by itself."
+    )
+
+
+def _differences(found: Mapping[str, Any]) -> str:
+    """Return how the log-loss and the balanced accuracy differ from those of the constant answer, with intervals."""
+    low, high = found["loss_difference_ci95"]
+    least, most = found["balanced_accuracy_difference_ci95"]
+    return (
+        f"the log-loss differs by {found['loss_difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) and the "
+        f"balanced accuracy by {100 * found['balanced_accuracy_difference']:+.1f} points (95 % interval "
+        f"{100 * least:+.1f} to {100 * most:+.1f})"
+    )
+
+
+def _number_lines(run: Description) -> list[str]:
+    """Return the line on classes that pictures show as numbers, or none."""
+    labels = run.labels
+    if run.task is not Task.MULTILABEL and len(labels) > _CLASSES_WITH_NUMBERS:
+        return []  # the confusion matrix names no class then
+    shown = drawn_names(labels).names
+    numbered = [f"{number} {escaped(label)}" for number, label in zip(shown, labels, strict=True) if number != label]
+    if not numbered:
+        return []
+    return [
+        f"- Pictures show numbers for classes whose letters no font of the worker has: {', '.join(numbered)}. With a "
+        "font installed, such as Debian's `fonts-droid-fallback`, they show names."
+    ]
+
+
+def _baseline_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the line on a model of classes or labels that is better than the constant answer."""
+    found = metrics["baseline"]
+    if not found["is_better"] or "r2" in found:
+        return []
+    return [
+        f"- Against a constant answer, {_differences(found)}. Balanced accuracy is "
+        f"{100 * found['balanced_accuracy']:.1f} %."
+    ]
+
+
+def undertrained(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
+    """Return the sentence on folds that all trained to their last epoch, so that more epochs may help; else no text."""
+    watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
+    falling = sum(_least(fold.history) + 1 == len(fold.history) for fold in watched)
+    is_early = recipe.early_stopping is not None and any(fold.stopped != "epochs" for fold in folds)
+    if not watched or is_early or (recipe.early_stopping is None and falling < len(watched)):
+        return ""
+    field = "`epochs` or `fine_tune.epochs`" if recipe.mode is Mode.FINE_TUNING else "`epochs`"
+    return (
+        f"**All {len(folds)} folds stopped at their last epoch:** the validation loss was still falling in {falling} "
+        f"of them, so the training may be too short. Raise {field}."
+    )
+
+
 def report(run: Description) -> str:
     """Return the report of a run as Markdown."""
     recipe, metrics = run.recipe, run.metrics
     lines = [
         f"# {_title(recipe)}, {recipe.mode.value}",
         "",
-        verdict(run.task, metrics),
+        " ".join(filter(None, [failure(metrics), verdict(run.task, metrics), undertrained(run.folds, recipe)])),
         "",
         *(_scratch_lines(run, recipe) if isinstance(recipe, FromScratchRecipe) else _feature_lines(run, recipe)),
         f"- Folds: {recipe.folds.k}, stratified and grouped{_repeats(recipe.folds.repeats)}. The final "
@@ -82,7 +148,9 @@ def report(run: Description) -> str:
         *_fine_tuning_lines(run),
         *_precision_lines(run),
         *(f"- {note}" for note in run.notes),
-        f"- {overfitting(run.folds, recipe)}",
+        *_number_lines(run),
+        *_baseline_lines(metrics),
+        f"- {overfitting(run.folds, recipe, is_bad=bool(failure(metrics)))}",
     ]
     headline = HEADLINES[run.task]
     if "test" in metrics:
@@ -110,13 +178,14 @@ def report(run: Description) -> str:
     if run.labels:
         lines += ["", "## Classes", "", "| class | images | precision | recall | F1 |", "|---|--:|--:|--:|--:|"]
     lines += [
-        f"| {row['label']} | {row['images']:,} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |"
+        f"| {escaped(row['label'])} | {row['images']:,} | {row['precision']:.3f} | {row['recall']:.3f} "
+        f"| {row['f1']:.3f} |"
         for row in sorted(metrics.get("per_class", []), key=lambda row: row["f1"])
     ]
     confused = _confused(run) if "confusion" in metrics else []
     if confused:
         lines += ["", "## Most frequent confusions", "", "| true class | predicted class | images |", "|---|---|--:|"]
-        lines += [f"| {truth} | {answer} | {count:,} |" for count, truth, answer in confused]
+        lines += [f"| {escaped(truth)} | {escaped(answer)} | {count:,} |" for count, truth, answer in confused]
     return "\n".join(lines) + "\n"
 
 
@@ -195,10 +264,8 @@ def _in_all_precisions(run: Description) -> str:
 def _learned(run: Description) -> str:
     """Return the number of classes or labels, or the range of the targets."""
     if run.task is Task.REGRESSION:
-        low, high = float(run.truth.min()), float(run.truth.max())
-        # Enough digits to see the range of numbers that are far from zero.
-        digits = 4 + max(0, math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))) if low < high else 4
-        return f" with numbers from {low:.{min(digits, 16)}g} to {high:.{min(digits, 16)}g}"
+        low, high = written_numbers(float(run.truth.min()), float(run.truth.max()))
+        return f" with numbers from {low} to {high}"
     return f" in {len(run.labels)} classes" if run.task is not Task.MULTILABEL else f" with {len(run.labels)} labels"
 
 
@@ -280,8 +347,8 @@ def _precision_lines(run: Description) -> list[str]:
 _RISE = 0.02
 
 
-def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
-    """Return in one or two sentences whether the folds overfitted."""
+def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe, *, is_bad: bool = False) -> str:
+    """Return in one or two sentences whether the folds overfitted; of a bad model it is no praise that none did."""
     watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
     if not watched:
         return "The folds had no validation images, so overfitting could not be detected."
@@ -294,7 +361,8 @@ def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe) -> str:
         else ""
     )
     if not rising:
-        return f"No fold overfitted: validation loss did not rise while training loss fell.{gap}"
+        what = "Overfitting is not the reason" if is_bad else "No fold overfitted"
+        return f"{what}: validation loss did not rise while training loss fell.{gap}"
     least = [_least(fold.history) + 1 for fold in rising]
     when = f"epoch {min(least)}" if min(least) == max(least) else f"epochs {min(least)} to {max(least)}"
     later = sum(fold.best_epoch > epoch for fold, epoch in zip(rising, least, strict=True))
@@ -347,13 +415,36 @@ def _values(run: Description) -> bytes:
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     truth, guesses = run.truth[:, 0], run.logits[:, 0]
-    axes.plot(truth, guesses, ".", alpha=min(1.0, max(0.05, 300 / len(truth))))
-    ends = [min(truth.min(), guesses.min()), max(truth.max(), guesses.max())]
-    axes.plot(ends, ends, color="black", linewidth=1)
+    low, high = shown_range(np.concatenate([truth, guesses]))
+    outside = (np.minimum(truth, guesses) < low) | (np.maximum(truth, guesses) > high)
+    inside = ~outside
+    axes.plot(truth[inside], guesses[inside], ".", alpha=min(1.0, max(0.05, 300 / len(truth))))
+    axes.plot([low, high], [low, high], color="black", linewidth=1)
+    if outside.any():
+        label = f"{outside.sum():,} outside the picture, drawn at its border"
+        kept = truth[outside].clip(low, high), guesses[outside].clip(low, high)
+        axes.plot(*kept, "x", color="C3", clip_on=False, label=label)
+        axes.legend(fontsize=8, loc="upper left")
+        axes.set_xlim(low, high)
+        axes.set_ylim(low, high)
     axes.set_xlabel("true value")
     axes.set_ylabel("predicted value, out of fold")
     axes.set_title(f"root mean squared error {run.metrics['rmse']:.4g}, R² {run.metrics['r2']:.3f}")
     return png(figure)
+
+
+def shown_range(values: Float64) -> tuple[float, float]:
+    """Return the range of numbers that a picture shows: all, unless a few far ones would squeeze the others.
+
+    Far is more than three times the range of the middle half outside of it (Tukey 1977, "Exploratory Data Analysis").
+    """
+    least, low, high, most = np.quantile(values, [0, 0.25, 0.75, 1]).tolist()
+    near = values[(values >= low - 3 * (high - low)) & (values <= high + 3 * (high - low))]
+    start, end = float(near.min()), float(near.max())
+    if end > start and most - least > 3 * (end - start):
+        margin = 0.05 * (end - start)
+        return start - margin, end + margin
+    return least, most
 
 
 def _labels(run: Description) -> bytes:
@@ -365,18 +456,20 @@ def _labels(run: Description) -> bytes:
     axes.barh(places, [row["f1"] for row in rows], color="lightsteelblue", label="F1")
     axes.plot([row["precision"] for row in rows], places, ">", label="precision")
     axes.plot([row["recall"] for row in rows], places, "o", fillstyle="none", label="recall")
-    axes.set_yticks(places, [f"{row['label']} ({row['images']:,})" for row in rows], parse_math=False)
+    drawn = drawn_names(run.labels)
+    shown = dict(zip(run.labels, drawn.names, strict=True))
+    axes.set_yticks(places, [f"{shown[row['label']]} ({row['images']:,})" for row in rows], parse_math=False)
     axes.set_xlim(0, 1.02)
     axes.set_title(f"macro F1 {run.metrics['f1_macro']:.3f}")
     axes.legend(fontsize=8, loc="lower right")
-    return png(figure)
+    return png(figure, drawn.fonts)
 
 
 def _confusion(run: Description) -> bytes:
     """Return the confusion matrix; colours are shares of each true class."""
     counts = np.array(run.metrics["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    classes = len(run.labels)
+    drawn, classes = drawn_names(run.labels), len(run.labels)
     side = min(12.0, max(4.0, 0.45 * classes + 2))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
@@ -386,13 +479,13 @@ def _confusion(run: Description) -> bytes:
     axes.set_title(f"accuracy {run.metrics['accuracy']:.1%}")
     if classes <= _CLASSES_WITH_NUMBERS:
         # Not as formulas: a class may be called $5.
-        axes.set_xticks(range(classes), run.labels, rotation=90, parse_math=False)
-        axes.set_yticks(range(classes), run.labels, parse_math=False)
+        axes.set_xticks(range(classes), drawn.names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), drawn.names, parse_math=False)
         for truth in range(classes):
             for answer in range(classes):
                 colour = "white" if shares[truth, answer] > 0.5 else "black"
                 axes.text(answer, truth, str(counts[truth, answer]), ha="center", va="center", color=colour, size=8)
-    return png(figure)
+    return png(figure, drawn.fonts)
 
 
 def _curves(run: Description) -> bytes:

@@ -21,6 +21,7 @@ from recipes.recipe import Task
 from training.data.split import Indices
 from training.data.targets import Float64, make_targets
 from training.statistics import evaluation
+from training.statistics.baseline import compare_with_constant_answer
 from training.statistics.resampling import DRAWS, block_sums, bootstrap_interval, draws
 
 SWAPS = 10_000
@@ -114,7 +115,14 @@ def compare(
         is_best = number == best
         differences.append(None if is_best else paired_difference(of_images(entry.load()), of_best, groups, score))
     adjusted = _adjusted(differences)
-    return Comparison(best, adjusted, verdict(headline, entries, best, adjusted))
+    r2 = 0.0
+    if task is Task.REGRESSION:
+        r2 = evaluation.scores_with_intervals(task, truth, groups, logits_of_best.logits[:, tested])["r2"]
+    baseline = compare_with_constant_answer(task, truth, groups, logits_of_best.logits[:, tested], r2)
+    found = verdict(headline, entries, best, adjusted)
+    if not baseline["is_better"]:
+        found = f"Not even the best recipe is better than a constant answer that ignores the image. {found}"
+    return Comparison(best, adjusted, found)
 
 
 def best_of(scores: Sequence[float], headline: Headline) -> int:
@@ -172,7 +180,7 @@ def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences
     winner += headline.formatted(entries[best].score)
     others = [(entry, found) for entry, found in zip(entries, differences, strict=True) if found is not None]
     if not others:
-        return f"{winner}; no other recipe could be trained, so there is nothing to compare it with."
+        return f"{winner}; no other recipe has a score, so there is nothing to compare it with."
     near = [entry for entry, found in others if found.p_value >= LEVEL]
     if not near:
         next_best, _ = min(others, key=lambda other: abs(other[1].difference))

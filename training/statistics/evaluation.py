@@ -77,12 +77,12 @@ def image_statistics(task: Task, truth: Truth, logits: Logits) -> Float64:
     answers = heads.answers(task, probabilities)
     if task is not Task.MULTILABEL:
         of_truth = probabilities[np.arange(len(truth)), truth]
-        return np.stack([np.ones(len(truth)), answers == truth, _surprise(of_truth)], axis=1).astype(np.float64)
+        return np.stack([np.ones(len(truth)), answers == truth, surprise(of_truth)], axis=1).astype(np.float64)
     has = truth > 0.5
     right = (answers == has).all(axis=1)
-    surprise = _surprise(np.where(has, probabilities, 1 - probabilities)).mean(axis=1)
+    losses = surprise(np.where(has, probabilities, 1 - probabilities)).mean(axis=1)
     return np.concatenate(
-        [np.stack([np.ones(len(truth)), right, surprise], axis=1), answers & has, answers & ~has, ~answers & has],
+        [np.stack([np.ones(len(truth)), right, losses], axis=1), answers & has, answers & ~has, ~answers & has],
         axis=1,
         dtype=np.float64,
     )
@@ -101,7 +101,7 @@ def mean_image_statistics(task: Task, truth: Truth, logits: Logits) -> Float64:
     return total / len(logits)
 
 
-def _surprise(probabilities: Float64) -> Float64:
+def surprise(probabilities: Float64) -> Float64:
     """Return the negative logarithm; as in scikit-learn's log loss, zero counts as float64's epsilon."""
     return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))
 

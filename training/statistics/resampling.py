@@ -26,14 +26,19 @@ def block_sums(statistics: Float64, groups: Indices) -> Float64:
 
     The same groups always give the same blocks, so that sums of different statistics can be compared block by block.
     """
+    block = blocks(groups)
+    sums = np.zeros((int(block.max()) + 1, *statistics.shape[1:]))
+    np.add.at(sums, block, statistics)
+    return sums
+
+
+def blocks(groups: Indices) -> Indices:
+    """Return the block of each image, int [N] from 0: its group, or one of several groups if there are very many."""
     _, block = np.unique(groups, return_inverse=True)
     count = int(block.max()) + 1
     if count > _MOST_BLOCKS:
         block = (np.random.default_rng(0).permutation(count) % _MOST_BLOCKS)[block]
-        count = _MOST_BLOCKS
-    sums = np.zeros((count, *statistics.shape[1:]))
-    np.add.at(sums, block, statistics)
-    return sums
+    return np.asarray(block, dtype=np.intp)
 
 
 def draws(blocks: int, count: int = DRAWS) -> Iterator[Float64]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from artifacts import images, layout
-from artifacts.archive import Archive, open_archive
+from artifacts.archive import MIB, Archive, open_archive
 from artifacts.layout import Layout
 from artifacts.store import Store
-from errors import DatasetRefused, ImageRefused, Refused
+from errors import DatasetRefused, ImageRefused, LayoutUnknown, Refused
 from worker.child.channel import Channel
 from worker.messages import ImageAccepted, ImageBegun, ImageRejected, IngestOrder, LayoutFound
+
+# Annotations that are looked at to name their format.
+_NAMED_FILES, _NAMED_BYTES = 20, 16 * MIB
 
 
 def ingest(order: IngestOrder, channel: Channel) -> None:
@@ -22,18 +27,22 @@ def ingest(order: IngestOrder, channel: Channel) -> None:
     """
     resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
     store = Store(Path(order.store), is_durable=False)  # the worker syncs what it takes over
-    archive = open_archive(store.verified_path(order.archive), order.archive_limits)
-    found = _layout(archive)
+    archive = open_archive(store.verified_path(order.archive), order.archive_limits, order.code_page)
+    found = _layout(archive, order.code_page)
+    unreadable = {file.path for file in archive.refused} - {entry.path for entry in archive.entries}
+    readable = [sample for sample in found.samples if sample.path not in unreadable]
     done = set(order.done)
     channel.send(
         LayoutFound(
             task=found.task,
-            samples=len(found.samples),
-            ignored=archive.ignored,
-            refused=found.refused,
+            samples=len(readable),
+            classes=Counter(label for sample in found.samples for label in sample.labels),
+            ignored=archive.ignored + found.ignored,
+            refused=(*archive.refused, *(file for file in found.refused if file.path not in unreadable)),
+            warnings=found.warnings,
         )
     )
-    samples = {sample.path: sample for sample in found.samples if sample.path not in done}
+    samples = {sample.path: sample for sample in readable if sample.path not in done}
     for path, data in archive.read(samples.keys()):
         channel.send(ImageBegun(path=path))
         _limit_cpu(order.decode_cpu_s)
@@ -60,15 +69,40 @@ def ingest(order: IngestOrder, channel: Channel) -> None:
         )
 
 
-def _layout(archive: Archive) -> Layout:
+def _layout(archive: Archive, code_page: str | None) -> Layout:
+    """Return the layout of all files, those that the archive refuses included: they tell of classes, too."""
     paths = [entry.path for entry in archive.entries]
     labels = layout.labels_file(paths)
-    if labels is None:
-        return layout.from_folders(paths)
-    _, data = next(archive.read({labels}))
-    if isinstance(data, Refused):
-        raise DatasetRefused(f"labels.csv is {data.reason}.")
-    return layout.from_labels(data, labels, paths)
+    paths = list(dict.fromkeys([*paths, *(file.path for file in archive.refused)]))
+    if labels is not None:
+        _, data = next(archive.read({labels}))
+        if isinstance(data, Refused):
+            raise DatasetRefused(f"{labels} is {data.reason}.")
+        return layout.from_labels(data, labels, paths, code_page)
+    try:
+        found = layout.from_folders(paths)
+    except LayoutUnknown as error:
+        named = _format_named(archive)
+        raise LayoutUnknown(f"{error.detail} {named}") if named else error from None
+    if len({label for sample in found.samples for label in sample.labels}) > 1:
+        return found
+    named = _format_named(archive)
+    return replace(found, warnings=(*found.warnings, named)) if named else found
+
+
+def _format_named(archive: Archive) -> str | None:
+    """Return what is known of annotations in the archive that are not read; None if there are none."""
+    few = [
+        entry.path for entry in archive.entries if layout.is_sidecar(entry.path) and entry.size_bytes <= _NAMED_BYTES
+    ]
+    for path, data in archive.read(set(few[:_NAMED_FILES])):
+        named = layout.name_format(path, data) if isinstance(data, bytes) else None
+        if named is not None:
+            return (
+                f"{named}. Espalier reads no such annotations: it learns what a whole image shows. Write a labels.csv "
+                "with path,label."
+            )
+    return None
 
 
 def _limit_cpu(seconds: int) -> None:

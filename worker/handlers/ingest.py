@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
@@ -32,21 +33,26 @@ from worker.messages import ChildMessage, ImageAccepted, ImageBegun, ImageReject
 
 T = TypeVar("T")
 
-BAD_FILES = 50
-BAD_SHARE = 0.05
+DEATHS = 50
+"""How many images of an archive may kill the process that decodes them."""
+_REASONS_SHOWN = 3
+_NAMES_SHOWN = 5
+# What a rejected archive may be taken in with after all, by the `retry` of its error.
+_CHOICES = {"names": "names=…", "allow_refused": "allow_refused=true"}
 _ROWS_PER_WRITE = 200
 _PROGRESS_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class IngestLimits:
-    """What a data set may be at most, and what reading one may take."""
+    """What a data set may be at most, and what reading one may take; `refused_share` is from 0 to 1."""
 
     archive: ArchiveLimits
     image: ImageLimits
     classes: int
     decode_cpu_s: int
     memory_bytes: int
+    refused_share: float = 0.2
 
 
 @dataclass
@@ -60,6 +66,8 @@ class _Intake:
     refused: list[Refused] = field(default_factory=list)
     stored: set[Digest] = field(default_factory=set)
     files: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     reading: str | None = None
 
     @property
@@ -97,15 +105,15 @@ class Ingest(Handler):
         intake = _Intake()
         try:
             with self._store.lend_store(archive) as lent:
-                self._read(work, lent, archive, intake)
+                self._read(work, lent, archive, version.code_page, intake)
                 parent = self._parent(work, version.parent_id)
                 new = _merge(intake, parent)
                 rows = (parent.rows if parent else []) + [image.row for image in new]
-                self._check(intake, rows)
+                self._check(intake, parent, new, rows, allow_refused=version.allow_refused)
                 self._write(work, lent, parent, new, intake)
         except EspalierError as error:
             if not (error.is_transient or error.is_parked):
-                return self._rejection(work, intake, error)
+                return self._rejection(work, version, intake, error)
             self._forget(work, intake)
             raise
         except Stopped as stopped:
@@ -130,12 +138,12 @@ class Ingest(Handler):
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def _read(self, work: Work, lent: Store, archive: Digest, intake: _Intake) -> None:
+    def _read(self, work: Work, lent: Store, archive: Digest, code_page: str | None, intake: _Intake) -> None:
         """Read the whole archive, in as many child processes as images kill; they know the store that is lent."""
         deaths = 0
         while True:
             try:
-                with Child(self._order(lent, archive, intake)) as child:
+                with Child(self._order(lent, archive, code_page, intake)) as child:
                     try:
                         self._listen(work, child, intake)
                     except Stopped:
@@ -145,15 +153,16 @@ class Ingest(Handler):
                 return
             except ChildDied as death:
                 deaths += 1
-                if intake.reading is None or deaths > BAD_FILES:
+                if intake.reading is None or deaths > DEATHS:
                     raise death.as_failure() from death
                 intake.refused.append(Refused(intake.reading, f"it breaks the decoder: {death.detail}"))
                 intake.reading = None
 
-    def _order(self, lent: Store, archive: Digest, intake: _Intake) -> IngestOrder:
+    def _order(self, lent: Store, archive: Digest, code_page: str | None, intake: _Intake) -> IngestOrder:
         return IngestOrder(
             store=str(lent.root),
             archive=archive,
+            code_page=code_page,
             archive_limits=self._limits.archive,
             image_limits=self._limits.image,
             decode_cpu_s=self._limits.decode_cpu_s,
@@ -169,27 +178,75 @@ class Ingest(Handler):
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
-    def _check(self, intake: _Intake, rows: Sequence[Row]) -> None:
-        """See that the files make a data set. Raises DatasetRefused or LayoutUnknown."""
+    def _check(
+        self,
+        intake: _Intake,
+        parent: _Parent | None,
+        new: Sequence[IngestedImage],
+        rows: Sequence[Row],
+        *,
+        allow_refused: bool,
+    ) -> None:
+        """See that the files make a data set, and note warnings. Raises DatasetRefused or LayoutUnknown."""
         refused = len(intake.refused)
-        allowed = max(BAD_FILES, int(BAD_SHARE * intake.files))
-        if refused > allowed:
-            raise DatasetRefused(
-                f"Expected at most {allowed} files that cannot be used. Received {refused} of {intake.files}; "
-                "'refused' lists them with their reasons."
-            )
+        reasons = _reasons(intake.refused)
         if not rows:
-            raise DatasetRefused("No file of the archive is an image that can be used; 'refused' says why.")
+            raise DatasetRefused(f"No file of the archive is an image that can be used: {reasons}.")
+        if parent is not None and not new:
+            present = intake.files - refused
+            raise DatasetRefused(
+                f"Expected images to add to the version before. Received none: {present} are in it already, and "
+                f"{refused} were refused{f' ({reasons})' if refused else ''}."
+            )
         names = {label for row in rows for label in row.labels}
+        vanished = sorted(set(intake.classes) - names)
+        if not allow_refused:
+            self._check_refused(intake, reasons, vanished)
+        if refused:
+            intake.warnings.append(
+                f"{refused} of {intake.files} files were refused and are not in the data set ({reasons}); 'refused' "
+                "lists them."
+            )
+        intake.warnings += [
+            f"No image of class {name!r} could be used; the data set does not have it." for name in vanished
+        ]
+        intake.warnings += self._losses(intake)
         if intake.task is Task.REGRESSION:
             return
         if not 2 <= len(names) <= self._limits.classes:
             only = f", {next(iter(names))!r}" if len(names) == 1 else ""
             raise DatasetRefused(
                 f"Expected 2 to {self._limits.classes:,} classes with images that can be used. "
-                f"Received {len(names)}{only}."
+                f"Received {len(names)}{only}. {' '.join(intake.warnings)}".strip()
             )
         check_class_names(names)
+
+    def _check_refused(self, intake: _Intake, reasons: str, vanished: Sequence[str]) -> None:
+        """See that not too many files were refused. Raises DatasetRefused."""
+        refused = len(intake.refused)
+        if refused > self._limits.refused_share * intake.files:
+            raise DatasetRefused(
+                f"Expected at most {self._limits.refused_share:.0%} of the files to be unusable. Received {refused} of "
+                f"{intake.files} ({reasons}); 'refused' lists them.",
+                retry="allow_refused",
+            )
+        if vanished:
+            raise DatasetRefused(
+                f"Expected images of each class that can be used. Received none of {_listed(vanished)} ({reasons}).",
+                retry="allow_refused",
+            )
+
+    def _losses(self, intake: _Intake) -> list[str]:
+        """Return a warning for each class that lost more than the allowed share of its images, but not all."""
+        refused = {file.path for file in intake.refused}
+        usable = Counter(
+            label for image in intake.accepted if image.row.path not in refused for label in image.row.labels
+        )
+        return [
+            f"Class {name!r} lost {count - usable[name]} of its {count} images, which were refused."
+            for name, count in sorted(intake.classes.items())
+            if 0 < usable[name] < (1 - self._limits.refused_share) * count
+        ]
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -245,20 +302,35 @@ class Ingest(Handler):
                 classes=_class_counts(rows),
                 target=_target(rows) if task is Task.REGRESSION else None,
                 refused=sorted(intake.refused, key=lambda file: file.path),
+                warnings=intake.warnings,
             )
 
         work.afterwards(partial(self._forget_archive, work))
         return complete
 
-    def _rejection(self, work: Work, intake: _Intake, error: EspalierError) -> Complete:
+    def _rejection(self, work: Work, version: DatasetVersion, intake: _Intake, error: EspalierError) -> Complete:
         drop_images(work, self._store, [work.subject_id])
         self._forget(work, intake)
+        record = error.record()
+        choice = _CHOICES.get(error.extra.get("retry", ""))
+        if choice is not None:
+            address = f"/api/v1/datasets/{version.dataset_id}/versions/{version.number}/ingest?{choice}"
+            record["detail"] += f" The archive is kept for a day: POST {address} takes it in without sending it again."
 
         def complete(session: Session) -> None:
             refused = sorted(intake.refused, key=lambda file: file.path)
-            datasets.mark_rejected(session, work.subject_id, error.record(), refused, intake.ignored)
+            datasets.mark_rejected(
+                session,
+                work.subject_id,
+                record,
+                refused,
+                intake.ignored,
+                intake.warnings,
+                keep_archive=choice is not None,
+            )
 
-        work.afterwards(partial(self._forget_archive, work))
+        if choice is None:
+            work.afterwards(partial(self._forget_archive, work))
         return complete
 
     def _forget_archive(self, work: Work) -> None:
@@ -340,6 +412,21 @@ class _ProgressReporter:
         self._work.write(partial(datasets.set_progress, version_id=self._work.subject_id, progress=progress))
 
 
+def _reasons(refused: Sequence[Refused]) -> str:
+    """Return the most frequent reasons with their numbers and a file each, for a message."""
+    counts = Counter(file.reason for file in refused)
+    paths = {file.reason: file.path for file in reversed(refused)}
+    shown = [
+        f"{count} × {reason.rstrip('.')}, such as {paths[reason]!r}"
+        for reason, count in counts.most_common(_REASONS_SHOWN)
+    ]
+    return "; ".join(shown + ["…"] * (len(counts) > _REASONS_SHOWN))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_NAMES_SHOWN])) + (" and others" if len(names) > _NAMES_SHOWN else "")
+
+
 def _pieces(things: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
     """Yield the things that may be written together, with the place of the first among all."""
     for start in range(0, len(things), _ROWS_PER_WRITE):
@@ -357,6 +444,8 @@ def _take_in(intake: _Intake, message: ChildMessage) -> None:
             intake.task = message.task
             intake.samples = message.samples
             intake.ignored = message.ignored
+            intake.classes = message.classes
+            intake.warnings += message.warnings
             intake.refused += message.refused
             intake.files = intake.samples + len(intake.refused)
         case ImageBegun():
@@ -373,7 +462,8 @@ def _take_in(intake: _Intake, message: ChildMessage) -> None:
 def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
     """Return the images that are new, after refusing those that contradict each other or the version before.
 
-    Raises DatasetRefused if the two do not say the same kind of thing about their images.
+    A new image whose name another image has is given a name of its own: cameras begin to count anew. Raises
+    DatasetRefused if the two versions do not say the same kind of thing about their images.
     """
     old = {row.path: row for row in parent.rows} if parent else {}
     if parent and (parent.task is Task.REGRESSION) != (intake.task is Task.REGRESSION):
@@ -384,17 +474,45 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
     said: dict[Digest, set[str]] = defaultdict(set)
     for row in (*old.values(), *(image.row for image in intake.accepted)):
         said[row.sha256].add(_said_of(row))
+    names = _Names(old, {image.row.path for image in intake.accepted})
     new = []
     for image in intake.accepted:
-        row, before = image.row, old.get(image.row.path)
+        row = image.row
         if len(said[row.sha256]) > 1:
             both = " and ".join(sorted(said[row.sha256]))
             intake.refused.append(Refused(row.path, f"the same file stands under two labels: {both}"))
-        elif before is not None and before.sha256 != row.sha256:
-            intake.refused.append(Refused(row.path, "another image has this path in the version before"))
-        elif before is None:
-            new.append(image)
+        elif (path := names.free_name(row)) is not None:
+            new.append(image if path == row.path else replace(image, row=replace(row, path=path)))
+    if names.renamed:
+        was, became = next(iter(names.renamed.items()))
+        intake.warnings.append(
+            f"{len(names.renamed)} images have the names of other images in the version before. They were added under "
+            f"names of their own, such as {became!r} for {was!r}."
+        )
     return new
+
+
+class _Names:
+    """The names of images of a version, and those that were given to new images because theirs were taken."""
+
+    def __init__(self, old: Mapping[str, Row], new: Collection[str]) -> None:
+        self.renamed: dict[str, str] = {}
+        self._old = old
+        self._taken = {*old, *new}
+
+    def free_name(self, row: Row) -> str | None:
+        """Return the path for a new image; None if the version before has this image under its name."""
+        path, stem = row.path, PurePosixPath(row.path)
+        number = 1
+        while (before := self._old.get(path)) is not None or (path != row.path and path in self._taken):
+            if before is not None and before.sha256 == row.sha256:
+                return None
+            number += 1
+            path = str(stem.with_name(f"{stem.stem} ({number}){stem.suffix}"))
+        if path != row.path:
+            self.renamed[row.path] = path
+            self._taken.add(path)
+        return path
 
 
 def _said_of(row: Row) -> str:

@@ -1,14 +1,15 @@
 """Tells MLflow about runs, from what the database says it is still owed. The only file that knows MLflow.
 
-A run never waits for this and never fails because of it. Whatever is sent may be sent again after a crash or a
-time-out, so every step looks first whether MLflow has it: runs are found by their tags, metrics carry fixed times,
-files are overwritten.
+A run never waits for this and never fails because of it. What MLflow refuses for good is recorded and passed over.
+Whatever is sent may be sent again after a crash or a time-out, so every step looks first whether MLflow has it: runs
+are found by their tags, metrics carry fixed times, files are overwritten.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import structlog
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from artifacts.addresses import hide_password
+from artifacts.markdown import escaped
 from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
 from errors import Unavailable
@@ -29,18 +33,25 @@ from models import registry
 from models import run as runs
 from models.comparison import Comparison
 from models.dataset import Dataset, DatasetVersion
-from models.outbox import Outbox, outbox_rows
+from models.outbox import Outbox, drop_refusals, outbox_rows, record_refusals
 from models.registry import ModelVersion
 from models.run import Fold, Run, RunArtifact, RunState
-from recipes.headline import HEADLINES, Headline
+from recipes.headline import HEADLINES, Headline, written_numbers
 from recipes.recipe import Task, flat
 from worker.lease import Complete, Handler, Work
+
+log = structlog.get_logger()
 
 _NOTE = "mlflow.note.content"
 # Files that only the service reads, and large.
 _NOT_SHOWN = (RunFile.NEIGHBOURS,)
 _OF_A_ROW = {"espalier.best_of", "espalier.difference_to_best", "espalier.p_value"}
+# The most that MLflow takes, of an experiment's tag, of a run's tag, of a parameter, and at once.
 _NOTE_CHARACTERS = 20_000
+_TAG_CHARACTERS = 8_000
+_PARAM_CHARACTERS = 6_000
+_PARAMS_AT_ONCE = 100
+_METRICS_AT_ONCE = 1_000
 _VIEW = "espalier"
 _STATUS = {RunState.SUCCEEDED: "FINISHED", RunState.FAILED: "FAILED", RunState.CANCELLED: "KILLED"}
 
@@ -70,10 +81,14 @@ class Facts:
 
 
 class Page(Protocol):
-    """One run as MLflow has it; every step may be taken again."""
+    """One run as MLflow has it; every step may be taken again.
+
+    `refusals` tells what MLflow refused for good in these steps, as `what` and `reason`.
+    """
 
     experiment_id: str
     run_id: str
+    refusals: list[dict[str, str]]
 
     def start(self) -> None: ...
 
@@ -114,29 +129,48 @@ class Publish(Handler):
             for row in rows:
                 with work.database.reading() as session:
                     facts = _facts(session, work.subject_id)
-                page = page_of(facts)
-                match row.kind:
-                    case "started":
-                        page.start()
-                    case "fold":
-                        page.add_fold(row.payload["fold"])
-                    case "finished" if facts.run.state.is_final:  # else it was begun again, and owes another end
-                        page.finish(self._store)
-                    case "comparison":
-                        page.compare(self._store)
-                    case "file":
-                        page.add_file(self._store, row.payload["name"])
-                    case "alias":
-                        page.move_alias(row.payload["alias"])
-                work.write(partial(_settle, row=row, page=page))
+                try:
+                    page = page_of(facts)
+                    self._send(row, facts, page)
+                except Exception as error:
+                    if not _is_final(error):
+                        raise
+                    log.warning("MLflow refused something", run=facts.run.id, what=row.kind, reason=str(error))
+                    work.write(partial(_give_up, row=row, reason=str(error)))
+                else:
+                    work.write(partial(_settle, row=row, page=page))
                 work.moved()
         return lambda session: None
+
+    def _send(self, row: Outbox, facts: Facts, page: Page) -> None:
+        match row.kind:
+            case "started":
+                page.start()
+            case "fold":
+                page.add_fold(row.payload["fold"])
+            case "finished" if facts.run.state.is_final:  # else it was begun again, and owes another end
+                page.finish(self._store)
+            case "comparison":
+                page.compare(self._store)
+            case "file":
+                page.add_file(self._store, row.payload["name"])
+            case "alias":
+                page.move_alias(row.payload["alias"])
 
 
 def _settle(session: Session, row: Outbox, page: Page) -> None:
     session.execute(delete(Outbox).where(Outbox.id == row.id, Outbox.run_id == row.run_id))
     run = session.get_one(Run, row.run_id)
     run.mlflow_experiment_id, run.mlflow_run_id = page.experiment_id, page.run_id
+    if row.kind == "started":
+        drop_refusals(session, row.run_id)
+    record_refusals(session, row.run_id, page.refusals)
+
+
+def _give_up(session: Session, row: Outbox, reason: str) -> None:
+    """Record that MLflow takes nothing of a row, so that the next ones do not wait behind it."""
+    session.execute(delete(Outbox).where(Outbox.id == row.id, Outbox.run_id == row.run_id))
+    record_refusals(session, row.run_id, [{"what": row.kind, "reason": reason[:_TAG_CHARACTERS]}])
 
 
 def _facts(session: Session, run_id: str) -> Facts:
@@ -172,7 +206,31 @@ def _mlflow(place: TrackingSettings) -> Iterator[Any]:
     try:
         yield mlflow.MlflowClient(tracking_uri=place.url, registry_uri=place.url)
     except (mlflow.MlflowException, requests.RequestException) as error:
-        raise Unavailable(f"MLflow at {place.url} does not take what it is sent: {error}") from error
+        told = hide_password(f"MLflow at {place.url} does not take what it is sent: {error}")
+        raise Unavailable(told) from error
+
+
+# What MLflow answers about the request itself. All other errors come from a proxy or from a server that is away, too
+# old or out of order: what they refused may be taken later.
+_FINAL_CODES = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS")
+
+
+def _is_final(error: Exception) -> bool:
+    return getattr(error, "error_code", None) in _FINAL_CODES
+
+
+def mlflow_name(name: str) -> str:
+    """Return the name for an alias or a logged model, which MLflow takes no dot in.
+
+    Our names have no capital letters, so two of them never become one.
+    """
+    return name.replace(".", "-DOT-")
+
+
+def mlflow_alias(alias: str) -> str:
+    """Return the name for an alias: `latest` and `v1` mean something else in MLflow."""
+    is_reserved = alias == "latest" or re.fullmatch(r"v\d+", alias)
+    return f"ALIAS-{alias}" if is_reserved else mlflow_name(alias)
 
 
 class _Page:
@@ -183,6 +241,7 @@ class _Page:
         self._facts = facts
         self._place = place
         self._headline = _headline(facts.run)
+        self.refusals: list[dict[str, str]] = []
         self.experiment_id = self._experiment()
         self.run_id = self._run("summary", {})
 
@@ -196,11 +255,14 @@ class _Page:
             self._client.update_run(self.run_id, status="RUNNING")
             if _NOTE in shown.data.tags:
                 self._client.delete_tag(self.run_id, _NOTE)
-        params = flat(facts.run.recipe)
-        self._client.log_batch(self.run_id, params=[_param(name, value) for name, value in params.items()])
+        params = [_param(name, value) for name, value in flat(facts.run.recipe).items()]
+        with self._recording("parameters"):
+            for start in range(0, len(params), _PARAMS_AT_ONCE):
+                self._client.log_batch(self.run_id, params=params[start : start + _PARAMS_AT_ONCE])
         if facts.comparison is not None:
             self._client.set_tag(self.run_id, "espalier.comparison", facts.comparison.id)
-        self._log_dataset()
+        with self._recording("the data set"):
+            self._log_dataset()
 
     def add_fold(self, number: int) -> None:
         """Show one fold's curves, as a run below the parent."""
@@ -217,8 +279,9 @@ class _Page:
         metrics += [
             _metric(f"test/{name}", value, at, 0) for name, value in fold.metrics.items() if isinstance(value, float)
         ]
-        for start in range(0, len(metrics), 1000):  # MLflow takes no more at once
-            self._client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        with self._recording(f"the curves of fold {number + 1}"):
+            for start in range(0, len(metrics), _METRICS_AT_ONCE):
+                self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_AT_ONCE])
         self._client.set_terminated(run_id, "FINISHED")
 
     def finish(self, store: Store) -> None:
@@ -226,17 +289,23 @@ class _Page:
         facts = self._facts
         run = facts.run
         if run.error is not None:
-            self._client.set_tag(self.run_id, _NOTE, f"**Failed:** {run.error['detail']}")
+            with self._recording("the error"):
+                self._client.set_tag(
+                    self.run_id, _NOTE, f"**Failed:** {escaped(run.error['detail'])}"[:_TAG_CHARACTERS]
+                )
         if run.metrics is not None:
             at = _milliseconds(run.finished_at)
             summary = _summary(self._headline, run.metrics)
             metrics = [_metric(name, value, at, 0) for name, value in summary.items()]
-            self._client.log_batch(self.run_id, metrics=metrics)
-            self._client.set_tag(self.run_id, _NOTE, _note(facts))
+            with self._recording("the scores"):
+                self._client.log_batch(self.run_id, metrics=metrics)
+                self._client.set_tag(self.run_id, _NOTE, _note(facts))
             if "features" in run.metrics:
                 self._name_choice(run.metrics["features"]["chosen"])
-            self._log_files(store)
-            self._register()
+            with self._recording("files"):
+                self._log_files(store)
+            with self._recording("the model version"):
+                self._register()
         self._client.set_terminated(self.run_id, _STATUS[run.state], end_time=_milliseconds(run.finished_at))
 
     def compare(self, store: Store) -> None:
@@ -245,9 +314,10 @@ class _Page:
         if comparison is None or comparison.table is None or comparison.report_sha256 is None:
             raise RuntimeError("A run owes a comparison that has no table. This is a bug.")
         text = store.read(Digest(comparison.report_sha256)).decode()
-        self._client.log_text(self.run_id, text, "comparison.md")
+        with self._recording("the table of the comparison"):
+            self._client.log_text(self.run_id, text, "comparison.md")
         row = next(row for row in comparison.table["rows"] if row["position"] == self._facts.position)
-        tags = {"espalier.verdict": comparison.table["verdict"]}
+        tags = {"espalier.verdict": comparison.table["verdict"][:_TAG_CHARACTERS]}
         if row["difference"] is None:
             tags["espalier.best_of"] = comparison.id
         else:
@@ -261,13 +331,14 @@ class _Page:
 
     def add_file(self, store: Store, name: str) -> None:
         """Show a file that was made of the run after its end."""
-        self._log_artifacts(store, [file for file in self._facts.files if file.name == name])
+        with self._recording(f"the file {name}"):
+            self._log_artifacts(store, [file for file in self._facts.files if file.name == name])
 
     def move_alias(self, alias: str) -> None:
         """Mirror an alias, if it still points at this run's version; our database decides."""
         version = self._registered()
         if version is not None and alias in self._facts.aliases:
-            self._client.set_registered_model_alias(self._facts.run.name, alias, version.version)
+            self._set_alias(alias, version.version)
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -375,7 +446,24 @@ class _Page:
                 await_creation_for=0,  # there is no file to wait for
             )
         for alias in self._facts.aliases:
-            self._client.set_registered_model_alias(name, alias, registered.version)
+            self._set_alias(alias, registered.version)
+
+    def _set_alias(self, alias: str, version: str) -> None:
+        with self._recording(f"the alias {alias}"):
+            self._client.set_registered_model_alias(self._facts.run.name, mlflow_alias(alias), version)
+
+    @contextmanager
+    def _recording(self, what: str) -> Iterator[None]:
+        """Record what MLflow refuses for good, and go on with the rest."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            if not _is_final(error):
+                raise
+            log.warning("MLflow refused something", run=self._facts.run.id, what=what, reason=str(error))
+            self.refusals.append({"what": what, "reason": str(error)[:_TAG_CHARACTERS]})
 
     def _registered(self) -> Any:
         """Return MLflow's version of this run's model version, or None."""
@@ -393,14 +481,15 @@ class _Page:
         from mlflow.types import ColSpec, Schema
 
         name = self._facts.run.name
-        wanted = f"name = '{name}-v{version.number}' and tags.`espalier.run` = '{version.run_id}'"
+        shown = f"{mlflow_name(name)}-v{version.number}"
+        wanted = f"name = '{shown}' and tags.`espalier.run` = '{version.run_id}'"
         found = self._client.search_logged_models([self.experiment_id], wanted, max_results=1)
         model = (
             found[0]
             if found
             else self._client.create_logged_model(
                 self.experiment_id,
-                name=f"{name}-v{version.number}",
+                name=shown,
                 source_run_id=self.run_id,
                 tags={"espalier.run": version.run_id, "espalier.bundle": version.bundle_sha256},
                 params={key: str(value) for key, value in flat(self._facts.run.recipe).items()},
@@ -444,7 +533,7 @@ def _card(facts: Facts, api_url: str) -> str:
     """Return the card of the data set, as Markdown."""
     version = facts.version
     lines = [
-        f"# {facts.dataset.name}",
+        f"# {escaped(facts.dataset.name)}",
         "",
         f"{version.images:,} images, version {version.number}, {version.task.value if version.task else ''}; "
         f"{version.duplicates:,} duplicates, {version.refused_total:,} refused.",
@@ -460,8 +549,9 @@ def _card(facts: Facts, api_url: str) -> str:
 def _contents(version: DatasetVersion) -> list[str]:
     """Return what a data set version has images of, as lines of Markdown."""
     if version.target is not None:
-        return ["Numbers from {min:g} to {max:g}, {mean:g} in the mean.".format(**version.target)]
-    counts = (f"| {count.name} | {count.images:,} |" for count in version.class_counts)
+        low, high, mean = written_numbers(*(version.target[name] for name in ("min", "max", "mean")))
+        return [f"Numbers from {low} to {high}, {mean} in the mean."]
+    counts = (f"| {escaped(count.name)} | {count.images:,} |" for count in version.class_counts)
     return ["| class | images |", "|---|--:|", *counts]
 
 
@@ -470,9 +560,12 @@ def _headline(run: Run) -> Headline:
 
 
 def _note(facts: Facts) -> str:
+    metrics = facts.run.metrics or {}
+    is_better = metrics.get("baseline", {}).get("is_better", True)
+    bad = "" if is_better else "**This model is no better than a constant answer that ignores the image.** "
     return (
-        f"**{_headline(facts.run).sentence(facts.run.metrics or {})}**, out of fold on {facts.dataset.name} version "
-        f"{facts.version.number}. See `report.md` under Artifacts."
+        f"{bad}**{_headline(facts.run).sentence(metrics)}**, out of fold on {escaped(facts.dataset.name)} "
+        f"version {facts.version.number}. See `report.md` under Artifacts."
     )
 
 
@@ -514,7 +607,7 @@ def _curve(name: str) -> str:
 def _param(name: str, value: Any) -> Any:
     from mlflow.entities import Param
 
-    return Param(name, str(value))
+    return Param(name, str(value)[:_PARAM_CHARACTERS])
 
 
 def _metric(name: str, value: float, timestamp_ms: int, step: int) -> Any:

@@ -252,7 +252,15 @@ class Train(Handler):
             return
         for file in end.files:
             _add_file(session, run.id, file)
-        registry.add_model_version(session, Principal(run.project_id), run.name, run.id, end.bundle, end.backbone)
+        registry.add_model_version(
+            session,
+            Principal(run.project_id),
+            run.name,
+            run.id,
+            end.bundle,
+            end.backbone,
+            can_be_champion=end.metrics.get("baseline", {}).get("is_better", True),
+        )
         comparisons.on_run_ended(session, run.id)
         delete_unreferenced_after_commit(session, self._store, run_jobs.drop_leftovers(session, run.id))
 

@@ -61,6 +61,19 @@ def loads(client: TestClient, services: Services, settings: Settings) -> Iterato
     found.gate.set()
 
 
+def test_a_model_of_bad_versions_answers_only_if_one_is_named_or_made_champion(
+    client: TestClient, services: Services, loads: Loads
+) -> None:
+    add_model(services, "noise", flat_bundle(services.store.put(b"noise")), can_be_champion=False)
+    url = "/api/v1/models/noise"
+    refused = client.post(f"{url}/predict", content=PNG)
+    assert (refused.status_code, refused.json()["version"]) == (409, 1)
+    assert refused.json()["type"].endswith("no-champion") and f"PUT {url}/aliases/champion" in refused.json()["detail"]
+    assert client.post(f"{url}/predict?version=1", content=PNG).status_code == 200
+    assert client.put(f"{url}/aliases/champion", json={"version": 1}).status_code == 200
+    assert client.post(f"{url}/predict", content=PNG).json()["version"] == 1
+
+
 # --- what is answered ----------------------------------------------------------------------------------------------
 
 
@@ -228,7 +241,13 @@ class HeldDecoder(Predictor):
         return 0.0
 
     def decode(
-        self, position: int, file: bytes, limits: ImageLimits, until: float, reserve: Reserve = reserve_nothing
+        self,
+        position: int,
+        file: bytes,
+        limits: ImageLimits,
+        until: float,
+        scale: int = 1,
+        reserve: Reserve = reserve_nothing,
     ) -> Pixels:
         with reserve(600):
             assert self.gate.wait(120)
@@ -424,6 +443,20 @@ def colours(client: TestClient, services: Services, settings: Settings) -> bytes
     return file.getvalue()
 
 
+def test_a_heat_map_is_drawn_on_the_image_and_not_on_the_small_input_of_the_network(
+    client: TestClient, colours: bytes
+) -> None:
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::4, 0] = stripes[:, 1::4, 0] = 255
+    file = io.BytesIO()
+    Image.fromarray(stripes).save(file, "PNG")
+    png = client.post(
+        "/api/v1/models/colours/predict?explain=heatmap", content=file.getvalue(), headers={"Accept": "image/png"}
+    )
+    picture = np.asarray(Image.open(io.BytesIO(png.content))).astype(int)[:256]
+    assert picture.shape[1] == 256 and (np.abs(picture[:, 2:, 0] - picture[:, :-2, 0]) > 30).all()
+
+
 def test_a_heat_map_shows_which_places_speak_for_the_answer_or_for_a_label(client: TestClient, colours: bytes) -> None:
     url = "/api/v1/models/colours/predict"
     answer = client.post(f"{url}?explain=heatmap", content=colours).json()
@@ -440,7 +473,7 @@ def test_the_channels_of_each_image_are_shown_as_a_sheet(client: TestClient, col
     files = [("images", ("a", colours)), ("images", ("b", PNG))]
     answer = client.post("/api/v1/models/colours/predict?explain=activations", files=files).json()
     sheets = [Image.open(io.BytesIO(base64.b64decode(one["png"]))) for one in answer["explanations"]]
-    assert len(sheets) == 2 and all(sheet.size == (132, 132) for sheet in sheets)
+    assert len(sheets) == 2 and all(sheet.size == (196, 260) for sheet in sheets)
 
 
 def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, services: Services) -> None:

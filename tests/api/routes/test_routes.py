@@ -409,6 +409,10 @@ def test_a_file_of_a_run_is_sent_as_it_was_made_or_not_at_all(
     assert (answer.status_code, answer.content) == (200, b"0123456789")
     assert answer.headers["content-type"].startswith("text/markdown")
     assert answer.headers["etag"] == f'"{digest}"'
+    for known in (f'"{digest}"', f'"other", W/"{digest}"', "*"):
+        again = client.get(file["url"], headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", f'"{digest}"')
+    assert client.get(file["url"], headers={"If-None-Match": '"other"'}).status_code == 200
     part = client.get(file["url"], headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
     services.store.path_for(digest).write_bytes(b"0123456780")
@@ -479,7 +483,7 @@ def test_readiness_names_each_part(client: TestClient) -> None:
     answer = client.get("/readyz")
     checks = answer.json()["checks"]
     assert answer.status_code == 200
-    good = {"database", "schema", "disk", "process", "store", "engine"}
+    good = {"database", "schema", "disk", "process", "store", "engine", "mlflow"}
     assert checks.keys() == good | {"broker", "workers"}
     assert {name for name, check in checks.items() if check["ok"]} == good
 
@@ -524,7 +528,7 @@ def test_a_part_that_breaks_in_any_way_is_named_and_the_others_are_still_asked(
     answer = client.get("/readyz")
     checks = answer.json()["checks"]
     assert (answer.status_code, answer.json()["ready"]) == (503, False)
-    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "process"}
+    assert {name for name, check in checks.items() if check["ok"]} == {"database", "schema", "process", "mlflow"}
     assert checks["engine"]["detail"].startswith("RuntimeError") and "secret" not in answer.text
     assert checks["disk"]["detail"].startswith("FileNotFoundError")
 
@@ -646,3 +650,49 @@ def test_workers_say_which_queues_they_serve(client: TestClient, services: Servi
     here, gone = client.get("/api/v1/workers").json()["items"]
     assert (here["name"], here["queues"], here["is_alive"]) == ("here", ["gpu", "ingest"], True)
     assert (gone["name"], gone["queues"], gone["is_alive"]) == ("gone", ["cpu"], False)
+
+
+def test_lists_leave_out_what_grows_with_the_classes_and_versions_have_pages(
+    client: TestClient, services: Services, dataset: str
+) -> None:
+    digest = services.store.put(b"bundle and backbone")
+    tables = {"confusion": [[1, 0], [0, 1]], "per_class": [{"label": "a"}]}
+    with services.database.writing() as session:
+        version = records.ready_version(session, "counted")
+        for number in range(52):
+            run = records.queued_run(session, version, "m")
+            run.metrics = {"accuracy": number, **tables}
+            registry.add_model_version(session, records.PRINCIPAL, "m", run.id, digest, digest)
+        without = records.queued_run(session, version, "n").id
+    listed = {run["id"]: run["metrics"] for run in client.get("/api/v1/runs?limit=200").json()["items"]}
+    assert listed.pop(without) is None and len(listed) == 52
+    assert all(metrics.keys() == {"accuracy"} for metrics in listed.values())
+    assert client.get(f"/api/v1/runs/{run.id}").json()["metrics"] == {"accuracy": 51, **tables}
+    (model,) = client.get("/api/v1/models").json()["items"]
+    assert model == client.get("/api/v1/models/m").json()
+    assert [one["metrics"] for one in model["versions"]] == [{"accuracy": number} for number in range(51, 1, -1)]
+    assert model["versions_total"] == 52
+    first = client.get("/api/v1/models/m/versions?limit=40").json()
+    rest = client.get("/api/v1/models/m/versions", params={"limit": 40, "cursor": first["next_cursor"]}).json()
+    assert [one["version"] for one in first["items"] + rest["items"]] == list(range(52, 0, -1))
+    assert rest["next_cursor"] is None and rest["items"][0]["metrics"] == {"accuracy": 11}
+    assert client.get("/api/v1/models/m/versions/52").json()["metrics"] == {"accuracy": 51, **tables}
+
+
+def test_runs_are_listed_by_their_state_name_or_data_set(client: TestClient, services: Services, dataset: str) -> None:
+    with services.database.writing() as session:
+        other = records.ready_version(session, "other")
+        mine, failed = (records.queued_run(session, other, name).id for name in ("mine", "failed"))
+        session.get_one(runs.Run, failed).state = runs.RunState.FAILED
+        other_dataset = records.dataset_of(session, other).id
+    also = start(client, dataset).json()["id"]
+    for query, found in [
+        ("state=failed", [failed]),
+        ("name=mine", [mine]),
+        (f"dataset={dataset}", [also]),
+        (f"dataset={other_dataset}&state=queued", [mine]),
+        ("state=running", []),
+    ]:
+        assert [run["id"] for run in client.get(f"/api/v1/runs?{query}").json()["items"]] == found, query
+    assert client.get("/api/v1/runs?state=broken").status_code == 422
+    assert client.get("/api/v1/runs?dataset=none").status_code == 404

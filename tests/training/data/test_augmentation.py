@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from artifacts.images import Pixels
+from inference.captions import LINE
 from recipes.recipe import Augmentation
 from training.data.augmentation import build_augmentation, contact_sheet
 
@@ -48,6 +49,10 @@ def test_the_same_seed_varies_alike() -> None:
 def test_a_contact_sheet_shows_each_image_first_as_it_is() -> None:
     images = pictures(count=3)
     sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(Augmentation(rotate_degrees=30), images, seed=0))))
-    assert sheet.shape == (3 * 32, 8 * 32, 3)
-    assert np.array_equal(sheet[32:64, :32], images[1])
-    assert not np.array_equal(sheet[32:64, 32:64], images[1])
+    side = 3 * 32  # enlarged, so that the labels above and below fit
+    assert sheet.shape == (LINE + 3 * side + LINE, 8 * side, 3)
+    second = sheet[LINE + side : LINE + 2 * side]
+    assert np.array_equal(second[1::3, 1:side:3], images[1])
+    assert not np.array_equal(second[1::3, side + 1 : 2 * side : 3], images[1])
+    labels = sheet[:LINE, : 3 * side].reshape(LINE, 3, side, 3)
+    assert (labels[:, 0] != labels[:, 1]).any() and (labels[:, 1] != labels[:, 2]).any()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from recipes.recipe import ClassWeights, EarlyStopping, Recipe
 from training.progress import Epoch, FoldResult
-from training.report.run_report import fine_tuning_outcome, overfitting
+from training.report.run_report import failure, fine_tuning_outcome, overfitting, shown_range, undertrained
 
 FALLING = (0.9, 0.5, 0.3, 0.2)
 WATCHED, UNWATCHED = Recipe(), Recipe(early_stopping=None)
@@ -75,6 +77,40 @@ def test_losses_of_two_scales_have_no_gap_and_unwatched_folds_nothing() -> None:
     assert overfitting([fold(None, 4)], UNWATCHED).startswith("The folds had no validation images")
 
 
+def test_of_a_bad_model_it_is_no_praise_that_no_fold_overfitted() -> None:
+    said = overfitting([fold((0.9, 0.6, 0.5, 0.45), 4)], WATCHED, is_bad=True)
+    assert said.startswith("Overfitting is not the reason: validation loss did not rise")
+
+
+def test_a_bad_model_is_said_to_be_bad_with_the_figures() -> None:
+    classes = {
+        "loss_difference": 0.02,
+        "loss_difference_ci95": [-0.01, 0.05],
+        "balanced_accuracy_difference": 0.012,
+        "balanced_accuracy_difference_ci95": [-0.04, 0.064],
+        "is_better": False,
+    }
+    assert failure({"baseline": classes}) == (
+        "**This model is no better than a constant answer that ignores the image:** against the shares of the classes "
+        "or labels alone, the log-loss differs by +0.020 (95 % interval -0.010 to +0.050) and the balanced accuracy by "
+        "+1.2 points (95 % interval -4.0 to +6.4). It does not become `champion` by itself."
+    )
+    numbers = failure({"baseline": {"r2": -1.1, "is_better": False}})
+    assert "always answering the mean of the numbers has an R² of 0, and the model has -1.100" in numbers
+    assert failure({"baseline": {**classes, "is_better": True}}) == ""
+
+
+def test_folds_that_all_stopped_at_their_last_epoch_are_said() -> None:
+    falling = replace(fold((0.9, 0.6, 0.5, 0.45), 4), stopped="epochs")
+    rising = replace(fold((0.9, 0.4, 0.5, 0.6), 2), stopped="epochs")
+    said = undertrained([falling, rising], WATCHED)
+    assert "All 2 folds stopped at their last epoch:** the validation loss was still falling in 1 of them" in said
+    assert "Raise `epochs`." in said
+    assert undertrained([falling, falling], UNWATCHED) != "" and undertrained([falling, rising], UNWATCHED) == ""
+    assert undertrained([falling, replace(rising, stopped="patience")], WATCHED) == ""
+    assert undertrained([replace(fold(None, 4), stopped="epochs")], WATCHED) == ""
+
+
 def tuned(kept: str, head: float | None, network: float | None, stopped: str = "epochs") -> FoldResult:
     phases = [{"validation": head, "stopped": "epochs"}, {"validation": network, "stopped": stopped}]
     return fold(None, 4, phases=phases, kept=kept)
@@ -100,3 +136,11 @@ def tuned(kept: str, head: float | None, network: float | None, stopped: str = "
 )
 def test_how_the_network_that_learned_did_against_the_frozen_one(folds: list[FoldResult], expected: str) -> None:
     assert fine_tuning_outcome(folds) == expected
+
+
+def test_one_outlier_does_not_squeeze_the_picture_of_values() -> None:
+    values = np.append(np.linspace(0, 1, 99), 1e9)
+    low, high = shown_range(values)
+    assert -0.1 < low < 0 and 1 < high < 1.1
+    assert shown_range(np.linspace(0, 1, 99)) == (0, 1) and shown_range(np.full(9, 7.0)) == (7, 7)
+    assert shown_range(np.append(np.zeros(50), 1.0)) == (0, 1), "nothing is squeezed if all others are equal"

@@ -222,6 +222,11 @@ def test_a_smaller_error_of_numbers_is_better() -> None:
     rows = [row(number, target=float(value)) for number, value in enumerate(truth)]
     table = compare(Task.REGRESSION, [], rows, found, lambda: None)
     assert table.best == best_of([one.score for one in found], HEADLINES[Task.REGRESSION]) == 1
+    assert not table.verdict.startswith("Not even")
+    alone = compare(Task.REGRESSION, [], rows, found[:1], lambda: None)
+    assert alone.verdict.startswith(
+        "Not even the best recipe is better than a constant answer that ignores the image. "
+    )
     worst = table.differences[0]
     assert worst is not None and worst.difference == pytest.approx(found[0].score - found[1].score, rel=1e-6)
     assert worst.ci95[0] > 0 and worst.p_value < 0.01
@@ -237,7 +242,7 @@ def test_the_report_has_a_line_for_each_recipe() -> None:
     text = report("flowers", ACCURACY, LINES, "The first.", "Wilson")
     lines = text.splitlines()
     assert "The first." in lines and f"- {TEST}" in lines
-    assert "| head.l2=$0.1 | 2 | 95.0% | 90.0% to 97.0% |  |  |  | 12.5 s | 3.25 ms | 1.5 MB | 0.02 MB |" in lines
+    assert r"| head.l2=\$0.1 | 2 | 95.0% | 90.0% to 97.0% |  |  |  | 12.5 s | 3.25 ms | 1.5 MB | 0.02 MB |" in lines
     assert "| -5.0% | -8.0% to -2.0% | 0.0031 |" in text
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,7 +32,7 @@ from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.store import Digest, Store, digest_of
 from clock import Clock
-from errors import Crashed, DiskFull
+from errors import Crashed, DiskFull, NotReady
 from models import dataset as datasets
 from models import job as jobs
 from models.dataset import Dataset, DatasetState, DatasetVersion, Membership
@@ -76,6 +78,18 @@ class Intake:
         """Upload an archive, or files as a zip, see the ingest through and return the version as it stands then."""
         data = archive if isinstance(archive, bytes) else sample.zipped(archive, zipfile.ZIP_STORED)
         version_id = self.upload(data, name)
+        assert self.loop().work()
+        return self.version(version_id)
+
+    def take_in_again(self, version: DatasetVersion, code_page: str | None = None) -> DatasetVersion:
+        """Take the archive of a rejected version in, with its refused files or with names in a code page."""
+        with self.database.writing() as session:
+            dataset = session.get_one(Dataset, version.dataset_id)
+            again = datasets.add_version_again(
+                session, dataset, version.number, code_page, allow_refused=code_page is None
+            )
+            jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, again.id)
+            version_id = again.id
         assert self.loop().work()
         return self.version(version_id)
 
@@ -143,7 +157,10 @@ class Intake:
     def has_nothing_but(self, *versions: DatasetVersion) -> bool:
         """Say whether exactly the files and rows of these versions are there: nothing is missing, nothing left over."""
         rows = [row for version in versions for row in self.rows(version)]
-        files = {row[1] for row in rows} | {version.manifest_sha256 for version in versions}
+        with self.database.reading() as session:
+            kept = select(DatasetVersion.archive_sha256).where(DatasetVersion.archive_until.is_not(None))
+            archives = set(session.scalars(kept)) - {None}
+        files = {row[1] for row in rows} | {version.manifest_sha256 for version in versions} | archives
         return (
             set(self.store.digests()) == self.named() == files
             and self.counts() == (len({row[1] for row in rows}), len(rows))
@@ -254,7 +271,7 @@ def test_targets_make_a_regression(intake: Intake) -> None:
 
 def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intake) -> None:
     whole = sample.jpeg(1)
-    files = sample.coloured(per_class=2) | {
+    files = sample.coloured(per_class=6) | {
         "red/text.png": b"this is no image at all",
         "blue/cut.jpg": whole[: len(whole) // 2],
         "blue/vector.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
@@ -263,15 +280,29 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intak
     }
     limits = replace(LIMITS, image=ImageLimits(pixels=20_000))
     version = replace(intake, limits=limits).take_in(files)
-    assert (version.state, version.images, version.refused_total) == (DatasetState.READY, 6, 5)
+    assert (version.state, version.images, version.refused_total) == (DatasetState.READY, 18, 4)
     reasons = refused(version)
-    assert list(reasons) == ["blue/cut.jpg", "blue/vector.svg", "green/huge.png", "readme.txt", "red/text.png"]
+    assert list(reasons) == ["blue/cut.jpg", "blue/vector.svg", "green/huge.png", "red/text.png"]
     assert "damaged" in reasons["blue/cut.jpg"]
     assert reasons["red/text.png"] == reasons["blue/vector.svg"]
     assert reasons["red/text.png"].endswith("Received something else.")
     assert "Received 200 × 200" in reasons["green/huge.png"]
-    assert reasons["readme.txt"] == "in no class folder"
+    assert version.ignored == 1
+    (warning,) = version.warnings
+    assert "4 of 22 files were refused" in warning and "2 × Expected an image" in warning
     assert intake.has_nothing_but(version)
+
+
+def test_a_file_that_its_archive_cannot_give_is_refused_with_the_others(intake: Intake) -> None:
+    files = sample.coloured(per_class=3, classes=2)
+    buffer = io.BytesIO(sample.tarred(files, "w"))
+    with tarfile.open(fileobj=buffer, mode="a") as tar:
+        link = tarfile.TarInfo("blue/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "0.png"
+        tar.addfile(link)
+    version = intake.take_in(buffer.getvalue())
+    assert (version.state, version.images) == (DatasetState.READY, 6)
+    assert "link or device" in refused(version)["blue/link.png"]
 
 
 @EACH_STORE_SLOWLY
@@ -287,10 +318,10 @@ def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
 
 @EACH_STORE_SLOWLY
 def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
-    files = sample.coloured(per_class=3, classes=2)
+    files = sample.coloured(per_class=6, classes=2)
     files["green/liar.png"] = files["blue/0.png"]
     version = intake.take_in(files)
-    assert (version.state, version.images, version.duplicates) == (DatasetState.READY, 5, 0)
+    assert (version.state, version.images, version.duplicates) == (DatasetState.READY, 11, 0)
     reason = "the same file stands under two labels: blue and green"
     assert refused(version) == {"blue/0.png": reason, "green/liar.png": reason}
     assert not is_stored(intake, files["blue/0.png"])  # no row names it
@@ -310,24 +341,57 @@ def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intak
     assert "2018.119 and 2018.123" in refused(version)["0.png"]
 
 
-def test_up_to_fifty_bad_files_are_borne(intake: Intake) -> None:
-    files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number}.png": b"bad" for number in range(50)}
-    version = intake.take_in(files)
-    assert (version.state, version.images, version.refused_total) == (DatasetState.READY, 6, 50)
-    assert intake.has_nothing_but(version)
-
-
 @EACH_STORE_SLOWLY
-def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: Intake) -> None:
-    files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number:02}.png": b"bad" for number in range(51)}
+def test_too_many_refused_files_reject_the_set_until_its_owner_accepts_that(anywhere: Intake) -> None:
+    files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number}.png": b"bad" for number in range(2)}
     version = anywhere.take_in(files)
     assert version.state is DatasetState.REJECTED and version.error is not None
-    assert version.error["code"] == "dataset-refused"
-    assert "at most 50 files" in version.error["detail"] and "Received 51 of 57" in version.error["detail"]
-    assert list(refused(version)) == [f"blue/bad{number:02}.png" for number in range(51)]
+    assert (version.error["code"], version.error["retry"]) == ("dataset-refused", "allow_refused")
+    assert "at most 20% of the files" in version.error["detail"] and "Received 2 of 8" in version.error["detail"]
+    assert f"/versions/{version.number}/ingest?allow_refused=true" in version.error["detail"]
+    assert list(refused(version)) == ["blue/bad0.png", "blue/bad1.png"]
     assert anywhere.counts() == (0, 0)
     assert anywhere.has_nothing_but()
     assert anywhere.job(version.id).state is JobState.SUCCEEDED  # the job did what it should
+    again = anywhere.take_in_again(version)
+    assert (again.state, again.number, again.images) == (DatasetState.READY, 2, 6)
+    assert "2 of 8 files were refused" in again.warnings[0]
+    assert anywhere.has_nothing_but(again)
+    with pytest.raises(NotReady, match="is not kept"):
+        anywhere.take_in_again(version)
+
+
+def test_a_class_of_which_every_image_is_refused_rejects_the_set(intake: Intake) -> None:
+    files = sample.coloured(per_class=9, classes=2) | {"bird/1.heic": b"bad", "bird/2.heic": b"bad"}
+    version = intake.take_in(files)
+    assert version.state is DatasetState.REJECTED and version.error is not None
+    assert "Received none of 'bird'" in version.error["detail"] and version.error["retry"] == "allow_refused"
+    again = intake.take_in_again(version)
+    assert (again.state, again.task) == (DatasetState.READY, Task.BINARY)
+    assert "No image of class 'bird' could be used; the data set does not have it." in again.warnings
+
+
+def test_a_class_that_lost_many_images_is_warned_of(intake: Intake) -> None:
+    files = sample.coloured(per_class=9, classes=2) | {"bird/1.heic": b"bad", "bird/2.png": sample.png(2)}
+    version = intake.take_in(files)
+    assert version.state is DatasetState.READY
+    assert "Class 'bird' lost 1 of its 2 images, which were refused." in version.warnings
+
+
+def test_names_in_a_code_page_that_is_not_clear_are_taken_in_once_it_is_chosen(intake: Intake) -> None:
+    names = {f"{name}/{number}.png" for name in ("고양이", "강아지") for number in range(2)}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="cp949") as tar:
+        for number, name in enumerate(sorted(names)):
+            data = sample.png(number)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    version = intake.take_in(buffer.getvalue())
+    assert version.state is DatasetState.REJECTED and version.error is not None
+    assert "고양이" in version.error["readings"]["cp949"] and "ingest?names=" in version.error["detail"]
+    again = intake.take_in_again(version, "cp949")
+    assert again.state is DatasetState.READY and {row[0] for row in intake.rows(again)} == names
 
 
 @pytest.mark.parametrize(
@@ -404,25 +468,31 @@ def test_a_further_version_adds_what_is_new(anywhere: Intake) -> None:
     }
     second = anywhere.take_in(more)
     assert (second.state, second.number, second.task) == (DatasetState.READY, 2, Task.MULTICLASS)
-    assert refused(second) == {"green/2.png": "another image has this path in the version before"}
-    assert (second.images, second.duplicates) == (9, 1)
-    assert [(count.name, count.images) for count in second.class_counts] == [("blue", 4), ("green", 4), ("red", 1)]
+    assert refused(second) == {}
+    assert "1 images have the names of other images" in second.warnings[0] and "'green/2 (2).png'" in second.warnings[0]
+    assert (second.images, second.duplicates) == (10, 1)
+    assert [(count.name, count.images) for count in second.class_counts] == [("blue", 4), ("green", 5), ("red", 1)]
     expected = files | {path: more[path] for path in ("blue/9.png", "red/0.png", "green/again.png")}
+    expected["green/2 (2).png"] = more["green/2.png"]
     assert [row[:2] for row in anywhere.rows(second)] == sorted(
         (path, digest_of(data)) for path, data in expected.items()
     )
     assert sorted(row.path for row in anywhere.manifest(second)) == sorted(expected)
     assert anywhere.version(first.id).images == 6 and len(anywhere.rows(first)) == 6  # what it was stays so
-    assert not is_stored(anywhere, more["green/2.png"])
+    assert anywhere.has_nothing_but(first, second)
+    third = anywhere.take_in(more)
+    assert third.state is DatasetState.REJECTED and third.error is not None
+    assert "Received none: 5 are in it already" in third.error["detail"]
     assert anywhere.has_nothing_but(first, second)
 
 
 def test_a_file_that_changes_its_label_is_refused(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
-    second = intake.take_in({"green/0b.png": files["blue/0.png"], "green/7.png": sample.png(700)})
+    more = {f"green/{number}.png": sample.png(100 * number) for number in range(7, 12)}
+    second = intake.take_in({"green/0b.png": files["blue/0.png"], **more})
     assert refused(second) == {"green/0b.png": "the same file stands under two labels: blue and green"}
-    assert second.images == 7 and is_stored(intake, files["blue/0.png"])
+    assert second.images == 11 and is_stored(intake, files["blue/0.png"])
     assert intake.has_nothing_but(first, second)
 
 
@@ -445,7 +515,7 @@ def test_a_rejected_addition_leaves_the_version_before_alone(intake: Intake) -> 
     first = intake.take_in(files)
     bad = {"blue/0.png": files["blue/0.png"], "blue/new.png": sample.png(9)}
     bad |= {f"blue/bad{number}.png": b"bad" for number in range(60)}
-    assert intake.take_in(bad).state is DatasetState.REJECTED
+    assert intake.take_in(bad).state is DatasetState.REJECTED  # and its archive is kept
     assert not is_stored(intake, bad["blue/new.png"])
     assert intake.has_nothing_but(first)
     third = intake.take_in({"blue/new.png": sample.png(9)})
@@ -742,7 +812,7 @@ def test_a_file_that_a_purge_takes_while_an_ingest_reads_it_is_stored_again(anyw
     settled(anywhere.database, anywhere.job(version_id).id, JobState.SUCCEEDED)
     version = anywhere.version(version_id)
     assert (version.state, version.images) == (DatasetState.READY, 6)
-    assert anywhere.has_nothing_but(version)
+    until(lambda: anywhere.has_nothing_but(version))  # its archive goes once that is written
 
 
 def test_a_file_that_a_purge_takes_before_a_row_names_it_is_stored_again(sqlite: Database, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from models import job as jobs
 from models import registry, run_jobs
 from models import run as runs
 from models.comparison import Comparison, ComparisonRun, ComparisonState
+from models.dataset import DatasetVersion
 from models.job import Job, JobKind, JobState, Queue
-from models.outbox import Outbox, add_publish_jobs, add_to_outbox
+from models.outbox import Outbox, add_publish_jobs, add_to_outbox, get_refusals, outbox_rows
 from models.run import Fold, Run
 from models.session import Database
 from ops.up import command_line, mlflow_answers, mlflow_server
@@ -45,6 +46,7 @@ class Relay:
 
     def __init__(self, target: str) -> None:
         self.loses_from: int | None = None
+        self.refused_path: str | None = None
         self.changes = 0
         self._client = client = httpx2.Client(timeout=120, trust_env=False)  # one for all: making one takes longer
         relay = self
@@ -53,16 +55,22 @@ class Relay:
             def _pass_on(self) -> None:
                 relay.changes += self.command != "GET" and not self.path.endswith("/search")
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                if relay.refused_path is not None and self.path.endswith(relay.refused_path):
+                    self._say(400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "Not like this."}')
+                    return
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host",)}
                 answer = client.request(self.command, target + self.path, content=body, headers=headers)
                 if relay.loses_from is not None and relay.changes >= relay.loses_from:
                     self.close_connection = True  # MLflow did it, and nobody hears so
                     return
-                self.send_response(answer.status_code)
-                self.send_header("content-type", answer.headers.get("content-type", "application/json"))
-                self.send_header("content-length", str(len(answer.content)))
+                self._say(answer.status_code, answer.content, answer.headers.get("content-type", "application/json"))
+
+            def _say(self, status: int, body: bytes, kind: str = "application/json") -> None:
+                self.send_response(status)
+                self.send_header("content-type", kind)
+                self.send_header("content-length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(answer.content)
+                self.wfile.write(body)
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on
 
@@ -158,9 +166,9 @@ def case(sqlite: Database, store: Store) -> Case:
     return new_case(sqlite, store)
 
 
-def new_case(database: Database, store: Store, **measured: Any) -> Case:
+def new_case(database: Database, store: Store, prefix: str = "flowers-", **measured: Any) -> Case:
     """Add a finished run under a name of its own."""
-    name = f"flowers-{secrets.token_hex(4)}"
+    name = f"{prefix}{secrets.token_hex(4)}"
     with database.writing() as session:
         run = records.running_run(session, records.ready_version(session, name), name)
         add_folds(session, run.id)
@@ -318,6 +326,64 @@ def test_what_was_left_open_is_shown_as_what_was_chosen(mlflow_url: str, sqlite:
         shown = client.get_run(str(session.get_one(Run, case.run_id).mlflow_run_id))
     assert shown.info.run_name.startswith("vgg16-block3-extraction-")
     assert {name: shown.data.tags[f"espalier.{name}"] for name in chosen} == chosen
+
+
+def test_names_that_mlflow_does_not_take_are_shown_under_others(
+    mlflow_url: str, sqlite: Database, store: Store
+) -> None:
+    case = new_case(sqlite, store, prefix="flowers.v2-")
+    aliases = {"champion": "champion", "staging.eu": "staging-DOT-eu", "latest": "ALIAS-latest", "v1": "ALIAS-v1"}
+    with sqlite.writing() as session:
+        model = registry.get_model(session, records.PRINCIPAL, case.name)
+        for alias in aliases:
+            registry.move_alias(session, model, alias, registry.get_model_version(session, model, 1))
+            add_to_outbox(session, case.run_id, "alias", {"alias": alias})
+    case.publish(mlflow_url)
+    shown = seen(mlflow_url, case.name)
+    assert case.owed() == 0
+    assert [run[1] for run in shown["runs"]] == ["FINISHED"] * 3
+    assert shown["models"] == 1 and shown["aliases"] == dict.fromkeys(aliases.values(), 1)
+
+
+def test_the_card_of_a_data_set_shows_the_names_of_classes_as_text(mlflow_url: str, case: Case) -> None:
+    with case.database.writing() as session:
+        version = session.get_one(DatasetVersion, session.get_one(Run, case.run_id).dataset_version_id)
+        version.classes = [{**version.classes[0], "name": "<img src=x onerror=alert(1)>|"}]
+    case.publish(mlflow_url)
+    experiment = mlflow.MlflowClient(mlflow_url).get_experiment_by_name(case.name)
+    assert experiment is not None
+    assert r"| &lt;img src=x onerror=alert(1)&gt;\| | 10 |" in experiment.tags["mlflow.note.content"]
+
+
+@pytest.mark.parametrize(
+    ("path", "what", "status"),
+    [
+        ("/registered-models/create", "the model version", "FINISHED"),
+        ("/runs/log-inputs", "the data set", "FINISHED"),
+        ("/experiments/create", "alias", None),
+    ],
+)
+def test_what_mlflow_refuses_for_good_is_recorded_and_nothing_waits_behind_it(
+    relay: Relay, case: Case, path: str, what: str, status: str | None
+) -> None:
+    relay.refused_path = path
+    case.publish(relay.url)
+    with case.database.reading() as session:
+        assert outbox_rows(session, case.run_id) == []
+        refusals = {row.payload["what"]: row.payload["reason"] for row in get_refusals(session, case.run_id)}
+        page = session.get_one(Run, case.run_id).mlflow_run_id
+    assert "Not like this." in refusals[what]
+    if status is not None:
+        assert refusals.keys() == {what}
+        assert mlflow.MlflowClient(relay.url).get_run(str(page)).info.status == status
+    with case.database.writing() as session:
+        assert add_publish_jobs(session) == 0
+        add_to_outbox(session, case.run_id, "started", {})
+        add_to_outbox(session, case.run_id, "finished", {})
+    relay.refused_path = None
+    case.publish(relay.url)
+    with case.database.reading() as session:
+        assert get_refusals(session, case.run_id) == []  # it was told again, and taken
 
 
 @pytest.mark.slow

@@ -606,6 +606,16 @@ def test_a_run_that_is_cancelled_in_the_last_moment_of_a_part_ends(tuning: Case,
     assert tuning.owed()[-1] == "finished" and list(tuning.store.digests()) == []
 
 
+@pytest.mark.parametrize("is_better", [True, False])
+def test_only_a_version_that_is_better_than_a_constant_answer_becomes_champion(
+    case: Case, say: Say, is_better: bool
+) -> None:
+    say(OUTCOME.model_copy(update={"metrics": {"baseline": {"is_better": is_better}}}))
+    case.do()
+    with case.database.reading() as session:
+        assert [alias for _, alias, _ in registry.get_all_aliases(session)] == ["champion"] * is_better
+
+
 def test_a_run_whose_end_came_before_it_was_cancelled_has_succeeded(case: Case, say: Say) -> None:
     say(OUTCOME)
     with claimed_work(case.database) as work:

@@ -144,7 +144,7 @@ def test_the_child_lists_layers_and_draws_what_one_makes_of_an_image(case: Case,
     data = case.content(picture)
     assert len(data) == view.size_bytes
     sheet = Image.open(BytesIO(data))
-    assert sheet.format == "PNG" and sheet.size == (2 * 66, 2 * 66)
+    assert sheet.format == "PNG" and sheet.size == (2 * 98, 2 * 130)
 
 
 @pytest.mark.slow

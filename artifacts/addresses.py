@@ -1,0 +1,12 @@
+"""Addresses as they may be shown. Opens none."""
+
+from __future__ import annotations
+
+import re
+
+_PASSWORD = re.compile(r"(?<=://)([^/\s:]*):[^/\s]*(?=@)|(?<=[?&;])(password|passwd|token|sslpassword)=[^&\s]*", re.I)
+
+
+def hide_password(text: str) -> str:
+    """Return a text with the password of each address in it replaced by `***`."""
+    return _PASSWORD.sub(lambda found: f"{found[1]}:***" if found[2] is None else f"{found[2]}=***", text)

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from PIL import Image
+
+from training import figures
+from training.figures import drawn_names, png
+
+
+def test_names_in_letters_that_a_font_has_are_drawn_as_they_are() -> None:
+    drawn = drawn_names(["cat", "Кот", "γάτα", "$5", "a b"])
+    assert drawn.names == ["cat", "Кот", "γάτα", "$5", "a b"] and drawn.fonts == ["DejaVu Sans"]
+
+
+def test_names_in_letters_that_no_font_has_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [entry for entry in fontManager.ttflist if entry.name.startswith(("DejaVu", "Last Resort"))]
+    monkeypatch.setattr(fontManager, "ttflist", own)
+    assert drawn_names(["cat", "고양이", "猫"]).names == ["cat", "#2", "#3"]
+
+
+def test_letters_come_from_another_font_where_matplotlibs_own_lacks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_OWN", "cmtt10")  # a font of formulas, which has no Cyrillic letters
+    drawn = drawn_names(["cat", "Кот"])
+    assert drawn.names == ["cat", "Кот"] and len(drawn.fonts) == 2
+    pictures = []
+    for fonts in (["cmtt10"], drawn.fonts):
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().set_xticks([0], ["Кот"])
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of missing letters, which is the point
+            pictures.append(np.asarray(Image.open(io.BytesIO(png(figure, fonts)))))
+    assert (pictures[0] != pictures[1]).any(), "letters, not boxes"
