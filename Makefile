@@ -92,7 +92,7 @@ $(VENV)/bin/python:
 
 $(VENV)/embedded $(VENV)/dev: $(VENV)/%: requirements/%.txt | $(VENV)/bin/python
 	@test -n "$(FOUND)" || { echo "$(NO_PYTHON)"; exit 1; }
-	$(FOUND) -m pip --python $(BIN)/python install --disable-pip-version-check --require-hashes --requirement $<
+	$(FOUND) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check --require-hashes --requirement $<
 	@touch $@
 
 .PHONY: help demo up weights collect test test-all check bench bench-serving soak lock clean

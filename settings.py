@@ -24,6 +24,7 @@ from artifacts.store import StoreAddress
 GIB = 1024**3
 MIB = 1024**2
 ImageFormat = Literal["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+QueueName = Literal["ingest", "cpu", "gpu", "tracking"]
 _KEY_CHARACTERS = 16
 _MAKE_KEY = "'openssl rand -hex 32' prints a good one."
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -74,7 +75,7 @@ class Settings(BaseSettings):
     body_stall_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds in which 4 KiB of a request's body must arrive, or some of an answer be read; as in common proxies."""
 
-    queues: Annotated[tuple[str, ...], NoDecode] = ("ingest", "cpu", "tracking")
+    queues: Annotated[tuple[QueueName, ...], NoDecode] = ("ingest", "cpu", "tracking")
     """Queues that `make up` starts workers for, separated by commas. A worker without `--queues` serves all of them."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers that `make up` starts; several train the folds of a fine-tuning run side by side."""

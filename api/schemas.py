@@ -6,7 +6,14 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from artifacts.layout import Split
 from models.comparison import ComparisonState
@@ -15,7 +22,7 @@ from models.job import Queue
 from models.run import RunState
 from models.view import ViewState
 from recipes.catalogue import BackboneName
-from recipes.layers import NetworkRecipe, Sides
+from recipes.layers import NetworkRecipe, Sides, refuse_truth
 from recipes.recipe import NAME_PATTERN, Recipe, Task
 
 Item = TypeVar("Item")
@@ -55,6 +62,12 @@ class Request(Schema):
         except UnicodeEncodeError as error:
             raise ValueError("expected text in Unicode, received half a surrogate pair") from error
         return body
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_truth(cls, body: object) -> object:
+        """Refuse `true` and `false` where a number is expected: Python would count them as 1 and 0."""
+        return refuse_truth(body, cls)
 
 
 class Problem(Schema):

@@ -28,10 +28,12 @@ from typing import Any
 import httpx2
 from pydantic import ValidationError
 from rich.console import Console
+from sqlalchemy.exc import OperationalError
 
 import environments
+from artifacts.addresses import hide_password
 from artifacts.bucket_store import open_store
-from errors import StoreRefused
+from errors import EspalierError, StoreRefused
 from models.session import Database
 from ops.migrate import upgrade
 from ops.valkey_binary import get_binary_path
@@ -48,6 +50,8 @@ _TRAINING_QUEUES = ("cpu", "gpu")
 _ASK_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
 
 _UMASK = 0o077
+# What is missing while nothing answers at all.
+_API = "the API"
 
 _LOG_BYTES = "20MB"
 _LOGS_KEPT = 3
@@ -96,9 +100,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         if settings.mlflow_url is None:
             _check_port("127.0.0.1", settings.mlflow_port, "ESPALIER_MLFLOW_PORT")
         _check_store(settings)
-        database = Database(settings.database)
-        upgrade(database)
-        database.close()
+        _upgrade(settings)
         # The path of a unix socket is limited to about 100 bytes; that of the data folder may be longer.
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espalier-")))
         environment = os.environ | {
@@ -139,8 +141,13 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
 def make_private(folder: Path) -> None:
     """Let only this user open a folder, and read whatever this process and those that it starts write from now on."""
     os.umask(_UMASK)
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise CannotStart(
+            f"The data folder {folder} cannot be used: {error.strerror}. Set ESPALIER_VAR to a folder that you own."
+        ) from error
 
 
 def workers(settings: Settings) -> list[Program]:
@@ -250,6 +257,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _upgrade(settings: Settings) -> None:
+    """Bring the database to the newest schema. Raises CannotStart if it cannot be reached."""
+    database = Database(settings.database)
+    try:
+        upgrade(database)
+    except (EspalierError, OperationalError) as error:
+        told = str(error).splitlines()[0]
+        raise CannotStart(f"The database {hide_password(settings.database)} cannot be used: {told}") from error
+    finally:
+        database.close()
+
+
 def _check_port(host: str, port: int, setting: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -273,7 +292,7 @@ def _check_store(settings: Settings) -> None:
 
 def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], folder: Path) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
-    missing = "the API"
+    missing = _API
     with console.status("starting …") as status, client(settings, timeout_s=5.0) as api:
         while time.monotonic() < deadline:
             if supervisor.poll() is not None:
@@ -285,7 +304,16 @@ def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], f
                 return
             status.update(f"starting … waiting for {missing}")
             time.sleep(0.3)
-    raise CannotStart(f"Not ready after {READY_WITHIN_S:.0f} s: {missing}.\n{_tails(folder)}")
+    if missing == _API:
+        raise CannotStart(f"Not ready after {READY_WITHIN_S:.0f} s: {missing}.\n{_tails(folder)}")
+    # What answers goes on answering, and what is missing may still come.
+    console.print(
+        f"Not ready after {READY_WITHIN_S:.0f} s: {missing}. The rest of the service works. /readyz says when all "
+        f"of it does; logs are in {folder / 'logs'}.",
+        style="bold red",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _missing(api: httpx2.Client) -> str:
@@ -293,7 +321,7 @@ def _missing(api: httpx2.Client) -> str:
     try:
         checks: dict[str, Any] = api.get("/readyz").json()["checks"]
     except (httpx2.HTTPError, ValueError, KeyError):
-        return "the API"
+        return _API
     return ", ".join(f"{name} ({check['detail']})" for name, check in checks.items() if not check["ok"])
 
 

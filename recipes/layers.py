@@ -6,11 +6,12 @@ Computes no shapes (`recipes.shapes` does) and builds no network (`training.netw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 LAYER_NAME_PATTERN = r"^[a-z][a-z0-9_]{0,39}$"
 INPUT = "input"
@@ -24,6 +25,32 @@ class Part(BaseModel):
 
     # A number such as 1e999 becomes infinity, which JSON cannot hold and the database refuses.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_truth(cls, values: object) -> object:
+        """Refuse `true` and `false` where a number is expected: Python would count them as 1 and 0."""
+        return refuse_truth(values, cls)
+
+
+def refuse_truth(values: object, model: type[BaseModel]) -> object:
+    """Return the values of a model. Raises ValidationError for fields with `true` or `false` that take neither."""
+    wrong = [
+        InitErrorDetails(type=_NO_TRUTH, loc=(name,), input=value)
+        for name, value in (values.items() if isinstance(values, Mapping) else ())
+        if isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value))
+        if name in model.model_fields and not _takes_truth(model.model_fields[name].annotation)
+    ]
+    if wrong:
+        raise ValidationError.from_exception_data(model.__name__, wrong)
+    return values
+
+
+_NO_TRUTH = PydanticCustomError("no_truth", "Input should be no true or false")
+
+
+def _takes_truth(annotation: object) -> bool:
+    return annotation in (bool, Any) or any(_takes_truth(inner) for inner in get_args(annotation))
 
 
 class Activation(StrEnum):

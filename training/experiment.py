@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as save_tensors
 
+from artifacts import tensors
 from artifacts.bundle import Logits
 from artifacts.neighbours import FeatureNormaliser, build_index
 from artifacts.run_files import RunFile
@@ -255,11 +255,19 @@ class Experiment:
         return replace(outcome.result, metrics=outcome.result.metrics | measured)
 
     def _out_of_fold_file(self, logits: Logits) -> bytes:
-        """Return a file of each image's fold (int16 [repeats, N], -1 for none) and its logits there (NaN for none)."""
+        """Return a file of each image's fold (int16 [repeats, N], -1 for none) and its logits there (NaN for none).
+
+        Its metadata names the image of each of the N rows by path and SHA-256, and the class of each logit.
+        """
         fold_of = np.full(logits.shape[:2], -1, dtype=np.int16)
         for fold in self.folds:
             fold_of[fold.repeat, fold.test] = fold.number
-        return save_tensors({"folds": fold_of, "logits": logits})
+        named = {
+            "labels": list(self._data.labels),
+            "paths": [row.path for row in self._data.rows],
+            "sha256": [row.sha256 for row in self._data.rows],
+        }
+        return tensors.dump(named, {"folds": fold_of, "logits": logits})
 
     def _fold_metrics(self, fold: Fold, learned: LearnedModel, logits: Mapping[Precision, Logits]) -> dict[str, Any]:
         scores = {

@@ -145,6 +145,10 @@ class CompareOrder(_Message):
     labels: tuple[str, ...]
     name: str
     runs: tuple[ComparedRun, ...]
+    failed: int = 0
+    """Runs of the comparison that failed, and so are not among `runs`."""
+    cancelled: int = 0
+    """Runs of the comparison that a client cancelled."""
 
 
 class _ViewOrder(_Message):

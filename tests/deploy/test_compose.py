@@ -348,6 +348,11 @@ def test_the_api_is_healthy_when_it_is_ready() -> None:
     assert "'/readyz'" in SERVICES["api"]["healthcheck"]["test"][-1]
 
 
+@pytest.mark.parametrize("name", list(SERVICES))
+def test_no_container_can_take_the_memory_or_the_processes_of_the_machine(name: str) -> None:
+    assert SERVICES[name]["mem_limit"] not in ("", "0") and int(SERVICES[name]["pids_limit"]) > 0
+
+
 # --- MLflow --------------------------------------------------------------------------------------------------------
 
 

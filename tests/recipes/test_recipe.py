@@ -532,3 +532,20 @@ def test_stochastic_pooling_has_windows_that_can_be_drawn_from() -> None:
     with pytest.raises(RecipeInvalid) as refused:
         fill(Recipe.model_validate(SCRATCH | {"network": {"layers": layers}}), Task.MULTICLASS, THREE)
     assert refused.value.field == "network.layers[0].size"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": True},
+        {"seed": False},
+        {"optimizer": {"learning_rate": True}},
+        {"head": {"hidden": [True]}},
+        {"folds": {"k": True}},
+        {"early_stopping": {"target": {"metric": "accuracy", "value": True}}},
+    ],
+)
+def test_true_and_false_are_no_numbers(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="no true or false"):
+        Recipe(**wrong)
+    assert Recipe(neighbours=True).neighbours

@@ -21,6 +21,7 @@ from artifacts import images, neighbours
 from artifacts.images import ImageLimits
 from artifacts.layout import Split
 from artifacts.manifest import Row
+from artifacts.tensors import load_values
 from inference import heads
 from inference.engine import OpenVinoEngine
 from inference.explain import Explanation
@@ -61,6 +62,9 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(tmp_path: Path, 
     assert kept["folds"].shape == (1, 60) and set(kept["folds"][0]) == {0, 1, 2}
     assert kept["logits"].shape == (1, 60, 3) and kept["logits"].dtype == np.float32
     ordered = sorted(rows, key=lambda row: row.path)
+    named = load_values(outcome.files["out-of-fold.safetensors"][0])
+    assert named["paths"] == [row.path for row in ordered] and named["labels"] == ["blue", "green", "red"]
+    assert named["sha256"] == [row.sha256 for row in ordered]
     truth = np.array([["blue", "green", "red"].index(row.labels[0]) for row in ordered])
     again = evaluation.evaluate(Task.MULTICLASS, ["blue", "green", "red"], truth, kept["logits"][0])
     assert again["confusion"] == outcome.metrics["confusion"]

@@ -180,7 +180,7 @@ def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences
     winner += headline.formatted(entries[best].score)
     others = [(entry, found) for entry, found in zip(entries, differences, strict=True) if found is not None]
     if not others:
-        return f"{winner}; no other recipe could be trained, so there is nothing to compare it with."
+        return f"{winner}; no other recipe has a score, so there is nothing to compare it with."
     near = [entry for entry, found in others if found.p_value >= LEVEL]
     if not near:
         next_best, _ = min(others, key=lambda other: abs(other[1].difference))

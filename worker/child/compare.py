@@ -57,6 +57,7 @@ def compare(order: CompareOrder, channel: Channel) -> None:
     ]
     rows = manifest.load(store.read(order.manifest))
     found = comparing.compare(task, order.labels, rows, entries, alive)
+    verdict = " ".join(filter(None, [found.verdict, _missing(order)]))
     alive()
     times = _prediction_times(order.runs, store, order.threads, alive)
     lines = [
@@ -75,12 +76,12 @@ def compare(order: CompareOrder, channel: Channel) -> None:
     ]
     interval = headline.interval_kind(order.runs[0].metrics)
     ranked = sorted(lines, key=lambda line: (line.difference is not None, _loss(headline, line.score)))
-    report = comparison_report.report(order.name, headline, ranked, found.verdict, interval)
+    report = comparison_report.report(order.name, headline, ranked, verdict, interval)
     table = {
         "metric": headline.metric,
         "greater_is_better": headline.is_greater_better,
         "best": order.runs[found.best].position,
-        "verdict": found.verdict,
+        "verdict": verdict,
         "interval": interval,
         "test": comparing.TEST,
         "rows": [{"position": run.position, **asdict(line)} for run, line in zip(order.runs, lines, strict=True)],
@@ -92,6 +93,12 @@ def compare(order: CompareOrder, channel: Channel) -> None:
             table=table,
         )
     )
+
+
+def _missing(order: CompareOrder) -> str:
+    """Return the sentence on recipes without a row in the table, or an empty text if there are none."""
+    counts = [f"{count} {how}" for count, how in ((order.failed, "failed"), (order.cancelled, "cancelled")) if count]
+    return f"Not in the table: the runs of other recipes ({', '.join(counts)})." if counts else ""
 
 
 def _loss(headline: Headline, score: float) -> float:

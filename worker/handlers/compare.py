@@ -78,6 +78,8 @@ class Compare(Handler):
                 for position, (title, run) in enumerate(zip(titles, compared, strict=True))
                 if run.state is RunState.SUCCEEDED
             ),
+            failed=sum(run.state is RunState.FAILED for run in compared),
+            cancelled=sum(run.state is RunState.CANCELLED for run in compared),
         )
 
     def _complete(self, session: Session, comparison_id: str, outcome: ComparisonOutcome) -> None:

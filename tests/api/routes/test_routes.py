@@ -433,6 +433,10 @@ def test_a_file_of_a_run_is_sent_as_it_was_made_or_not_at_all(
     assert (answer.status_code, answer.content) == (200, b"0123456789")
     assert answer.headers["content-type"].startswith("text/markdown")
     assert answer.headers["etag"] == f'"{digest}"'
+    for known in (f'"{digest}"', f'"other", W/"{digest}"', "*"):
+        again = client.get(file["url"], headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", f'"{digest}"')
+    assert client.get(file["url"], headers={"If-None-Match": '"other"'}).status_code == 200
     part = client.get(file["url"], headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
     services.store.path_for(digest).write_bytes(b"0123456780")
@@ -697,3 +701,22 @@ def test_lists_leave_out_what_grows_with_the_classes_and_versions_have_pages(
     assert [one["version"] for one in first["items"] + rest["items"]] == list(range(52, 0, -1))
     assert rest["next_cursor"] is None and rest["items"][0]["metrics"] == {"accuracy": 11}
     assert client.get("/api/v1/models/m/versions/52").json()["metrics"] == {"accuracy": 51, **tables}
+
+
+def test_runs_are_listed_by_their_state_name_or_data_set(client: TestClient, services: Services, dataset: str) -> None:
+    with services.database.writing() as session:
+        other = records.ready_version(session, "other")
+        mine, failed = (records.queued_run(session, other, name).id for name in ("mine", "failed"))
+        session.get_one(runs.Run, failed).state = runs.RunState.FAILED
+        other_dataset = records.dataset_of(session, other).id
+    also = start(client, dataset).json()["id"]
+    for query, found in [
+        ("state=failed", [failed]),
+        ("name=mine", [mine]),
+        (f"dataset={dataset}", [also]),
+        (f"dataset={other_dataset}&state=queued", [mine]),
+        ("state=running", []),
+    ]:
+        assert [run["id"] for run in client.get(f"/api/v1/runs?{query}").json()["items"]] == found, query
+    assert client.get("/api/v1/runs?state=broken").status_code == 422
+    assert client.get("/api/v1/runs?dataset=none").status_code == 404

@@ -122,7 +122,7 @@ def test_a_head_whose_target_is_reached_stops_alone() -> None:
         recipe(early_stopping=EarlyStopping(monitor="val_accuracy", patience=10, target=aim)),
         wanted(3),
     )
-    assert [fit.trained.stopped for fit in found] == ["target", "patience", "target"]
+    assert [fit.trained.stopped for fit in found] == ["target", "target", "patience"]
 
 
 @pytest.mark.slow

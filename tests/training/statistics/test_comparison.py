@@ -242,7 +242,7 @@ def test_the_report_has_a_line_for_each_recipe() -> None:
     text = report("flowers", ACCURACY, LINES, "The first.", "Wilson")
     lines = text.splitlines()
     assert "The first." in lines and f"- {TEST}" in lines
-    assert "| head.l2=$0.1 | 2 | 95.0% | 90.0% to 97.0% |  |  |  | 12.5 s | 3.25 ms | 1.5 MB | 0.02 MB |" in lines
+    assert r"| head.l2=\$0.1 | 2 | 95.0% | 90.0% to 97.0% |  |  |  | 12.5 s | 3.25 ms | 1.5 MB | 0.02 MB |" in lines
     assert "| -5.0% | -8.0% to -2.0% | 0.0031 |" in text
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 

@@ -203,6 +203,7 @@ def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop
     assert all(row["predict_ms"] > 0 and row["backbone_bytes"] == len(mean_colour("colour")) for row in (first, last))
     assert last["ci95"] == pytest.approx([0.775, 0.975]) and found.table["interval"] == "Wilson, over groups of images"
     assert found.table["verdict"].startswith("epochs=3 has the best accuracy, 97.5%")
+    assert found.table["verdict"].endswith("Not in the table: the runs of other recipes (1 failed).")
     assert case.store.has(found.picture_sha256) and case.store.has(found.report_sha256)  # type: ignore[arg-type]
     assert case.owed() == sorted((case.run_ids[number], "comparison") for number in (0, 2))
 
