@@ -210,6 +210,30 @@ def test_a_run_needs_a_data_set_that_is_ready(client: TestClient, services: Serv
     assert shown["error"]["type"].endswith(":dataset-refused")
 
 
+@ON_SQLITE
+def test_a_rejected_archive_that_is_kept_is_taken_in_again_once(client: TestClient, services: Services) -> None:
+    dataset = client.post("/api/v1/datasets?name=waiting", content=ARCHIVE).json()["id"]
+    address = f"/api/v1/datasets/{dataset}/versions/1/ingest"
+    assert client.post(f"{address}?allow_refused=true").status_code == 409
+    with services.database.writing() as session:
+        version = datasets.get_versions(session, dataset)[0]
+        error = {"code": "dataset-refused", "detail": "18 of 34.", "retry": "allow_refused"}
+        datasets.mark_rejected(session, version.id, error, warnings=["Look."], keep_archive=True)
+    shown = client.get(f"/api/v1/datasets/{dataset}").json()
+    assert (shown["warnings"], shown["error"]["retry"]) == (["Look."], "allow_refused")
+    assert client.post(address).status_code == client.post(f"{address}?names=utf-16").status_code == 422
+    answers = [
+        client.post(f"{address}?names=cp949&allow_refused=true", headers={"Idempotency-Key": "once"}) for _ in range(2)
+    ]
+    assert [answer.status_code for answer in answers] == [202, 202]
+    assert answers[0].json() == answers[1].json() and answers[0].json()["version"] == 2
+    with services.database.reading() as session:
+        again, rejected = datasets.get_versions(session, dataset)
+    assert (again.code_page, again.allow_refused, rejected.archive_sha256) == ("cp949", True, None)
+    assert client.post(f"{address}?allow_refused=true").status_code == 409
+    assert client.post(f"/api/v1/datasets/{dataset}/versions/9/ingest?allow_refused=true").status_code == 404
+
+
 @pytest.mark.parametrize("version", [2, 0])
 def test_a_run_needs_a_version_that_exists(client: TestClient, dataset: str, version: int) -> None:
     answer = client.post("/api/v1/runs", json={"dataset": dataset, "name": "m", "version": version})
