@@ -14,14 +14,14 @@ from types import FrameType
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_swagger import patch_fastapi
 from uvicorn.config import STARTUP_FAILURE
 
 import logs
 from api import openapi, problems
 from api.connections import Acceptor, Connections, connection_limits, listen
-from api.dependencies import Services
+from api.dependencies import Services, refuse_unknown_query
 from api.key_claims import KeyClaims
 from api.metrics import Metrics
 from api.middleware import RequestMiddleware, ShutdownState
@@ -93,6 +93,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         version="1",
         description=_DESCRIPTION,
         lifespan=lifespan,
+        dependencies=[Depends(refuse_unknown_query)],
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,

@@ -16,9 +16,11 @@ from api.key_claims import KeyClaims
 from api.metrics import Metrics
 from api.middleware import ShutdownState
 from api.prediction_queue import PredictionQueue
+from api.problems import short_repr
 from api.version_resolver import VersionResolver
 from artifacts.store import Store
 from dispatch import Dispatcher
+from errors import RequestInvalid
 from inference.shelf import Shelf
 from models.project import Principal
 from models.session import Database
@@ -51,6 +53,22 @@ async def get_services(request: Request) -> Services:
 async def get_principal() -> Principal:
     """Return who sent the request; today everybody works in one project."""
     return Principal()
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """Refuse query parameters that the route does not document: a filter that is ignored would list everything."""
+    if not request.query_params or not request.url.path.startswith("/api/v1/"):
+        return
+    documented = request.app.openapi()["paths"].get(request.scope["route"].path, {})
+    parameters = documented.get(request.method.lower(), {}).get("parameters", ())
+    known = [parameter["name"] for parameter in parameters if parameter["in"] == "query"]
+    for name in request.query_params:
+        if name not in known:
+            raise RequestInvalid(
+                f"{name}: Expected {' or '.join(known) if known else 'no query parameters'}. "
+                f"Received a query parameter {short_repr(name)}.",
+                field=name,
+            )
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]

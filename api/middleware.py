@@ -65,17 +65,29 @@ class RequestMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status = 500
+        asked = scope["method"]
+        is_bare = False  # whether the answer has no body
+        if asked == "HEAD":  # answered as GET without its body; the server's own scope stays HEAD
+            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_bare
+            if is_bare:
+                return
             if message["type"] == "http.response.start":
-                status = message["status"]
                 headers = MutableHeaders(scope=message)
+                if _is_known(scope, message["status"], headers):
+                    message["status"] = 304
+                    del headers["content-length"], headers["content-type"]
+                status = message["status"]
+                is_bare = asked == "HEAD" or status == 304
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
                 if self._shutdown.is_draining or self._connections.is_crowded:
                     headers["Connection"] = "close"
             await send(message)
+            if is_bare:
+                await send({"type": "http.response.body", "body": b""})
 
         try:
             with structlog.contextvars.bound_contextvars(request=request_id):
@@ -86,7 +98,7 @@ class RequestMiddleware:
                     await self._app(scope, receive, send_with_headers)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._metrics.count_request(scope["method"], route, status, time.perf_counter() - started)
+            self._metrics.count_request(asked, route, status, time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> EspalierError | None:
         """Return the error that refuses a request, or None if a route may see it."""
@@ -124,6 +136,15 @@ class RequestMiddleware:
             return None
         host, _ = scope.get("client") or ("", 0)
         return self._guard.check(headers.get("authorization", ""), host)
+
+
+def _is_known(scope: Scope, status: int, headers: MutableHeaders) -> bool:
+    """Return whether the client has an answer already, by the ETag that it sent (RFC 9110, 13.1.2)."""
+    sent = Headers(scope=scope).get("if-none-match")
+    tag = headers.get("etag")
+    if sent is None or tag is None or status != 200 or scope["method"] != "GET":
+        return False
+    return sent.strip() == "*" or tag in [one.strip().removeprefix("W/") for one in sent.split(",")]
 
 
 def _without_port(host: str) -> str:

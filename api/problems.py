@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import compile_path
 
 import errors
 from errors import EspalierError, RecipeInvalid, RequestInvalid
@@ -145,7 +146,10 @@ def install(app: FastAPI) -> None:
             "status": status.value,
             "detail": f"{error.detail}. Received {request.method} {request.url.path}.",
         }
-        return _answer(content, request_id(request), error.headers)
+        headers = dict(error.headers or {})
+        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(request))
+        return _answer(content, request_id(request), headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -157,6 +161,15 @@ def install(app: FastAPI) -> None:
         log.exception("request broke", path=request.url.path, exc_info=error)
         broken = EspalierError("This is a bug in Espalier. The log of the API has more under this request_id.")
         return response(broken, request_id(request))
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that a path has, over all routes; each framework route knows only its own."""
+    found = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        if compile_path(path)[0].match(request.url.path):
+            found |= {method.upper() for method in operations}
+    return sorted(found | {"HEAD"} if "GET" in found else found)
 
 
 _SHORT = reprlib.Repr()

@@ -167,9 +167,22 @@ def get_run(session: Session, principal: Principal, run_id: str) -> Run:
     return run
 
 
-def list_runs(session: Session, principal: Principal, page: PageRequest) -> RowPage[Run]:
-    """Return one page of the runs, the newest first."""
+def list_runs(
+    session: Session,
+    principal: Principal,
+    page: PageRequest,
+    state: RunState | None = None,
+    name: str | None = None,
+    dataset_versions: Collection[str] | None = None,
+) -> RowPage[Run]:
+    """Return one page of the runs, the newest first: all, or those of a state, a name or data set versions by id."""
     query = select(Run).where(scope(Run.project_id, principal)).options(defer(Run.metrics))
+    if state is not None:
+        query = query.where(Run.state == state)
+    if name is not None:
+        query = query.where(Run.name == name)
+    if dataset_versions is not None:
+        query = query.where(Run.dataset_version_id.in_(dataset_versions))
     return fetch_records(session, query, Run.id, page)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
@@ -22,7 +22,9 @@ from api.schemas import (
     Extraction,
     FileOut,
     FoldOut,
+    Id,
     MlflowRefusal,
+    Name,
     Page,
     RunOut,
     RunProgress,
@@ -36,7 +38,7 @@ from models import dataset as datasets
 from models import outbox, registry, run_jobs
 from models import run as runs
 from models.dataset import DatasetVersion
-from models.run import Run
+from models.run import Run, RunState
 from recipes.catalogue import ALL, CATALOGUE, Backbone
 from recipes.recipe import IMAGENET, RANDOM
 
@@ -66,11 +68,24 @@ def start_run(
 
 @router.get("/runs")
 def list_runs(
-    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep,
+    principal: PrincipalDep,
+    limit: LimitQuery = 50,
+    cursor: CursorQuery = None,
+    state: Annotated[RunState | None, Query()] = None,
+    dataset: Annotated[Id | None, Query(description="Id of a data set.")] = None,
+    name: Annotated[Name | None, Query()] = None,
 ) -> Page[RunOut]:
-    """List runs, the newest first. Metrics leave out `confusion` and `per_class`, which each run by itself has."""
+    """List runs, the newest first: all, or those of a state, a data set or a name.
+
+    Metrics leave out `confusion` and `per_class`, which each run by itself has.
+    """
     with services.database.reading() as session:
-        page = runs.list_runs(session, principal, page_request(limit, cursor))
+        versions = None
+        if dataset is not None:
+            found = datasets.get_dataset(session, principal, dataset)
+            versions = [version.id for version in datasets.get_versions(session, found.id)]
+        page = runs.list_runs(session, principal, page_request(limit, cursor), state, name, versions)
         metrics = runs.get_brief_metrics(session, [run.id for run in page.rows])
         items = [_run_out(session, services, run, metrics[run.id]) for run in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))

@@ -129,6 +129,22 @@ def test_a_wrong_method_is_a_problem_that_says_what_is_allowed(client: TestClien
     assert answer.status_code == 405
     assert answer.json()["type"].endswith(":method-not-allowed")
     assert "DELETE /api/v1/runs" in answer.json()["detail"]
+    assert answer.headers["allow"] == "GET, HEAD, POST"
+
+
+def test_head_is_answered_like_get_without_a_body(client: TestClient) -> None:
+    for path in ("/healthz", "/api/v1/runs", "/nowhere", "/api/v1/runs/none", "/openapi.json"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers["content-length"] == got.headers["content-length"]
+        assert head.headers["content-type"] == got.headers["content-type"]
+
+
+def test_an_unknown_query_parameter_is_refused_with_those_that_there_are(client: TestClient) -> None:
+    answer = client.get("/api/v1/runs?stat=failed")
+    assert (answer.status_code, answer.json()["field"]) == (422, "stat")
+    assert "Expected limit or cursor or state" in answer.json()["detail"]
+    assert client.get("/api/v1/runs?limit=3").status_code == client.get("/healthz?x=1").status_code == 200
 
 
 def test_the_documentation_asks_for_the_key_where_there_is_one(guarded: TestClient, client: TestClient) -> None:

@@ -210,6 +210,30 @@ def test_a_run_needs_a_data_set_that_is_ready(client: TestClient, services: Serv
     assert shown["error"]["type"].endswith(":dataset-refused")
 
 
+@ON_SQLITE
+def test_a_rejected_archive_that_is_kept_is_taken_in_again_once(client: TestClient, services: Services) -> None:
+    dataset = client.post("/api/v1/datasets?name=waiting", content=ARCHIVE).json()["id"]
+    address = f"/api/v1/datasets/{dataset}/versions/1/ingest"
+    assert client.post(f"{address}?allow_refused=true").status_code == 409
+    with services.database.writing() as session:
+        version = datasets.get_versions(session, dataset)[0]
+        error = {"code": "dataset-refused", "detail": "18 of 34.", "retry": "allow_refused"}
+        datasets.mark_rejected(session, version.id, error, warnings=["Look."], keep_archive=True)
+    shown = client.get(f"/api/v1/datasets/{dataset}").json()
+    assert (shown["warnings"], shown["error"]["retry"]) == (["Look."], "allow_refused")
+    assert client.post(address).status_code == client.post(f"{address}?names=utf-16").status_code == 422
+    answers = [
+        client.post(f"{address}?names=cp949&allow_refused=true", headers={"Idempotency-Key": "once"}) for _ in range(2)
+    ]
+    assert [answer.status_code for answer in answers] == [202, 202]
+    assert answers[0].json() == answers[1].json() and answers[0].json()["version"] == 2
+    with services.database.reading() as session:
+        again, rejected = datasets.get_versions(session, dataset)
+    assert (again.code_page, again.allow_refused, rejected.archive_sha256) == ("cp949", True, None)
+    assert client.post(f"{address}?allow_refused=true").status_code == 409
+    assert client.post(f"/api/v1/datasets/{dataset}/versions/9/ingest?allow_refused=true").status_code == 404
+
+
 @pytest.mark.parametrize("version", [2, 0])
 def test_a_run_needs_a_version_that_exists(client: TestClient, dataset: str, version: int) -> None:
     answer = client.post("/api/v1/runs", json={"dataset": dataset, "name": "m", "version": version})
@@ -409,6 +433,10 @@ def test_a_file_of_a_run_is_sent_as_it_was_made_or_not_at_all(
     assert (answer.status_code, answer.content) == (200, b"0123456789")
     assert answer.headers["content-type"].startswith("text/markdown")
     assert answer.headers["etag"] == f'"{digest}"'
+    for known in (f'"{digest}"', f'"other", W/"{digest}"', "*"):
+        again = client.get(file["url"], headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", f'"{digest}"')
+    assert client.get(file["url"], headers={"If-None-Match": '"other"'}).status_code == 200
     part = client.get(file["url"], headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
     services.store.path_for(digest).write_bytes(b"0123456780")
@@ -673,3 +701,22 @@ def test_lists_leave_out_what_grows_with_the_classes_and_versions_have_pages(
     assert [one["version"] for one in first["items"] + rest["items"]] == list(range(52, 0, -1))
     assert rest["next_cursor"] is None and rest["items"][0]["metrics"] == {"accuracy": 11}
     assert client.get("/api/v1/models/m/versions/52").json()["metrics"] == {"accuracy": 51, **tables}
+
+
+def test_runs_are_listed_by_their_state_name_or_data_set(client: TestClient, services: Services, dataset: str) -> None:
+    with services.database.writing() as session:
+        other = records.ready_version(session, "other")
+        mine, failed = (records.queued_run(session, other, name).id for name in ("mine", "failed"))
+        session.get_one(runs.Run, failed).state = runs.RunState.FAILED
+        other_dataset = records.dataset_of(session, other).id
+    also = start(client, dataset).json()["id"]
+    for query, found in [
+        ("state=failed", [failed]),
+        ("name=mine", [mine]),
+        (f"dataset={dataset}", [also]),
+        (f"dataset={other_dataset}&state=queued", [mine]),
+        ("state=running", []),
+    ]:
+        assert [run["id"] for run in client.get(f"/api/v1/runs?{query}").json()["items"]] == found, query
+    assert client.get("/api/v1/runs?state=broken").status_code == 422
+    assert client.get("/api/v1/runs?dataset=none").status_code == 404
