@@ -42,6 +42,9 @@ log = structlog.get_logger()
 
 # The time that a worker has to shut down. A supervisor must wait longer than this before it kills the worker.
 _DRAIN_S = 24.0
+# Celery pools that run tasks in the process of the worker, where `WorkerService` is. `prefork` would run them in forked
+# processes, without its lease threads and its database connections.
+_POOLS = ("celery.concurrency.thread", "celery.concurrency.solo")
 # A child process that waits for the next part of its run is stopped after this many sweeps.
 _IDLE_SWEEPS = 2
 
@@ -172,8 +175,18 @@ def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
 
         def __init__(self, worker: Any, **options: Any) -> None:
             super().__init__(worker, **options)
+            if worker.pool_cls.__module__ not in _POOLS:
+                log.critical(
+                    "worker cannot start: jobs need the pool 'threads', which is the default, so leave out --pool",
+                    pool=worker.pool_cls.__module__,
+                )
+                raise SystemExit(1)
             if worker.concurrency != 1:
-                log.critical("a worker runs one job at a time: start more workers instead", slots=worker.concurrency)
+                log.critical(
+                    "worker cannot start: a worker does one job at a time, so leave out --concurrency and "
+                    "start more workers instead",
+                    slots=worker.concurrency,
+                )
                 raise SystemExit(1)
 
         def start(self, worker: Any) -> None:

@@ -423,7 +423,7 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
         row, before = image.row, old.get(image.row.path)
         if len(said[row.sha256]) > 1:
             both = " and ".join(sorted(said[row.sha256]))
-            intake.refused.append(Refused(row.path, f"the same image has two different labels: {both}"))
+            intake.refused.append(Refused(row.path, f"this image appears more than once, with two labels: {both}"))
         elif before is not None and before.sha256 != row.sha256:
             intake.refused.append(Refused(row.path, "another image has this path in the earlier version"))
         elif before is None:
