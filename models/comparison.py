@@ -241,7 +241,9 @@ def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | Non
         return None
     if RunState.SUCCEEDED in states:
         comparison.state = ComparisonState.RUNNING
-        if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # a run was retried while the table was made
+        if jobs.has_unfinished_job(
+            session, JobKind.COMPARE, comparison.id
+        ):  # a run was retried while the table was made
             return None
         return _queue_table_job(session, comparison)
     if RunState.FAILED in states:

@@ -38,7 +38,7 @@ class JobKind(StrEnum):
 
 MAX_ATTEMPTS = 3
 """Maximum number of attempts at a job before it counts as failed."""
-ENDLESS = (JobKind.PURGE, JobKind.PUBLISH)
+KINDS_RETRIED_FOREVER = (JobKind.PURGE, JobKind.PUBLISH)
 """Kinds without a limit of attempts: MLflow must receive all outbox rows, and a purge can always continue."""
 UNDER_WAY = 1
 """Priority of jobs that continue a started run or that a client waits for; runs that have not started have 0."""
@@ -251,7 +251,7 @@ def _held(lease: Lease) -> Any:
 # --- by anybody ------------------------------------------------------------------------------------------------------
 
 
-def is_owed(session: Session, kind: JobKind, subject_id: str) -> bool:
+def has_unfinished_job(session: Session, kind: JobKind, subject_id: str) -> bool:
     """Return whether a job of a kind about a subject is queued or running."""
     query = select(Job.id).where(Job.kind == kind, Job.subject_id == subject_id, Job.state.in_(UNFINISHED))
     return session.scalar(query.limit(1)) is not None
@@ -299,7 +299,7 @@ def end_others(session: Session, job: Job) -> int:
     )
 
 
-def worked_on(session: Session, job_id: str) -> Sequence[Job]:
+def running_jobs(session: Session, job_id: str) -> Sequence[Job]:
     """Return the running ones among a job and the jobs that it created."""
     query = select(Job).where(or_(Job.id == job_id, Job.parent_id == job_id), Job.state == JobState.RUNNING)
     return session.scalars(query, execution_options={"populate_existing": True}).all()
@@ -341,7 +341,7 @@ def take_over(session: Session, observation: LeaseObservation) -> Job | None:
 
 def attempts_are_used_up(job: Job) -> bool:
     """Return whether a failure of this attempt is final."""
-    return job.attempt >= MAX_ATTEMPTS and job.kind not in ENDLESS
+    return job.attempt >= MAX_ATTEMPTS and job.kind not in KINDS_RETRIED_FOREVER
 
 
 def back_off_s(attempt: int) -> float:

@@ -67,7 +67,7 @@ def lock_active_run(session: Session, job: Job) -> Run | None:
 def get_progress(session: Session, run: Run) -> list[dict[str, Any]]:
     """Return the progress that each running job of a run has saved."""
     assert run.job_id is not None
-    return [job.progress for job in jobs.worked_on(session, run.job_id) if job.progress is not None]
+    return [job.progress for job in jobs.running_jobs(session, run.job_id) if job.progress is not None]
 
 
 def mark_started(session: Session, job: Job) -> Run | None:
@@ -193,7 +193,7 @@ def retry(session: Session, run: Run) -> Job:
 
 
 def _is_worked_on(session: Session, run: Run) -> bool:
-    return run.job_id is not None and bool(jobs.worked_on(session, run.job_id))
+    return run.job_id is not None and bool(jobs.running_jobs(session, run.job_id))
 
 
 def _queue(session: Session, job: Job, kind: JobKind, index: int = 0) -> Job:

@@ -104,9 +104,9 @@ class JobRunner:
             log.info("job started", attempt=job.attempt)
             lease = Lease(job.id, job.lease_epoch)
             with Holder(self._database, lease, self._timings, self._draining.is_set, self._clock) as holder:
-                return self.see_through(Work(self._database, job, holder, self._warm_child))
+                return self.run_claimed(Work(self._database, job, holder, self._warm_child))
 
-    def see_through(self, work: Work) -> Outcome:
+    def run_claimed(self, work: Work) -> Outcome:
         """Run a claimed job and write how it ended. Raises JobFailed."""
         job, handler = work.job, self._handlers[work.job.kind]
         try:

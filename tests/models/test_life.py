@@ -338,7 +338,7 @@ class Lives(RuleBasedStateMachine):
         life = next(life for life in self.lives if life.run_id == job.subject_id)
         for end in (self._message(life, Part(job.kind, job.index, 0)), TrainingDiverged("late"), Reason.DRAINING):
             self.told.end = end
-            self.loop.runner.see_through(self._work(job))
+            self.loop.runner.run_claimed(self._work(job))
         assert self.checks.check(Writer("late", Lease(job.id, job.lease_epoch))) == []
 
     @rule()
@@ -408,7 +408,7 @@ class Lives(RuleBasedStateMachine):
         """Have the loop see a job through to this end."""
         self.told.end = end
         with suppress(JobFailed):
-            self.loop.runner.see_through(self._work(job))
+            self.loop.runner.run_claimed(self._work(job))
         self.checks.check(Writer("end", Lease(job.id, job.lease_epoch)))
         self._leave(life, part, job)
 
