@@ -396,7 +396,7 @@ def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, se
     for query, detail in [
         ("explain=heatmap&label=green", "This model has no label 'green'. Its labels are: red, blue."),
         ("label=red", "together with explain=heatmap"),
-        ("explain=neighbours", "train it with neighbours: true"),
+        ("explain=neighbours", "train a model with `neighbours: true`"),
         ("explain=why", "Received 'why'"),
     ]:
         answer = client.post(f"{url}?{query}", content=colours)
