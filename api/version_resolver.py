@@ -80,7 +80,7 @@ class VersionResolver:
 
     def start(self) -> None:
         """Refresh the aliases in a thread until `close`."""
-        self._thread = threading.Thread(target=self._run, name="switchboard", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="version-resolver", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -198,8 +198,8 @@ class VersionResolver:
                 state.serving = target
 
     def _note_failure(self, target: ServedVersion, error: Exception) -> None:
-        told = error.record() if isinstance(error, EspalierError) else repr(error)
-        log.error("a version cannot be served; the old one stays", bundle=target.bundle, error=told)
+        record = error.record() if isinstance(error, EspalierError) else repr(error)
+        log.error("a version cannot be served; the old one stays", bundle=target.bundle, error=record)
         with self._lock:
             self._retry_at = time.monotonic() + RETRY_AFTER_S
 

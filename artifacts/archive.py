@@ -54,7 +54,7 @@ class Archive(Protocol):
     entries: tuple[Entry, ...]
     ignored: int
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         """Yield (path, bytes) for each wanted path in the archive's order; Refused instead of bytes if damaged."""
         ...
 
@@ -209,11 +209,11 @@ class ZipArchive:
                 self._infos[entry] = info
         self.entries, self.ignored = tuple(index.entries), index.ignored
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         inflated = 0
         with zipfile.ZipFile(self._path) as archive:
             for path, info in self._infos.items():
-                if path not in wanted:
+                if path not in paths:
                     continue
                 data = self._read(archive, path, info)
                 if isinstance(data, bytes):
@@ -343,10 +343,10 @@ class TarArchive:
                 self._names[info.name] = entry
         self.entries, self.ignored = tuple(index.entries), index.ignored
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         for tar, info in self._members():
             path = self._names.get(info.name)
-            if path is None or path not in wanted or not info.isreg():  # a folder may have the name of a file
+            if path is None or path not in paths or not info.isreg():  # a folder may have the name of a file
                 continue
             member = tar.extractfile(info)  # opens the member's bytes in place; nothing is written anywhere
             assert member is not None  # because it is a regular file

@@ -49,11 +49,11 @@ def main() -> int:
     """Run garbage collection from the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    wanted = parser.parse_args()
+    arguments = parser.parse_args()
     settings = Settings()
     database = Database(settings.database)
     try:
-        print(collect(database, open_store(settings.store), settings.collect_after_s, dry_run=wanted.dry_run))
+        print(collect(database, open_store(settings.store), settings.collect_after_s, dry_run=arguments.dry_run))
     except EspalierError as error:
         print(error.detail, file=sys.stderr)
         return 1

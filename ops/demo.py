@@ -73,12 +73,12 @@ class HeldOut:
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    wanted = _arguments()
+    arguments = _arguments()
     try:
         settings = up.load_settings()
         with up.running(settings) as supervisor:
             with up.client(settings) as api:
-                _demonstrate(api, wanted, settings)
+                _demonstrate(api, arguments, settings)
             if os.environ.get("CI") in (None, "", "0", "false"):
                 console.print("\nThe service keeps running. [bold]Ctrl-C stops it.[/]")
                 supervisor.wait()
@@ -105,24 +105,28 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args([argument for argument in sys.argv[1:] if not argument.endswith("=")])
 
 
-def _demonstrate(api: httpx2.Client, wanted: argparse.Namespace, settings: Any) -> None:
+def _demonstrate(api: httpx2.Client, arguments: argparse.Namespace, settings: Any) -> None:
     console.rule("[bold]Espalier")
-    all_files = read_images(wanted.data) if wanted.data else digits()
+    all_files = read_images(arguments.data) if arguments.data else digits()
     files, held_out = hold_out(all_files, HELD_OUT)
     dataset = _upload(api, files)
-    run = _train(api, dataset, files.name, _recipe(wanted))
+    run = _train(api, dataset, files.name, _recipe(arguments))
     _print_scores(run)
     _predict(api, run, held_out)
     _print_addresses(run, held_out, settings)
 
 
-def _recipe(wanted: argparse.Namespace) -> dict[str, Any]:
+def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
     # The digits have 8 x 8 pixels: a small input and an early layer suffice, and both are fast.
-    recipe: dict[str, Any] = {"weights": wanted.weights}
-    if wanted.data is None:
+    recipe: dict[str, Any] = {"weights": arguments.weights}
+    if arguments.data is None:
         recipe |= {"backbone": "vgg16", "image_size": 32, "features_from": "block3"}
-    given = {"backbone": wanted.backbone, "features_from": wanted.features_from, "image_size": wanted.image_size}
-    if wanted.backbone and wanted.backbone != recipe.get("backbone"):
+    given = {
+        "backbone": arguments.backbone,
+        "features_from": arguments.features_from,
+        "image_size": arguments.image_size,
+    }
+    if arguments.backbone and arguments.backbone != recipe.get("backbone"):
         recipe.pop("image_size", None)
         recipe.pop("features_from", None)
     return recipe | {name: value for name, value in given.items() if value}
@@ -151,8 +155,8 @@ def read_images(path: Path) -> Files:
         contents = {place: file.read_bytes() for place, file in found.items() if not is_litter(place)}
     elif path.is_file():
         archive = open_archive(path, ArchiveLimits())
-        wanted = [entry.path for entry in archive.entries]
-        contents = {place: data for place, data in archive.read(wanted) if not isinstance(data, Refused)}
+        paths = [entry.path for entry in archive.entries]
+        contents = {place: data for place, data in archive.read(paths) if not isinstance(data, Refused)}
     else:
         raise CannotStart(
             f"Expected DATA to be a folder or an archive. Received {path}, which does not exist or is neither."

@@ -137,7 +137,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         connect_s=settings.weights_connect_s,
         stall_s=settings.weights_stall_s,
     )
-    place = TrainingSettings(
+    training_settings = TrainingSettings(
         features=str(settings.features_folder.absolute()),
         pixels=str(settings.pixels_folder.absolute()),
         pixels_bytes=settings.pixels_bytes,
@@ -146,7 +146,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         source=source,
         checkpoint_share=settings.checkpoint_share,
     )
-    train = Train(store, place)
+    train = Train(store, training_settings)
     tracking = TrackingSettings(settings.mlflow, settings.mlflow_timeout_s, settings.api_public)
     return {
         JobKind.INGEST: Ingest(store, limits),
@@ -155,7 +155,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         JobKind.FOLD: train,
         JobKind.FINAL: train,
         JobKind.COMPARE: Compare(store, settings.engine_threads),
-        JobKind.VIEW: ComputeView(store, place.features, settings.image_limits, settings.engine_threads),
+        JobKind.VIEW: ComputeView(store, training_settings.features, settings.image_limits, settings.engine_threads),
         JobKind.PUBLISH: Publish(store, tracking),
     }
 

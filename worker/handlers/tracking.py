@@ -29,7 +29,7 @@ from models import registry
 from models import run as runs
 from models.comparison import Comparison
 from models.dataset import Dataset, DatasetVersion
-from models.outbox import Outbox, outbox_rows
+from models.outbox import Outbox, get_unsent_rows
 from models.registry import ModelVersion
 from models.run import Fold, Run, RunArtifact, RunState
 from recipes.headline import HEADLINES, Headline
@@ -109,7 +109,7 @@ class Publish(Handler):
     def run(self, work: Work) -> Complete:
         """Send everything that is owed, in order."""
         with work.database.reading() as session:
-            rows = outbox_rows(session, work.subject_id)
+            rows = get_unsent_rows(session, work.subject_id)
         with self._pages(self._place) as page_of:
             for row in rows:
                 with work.database.reading() as session:

@@ -608,7 +608,7 @@ def test_a_failed_run_is_queued_once_more_with_what_it_has(
     run = start(client, dataset).json()["id"]
     url = f"/api/v1/runs/{run}"
     refused = client.post(f"{url}/retry")
-    assert refused.status_code == 409 and "This one is queued" in refused.json()["detail"]
+    assert refused.status_code == 409 and "This run is queued" in refused.json()["detail"]
     with services.database.writing() as session:
         job = records.job_of(session, run)
         runs.start_run(session, run)
