@@ -171,8 +171,8 @@ class Ingest(Handler):
         allowed = max(BAD_FILES, int(BAD_SHARE * intake.files))
         if refused > allowed:
             raise DatasetRefused(
-                f"Expected at most {allowed} files that cannot be used. Received {refused} of {intake.files}; "
-                "'refused' lists them with their reasons."
+                f"{refused:,} of the {intake.files:,} files cannot be used; the limit is {allowed:,}. 'refused' lists "
+                "them with reasons. Remove or repair them, then upload the archive again."
             )
         if not rows:
             raise DatasetRefused("No file of the archive is an image that can be used; 'refused' says why.")
