@@ -1,4 +1,4 @@
-"""Imports weights that an operator trusts. Run as `python -m ops.weights BACKBONE NAME FILE`, or `make weights`."""
+"""Imports pretrained weights from a file. Run as `python -m ops.weights BACKBONE NAME FILE`, or `make weights`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def import_file(network: BackboneName, name: str, file: Path, store: Store, data
 
 
 def main() -> int:
-    """Import a file from the command line; return the exit status."""
+    """Import the weights file that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backbone", choices=[name.value for name in BackboneName])
     parser.add_argument("name", help="the name by which recipes refer to these weights")

@@ -112,8 +112,8 @@ def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: st
 def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> FileResponse:
     if digest is None:
         raise NotReady(
-            f"Comparison {comparison.id} is {comparison.state.value} and has no table. A comparison gets its table when "
-            "it succeeds."
+            f"Comparison {comparison.id} is {comparison.state.value} and has no table. A comparison gets its table "
+            "when it succeeds."
         )
     return stored_file(services.store, digest, media_type)
 
