@@ -46,7 +46,7 @@ from recipes.recipe import Folds, Mode, Recipe, Task
 from training.progress import FoldResult
 from worker.handlers.train import PartEnd, Train
 from worker.job_runner import JobFailed
-from worker.lease import Complete, Holder, Reason, Stopped, WarmChild, Work
+from worker.lease import Complete, LeaseHolder, Reason, Stopped, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import FoldEnded, Prepared, RunOutcome
 from worker.sweeper import Sweeper
@@ -338,7 +338,7 @@ class Lives(RuleBasedStateMachine):
         life = next(life for life in self.lives if life.run_id == job.subject_id)
         for end in (self._message(life, Part(job.kind, job.index, 0)), TrainingDiverged("late"), Reason.DRAINING):
             self.told.end = end
-            self.loop.runner.see_through(self._work(job))
+            self.loop.runner.run_claimed(self._work(job))
         assert self.checks.check(Writer("late", Lease(job.id, job.lease_epoch))) == []
 
     @rule()
@@ -390,7 +390,9 @@ class Lives(RuleBasedStateMachine):
 
     def _work(self, job: Job) -> Work:
         lease = Lease(job.id, job.lease_epoch)
-        return Work(self.database, job, Holder(self.database, lease, WATCHING, lambda: False, self.clock), WarmChild())
+        return Work(
+            self.database, job, LeaseHolder(self.database, lease, WATCHING, lambda: False, self.clock), WarmChild()
+        )
 
     def _message(self, life: Life, part: Part) -> PartEnd:
         match part.kind:
@@ -408,7 +410,7 @@ class Lives(RuleBasedStateMachine):
         """Have the loop see a job through to this end."""
         self.told.end = end
         with suppress(JobFailed):
-            self.loop.runner.see_through(self._work(job))
+            self.loop.runner.run_claimed(self._work(job))
         self.checks.check(Writer("end", Lease(job.id, job.lease_epoch)))
         self._leave(life, part, job)
 
