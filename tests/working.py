@@ -27,7 +27,7 @@ from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
 from worker.handlers.train import TrainingSettings
-from worker.lease import Complete, Handler, Holder, Reason, Stopped, Timings, WarmChild, Work
+from worker.lease import Complete, Handler, LeaseHolder, Reason, Stopped, Timings, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
@@ -134,7 +134,7 @@ def claimed_work(
     assert job is not None
     is_draining = (draining or threading.Event()).is_set
     warm_child = WarmChild()
-    with Holder(database, Lease(job.id, job.lease_epoch), QUICK, is_draining) as holder:
+    with LeaseHolder(database, Lease(job.id, job.lease_epoch), QUICK, is_draining) as holder:
         yield Work(through or database, job, holder, warm_child)
     warm_child.clear()
 
@@ -189,7 +189,7 @@ def work_on(work: Work) -> None:
 
 def _go_on(work: Work) -> bool:
     work.check()
-    work.moved()
+    work.report_progress()
     return False
 
 

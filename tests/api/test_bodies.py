@@ -77,7 +77,7 @@ def test_an_archive_above_the_limit_is_refused_before_and_while_it_comes(
     streamed = client.post("/api/v1/datasets?name=x", content=iter([large[:500_000], large[500_000:]]))
     for answer in (announced, streamed):
         assert answer.status_code == 413
-        assert "at most 1 MiB" in answer.json()["detail"]
+        assert "the limit is 1 MiB" in answer.json()["detail"]
     assert stored(services) == []
 
 

@@ -325,7 +325,7 @@ def test_keys_that_are_not_there_are_told_at_once(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.delenv(missing)
-    with pytest.raises(StoreRefused, match=f"Received nothing in {missing}"):
+    with pytest.raises(StoreRefused, match=f"Set {missing}"):
         open_store(bucket.address)
 
 

@@ -46,7 +46,7 @@ from recipes.recipe import Folds, Mode, Recipe, Task
 from training.progress import FoldResult
 from worker.handlers.train import PartEnd, Train
 from worker.job_runner import JobFailed
-from worker.lease import Complete, Holder, Reason, Stopped, WarmChild, Work
+from worker.lease import Complete, LeaseHolder, Reason, Stopped, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import FoldEnded, Prepared, RunOutcome
 from worker.sweeper import Sweeper
@@ -390,7 +390,9 @@ class Lives(RuleBasedStateMachine):
 
     def _work(self, job: Job) -> Work:
         lease = Lease(job.id, job.lease_epoch)
-        return Work(self.database, job, Holder(self.database, lease, WATCHING, lambda: False, self.clock), WarmChild())
+        return Work(
+            self.database, job, LeaseHolder(self.database, lease, WATCHING, lambda: False, self.clock), WarmChild()
+        )
 
     def _message(self, life: Life, part: Part) -> PartEnd:
         match part.kind:

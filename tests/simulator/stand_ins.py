@@ -136,7 +136,7 @@ class TrainingChild:
         work.check()
         if not self._has_sent(_POLL_S):
             return None
-        work.moved()
+        work.report_progress()
         sent = self._take()
         if isinstance(sent, Exception):
             raise sent

@@ -312,6 +312,13 @@ def test_a_worker_with_more_than_one_slot_is_refused(tmp_path: Path, broker_url:
         assert worker.returncode == 1 and "start more workers" in said
 
 
+def test_a_worker_with_a_pool_of_processes_is_refused(tmp_path: Path, broker_url: str) -> None:
+    # `--pool prefork` is the default of the command line, so Celery takes the pool of the configuration instead.
+    with worker_process(tmp_path, broker_url, "--pool", "processes") as worker:
+        _, output = worker.communicate(timeout=120)
+        assert worker.returncode == 1 and "jobs need the pool 'threads'" in output and "Traceback" not in output
+
+
 def test_a_worker_ends_when_celery_asks_it_to(database: Database, broker_url: str, tmp_path: Path) -> None:
     job_id = add_purge(database, "tulips")
     with worker_process(tmp_path, broker_url) as worker:

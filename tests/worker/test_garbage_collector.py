@@ -40,7 +40,7 @@ def test_it_collects_at_its_start_and_again_and_again(database: Database, store:
         second = leave(store, b"second")
         until(lambda: not store.has(second))
         collector.stop()
-    told = [entry for entry in logs if entry["event"] == "collected"]
+    told = [entry for entry in logs if entry["event"] == "garbage collected"]
     assert [(entry["files"], entry["size_bytes"]) for entry in told] == [(1, 5), (1, 6)]
 
 
@@ -76,7 +76,7 @@ def test_it_goes_on_after_the_bucket_was_away(sqlite: Database, bucket: Bucket, 
     line.cut()
     with capture_logs() as logs:
         collector.start()
-        until(lambda: len([entry for entry in logs if entry["event"] == "not collected"]) > 1)
+        until(lambda: len([entry for entry in logs if entry["event"] == "garbage not collected"]) > 1)
         assert bucket.digests()
         line.mend()
         until(lambda: not bucket.digests())
@@ -91,7 +91,7 @@ def test_it_goes_on_after_the_database_was_away_or_full(database: Database, stor
     file = leave(store, b"of nobody")
     with capture_logs() as logs:
         collector.start()
-        until(lambda: [entry for entry in logs if entry["event"] == "not collected"])
+        until(lambda: [entry for entry in logs if entry["event"] == "garbage not collected"])
         full.is_full = False
         until(lambda: not store.has(file))
         collector.stop()

@@ -117,7 +117,7 @@ def test_what_mlflow_is_owed_becomes_work(database: Database, start_loop: StartL
         published.append(work.subject_id)
 
         def complete(session: Session) -> None:
-            for row in outbox.outbox_rows(session, work.subject_id):
+            for row in outbox.get_unsent_rows(session, work.subject_id):
                 session.delete(row)
 
         return complete
@@ -172,10 +172,10 @@ def test_a_thousand_stale_messages_do_nothing(sqlite: Database) -> None:
 
 
 def test_a_job_of_another_queue_is_not_claimed(sqlite: Database) -> None:
-    moved = add_job(sqlite, "run_1", queue=Queue.CPU)
+    job_id = add_job(sqlite, "run_1", queue=Queue.CPU)
     runner = JobRunner(sqlite, [Queue.GPU], {JobKind.TRAIN: Hands(lambda work: None)}, "here", QUICK)
-    assert runner.run(moved) is Outcome.NOT_CLAIMED
-    assert look(sqlite, moved).state is JobState.QUEUED
+    assert runner.run(job_id) is Outcome.NOT_CLAIMED
+    assert look(sqlite, job_id).state is JobState.QUEUED
 
 
 def test_an_attempt_says_how_it_ended_and_asks_for_a_dispatch_at_its_begin_and_end(sqlite: Database) -> None:
@@ -266,7 +266,7 @@ def test_a_job_that_does_not_move_is_failed_as_stalled(database: Database, start
     start_loop(database, hands, timings=replace(QUICK, stall_s=0.3))
     job = settled(database, job_id, JobState.FAILED)
     assert job.error is not None
-    assert job.error["code"] == "stalled" and job.error["detail"].startswith("Nothing moved for 0.3 s")
+    assert job.error["code"] == "stalled" and job.error["detail"].startswith("The job made no progress for 0.3 s")
     assert hands.told == [("failed", "run_1", "stalled")]
     assert job.attempt == 1 and marks(database) == 0
 
@@ -285,7 +285,7 @@ def test_a_slow_job_that_moves_is_not_stalled(sqlite: Database) -> None:
             clock.sleep(0.4)
             assert work._holder.look()
             work.check()
-            work.moved()
+            work.report_progress()
         clock.sleep(0.6)
         assert not work._holder.look()
         with pytest.raises(Stopped, match="stalled"):
@@ -376,7 +376,7 @@ def test_an_unknown_exception_fails_the_job_as_a_bug_and_the_loop_lives_on(
         assert job.error == {"code": "internal", "detail": "ZeroDivisionError: division by zero. This is a bug."}
         settled(database, add_job(database, "run_2"), JobState.SUCCEEDED)
     assert hands.told == [("failed", "run_1", "internal")]
-    assert [entry["log_level"] for entry in logs if entry["event"] == "job broke"] == ["error"]
+    assert [entry["log_level"] for entry in logs if entry["event"] == "job raised an unexpected error"] == ["error"]
 
 
 def test_a_loop_survives_a_job_whose_end_cannot_be_written(sqlite: Database, start_loop: StartLoop) -> None:
@@ -393,7 +393,7 @@ def test_a_loop_survives_a_job_whose_end_cannot_be_written(sqlite: Database, sta
         start_loop(sqlite, Broken(fail))
         settled(sqlite, second, JobState.SUCCEEDED)
     assert look(sqlite, first).state is JobState.RUNNING  # the sweeper will find it
-    assert any(entry["event"] == "look failed" for entry in logs)
+    assert any(entry["event"] == "polling failed" for entry in logs)
 
 
 # --- what waits for somebody to make room --------------------------------------------------------------------------
@@ -451,13 +451,13 @@ def test_an_end_that_does_not_fit_is_written_when_there_is_room(
     with capture_logs() as logs:
         start_loop(roomless, Hands(fill_up), timings=replace(QUICK, let_go_s=0.3))
         assert is_full.wait(120)
-        until(lambda: [entry for entry in logs if entry["event"] == "waiting for room"])
+        until(lambda: [entry for entry in logs if entry["event"] == "database disk full, waiting"])
         time.sleep(0.5)
         assert look(database, job_id).state is JobState.RUNNING
         roomless.is_full = False
         until(lambda: look(database, job_id).state is not JobState.RUNNING)
     assert look(database, job_id).lease_epoch == 1
-    assert not [entry for entry in logs if entry["event"] in ("lease lost", "look failed")]
+    assert not [entry for entry in logs if entry["event"] in ("lease lost", "polling failed")]
 
 
 def test_work_goes_on_while_the_database_has_no_room_and_what_it_writes_waits(
@@ -534,7 +534,7 @@ def test_a_failed_tidying_up_changes_no_outcome(sqlite: Database, start_loop: St
         start_loop(sqlite, Hands(make))
         settled(sqlite, first, JobState.SUCCEEDED)
         settled(sqlite, add_job(sqlite, "run_2"), JobState.SUCCEEDED)
-        until(lambda: [entry for entry in logs if entry["event"] == "tidying up failed"])
+        until(lambda: [entry for entry in logs if entry["event"] == "clean-up after the job failed"])
 
 
 def test_a_job_without_an_end_leaves_nothing_for_afterwards(sqlite: Database, start_loop: StartLoop) -> None:
@@ -605,7 +605,7 @@ def test_a_loop_that_could_not_look_finds_the_job_later(
         start_loop(impatient, Hands(lambda work: None))
         settled(database, first, JobState.SUCCEEDED)
         outage.begin()
-        until(lambda: [entry for entry in logs if entry["event"] == "database away"])
+        until(lambda: [entry for entry in logs if entry["event"] == "database unavailable"])
         outage.end()
         settled(database, add_job(database, "run_2"), JobState.SUCCEEDED)
 

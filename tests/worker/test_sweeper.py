@@ -102,7 +102,7 @@ def test_a_job_that_loses_every_worker_is_failed_as_stalled(database: Database) 
         assert sweep_twice(database, hands) == 1
     job = look(database, job_id)
     assert job.state is JobState.FAILED and job.error is not None
-    assert (job.error["code"], job.error["detail"]) == ("stalled", "Its worker was lost at every attempt.")
+    assert (job.error["code"], job.error["detail"]) == ("stalled", "The worker of this job was lost at every attempt.")
     assert hands.told == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "stalled")]
 
 
@@ -151,7 +151,7 @@ def test_a_sweeper_survives_an_outage(database: Database, impatient: Database, o
     with capture_logs() as logs:
         outage.begin()
         sweeper.start()
-        until(lambda: [entry for entry in logs if entry["event"] == "database away"])
+        until(lambda: [entry for entry in logs if entry["event"] == "database unavailable"])
         outage.end()
         settled(database, job_id, JobState.QUEUED)
     sweeper.stop()

@@ -29,7 +29,7 @@ from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers
-from training.fitting.training_loop import Arrays, EpochRecorder, FitSummary, Snapshot, Stopping, shuffled
+from training.fitting.training_loop import Arrays, EarlyStoppingMonitor, EpochRecorder, FitSummary, Snapshot, shuffled
 from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
 from training.progress import Epoch
 
@@ -254,7 +254,7 @@ class _HeadInTraining:
         self._epochs = task.epochs
         self._history: list[Epoch] = []
         watches = recipe.early_stopping if len(fold.validation) else None
-        self._stopping = Stopping(watches) if watches else None
+        self._stopping = EarlyStoppingMonitor(watches) if watches else None
         self._restore()
         self._callbacks: list[Any] = [EpochRecorder(self._history, self.batches, task.hooks)]
         self._callbacks += self._stopping.callbacks if self._stopping else []

@@ -131,7 +131,7 @@ def train(
     """
     # Build the optimizer now. Otherwise Keras builds it during the first step, and TensorFlow traces that step twice.
     model.optimizer.build(model.trainable_variables)
-    stopping = Stopping(early_stopping) if validation is not None and early_stopping is not None else None
+    stopping = EarlyStoppingMonitor(early_stopping) if validation is not None and early_stopping is not None else None
     since = hooks.since if hooks.since is not None and fits(model, hooks.since) else None
     history = list(since.history) if since else []
     if since is not None:
@@ -340,7 +340,7 @@ class _KeepFreedMemory(keras.callbacks.Callback):  # type: ignore[misc]
 class _SnapshotOffer(keras.callbacks.Callback):  # type: ignore[misc]
     """Offers a snapshot at the end of each epoch except the last one."""
 
-    def __init__(self, history: list[Epoch], epochs: int, stopping: Stopping | None, offer: Offer) -> None:
+    def __init__(self, history: list[Epoch], epochs: int, stopping: EarlyStoppingMonitor | None, offer: Offer) -> None:
         super().__init__()
         self._history = history
         self._epochs = epochs
@@ -355,7 +355,7 @@ class _SnapshotOffer(keras.callbacks.Callback):  # type: ignore[misc]
         return snapshot(self.model, self._history, self._stopping.early_stopping_state() if self._stopping else None)
 
 
-class Stopping:
+class EarlyStoppingMonitor:
     """Early stopping by patience and by target: the Keras callbacks, and the reason why they stopped."""
 
     def __init__(self, recipe: EarlyStopping) -> None:

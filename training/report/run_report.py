@@ -134,8 +134,8 @@ def _bake_off_lines(run: Description) -> list[str]:
         "## Where features come from",
         "",
         f"`{chosen.features_from}` of {CATALOGUE[chosen.backbone].title} was chosen by a bake-off on "
-        f"{run.pick.images:,} images in {FOLDS} folds of their own. The score above was measured "
-        "afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
+        f"{run.pick.images:,} images, which were split into {FOLDS} folds only for this choice. The score above was "
+        "measured afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
         "choice depends on some of the labels "
         "that the score is measured on.",
         "",

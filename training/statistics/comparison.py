@@ -178,8 +178,8 @@ def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences
         next_best, _ = min(others, key=lambda other: abs(other[1].difference))
         largest = max(found.p_value for _, found in others)
         return (
-            f"{winner}, and is better than every other: the next, {next_best.title}, has "
-            f"{headline.formatted(next_best.score)} (p at most {largest:.2g}, adjusted by Holm)."
+            f"{winner}, significantly better than all other recipes. The second best is {next_best.title} with "
+            f"{headline.formatted(next_best.score)} (every p ≤ {largest:.2g}, adjusted by Holm's method)."
         )
     names = " and ".join(filter(None, [", ".join(entry.title for entry in near[:-1]), near[-1].title]))
     return f"{winner}, but cannot be told apart from {names} on these images."

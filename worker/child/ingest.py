@@ -1,4 +1,7 @@
-"""Reads an uploaded archive, inside a child process: decoders of strangers' files run here and nowhere else."""
+"""Reads an uploaded archive and decodes its images, inside a child process.
+
+Uploaded files are decoded only here, because a malicious image may attack the decoder.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from worker.messages import ImageAccepted, ImageBegun, ImageRejected, IngestOrde
 
 
 def ingest(order: IngestOrder, channel: Channel) -> None:
-    """Read an archive: store each image that can be used, and report what is known of it.
+    """Read an archive, store its usable images and report each of them to the worker.
 
-    Sends LayoutFound once, then for each image ImageBegun and ImageAccepted or ImageRejected. An image that kills this
-    process is the last one that was begun; the worker then orders the rest from a new process.
+    Sends LayoutFound once. Then sends, for each image, ImageBegun and after it ImageAccepted or ImageRejected. If an
+    image kills this process, the worker knows from ImageBegun which one, and a new process reads the other images.
     """
     resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
     store = Store(Path(order.store))
@@ -35,7 +38,7 @@ def ingest(order: IngestOrder, channel: Channel) -> None:
     )
     samples = {sample.path: sample for sample in found.samples if sample.path not in done}
     for path, data in archive.read(samples.keys()):
-        # With its digest, so that the worker knows of every file that may lie in the store if it stops us now.
+        # The digest lets the worker remove the stored file if it stops this process before ImageAccepted.
         channel.send(ImageBegun(path=path, sha256=None if isinstance(data, Refused) else digest_of(data)))
         _limit_cpu(order.decode_cpu_s)
         try:
@@ -68,12 +71,12 @@ def _layout(archive: Archive) -> Layout:
         return layout.from_folders(paths)
     _, data = next(archive.read({labels}))
     if isinstance(data, Refused):
-        raise DatasetRefused(f"labels.csv is {data.reason}.")
+        raise DatasetRefused(f"labels.csv cannot be used: it is {data.reason}.")
     return layout.from_labels(data, labels, paths)
 
 
 def _limit_cpu(seconds: int) -> None:
-    """Have the kernel end this process if the next image takes more than so many seconds of processor time."""
+    """Let the kernel kill this process if it uses more than `seconds` of processor time from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     spent = int(used.ru_utime + used.ru_stime)
     resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds + 1, resource.RLIM_INFINITY))

@@ -114,7 +114,7 @@ def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, 
     files = [("images", ("a", PNG)), ("images", ("b", b"")), ("images", ("c", PNG))]
     answer = client.post(WARM, files=files)
     assert (answer.status_code, answer.json()["image"]) == (422, 1)
-    assert answer.json()["type"].endswith(":image-refused") and "Received an empty file" in answer.json()["detail"]
+    assert answer.json()["type"].endswith(":image-refused") and "is an empty file" in answer.json()["detail"]
     empty = client.post(WARM, json={"images": [base64.b64encode(PNG).decode(), ""]})
     assert (empty.status_code, empty.json()["image"]) == (422, 1)
 
@@ -129,7 +129,7 @@ def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loa
         answer = client.post(WARM, **sent)  # type: ignore[arg-type]
         assert answer.status_code == 413, answer.text
         assert answer.json()["type"].endswith(":too-large")
-    assert "Expected a file of at most 0.0476837 MiB. Received 0.1 MiB" in answer.json()["detail"]
+    assert "has 0.1 MiB; the limit for a file is 0.0476837 MiB" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("way", ["announced", "streamed"])
@@ -140,7 +140,7 @@ def test_a_body_above_its_limit_is_too_large_and_the_answer_says_how_large(
     answer = client.post(WARM, content=large if way == "announced" else iter([large]))
     assert answer.status_code == 413
     said = "200001 bytes" if way == "announced" else "more than 200000 bytes"
-    assert f"Received {said}" in answer.json()["detail"]
+    assert f"The body has {said}; the limit is" in answer.json()["detail"]
 
 
 def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: Loads) -> None:
@@ -209,7 +209,7 @@ def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Loads, 
     sent: list[bytes] = []
     status, problem = ask(client, "POST", WARM, receive)
     assert (status, problem["type"].rsplit(":")[-1]) == (504, "deadline-exceeded")
-    assert "Received 4 bytes, then nothing" in problem["detail"]
+    assert "4 bytes arrived, then nothing" in problem["detail"]
 
 
 # --- what is turned away -------------------------------------------------------------------------------------------
@@ -219,16 +219,19 @@ def test_admission_counts_images_and_bytes_and_lets_an_idle_service_take_any() -
     admission = Admission(limit_images=4, limit_bytes=100)
     with admission.admit(1000) as take:
         take(30)
-        with pytest.raises(Overloaded, match="at most 4 images"), admission.admit(1):
+        with pytest.raises(Overloaded, match="1 more; the limit is 4"), admission.admit(1):
             pass
     with admission.admit(50) as take:
-        with pytest.raises(Overloaded, match="at most 100 bytes"), admission.admit(51):
+        with pytest.raises(Overloaded, match="51 more; the limit is 100"), admission.admit(51):
             pass
         with admission.admit(50):
             take(2)
-            with pytest.raises(Overloaded, match="Received 1 more while 4 are"):
+            with pytest.raises(Overloaded, match="4 images are waiting, and this request has 1 more"):
                 take(1)
-        with admission.admit(50) as take_more, pytest.raises(Overloaded, match="Received 2 more while 4 are"):
+        with (
+            admission.admit(50) as take_more,
+            pytest.raises(Overloaded, match="4 images are waiting, and this request has 2 more"),
+        ):
             take_more(2)
     with admission.admit(100), pytest.raises(RuntimeError), admission.admit(0):
         raise RuntimeError("what fails gives its places back")

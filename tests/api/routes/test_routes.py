@@ -234,7 +234,7 @@ def test_a_json_body_above_a_mebibyte_is_refused(client: TestClient, way: str) -
     assert answer.status_code == 413
     assert answer.json()["type"].endswith(":too-large")
     received = f"{len(body)} bytes" if way == "announced" else "more than 1048576 bytes"
-    assert answer.json()["detail"] == f"Expected a body of at most 1 MiB. Received {received}."
+    assert answer.json()["detail"] == f"The body has {received}; the limit is 1 MiB."
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "application/json"])
@@ -491,7 +491,10 @@ def test_a_process_that_ends_soon_is_not_ready_and_has_its_clients_leave(
     assert "connection" not in client.get("/healthz").headers
     services.shutdown.is_draining = True
     answer = client.get("/readyz")
-    assert answer.status_code == 503 and answer.json()["checks"]["process"] == {"ok": False, "detail": "ends soon"}
+    assert answer.status_code == 503 and answer.json()["checks"]["process"] == {
+        "ok": False,
+        "detail": "is shutting down",
+    }
     assert client.get("/healthz").headers["connection"] == "close"
 
 
@@ -608,7 +611,7 @@ def test_a_failed_run_is_queued_once_more_with_what_it_has(
     run = start(client, dataset).json()["id"]
     url = f"/api/v1/runs/{run}"
     refused = client.post(f"{url}/retry")
-    assert refused.status_code == 409 and "This one is queued" in refused.json()["detail"]
+    assert refused.status_code == 409 and "This run is queued" in refused.json()["detail"]
     with services.database.writing() as session:
         job = records.job_of(session, run)
         runs.start_run(session, run)

@@ -263,7 +263,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intak
     assert reasons["red/text.png"] == reasons["blue/vector.svg"]
     assert reasons["red/text.png"].endswith("Received something else.")
     assert "Received 200 × 200" in reasons["green/huge.png"]
-    assert reasons["readme.txt"] == "in no class folder"
+    assert reasons["readme.txt"] == "not in a class folder"
     assert intake.has_nothing_but(version)
 
 
@@ -284,7 +284,7 @@ def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
     files["green/liar.png"] = files["blue/0.png"]
     version = intake.take_in(files)
     assert (version.state, version.images, version.duplicates) == (DatasetState.READY, 5, 0)
-    reason = "the same file stands under two labels: blue and green"
+    reason = "this image appears more than once, with two labels: blue and green"
     assert refused(version) == {"blue/0.png": reason, "green/liar.png": reason}
     assert not is_stored(intake, files["blue/0.png"])  # no row names it
     assert intake.has_nothing_but(version)
@@ -316,7 +316,7 @@ def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: Intake) -
     version = anywhere.take_in(files)
     assert version.state is DatasetState.REJECTED and version.error is not None
     assert version.error["code"] == "dataset-refused"
-    assert "at most 50 files" in version.error["detail"] and "Received 51 of 57" in version.error["detail"]
+    assert "51 of 57 files cannot be used; at most 50 may" in version.error["detail"]
     assert list(refused(version)) == [f"blue/bad{number:02}.png" for number in range(51)]
     assert anywhere.counts() == (0, 0)
     assert anywhere.has_nothing_but()
@@ -326,10 +326,10 @@ def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: Intake) -
 @pytest.mark.parametrize(
     ("archive", "code", "detail"),
     [
-        (sample.zipped(sample.coloured(3, classes=1)), "dataset-refused", "Expected 2 to 1,000 classes"),
+        (sample.zipped(sample.coloured(3, classes=1)), "dataset-refused", "A data set needs 2 to 1,000 classes"),
         (sample.zipped({"a/b/c/d.png": b"x", "e.png": b"y"}), "layout-unknown", "Expected one folder per class"),
         (b"PK\x03\x04 but then nothing of a zip", "archive-refused", "The zip cannot be read"),
-        (sample.zipped({"a/1.png": b"bad", "b/1.png": b"bad"}), "dataset-refused", "No file of the archive"),
+        (sample.zipped({"a/1.png": b"bad", "b/1.png": b"bad"}), "dataset-refused", "The archive has no usable image"),
     ],
     ids=["one class", "too deep", "no zip", "no image"],
 )
@@ -352,7 +352,7 @@ def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(
     hostile = {**{path: files[path] for path in paths[:2]}, "blue/slow.jpg": slow_jpeg(1500)}
     version = replace(intake, limits=replace(LIMITS, decode_cpu_s=1)).take_in(hostile | files)
     assert (version.state, version.images) == (DatasetState.READY, 4)
-    assert refused(version) == {"blue/slow.jpg": "it breaks the decoder: The process ended with SIGXCPU."}
+    assert refused(version) == {"blue/slow.jpg": "the decoder crashed on it: The process ended with SIGXCPU."}
     assert intake.has_nothing_but(version)
 
 
@@ -361,7 +361,7 @@ def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: I
     version = replace(intake, limits=replace(LIMITS, image=ImageLimits())).take_in(files)
     assert (version.state, version.images) == (DatasetState.READY, 4)
     # One that had been read would have been killed for its CPU time before it was counted to its end.
-    assert refused(version) == {"blue/slow.jpg": "Expected a JPEG of at most 100 scans. Received more."}
+    assert refused(version) == {"blue/slow.jpg": "The JPEG has more scans than the limit of 100."}
     assert intake.has_nothing_but(version)
 
 
@@ -397,7 +397,7 @@ def test_a_further_version_adds_what_is_new(anywhere: Intake) -> None:
     }
     second = anywhere.take_in(more)
     assert (second.state, second.number, second.task) == (DatasetState.READY, 2, Task.MULTICLASS)
-    assert refused(second) == {"green/2.png": "another image has this path in the version before"}
+    assert refused(second) == {"green/2.png": "another image has this path in the earlier version"}
     assert (second.images, second.duplicates) == (9, 1)
     assert [(count.name, count.images) for count in second.class_counts] == [("blue", 4), ("green", 4), ("red", 1)]
     expected = files | {path: more[path] for path in ("blue/9.png", "red/0.png", "green/again.png")}
@@ -414,7 +414,7 @@ def test_a_file_that_changes_its_label_is_refused(intake: Intake) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
     second = intake.take_in({"green/0b.png": files["blue/0.png"], "green/7.png": sample.png(700)})
-    assert refused(second) == {"green/0b.png": "the same file stands under two labels: blue and green"}
+    assert refused(second) == {"green/0b.png": "this image appears more than once, with two labels: blue and green"}
     assert second.images == 7 and is_stored(intake, files["blue/0.png"])
     assert intake.has_nothing_but(first, second)
 
@@ -427,7 +427,7 @@ def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: Intake)
         kept.append(intake.take_in(base, name))
         second = intake.take_in(onto, name)
         assert second.state is DatasetState.REJECTED and second.error is not None
-        assert "as in the version before" in second.error["detail"]
+        assert "as in the earlier version" in second.error["detail"]
         assert intake.rows(second) == []
     assert intake.has_nothing_but(*kept)
 
@@ -556,7 +556,7 @@ def abandon(intake: Intake, version_id: str) -> None:
         job = jobs.take_over(session, observation)
         assert job is not None
         if job.state is JobState.FAILED:
-            handler.failed(session, job, Crashed("Its worker was lost at every attempt."))
+            handler.failed(session, job, Crashed("The worker of this job was lost at every attempt."))
         else:
             handler.requeued(session, job, None)
 

@@ -419,7 +419,7 @@ def test_an_address_where_nothing_listens_is_unavailable_at_once(case: Case, mon
     with socket.socket() as held:  # nobody can take its port, and nobody listens there
         held.bind(("127.0.0.1", 0))
         host, port = held.getsockname()
-        with pytest.raises(Unavailable, match="does not take what it is sent"):
+        with pytest.raises(Unavailable, match="did not accept a request"):
             case.publish(f"http://{host}:{port}")
     assert tried == [(host, port)], "once, and never again"
     assert case.owed() == 5
