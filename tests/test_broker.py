@@ -1,4 +1,4 @@
-"""Celery's configuration beside the records."""
+"""The names of queues in `broker` and in the database."""
 
 from __future__ import annotations
 

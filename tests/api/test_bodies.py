@@ -1,4 +1,4 @@
-"""What is checked while a body streams in, without a worker."""
+"""Checks of a request body while it is received. No worker runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ARCHIVE = sample.zipped(sample.coloured(per_class=2))
 
 
 def stored(services: Services) -> list[str]:
-    """Return every file in the store, half-written ones too."""
+    """Return every file in the store, including incomplete ones."""
     return [path.name for path in services.store.root.rglob("*") if path.is_file()]
 
 

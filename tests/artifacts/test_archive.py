@@ -1,4 +1,4 @@
-"""Archives, mostly hostile ones. What no library would write is put together byte by byte."""
+"""Archives, most of them malicious. Those that no library can write are built byte by byte."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def opened(tmp_path: Path) -> Opener:
 
 
 def contents(archive: Archive) -> dict[str, bytes | Refused]:
-    """Return everything that the archive holds, read in one go."""
+    """Return the content of all files in the archive, from one `read`."""
     return dict(archive.read({entry.path for entry in archive.entries}))
 
 
 @contextmanager
 def at_most(memory_bytes: int) -> Iterator[None]:
-    """See that the block takes no more memory than this."""
+    """Check that the block allocates no more memory than this."""
     tracemalloc.start()
     try:
         yield
@@ -72,7 +72,7 @@ def deflated(data: bytes) -> bytes:
 
 @dataclass
 class Member:
-    """A file of a zip; `local` and `central` replace what one of its two headers says."""
+    """A file of a zip. `local` and `central` replace fields in one of its two headers."""
 
     name: bytes
     data: bytes = b"data"
@@ -122,7 +122,7 @@ class Member:
 
 
 def assembled(body: bytes, records: Sequence[bytes], comment: bytes = b"", shift: int = 0) -> bytes:
-    """Return a zip of this body; its end says that the directory begins `shift` bytes later than it does."""
+    """Return a zip with this body. Its end record claims that the directory begins `shift` bytes later than it does."""
     directory = b"".join(records)
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, len(records), len(records), len(directory), len(body) + shift,
                       len(comment))  # fmt: skip
@@ -130,7 +130,7 @@ def assembled(body: bytes, records: Sequence[bytes], comment: bytes = b"", shift
 
 
 def zip_of(*members: Member, comment: bytes = b"", shift: int = 0) -> bytes:
-    """Return a zip of these members, one behind the other."""
+    """Return a zip of these members, one after the other."""
     body, records = b"", []
     for member in members:
         records.append(member.central_record(len(body)))
@@ -139,7 +139,7 @@ def zip_of(*members: Member, comment: bytes = b"", shift: int = 0) -> bytes:
 
 
 def zip64(*sizes: int) -> bytes:
-    """Return the extra field that holds what does not fit into 32 bits."""
+    """Return the zip64 extra field, for sizes that do not fit into 32 bits."""
     return struct.pack(f"<2H{len(sizes)}Q", 1, 8 * len(sizes), *sizes)
 
 
@@ -158,12 +158,12 @@ def octal(number: int) -> bytes:
 
 
 def base256(number: int) -> bytes:
-    """Return a number as GNU tar writes what octal digits cannot say, negative ones too."""
+    """Return a number as GNU tar writes numbers that octal digits cannot express, such as negative ones."""
     return (number + (1 << 96 if number < 0 else 1 << 95)).to_bytes(12, "big")
 
 
 def header(name: bytes, size: bytes, kind: bytes = tarfile.REGTYPE, tail: bytes = b"") -> bytes:
-    """Return one tar header with a right checksum. `tail` stands from the prefix field (345) on."""
+    """Return a tar header with a correct checksum. `tail` are its bytes from the prefix field (345) on."""
     block = bytearray(BLOCK)
     block[0 : len(name)] = name
     block[100:108] = b"0000644\0"
@@ -182,7 +182,7 @@ def tar_member(name: bytes, data: bytes = b"data", kind: bytes = tarfile.REGTYPE
 
 
 def pax(records: Mapping[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
-    """Return a header that announces something of the next member, or (kind g) of all that follow."""
+    """Return a header that describes the next member, or with kind g all following members."""
     data = b""
     for key, value in records.items():
         text = f" {key}={value}\n".encode()
@@ -194,12 +194,12 @@ def pax(records: Mapping[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
 
 
 def tar_named(*names: str) -> bytes:
-    """Return a tar of members with these very names, whatever is in them."""
+    """Return a tar of members with exactly these names."""
     return b"".join(pax({"path": name}) + tar_member(b"x", name.encode()) for name in names) + END
 
 
 def zip_named(*names: str) -> bytes:
-    """Return a zip of members with these very names, whatever is in them."""
+    """Return a zip of members with exactly these names."""
     return zip_of(*(Member(name.encode(), name.encode(), says={"flags": UTF8}) for name in names))
 
 

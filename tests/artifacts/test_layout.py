@@ -1,4 +1,4 @@
-"""What folders and labels.csv say: the layouts that are known, and the ways to get one wrong."""
+"""The supported layouts of archives, with class folders or a labels.csv, and invalid ones."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def finished_run(database: Database) -> str:
 
 
 def ask(database: Database, run_id: str, kind: ViewKind = ViewKind.ACTIVATIONS, key: str = KEY) -> tuple[str, bool]:
-    """Ask for a view; return it and whether a job is owed for it now."""
+    """Request a view; return the view, and whether it has an unfinished job."""
     with database.writing() as session:
         view, job = views.request_view(session, session.get_one(Run, run_id), kind, key)
         return view.id, job is not None
@@ -46,7 +46,7 @@ def look(database: Database, view_id: str) -> View | None:
 
 
 def delete(database: Database) -> None:
-    """Delete the one data set as its route does."""
+    """Delete the data set, as its route does."""
     with database.writing() as session:
         version = session.scalars(select(DatasetVersion)).one()
         views.request_cancel(session, [version.id])

@@ -1,4 +1,4 @@
-"""The table of a network's layers, before anything is trained."""
+"""The route that previews the layers of a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions of models on an engine that needs no network: what is sent, what waits, what is turned away."""
+"""The prediction route with a fake engine: request bodies, waiting, deadlines, overload and explanations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HURRY = {"predict_deadline_s": 0.5}
 
 @pytest.fixture
 def loads(client: TestClient, services: Services, settings: Settings) -> Iterator[Loads]:
-    """Two models on two backbones; the one of `cold` is held."""
+    """Two models on two backbones. Loading the backbone of `cold` waits until the test lets it continue."""
     found = Loads()
     for name in ("warm", "cold"):
         backbone = services.store.put(name.encode())
@@ -257,7 +257,7 @@ def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, lo
 
 
 class Slow(FlatEngine):
-    """An engine that takes a while for each image, and waits for its gate, which is open at first."""
+    """An engine that takes a fixed time for each image, and waits while its gate is closed."""
 
     seconds = 0.0
 
@@ -274,7 +274,7 @@ class Slow(FlatEngine):
 
 @pytest.fixture
 def slow(client: TestClient, services: Services, settings: Settings, request: pytest.FixtureRequest) -> Iterator[Slow]:
-    """The engine of a model `slow`, served with what settings are given. It took 0.1 s an image when it was loaded."""
+    """Serves a model `slow` with the given settings. Its engine was measured at 0.1 s per image."""
     engine = Slow()
     engine.seconds = 0.1
 
@@ -341,7 +341,7 @@ def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: S
 
 
 class Places(FlatEngine):
-    """An engine whose maps are the image itself: a feature is the mean of a colour."""
+    """An engine whose maps are the image itself, so that each feature is the mean of one colour."""
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
         maps = images.astype(np.float32) / 255
@@ -354,7 +354,7 @@ RED_LEFT[:, :4, 0], RED_LEFT[:, 4:, 2] = 255, 255
 
 @pytest.fixture
 def colours(client: TestClient, services: Services, settings: Settings) -> bytes:
-    """A model of two colours on maps of 8×8 places; returns an image that is red on the left and blue on the right."""
+    """Serve a model of two colours with maps of 8×8 positions; return an image, red left and blue right."""
 
     class One(Loads):
         def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:

@@ -45,7 +45,7 @@ def database_url(database: Database) -> str:
 
 
 def ready(client: TestClient, services: Services, counts: list[ClassCount], name: str = "ready") -> str:
-    """Make a data set ready without a worker: what a run is checked against is all in its row."""
+    """Mark a data set as ready without a worker. Requests for runs are checked only against its row."""
     dataset = str(client.post(f"/api/v1/datasets?name={name}", content=ARCHIVE).json()["id"])
     with services.database.writing() as session:
         version = datasets.get_versions(session, dataset)[0]
@@ -76,7 +76,7 @@ def dataset(client: TestClient, services: Services) -> str:
 
 @ON_SQLITE
 def test_the_documented_surface_is_the_reviewed_one(client: TestClient) -> None:
-    """After a change that is meant: python tests/api/snapshot.py, then review the difference."""
+    """After an intended change, run python tests/api/snapshot.py and review the difference."""
     found = client.get("/openapi.json").json()
     assert found == json.loads(SNAPSHOT.read_text())
 
@@ -510,7 +510,7 @@ def test_an_old_schema_is_not_ready(client: TestClient, services: Services) -> N
 
 
 def swap(client: TestClient, **parts: Any) -> None:
-    """Replace parts of the process."""
+    """Replace some of the services of the process."""
     state = client.app.state  # type: ignore[attr-defined]
     state.services = replace(state.services, **parts)
 

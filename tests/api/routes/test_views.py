@@ -65,7 +65,7 @@ def view_jobs(session: Session) -> Sequence[Job]:
 
 
 def answer_as_a_worker(services: Services, content: bytes) -> None:
-    """Do the one view that is owed."""
+    """Finish the one queued view job with this file, as a worker would."""
     with services.database.writing() as session:
         (job,) = (job for job in view_jobs(session) if job.state is JobState.QUEUED)
         job.state = JobState.SUCCEEDED
