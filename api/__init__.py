@@ -1,1 +1,1 @@
-"""The HTTP surface. Loads no TensorFlow and no worker: it writes rows, asks for dispatch, and answers predictions."""
+"""The HTTP API. It writes jobs to the database and answers predictions. Loads no TensorFlow and no worker."""

@@ -30,7 +30,7 @@ JSON_BYTES = MIB
 _CHUNK_BYTES = MIB
 _SNIFFED_BYTES = 262
 _DISK_EVERY_BYTES = 64 * MIB
-# Disk space for an upload, as a multiple of its size: the archive and its images exist at the same time.
+# Disk space that an upload needs, as a multiple of its size. The archive and its images exist at the same time.
 _ROOM = 2.5
 
 
@@ -44,11 +44,13 @@ def declared_bytes(request: Request) -> int | None:
 
 
 async def receive_archive(request: Request, store: Store, limit_bytes: int, free_disk_bytes: int) -> Digest:
-    """Stream an archive into the store, from the raw body or the multipart field `archive`; return its digest.
+    """Stream an uploaded archive into the store and return its digest.
+
+    The archive is the raw body or the multipart field `archive`.
 
     Raises:
         TooLarge: Content-Length or the body exceeds `limit_bytes`.
-        DiskFull: less than `free_disk_bytes` would stay free.
+        DiskFull: the upload would leave less than `free_disk_bytes` of free disk space.
         ArchiveRefused: the first bytes are not those of a zip, tar or tar.gz archive.
         RequestInvalid: the multipart body is malformed, or does not have exactly one field `archive`.
     """
@@ -65,7 +67,7 @@ async def receive_archive(request: Request, store: Store, limit_bytes: int, free
 
 @dataclass
 class _ArchiveSink:
-    """Writes the bytes of an archive, and checks its kind, its size and the free disk space on the way."""
+    """Writes an archive piece by piece, and checks its format, its size and the free disk space meanwhile."""
 
     store: Store
     limit_bytes: int
@@ -86,7 +88,7 @@ class _ArchiveSink:
         writer.write(piece)
 
     def check_end(self) -> None:
-        """Check the kind of a body that was too short for `take` to check it. Raises ArchiveRefused."""
+        """Check the format of an archive that is so short that `take` has not checked it. Raises ArchiveRefused."""
         if len(self.head) < _SNIFFED_BYTES:
             self._check_kind()
 
@@ -99,8 +101,8 @@ class _ArchiveSink:
 def _check_size(size_bytes: int, limit_bytes: int) -> None:
     if size_bytes > limit_bytes:
         raise TooLarge(
-            f"Expected an archive of at most {limit_bytes / MIB:,.0f} MiB. Received {size_bytes / MIB:,.1f} MiB or "
-            "more. Send the images in several archives, as versions."
+            f"The archive has {size_bytes / MIB:,.1f} MiB or more; the limit is {limit_bytes / MIB:,.0f} MiB. Upload "
+            "the images in several archives, each as a version of the data set, or raise ESPALIER_ARCHIVE_BYTES."
         )
 
 
@@ -108,8 +110,8 @@ def _check_disk(store: Store, needed_bytes: int) -> None:
     free = shutil.disk_usage(store.root).free
     if free < needed_bytes:
         raise DiskFull(
-            f"Expected {needed_bytes / MIB:,.0f} MiB free for this upload and its images. "
-            f"The disk has {free / MIB:,.0f} MiB. Delete data sets that are not needed, or enlarge the disk."
+            f"This upload and its images need {needed_bytes / MIB:,.0f} MiB of free disk space; the disk has "
+            f"{free / MIB:,.0f} MiB. Delete data sets that are not needed, or enlarge the disk."
         )
 
 
@@ -128,19 +130,21 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
                 continue
             if archive not in (None, part):
                 raise RequestInvalid(
-                    "Expected one multipart field 'archive'. Received two. Send the second one as a version.",
+                    "Expected one multipart field 'archive'. Received two. Upload the second archive as another "
+                    "version of the data set.",
                     field="archive",
                 )
             archive = part
             yield data
     if archive is None:
         raise RequestInvalid(
-            f"Expected a multipart field 'archive'. Received {sorted(form.names) or 'none'}.", field="archive"
+            f"Expected a multipart field 'archive'. Received the fields {sorted(form.names) or 'none'}.",
+            field="archive",
         )
 
 
 async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the stream in pieces of about a mebibyte, so that each hop to a thread writes more than one packet."""
+    """Yield the bytes of a stream in pieces of about a mebibyte, so that writing on a thread is worth the switch."""
     buffer = bytearray()
     async for chunk in stream:
         buffer += chunk
@@ -157,13 +161,15 @@ async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]
 async def receive_images(
     request: Request, limit_images: int, limit_bytes: int, limit_file_bytes: int, stall_s: float
 ) -> list[bytes]:
-    """Return the undecoded images of a request: its raw body, its multipart fields `images`, or JSON with base64.
+    """Return the image files of a prediction request, not decoded.
+
+    The body is one image file, a form with multipart fields `images`, or JSON with base64 text.
 
     Raises:
         TooLarge: the body, the number of images or one image exceeds its limit.
         DeadlineExceeded: no bytes arrived for `stall_s` seconds before the body was complete.
-        ImageRefused: a file is empty; `image` is its position, from 0.
-        RequestInvalid: there is no image, or the body is malformed.
+        ImageRefused: a file is empty. The error's field `image` is the index of the file, from 0.
+        RequestInvalid: the request contains no image, or its body is malformed.
     """
     boundary = _boundary(request)
     body = await _whole_body(request, limit_bytes, stall_s)
@@ -179,17 +185,20 @@ async def receive_images(
             field="images",
         )
     if len(images) > limit_images:
-        raise TooLarge(f"Expected at most {limit_images} images in one request. Received {len(images)}.")
+        raise TooLarge(
+            f"The request has {len(images):,} images; the limit is {limit_images:,}. Send them in several requests, or "
+            "raise ESPALIER_PREDICT_IMAGES."
+        )
     for position, image in enumerate(images):
         _check_file(position, image, limit_file_bytes)
     return images
 
 
 async def _whole_body(request: Request, limit_bytes: int, stall_s: float) -> bytes:
-    expected = f"Expected at most {limit_bytes / MIB:g} MiB of images in one request."
+    limit = f"; the limit is {limit_bytes / MIB:g} MiB. Send fewer images in one request."
     announced = declared_bytes(request) or 0
     if announced > limit_bytes:
-        raise TooLarge(f"{expected} Received {announced} bytes.")
+        raise TooLarge(f"The body has {announced} bytes{limit}")
     body = bytearray()
     try:
         async with asyncio.timeout(stall_s) as patience:
@@ -197,21 +206,20 @@ async def _whole_body(request: Request, limit_bytes: int, stall_s: float) -> byt
                 patience.reschedule(asyncio.get_running_loop().time() + stall_s)
                 body += chunk
                 if len(body) > limit_bytes:
-                    raise TooLarge(f"{expected} Received more than {limit_bytes} bytes.")
+                    raise TooLarge(f"The body has more than {limit_bytes} bytes{limit}")
     except TimeoutError as error:
         raise DeadlineExceeded(
-            f"Expected the whole body. Received {len(body)} bytes, then nothing for {stall_s:g} s."
+            f"The body is incomplete: {len(body)} bytes arrived, then nothing for {stall_s:g} s. Send it again."
         ) from error
     return bytes(body)
 
 
 def _check_file(position: int, image: bytes, limit_bytes: int) -> None:
     if not image:
-        raise ImageRefused(f"Image {position + 1}: Expected an image. Received an empty file.", image=position)
+        raise ImageRefused(f"Image {position + 1} is an empty file.", image=position)
     if len(image) > limit_bytes:
         raise TooLarge(
-            f"Image {position + 1}: Expected a file of at most {limit_bytes / MIB:g} MiB. "
-            f"Received {len(image) / MIB:.1f} MiB.",
+            f"Image {position + 1} has {len(image) / MIB:.1f} MiB; the limit for a file is {limit_bytes / MIB:g} MiB.",
             image=position,
         )
 
@@ -239,9 +247,10 @@ def _json_images(body: bytes) -> list[bytes]:
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body as JSON of at most a mebibyte, whatever its Content-Type (curl declares a form).
+    """A route that reads its body as JSON of at most one mebibyte.
 
-    FastAPI's own limit would answer in plain text and bypass the error handlers.
+    The Content-Type is ignored, because curl declares any body as a form. The size is checked here, because FastAPI
+    would answer in plain text and bypass the error handlers.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -270,7 +279,7 @@ class JsonRoute(APIRoute):
 
 
 class _BodyTooLarge(HTTPException):
-    """The body exceeds its limit. An HTTPException, since FastAPI wraps any other error while it reads a body."""
+    """The body is too large. An HTTPException, because FastAPI wraps other errors that are raised while it reads."""
 
 
 def _limited(receive: Receive, limit_bytes: int) -> Receive:
@@ -288,26 +297,26 @@ def _limited(receive: Receive, limit_bytes: int) -> Receive:
 
 
 def _json_too_large(received: str) -> TooLarge:
-    return TooLarge(f"Expected a body of at most {JSON_BYTES / MIB:g} MiB. Received {received}.")
+    return TooLarge(f"The body has {received}; the limit is {JSON_BYTES / MIB:g} MiB.")
 
 
 # --- multipart -----------------------------------------------------------------------------------------------------
 
 
 def _boundary(request: Request) -> bytes | None:
-    """Return the boundary of a multipart body, or None for any other body. Raises RequestInvalid if it is missing."""
+    """Return the boundary of a multipart body, or None for any other body. Raises RequestInvalid without a boundary."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
         return None
     boundary = options.get(b"boundary")
     if not boundary:
-        raise RequestInvalid("Expected a boundary in the multipart Content-Type. Received none.")
+        raise RequestInvalid("The Content-Type multipart/form-data has no boundary.")
     return boundary
 
 
 @dataclass
 class _MultipartForm:
-    """Parses a multipart body piece by piece; keeps only the name of the current part."""
+    """Parses a multipart body piece by piece, without keeping its content in memory."""
 
     boundary: bytes
     names: set[str] = field(default_factory=set)
@@ -330,7 +339,11 @@ class _MultipartForm:
         )
 
     def feed(self, chunk: bytes) -> list[tuple[int, str, bytes]]:
-        """Return (number of the part, field name, bytes) for each piece in this chunk; the bytes may be empty."""
+        """Parse the next chunk of the body.
+
+        Returns (number of the part, name of its field, bytes) for each piece of a part in this chunk. A part that
+        begins in this chunk also has a piece without bytes.
+        """
         self._out = []
         try:
             self._parser.write(chunk)
@@ -353,7 +366,7 @@ class _MultipartForm:
             _, options = parse_options_header(self._value)
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
             self.names.add(self._name)
-            self._out.append((self._part, self._name, b""))  # so that a part without content counts too
+            self._out.append((self._part, self._name, b""))  # so that a part without content is not lost
         self._header = self._value = b""
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:

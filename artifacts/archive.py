@@ -1,7 +1,7 @@
-"""Reads zip, tar and tar.gz archives safely. Never extracts to disk: a member's name is only text.
+"""Reads zip, tar and tar.gz archives safely. Never extracts files to disk, so the name of a member is only text.
 
-Names and sizes are checked before any member is read, and inflated bytes are counted while reading, whatever the
-headers say. `artifacts.layout` interprets the folders, `artifacts.images` decodes the bytes.
+Names and sizes are checked before any member is read. While members are read, their unpacked bytes are counted, because
+headers may lie. `artifacts.layout` interprets the folders, and `artifacts.images` decodes the images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,19 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """Upper limits for an archive. Sizes are in bytes, ratios are inflated bytes per stored byte."""
+    """Upper limits for an archive. A ratio is the number of unpacked bytes per stored byte.
+
+    Attributes:
+        entries: number of files, and also number of folders.
+        depth: number of parts in a path.
+        part_bytes: length of one part of a path.
+        path_bytes: length of a whole path.
+        inflated_bytes: size of all files when unpacked.
+        inflated_ratio: ratio of the whole archive.
+        inflated_ratio_from_bytes: an archive may unpack to this size, whatever its ratio.
+        member_bytes: size of one file when unpacked.
+        member_ratio: ratio of one file in a zip.
+    """
 
     entries: int = 200_000
     depth: int = 8
@@ -42,25 +54,31 @@ class ArchiveLimits:
 
 @dataclass(frozen=True)
 class Entry:
-    """One regular file of an archive; `path` is checked and uses `/`."""
+    """One regular file of an archive. Its `path` has passed `check_path`; `size_bytes` is its unpacked size."""
 
     path: str
     size_bytes: int
 
 
 class Archive(Protocol):
-    """A checked archive. `ignored` counts hidden and operating system files, which are not in `entries`."""
+    """An archive whose names and sizes were checked.
+
+    `ignored` counts the hidden files and files of operating systems, which are not in `entries`.
+    """
 
     entries: tuple[Entry, ...]
     ignored: int
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
-        """Yield (path, bytes) for each wanted path in the archive's order; Refused instead of bytes if damaged."""
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+        """Yield (path, content) for each of these paths that is in the archive, in the archive's order.
+
+        The content is Refused instead of bytes if the file is damaged.
+        """
         ...
 
 
 def open_archive(path: Path, limits: ArchiveLimits) -> Archive:
-    """Check the archive at `path` and return it for reading. Raises ArchiveRefused."""
+    """Check the names and sizes of an archive and return it for reading. Raises ArchiveRefused."""
     with path.open("rb") as file:
         kind = sniff(file.read(262))
     if kind == "zip":
@@ -71,7 +89,10 @@ def open_archive(path: Path, limits: ArchiveLimits) -> Archive:
 
 
 def sniff(head: bytes) -> str | None:
-    """Return the format of an archive from its first (at least 262) bytes: `zip`, `tar`, `tar.gz` or None."""
+    """Return the format of an archive: `zip`, `tar`, `tar.gz`, or None if it has another format.
+
+    `head` contains at least the first 262 bytes of the archive, or all of it if it is shorter.
+    """
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return "zip"
     if head[:2] == b"\x1f\x8b":
@@ -88,35 +109,35 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def check_path(name: str, limits: ArchiveLimits) -> str:
-    """Return a member name as a relative path with `/`. Raises ArchiveRefused for an unsafe or overlong name."""
+    """Return the name of an archive's member as a relative path with `/`. Raises ArchiveRefused for a bad name."""
     shown = ascii(name if len(name) <= 200 else name[:200] + "…")
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-        raise ArchiveRefused(f"Expected file names without control characters. Received: {shown}. Rename the file.")
+        raise ArchiveRefused(f"The file name {shown} contains control characters. Rename the file.")
     path = name.replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or (parts and _DRIVE.match(parts[0])):
-        raise ArchiveRefused(f"Expected relative paths. Received: {shown}. Pack the archive with relative paths.")
+        raise ArchiveRefused(f"The archive contains the absolute path {shown}. Pack it with relative paths.")
     if ".." in parts:
-        raise ArchiveRefused(f"Expected paths without '..'. Received: {shown}. Pack the archive without '..'.")
+        raise ArchiveRefused(f"The archive contains the path {shown} with '..'. Pack it with paths without '..'.")
     if len(parts) > limits.depth:
-        raise ArchiveRefused(f"Expected paths of at most {limits.depth} parts. Received: {shown}.")
+        raise ArchiveRefused(f"The path {shown} has {len(parts)} parts; the limit is {limits.depth}.")
     sizes = [len(part.encode()) for part in parts]
     if max(sizes, default=0) > limits.part_bytes or sum(sizes) + len(sizes) - 1 > limits.path_bytes:
         raise ArchiveRefused(
-            f"Expected names of at most {limits.part_bytes} bytes and paths of at most {limits.path_bytes}. "
-            f"Received: {shown}."
+            f"The path {shown} is too long. The limit is {limits.part_bytes} bytes for a name and {limits.path_bytes} "
+            "bytes for a path. Rename the file or its folders."
         )
     return "/".join(parts)
 
 
 def is_litter(path: str) -> bool:
-    """Return whether a path is a hidden file or one that macOS or Windows creates by itself."""
+    """Return whether a path is a hidden file, or a file that macOS or Windows creates by itself."""
     parts = path.split("/")
     return any(part.startswith(".") or part == "__MACOSX" for part in parts) or parts[-1].lower() in _LITTER
 
 
 class _EntryCollector:
-    """Collects entries while checking duplicates and the limits on their number and total size."""
+    """Collects the entries of an archive, and checks for duplicates and for the limits on number and total size."""
 
     def __init__(self, stored_bytes: int, limits: ArchiveLimits) -> None:
         self.entries: list[Entry] = []
@@ -132,22 +153,24 @@ class _EntryCollector:
         check_path(name, self._limits)
         self._folders += 1
         if self._folders > self._limits.entries:
-            raise ArchiveRefused(f"Expected at most {self._limits.entries:,} folders. Received more.")
+            raise ArchiveRefused(f"The archive has more folders than the limit of {self._limits.entries:,}.")
 
     def add(self, name: str, size_bytes: int) -> str | None:
         """Check one file and add it; return its path, or None if it is ignored. Raises ArchiveRefused."""
         path = check_path(name, self._limits)
         if not path:
-            raise ArchiveRefused(f"Expected a name for each file. Received: {name!a}. Pack the archive again.")
+            raise ArchiveRefused(f"The archive contains a file without a name: {name!a}. Pack it again.")
         if path in self._seen:
-            raise ArchiveRefused(f"Expected each file once. Received {path!r} twice. Pack the archive again.")
+            raise ArchiveRefused(f"The archive contains the file {path!r} twice. Pack it again.")
         self._seen.add(path)
         if len(self._seen) > self._limits.entries:
-            raise ArchiveRefused(f"Expected at most {self._limits.entries:,} files. Received more.")
+            raise ArchiveRefused(
+                f"The archive has more files than the limit of {self._limits.entries:,}. Split it into several "
+                "versions, or raise ESPALIER_ARCHIVE_ENTRIES."
+            )
         if size_bytes > self._limits.member_bytes:
             raise ArchiveRefused(
-                f"Expected files of at most {_mib(self._limits.member_bytes)}. "
-                f"Received: {path!r} of {_mib(size_bytes)}."
+                f"The file {path!r} has {_mib(size_bytes)}; the limit for a file is {_mib(self._limits.member_bytes)}."
             )
         self._inflated += size_bytes
         if self._inflated > self._budget:
@@ -166,8 +189,8 @@ def _budget(stored_bytes: int, limits: ArchiveLimits) -> int:
 
 def _too_inflated(budget: int) -> ArchiveRefused:
     return ArchiveRefused(
-        f"Expected an archive that unpacks to at most {_mib(budget)}. Received one that unpacks to more. "
-        "Split it into several archives and upload the others as further versions."
+        f"The archive unpacks to more than the limit of {_mib(budget)}. Split it into several archives, and upload "
+        "each as a version of the data set."
     )
 
 
@@ -183,7 +206,7 @@ _IN_ZIP64 = 0xFFFFFFFF
 
 
 class ZipArchive:
-    """A zip whose central directory agrees with its local headers."""
+    """A zip archive. Opening it checks that its central directory agrees with its local headers."""
 
     def __init__(self, path: Path, limits: ArchiveLimits) -> None:
         self._limits = limits
@@ -209,11 +232,11 @@ class ZipArchive:
                 self._infos[entry] = info
         self.entries, self.ignored = tuple(index.entries), index.ignored
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         inflated = 0
         with zipfile.ZipFile(self._path) as archive:
             for path, info in self._infos.items():
-                if path not in wanted:
+                if path not in paths:
                     continue
                 data = self._read(archive, path, info)
                 if isinstance(data, bytes):
@@ -235,18 +258,19 @@ class ZipArchive:
     def _check(self, info: zipfile.ZipInfo) -> None:
         shown = ascii(info.filename[:200])
         if info.flag_bits & (_ENCRYPTED | _STRONG | _MASKED | _PATCH):
-            raise ArchiveRefused(f"Expected a zip without encryption. Received an encrypted file: {shown}.")
+            raise ArchiveRefused(f"The file {shown} in the zip is encrypted. Pack the archive without encryption.")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ArchiveRefused(
-                f"Expected files stored or deflated. Received compression method {info.compress_type}: {shown}."
+                f"Expected files that are stored or deflated. Received compression method {info.compress_type} for "
+                f"{shown}."
             )
         mode = info.external_attr >> 16
         if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             raise ArchiveRefused(f"Expected regular files and folders only. Received a link or device: {shown}.")
         if info.file_size > self._limits.member_ratio * max(info.compress_size, 1):
             raise ArchiveRefused(
-                f"Expected files that unpack to at most {self._limits.member_ratio} times their stored size. "
-                f"Received {shown}: {info.compress_size} bytes that unpack to {info.file_size}."
+                f"The file {shown} has {info.compress_size} bytes and unpacks to {info.file_size}; the limit is "
+                f"{self._limits.member_ratio} times the stored size."
             )
 
 
@@ -255,12 +279,12 @@ def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory:
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         shown = ascii(info.filename[:200])
-        if not 0 <= info.header_offset < directory:  # not a position that can be sought
-            raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
+        if not 0 <= info.header_offset < directory:  # otherwise `seek` would fail or go beyond the files
+            raise ArchiveRefused(f"The zip lists {shown} but does not contain it. Pack it again.")
         file.seek(info.header_offset)
         raw = file.read(_LOCAL.size)
         if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
-            raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
+            raise ArchiveRefused(f"The zip lists {shown} but does not contain it. Pack it again.")
         _, _, flags, method, _, _, crc, compressed, plain, name_length, extra_length = _LOCAL.unpack(raw)
         name = file.read(name_length)
         compressed, plain = _local_sizes(compressed, plain, file.read(extra_length))
@@ -283,7 +307,10 @@ def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory:
 
 
 def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
-    """Return the two sizes of a local header, from its zip64 field if they are there."""
+    """Return the compressed and the plain size from a local header.
+
+    A size that does not fit into the header's own field is read from the zip64 field in `extra`.
+    """
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:
@@ -296,9 +323,10 @@ def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    """Return a member's full name (zipfile cuts it at a NUL), decoded as UTF-8 if possible.
+    """Return the full name of a zip's member, decoded as UTF-8 if possible.
 
-    macOS writes UTF-8 without setting the flag, and zipfile would read it as code page 437: `caf├⌐` for a class.
+    macOS writes names in UTF-8 without setting the flag for it. The module zipfile would decode them as code page 437,
+    so that the class `café` became `caf├⌐`. It would also cut a name at a NUL.
     """
     try:
         return _raw_name(info).decode()
@@ -313,17 +341,17 @@ def _raw_name(info: zipfile.ZipInfo) -> bytes:
 # --- tar -----------------------------------------------------------------------------------------------------------
 
 
-# RecursionError: tarfile recurses for every header that only describes the next one.
+# RecursionError, because tarfile recurses for every header that only describes the next header.
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError)
 _ANNOUNCING = frozenset(
     (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 )
-_ANNOUNCED_BYTES = 64 * 1024  # names and attributes of one member; read into memory at once
+_ANNOUNCED_BYTES = 64 * 1024  # limit for the names and attributes of one member, which tarfile reads into memory
 _OCTAL_BYTES = 8**11  # the largest size that a plain header can hold: 8 GiB
 
 
 class TarArchive:
-    """A tar, plain or gzipped, of files and folders; read as a stream, once for the names and once per `read`."""
+    """A tar archive, plain or gzipped. It is read as a stream: once to check all names, and once for each `read`."""
 
     def __init__(self, path: Path, limits: ArchiveLimits) -> None:
         self._path = path
@@ -337,16 +365,16 @@ class TarArchive:
                 continue
             if not info.isreg() or info.issparse():
                 raise _not_regular(info)
-            _check_size(info, _OCTAL_BYTES)  # tarfile takes the size of a pax header unchecked
+            _check_size(info, _OCTAL_BYTES)  # tarfile does not check a size that comes from a pax header
             entry = index.add(info.name, info.size)
             if entry is not None:
                 self._names[info.name] = entry
         self.entries, self.ignored = tuple(index.entries), index.ignored
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         for tar, info in self._members():
             path = self._names.get(info.name)
-            if path is None or path not in wanted or not info.isreg():  # a folder may have the name of a file
+            if path is None or path not in paths or not info.isreg():  # a folder may have the name of a file
                 continue
             member = tar.extractfile(info)  # opens the member's bytes in place; nothing is written anywhere
             assert member is not None  # because it is a regular file
@@ -357,7 +385,7 @@ class TarArchive:
             yield path, data
 
     def _members(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-        """Open the archive again and yield its members in order."""
+        """Open the archive again, and yield each member in order, together with the open tar file."""
         with self._path.open("rb") as file:
             is_gzip = sniff(file.read(262)) == "tar.gz"
             file.seek(0)
@@ -374,7 +402,7 @@ class TarArchive:
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that is checked before tarfile acts on it; a header that is cut off is an error, not the end."""
+    """A tar header that is checked before tarfile uses it. An incomplete header is an error, not the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
@@ -385,9 +413,9 @@ class _Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             if any(buf):
                 raise _tar_damaged(error) from error
-            raise  # a block of zeros: the end
+            raise  # a block of zeros is the end of the archive
         _check_size(info, _ANNOUNCED_BYTES if info.type in _ANNOUNCING else _OCTAL_BYTES)
-        if info.type == tarfile.GNUTYPE_SPARSE:  # tarfile would read its map of any length
+        if info.type == tarfile.GNUTYPE_SPARSE:  # tarfile would read a sparse file's map of any length into memory
             raise _not_regular(info)
         return info
 
@@ -395,20 +423,23 @@ class _Header(tarfile.TarInfo):
 def _check_size(info: tarfile.TarInfo, most: int) -> None:
     if not 0 <= info.size <= most:
         raise ArchiveRefused(
-            f"Expected a size of 0 to {most:,} bytes in a tar header. Received {info.size:,} for {info.name[:200]!a}."
+            f"A tar header gives {info.name[:200]!a} a size of {info.size:,} bytes; 0 to {most:,} bytes are allowed."
         )
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Read to the end of the stream, so that gzip checks its checksum; only zeros may follow the last member."""
+    """Read the stream to its end, so that gzip verifies its checksum.
+
+    Raises ArchiveRefused if anything but zeros follows the last member.
+    """
     stream: Any = tar.fileobj
     while rest := stream.read(tarfile.RECORDSIZE):
         if any(rest):
-            raise ArchiveRefused("Expected one tar. Received more data after its end. Pack everything into one.")
+            raise ArchiveRefused("The file has more data after the end of the tar. Pack everything into one tar.")
 
 
 class _LimitedStream:
-    """A stream that raises ArchiveRefused when more bytes than its budget are read, headers and padding included."""
+    """A stream that raises ArchiveRefused if more bytes are read from it than its budget and the tar's headers need."""
 
     def __init__(self, raw: Any, budget: int, limits: ArchiveLimits) -> None:
         self._raw = raw

@@ -1,8 +1,9 @@
-"""Decodes and resizes images, the same way for training and prediction. Knows no archives.
+"""Decodes and resizes images in the same way for training and prediction. Knows no archives.
 
-Image rule 1 is part of every cache key and bundle. A JPEG is decoded at the smallest DCT scale that is at least twice
-the target size; EXIF orientation is applied once; 16-bit grey values are scaled, not clipped; transparent pixels are
-blended with white; then RGB is resized bilinearly with antialiasing. Any change to this needs a new rule number.
+How images are decoded is called the image rule. Its number is part of every cache key and every bundle. Rule 1 is:
+A JPEG is decoded at the smallest DCT scale that is at least twice the target size. The EXIF orientation is applied.
+16-bit grey values are scaled, not clipped. Transparent pixels are blended with white. The RGB image is then resized
+bilinearly with antialiasing. Any change to these steps needs a new rule number.
 """
 
 from __future__ import annotations
@@ -26,17 +27,22 @@ IMAGE_RULE = 1
 MIB = 1024 * 1024
 Pixels = npt.NDArray[np.uint8]
 
-# Pillow's own limit is global and warns before it raises. `_open` checks ours, which an operator may raise, before any
-# pixel is decoded.
+# Pillow's own limit is global, and Pillow warns before it raises. It is switched off, because `_open` checks the limits
+# in `ImageLimits` before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Upper limits for one image, in data sets and in predictions. `side` is in pixels.
+    """Upper limits for one image of a data set or a prediction.
 
-    `scans` counts the passes of a JPEG over the whole image: each takes 25 ms at 40 megapixels but only a few hundred
-    bytes of the file. A progressive JPEG has about ten.
+    Attributes:
+        size_bytes: size of the file.
+        pixels: width × height.
+        side: width or height in pixels, whichever is larger.
+        formats: names of the accepted formats, as Pillow writes them.
+        scans: number of passes of a JPEG over the whole image. Each pass takes 25 ms at 40 megapixels, but only a few
+            hundred bytes of the file. A normal progressive JPEG has about ten.
     """
 
     size_bytes: int = 20 * MIB
@@ -48,7 +54,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Size in pixels after EXIF rotation, and the name of the format."""
+    """Width and height of an image in pixels after EXIF rotation, and the name of its format."""
 
     width: int
     height: int
@@ -56,22 +62,22 @@ class ImageFacts:
 
 
 def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
-    """Decode the whole image once and return its facts. Raises ImageRefused if it cannot be used."""
+    """Decode a whole image, and return its size and format. Raises ImageRefused if the image cannot be used."""
     with _open(data, limits) as image:
-        # Pillow reports a JPEG with further pictures in the file, as phones write them, as MPO.
+        # A JPEG file may contain further pictures, as phones write them. Pillow calls this format MPO.
         facts = ImageFacts(*_upright_size(image), "JPEG" if image.format == "MPO" else image.format or "")
         _to_rgb(_upright(image))
         return facts
 
 
 def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pixels:
-    """Decode an image by image rule 1.
+    """Decode and resize an image by image rule 1.
 
     Args:
         data: the file's bytes.
         size: side of the result in pixels, or its height and width.
-        resize: `squash` ignores the aspect ratio, `crop` keeps the centre square, `pad` adds black borders.
-        limits: what the image may be at most.
+        resize: `squash` changes the aspect ratio, `crop` keeps only the centre, `pad` adds black borders.
+        limits: upper limits for the image.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -84,7 +90,7 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits) -> Pix
         width, height = _fitted(_upright_size(image), (across, down), resize)
         image.draft(None, (2 * height, 2 * width) if _is_lying(image) else (2 * width, 2 * height))
         upright = _to_rgb(_upright(image))
-        if resize is Resize.CROP:  # crop first: a whole 16,384 × 1 image at this height would take gigabytes
+        if resize is Resize.CROP:  # crop while resizing: a whole 16,384 × 1 image of this height would take gigabytes
             box = _middle(upright, (width, height), (across, down))
             scaled = upright.resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
         else:
@@ -105,7 +111,7 @@ def thumbnail(data: bytes, side: int, limits: ImageLimits) -> bytes:
 
 
 def encode(image: Image.Image, format: str) -> bytes:
-    """Return `image` as a file of `format` without metadata."""
+    """Return an image as the bytes of a file in this format, without metadata."""
     buffer = io.BytesIO()
     bare = image.copy()
     bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
@@ -115,38 +121,39 @@ def encode(image: Image.Image, format: str) -> bytes:
 
 @contextmanager
 def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
-    """Open `data` and check the limits; any error of a decoder inside the block becomes ImageRefused."""
+    """Open an image and check its limits. Any error of a decoder in the block becomes ImageRefused."""
     if len(data) > limits.size_bytes:
-        raise ImageRefused(
-            f"Expected a file of at most {limits.size_bytes / MIB:g} MiB. Received {len(data) / MIB:.1f} MiB."
-        )
+        raise ImageRefused(f"The file has {len(data) / MIB:.1f} MiB; the limit is {limits.size_bytes / MIB:g} MiB.")
     try:
         with Image.open(io.BytesIO(data), formats=limits.formats) as image:
             width, height = image.size
             if width * height > limits.pixels or max(width, height) > limits.side:
                 raise ImageRefused(
-                    f"Expected at most {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels a side. "
-                    f"Received {width:,} × {height:,}."
+                    f"The image has {width:,} × {height:,} pixels; the limit is {limits.pixels / 1e6:g} megapixels and "
+                    f"{limits.side:,} pixels per side."
                 )
             if image.format in ("JPEG", "MPO") and _has_more_scans(data, limits.scans):
-                raise ImageRefused(f"Expected a JPEG of at most {limits.scans} scans. Received more.")
+                raise ImageRefused(f"The JPEG has more scans than the limit of {limits.scans}.")
             yield image
     except UnidentifiedImageError as error:
         raise ImageRefused(f"Expected an image ({', '.join(limits.formats)}). Received something else.") from error
     except ImageRefused:
         raise
-    except Exception as error:  # decoders raise anything: TypeError, AssertionError, MemoryError
+    except Exception as error:  # decoders raise any type of error, such as TypeError, AssertionError or MemoryError
         raise ImageRefused(f"The image is damaged: {str(error) or type(error).__name__}.") from error
 
 
 _SCAN = b"\xff\xda"
 _END = b"\xd9"
-# Segments with content: not restarts, stuffed zeros or bytes that the decoder skips.
+# Markers of segments with content. Restart markers, stuffed zeros and bytes that the decoder skips do not match.
 _SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
 
 
 def _has_more_scans(data: bytes, most: int) -> bool:
-    """Return whether a JPEG has more than `most` scans as the decoder counts: not in thumbnails or after the end."""
+    """Return whether a JPEG has more than `most` scans.
+
+    As in the decoder, scans of embedded thumbnails or after the end of the image do not count.
+    """
     if data.count(_SCAN) <= most:
         return False
     scans, at = 0, 2
@@ -173,12 +180,15 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _is_lying(image: Image.Image) -> bool:
-    """Return whether EXIF rotates the image by 90 degrees, which swaps width and height."""
+    """Return whether EXIF rotates the image by 90 degrees to either side, which swaps width and height."""
     return _orientation(image) >= 5
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. `ImageOps.exif_transpose` would rewrite the other tags and fail on invalid ones."""
+    """Return an image rotated as its EXIF orientation says.
+
+    `ImageOps.exif_transpose` would also rewrite all other tags, and fail if one of them is invalid.
+    """
     orientation = _orientation(image)
     return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
@@ -189,7 +199,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -> tuple[int, int]:
-    """Return the width and height to scale to, before cropping or padding to the target."""
+    """Return the width and height to which an image is scaled before it is cropped or padded to the target size."""
     width, height = upright
     if resize is Resize.SQUASH:
         return target
@@ -198,7 +208,10 @@ def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -
 
 
 def _middle(image: Image.Image, scaled: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the box of the image that becomes the central `target` pixels when it is resized to `scaled`."""
+    """Return the part of an image that becomes the central `target` pixels if the image is resized to `scaled`.
+
+    The part is (left, top, right, bottom) in pixels of the image.
+    """
     (width, height), (left, top) = scaled, ((side - size) // 2 for side, size in zip(scaled, target, strict=True))
     return (
         left * image.width / width,
@@ -209,7 +222,7 @@ def _middle(image: Image.Image, scaled: tuple[int, int], target: tuple[int, int]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips everything above 255 to white
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would make all values above 255 white
         grey = np.clip(np.asarray(image), 0, 65535)
         return Image.fromarray((grey // 257 + (grey % 257 > 128)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

@@ -1,7 +1,9 @@
-"""Reads labels or target, group and split of each image from an archive's folders or its labels.csv. Reads no image.
+"""Finds the labels or target, the group and the split of each image in an archive. Reads no image.
 
-Three layouts are supported, each with or without one outer folder around everything:
-`daisy/1.jpg` · `train/daisy/1.jpg` with `test/…` and `validation/…` beside it · `labels.csv` at the top.
+Three layouts are supported. Each may have one outer folder around everything.
+- one folder for each class: `daisy/1.jpg`
+- a folder for each split with a folder for each class: `train/daisy/1.jpg`, `test/daisy/2.jpg`
+- a file `labels.csv` at the top, which lists all images
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ LABELS_FILE = "labels.csv"
 
 
 class Split(StrEnum):
-    """What an image is used for. `test` images are scored once by the final model and never trained on."""
+    """What an image is used for. `test` images are never used for training: the final model is scored on them once."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -41,7 +43,7 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set with its annotations. `labels` is empty if there is a `target`."""
+    """One image of a data set with its labels or target, its group and its split. With a target, `labels` is empty."""
 
     path: str
     labels: tuple[str, ...] = ()
@@ -52,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples of an archive, the task they define, and the files that were refused."""
+    """The samples of an archive, the task that their labels or targets define, and the refused files."""
 
     task: Task
     samples: tuple[Sample, ...]
@@ -60,7 +62,7 @@ class Layout:
 
 
 def labels_file(paths: Iterable[str]) -> str | None:
-    """Return the path of labels.csv at the top of the archive or in its one outer folder; None if there is none."""
+    """Return the path of labels.csv, at the top of an archive or in its outer folder; None if the archive has none."""
     paths = list(paths)
     if LABELS_FILE in paths:
         return LABELS_FILE
@@ -69,9 +71,9 @@ def labels_file(paths: Iterable[str]) -> str | None:
 
 
 def from_folders(paths: Sequence[str]) -> Layout:
-    """Read the layout with one folder per class. Raises LayoutUnknown with the expected layouts."""
+    """Return the layout of an archive that has one folder for each class. Raises LayoutUnknown if it has not."""
     outer = _outer_folder(paths)
-    if outer.removesuffix("/").lower() in _SPLITS:  # an archive with only test images must not be trained on
+    if outer.removesuffix("/").lower() in _SPLITS:  # a folder `test` around everything means that all are test images
         outer = ""
     inner = [path.removeprefix(outer).split("/") for path in paths]
     if not inner:
@@ -80,28 +82,39 @@ def from_folders(paths: Sequence[str]) -> Layout:
     has_splits = splits <= _SPLITS.keys() and any(len(parts) == 3 for parts in inner)
     if splits and splits <= _SPLITS.keys() and not has_splits:
         raise LayoutUnknown(
-            f"{_EXPECTED} Splits contain class folders (train/daisy/1.jpg, test/daisy/2.jpg). Received images "
-            f"directly in {' and '.join(sorted(splits))}, so their classes are unknown."
+            f"{_EXPECTED} A folder of a split must contain class folders (train/daisy/1.jpg, test/daisy/2.jpg). "
+            f"Received images directly in {' and '.join(sorted(splits))}, so their classes are unknown."
         )
     depth = 3 if has_splits else 2
     samples, refused = [], []
     for path, parts in zip(paths, inner, strict=True):
         if len(parts) < depth:
-            refused.append(Refused(path, "in no class folder"))
+            refused.append(Refused(path, "not in a class folder"))
         elif len(parts) > depth:
             raise LayoutUnknown(f"{_EXPECTED} Received {path!r}, which is nested more deeply.")
         else:
             split = _SPLITS[parts[0].lower()] if has_splits else Split.TRAIN
             samples.append(Sample(path, labels=(parts[-2],), split=split))
     if not samples:
-        raise LayoutUnknown(f"{_EXPECTED} Received {len(paths)} files in no class folder, such as {paths[0]!r}.")
+        raise LayoutUnknown(
+            f"{_EXPECTED} Received {len(paths)} files that are not in a class folder, such as {paths[0]!r}."
+        )
     names = {sample.labels[0] for sample in samples}
     check_class_names(names)
     return Layout(Task.BINARY if len(names) == 2 else Task.MULTICLASS, tuple(samples), tuple(refused))
 
 
 def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
-    """Read the labels.csv of an archive with these `paths`. Raises LayoutUnknown with the number of the wrong line."""
+    """Return the layout of an archive that has a labels.csv.
+
+    Args:
+        data: the content of labels.csv.
+        csv_path: the path of labels.csv in the archive.
+        paths: the paths of all files in the archive.
+
+    Raises:
+        LayoutUnknown: labels.csv is not valid. The message has the number of the wrong line.
+    """
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         rows = [(reader.line_num, row) for row in reader if any(row)]
@@ -120,7 +133,7 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
         if path is None:
             refused.append(Refused(sample.path, "listed in labels.csv but not in the archive"))
         elif path in samples:
-            raise LayoutUnknown(f"Line {line} of labels.csv: expected each file once. Received {sample.path!r} again.")
+            raise LayoutUnknown(f"Line {line} of labels.csv: the file {sample.path!r} is listed a second time.")
         else:
             samples[path] = Sample(path, sample.labels, sample.target, sample.group, sample.split)
     unnamed = present - samples.keys()
@@ -135,7 +148,7 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str]) -> Layout:
 
 _EXPECTED = "Expected one folder per class (daisy/1.jpg, rose/2.jpg), or a labels.csv at the top."
 _TEXT_BYTES = 1024
-# Magnitudes of targets that float32 can represent, squares included.
+# Smallest and largest magnitude of a target other than 0. Float32 can represent these and their squares.
 _LEAST, _GREATEST = 1e-15, 1e15
 _KNOWN_COLUMNS = ("path", "label", "target", "group", "split")
 
@@ -167,7 +180,9 @@ def _sample(line: int, values: dict[str, str]) -> Sample:
     else:
         labels = tuple(sorted({label.strip() for label in values["label"].split("|")} - {""}))
         if not labels and "|" not in values["label"]:
-            raise LayoutUnknown(f"Line {line} of labels.csv: expected a label (or | for none of them). Received none.")
+            raise LayoutUnknown(
+                f"Line {line} of labels.csv: expected a label, or | for an image without labels. Received nothing."
+            )
     return Sample(path, labels, target, values.get("group") or None, split)
 
 
@@ -187,8 +202,8 @@ def _number(line: int, text: str) -> float:
         number = math.nan
     if not (number == 0 or _LEAST <= abs(number) <= _GREATEST):
         raise LayoutUnknown(
-            f"Line {line} of labels.csv: expected as target 0 or a number of magnitude {_LEAST:g} to {_GREATEST:g}. "
-            f"Received {text!r}."
+            f"Line {line} of labels.csv: expected a target that is 0 or a number with an absolute value from "
+            f"{_LEAST:g} to {_GREATEST:g}. Received {text!r}."
         )
     return number
 
@@ -206,17 +221,19 @@ def _check_groups(samples: Iterable[Sample]) -> None:
     for sample in samples:
         if sample.group and splits.setdefault(sample.group, sample.split) != sample.split:
             raise LayoutUnknown(
-                f"Expected each group of labels.csv in one split. Received group {sample.group!r} in two. Give all "
-                "images of a group the same split."
+                f"The group {sample.group!r} of labels.csv is in two splits. Give all images of a group the same split."
             )
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """Check that class names contain no `|` and differ by more than case or Unicode form. Raises LayoutUnknown."""
+    """Check that no class name contains `|`, and that no two names differ only by case or Unicode form.
+
+    Raises LayoutUnknown.
+    """
     seen: dict[str, str] = {}
     for name in sorted(names):
         if "|" in name:
-            raise LayoutUnknown(f"Expected class names without |, which separates labels. Received {name!r}.")
+            raise LayoutUnknown(f"The class name {name!r} contains |, which separates labels. Rename the class.")
         folded = unicodedata.normalize("NFKC", name).casefold()
         if folded in seen:
             raise LayoutUnknown(
@@ -226,7 +243,10 @@ def check_class_names(names: Iterable[str]) -> None:
 
 
 def _outer_folder(paths: Iterable[str]) -> str:
-    """Return the one folder around everything, with a slash; empty if there is none or it is a class folder."""
+    """Return the name of the outer folder around everything, with a slash at the end.
+
+    Returns an empty text if there is no such folder, or if it is a class folder.
+    """
     split = [path.split("/") for path in paths]
     firsts = {parts[0] for parts in split}
     if len(firsts) != 1 or min(map(len, split)) < 2:

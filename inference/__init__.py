@@ -1,1 +1,1 @@
-"""Runs exported networks for predictions: arrays in, arrays out. Knows no TensorFlow, SQL or HTTP."""
+"""Runs exported networks and heads to predict on images. Knows no TensorFlow, no SQL and no HTTP."""

@@ -1,4 +1,4 @@
-"""Chooses the engine that runs networks in this process, and imports ONNX Runtime only if needed."""
+"""Chooses between OpenVINO and ONNX Runtime for predictions. Imports ONNX Runtime only if it may be used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from inference.shelf import EngineLoader
 
 
 def choose_engine_loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> EngineLoader:
-    """Return the class that loads networks; `auto` is ONNX Runtime if it finds a GPU with CUDA, else OpenVINO.
+    """Return the engine class that loads networks.
 
-    Raises EngineMissing if ONNX Runtime is asked for and not installed.
+    Args:
+        choice: the name of an engine. `auto` means ONNX Runtime if it finds a GPU with CUDA, and OpenVINO otherwise.
+
+    Raises:
+        EngineMissing: the choice is `onnxruntime`, but its package is not installed.
     """
     if choice == "openvino":
         return OpenVinoEngine
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # it sends telemetry from its import on
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # set before the import, which already sends telemetry
     try:
         from inference.onnx_engine import OnnxEngine, finds_cuda
     except ImportError as error:

@@ -1,4 +1,7 @@
-"""The outbox: what MLflow does not know of runs yet, in the order in which it happened. Never calls MLflow."""
+"""The outbox: facts about runs that were not sent to MLflow yet, in the order in which they happened.
+
+Never calls MLflow: publish jobs send the rows.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from models.run import Run
 
 
 class Outbox(Base):
-    """One fact about a run that MLflow does not have yet. The row is deleted once MLflow has it."""
+    """One fact about a run that was not sent to MLflow yet. The row is deleted after MLflow has received the fact."""
 
     __tablename__ = "outbox"
 
@@ -29,23 +32,29 @@ class Outbox(Base):
 
 
 def add_to_outbox(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
-    """Add a fact about a run for MLflow, in the transaction that makes it true."""
+    """Add a fact about a run that MLflow must receive. Call it in the transaction that makes the fact true."""
     session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
 
 
 def add_end_to_outbox(session: Session, run_id: str) -> None:
-    """Add the end of a run that no worker has, if MLflow knows the run or the outbox has rows of it."""
-    if session.get_one(Run, run_id).mlflow_run_id is not None or outbox_rows(session, run_id):
+    """Add the end of a run that was cancelled while no worker held it.
+
+    Does nothing if MLflow does not know the run and the outbox has no rows of it.
+    """
+    if session.get_one(Run, run_id).mlflow_run_id is not None or get_unsent_rows(session, run_id):
         add_to_outbox(session, run_id, "finished", {})
 
 
-def outbox_rows(session: Session, run_id: str) -> Sequence[Outbox]:
-    """Return the rows of a run, oldest first."""
+def get_unsent_rows(session: Session, run_id: str) -> Sequence[Outbox]:
+    """Return the facts about a run that were not sent to MLflow yet, the oldest first."""
     return session.scalars(select(Outbox).where(Outbox.run_id == run_id).order_by(Outbox.id)).all()
 
 
 def add_publish_jobs(session: Session) -> int:
-    """Queue a publish job for every run that has outbox rows and no unfinished one; return how many were queued."""
+    """Queue a publish job for every run that has rows in the outbox, unless it already has an unfinished publish job.
+
+    Returns how many jobs were queued.
+    """
     busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_(UNFINISHED))
     query = select(Run.id, Run.project_id).where(Run.id.in_(select(Outbox.run_id)), Run.id.not_in(busy))
     added = 0

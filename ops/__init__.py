@@ -1,1 +1,1 @@
-"""Commands for operators: the supervised service, the demo, the import of weights, the migration."""
+"""Commands for operators, such as starting the service on one machine, the demo, and migrating the database."""

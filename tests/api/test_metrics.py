@@ -1,4 +1,4 @@
-"""The metrics for Prometheus, and that the dashboard asks for no others."""
+"""The metrics for Prometheus; the Grafana dashboard may only use metrics that exist."""
 
 from __future__ import annotations
 

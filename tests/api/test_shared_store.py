@@ -1,4 +1,4 @@
-"""An API whose stored files are in a bucket, while that is there and while it is away."""
+"""An API whose files are stored in a bucket, which may be unavailable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settings(settings: Settings, bucket: Bucket, line: NetworkProxy) -> Settings
 
 
 def local(services: Services) -> list[str]:
-    """Return every file in this machine's folder, half-written ones too."""
+    """Return every file in the local folder, including incomplete ones."""
     return [path.name for path in services.store.root.rglob("*") if path.is_file()]
 
 
@@ -82,7 +82,7 @@ def test_an_api_that_the_bucket_refuses_does_not_start(settings: Settings, monke
 
 
 def test_files_that_are_nowhere_else_are_not_taken_for_copies(settings: Settings) -> None:
-    """A cache is emptied; a folder that was the store until a bucket was set must not be."""
+    """Copies in a cache are deleted, but files stored before a bucket was configured must stay."""
     folder = settings.model_copy(update={"store_url": None}).store.folder
     assert settings.store.folder != folder
     assert Path(settings.store.folder).parent == Path(folder).parent == settings.var.absolute()

@@ -1,4 +1,4 @@
-"""Which version answers: kept in memory, moved within a second, and the old one stays until the new one is warm."""
+"""The version resolver: which model version answers, also after an alias is moved and while the database is away."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loads() -> Iterator[CountingLoader]:
 
 @pytest.fixture
 def resolver(client: TestClient, services: Services, loads: CountingLoader) -> Iterator[VersionResolver]:
-    """A process of its own, with a model of two versions on one backbone whose alias is at the first."""
+    """A resolver and a model with two versions on one backbone. The alias points to the first version."""
     backbone = services.store.put(b"a network")
     for seed in (1, 2):
         add_model(services, NAME, flat_bundle(backbone, seed=seed))
@@ -45,7 +45,7 @@ def resolver(client: TestClient, services: Services, loads: CountingLoader) -> I
 
 
 def move(services: Services, version: int, alias: str = CHAMPION) -> None:
-    """Move an alias as another process does."""
+    """Move an alias in the database, as another process would."""
     with services.database.writing() as session:
         model = registry.get_model(session, records.PRINCIPAL, NAME)
         registry.move_alias(session, model, alias, registry.get_model_version(session, model, version))

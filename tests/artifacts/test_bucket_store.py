@@ -1,4 +1,4 @@
-"""What a store does whose files are in a bucket: two machines, caches, harm, and a bucket that goes away."""
+"""A store with a bucket: two machines, local copies, damaged files, and a bucket that is unavailable."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ LARGE = bytes(range(256)) * 80_000  # three parts
 
 @pytest.fixture
 def there(bucket: Bucket, tmp_path: Path) -> BucketStore:
-    """The bucket as another machine sees it."""
+    """A store of another machine with the same bucket."""
     return bucket.seen_from(tmp_path / "there").store()
 
 
 def age(store: Store, *files: str) -> None:
-    """Have files of the folder not used for an hour, the first ones longest."""
+    """Make copies look unused for an hour, the first one for the longest time."""
     for place, name in enumerate(files):
         an_hour_ago = time.time() - 3600 + place
         os.utime(store.root / name[:2] / name, (an_hour_ago, an_hour_ago))
@@ -220,7 +220,7 @@ def test_what_is_cached_can_be_dropped_and_is_still_there(bucket: Bucket) -> Non
 
 @pytest.fixture
 def far(bucket: Bucket, line: NetworkProxy, tmp_path: Path) -> BucketStore:
-    """The bucket over a line that can be cut."""
+    """A store that reaches its bucket through a connection that the test can cut."""
     return bucket.seen_from(tmp_path / "far", line.endpoint).store()
 
 
@@ -325,7 +325,7 @@ def test_keys_that_are_not_there_are_told_at_once(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.delenv(missing)
-    with pytest.raises(StoreRefused, match=f"Received nothing in {missing}"):
+    with pytest.raises(StoreRefused, match=f"Set {missing}"):
         open_store(bucket.address)
 
 

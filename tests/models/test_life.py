@@ -58,7 +58,7 @@ PARKED_S = 60.0
 
 @dataclass
 class Part:
-    """An unfinished job of a run, as the machine believes it to be; worked on if it has a `job`."""
+    """An unfinished job of a run, as the state machine expects it. It is running if it has a `job`."""
 
     kind: JobKind
     number: int
@@ -71,7 +71,7 @@ class Part:
 
 @dataclass
 class Life:
-    """A run as the machine believes it to be."""
+    """A run, as the state machine expects it."""
 
     run_id: str
     k: int
@@ -83,7 +83,7 @@ class Life:
 
 
 class Told(Train):
-    """Trains nothing: how a job ends is said before."""
+    """A handler that trains nothing. The test determines how a job ends."""
 
     end: PartEnd | EspalierError | Reason = Reason.LOST
 
@@ -98,7 +98,7 @@ class Told(Train):
 
 
 class Lives(RuleBasedStateMachine):
-    """Some runs, from their order to their end."""
+    """A state machine with several runs, from their request to their end."""
 
     def __init__(self, database: Database) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(times=st.integers(1, 5))
     def work_off(self, times: int) -> None:
-        """Go through some jobs without trouble, since any trouble at all is likelier than none."""
+        """Let some jobs succeed, because otherwise almost every job would have a fault."""
         for _ in range(times):
             claimed = self.claim()
             if claimed is None:
@@ -380,11 +380,11 @@ class Lives(RuleBasedStateMachine):
         return [(life, part, part.job) for life in self.lives for part in life.parts if part.job is not None]
 
     def _done(self) -> list[tuple[Life, Part, Job]]:
-        """Return those that may succeed: where the folds are one job, it does so once it has measured each."""
+        """Return the jobs that may succeed. A job that trains all folds must have measured each fold."""
         return [(life, part, job) for life, part, job in self._held() if not self._measures(life, part)]
 
     def _measures(self, life: Life, part: Part) -> bool:
-        """Say whether a job still measures folds by itself."""
+        """Return whether a job trains all folds itself and has not measured all of them."""
         is_quick = part.kind is JobKind.TRAIN and not life.is_fanned_out
         return is_quick and life.state is RunState.RUNNING and len(life.folds) < life.k
 
@@ -407,7 +407,7 @@ class Lives(RuleBasedStateMachine):
                 return RunOutcome(bundle=bundle, backbone=backbone, metrics={}, training_s=1.0, files=())
 
     def _end(self, life: Life, part: Part, job: Job, end: PartEnd | EspalierError | Reason) -> None:
-        """Have the loop see a job through to this end."""
+        """Let the job runner do a job that ends in this way."""
         self.told.end = end
         with suppress(JobFailed):
             self.loop.runner.run_claimed(self._work(job))

@@ -119,7 +119,7 @@ def test_an_upload_that_does_not_fit_leaves_nothing_and_fits_later(place: SmallD
     refused = place.client.post("/api/v1/datasets?name=x", content=pieces())
     assert (refused.status_code, refused.json()["type"]) == (507, "urn:espalier:problem:disk-full"), refused.text
     announced = place.client.post("/api/v1/datasets?name=x", content=large)
-    assert announced.status_code == 507 and "MiB free for this upload" in announced.json()["detail"]
+    assert announced.status_code == 507 and "MiB of free disk space" in announced.json()["detail"]
     place.free()
 
     place.fill()

@@ -117,7 +117,7 @@ def test_what_mlflow_is_owed_becomes_work(database: Database, start_loop: StartL
         published.append(work.subject_id)
 
         def complete(session: Session) -> None:
-            for row in outbox.outbox_rows(session, work.subject_id):
+            for row in outbox.get_unsent_rows(session, work.subject_id):
                 session.delete(row)
 
         return complete

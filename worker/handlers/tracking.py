@@ -29,7 +29,7 @@ from models import registry
 from models import run as runs
 from models.comparison import Comparison
 from models.dataset import Dataset, DatasetVersion
-from models.outbox import Outbox, outbox_rows
+from models.outbox import Outbox, get_unsent_rows
 from models.registry import ModelVersion
 from models.run import Fold, Run, RunArtifact, RunState
 from recipes.headline import HEADLINES, Headline
@@ -115,7 +115,7 @@ class Publish(Handler):
     def run(self, work: Work) -> Complete:
         """Send the outbox rows of the run in order, and delete each row once MLflow has it."""
         with work.database.reading() as session:
-            rows = outbox_rows(session, work.subject_id)
+            rows = get_unsent_rows(session, work.subject_id)
         with self._pages(self._settings) as page_of:
             for row in rows:
                 with work.database.reading() as session:

@@ -1,4 +1,4 @@
-"""Predictions of models on an engine that needs no network: what is sent, what waits, what is turned away."""
+"""The prediction route with a fake engine: request bodies, waiting, deadlines, overload and explanations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HURRY = {"predict_deadline_s": 0.5}
 
 @pytest.fixture
 def loads(client: TestClient, services: Services, settings: Settings) -> Iterator[CountingLoader]:
-    """Two models on two backbones; the one of `cold` is held."""
+    """Two models on two backbones. Loading the backbone of `cold` waits until the test lets it continue."""
     found = CountingLoader()
     for name in ("warm", "cold"):
         backbone = services.store.put(name.encode())
@@ -114,7 +114,7 @@ def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, 
     files = [("images", ("a", PNG)), ("images", ("b", b"")), ("images", ("c", PNG))]
     answer = client.post(WARM, files=files)
     assert (answer.status_code, answer.json()["image"]) == (422, 1)
-    assert answer.json()["type"].endswith(":image-refused") and "Received an empty file" in answer.json()["detail"]
+    assert answer.json()["type"].endswith(":image-refused") and "is an empty file" in answer.json()["detail"]
     empty = client.post(WARM, json={"images": [base64.b64encode(PNG).decode(), ""]})
     assert (empty.status_code, empty.json()["image"]) == (422, 1)
 
@@ -129,7 +129,7 @@ def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loa
         answer = client.post(WARM, **sent)  # type: ignore[arg-type]
         assert answer.status_code == 413, answer.text
         assert answer.json()["type"].endswith(":too-large")
-    assert "Expected a file of at most 0.0476837 MiB. Received 0.1 MiB" in answer.json()["detail"]
+    assert "has 0.1 MiB; the limit for a file is 0.0476837 MiB" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("way", ["announced", "streamed"])
@@ -140,7 +140,7 @@ def test_a_body_above_its_limit_is_too_large_and_the_answer_says_how_large(
     answer = client.post(WARM, content=large if way == "announced" else iter([large]))
     assert answer.status_code == 413
     said = "200001 bytes" if way == "announced" else "more than 200000 bytes"
-    assert f"Received {said}" in answer.json()["detail"]
+    assert f"The body has {said}; the limit is" in answer.json()["detail"]
 
 
 def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: CountingLoader) -> None:
@@ -209,7 +209,7 @@ def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Countin
     sent: list[bytes] = []
     status, problem = ask(client, "POST", WARM, receive)
     assert (status, problem["type"].rsplit(":")[-1]) == (504, "deadline-exceeded")
-    assert "Received 4 bytes, then nothing" in problem["detail"]
+    assert "4 bytes arrived, then nothing" in problem["detail"]
 
 
 # --- what is turned away -------------------------------------------------------------------------------------------
@@ -219,16 +219,19 @@ def test_admission_counts_images_and_bytes_and_lets_an_idle_service_take_any() -
     admission = Admission(limit_images=4, limit_bytes=100)
     with admission.admit(1000) as take:
         take(30)
-        with pytest.raises(Overloaded, match="at most 4 images"), admission.admit(1):
+        with pytest.raises(Overloaded, match="1 more; the limit is 4"), admission.admit(1):
             pass
     with admission.admit(50) as take:
-        with pytest.raises(Overloaded, match="at most 100 bytes"), admission.admit(51):
+        with pytest.raises(Overloaded, match="51 more; the limit is 100"), admission.admit(51):
             pass
         with admission.admit(50):
             take(2)
-            with pytest.raises(Overloaded, match="Received 1 more while 4 are"):
+            with pytest.raises(Overloaded, match="4 images are waiting, and this request has 1 more"):
                 take(1)
-        with admission.admit(50) as take_more, pytest.raises(Overloaded, match="Received 2 more while 4 are"):
+        with (
+            admission.admit(50) as take_more,
+            pytest.raises(Overloaded, match="4 images are waiting, and this request has 2 more"),
+        ):
             take_more(2)
     with admission.admit(100), pytest.raises(RuntimeError), admission.admit(0):
         raise RuntimeError("what fails gives its places back")
@@ -254,7 +257,7 @@ def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, lo
 
 
 class Slow(FlatEngine):
-    """An engine that takes a while for each image, and waits for its gate, which is open at first."""
+    """An engine that takes a fixed time for each image, and waits while its gate is closed."""
 
     seconds = 0.0
 
@@ -271,7 +274,7 @@ class Slow(FlatEngine):
 
 @pytest.fixture
 def slow(client: TestClient, services: Services, settings: Settings, request: pytest.FixtureRequest) -> Iterator[Slow]:
-    """The engine of a model `slow`, served with what settings are given. It took 0.1 s an image when it was loaded."""
+    """Serves a model `slow` with the given settings. Its engine was measured at 0.1 s per image."""
     engine = Slow()
     engine.seconds = 0.1
 
@@ -338,7 +341,7 @@ def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: S
 
 
 class Places(FlatEngine):
-    """An engine whose maps are the image itself: a feature is the mean of a colour."""
+    """An engine whose maps are the image itself, so that each feature is the mean of one colour."""
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
         maps = images.astype(np.float32) / 255
@@ -351,7 +354,7 @@ RED_LEFT[:, :4, 0], RED_LEFT[:, 4:, 2] = 255, 255
 
 @pytest.fixture
 def colours(client: TestClient, services: Services, settings: Settings) -> bytes:
-    """A model of two colours on maps of 8×8 places; returns an image that is red on the left and blue on the right."""
+    """Serve a model of two colours with maps of 8×8 positions; return an image, red left and blue right."""
 
     class One(CountingLoader):
         def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
@@ -394,9 +397,9 @@ def test_the_channels_of_each_image_are_shown_as_a_sheet(client: TestClient, col
 def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, services: Services) -> None:
     url = "/api/v1/models/colours/predict"
     for query, detail in [
-        ("explain=heatmap&label=green", "Expected a label of the model: red, blue. Received 'green'"),
+        ("explain=heatmap&label=green", "This model has no label 'green'. Its labels are: red, blue."),
         ("label=red", "together with explain=heatmap"),
-        ("explain=neighbours", "train it with neighbours: true"),
+        ("explain=neighbours", "train a model with `neighbours: true`"),
         ("explain=why", "Received 'why'"),
     ]:
         answer = client.post(f"{url}?{query}", content=colours)
@@ -439,4 +442,4 @@ def test_the_training_images_that_look_most_alike_are_shown_and_named(
 
 def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: CountingLoader) -> None:
     answer = client.post(f"{WARM}?explain=heatmap", content=PNG)
-    assert answer.status_code == 422 and "at least 4×4 positions. Received 1×1" in answer.json()["detail"]
+    assert answer.status_code == 422 and "only 1×1 positions" in answer.json()["detail"]

@@ -263,7 +263,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Inges
     assert reasons["red/text.png"] == reasons["blue/vector.svg"]
     assert reasons["red/text.png"].endswith("Received something else.")
     assert "Received 200 × 200" in reasons["green/huge.png"]
-    assert reasons["readme.txt"] == "in no class folder"
+    assert reasons["readme.txt"] == "not in a class folder"
     assert intake.has_nothing_but(version)
 
 
@@ -361,7 +361,7 @@ def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: I
     version = replace(intake, limits=replace(LIMITS, image=ImageLimits())).take_in(files)
     assert (version.state, version.images) == (DatasetState.READY, 4)
     # One that had been read would have been killed for its CPU time before it was counted to its end.
-    assert refused(version) == {"blue/slow.jpg": "Expected a JPEG of at most 100 scans. Received more."}
+    assert refused(version) == {"blue/slow.jpg": "The JPEG has more scans than the limit of 100."}
     assert intake.has_nothing_but(version)
 
 
