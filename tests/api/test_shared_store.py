@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sample
-from buckets import KEYS, Bucket, Line
+from buckets import KEYS, Bucket, NetworkProxy
 from fastapi.testclient import TestClient
 
 from api.app import create_app
@@ -19,7 +19,7 @@ ARCHIVE = sample.zipped(sample.coloured(per_class=2))
 
 
 @pytest.fixture
-def settings(settings: Settings, bucket: Bucket, line: Line) -> Settings:
+def settings(settings: Settings, bucket: Bucket, line: NetworkProxy) -> Settings:
     shared = {"store_url": bucket.address.url, "store_endpoint": line.endpoint, "store_region": bucket.address.region}
     return settings.model_copy(update=shared)
 
@@ -47,7 +47,7 @@ def test_an_upload_that_is_refused_leaves_nothing_in_the_bucket(
 
 
 def test_while_the_bucket_is_away_uploads_are_told_to_come_back_and_nothing_is_left(
-    client: TestClient, services: Services, bucket: Bucket, line: Line
+    client: TestClient, services: Services, bucket: Bucket, line: NetworkProxy
 ) -> None:
     line.cut()
     answer = client.post("/api/v1/datasets?name=x", content=ARCHIVE)
@@ -59,7 +59,9 @@ def test_while_the_bucket_is_away_uploads_are_told_to_come_back_and_nothing_is_l
     assert client.post("/api/v1/datasets?name=x", content=ARCHIVE).status_code == 202
 
 
-def test_readiness_tells_of_a_bucket_that_is_away_and_does_not_depend_on_it(client: TestClient, line: Line) -> None:
+def test_readiness_tells_of_a_bucket_that_is_away_and_does_not_depend_on_it(
+    client: TestClient, line: NetworkProxy
+) -> None:
     assert client.get("/readyz").json()["checks"]["store"]["ok"]
     line.cut()
     answer = client.get("/readyz")

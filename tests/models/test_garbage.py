@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import records
-from buckets import Bucket, Line
+from buckets import Bucket, NetworkProxy
 from records import PRINCIPAL
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -263,7 +263,7 @@ def test_a_folder_that_is_no_cache_has_no_copies_to_drop(database: Database, sto
 
 
 def test_a_bucket_or_a_database_that_is_away_is_told_and_nothing_is_lost(
-    database: Database, bucket: Bucket, line: Line, tmp_path: Path
+    database: Database, bucket: Bucket, line: NetworkProxy, tmp_path: Path
 ) -> None:
     store = bucket.seen_from(tmp_path / "far", line.endpoint).store()
     file = store.put(b"of nobody")

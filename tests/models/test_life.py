@@ -30,7 +30,7 @@ from simulator.databases import EngineDatabase, InMemoryDatabase
 from simulator.invariants import Invariants, Writer
 from simulator.stand_ins import MemoryStore
 from sqlalchemy import delete, select
-from working import WATCHING, training_place
+from working import SLOW_SWEEPS, training_settings
 
 from artifacts.store import Digest
 from clock import Clock
@@ -111,10 +111,10 @@ class Lives(RuleBasedStateMachine):
                     session.execute(delete(table))
             self.version_id = records.ready_version(session).id
         self.store = MemoryStore()
-        self.told = Told(self.store, training_place(self.store.root))
+        self.told = Told(self.store, training_settings(self.store.root))
         self.handlers = dict.fromkeys(JobKind, self.told)
         self.clock = Clock(now=lambda: self.now_s)
-        self.loop = LocalWorker(database, Queue.CPU, self.handlers, "here", WATCHING, self.clock)
+        self.loop = LocalWorker(database, Queue.CPU, self.handlers, "here", SLOW_SWEEPS, self.clock)
         self.checks = Invariants(self.query, lambda digest: self.store.has(Digest(digest)))
         self.places = itertools.count()
         self.lives: list[Life] = []
@@ -313,14 +313,14 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose_the_worker(self, data: st.DataObject) -> None:
         life, part, job = data.draw(st.sampled_from(self._held()))
-        sweeper = Sweeper(self.database, [Queue.CPU], self.handlers, "there", WATCHING, self.clock)
+        sweeper = Sweeper(self.database, [Queue.CPU], self.handlers, "there", SLOW_SWEEPS, self.clock)
         assert sweeper.sweep() == 0
         for _, _, other in self._held():
             if other is not job:
                 with self.database.writing() as session:
                     jobs.renew(session, Lease(other.id, other.lease_epoch))
                 self.checks.check(Writer("renew", Lease(other.id, other.lease_epoch)))
-        self.now_s += WATCHING.lease_s
+        self.now_s += SLOW_SWEEPS.lease_s
         assert sweeper.sweep() == 1
         self.checks.check(Writer("sweeper"))
         self._leave(life, part, job)
@@ -391,7 +391,7 @@ class Lives(RuleBasedStateMachine):
     def _work(self, job: Job) -> Work:
         lease = Lease(job.id, job.lease_epoch)
         return Work(
-            self.database, job, LeaseHolder(self.database, lease, WATCHING, lambda: False, self.clock), WarmChild()
+            self.database, job, LeaseHolder(self.database, lease, SLOW_SWEEPS, lambda: False, self.clock), WarmChild()
         )
 
     def _message(self, life: Life, part: Part) -> PartEnd:

@@ -232,13 +232,13 @@ def test_a_consumer_does_not_wait_longer_and_longer_for_the_broker() -> None:
 
         def ensure(self, *args: Any, **options: Any) -> None: ...
 
-    class Bare(Consumer):
+    class UnconnectedConsumer(Consumer):
         def __init__(self) -> None:
             self.app = make_celery(lambda: "memory://")
             self.first_connection_attempt = True
 
     connection = Connection()
-    assert Bare().ensure_connected(connection) is connection
+    assert UnconnectedConsumer().ensure_connected(connection) is connection
     assert (asked["interval_start"], asked["interval_step"], asked["interval_max"]) == (2.0, 0, 2.0)
 
 

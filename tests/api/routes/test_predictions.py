@@ -18,7 +18,7 @@ import pytest
 import sample
 from asgi import ask
 from fastapi.testclient import TestClient
-from flat import PNG, SIZE, Loads, add_model, flat_bundle, serve
+from flat_models import PNG, SIZE, CountingLoader, add_model, flat_bundle, serve
 from PIL import Image
 from waiting import until
 
@@ -43,9 +43,9 @@ HURRY = {"predict_deadline_s": 0.5}
 
 
 @pytest.fixture
-def loads(client: TestClient, services: Services, settings: Settings) -> Iterator[Loads]:
+def loads(client: TestClient, services: Services, settings: Settings) -> Iterator[CountingLoader]:
     """Two models on two backbones. Loading the backbone of `cold` waits until the test lets it continue."""
-    found = Loads()
+    found = CountingLoader()
     for name in ("warm", "cold"):
         backbone = services.store.put(name.encode())
         add_model(services, name, flat_bundle(backbone))
@@ -79,7 +79,7 @@ def test_an_answer_has_the_form_of_its_task(
 ) -> None:
     bundle = flat_bundle(services.store.put(b"flat"), task, labels, outputs)
     add_model(services, "one", bundle)
-    serve(client, settings, Loads())
+    serve(client, settings, CountingLoader())
     answer = client.post("/api/v1/models/one/predict", content=PNG).json()["predictions"][0]
     assert answer.keys() == fields
     if "probabilities" in fields:
@@ -101,7 +101,7 @@ def test_an_answer_has_the_form_of_its_task(
 )
 @pytest.mark.parametrize("body", [PNG, b' \n{"images": ["' + base64.b64encode(PNG) + b'"]}'], ids=["image", "json"])
 def test_a_raw_body_is_what_it_shows_whatever_it_is_called(
-    client: TestClient, loads: Loads, body: bytes, content_type: str | None
+    client: TestClient, loads: CountingLoader, body: bytes, content_type: str | None
 ) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     answer = client.post(WARM, content=body, headers=headers)
@@ -110,7 +110,7 @@ def test_a_raw_body_is_what_it_shows_whatever_it_is_called(
     assert answer.json()["timings_ms"].keys() == {"queue", "decode", "backbone", "head"}
 
 
-def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, loads: Loads) -> None:
+def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, loads: CountingLoader) -> None:
     files = [("images", ("a", PNG)), ("images", ("b", b"")), ("images", ("c", PNG))]
     answer = client.post(WARM, files=files)
     assert (answer.status_code, answer.json()["image"]) == (422, 1)
@@ -119,7 +119,7 @@ def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, 
     assert (empty.status_code, empty.json()["image"]) == (422, 1)
 
 
-def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loads: Loads) -> None:
+def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loads: CountingLoader) -> None:
     large = PNG + bytes(50_000)
     for sent in (
         {"content": large},
@@ -134,7 +134,7 @@ def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loa
 
 @pytest.mark.parametrize("way", ["announced", "streamed"])
 def test_a_body_above_its_limit_is_too_large_and_the_answer_says_how_large(
-    client: TestClient, loads: Loads, way: str
+    client: TestClient, loads: CountingLoader, way: str
 ) -> None:
     large = bytes(200_001)
     answer = client.post(WARM, content=large if way == "announced" else iter([large]))
@@ -143,7 +143,7 @@ def test_a_body_above_its_limit_is_too_large_and_the_answer_says_how_large(
     assert f"The body has {said}; the limit is" in answer.json()["detail"]
 
 
-def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: Loads) -> None:
+def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: CountingLoader) -> None:
     for body, field, received in [
         (b'{"images": ["not base64!"]}', "images[0]", "not base64!"),
         (b'{"images": []}', "images", "[]"),
@@ -159,7 +159,7 @@ def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClie
 
 
 def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(
-    client: TestClient, loads: Loads, settings: Settings
+    client: TestClient, loads: CountingLoader, settings: Settings
 ) -> None:
     serve(client, settings.model_copy(update=HURRY), loads)
     for _ in range(3):
@@ -172,7 +172,7 @@ def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(
     assert len(loads.seen) == 1
 
 
-def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, loads: Loads) -> None:
+def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, loads: CountingLoader) -> None:
     with ThreadPoolExecutor(60) as pool:
         waiting = [pool.submit(client.post, COLD, content=PNG) for _ in range(60)]
         until(lambda: loads.seen)
@@ -185,7 +185,7 @@ def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, lo
 
 
 def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
-    client: TestClient, loads: Loads, services: Services
+    client: TestClient, loads: CountingLoader, services: Services
 ) -> None:
     backbone = services.store.path_for(next(iter(loads.held)))  # type: ignore[arg-type]
     kept = backbone.read_bytes()
@@ -197,7 +197,7 @@ def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
     assert client.post(COLD, content=PNG).status_code == 200
 
 
-def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Loads, settings: Settings) -> None:
+def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: CountingLoader, settings: Settings) -> None:
     serve(client, settings.model_copy(update=HURRY), loads)
 
     async def receive() -> dict[str, Any]:
@@ -239,7 +239,7 @@ def test_admission_counts_images_and_bytes_and_lets_an_idle_service_take_any() -
         take(3)
 
 
-def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, loads: Loads) -> None:
+def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, loads: CountingLoader) -> None:
     read = False
 
     async def receive() -> dict[str, Any]:
@@ -278,7 +278,7 @@ def slow(client: TestClient, services: Services, settings: Settings, request: py
     engine = Slow()
     engine.seconds = 0.1
 
-    class One(Loads):
+    class One(CountingLoader):
         def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
             return engine
 
@@ -313,7 +313,7 @@ def test_what_could_not_be_answered_in_time_is_turned_away_and_told_when_to_come
     until(lambda: client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200)
 
 
-def test_the_answer_says_in_a_header_where_its_time_went(client: TestClient, loads: Loads) -> None:
+def test_the_answer_says_in_a_header_where_its_time_went(client: TestClient, loads: CountingLoader) -> None:
     answer = client.post(WARM, content=PNG)
     said = dict(part.split(";dur=") for part in answer.headers["Server-Timing"].split(", "))
     assert {stage: float(spent) for stage, spent in said.items()} == answer.json()["timings_ms"]
@@ -356,7 +356,7 @@ RED_LEFT[:, :4, 0], RED_LEFT[:, 4:, 2] = 255, 255
 def colours(client: TestClient, services: Services, settings: Settings) -> bytes:
     """Serve a model of two colours with maps of 8×8 positions; return an image, red left and blue right."""
 
-    class One(Loads):
+    class One(CountingLoader):
         def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
             return Places()
 
@@ -408,7 +408,7 @@ def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, se
 
 
 def test_the_training_images_that_look_most_alike_are_shown_and_named(
-    client: TestClient, services: Services, settings: Settings, loads: Loads
+    client: TestClient, services: Services, settings: Settings, loads: CountingLoader
 ) -> None:
     colours = {"red": (200, 50, 40), "green": (40, 200, 50), "blue": (50, 40, 200), "white": (250, 250, 250)}
     shown = [sample.png(seed, colour, SIZE) for seed, colour in enumerate(colours.values())]
@@ -440,6 +440,6 @@ def test_the_training_images_that_look_most_alike_are_shown_and_named(
     assert Image.open(io.BytesIO(picture.content)).size == (4 * 196, 192)
 
 
-def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: Loads) -> None:
+def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: CountingLoader) -> None:
     answer = client.post(f"{WARM}?explain=heatmap", content=PNG)
     assert answer.status_code == 422 and "only 1×1 positions" in answer.json()["detail"]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import records
 import sample
+from database_marks import ON_SQLITE
 from fastapi.testclient import TestClient
-from on_databases import ON_SQLITE
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event
 

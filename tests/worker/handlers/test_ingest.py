@@ -14,13 +14,13 @@ import pytest
 import records
 import sample
 from buckets import EACH_STORE, EACH_STORE_SLOWLY
-from manual_clock import ByHand
+from manual_clock import ManualClock
 from PIL import Image
 from records import PRINCIPAL
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from waiting import until
-from working import QUICK, Forgetful, Say, claimed_work, look, make_due, settled, slow_jpeg
+from working import QUICK, LostCommitDatabase, SendFromChild, claimed_work, look, make_due, settled, slow_jpeg
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
@@ -56,7 +56,7 @@ LIMITS = IngestLimits(
 
 
 @dataclass
-class Intake:
+class IngestCase:
     """A store, a database and the loop that takes archives in."""
 
     database: Database
@@ -69,7 +69,7 @@ class Intake:
         """Owe the ingest of an archive into a data set, as its first or its next version; return the version's id."""
         digest = self.store.put(archive)
         with self.database.writing() as session:
-            return records.owe_ingest(session, digest, name)
+            return records.queue_ingest(session, digest, name)
 
     def take_in(self, archive: bytes | Mapping[str, bytes], name: str = "flowers") -> DatasetVersion:
         """Upload an archive, or files as a zip, see the ingest through and return the version as it stands then."""
@@ -151,21 +151,21 @@ class Intake:
 
 
 @pytest.fixture
-def intake(sqlite: Database, store: Store) -> Intake:
-    return Intake(sqlite, store)
+def intake(sqlite: Database, store: Store) -> IngestCase:
+    return IngestCase(sqlite, store)
 
 
 @pytest.fixture
-def anywhere(database: Database, store: Store) -> Intake:
+def anywhere(database: Database, store: Store) -> IngestCase:
     """The same on each kind of database."""
-    return Intake(database, store)
+    return IngestCase(database, store)
 
 
 def refused(version: DatasetVersion) -> dict[str, str]:
     return {file["path"]: file["reason"] for file in version.refused}
 
 
-def is_stored(intake: Intake, data: bytes) -> bool:
+def is_stored(intake: IngestCase, data: bytes) -> bool:
     return intake.store.has(digest_of(data))
 
 
@@ -173,7 +173,7 @@ def is_stored(intake: Intake, data: bytes) -> bool:
 
 
 @EACH_STORE
-def test_folders_become_classes(anywhere: Intake) -> None:
+def test_folders_become_classes(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=4) | {"__MACOSX/x": b"litter", "blue/.DS_Store": b"litter"}
     version = anywhere.take_in(files)
     assert (version.state, version.task, version.error) == (DatasetState.READY, Task.MULTICLASS, None)
@@ -195,7 +195,7 @@ def test_folders_become_classes(anywhere: Intake) -> None:
     assert anywhere.has_nothing_but(version)  # the archive is gone, for one
 
 
-def test_a_tar_and_an_outer_folder_change_nothing(intake: Intake) -> None:
+def test_a_tar_and_an_outer_folder_change_nothing(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2)
     plain = intake.take_in(files, "plain")
     wrapped = intake.take_in(sample.tarred({f"outer/{path}": data for path, data in files.items()}), "wrapped")
@@ -204,7 +204,7 @@ def test_a_tar_and_an_outer_folder_change_nothing(intake: Intake) -> None:
     assert intake.has_nothing_but(plain, wrapped)
 
 
-def test_labels_groups_and_splits_come_from_the_csv(intake: Intake) -> None:
+def test_labels_groups_and_splits_come_from_the_csv(intake: IngestCase) -> None:
     lines = ["path,label,group,split"]
     files: dict[str, bytes] = {}
     for number in range(8):
@@ -224,7 +224,7 @@ def test_labels_groups_and_splits_come_from_the_csv(intake: Intake) -> None:
     assert intake.has_nothing_but(version)
 
 
-def test_several_labels_make_a_multilabel_set(intake: Intake) -> None:
+def test_several_labels_make_a_multilabel_set(intake: IngestCase) -> None:
     csv = b"path,label\n0.png,sea|sand\n1.png,sand\n2.png,|\n3.png,sea\n"
     files = {f"{number}.png": sample.png(number) for number in range(4)}
     version = intake.take_in(files | {"labels.csv": csv})
@@ -233,7 +233,7 @@ def test_several_labels_make_a_multilabel_set(intake: Intake) -> None:
     assert [row[2] for row in intake.rows(version)] == ["sand|sea", "sand", "", "sea"]
 
 
-def test_targets_make_a_regression(intake: Intake) -> None:
+def test_targets_make_a_regression(intake: IngestCase) -> None:
     csv = b"path,target\n0.png,1.5\n1.png,-2\n2.png,3.5\n"
     files = {f"{number}.png": sample.png(number) for number in range(3)}
     version = intake.take_in(files | {"labels.csv": csv})
@@ -245,7 +245,7 @@ def test_targets_make_a_regression(intake: Intake) -> None:
 # --- files that are refused ------------------------------------------------------------------------------------------
 
 
-def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intake) -> None:
+def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: IngestCase) -> None:
     whole = sample.jpeg(1)
     files = sample.coloured(per_class=2) | {
         "red/text.png": b"this is no image at all",
@@ -268,7 +268,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intak
 
 
 @EACH_STORE_SLOWLY
-def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
+def test_the_same_file_twice_counts_as_a_duplicate(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     files["blue/again.png"] = files["blue/0.png"]
     version = intake.take_in(files)
@@ -279,7 +279,7 @@ def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
 
 
 @EACH_STORE_SLOWLY
-def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
+def test_the_same_file_under_two_labels_is_refused(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     files["green/liar.png"] = files["blue/0.png"]
     version = intake.take_in(files)
@@ -290,7 +290,7 @@ def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
     assert intake.has_nothing_but(version)
 
 
-def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intake: Intake) -> None:
+def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intake: IngestCase) -> None:
     files = {f"{number}.png": sample.png(number) for number in range(4)} | {"again.png": sample.png(0)}
     lines = [
         "path,target",
@@ -303,7 +303,7 @@ def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intak
     assert "2018.119 and 2018.123" in refused(version)["0.png"]
 
 
-def test_up_to_fifty_bad_files_are_borne(intake: Intake) -> None:
+def test_up_to_fifty_bad_files_are_borne(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number}.png": b"bad" for number in range(50)}
     version = intake.take_in(files)
     assert (version.state, version.images, version.refused_total) == (DatasetState.READY, 6, 50)
@@ -311,7 +311,7 @@ def test_up_to_fifty_bad_files_are_borne(intake: Intake) -> None:
 
 
 @EACH_STORE_SLOWLY
-def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: Intake) -> None:
+def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number:02}.png": b"bad" for number in range(51)}
     version = anywhere.take_in(files)
     assert version.state is DatasetState.REJECTED and version.error is not None
@@ -334,7 +334,7 @@ def test_too_many_bad_files_reject_the_set_and_leave_nothing(anywhere: Intake) -
     ids=["one class", "too deep", "no zip", "no image"],
 )
 def test_what_makes_no_data_set_is_rejected_with_its_reason(
-    intake: Intake, archive: bytes, code: str, detail: str
+    intake: IngestCase, archive: bytes, code: str, detail: str
 ) -> None:
     version = intake.take_in(archive)
     assert version.state is DatasetState.REJECTED and version.error is not None
@@ -346,7 +346,7 @@ def test_what_makes_no_data_set_is_rejected_with_its_reason(
 
 
 @EACH_STORE_SLOWLY
-def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(intake: Intake) -> None:
+def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2)
     paths = list(files)
     hostile = {**{path: files[path] for path in paths[:2]}, "blue/slow.jpg": slow_jpeg(1500)}
@@ -356,7 +356,7 @@ def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(
     assert intake.has_nothing_but(version)
 
 
-def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: Intake) -> None:
+def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2) | {"blue/slow.jpg": slow_jpeg(20_000)}
     version = replace(intake, limits=replace(LIMITS, image=ImageLimits())).take_in(files)
     assert (version.state, version.images) == (DatasetState.READY, 4)
@@ -365,7 +365,7 @@ def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: I
     assert intake.has_nothing_but(version)
 
 
-def test_an_image_that_takes_too_much_memory_is_refused_and_the_rest_goes_on(intake: Intake) -> None:
+def test_an_image_that_takes_too_much_memory_is_refused_and_the_rest_goes_on(intake: IngestCase) -> None:
     wide = encode(Image.new("L", (6000, 6000)), "PNG")
     files = sample.coloured(per_class=2, classes=2) | {"blue/wide.png": wide}
     version = replace(intake, limits=replace(LIMITS, memory_bytes=330 * 1024**2)).take_in(files)
@@ -374,7 +374,7 @@ def test_an_image_that_takes_too_much_memory_is_refused_and_the_rest_goes_on(int
     assert intake.has_nothing_but(version)
 
 
-def test_a_process_without_memory_rejects_the_set_and_says_so(intake: Intake) -> None:
+def test_a_process_without_memory_rejects_the_set_and_says_so(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2) | {"blue/big.png": bytes(60 * 1024**2)}
     version = replace(intake, limits=replace(LIMITS, memory_bytes=280 * 1024**2)).take_in(files)
     assert version.state is DatasetState.REJECTED and version.error is not None
@@ -385,7 +385,7 @@ def test_a_process_without_memory_rejects_the_set_and_says_so(intake: Intake) ->
 # --- adding a version ------------------------------------------------------------------------------------------------
 
 
-def test_a_further_version_adds_what_is_new(anywhere: Intake) -> None:
+def test_a_further_version_adds_what_is_new(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = anywhere.take_in(files)
     more = {
@@ -410,7 +410,7 @@ def test_a_further_version_adds_what_is_new(anywhere: Intake) -> None:
     assert anywhere.has_nothing_but(first, second)
 
 
-def test_a_file_that_changes_its_label_is_refused(intake: Intake) -> None:
+def test_a_file_that_changes_its_label_is_refused(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
     second = intake.take_in({"green/0b.png": files["blue/0.png"], "green/7.png": sample.png(700)})
@@ -419,7 +419,7 @@ def test_a_file_that_changes_its_label_is_refused(intake: Intake) -> None:
     assert intake.has_nothing_but(first, second)
 
 
-def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: Intake) -> None:
+def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: IngestCase) -> None:
     targets = {"1.png": sample.png(1), "2.png": sample.png(2), "labels.csv": b"path,target\n1.png,1\n2.png,2\n"}
     classes = sample.coloured(per_class=2, classes=2)
     kept = []
@@ -433,7 +433,7 @@ def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: Intake)
 
 
 @EACH_STORE_SLOWLY
-def test_a_rejected_addition_leaves_the_version_before_alone(intake: Intake) -> None:
+def test_a_rejected_addition_leaves_the_version_before_alone(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
     bad = {"blue/0.png": files["blue/0.png"], "blue/new.png": sample.png(9)}
@@ -483,7 +483,7 @@ def begin() -> Iterator[Begin]:
     """Begin an ingest in a thread; return its version and its loop once all images but the last are stored."""
     threads = []
 
-    def begin(intake: Intake, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, LocalWorker]:
+    def begin(intake: IngestCase, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, LocalWorker]:
         version_id = intake.upload(sample.zipped(files, zipfile.ZIP_STORED), name)
         loop = intake.loop()
         threads.append(threading.Thread(target=loop.work))
@@ -496,7 +496,7 @@ def begin() -> Iterator[Begin]:
         thread.join(60)
 
 
-def test_an_ingest_that_was_interrupted_ends_as_if_it_had_not_been(anywhere: Intake, begin: Begin) -> None:
+def test_an_ingest_that_was_interrupted_ends_as_if_it_had_not_been(anywhere: IngestCase, begin: Begin) -> None:
     files = slow_set(scans=100)
     with held_at_the_slow_image() as is_there:
         version_id, loop = begin(anywhere, files)
@@ -514,7 +514,7 @@ def test_an_ingest_that_was_interrupted_ends_as_if_it_had_not_been(anywhere: Int
     assert anywhere.has_nothing_but(resumed, unbroken)
 
 
-def test_what_an_attempt_wrote_before_its_worker_died_is_not_in_the_way(anywhere: Intake) -> None:
+def test_what_an_attempt_wrote_before_its_worker_died_is_not_in_the_way(anywhere: IngestCase) -> None:
     version_id = anywhere.upload(sample.zipped(sample.coloured(per_class=3)))
     abandon(anywhere, version_id)
     assert anywhere.counts() == (9, 9)
@@ -524,7 +524,7 @@ def test_what_an_attempt_wrote_before_its_worker_died_is_not_in_the_way(anywhere
     assert anywhere.has_nothing_but(version)
 
 
-def test_what_an_attempt_wrote_is_purged_though_the_next_one_was_cancelled(anywhere: Intake) -> None:
+def test_what_an_attempt_wrote_is_purged_though_the_next_one_was_cancelled(anywhere: IngestCase) -> None:
     files = slow_set(scans=60)
     version_id = anywhere.upload(sample.zipped(files, zipfile.ZIP_STORED))
     abandon(anywhere, version_id)
@@ -545,7 +545,7 @@ def test_what_an_attempt_wrote_is_purged_though_the_next_one_was_cancelled(anywh
     assert not [path for path, data in files.items() if is_stored(anywhere, data)]
 
 
-def abandon(intake: Intake, version_id: str) -> None:
+def abandon(intake: IngestCase, version_id: str) -> None:
     """Do everything of an ingest but its end, as a worker that is killed just before; then take its job over."""
     handler = Ingest(intake.store, intake.limits)
     with claimed_work(intake.database) as work:
@@ -562,7 +562,7 @@ def abandon(intake: Intake, version_id: str) -> None:
 
 
 @EACH_STORE_SLOWLY
-def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhere: Intake) -> None:
+def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhere: IngestCase) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     kept = anywhere.take_in(shared, "kept")
     files = shared | {"blue/mine.png": sample.png(77)}
@@ -583,11 +583,11 @@ def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhe
 
 
 @EACH_STORE_SLOWLY
-def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: Intake) -> None:
+def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
     version_id = intake.upload(sample.zipped({"blue/9.png": sample.png(9), "blue/0.png": files["blue/0.png"]}))
-    forgetful = Forgetful(intake.database.engine.url)
+    forgetful = LostCommitDatabase(intake.database.engine.url)
     with claimed_work(intake.database, through=forgetful) as work:
         complete = Ingest(intake.store, LIMITS).run(work)
         with intake.database.writing() as session:
@@ -601,7 +601,7 @@ def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: Int
     assert intake.has_nothing_but(first, version)
 
 
-def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Intake) -> None:
+def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: IngestCase) -> None:
     class Interrupted(Ingest):
         """Its worker breaks while the first end is being written."""
 
@@ -629,17 +629,19 @@ def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Inta
     assert intake.has_nothing_but(version)
 
 
-def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(intake: Intake, say: Say) -> None:
+def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(
+    intake: IngestCase, send_from_child: SendFromChild
+) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(per_class=3)))
-    say(Failed.by(DiskFull("The disk is full.")))
+    send_from_child(Failed.by(DiskFull("The disk is full.")))
     assert intake.loop().work()
     job = intake.job(version_id)
     assert (job.state, job.attempt) == (JobState.QUEUED, 0) and job.next_attempt_at is not None
     assert intake.version(version_id).state is DatasetState.UPLOADED
 
 
-def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, begin: Begin) -> None:
-    clock = ByHand()
+def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: IngestCase, begin: Begin) -> None:
+    clock = ManualClock()
     slow = replace(intake, timings=replace(QUICK, let_go_s=1000.0), clock=Clock(clock.monotonic))
     with held_at_the_slow_image() as is_there:
         version_id, _ = begin(slow, slow_set(scans=20_000))
@@ -654,7 +656,7 @@ def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, be
     until(intake.has_nothing_but)  # its files go once that is written
 
 
-def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ingest_tells_how_far_it_is(intake: IngestCase, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = SimpleNamespace(monotonic=count().__next__)  # one passes between any two looks at this clock
     monkeypatch.setattr(ingest, "time", seconds)
     with held_at_the_slow_image() as is_there:
@@ -671,7 +673,7 @@ def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin, monkeypatch
 
 
 @EACH_STORE_SLOWLY
-def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) -> None:
+def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: IngestCase) -> None:
     shared, mine = sample.coloured(per_class=2, classes=2), {"blue/mine.png": sample.png(77)}
     kept = anywhere.take_in(shared, "kept")
     gone = anywhere.take_in(shared | mine, "gone")
@@ -686,7 +688,7 @@ def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) ->
 
 
 @EACH_STORE_SLOWLY
-def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: Intake) -> None:
+def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: IngestCase) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(2)))
     intake.delete()
     assert intake.loop().work()
@@ -696,7 +698,7 @@ def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: Intake) 
     assert intake.loop().work() is False
 
 
-def test_a_set_that_is_deleted_during_its_ingest_leaves_nothing(anywhere: Intake, begin: Begin) -> None:
+def test_a_set_that_is_deleted_during_its_ingest_leaves_nothing(anywhere: IngestCase, begin: Begin) -> None:
     version_id, _ = begin(anywhere, slow_set(scans=20_000))
     purge = anywhere.delete()
     settled(anywhere.database, anywhere.job(version_id).id, JobState.CANCELLED)
@@ -706,7 +708,7 @@ def test_a_set_that_is_deleted_during_its_ingest_leaves_nothing(anywhere: Intake
     assert anywhere.has_nothing_but()
 
 
-def test_a_purge_waits_for_an_ingest_that_is_under_way(intake: Intake, begin: Begin) -> None:
+def test_a_purge_waits_for_an_ingest_that_is_under_way(intake: IngestCase, begin: Begin) -> None:
     with held_at_the_slow_image() as is_there:
         version_id, _ = begin(intake, slow_set(scans=20_000))
         assert is_there.wait(120)
@@ -721,7 +723,7 @@ def test_a_purge_waits_for_an_ingest_that_is_under_way(intake: Intake, begin: Be
     assert intake.has_nothing_but()
 
 
-def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere: Intake, begin: Begin) -> None:
+def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere: IngestCase, begin: Begin) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(shared, "gone")
     files = shared | {"green/new.png": sample.png(5), "green/slow.jpg": slow_jpeg(100)}
@@ -742,7 +744,7 @@ def test_a_file_that_a_purge_took_from_under_an_ingest_is_stored_again(anywhere:
 
 
 @EACH_STORE_SLOWLY
-def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhere: Intake) -> None:
+def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(files, "gone")
     version_id = anywhere.upload(sample.zipped(files), "staying")
@@ -761,7 +763,7 @@ def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhe
 
 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
-def test_an_image_that_another_set_is_just_naming_is_not_purged(anywhere: Intake) -> None:
+def test_an_image_that_another_set_is_just_naming_is_not_purged(anywhere: IngestCase) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(shared, "gone")
     purge = anywhere.delete("gone")
