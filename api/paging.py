@@ -25,7 +25,7 @@ def page_request(limit: int, cursor: str | None) -> PageRequest:
 
 
 def next_cursor(after: str | None) -> str | None:
-    """Return the cursor of the page that starts after the key `after`; None if `after` is None, on the last page."""
+    """Return the cursor of the page that starts after the key `after`. On the last page both are None."""
     return None if after is None else base64.urlsafe_b64encode(after.encode()).decode().rstrip("=")
 
 

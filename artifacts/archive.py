@@ -439,7 +439,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 class _LimitedStream:
-    """A stream that raises ArchiveRefused if more bytes are read from it than its budget and the tar's headers need."""
+    """A stream that raises ArchiveRefused once more bytes are read than its budget plus the size of tar headers."""
 
     def __init__(self, raw: Any, budget: int, limits: ArchiveLimits) -> None:
         self._raw = raw

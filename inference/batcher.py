@@ -299,7 +299,7 @@ class Batcher:
     def _refill(self, slots: list[_QueuedImage], pixels: Pixels) -> None:
         """Update a prepared batch just before it runs: drop abandoned images, and add images that have arrived since.
 
-        Few pixels are copied here, while the engine is idle. Copying an image of 299 × 299 pixels takes about 30 µs.
+        The engine waits during this call. It is short: copying an image of 299 × 299 pixels takes about 30 µs.
         """
         with self._changed:
             kept = [index for index, slot in enumerate(slots) if self._needs_answer(slot.request)]

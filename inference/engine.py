@@ -92,7 +92,7 @@ class OpenVinoEngine:
         return self.run(images, wants_maps=False)[0]
 
     def maps(self, images: Pixels) -> Features:
-        """Return maps float32 [N, h, w, D] for images uint8 [N, H, W, 3]."""
+        """Return the feature maps, float32 [N, h, w, D] for images uint8 [N, H, W, 3]."""
         maps = self.run(images, wants_maps=True)[1]
         assert maps is not None
         return maps

@@ -1,4 +1,4 @@
-"""Computes heads in NumPy: logits from features, and probabilities from logits. Training scores with the same code."""
+"""Computes heads in NumPy: logits from features, and probabilities from logits. Training uses the same code."""
 
 from __future__ import annotations
 

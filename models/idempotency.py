@@ -62,7 +62,7 @@ def save_answer(
 
 
 def drop_expired_answers(session: Session) -> int:
-    """Delete the stored answers that are older than `KEPT_FOR`; return how many were deleted."""
+    """Delete the responses stored for idempotency keys that are older than `KEPT_FOR`; return how many were deleted."""
     dropped = session.execute(delete(Answer).where(Answer.created_at < now() - KEPT_FOR))
     assert isinstance(dropped, CursorResult)
     return dropped.rowcount

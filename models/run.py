@@ -361,7 +361,7 @@ def add_fold(session: Session, fold: Fold) -> None:
 
 
 def drop_folds(session: Session, run_id: str) -> list[Digest]:
-    """Delete all folds of a run that starts from the beginning; return the outcome files of these folds."""
+    """Delete all folds of a run that restarts from the beginning; return the digests of their outcome files."""
     dropped = _outcome_files(session, run_id)
     session.execute(delete(Fold).where(Fold.run_id == run_id))
     return dropped

@@ -361,9 +361,10 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
     is_joining = isinstance(layer, Sum | Concatenation)
     if is_joining != (len(read) > 1):
         if is_joining:
-            raise refuse(f"It needs at least two layers as inputs. Received {len(read)}.", "inputs")
+            raise refuse(f"This layer needs at least two input layers. Received {len(read)}.", "inputs")
         raise refuse(
-            f"It can read one layer. Received {len(read)}. Join branches by an add or concatenate layer first.",
+            f"This layer can have one input layer. Received {len(read)}. Join the branches by an add or concatenate "
+            "layer first.",
             "inputs",
         )
     one = read[0]

@@ -51,7 +51,7 @@ def make_folds(
     Args:
         rows: the row numbers to divide into folds.
         strata: class of every row of the data set, int [N]; every fold gets about the same share of each class.
-        needed: 1 for each label of every row, sparse or dense [N, labels]. The training rows of every fold must contain
+        needed: 1 where a row has a label, sparse or dense [N, labels]. The training rows of every fold must contain
             each label.
         groups: group of every row of the data set, int [N].
         validation: validation rows that all folds share. If empty, a part of each fold's training rows is set aside.
@@ -88,7 +88,7 @@ def nested_subsets(
     Args:
         rows: the row numbers to choose from.
         strata: class of every row of the data set, int [N].
-        needed: 1 for each label of every row, sparse or dense [N, labels].
+        needed: 1 where a row has a label, sparse or dense [N, labels].
         groups: group of every row of the data set, int [N].
         fractions: the share of the rows in each subset, from 0 to 1.
         seed: the same seed gives the same rows.

@@ -205,7 +205,7 @@ class _StandardisedRows:
         return len(self._rows)
 
     def read(self, positions: Indices, into: Float32) -> None:
-        """Write the rows at some positions into float32 [n, D + 1], whose last column must hold ones."""
+        """Copy the rows at `positions` into `into`, float32 [n, D + 1]. The caller fills the last column with ones."""
         if self._kept is None:
             self._write(positions, into)
         else:

@@ -73,7 +73,8 @@ def _own_names(layers: Sequence[Any]) -> _Names:
     for layer in layers:
         if _is_numbered(layer):
             raise ValueError(
-                f"Layer {layer.name!r} has only the number that Keras gave to it. Add a naming rule for its network."
+                f"Layer {layer.name!r} has only the automatic name from Keras, which can change. Add a rule for its "
+                "network to training/networks/layer_tables.py."
             )
     return {layer.name: layer.name for layer in layers}
 

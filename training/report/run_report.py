@@ -369,7 +369,7 @@ def _labels(run: Description) -> bytes:
 
 
 def _confusion(run: Description) -> bytes:
-    """Return a PNG of the confusion matrix. Colours show the share of each true class, numbers count images."""
+    """Return a PNG of the confusion matrix. Colours show shares of the images of a true class; numbers count images."""
     counts = np.array(run.metrics["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(run.labels)
