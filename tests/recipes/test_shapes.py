@@ -83,9 +83,9 @@ def test_a_layer_that_cannot_follow_is_named() -> None:
     assert "No later layer reads" in _refusal(_cnn(conv, {"type": "flatten", "inputs": ["input"]})).detail
     joined = _refusal(_cnn(conv, {"type": "add", "inputs": ["convolution_1", "input"]}, {"type": "flatten"}))
     assert "14×14×4" in joined.detail and "16×16×3" in joined.detail
-    assert "at least two layers" in _refusal(_cnn(conv, {"type": "add"}, {"type": "flatten"})).detail
+    assert "at least two input layers" in _refusal(_cnn(conv, {"type": "add"}, {"type": "flatten"})).detail
     twice = _cnn(conv, {**conv, "inputs": ["input", "convolution_1"]}, {"type": "flatten"})
-    assert "one layer" in _refusal(twice).detail
+    assert "one input layer" in _refusal(twice).detail
 
 
 def test_a_network_holds_what_its_kind_has() -> None:
