@@ -1,7 +1,7 @@
-"""Celery as Espalier uses it: its configuration, the names of tasks, and how many messages wait in the broker.
+"""How Espalier uses Celery: configuration, names of tasks, and counting and sending of messages. Knows no database.
 
-A job is a Celery task with the name of its kind, and its only argument is the job's id. The database decides which job
-is next and who works on it, so a message may be lost, delayed or delivered twice. Knows no database.
+Each job is a Celery task. The task is named after the job's kind, and its only argument is the job's id. The database
+decides which job is next and which worker does it, so a message may be lost, delayed or delivered twice.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 from celery import Celery
 
 QUEUES = ("ingest", "cpu", "gpu", "tracking")
-"""Names of the queues, in Celery and in the database."""
+"""Names of the queues in Celery: the values of `models.job.Queue`, which this module may not import."""
 LOCAL_URL = "redis://127.0.0.1:6379/0"
-"""Where a broker is expected if REDIS_URL is not set."""
+"""Address of the broker that a worker uses if REDIS_URL is not set."""
 
 
 class Broker(Protocol):
-    """What carries messages to workers. Every method raises if the broker does not answer."""
+    """A service that carries messages to workers. `count_waiting` and `send` raise if it does not answer."""
 
     def count_waiting(self, queue: str) -> int:
         """Return how many messages of a queue no worker has fetched yet."""
@@ -39,13 +39,11 @@ def task_name(kind: str) -> str:
 
 
 def make_celery(url: Callable[[], str], queues: Callable[[], Sequence[str]] = lambda: QUEUES) -> Celery:
-    """Return a Celery app: small JSON messages, no stored results, one slot in each worker, no trust in delivery.
-
-    Both functions are called when the configuration is first read, not at import.
+    """Return a Celery app for JSON messages. It stores no results, and each worker does one task at a time.
 
     Args:
-        url: returns the broker's address.
-        queues: returns the queues that a worker serves if it is started without `-Q`.
+        url: returns the broker's address. Called when Celery first reads its configuration, not at import.
+        queues: returns the queues that a worker serves if it is started without `-Q`. Called like `url`.
     """
     app = Celery("espalier", set_as_current=False)
     app.add_defaults(
@@ -61,26 +59,26 @@ def make_celery(url: Callable[[], str], queues: Callable[[], Sequence[str]] = la
 
 _CONFIGURATION: dict[str, Any] = {
     "accept_content": ["json"],
-    # No limit: by default Celery ends a worker after 100 failed attempts, whatever it is doing.
+    # No limit. By default, Celery ends a worker after 100 failed attempts to connect, even if a task is running.
     "broker_connection_max_retries": None,
     "broker_connection_retry_on_startup": True,
-    # A job is acknowledged when it begins: the lease in the database sees to a worker that dies, Redis would deliver a
-    # task of more than an hour a second time.
+    # A message is acknowledged when its task begins. If the worker dies, the lease in the database expires and the job
+    # is queued again. With late acknowledgement, Redis would deliver every task of more than an hour a second time.
     "task_acks_late": False,
     "task_default_queue": "cpu",
     "task_ignore_result": True,
     "task_publish_retry": False,
-    # For tasks that are acknowledged late, which ours are not. Without it Celery warns at each lost connection.
+    # Only affects tasks that are acknowledged late, so none of ours. Without it, Celery warns at each lost connection.
     "worker_cancel_long_running_tasks_on_connection_loss": True,
     "worker_concurrency": 1,
     "worker_consumer": "worker.consumer:Consumer",
-    # A message that waits in a busy worker could be done by another one that is free.
+    # A busy worker fetches no messages in advance: a free worker should get them.
     "worker_disable_prefetch": True,
     "worker_hijack_root_logger": False,
     "worker_pool": "threads",
     "worker_prefetch_multiplier": 1,
     "worker_redirect_stdouts": False,
-    # For `celery events` and Flower.
+    # `celery events` and Flower show these events.
     "task_send_sent_event": True,
     "worker_send_task_events": True,
 }
@@ -91,7 +89,7 @@ class CeleryBroker:
 
     def __init__(self, url: str) -> None:
         self._app = make_celery(lambda: url)
-        # By default each message would be tried for 6 s while the broker is away.
+        # By default, kombu retries for 6 s before it reports that the broker does not answer.
         self._app.conf.broker_transport_options["max_retries"] = 0
 
     def count_waiting(self, queue: str) -> int:
@@ -105,5 +103,5 @@ class CeleryBroker:
         self._app.send_task(task_name(kind), args=[job_id], queue=queue)
 
     def close(self) -> None:
-        """Let go of the connections: they are closed with the objects that hold them."""
+        """Release the app and its pool of connections; Celery closes them when these objects are deleted."""
         self._app.close()

@@ -1,4 +1,4 @@
-"""Time and threads as a process sees them, so that tests and the simulator can replace them."""
+"""The clock, events and threads that a process uses. Tests and the simulator pass their own in place of real ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Flag(Protocol):
-    """Something that one thread sets and others wait for: a `threading.Event`."""
+    """A flag that one thread sets while others wait for it, such as a `threading.Event`."""
 
     def is_set(self) -> bool: ...
 
@@ -22,7 +22,7 @@ class Flag(Protocol):
 
 
 class Thread(Protocol):
-    """A thread that was not started yet: a `threading.Thread`."""
+    """A thread that can be started and joined, such as a `threading.Thread`."""
 
     def start(self) -> None: ...
 
@@ -35,7 +35,10 @@ def _thread(run: Callable[[], None], name: str) -> Thread:
 
 @dataclass(frozen=True)
 class Clock:
-    """A monotonic clock in seconds, of which only differences mean anything, and everything that waits on it."""
+    """A monotonic clock, and everything that waits for it: sleeping, flags and threads.
+
+    `now` returns seconds from an arbitrary start, so that only differences are meaningful.
+    """
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep

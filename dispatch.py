@@ -1,7 +1,7 @@
-"""Sends jobs to workers: for each free slot of a queue the due job of highest priority, and nothing ahead of that.
+"""Sends due jobs to workers: as many as a queue has free slots, those of highest priority first.
 
-The order of jobs stays the database's until a slot is free, so what becomes urgent meanwhile goes first. A lost message
-is sent again at the next look, and a doubled one does nothing: a job has one claim.
+A job is not sent before a slot is free, so a more urgent job that is queued meanwhile can still go first. The next
+dispatch sends a lost message again. A duplicate message does nothing, because a job can be claimed only once.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ _CLOSE_S = 5.0
 
 
 class Dispatcher(Protocol):
-    """What sends due jobs to free workers."""
+    """Sends due jobs to free workers."""
 
     def request(self) -> None:
-        """Look for due jobs soon. Never waits and never fails."""
+        """Ask for a dispatch of due jobs soon. Returns at once and raises nothing."""
         ...
 
 
 def dispatch(database: Database, broker: Broker, live_s: float) -> int:
-    """Send the due jobs of highest priority for which slots are free; return how many.
+    """Send as many due jobs as workers are free, those of highest priority first; return how many were sent.
 
-    Messages that wait already are taken to be for the jobs that come first.
+    If n messages of a queue already wait in the broker, the first n due jobs are skipped, because those messages are
+    assumed to be for them.
 
     Args:
-        database: decides which jobs are due and which workers are free.
+        database: holds the jobs and the workers.
         broker: carries the messages.
-        live_s: a worker counts as live if it was seen within so many seconds.
+        live_s: maximum seconds since a worker was last seen for it to count as live.
 
     Raises:
-        Unavailable, DiskFull: the database does not answer.
-        Exception: whatever the broker's client raises if the broker does not answer.
+        Unavailable, DiskFull: the database does not answer, or its disk is full.
+        Exception: an exception of the broker's client, if the broker does not answer.
     """
     with database.reading() as session:
         free = workers.count_free(session, live_s)
@@ -57,7 +58,7 @@ def dispatch(database: Database, broker: Broker, live_s: float) -> int:
 
 
 class ThreadDispatcher:
-    """Dispatches on a thread of its own, since a broker that is away holds its callers for seconds."""
+    """A dispatcher with its own thread, because calls to a broker that does not answer block for seconds."""
 
     def __init__(
         self,
@@ -74,15 +75,18 @@ class ThreadDispatcher:
         self._thread = clock.thread(self._run, "dispatcher")
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the dispatcher's thread."""
         self._thread.start()
 
     def request(self) -> None:
-        """Look for due jobs soon. Never waits and never fails."""
+        """Ask for a dispatch of due jobs soon. Returns at once and raises nothing."""
         self._is_requested.set()
 
     def close(self) -> None:
-        """Stop, after a look that was requested before, or after a few seconds; close the broker's connections."""
+        """Stop the thread after one last dispatch, then close the broker's connections.
+
+        Waits at most 5 seconds for the dispatch.
+        """
         self._is_closed.set()
         self._is_requested.set()
         self._thread.join(_CLOSE_S)
@@ -93,7 +97,7 @@ class ThreadDispatcher:
         while not is_last:
             self._is_requested.wait()
             self._is_requested.clear()
-            is_last = self._is_closed.is_set()  # before the look, so that a request just before the end is looked at
+            is_last = self._is_closed.is_set()  # read first, so that a request just before `close` is still served
             self._dispatch()
 
     def _dispatch(self) -> None:
@@ -101,12 +105,12 @@ class ThreadDispatcher:
             dispatch(self._database, self._broker, self._live_s)
         except (Unavailable, DiskFull) as error:
             log.warning("database away", thread="dispatcher", error=error.detail)
-        except Exception as error:  # whatever the broker's client raises: the next sweep looks again
+        except Exception as error:  # any exception of the broker's client; the next sweep dispatches again
             log.warning("jobs not sent", error=str(error) or type(error).__name__)
 
 
 class NoDispatcher:
-    """Sends nothing, where no broker is configured."""
+    """A dispatcher for a process without a broker: it sends nothing."""
 
     def request(self) -> None:
-        """Do nothing."""
+        """Ignore the request."""

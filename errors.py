@@ -61,12 +61,12 @@ class Refused:
 
 
 class EspalierError(Exception):
-    """The base class of all errors; raised itself, it reports a bug."""
+    """The base class of all errors. Code raises this class itself only to report a bug."""
 
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Something broke"
-    # `is_transient`: the same work may succeed later.
-    # `is_parked`: the job waits for disk space or for the store, which costs no attempt.
+    # `is_transient`: the same work may succeed if it is tried again later.
+    # `is_parked`: a job with this error waits for disk space or for the store. The wait does not count as an attempt.
     is_transient: ClassVar[bool] = False
     is_parked: ClassVar[bool] = False
 
@@ -80,7 +80,7 @@ class EspalierError(Exception):
         self.extra = extra
 
     def record(self) -> dict[str, Any]:
-        """Return the error as plain values, for a row or a pipe."""
+        """Return the error as plain values, to be stored in a database row or sent to another process."""
         return {"code": self.code, "detail": self.detail, **self.extra}
 
 
@@ -115,7 +115,7 @@ class NoChampion(Conflict):
 
 
 class InUse(Conflict):
-    """Something that is still running needs this."""
+    """This cannot be changed or deleted while something that is running needs it."""
 
     code = "in-use"
 
@@ -127,7 +127,7 @@ class InFlight(Conflict):
 
 
 class Invalid(EspalierError):
-    """What was sent cannot be used as it is."""
+    """The request or its data cannot be used as it is."""
 
     code = "invalid"
 
@@ -186,19 +186,19 @@ class ImageRefused(Invalid):
 
 
 class TooLarge(EspalierError):
-    """The request body, or a part of it, exceeds its limit."""
+    """The request body, or a part of it, exceeds a size limit."""
 
     code = "too-large"
 
 
 class AddressTooLong(EspalierError):
-    """The URL exceeds its limit."""
+    """The URL exceeds the length limit."""
 
     code = "address-too-long"
 
 
 class HeadersTooLarge(EspalierError):
-    """The request headers exceed their limit."""
+    """The request headers together exceed the size limit."""
 
     code = "headers-too-large"
 

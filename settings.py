@@ -1,7 +1,8 @@
-"""All settings, with unit, default and reason. Only processes read them and pass plain values to lower floors.
+"""All settings, each with its unit, default and reason.
 
-Variables have the prefix ESPALIER_, except DATABASE_URL, REDIS_URL and MLFLOW_TRACKING_URI, which other programs use,
-too. `docs/settings.md` is generated from this file; a test compares the two.
+Each process reads its settings at the start and passes plain values to the rooms below. The environment variables have
+the prefix ESPALIER_, except DATABASE_URL, REDIS_URL and MLFLOW_TRACKING_URI, which other programs use, too.
+`docs/settings.md` is generated from this file; a test compares the two.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Settings(BaseSettings):
-    """The settings of one process, from the environment."""
+    """The settings of one process, read from environment variables."""
 
     model_config = SettingsConfigDict(
         env_prefix="ESPALIER_",
@@ -49,24 +50,24 @@ class Settings(BaseSettings):
     redis_url: Annotated[str | None, Field(validation_alias=AliasChoices("REDIS_URL"))] = None
     """Redis or Valkey address; without it `make up` starts a private Valkey."""
     mlflow_url: Annotated[str | None, Field(validation_alias=AliasChoices("MLFLOW_TRACKING_URI"))] = None
-    """MLflow address that workers log runs to; by default this machine at ESPALIER_MLFLOW_PORT."""
+    """Address of the MLflow server to which workers log runs; by default this machine at ESPALIER_MLFLOW_PORT."""
     mlflow_public_url: str | None = None
-    """MLflow address for links that users open in a browser; by default MLFLOW_TRACKING_URI."""
+    """Address of MLflow in links that users open in a browser; by default MLFLOW_TRACKING_URI."""
     api_host: str = "127.0.0.1"
-    """Address that the API listens on; anything but loopback needs ESPALIER_API_KEY."""
+    """Address on which the API listens; any address but loopback requires ESPALIER_API_KEY."""
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """TCP port of the API."""
     api_public_url: str | None = None
-    """API address for links in MLflow; by default loopback with the API's port."""
+    """Address of the API in the links that MLflow shows; by default loopback with the API's port."""
     mlflow_port: Annotated[int, Field(ge=1, le=65535)] = 5000
     """TCP port of the MLflow server that `make up` starts."""
     api_key: SecretStr | None = None
-    """Key of at least 16 ASCII characters that every request must send as `Authorization: Bearer …`; without it only
-    loopback is allowed."""
+    """Key of at least 16 ASCII characters that every request must send as `Authorization: Bearer …`; without one, the
+    API listens only on loopback."""
     trusted_proxies: str = "127.0.0.1,::1"
     """Addresses and networks of proxies, separated by commas, whose `X-Forwarded-Proto` and `X-Forwarded-For` count."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    """Allowed Host headers, separated by commas; by default loopback names, or any if a key is set."""
+    """Host headers that the API accepts, separated by commas; by default loopback names, or any if a key is set."""
 
     connections: Annotated[int, Field(ge=16, le=100_000)] = 1000
     """Open connections of one API process, or half of `ulimit -n` less 128; beyond it the longest idle are closed."""
@@ -76,25 +77,25 @@ class Settings(BaseSettings):
     """Seconds in which 4 KiB of a request's body must arrive, or some of an answer be read; as in common proxies."""
 
     queues: Annotated[tuple[QueueName, ...], NoDecode] = ("ingest", "cpu", "tracking")
-    """Queues that `make up` starts workers for, separated by commas. A worker without `--queues` serves all of them."""
+    """Queues for which `make up` starts workers, separated by commas; also those of a worker without `--queues`."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
-    """Workers that `make up` starts; several train the folds of a fine-tuning run side by side."""
+    """Number of workers that `make up` starts for each training queue; several train folds of a run in parallel."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads of one network, 0 for one per available processor; the number affects the last digits of a score."""
+    """Number of threads that compute one network; 0 is one per processor. It affects the last digits of a score."""
     look_every_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds between two sweeps of a worker: the most that a lost message costs."""
+    """Seconds between two sweeps of a worker; a lost message delays its job by at most this time."""
     renew_every_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds between two lease renewals of a running job."""
     lease_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds without renewal after which another worker takes a job over; several times the renewal interval."""
+    """Seconds without a lease renewal after which another worker takes over the job; several renewal intervals."""
     let_go_s: Annotated[float, Field(gt=0)] = 45.0
-    """Seconds without a successful renewal after which a worker stops its job itself; less than the lease."""
+    """Seconds without a successful lease renewal after which a worker stops its own job; less than ESPALIER_LEASE_S."""
     cancel_every_s: Annotated[float, Field(gt=0)] = 2.0
-    """Seconds between two checks whether a running job was cancelled."""
+    """Seconds between two checks of a running job for a request to cancel it."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds without progress after which a child process counts as hung and is killed."""
     checkpoint_share: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Fraction of the training time that checkpoints may take; 1 writes one after every epoch."""
+    """Fraction of the training time that writing checkpoints may take; 1 writes a checkpoint after every epoch."""
     mlflow_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """Timeout in seconds of one call to MLflow; training never waits for it."""
 
@@ -103,29 +104,29 @@ class Settings(BaseSettings):
     store_endpoint: str | None = None
     """Address of an S3-compatible server, such as `https://s3.example.org`; by default AWS in the region."""
     store_region: str = "us-east-1"
-    """Region of the bucket; most self-hosted servers accept any."""
+    """Region of the bucket; most self-hosted servers accept any region."""
     store_cache_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
-    """Bytes of local copies of files in the bucket; beyond it the least recently used are evicted."""
+    """Maximum bytes of local copies of files in the bucket; above it, the least recently used copies are deleted."""
     collect_every_s: Annotated[float, Field(gt=0)] = 3600.0
-    """Seconds between two garbage collections of unreferenced files; one worker at a time collects."""
+    """Seconds between two garbage collections, which delete unreferenced files; only one worker at a time collects."""
     collect_after_s: Annotated[float, Field(gt=0)] = 86_400.0
-    """Minimum age in seconds of an unreferenced file to be deleted; longer than any job needs to reference it."""
+    """Minimum age in seconds of an unreferenced file to be deleted; jobs reference a file only after storing it."""
 
     weights_url: str = "https://storage.googleapis.com/tensorflow/keras-applications"
-    """Base address of Keras' published weights; may be a mirror."""
+    """Address under which Keras publishes its pretrained weights, or the address of a mirror."""
     weights_connect_s: Annotated[float, Field(gt=0)] = 5.0
-    """Connection timeout in seconds for the weights; short, so that a machine without network reports it soon."""
+    """Connection timeout in seconds for downloads of weights; short, so that a missing network is reported soon."""
     weights_stall_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds without data after which a download of weights fails."""
     weights_cache: Path = Path("~/.keras/models")
-    """Folder of Keras' downloads; a file there with the right MD5 is used."""
+    """Folder where Keras keeps its downloads; a weights file there with the right MD5 is not downloaded again."""
 
     archive_bytes: Annotated[int, Field(gt=0)] = 2 * GIB
     """Maximum bytes of an uploaded archive."""
     archive_entries: Annotated[int, Field(gt=0)] = 200_000
     """Maximum number of files in an archive."""
     archive_inflated_bytes: Annotated[int, Field(gt=0)] = 20 * GIB
-    """Maximum bytes of an archive when unpacked."""
+    """Maximum total bytes of an archive's files when unpacked."""
     classes: Annotated[int, Field(ge=2)] = 1000
     """Maximum number of classes of a data set."""
     refused_share: Annotated[float, Field(ge=0, le=1)] = 0.2
@@ -145,30 +146,30 @@ class Settings(BaseSettings):
         "TIFF",
         "AVIF",
     )
-    """Accepted image formats, separated by commas; decoders of other formats had too many vulnerabilities."""
+    """Accepted image formats, separated by commas; decoders of other formats are too vulnerable."""
     decode_bytes: Annotated[int, Field(gt=0)] = GIB
     """Memory for all images that one process decodes at a time; further ones wait. At least 26 bytes per pixel."""
     decode_cpu_s: Annotated[int, Field(gt=0)] = 10
-    """Maximum processor seconds to decode an image during ingest."""
+    """Maximum seconds of processor time for decoding one image during ingest."""
     ingest_memory_bytes: Annotated[int, Field(gt=0)] = 3 * GIB // 2
-    """Memory limit in bytes of the ingest process; a decoder that needs more is stopped."""
+    """Memory limit in bytes of the process that decodes images during ingest."""
     free_disk_bytes: Annotated[int, Field(ge=0)] = 2 * GIB
-    """Minimum free disk bytes to accept an upload."""
+    """Bytes of disk space that must stay free; an upload that would leave less is refused."""
     predict_images: Annotated[int, Field(gt=0)] = 32
     """Maximum number of images in a prediction request."""
     predict_bytes: Annotated[int, Field(gt=0)] = 64 * MIB
-    """Maximum bytes of a prediction request."""
+    """Maximum bytes of the body of a prediction request."""
     predict_waiting: Annotated[int, Field(gt=0)] = 64
-    """Images that may wait for the engine of one API process before a prediction is turned away."""
+    """Maximum number of images waiting in one API process; predictions beyond it are refused as overload."""
     predict_deadline_s: Annotated[float, Field(gt=0, le=30)] = 5.0
-    """Seconds from the first byte of a prediction to its answer: receiving it, loading, decoding and the engine."""
+    """Seconds from the first byte of a prediction request to its answer, loading the model included."""
     engine: Literal["auto", "openvino", "onnxruntime"] = "auto"
-    """Engine for predictions; `auto` is ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
+    """Engine that computes predictions; `auto` chooses ONNX Runtime if it finds a GPU with CUDA, else OpenVINO."""
     shelf_bytes: Annotated[int, Field(gt=0)] = 4 * GIB
-    """Memory for loaded networks; those not used for longest are dropped beyond it."""
+    """Maximum bytes of memory for loaded networks; above it, the least recently used networks are unloaded."""
 
     pixels_bytes: Annotated[int, Field(gt=0)] = 50 * GIB
-    """Disk bytes of decoded pixels for fine-tuning; beyond it the least recently used are deleted."""
+    """Maximum bytes on disk of decoded images for fine-tuning; above it, the least recently used are deleted."""
 
     @field_validator("allowed_hosts", "queues", "image_formats", mode="before")
     @classmethod
@@ -195,21 +196,24 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
-        """Strip whitespace around a key from a file, and refuse what a header cannot hold or anybody can guess."""
+        """Strip the whitespace around a key that was read from a file, since a header cannot contain it.
+
+        Raises ValueError for a key that a header cannot contain or that can be guessed.
+        """
         if value is None:
             return None
         key = value.get_secret_value().strip()
         if not key:
-            raise ValueError("Expected a key in ESPALIER_API_KEY. Received only spaces. Unset it to use no key.")
+            raise ValueError("ESPALIER_API_KEY contains only spaces. Set it to a key, or unset it to use no key.")
         if not (key.isascii() and key.isprintable()):
             raise ValueError(
-                "Expected ESPALIER_API_KEY to hold only printable ASCII characters, since HTTP headers are sent in "
-                f"ASCII. {_MAKE_KEY}"
+                "ESPALIER_API_KEY must contain only printable ASCII characters, since HTTP headers are sent in ASCII. "
+                f"{_MAKE_KEY}"
             )
         if len(key) < _KEY_CHARACTERS:
             raise ValueError(
-                f"Expected ESPALIER_API_KEY to have at least {_KEY_CHARACTERS} characters. Received {len(key)}, which "
-                f"can be guessed. {_MAKE_KEY}"
+                f"ESPALIER_API_KEY has {len(key)} characters, so that it can be guessed. It must have at least "
+                f"{_KEY_CHARACTERS}. {_MAKE_KEY}"
             )
         return SecretStr(key)
 
@@ -227,12 +231,15 @@ class Settings(BaseSettings):
                 f"decoded. Received {self.decode_bytes}."
             )
         if not self.renew_every_s < self.let_go_s < self.lease_s:
-            raise ValueError("Expected ESPALIER_RENEW_EVERY_S < ESPALIER_LET_GO_S < ESPALIER_LEASE_S.")
+            raise ValueError(
+                "ESPALIER_RENEW_EVERY_S must be less than ESPALIER_LET_GO_S, and ESPALIER_LET_GO_S less than "
+                "ESPALIER_LEASE_S."
+            )
         return self
 
     @property
     def live_s(self) -> float:
-        """Seconds within which a worker must have been seen to have jobs sent to it: three of its sweeps."""
+        """Maximum seconds since a worker was last seen for it to count as live and to get jobs: three sweeps."""
         return 3 * self.look_every_s
 
     @cached_property
@@ -262,7 +269,10 @@ class Settings(BaseSettings):
 
     @cached_property
     def store(self) -> StoreAddress:
-        """The address of stored files. Copies of a bucket have their own folder, apart from original files."""
+        """Where files are stored: in a bucket, or without one in a folder.
+
+        Local copies of a bucket's files are kept in another folder than files that exist only on this machine.
+        """
         return StoreAddress(
             folder=str((self.var / ("store" if self.store_url is None else "cache")).absolute()),
             url=self.store_url,
@@ -273,27 +283,27 @@ class Settings(BaseSettings):
 
     @cached_property
     def features_folder(self) -> Path:
-        """Folder of the feature cache."""
+        """Folder in which features of images are cached."""
         return self.var / "features"
 
     @cached_property
     def pixels_folder(self) -> Path:
-        """Folder of decoded pixels for fine-tuning."""
+        """Folder in which decoded images are cached for fine-tuning."""
         return self.var / "pixels"
 
     @cached_property
     def engine_threads(self) -> int:
-        """Number of threads of one network, never 0."""
+        """Number of threads that compute one network; at least 1."""
         return self.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     @cached_property
     def archive_limits(self) -> ArchiveLimits:
-        """Upper limits for an archive, from the settings."""
+        """The settings that limit an uploaded archive, as one value."""
         return ArchiveLimits(entries=self.archive_entries, inflated_bytes=self.archive_inflated_bytes)
 
     @cached_property
     def image_limits(self) -> ImageLimits:
-        """Upper limits for an image, from the settings."""
+        """The settings that limit an image, as one value."""
         return ImageLimits(
             self.image_bytes, self.image_pixels, self.image_side, self.image_formats, memory_bytes=self.decode_bytes
         )

@@ -1,4 +1,4 @@
-"""The HTTP surface. Loads no TensorFlow and no worker: it writes rows, asks for dispatch, and answers predictions."""
+"""The HTTP API. It writes jobs to the database and answers predictions. Loads no TensorFlow and no worker."""
 
 from no_telemetry import turn_off_telemetry
 

@@ -1,4 +1,4 @@
-"""Builds the application from its services, middleware and routes, and serves it. Run as `python -m api.app`."""
+"""Builds and serves the FastAPI application: its services, middleware and routes. Run as `python -m api.app`."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ log = structlog.get_logger()
 
 
 def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> FastAPI:
-    """Return the application.
+    """Return the FastAPI application with its services, middleware and routes.
 
     Args:
         settings: the settings of this process.
-        dispatcher: sends due jobs to workers; by default through the broker, if the settings name one.
+        dispatcher: sends due jobs to workers. By default, a new one that uses the broker in the settings, if any.
 
     Raises:
         StoreRefused: the bucket of stored files does not exist or denies access.
@@ -103,7 +103,7 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
-        strict_content_type=False,  # curl labels any body as a form; the body itself shows what it is
+        strict_content_type=False,  # curl declares any body as a form, so the declared type is not trusted
     )
     app.state.services = Services(
         settings=settings,
@@ -137,10 +137,10 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that accepts connections within their limits, and loses no request when it is told to stop.
+    """A uvicorn server that accepts connections within their limits, and loses no request when it shuts down.
 
-    After SIGTERM it goes on for a moment, so that clients with open connections leave before these close. Ctrl-C stops
-    it at once.
+    After SIGTERM, it keeps serving for a second and closes each connection after an answer, so that clients reconnect
+    to another server. Ctrl-C stops it at once.
     """
 
     def __init__(self, config: uvicorn.Config, shutdown: ShutdownState, connections: Connections) -> None:
@@ -152,7 +152,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig != signal.SIGTERM:
             super().handle_exit(sig, frame)
-        elif not self._shutdown.is_draining:  # a second SIGTERM must not cut the drain short
+        elif not self._shutdown.is_draining:  # a second SIGTERM does not start another timer
             self._shutdown.is_draining = True
             threading.Timer(DRAIN_S, super().handle_exit, (sig, frame)).start()
 
@@ -178,7 +178,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Stop accepting connections, serve those that wait already, and finish the requests that have begun."""
+        """Stop accepting connections, serve those in the backlog, and finish the requests that have begun."""
         for acceptor in self._acceptors:
             stop_accepting(acceptor.listening.fileno())
         await asyncio.sleep(ACCEPT_BACKLOG_S)
@@ -187,16 +187,16 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-# Ticks of the server, a tenth of a second each, between two looks at the connections.
+# Number of the server's ticks, a tenth of a second each, between two checks of the connections.
 _SWEEP_TICKS = 10
 
-# Proxies usually keep idle connections for 60 s. The server must keep them longer: if it closed a connection first, a
-# request that the proxy is just sending would be lost.
+# Proxies usually keep idle connections for 60 s. The server must keep them longer: if the server closed a connection
+# first, a request that the proxy is sending at that moment would be lost.
 _KEEP_ALIVE_S = 75
 
 
 def make_server(settings: Settings) -> uvicorn.Server:
-    """Return the server of this process. Raises StoreRefused and EngineMissing."""
+    """Return a server for the application, not started yet. Raises StoreRefused or EngineMissing."""
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -214,13 +214,13 @@ def make_server(settings: Settings) -> uvicorn.Server:
 
 
 def main() -> None:
-    """Serve until told to stop."""
+    """Serve the API until SIGTERM or Ctrl-C."""
     logs.configure()
     freed_memory.give_back_large_pieces()
     if os.environ.get(_REMOVED_SETTING, "1") != "1":
         log.warning(
-            f"{_REMOVED_SETTING} is no longer used; this machine serves with one API process. Start several containers "
-            "behind a proxy instead (docs/deploy.md)"
+            f"{_REMOVED_SETTING} is ignored: one command starts one API process. To use more, start several containers "
+            "behind a proxy (docs/deploy.md)"
         )
     try:
         make_server(Settings()).run()

@@ -36,7 +36,7 @@ _NAMES_SHOWN = 3
 _CHUNK_BYTES = MIB
 _SNIFFED_BYTES = 262
 _DISK_EVERY_BYTES = 64 * MIB
-# Disk space for an upload, as a multiple of its size: the archive and its images exist at the same time.
+# Disk space that an upload needs, as a multiple of its size. The archive and its images exist at the same time.
 _ROOM = 2.5
 
 
@@ -50,11 +50,13 @@ def declared_bytes(request: Request) -> int | None:
 
 
 async def receive_archive(request: Request, store: Store, limit_bytes: int, free_disk_bytes: int) -> Digest:
-    """Stream an archive into the store, from the raw body or the multipart field `archive`; return its digest.
+    """Stream an uploaded archive into the store and return its digest.
+
+    The archive is the raw body or the multipart field `archive`.
 
     Raises:
         TooLarge: Content-Length or the body exceeds `limit_bytes`.
-        DiskFull: less than `free_disk_bytes` would stay free.
+        DiskFull: the upload would leave less than `free_disk_bytes` of free disk space.
         ArchiveRefused: the first bytes are not those of a zip, tar or tar.gz archive.
         RequestInvalid: the multipart body is malformed, or does not have exactly one field `archive`.
     """
@@ -71,7 +73,7 @@ async def receive_archive(request: Request, store: Store, limit_bytes: int, free
 
 @dataclass
 class _ArchiveSink:
-    """Writes the bytes of an archive, and checks its kind, its size and the free disk space on the way."""
+    """Writes an archive piece by piece, and checks its format, its size and the free disk space meanwhile."""
 
     store: Store
     limit_bytes: int
@@ -92,7 +94,7 @@ class _ArchiveSink:
         writer.write(piece)
 
     def check_end(self) -> None:
-        """Check the kind of a body that was too short for `take` to check it. Raises ArchiveRefused."""
+        """Check the format of an archive that is so short that `take` has not checked it. Raises ArchiveRefused."""
         if len(self.head) < _SNIFFED_BYTES:
             self._check_kind()
 
@@ -105,8 +107,8 @@ class _ArchiveSink:
 def _check_size(size_bytes: int, limit_bytes: int) -> None:
     if size_bytes > limit_bytes:
         raise TooLarge(
-            f"Expected an archive of at most {limit_bytes / MIB:,.0f} MiB. Received {size_bytes / MIB:,.1f} MiB or "
-            "more. Send the images in several archives, as versions."
+            f"The archive has {size_bytes / MIB:,.1f} MiB or more; the limit is {limit_bytes / MIB:,.0f} MiB. Upload "
+            "the images in several archives, each as a version of the data set, or raise ESPALIER_ARCHIVE_BYTES."
         )
 
 
@@ -114,8 +116,8 @@ def _check_disk(store: Store, needed_bytes: int) -> None:
     free = shutil.disk_usage(store.root).free
     if free < needed_bytes:
         raise DiskFull(
-            f"Expected {needed_bytes / MIB:,.0f} MiB free for this upload and its images. "
-            f"The disk has {free / MIB:,.0f} MiB. Delete data sets that are not needed, or enlarge the disk."
+            f"This upload and its images need {needed_bytes / MIB:,.0f} MiB of free disk space; the disk has "
+            f"{free / MIB:,.0f} MiB. Delete data sets that are not needed, or enlarge the disk."
         )
 
 
@@ -136,7 +138,7 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
 
 
 async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the stream in pieces of about a mebibyte, so that each hop to a thread writes more than one packet."""
+    """Yield the bytes of a stream in pieces of about a mebibyte, so that writing on a thread is worth the switch."""
     buffer = bytearray()
     async for chunk in stream:
         buffer += chunk
@@ -151,12 +153,14 @@ async def _in_large_chunks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]
 
 
 async def receive_images(request: Request, limit_images: int, limit_bytes: int, limit_file_bytes: int) -> list[bytes]:
-    """Return the undecoded images of a request: its raw body, its multipart fields `images`, or JSON with base64.
+    """Return the image files of a prediction request, not decoded.
+
+    The body is one image file, a form with multipart fields `images`, or JSON with base64 text.
 
     Raises:
         TooLarge: the body, the number of images or one image exceeds its limit.
-        ImageRefused: a file is empty; `image` is its position, from 0.
-        RequestInvalid: there is no image, or the body is malformed.
+        ImageRefused: a file is empty. The error's field `image` is the index of the file, from 0.
+        RequestInvalid: the request contains no image, or its body is malformed.
     """
     boundary = _boundary(request)
     if boundary is not None:
@@ -185,26 +189,25 @@ async def _whole_body(request: Request, limit_bytes: int) -> bytes:
 
 
 async def _limited_stream(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the body of a prediction. Raises TooLarge as soon as it exceeds the limit."""
-    expected = f"Expected at most {limit_bytes / MIB:g} MiB of images in one request."
+    """Yield the body of a prediction request. Raises TooLarge as soon as it exceeds the limit."""
+    limit = f"; the limit is {limit_bytes / MIB:g} MiB. Send fewer images in one request."
     announced = declared_bytes(request) or 0
     if announced > limit_bytes:
-        raise TooLarge(f"{expected} Received {announced} bytes.")
+        raise TooLarge(f"The body has {announced} bytes{limit}")
     received = 0
     async for chunk in request.stream():
         received += len(chunk)
         if received > limit_bytes:
-            raise TooLarge(f"{expected} Received more than {limit_bytes} bytes.")
+            raise TooLarge(f"The body has more than {limit_bytes} bytes{limit}")
         yield chunk
 
 
 def _check_file(position: int, image: bytes, limit_bytes: int) -> None:
     if not image:
-        raise ImageRefused(f"Image {position + 1}: Expected an image. Received an empty file.", image=position)
+        raise ImageRefused(f"Image {position + 1} is an empty file.", image=position)
     if len(image) > limit_bytes:
         raise TooLarge(
-            f"Image {position + 1}: Expected a file of at most {limit_bytes / MIB:g} MiB. "
-            f"Received {len(image) / MIB:.1f} MiB.",
+            f"Image {position + 1} has {len(image) / MIB:.1f} MiB; the limit for a file is {limit_bytes / MIB:g} MiB.",
             image=position,
         )
 
@@ -225,7 +228,10 @@ async def _multipart_images(request: Request, boundary: bytes, limit_images: int
 
 
 def _too_many_images(limit_images: int) -> TooLarge:
-    return TooLarge(f"Expected at most {limit_images} images in one request. Received more. Send several requests.")
+    return TooLarge(
+        f"The request has more than {limit_images:,} images, which is the limit. Send them in several requests, or "
+        "raise ESPALIER_PREDICT_IMAGES."
+    )
 
 
 def _json_images(body: bytes, limit_images: int) -> list[bytes]:
@@ -275,13 +281,11 @@ def _images_invalid(error: ErrorDetails) -> RequestInvalid:
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 
-_EXPECTED_BYTES = f"Expected a body of at most {JSON_BYTES / MIB:g} MiB."
-
-
 class JsonRoute(APIRoute):
-    """A route that reads its body as JSON of at most a mebibyte, whatever its Content-Type (curl declares a form).
+    """A route that reads its body as JSON of at most one mebibyte.
 
-    FastAPI's own limit would answer in plain text and bypass the error handlers.
+    The Content-Type is ignored, because curl declares any body as a form. The size is checked here, because FastAPI
+    would answer in plain text and bypass the error handlers.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -290,7 +294,7 @@ class JsonRoute(APIRoute):
         async def limited(request: Request) -> Response:
             announced = declared_bytes(request) or 0
             if announced > JSON_BYTES:
-                raise TooLarge(f"{_EXPECTED_BYTES} Received {announced} bytes.")
+                raise TooLarge(_json_too_large(f"{announced} bytes"))
             MutableHeaders(scope=request.scope)["content-type"] = "application/json"
             try:
                 return await handler(Request(request.scope, _limited(request.receive)))
@@ -310,7 +314,10 @@ class JsonRoute(APIRoute):
 
 
 class _BodyTooLarge(HTTPException):
-    """The body exceeds a limit; `detail` says which. FastAPI wraps any other error than an HTTPException."""
+    """The body exceeds a limit, which `detail` names.
+
+    An HTTPException, because FastAPI wraps other errors that are raised while it reads.
+    """
 
 
 def _limited(receive: Receive) -> Receive:
@@ -327,25 +334,29 @@ def _limited(receive: Receive) -> Receive:
         left -= len(body)
         values_left -= body.count(b",")
         if left < 0:
-            raise _BodyTooLarge(413, f"{_EXPECTED_BYTES} Received more than {JSON_BYTES} bytes.")
+            raise _BodyTooLarge(413, _json_too_large(f"more than {JSON_BYTES} bytes"))
         if values_left <= 0:
-            raise _BodyTooLarge(413, f"Expected a JSON body of at most {JSON_VALUES:,} values. Received more.")
+            raise _BodyTooLarge(413, f"The body has more than {JSON_VALUES:,} JSON values, which is the limit.")
         return message
 
     return counted
+
+
+def _json_too_large(received: str) -> str:
+    return f"The body has {received}; the limit is {JSON_BYTES / MIB:g} MiB."
 
 
 # --- multipart -----------------------------------------------------------------------------------------------------
 
 
 def _boundary(request: Request) -> bytes | None:
-    """Return the boundary of a multipart body, or None for any other body. Raises RequestInvalid if it is missing."""
+    """Return the boundary of a multipart body, or None for any other body. Raises RequestInvalid without a boundary."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
         return None
     boundary = options.get(b"boundary")
     if not boundary:
-        raise RequestInvalid("Expected a boundary in the multipart Content-Type. Received none.")
+        raise RequestInvalid("The Content-Type multipart/form-data has no boundary.")
     return boundary
 
 
@@ -354,7 +365,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 class _MultipartForm:
-    """Parses a multipart body piece by piece, and stops at its limits.
+    """Parses a multipart body piece by piece, without keeping its content in memory, and stops at its limits.
 
     Attributes:
         parts: how many fields of the wanted name have begun.
@@ -384,9 +395,14 @@ class _MultipartForm:
         )
 
     def feed(self, chunk: bytes) -> list[tuple[int, bytes]]:
-        """Return (number of the wanted field, bytes) for each piece in this chunk; the bytes may be empty.
+        """Parse the next chunk of the body.
 
-        Raises RequestInvalid for a malformed body, and for too many fields; TooLarge for too many images.
+        Returns (number of the wanted field, bytes) for each piece of a wanted field in this chunk. A field that begins
+        in this chunk also has a piece without bytes.
+
+        Raises:
+            RequestInvalid: the body is malformed or has too many fields.
+            TooLarge: the body has too many images.
         """
         self._out = []
         try:
@@ -416,7 +432,7 @@ class _MultipartForm:
             self.parts += 1
             if self.parts > self._limit:
                 raise self._too_many()
-            self._out.append((self.parts, b""))  # so that a part without content counts too
+            self._out.append((self.parts, b""))  # so that a part without content is not lost
             return
         self._others += 1
         if len(self.other_names) < _NAMES_SHOWN:
@@ -432,7 +448,8 @@ class _MultipartForm:
         if self._limit > 1:
             return _too_many_images(self._limit)
         return RequestInvalid(
-            f"Expected one multipart field '{self._wanted}'. Received two. Send the second one as a version.",
+            f"Expected one multipart field '{self._wanted}'. Received two. Upload the second archive as another "
+            "version of the data set.",
             field=self._wanted,
         )
 

@@ -1,4 +1,4 @@
-"""The progress of a comparison, and how long it will still take, from its runs."""
+"""Computes the progress and the ETA of a comparison from those of its runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from models.base import now
 from models.comparison import Comparison
 from models.run import Run, RunState
 
-# In other stages a run only knows how long the present stage takes.
+# Only in these stages does the ETA of a run cover the whole run. In other stages, it covers only the current stage.
 _STAGES_WITH_ETA = ("folds", "final")
 
 
 def comparison_progress(comparison: Comparison, runs: Sequence[Run]) -> ComparisonProgress:
-    """Return the stage, the fraction from 0 to 1, and the seconds left of a comparison with these runs."""
+    """Return the progress of a comparison: its stage, the fraction that is done, and the estimated seconds left.
+
+    `runs` are all runs of the comparison.
+    """
     ended = [run for run in runs if run.state.is_final]
     running = [run for run in runs if run.state is RunState.RUNNING]
     if comparison.state.is_final:
@@ -32,9 +35,10 @@ def comparison_progress(comparison: Comparison, runs: Sequence[Run]) -> Comparis
 
 
 def _eta_s(stage: str, runs: Sequence[Run], running: Sequence[Run]) -> float | None:
-    """Return the seconds left, or None if unknown.
+    """Return the estimated seconds until the last run ends, or None if unknown.
 
-    Assumes that as many runs as now go on side by side, and that waiting runs take as long as others of their mode.
+    Assumes that as many runs as now are always running at the same time, and that a waiting run takes as long as other
+    runs with the same mode.
     """
     if stage not in ("training", "queued"):
         return None
@@ -48,7 +52,7 @@ def _eta_s(stage: str, runs: Sequence[Run], running: Sequence[Run]) -> float | N
 
 
 def _typical_s(runs: Sequence[Run]) -> dict[str, float]:
-    """Return the mean seconds of a run for each mode: of runs that succeeded, or else of runs with an ETA."""
+    """Return the mean seconds of a run for each mode: of runs that succeeded, or if there are none, of running ones."""
     ended, estimated = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for run in runs:
         mode = run.recipe["mode"]

@@ -1,6 +1,6 @@
-"""Dependencies of the routes: the services of this process, and the principal of the request.
+"""FastAPI dependencies of the routes: the services of this process, and the principal of a request.
 
-Both are coroutines, because FastAPI would run plain functions on its threads, and these may all be busy.
+Both are coroutines, because FastAPI runs plain functions on its thread pool, whose threads may all be busy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from settings import Settings
 
 @dataclass(frozen=True)
 class Services:
-    """What one API process is made of; routes receive it as a dependency."""
+    """The objects that all requests of one API process share. Routes receive them as a dependency."""
 
     settings: Settings
     database: Database
@@ -47,13 +47,13 @@ class Services:
 
 
 async def get_services(request: Request) -> Services:
-    """Return the services of this process."""
+    """Return the services that `create_app` has stored in the application."""
     found: Services = request.app.state.services
     return found
 
 
 async def get_principal() -> Principal:
-    """Return who sent the request; today everybody works in one project."""
+    """Return the sender of the request. Today every sender works in the same project."""
     return Principal()
 
 

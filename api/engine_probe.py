@@ -1,4 +1,4 @@
-"""Checks that the engine of predictions works on this machine, with a network of one addition. Loads no model."""
+"""Checks that OpenVINO works on this machine, by running a network with a single addition. Loads no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from openvino import opset13
 
 @cache
 def cpu() -> str:
-    """Return the processor's name after a test network has run on it; later calls skip the test. Raises as `probe`."""
+    """Run a test network on the CPU and return the CPU's name. Later calls return the name without running it.
+
+    Raises RuntimeError if the network does not run or gives a wrong result.
+    """
     return probe("CPU")
 
 
@@ -22,5 +25,5 @@ def probe(device: str) -> str:
     network = openvino.Model([opset13.add(given, np.float32(1))], [given], "probe")
     found = core.compile_model(network, device, {"INFERENCE_NUM_THREADS": 1})([np.array([1, 2], np.float32)])[0]
     if found.tolist() != [2, 3]:
-        raise RuntimeError(f"The engine answered {found.tolist()}, expected [2, 3].")
+        raise RuntimeError(f"The engine computed {found.tolist()} instead of [2, 3].")
     return str(core.get_property(device, "FULL_DEVICE_NAME"))

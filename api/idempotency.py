@@ -1,7 +1,7 @@
-"""Requests with an `Idempotency-Key`: when one is sent again, it gets the answer of the first time and changes nothing.
+"""Requests with an `Idempotency-Key`: a repeated request gets the answer of the first one and changes nothing.
 
-The key is claimed while its request is being answered (`api.key_claims`). The answer is stored in the same transaction
-as the change, so that a process that dies leaves either both or neither.
+A request claims its key while it is being answered (`api.key_claims`). The answer is stored in the transaction that
+makes the request's change, so that a process that dies leaves either both or neither.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Key = Annotated[
         min_length=1,
         max_length=255,
         pattern="^[ -~]+$",
-        description="The same request with the same key changes nothing twice; its answer is kept for 7 days.",
+        description="A repeated request with the same key changes nothing and gets the first answer, for 7 days.",
     ),
 ]
 
 
 class IdempotentRequest:
-    """One request with its `Idempotency-Key`, or without one; then nothing is found or stored."""
+    """A request that may have an `Idempotency-Key`. Without a key, no answer is found or stored."""
 
     def __init__(
         self, services: Services, principal: Principal, key: str | None, address: str, claim: KeyClaim | None = None
@@ -49,10 +49,15 @@ class IdempotentRequest:
         self._fingerprint = ""
 
     def find_answer(self, shape: type[Shape], payload: BaseModel | str | None, response: Response) -> Shape | None:
-        """Return the stored answer of this request; None if it is new or has no key.
+        """Return the stored answer to this request, or None if the request is new or has no key.
 
-        Sets the headers of a replayed answer on `response`. `payload` is the body, or a digest that stands for it.
-        Raises KeyReused if the key was used for another request before.
+        Args:
+            shape: the type of the answer.
+            payload: the body of the request, or the digest of an uploaded file.
+            response: receives the headers of the stored answer.
+
+        Raises:
+            KeyReused: the key was used for a different request before.
         """
         if self._key is None:
             return None
@@ -68,9 +73,9 @@ class IdempotentRequest:
         return shape.model_validate(answer.body)
 
     def keep_answer(self, session: Session, shown: BaseModel, location: str | None) -> None:
-        """Store an answer for its replay; call it in the transaction that makes the change.
+        """Store the answer to this request, if it has a key. Call it in the transaction that makes the change.
 
-        Raises InFlight if another request has taken the key over.
+        Raises InFlight if another request has taken over the key.
         """
         if self._key is not None:
             if self._claim is not None:
@@ -79,14 +84,20 @@ class IdempotentRequest:
             idempotency.save_answer(session, self._principal, self._key, self._fingerprint, location, body)
 
     def is_known(self, session: Session) -> bool:
-        """Return whether any request with this key was answered before; `find_answer` tells whether it was this one."""
+        """Return whether any request with this key was answered before.
+
+        `find_answer` tells whether that request was the same as this one.
+        """
         return self._key is not None and idempotency.has_answer(session, self._principal, self._key)
 
 
 def idempotent_request(
     request: Request, services: ServicesDep, principal: PrincipalDep, key: Key = None
 ) -> Iterator[IdempotentRequest]:
-    """Hold the key of a request until it is answered. Raises InFlight if another request holds it."""
+    """Claim the Idempotency-Key of a request until the request is answered, and yield the request.
+
+    Raises InFlight if another request with the key is being answered.
+    """
     address = f"{request.method} {request.url.path}?{request.url.query}"
     if key is None:
         yield IdempotentRequest(services, principal, None, address)
@@ -97,5 +108,5 @@ def idempotent_request(
         yield IdempotentRequest(services, principal, key, address, claim)
 
 
-# Scope "function" releases the key before the answer is sent: a client that has the answer may use the key again.
+# Scope "function" releases the key before the answer is sent, so that a client with the answer can repeat the request.
 IdempotencyDep = Annotated[IdempotentRequest, Depends(idempotent_request, scope="function")]

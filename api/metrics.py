@@ -1,4 +1,4 @@
-"""The metrics that Prometheus scrapes: requests, predictions, engines, jobs. Their names must stay stable."""
+"""The metrics that Prometheus scrapes: requests, predictions, engines, jobs. The names of metrics must not change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inference.batcher import Batcher
 from inference.shelf import LoadedBackbone
 from models.job import JobState, Queue
 
-# Models that get a label of their own. All others share one label, so that a thousand models do not burden Prometheus.
+# Number of models that have a label of their own. All other models share one label: each label costs Prometheus memory.
 LABELLED_MODELS = 200
 OTHER_MODELS = "(others)"
 
@@ -45,11 +45,11 @@ class Metrics:
         self._loaded: Callable[[], Sequence[LoadedBackbone]] = tuple
 
     def watch(self, loaded: Callable[[], Sequence[LoadedBackbone]]) -> None:
-        """Report the backbones that `loaded` returns from now on."""
+        """Set the function that returns the loaded backbones; each rendering reports them."""
         self._loaded = loaded
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered."""
+        """Count an answered request by method, route and status, and observe the seconds that it took."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
 
@@ -67,14 +67,14 @@ class Metrics:
             self._stages.labels(stage).observe(milliseconds / 1000)
 
     def render(self, jobs: Mapping[tuple[Queue, JobState], int] | None) -> bytes:
-        """Return all metrics in Prometheus' text format; None leaves out those of jobs."""
+        """Return all metrics in Prometheus' text format; `jobs` are the numbers of jobs, or None to leave these out."""
         self._engines.refresh(self._loaded())
         return generate_latest(self._registry) + _render_jobs(jobs)
 
 
 @dataclass
 class _BatcherCounts:
-    """The totals of a batcher at the last refresh; `labels` are its backbone and precision."""
+    """The totals of a batcher at the last refresh. `labels` are the batcher's backbone and precision."""
 
     labels: tuple[str, str]
     busy_s: float = 0.0
@@ -83,7 +83,10 @@ class _BatcherCounts:
 
 
 class _EngineMetrics:
-    """Work and queue of every loaded backbone. The label `backbone` is the first 12 digits of its digest."""
+    """Metrics of every loaded backbone: the work of its engine, and the images that wait for it.
+
+    The label `backbone` is the first 12 digits of the backbone's digest.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ["backbone", "precision"]
@@ -101,7 +104,7 @@ class _EngineMetrics:
         self._models = Gauge("espalier_shelf_models", "Models loaded on a backbone.", labels, registry=registry)
 
     def refresh(self, loaded: Sequence[LoadedBackbone]) -> None:
-        """Add what each batcher did since the last refresh, and set the gauges to the present."""
+        """Add the work of each batcher since the last refresh to the counters, and set the gauges to current values."""
         with self._lock:
             present = {one.batcher for one in loaded}
             for batcher in [batcher for batcher in self._counted if batcher not in present]:
@@ -131,7 +134,7 @@ class _EngineMetrics:
 
 
 class _FixedMetrics(Collector):
-    """A collector of metrics whose values are known already."""
+    """A Prometheus collector that returns metrics which are already computed."""
 
     def __init__(self, *metrics: Metric) -> None:
         self._metrics = metrics
@@ -141,7 +144,7 @@ class _FixedMetrics(Collector):
 
 
 def _render_jobs(counts: Mapping[tuple[Queue, JobState], int] | None) -> bytes:
-    """Return the metrics of jobs. They come from the database and are the same in every API process."""
+    """Return the metrics of jobs in Prometheus' text format. They are the same in every API process."""
     if counts is None:
         return b""
     jobs = GaugeMetricFamily("espalier_jobs", "Unfinished jobs.", labels=["queue", "state"])

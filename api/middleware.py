@@ -1,8 +1,8 @@
 """The middleware around every request: request id, size limits, allowed hosts, API key, metrics. Knows no route.
 
-A page from anywhere can make a browser send requests to an open loopback service. So the Host must be an
-allowed one, which stops DNS names that point here, and a browser's request that changes something must come from a page
-of this service.
+A page of any web site can make a browser send requests to a service on loopback that needs no key. Two checks prevent
+this. The Host header must be allowed, which stops foreign DNS names that point to this machine. And if a request of a
+browser changes something, it must come from a page of this service.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from errors import AddressTooLong, EspalierError, Forbidden, HeadersTooLarge, Ov
 URL_BYTES = 8 * 1024
 HEADER_BYTES = 16 * 1024
 
-# Answered without a key: probes, and the documentation, which shows nothing that is not public.
+# These paths need no API key: probes, and the documentation, which contains only public information.
 PUBLIC_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json", "/swagger/", "/favicon.ico")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
@@ -33,13 +33,16 @@ log = structlog.get_logger()
 
 
 class ShutdownState:
-    """Whether this process will end soon: then every answer closes its connection, so clients reconnect elsewhere."""
+    """Whether this process is about to end.
+
+    If so, every answer closes its connection, so that clients reconnect to another process.
+    """
 
     is_draining = False
 
 
 class RequestMiddleware:
-    """Refuses what no route should see, and counts what was answered. The outermost middleware."""
+    """The outermost middleware. Refuses requests before they reach a route, and counts all answers."""
 
     def __init__(
         self,
@@ -101,24 +104,24 @@ class RequestMiddleware:
             self._metrics.count_request(asked, route, status, time.perf_counter() - started)
 
     def _refusal(self, scope: Scope) -> EspalierError | None:
-        """Return the error that refuses a request, or None if a route may see it."""
+        """Return the error with which to refuse a request, or None to pass the request on."""
         headers = Headers(scope=scope)
         url_bytes = len(scope["raw_path"]) + len(scope["query_string"])
         if url_bytes > URL_BYTES:
-            return AddressTooLong(f"Expected an address of at most {URL_BYTES} bytes. Received {url_bytes}.")
+            return AddressTooLong(f"The URL has {url_bytes} bytes; the limit is {URL_BYTES} bytes.")
         header_bytes = sum(len(name) + len(value) for name, value in headers.raw)
         if header_bytes > HEADER_BYTES:
-            return HeadersTooLarge(f"Expected headers of at most {HEADER_BYTES} bytes. Received {header_bytes}.")
-        if "\0" in scope["path"] or b"%00" in scope["query_string"]:  # no name or id has one, and databases refuse it
-            return RequestInvalid("Expected an address without NUL characters. Received one with %00.")
+            return HeadersTooLarge(f"The request headers have {header_bytes} bytes; the limit is {HEADER_BYTES} bytes.")
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:  # PostgreSQL refuses NUL in text
+            return RequestInvalid("The URL contains a NUL character (%00), which no name or id may contain.")
         host = headers.get("host", "")
         if "*" not in self._hosts and _without_port(host) not in self._hosts:
             return Forbidden(
-                f"Expected a Host of {', '.join(self._hosts)}. Received {host!r}. "
-                "Set ESPALIER_ALLOWED_HOSTS if the service has another name."
+                f"Expected a Host header with {' or '.join(self._hosts)}. Received {host!r}. If the service has this "
+                "name, add it to ESPALIER_ALLOWED_HOSTS."
             )
         if scope["method"] not in _SAFE and _is_cross_site(headers, host):
-            return Forbidden("A page of another site may not send this request for you.")
+            return Forbidden("The browser sent this request from a page of another web site, which is not allowed.")
         refusal = self._key_refusal(scope, headers)
         scope["state"]["may_see_details"] = refusal is None
         if scope["path"].startswith(PUBLIC_PATHS):
@@ -127,7 +130,7 @@ class RequestMiddleware:
             return refusal
         if self._connections.is_crowded:
             limit = self._connections.limits.connections
-            return Overloaded(f"Expected at most {limit} open connections, and all are busy. Try again soon.")
+            return Overloaded(f"All {limit} connections that the API may keep open are busy. Try again soon.")
         return None
 
     def _key_refusal(self, scope: Scope, headers: Headers) -> EspalierError | None:
@@ -148,7 +151,7 @@ def _is_known(scope: Scope, status: int, headers: MutableHeaders) -> bool:
 
 
 def _without_port(host: str) -> str:
-    """Return the name in a Host header; an IPv6 address keeps its brackets."""
+    """Return the host name in a Host header, without the port. An IPv6 address keeps its brackets."""
     name, separator, port = host.rpartition(":")
     return name if separator and port.isdigit() and not name.endswith(":") else host
 

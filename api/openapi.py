@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's own, extended by problems and the API key. Describes no route by itself."""
+"""The OpenAPI document: FastAPI generates it, and this module adds errors as problems and the API key."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from api import problems
 from api.middleware import PUBLIC_PATHS
 from api.schemas import Problem
 
-_ERRORS = {"422": "The request cannot be used as it is.", "4XX": "The request is refused.", "5XX": "It failed here."}
+_ERRORS = {
+    "422": "The request cannot be used as it is.",
+    "4XX": "The request is refused.",
+    "5XX": "The service failed, or it is overloaded.",
+}
 
 
 def install(app: FastAPI, *, has_key: bool) -> None:
-    """Document every error as a problem and, where calls need a key, how to send it."""
+    """Document every error as a problem. With `has_key`, also document how requests send the API key."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -31,7 +35,7 @@ def install(app: FastAPI, *, has_key: bool) -> None:
 
 def _add_problems(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which is never sent
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's default errors, which this API never sends
         schemas.pop(name, None)
     schemas["Problem"] = Problem.model_json_schema()
     content = {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}

@@ -1,4 +1,4 @@
-"""Pages of lists over HTTP: the query parameters, and cursors that clients cannot mistake for keys."""
+"""Pages of lists over HTTP: the query parameters, and opaque cursors, so that clients do not depend on keys."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from api.problems import short_repr
 from errors import RequestInvalid
 from models.paging import PageRequest
 
-LimitQuery = Annotated[int, Query(ge=1, le=200, description="Items in one answer.")]
-CursorQuery = Annotated[str | None, Query(description="`next_cursor` of the answer before.")]
+LimitQuery = Annotated[int, Query(ge=1, le=200, description="Maximum number of items in the answer.")]
+CursorQuery = Annotated[str | None, Query(description="The `next_cursor` of the previous page.")]
 
 
 def page_request(limit: int, cursor: str | None) -> PageRequest:
-    """Return the page that a client asks for; no cursor, or an empty one, asks for the first page.
+    """Return the page that a client asks for. Without a cursor, or with an empty one, this is the first page.
 
     Raises RequestInvalid if the cursor was not made by `next_cursor`.
     """
@@ -25,7 +25,7 @@ def page_request(limit: int, cursor: str | None) -> PageRequest:
 
 
 def next_cursor(after: str | None) -> str | None:
-    """Return the cursor of the page that continues after a key; None if there is no such page."""
+    """Return the cursor of the page that starts after the key `after`. On the last page both are None."""
     return None if after is None else base64.urlsafe_b64encode(after.encode()).decode().rstrip("=")
 
 

@@ -1,7 +1,8 @@
 """Predictions in one process: admission, model loading, decoding, the engine and deadlines. Knows no HTTP.
 
-A prediction holds its admission from before its body is read until it is answered. It waits at most until its
-deadline, and it takes no thread of other routes. One that is cancelled costs the engine nothing more.
+A prediction is admitted before its body is read, and counts against the limits until it is answered. It waits at most
+until its deadline. Predictions have their own threads, so other routes never wait for them. If a prediction is
+cancelled, the engine skips its images.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from settings import Settings
 
 Result = TypeVar("Result")
 
-# Bodies of the largest size that may be in memory at once.
+# Number of bodies of the largest allowed size that may be in memory at once.
 _LARGEST_BODIES = 4
-# Their images wait for memory one by one (`DecodeMemory`).
+# The images in them wait for memory one by one (`DecodeMemory`).
 _DECODING_THREADS = 8
 _LOOKUP_THREADS = 4
 _EXPLAINING_THREADS = 2
 _LOADING_THREADS = 4
-# The shelf may evict a backbone just when it is asked. The prediction then loads it again, at most this often: more
-# evictions mean that the shelf is too small.
+# The shelf may evict a backbone just before a prediction uses it. The prediction then loads the backbone again, but not
+# more often than this, because repeated evictions mean that the shelf is too small.
 _LOAD_ATTEMPTS = 3
 
 
 class Admission:
-    """Limits how many images and bytes are in the process at a time, and rejects the rest at once.
+    """Limits how many images and bytes of predictions are in the process at a time. Refuses further requests at once.
 
-    Belongs to one event loop.
+    An object may only be used in one event loop.
     """
 
     def __init__(self, limit_images: int, limit_bytes: int) -> None:
@@ -56,9 +57,10 @@ class Admission:
 
     @contextmanager
     def admit(self, size_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Admit one image in a body of `size_bytes`, and yield a function that admits more images of the same body.
+        """Admit a request with one image and `size_bytes` of body, until the end of the block.
 
-        Both raise Overloaded if a limit would be exceeded. An idle process admits any request.
+        Yields a function that admits more images of the same request, once their number is known. This method and that
+        function raise Overloaded if a limit would be exceeded. An idle process admits any request.
         """
         self._check(0, 1, size_bytes)
         images = 1
@@ -82,19 +84,19 @@ class Admission:
             return
         if self._images + more_images > self._limit_images:
             raise Overloaded(
-                f"Expected at most {self._limit_images} images waiting. Received {more_images} more while "
-                f"{self._images} are waiting. Try again soon."
+                f"{self._images} images are waiting, and this request has {more_images} more; the limit is "
+                f"{self._limit_images}. Try again in a moment."
             )
         if self._bytes + size_bytes > self._limit_bytes:
             raise Overloaded(
-                f"Expected at most {self._limit_bytes} bytes of images waiting. Received {size_bytes} more while "
-                f"{self._bytes} are waiting. Try again soon."
+                f"{self._bytes} bytes of images are waiting, and this request has {size_bytes} more; the limit is "
+                f"{self._limit_bytes}. Try again in a moment."
             )
 
 
 @dataclass(frozen=True)
 class ExplanationRequest:
-    """The kind of explanation that a client asks for, and the label to explain; None explains the answer itself."""
+    """The kind of explanation that a client asks for, and the label to explain. None means the predicted label."""
 
     kind: Explanation
     label: str | None
@@ -102,7 +104,7 @@ class ExplanationRequest:
 
 @dataclass(frozen=True)
 class PredictionResult:
-    """One prediction for each image, one explanation for each if asked for, and where the time went."""
+    """A prediction for each image, an explanation for each image if requested, and the time of each stage."""
 
     predictions: list[Prediction]
     explanations: list[ExplanationImage] | None
@@ -110,9 +112,9 @@ class PredictionResult:
 
 
 class PredictionQueue:
-    """Takes predictions through loading, decoding, the engine and the head, each with its own threads.
+    """Answers predictions: loads the model, decodes the images, and runs the engine and the head.
 
-    Belongs to one event loop.
+    Loading, decoding and explaining have separate threads. An object may only be used in one event loop.
     """
 
     def __init__(self, settings: Settings, shelf: Shelf, decode_memory: DecodeMemory) -> None:
@@ -122,49 +124,50 @@ class PredictionQueue:
         self._decode_memory = decode_memory
         self._decoders = ThreadPoolExecutor(min(_DECODING_THREADS, settings.engine_threads + 1), "decode")
         self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, "look-up")
-        self._explainers = ThreadPoolExecutor(_EXPLAINING_THREADS, "explain")  # they may read files of the store
-        self._loaders = ThreadPoolExecutor(_LOADING_THREADS, "load")  # separate, since a load takes long
+        self._explainers = ThreadPoolExecutor(_EXPLAINING_THREADS, "explain")  # separate, since it may read the store
+        self._loaders = ThreadPoolExecutor(_LOADING_THREADS, "load")  # separate, since loading takes long
         self._loading: dict[Digest, asyncio.Future[Predictor]] = {}
 
     def close(self) -> None:
-        """Cancel what has not begun, and accept nothing new."""
+        """Cancel work that has not begun, and refuse new predictions."""
         for pool in (self._decoders, self._lookups, self._explainers, self._loaders):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def run_lookup(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
-        """Run a function that reads the database on a thread kept for that."""
+        """Run a function that reads the database, on a thread that is reserved for such functions."""
         return asyncio.get_running_loop().run_in_executor(self._lookups, function, *arguments)
 
     def check_wait(self, bundle: Digest, images: int) -> None:
-        """Raise Overloaded if the engine would not finish so many images within the deadline.
+        """Raise Overloaded if the engine cannot finish this many images within the deadline.
 
-        The error carries `retry_after_s`. A model that is not loaded passes, as does an idle engine.
+        The error's `retry_after_s` says when to try again. Never raises if the model is not loaded yet, or if the
+        engine is idle.
         """
         predictor = self._shelf.find(bundle)
         wait_s = predictor.wait_s(images) if predictor else 0.0
         if wait_s > self._settings.predict_deadline_s and predictor and predictor.wait_s(0):
             raise Overloaded(
-                f"Expected an answer within {self._settings.predict_deadline_s:g} s. It would take {wait_s:.1f} s, "
-                "because too many images wait for the same network. Try again after the time in Retry-After.",
+                f"The answer would take {wait_s:.1f} s, because many images wait for the same network; the limit is "
+                f"{self._settings.predict_deadline_s:g} s. Try again after the seconds in the header Retry-After.",
                 retry_after_s=round(wait_s - self._settings.predict_deadline_s, 3),
             )
 
     async def predict(
         self, bundle: Digest, files: list[bytes], deadline: Deadline, explanation: ExplanationRequest | None = None
     ) -> PredictionResult:
-        """Predict image files, and explain the predictions if asked to.
+        """Predict image files, and explain the predictions if requested.
 
         Args:
-            bundle: the model version's bundle; it is loaded if it is not in memory.
-            files: encoded images, one or more.
-            deadline: of the whole request; every stage counts.
-            explanation: what to explain, if anything.
+            bundle: the bundle of the model version. It is loaded if it is not in memory.
+            files: one or more encoded images.
+            deadline: the deadline of the whole request. Every stage counts.
+            explanation: the explanation to compute, or None.
 
         Raises:
             DeadlineExceeded: the answer is not ready in time; it names the stage that took the time.
             Overloaded: the engine cannot finish the images within the deadline.
             ImageRefused: a file cannot be decoded.
-            Unavailable: the shelf evicts the network again and again.
+            Unavailable: the shelf evicts the network repeatedly, because it is too small for all requested models.
             EspalierError: the model cannot be loaded or does not support the explanation.
         """
         arrived_at = time.perf_counter()
@@ -181,12 +184,12 @@ class PredictionQueue:
                 decoded_s = time.perf_counter() - began
             needs_maps = explanation is not None and explanation.kind.needs_maps
             pending = predictor.submit(pixels, deadline.until, wants_maps=needs_maps)
-            if pending is None:  # evicted meanwhile
+            if pending is None:  # the shelf has evicted the backbone meanwhile
                 continue
             try:
                 computed = await deadline.wait(Stage.ENGINE, asyncio.wrap_future(pending))
             finally:
-                pending.abandon()  # has no effect on one that has ended
+                pending.abandon()  # does nothing if the request has ended
             computed_at = time.perf_counter()
             predictions = predictor.answer(computed.features)
             head_ms = 1000 * (time.perf_counter() - computed_at)
@@ -197,7 +200,7 @@ class PredictionQueue:
                     shown = await self._decode(predictor, files, deadline, predictor.heat_map_scale)
                 explaining = self._explain(predictor, explanation, shown, computed, predictions, deadline)
                 explanations = await deadline.wait(Stage.EXPLAIN, explaining)
-            # The rest of the time was spent waiting for the model and for the engine.
+            # The remaining time was spent waiting for the model and for the engine.
             queue_ms = max(0.0, 1000 * (computed_at - arrived_at - decoded_s) - computed.backbone_ms)
             timings = Timings(queue_ms, 1000 * decoded_s, computed.backbone_ms, head_ms)
             return PredictionResult(predictions, explanations, timings)
@@ -206,11 +209,11 @@ class PredictionQueue:
         )
 
     async def _decode(self, predictor: Predictor, files: list[bytes], deadline: Deadline, scale: int = 1) -> Pixels:
-        """Return the pixels of all files, uint8 [n, H, W, 3]; the first error cancels what has not begun.
+        """Return the pixels of all files, uint8 [n, H, W, 3]. After an error, files not yet begun are not decoded.
 
-        With a `scale`, height and width are so many times those of the network's input.
+        With a `scale`, height and width are this many times those of the network's input.
 
-        At the deadline the request gives its decoders up: an image that is being decoded ends without it.
+        At the deadline, the request stops waiting: an image that is being decoded then ends without it.
         """
         loop = asyncio.get_running_loop()
         limits = self._settings.image_limits
@@ -258,7 +261,10 @@ class PredictionQueue:
         return await asyncio.get_running_loop().run_in_executor(self._explainers, predictor.explain, *arguments)
 
     async def _predictor(self, bundle: Digest) -> Predictor:
-        """Return the predictor of a bundle. All requests wait for one load, which goes on when they give up."""
+        """Return the predictor of a bundle, after loading it if necessary.
+
+        Requests for the same bundle share one load. The load continues even if all of them give up.
+        """
         found = self._shelf.find(bundle)
         if found is not None:
             return found
@@ -276,6 +282,6 @@ class PredictionQueue:
 
 
 def retrieve_exception(future: asyncio.Future[Result]) -> None:
-    """Retrieve the exception of an abandoned future, which asyncio would otherwise report in the log."""
+    """Retrieve the exception of a future that nobody awaits. Otherwise asyncio would report it in the log."""
     if not future.cancelled():
         future.exception()

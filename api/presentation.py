@@ -1,4 +1,4 @@
-"""Shapes of records that several routes show."""
+"""Conversions from records to parts of responses, for several routes."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from models.run import Run
 
 
 def model_ref(run: Run, version: ModelVersion | None) -> ModelRef | None:
-    """Return the reference to the model version that a run made; None if it made none."""
+    """Return the name and number of the model version that a run produced; None if it has produced none."""
     return ModelRef(name=run.name, version=version.number) if version else None

@@ -1,4 +1,4 @@
-"""The table from errors to RFC 9457 problems. No other module knows the status code of an error."""
+"""Converts errors to problems (RFC 9457) and their HTTP status. No other module knows the status of an error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 log = structlog.get_logger()
 
-# Error → status; its title is in its class. A test checks that every class of `errors` is here.
+# The HTTP status of each error class. A test checks that no class of `errors` is missing.
 TABLE: Mapping[type[EspalierError], int] = {
     EspalierError: 500,
     errors.NotFound: 404,
@@ -80,7 +80,7 @@ Problem = dict[str, Any]
 
 
 def problem(record: Mapping[str, Any]) -> Problem:
-    """Return the problem object of an error's record, as `EspalierError.record` writes it."""
+    """Return the problem for an error record, which `EspalierError.record` has made."""
     fields = dict(record)
     kind = errors.errors_by_code().get(fields.pop("code"), EspalierError)
     detail = fields.pop("detail")
@@ -88,12 +88,12 @@ def problem(record: Mapping[str, Any]) -> Problem:
 
 
 def stored_problem(record: Mapping[str, Any] | None) -> Problem | None:
-    """Return the problem object of an error that a row stores, or None."""
+    """Return the problem for an error record from a database row; None if the row has none."""
     return None if record is None else problem(record)
 
 
 def response(error: EspalierError, request_id: str) -> JSONResponse:
-    """Return the HTTP answer for an error, with `Retry-After` where the client should try again."""
+    """Return the HTTP answer for an error. A 503 has the header `Retry-After`."""
     content = problem(error.record())
     return _answer(content, request_id)
 
@@ -117,14 +117,14 @@ class ProblemResponse(JSONResponse):
 
 
 def request_id(request: Request) -> str:
-    """Return the id that `api.middleware` gave the request."""
+    """Return the request's id, which `api.middleware` has assigned."""
     return str(request.scope.get("state", {}).get("request_id", ""))
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the app with a problem.
+    """Install exception handlers, so that the app answers every error with a problem.
 
-    The handlers are coroutines, because plain functions would wait for a thread.
+    The handlers are coroutines, because plain functions would wait for a free thread.
     """
 
     @app.exception_handler(EspalierError)
@@ -138,13 +138,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
-        if status < 300:  # not an error
+        if status < 300:  # a route may raise 204 to end a request early
             return Response(status_code=status)
         content: Problem = {
             "type": TYPE_PREFIX + status.phrase.lower().replace(" ", "-"),
             "title": status.phrase,
             "status": status.value,
-            "detail": f"{error.detail}. Received {request.method} {request.url.path}.",
+            "detail": f"{error.detail}: {request.method} {request.url.path}.",
         }
         headers = dict(error.headers or {})
         if status is HTTPStatus.METHOD_NOT_ALLOWED:
@@ -154,12 +154,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         log.info("client left", path=request.url.path)
-        return Response(status_code=CLIENT_CLOSED_REQUEST)  # only the metrics see it
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # no client receives it, but the metrics count it
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
         log.exception("request broke", path=request.url.path, exc_info=error)
-        broken = EspalierError("This is a bug in Espalier. The log of the API has more under this request_id.")
+        broken = EspalierError("This is a bug in Espalier. The API's log has the details under this request_id.")
         return response(broken, request_id(request))
 
 
@@ -177,19 +177,19 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 def short_repr(value: object) -> str:
-    """Return the repr of a value, shortened to fit into a message."""
+    """Return the repr of a value, shortened for an error message."""
     return _SHORT.repr(value)
 
 
 def expected_and_received(error: ErrorDetails) -> tuple[str, str]:
-    """Return two phrases for a validation error: what was expected, and what was received."""
+    """Return what a validation error says was expected, and the received value, as two phrases for a message."""
     if error["type"] == "json_invalid":
         return "Expected JSON", f"something else: {error['ctx']['error']}"
     return error["msg"], "nothing" if error["type"] == "missing" else short_repr(error["input"])
 
 
 def _invalid(error: RequestValidationError) -> EspalierError:
-    """Return the error for a failed validation; it names each field by the path that the client wrote."""
+    """Return the error for a request that failed validation. It names fields by their paths in the request."""
     found = []
     items = error.errors()
     for item in items[:ERRORS_SHOWN]:
@@ -198,19 +198,19 @@ def _invalid(error: RequestValidationError) -> EspalierError:
     first = found[0]
     detail = f"{first['field']}: {first['message']}. Received {first['received']}."
     if len(items) > 1:
-        shown = "lists them" if len(found) == len(items) else f"lists the first {len(found)} of all"
-        detail += f" And {len(items) - 1} more; 'errors' {shown}."
+        first_only = "" if len(found) == len(items) else f" first {len(found) - 1} of"
+        detail += f" 'errors' lists the{first_only} {len(items) - 1} more."
     if first["field"].startswith(_RECIPES):
         return RecipeInvalid(first["field"], detail, errors=found)
     return RequestInvalid(detail, field=first["field"], errors=found)
 
 
-# Fields of bodies that hold a recipe, several, or a part of one.
+# Errors in fields whose names start like this are reported as RecipeInvalid.
 _RECIPES = ("recipe", "network")
 
 
 def _field(error: ErrorDetails, body: object) -> str:
-    """Return the field by the path that the client wrote, or `body` for a body as a whole."""
+    """Return the path of an invalid field in the request, or `body` if the body as a whole is invalid."""
     where, *path = error["loc"]
     if not path or error["type"] == "json_invalid":
         return str(where)
@@ -221,7 +221,10 @@ def _field(error: ErrorDetails, body: object) -> str:
 
 
 def _written(path: Sequence[int | str], body: object) -> list[int | str]:
-    """Return a path without pydantic's names of alternatives, such as the type of a layer, which no client wrote."""
+    """Return the path of a field as it is in the request.
+
+    Pydantic adds names of alternatives to its paths, such as the type of a layer. These are not in the request's body.
+    """
     found = []
     for part in path:
         match body:
@@ -236,5 +239,5 @@ def _written(path: Sequence[int | str], body: object) -> list[int | str]:
 
 
 def field_path(path: Iterable[int | str]) -> str:
-    """Return a path into a body as `recipes[1].folds.k`."""
+    """Return the path of a field as text, for example `recipes[1].folds.k`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")

@@ -1,4 +1,4 @@
-"""Recipes of requests: fills in defaults and refuses recipes that cannot be trained or compared."""
+"""Checks the recipes in requests and fills in their defaults."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from recipes.defaults import fill
 from recipes.filled import FilledRecipe
 from recipes.recipe import IMAGENET, RANDOM, Recipe
 
-# Recipes of one comparison must share these fields, so that they are tested on the same images.
+# All recipes of a comparison must agree in these fields, so that they are tested on the same images.
 _SHARED_FIELDS = ("seed", "folds.k", "folds.repeats", "task")
 
 
 def fill_recipe(session: Session, recipe: Recipe, version: DatasetVersion, path: str) -> FilledRecipe:
-    """Return a recipe with every default filled in, as it will be trained on a version that is ready.
+    """Return a recipe with all defaults filled in, for training on a data set version that is ready.
 
-    `path` is the recipe's place in the request. Raises RecipeInvalid, which names the field by its path in the
-    request.
+    `path` is the path of the recipe in the request, such as `recipes[1]`. Raises RecipeInvalid, which names the wrong
+    field by its path in the request.
     """
     assert version.task is not None
     try:
@@ -34,15 +34,15 @@ def fill_recipe(session: Session, recipe: Recipe, version: DatasetVersion, path:
 
 
 def _check_weights(session: Session, recipe: Recipe) -> None:
-    """Raise RecipeInvalid if the weights neither exist nor can be downloaded."""
+    """Raise RecipeInvalid if the recipe's weights are neither stored nor downloadable."""
     if recipe.backbone is None or recipe.weights is None:  # `fill` refuses null where it is not allowed
         return
     if not isinstance(recipe.backbone, BackboneName):
         if not registry.find_weights_by_name(session, recipe.weights):
             raise RecipeInvalid(
                 "weights",
-                f"Expected weights that at least one backbone has, because backbone 'auto' chooses among those. "
-                f"Received {recipe.weights!r}, which no backbone has yet. Name a backbone, or import weights for one.",
+                f"No backbone has weights named {recipe.weights!r}, and backbone 'auto' chooses among backbones that "
+                "have the weights. Import such weights for a backbone, or choose other weights.",
             )
         return
     if recipe.weights in (IMAGENET, RANDOM):
@@ -59,7 +59,10 @@ def _check_weights(session: Session, recipe: Recipe) -> None:
 
 
 def check_comparable(recipes: Sequence[Recipe]) -> None:
-    """Raise RecipeInvalid, naming the field, unless all recipes differ and are tested on the same images."""
+    """Check that the recipes of a comparison all differ and are tested on the same images.
+
+    Raises RecipeInvalid, which names the wrong field.
+    """
     first, *others = [recipe.flat() for recipe in recipes]
     for number, other in enumerate(others, start=1):
         for name in _SHARED_FIELDS:
@@ -67,12 +70,10 @@ def check_comparable(recipes: Sequence[Recipe]) -> None:
                 field = f"recipes[{number}].{name}"
                 raise RecipeInvalid(
                     field,
-                    f"{field}: Expected {first[name]!r} as in recipes[0], so that both are tested on the same images. "
-                    f"Received {other[name]!r}.",
+                    f"{field}: Expected {first[name]!r}, as in recipes[0], because all recipes must be tested on the "
+                    f"same images. Received {other[name]!r}.",
                 )
         earlier = recipes.index(recipes[number])
         if earlier < number:
             field = f"recipes[{number}]"
-            raise RecipeInvalid(
-                field, f"{field}: Expected recipes that differ. Received the same one as in recipes[{earlier}]."
-            )
+            raise RecipeInvalid(field, f"{field}: This recipe is equal to recipes[{earlier}]. Change it or remove it.")

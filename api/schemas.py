@@ -1,4 +1,4 @@
-"""Pydantic models of the HTTP contract: responses, and requests with a JSON body. Routes build them."""
+"""Pydantic models of the HTTP API's JSON: bodies of requests and responses."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 
 
 class Schema(BaseModel):
-    """Base class of all models of the HTTP contract."""
+    """Base class of all models for the HTTP API's JSON."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class Request(Schema):
-    """Base class of all request bodies; they refuse unknown fields."""
+    """Base class of all request bodies. Request bodies with unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -71,20 +71,23 @@ class Request(Schema):
 
 
 class Problem(Schema):
-    """An error (RFC 9457). Some types add fields; a response also has the `request_id` that the log shows."""
+    """An error as a problem object (RFC 9457). Some types have more fields.
+
+    In a response, `request_id` identifies the request in the API's log.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     type: str
-    """Stable; `urn:espalier:problem:…`."""
+    """Identifies the kind of error, as `urn:espalier:problem:…`. It stays the same in later releases."""
     title: str
     status: int
     detail: str
-    """What was expected and what was received."""
+    """What is wrong with this request, and what to do."""
 
 
 class Page(Schema, Generic[Item]):
-    """One page of a list, the newest items first. `next_cursor` requests the next page; it is null on the last."""
+    """One page of a list. `next_cursor` is the `cursor` with which to request the next page, null on the last page."""
 
     items: list[Item]
     next_cursor: str | None
@@ -94,7 +97,7 @@ class Page(Schema, Generic[Item]):
 
 
 class DatasetCreated(Schema):
-    """A data set that was uploaded and waits to be ingested."""
+    """The data set version that an upload has created. It waits to be ingested."""
 
     id: str
     name: str
@@ -103,14 +106,14 @@ class DatasetCreated(Schema):
 
 
 class ClassImages(Schema):
-    """A class and its number of images."""
+    """A class and its number of images in the data set."""
 
     name: str
     images: int
 
 
 class RefusedFile(Schema):
-    """A file that was refused, and why."""
+    """A file of an archive that was refused, and the reason."""
 
     path: str
     reason: str
@@ -125,7 +128,7 @@ class TargetRange(Schema):
 
 
 class IngestProgress(Schema):
-    """The progress of a version's ingest; `fraction` goes from 0 to 1."""
+    """The progress of an ingest. `fraction` is from 0 to 1, `eta_s` the estimated seconds left."""
 
     stage: str
     fraction: float
@@ -133,15 +136,15 @@ class IngestProgress(Schema):
 
 
 class DatasetVersionOut(Schema):
-    """One immutable state of a data set."""
+    """One version of a data set, which never changes once it is ready."""
 
     version: int
     state: DatasetState
     images: int
     ignored: int
-    """Files that operating systems leave behind, and text beside images."""
+    """Number of hidden files, files that macOS or Windows create, such as `.DS_Store`, and text files beside images."""
     refused: list[RefusedFile]
-    """The first thousand."""
+    """The first 1,000 refused files."""
     refused_total: int
     warnings: list[str]
     """What the owner of the images should know."""
@@ -151,23 +154,26 @@ class DatasetVersionOut(Schema):
 
 
 class DatasetOut(Schema):
-    """A data set, described by its newest usable version."""
+    """A data set with all its versions.
+
+    Other fields than `versions` describe the newest version that is ready, or the newest version if none is ready.
+    """
 
     id: str
     name: str
     state: DatasetState
     task: Task | None
     images: int
-    """Accepted files, duplicates included."""
+    """Number of accepted files, including duplicates."""
     classes: list[ClassImages]
-    """In the order of a model's outputs."""
+    """The classes in the order of a model's outputs."""
     target: TargetRange | None
     duplicates: int
-    """Accepted files with the same content as another file of the version."""
+    """Number of accepted files with the same content as another file of the version."""
     ignored: int
-    """Files that operating systems leave behind, and text beside images."""
+    """Number of hidden files, files that macOS or Windows create, such as `.DS_Store`, and text files beside images."""
     refused: list[RefusedFile]
-    """The first thousand."""
+    """The first 1,000 refused files."""
     refused_total: int
     warnings: list[str]
     """What the owner of the images should know, such as classes that lost images."""
@@ -179,7 +185,7 @@ class DatasetOut(Schema):
 
 
 class ImageOut(Schema):
-    """An image of a data set; `image` is its SHA-256."""
+    """An image of a data set. `image` is the SHA-256 of its file, `thumbnail` the address of a small picture."""
 
     image: str
     path: str
@@ -199,7 +205,7 @@ class ImageOut(Schema):
 
 
 class RunRequest(Request):
-    """A training to start."""
+    """The body of a request to start a run."""
 
     dataset: Id
     """Id of the data set."""
@@ -211,7 +217,7 @@ class RunRequest(Request):
 
 
 class RunProgress(Schema):
-    """The progress of a run; `fraction` goes from 0 to 1 over the whole run."""
+    """The progress of a run. `fraction` is from 0 to 1 over the whole run, `eta_s` the estimated seconds left."""
 
     stage: str
     fraction: float
@@ -223,7 +229,7 @@ class RunProgress(Schema):
 
 
 class FoldOut(Schema):
-    """The result of one fold on the images that it did not train on; `fold` counts from 0."""
+    """The result of one fold, tested on images on which it was not trained. `fold` counts from 0."""
 
     fold: int
     epochs: int
@@ -234,14 +240,14 @@ class FoldOut(Schema):
 
 
 class ModelRef(Schema):
-    """A version of a model."""
+    """A reference to a version of a model."""
 
     name: str
     version: int
 
 
 class Extraction(Schema):
-    """How many distinct images a run has, how many the backbone computed, and how many came from the cache."""
+    """How many distinct images a run has, for how many the backbone computed features, and how many were cached."""
 
     images: int
     computed: int
@@ -250,7 +256,7 @@ class Extraction(Schema):
 
 
 class FileOut(Schema):
-    """A file that a run produced."""
+    """A file that a run produced, and the address at which to get it."""
 
     name: str
     size_bytes: int
@@ -275,7 +281,7 @@ class RunOut(Schema):
     recipe: dict[str, Any]
     """The recipe with all defaults filled in."""
     batch_size: int | None
-    """The reduced batch size after memory ran out with the recipe's; null if that never happened."""
+    """The reduced batch size, if memory ran out with the batch size of the recipe; otherwise null."""
     state: RunState
     progress: RunProgress
     metrics: dict[str, Any] | None
@@ -288,21 +294,21 @@ class RunOut(Schema):
     mlflow_refused: list[MlflowRefusal] = Field(default_factory=list)
     """What MLflow refused for good, so that its page of the run lacks it."""
     training_s: float | None
-    """Total seconds of all parts on all workers, without waiting."""
+    """Seconds of training, summed over all folds and the final fit, without the time spent waiting."""
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
 
 
 class CutOut(Schema):
-    """A cut point of a network; `width` is the number of features there."""
+    """A cut point of a backbone. `width` is the number of features at the cut point."""
 
     name: str
     width: int
 
 
 class WeightsOut(Schema):
-    """Weights that a recipe may name; `here` is true if they are stored already and need no download."""
+    """Weights of a backbone that a recipe may name. `here` is true if they are stored and need no download."""
 
     name: str
     here: bool
@@ -310,17 +316,17 @@ class WeightsOut(Schema):
 
 
 class BackboneOut(Schema):
-    """A backbone with its cut points and weights."""
+    """A backbone that a recipe may name, with its cut points and weights."""
 
     name: str
     title: str
     input_size: int
     minimum_size: int
     features: int
-    """Features after the last cut point."""
+    """Number of features at the last cut point."""
     cut_points: list[CutOut]
     unfreeze: list[str]
-    """Where fine-tuning may begin: after a cut point, or at the whole network."""
+    """Values that a recipe's `unfreeze` may have: train all layers after this cut point, or `all` layers."""
     weights: list[WeightsOut]
 
 
@@ -328,18 +334,21 @@ class BackboneOut(Schema):
 
 
 class NetworkPreviewRequest(Request):
-    """A network to preview: one from scratch, or a backbone with its cut point."""
+    """The network to preview: either a `network` to train from scratch, or a `backbone`."""
 
     network: NetworkRecipe | None = None
-    """A network from scratch."""
+    """A network to train from scratch."""
     backbone: BackboneName | None = None
-    """Instead of `network`: a backbone."""
+    """The name of a backbone, instead of `network`."""
     features_from: str | None = None
-    """Only with `backbone`: the cut point whose output becomes the features; by default the last."""
+    """The cut point of the backbone at which the network ends; by default the last. Not allowed with `network`."""
     image_size: Sides | None = None
-    """Side of a square in pixels, or height and width; by default the backbone's own, 64 for a CNN, 32 for others."""
+    """Side of square images in pixels, or height and width.
+
+    By default the input size of the backbone; without a backbone, 64 for a CNN and 32 for other networks.
+    """
     outputs: Annotated[int, Field(ge=1, le=16_384)] | None = None
-    """Number of outputs, such as one per class. Adds an output layer to the table; by default there is none."""
+    """If set, the table ends with an output layer with this number of outputs, for example one for each class."""
 
 
 class LayerOut(Schema):
@@ -348,9 +357,9 @@ class LayerOut(Schema):
     name: str
     type: str
     inputs: list[str]
-    """Names of the layers that it reads, or `input`."""
+    """Names of the layers whose outputs this layer reads, or `input` for the image."""
     shape: list[int]
-    """Height, width and channels of its maps, or the length of its output vector."""
+    """Height, width and channels of the layer's output maps, or the length of its output vector."""
     parameters: int
     """Number of parameters, including BatchNorm's running mean and variance."""
     multiply_adds: int
@@ -358,11 +367,11 @@ class LayerOut(Schema):
     receptive_field: tuple[int, int]
     """Height and width in pixels of the area that one value depends on, including zeros beyond the border."""
     warning: str | None
-    """Which part of its input maps this layer ignores."""
+    """A warning if the layer ignores a part of its input maps; otherwise null."""
 
 
 class NetworkPreviewOut(Schema):
-    """The layers of a network in order, and its totals."""
+    """The layers of a network in order, and the totals of the network."""
 
     input: tuple[int, int, int]
     """Height, width and channels of the input image."""
@@ -376,21 +385,21 @@ class NetworkPreviewOut(Schema):
 
 
 class ViewProgress(Schema):
-    """The progress of a view; `fraction` goes from 0 to 1."""
+    """The progress of a view's computation. `fraction` is from 0 to 1, `eta_s` the estimated seconds left."""
 
     fraction: float
     eta_s: float | None
 
 
 class ViewOut(Schema):
-    """A view that is still being computed; repeat the request to get it."""
+    """A view that is still being computed. Repeat the request later to get the view."""
 
     state: ViewState
     progress: ViewProgress
 
 
 class VisibleLayer(Schema):
-    """A layer whose output can be shown: `channels` maps of `height` times `width` positions."""
+    """A layer whose output can be shown. The output has `channels` maps of `height` × `width` values."""
 
     name: str
     height: int
@@ -399,13 +408,16 @@ class VisibleLayer(Schema):
 
 
 class VisibleLayers(Schema):
-    """The layers of a run's network as it is served, in order. Layers that the engine merges appear as one."""
+    """The layers of a run's exported network, in order. If the engine merges layers, they are listed as one."""
 
     layers: list[VisibleLayer]
 
 
 class CurvePoint(Schema):
-    """The headline score after training on a part of each fold's images: `fraction` of them, `images` on average."""
+    """A point of a learning curve: the score after training on a `fraction` of each fold's training images.
+
+    `images` is the number of these images, averaged over the folds. `ci95` is the confidence interval of the score.
+    """
 
     fraction: float
     images: int
@@ -414,10 +426,10 @@ class CurvePoint(Schema):
 
 
 class CurveLaw(Schema):
-    """The power law `error = floor + scale * images ** -exponent`.
+    """The curve fitted to the points of a learning curve: `error = floor + scale * images ** -exponent`.
 
-    `misfit` is the root mean square distance of the points from it. The error is the score, or 1 - score if a greater
-    score is better.
+    The error is the score, or 1 - score if a greater score is better. `misfit` is the root mean square distance between
+    the points and the fitted curve.
     """
 
     floor: float
@@ -427,7 +439,7 @@ class CurveLaw(Schema):
 
 
 class CurveTwice(Schema):
-    """The law's forecast for twice the images; `change` is the expected change of the score."""
+    """The score that the fitted curve predicts for twice as many images. `change` is the change from today's score."""
 
     images: int
     score: float
@@ -437,7 +449,11 @@ class CurveTwice(Schema):
 
 
 class LearningCurveOut(Schema):
-    """How a run's score depends on its number of training images; `law` and `twice` are null if there are too few."""
+    """How a run's score depends on the number of training images: its learning curve.
+
+    `law` is a curve fitted to the points, and `twice` its prediction for twice as many images. Both are null if the
+    points are too few.
+    """
 
     metric: str
     greater_is_better: bool
@@ -445,7 +461,7 @@ class LearningCurveOut(Schema):
     law: CurveLaw | None
     twice: CurveTwice | None
     interval: str
-    """How the intervals of `twice` were computed; intervals of points are computed like the run's own."""
+    """How the confidence intervals of `twice` were computed. Those of the points are computed like the run's own."""
     sentence: str
     picture: str
 
@@ -454,7 +470,7 @@ class LearningCurveOut(Schema):
 
 
 class ComparisonRequest(Request):
-    """Recipes to compare on one data set."""
+    """The body of a request to compare recipes on one data set."""
 
     dataset: Id
     """Id of the data set."""
@@ -463,11 +479,14 @@ class ComparisonRequest(Request):
     name: Name
     """Name of the model to which every run adds a version."""
     recipes: Annotated[list[Recipe], Field(min_length=2, max_length=20, fail_fast=True)]
-    """Recipes with equal `seed`, `folds.k`, `folds.repeats` and `task`, so that all are tested on the same images."""
+    """The recipes to compare. All must have the same `seed`, `folds.k`, `folds.repeats` and `task`.
+
+    Then all of them are tested on the same images.
+    """
 
 
 class ComparisonProgress(Schema):
-    """The progress of a comparison: `fraction` is the mean over its runs, and `ended` of `runs` have ended."""
+    """The progress of a comparison. `fraction` is the mean over its `runs` runs, of which `ended` have ended."""
 
     stage: str
     fraction: float
@@ -477,7 +496,10 @@ class ComparisonProgress(Schema):
 
 
 class DifferenceOut(Schema):
-    """The score minus the best score; `p_value` is adjusted for the number of recipes (Holm)."""
+    """The score of a recipe minus the best score, with its confidence interval.
+
+    `p_value` is adjusted for the number of recipes by Holm's method.
+    """
 
     difference: float
     ci95: list[float]
@@ -485,23 +507,26 @@ class DifferenceOut(Schema):
 
 
 class ComparisonRow(Schema):
-    """One recipe of a comparison and the result of its run; fields that are not known (yet) are null."""
+    """One recipe of a comparison and the result of its run. Fields that are not known yet are null."""
 
     position: int
     run: str
     title: str
-    """The values of the fields in which the recipes differ."""
+    """The recipe's values of those fields in which the recipes of the comparison differ."""
     state: RunState
     score: float | None
     ci95: list[float] | None
     difference: DifferenceOut | None
-    """Null for the best recipe."""
+    """The difference from the best recipe; null for the best recipe itself."""
     training_s: float | None
-    """Training time, including what no earlier run had computed."""
+    """Seconds of training. They include computing features or other data that was not cached yet."""
     extraction_s: float | None
-    """The part of it before the first epoch: features, or pixels and activations if the network itself is trained."""
+    """The part of `training_s` that was spent before the first epoch.
+
+    In this time the run computes features, or pixels and activations if it trains layers.
+    """
     predict_ms: float | None
-    """Time of backbone and head for one decoded image, on the machine that ran the comparison."""
+    """Milliseconds that backbone and head take for one decoded image, on the machine that made the table."""
     backbone_bytes: int | None
     bundle_bytes: int | None
     model: ModelRef | None
@@ -509,9 +534,10 @@ class ComparisonRow(Schema):
 
 
 class ComparisonOut(Schema):
-    """A comparison; `best` is the position of the row with the best score.
+    """A comparison with its runs and its table. `best` is the position of the row with the best score.
 
-    When a run of a finished comparison is retried, the comparison is running again and still shows its last table.
+    If a run of a finished comparison is retried, the comparison is running again and shows its previous table until the
+    new one is made.
     """
 
     id: str
@@ -538,7 +564,7 @@ class ComparisonOut(Schema):
 
 
 class ModelVersionOut(Schema):
-    """One version of a model, made by one run."""
+    """One version of a model: the result of one run."""
 
     version: int
     run: str
@@ -566,13 +592,16 @@ class ModelOut(Schema):
 
 
 class AliasRequest(Request):
-    """The version that an alias will point to."""
+    """The number of the model version to which an alias should point."""
 
     version: Number
 
 
 class AliasOut(Schema):
-    """An alias; `serving` is `new` once this process answers with the version that it points to."""
+    """An alias and the version to which it points.
+
+    `serving` is `new` if this process already answers with that version, `old` if the previous version still answers.
+    """
 
     model: str
     alias: str
@@ -581,7 +610,7 @@ class AliasOut(Schema):
 
 
 class PredictRequest(Schema):
-    """Images as base64 text."""
+    """The body of a prediction request in JSON: image files as base64 text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -589,7 +618,7 @@ class PredictRequest(Schema):
 
 
 class ClassPredictionOut(Schema):
-    """The predicted class of one image."""
+    """The predicted class of one image, with the probabilities of all classes."""
 
     label: str
     probability: float
@@ -597,14 +626,14 @@ class ClassPredictionOut(Schema):
 
 
 class LabelsPredictionOut(Schema):
-    """The predicted labels of one image, any number of them; each label has an independent probability."""
+    """The predicted labels of one image: none, one or several. Each label has a probability of its own."""
 
     labels: list[str]
     probabilities: dict[str, float]
 
 
 class ValuePredictionOut(Schema):
-    """The predicted number of one image."""
+    """The number that a regression model predicts for one image."""
 
     value: float
 
@@ -619,10 +648,10 @@ class TimingsOut(Schema):
 
 
 class NeighbourOut(Schema):
-    """A training image whose features are near to those of the predicted image.
+    """A training image with features similar to those of the predicted image.
 
-    `image` is the digest of its file, `path` its path in the data set, and `similarity` the cosine similarity of the
-    features of both images, at most 1.
+    `image` is the SHA-256 of the training image's file, and `path` its path in the data set. `similarity` is the cosine
+    similarity between the features of both images, at most 1.
     """
 
     image: str
@@ -633,9 +662,11 @@ class NeighbourOut(Schema):
 
 
 class ExplanationOut(Schema):
-    """A picture that explains the prediction for one image: `png` is base64, `label` what it explains, if one label.
+    """A picture that explains the prediction for one image. `png` is the picture as base64 text.
 
-    For neighbours it shows the image, then the images in `neighbours`, the nearest first; a deleted one is grey.
+    `label` is the label that the picture explains, null if it explains no single label. For `explain=neighbours`, the
+    picture shows the predicted image and then the images in `neighbours`, the most similar first. A deleted image is
+    shown as a grey area.
     """
 
     label: str | None
@@ -644,14 +675,14 @@ class ExplanationOut(Schema):
 
 
 class PredictionsOut(Schema):
-    """The predictions for the images of a request, in their order."""
+    """The predictions for the images of a request, in the order of the images."""
 
     model: str
     version: int
     predictions: list[ClassPredictionOut] | list[LabelsPredictionOut] | list[ValuePredictionOut]
-    """For each image a class, labels or a number, depending on the model's task."""
+    """For each image, the predicted class, labels or number, depending on the model's task."""
     explanations: list[ExplanationOut] | None = None
-    """A picture for each image, if `explain` requested it."""
+    """For each image, a picture that explains its prediction; only if `explain` requests it."""
     timings_ms: TimingsOut
 
 
@@ -659,7 +690,7 @@ class PredictionsOut(Schema):
 
 
 class WorkerOut(Schema):
-    """A worker process: the queues that it serves, and when it last looked for work."""
+    """A worker process: the queues that it serves, and when it was last seen (`looked_at`)."""
 
     name: str
     queues: list[Queue]
@@ -677,9 +708,9 @@ class Check(Schema):
 
 
 class Readiness(Schema):
-    """Whether this process is ready for requests, with one check per part.
+    """Whether this process is ready for requests, with one check for each part of the service.
 
-    `store`, `broker`, `workers` and `mlflow` do not count.
+    The checks `store`, `broker`, `workers` and `mlflow` do not affect `ready`.
     """
 
     ready: bool

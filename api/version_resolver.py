@@ -1,8 +1,8 @@
-"""Resolves model names to the versions that answer, in memory: predictions need no database and survive its outages.
+"""Finds the model version that answers for a name, from memory, so that predictions work while the database is away.
 
-All processes read the registry's revision a few times a second. When it has changed, they read all aliases. An alias
-whose new version only needs a head moves at once. Any other alias keeps the old version until the backbone of the
-new one is loaded. If it cannot be loaded, the log says so, and the old version stays.
+Every API process reads the registry's revision four times a second. If the revision has changed, the process reads all
+aliases. If an alias points to a new version whose backbone is loaded, the new version answers at once. Otherwise the
+old version answers until the backbone is loaded. If loading fails, the log reports it and the old version stays.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from models.registry import ModelVersion
 from models.session import Database
 
 REFRESH_EVERY_S = 0.25
-# A version that could not be loaded is tried again after this time.
+# Seconds until a version that could not be loaded is tried again.
 RETRY_AFTER_S = 5.0
-# Networks that load side by side. Loading waits for the store more than for the processor.
+# Number of networks that load in parallel. Loading mostly waits for the store, not for the processor.
 _LOADS = 2
 
 log = structlog.get_logger()
@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class ServedVersion:
-    """A version of a model, the bundle that answers for it, and the backbone that it is on."""
+    """The number of a model version, with the digests of its bundle and its backbone."""
 
     version: int
     bundle: Digest
@@ -44,7 +44,7 @@ class ServedVersion:
 
 @dataclass(frozen=True)
 class _AliasKey:
-    """An alias of a model, as clients ask for it."""
+    """Identifies an alias of a model in a project."""
 
     project_id: str
     model: str
@@ -53,17 +53,17 @@ class _AliasKey:
 
 @dataclass
 class _AliasState:
-    """The version that an alias serves now, and the one that it points to."""
+    """The version that answers for an alias now, and the version to which the alias points in the database."""
 
     serving: ServedVersion
     target: ServedVersion
 
 
 class VersionResolver:
-    """Finds the version that answers for a model name; one per process."""
+    """Finds the version that answers for a model name. Each API process has one resolver."""
 
     def __init__(self, database: Database, shelf: Shelf, refresh_every_s: float = REFRESH_EVERY_S) -> None:
-        """Start with an empty cache; `start` keeps it up to date."""
+        """Create a resolver with an empty cache. `start` starts the thread that keeps the cache up to date."""
         self._database = database
         self._shelf = shelf
         self._refresh_every_s = refresh_every_s
@@ -79,19 +79,22 @@ class VersionResolver:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Refresh the aliases in a thread until `close`."""
-        self._thread = threading.Thread(target=self._run, name="switchboard", daemon=True)
+        """Start a thread that refreshes the aliases until `close` is called."""
+        self._thread = threading.Thread(target=self._run, name="version-resolver", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop refreshing, and cancel loads that have not begun."""
+        """Stop the thread, and cancel loads that have not begun."""
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()
         self._loads.shutdown(wait=False, cancel_futures=True)
 
     def find_cached(self, principal: Principal, model: str, version: int | None, alias: str) -> ServedVersion | None:
-        """Return the version that answers if it is in the cache. A `version` takes precedence over the `alias`."""
+        """Return the version that answers for a model and a version number or an alias; None if it is not cached.
+
+        If `version` is a number, `alias` is ignored.
+        """
         with self._lock:
             if version is not None:
                 return self._versions.get((principal.project_id, model, version))
@@ -99,13 +102,16 @@ class VersionResolver:
             return state.serving if state else None
 
     def resolve(self, principal: Principal, model: str, version: int | None, alias: str) -> ServedVersion:
-        """Return the version that answers, from the cache or else from the database. Raises NotFound or Unavailable."""
+        """Return the version that answers for a model and a version number or an alias.
+
+        The version comes from the cache if possible, otherwise from the database. Raises NotFound or Unavailable.
+        """
         while True:
             found = self.find_cached(principal, model, version, alias)
             if found is not None:
                 return found
             with self._database.reading() as session:
-                revision = registry.get_revision(session)  # before the rest, which is then at least as new
+                revision = registry.get_revision(session)  # read first, so that the rows are not older than it
                 of_model = registry.get_model(session, principal, model)
                 if version is not None:
                     row = registry.get_model_version(session, of_model, version)
@@ -113,21 +119,21 @@ class VersionResolver:
                     row = registry.get_alias(session, of_model, alias)
                 found = _served_version(row)
             with self._lock:
-                if version is not None:  # it never changes
+                if version is not None:  # a version never changes, so it may be cached for good
                     return self._versions.setdefault((principal.project_id, model, version), found)
                 if revision >= self._revision:
                     name = _AliasKey(principal.project_id, model, alias)
                     return self._aliases.setdefault(name, _AliasState(found, found)).serving
 
     def serves(self, principal: Principal, model: str, alias: str, version: int) -> bool:
-        """Return whether this process answers with a version, or will as soon as somebody asks for the alias."""
-        with contextlib.suppress(Unavailable):  # the next refresh sees it
+        """Return whether this process answers an alias with this version, now or as soon as the alias is requested."""
+        with contextlib.suppress(Unavailable):  # the next refresh will read the aliases
             self.refresh()
         found = self.find_cached(principal, model, None, alias)
         return found is None or found.version == version
 
     def refresh(self) -> None:
-        """Read the aliases again if the registry has changed. Raises Unavailable while the database is away."""
+        """Read the aliases again if the registry has changed. Raises Unavailable if the database does not answer."""
         with self._refreshing:
             with self._database.reading() as session:
                 revision = registry.get_revision(session)
@@ -151,9 +157,9 @@ class VersionResolver:
                 is_away = False
             except Unavailable as error:
                 if not is_away:
-                    log.warning("aliases cannot be read; the known ones are served", error=error.detail)
+                    log.warning("aliases cannot be read; cached versions answer", error=error.detail)
                 is_away = True
-            except Exception:  # whatever it is, the next refresh may succeed
+            except Exception:  # after any error, the next refresh may succeed
                 log.exception("aliases were not read")
 
     def _is_retry_due(self) -> bool:
@@ -166,18 +172,18 @@ class VersionResolver:
         }
 
     def _switch(self, state: _AliasState) -> None:
-        """Move an alias to its target: at once if only the head is missing, else when the backbone is loaded."""
+        """Serve the version to which an alias points: at once if its backbone is loaded, else when it is loaded."""
         target = state.target
         try:
             if self._shelf.predictor_if_warm(target.bundle, target.backbone):
                 self._move(state, target)
                 return
-        except Exception as error:  # whatever it is, the other aliases move on
+        except Exception as error:  # an error of one alias must not stop the others
             self._note_failure(target, error)
             return
         with self._lock:
             if target.bundle in self._warming:
-                self._retry_at = time.monotonic() + RETRY_AFTER_S  # another name waits for it, too
+                self._retry_at = time.monotonic() + RETRY_AFTER_S  # another alias is already loading this bundle
                 return
             self._warming.add(target.bundle)
         self._loads.submit(self._warm, state, target)
@@ -186,7 +192,7 @@ class VersionResolver:
         try:
             self._shelf.predictor(target.bundle)
             self._move(state, target)
-        except Exception as error:  # whatever it is, the old one answers and this is tried again
+        except Exception as error:  # the old version answers, and the new one is tried again later
             self._note_failure(target, error)
         finally:
             with self._lock:
@@ -194,12 +200,12 @@ class VersionResolver:
 
     def _move(self, state: _AliasState, target: ServedVersion) -> None:
         with self._lock:
-            if state.target == target:  # else it was moved again meanwhile
+            if state.target == target:  # otherwise the alias was moved again meanwhile
                 state.serving = target
 
     def _note_failure(self, target: ServedVersion, error: Exception) -> None:
-        told = error.record() if isinstance(error, EspalierError) else repr(error)
-        log.error("a version cannot be served; the old one stays", bundle=target.bundle, error=told)
+        record = error.record() if isinstance(error, EspalierError) else repr(error)
+        log.error("a model version cannot be loaded; the old version answers", bundle=target.bundle, error=record)
         with self._lock:
             self._retry_at = time.monotonic() + RETRY_AFTER_S
 

@@ -1,1 +1,4 @@
-"""Stored files by digest, in a folder or a bucket, and their formats: archives, images, bundles. Knows no SQL."""
+"""Files that are stored by digest, in a folder or a bucket, and their formats, such as archives, images and bundles.
+
+Knows no SQL.
+"""

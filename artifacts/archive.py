@@ -1,7 +1,7 @@
-"""Reads zip, tar and tar.gz archives safely. Never extracts to disk: a member's name is only text.
+"""Reads zip, tar and tar.gz archives safely. Never extracts files to disk, so the name of a member is only text.
 
-Names and sizes are checked before any member is read, and inflated bytes are counted while reading, whatever the
-headers say. `artifacts.layout` interprets the folders, `artifacts.images` decodes the bytes.
+Names and sizes are checked before any member is read. While members are read, their unpacked bytes are counted, because
+headers may lie. `artifacts.layout` interprets the folders, and `artifacts.images` decodes the images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,19 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """Upper limits for an archive. Sizes are in bytes, ratios are inflated bytes per stored byte."""
+    """Upper limits for an archive. A ratio is the number of unpacked bytes per stored byte.
+
+    Attributes:
+        entries: number of files, and also number of folders.
+        depth: number of parts in a path.
+        part_bytes: length of one part of a path.
+        path_bytes: length of a whole path.
+        inflated_bytes: size of all files when unpacked.
+        inflated_ratio: ratio of the whole archive.
+        inflated_ratio_from_bytes: an archive may unpack to this size, whatever its ratio.
+        member_bytes: size of one file when unpacked.
+        member_ratio: ratio of one file in a zip.
+    """
 
     entries: int = 200_000
     depth: int = 8
@@ -46,34 +58,37 @@ class ArchiveLimits:
 
 @dataclass(frozen=True)
 class Entry:
-    """One regular file of an archive; `path` is checked and uses `/`."""
+    """One regular file of an archive. Its `path` has passed `check_path`; `size_bytes` is its unpacked size."""
 
     path: str
     size_bytes: int
 
 
 class Archive(Protocol):
-    """A checked archive.
+    """An archive whose names and sizes were checked.
 
     Attributes:
         entries: the files that can be read.
-        refused: files that cannot be read, by their paths or, where that is what is wrong, by their names.
-        ignored: number of hidden and operating system files, which are in neither.
+        refused: files that cannot be read, by their paths or, if the path itself is wrong, by their names.
+        ignored: number of hidden files and files of operating systems, which are in neither.
     """
 
     entries: tuple[Entry, ...]
     refused: tuple[Refused, ...]
     ignored: int
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
-        """Yield (path, bytes) for each wanted path in the archive's order; Refused instead of bytes if damaged."""
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+        """Yield (path, content) for each of these paths that is in the archive, in the archive's order.
+
+        The content is Refused instead of bytes if the file is damaged.
+        """
         ...
 
 
 def open_archive(path: Path, limits: ArchiveLimits, code_page: str | None = None) -> Archive:
-    """Check the archive at `path` and return it for reading. Raises ArchiveRefused.
+    """Check the names and sizes of an archive and return it for reading. Raises ArchiveRefused.
 
-    `code_page` is that of names that are not in UTF-8; None if it is to be found out.
+    `code_page` is the encoding of names that are not in UTF-8; None if it must be found out.
     """
     with path.open("rb") as file:
         kind = sniff(file.read(262))
@@ -85,7 +100,10 @@ def open_archive(path: Path, limits: ArchiveLimits, code_page: str | None = None
 
 
 def sniff(head: bytes) -> str | None:
-    """Return the format of an archive from its first (at least 262) bytes: `zip`, `tar`, `tar.gz` or None."""
+    """Return the format of an archive: `zip`, `tar`, `tar.gz`, or None if it has another format.
+
+    `head` contains at least the first 262 bytes of the archive, or all of it if it is shorter.
+    """
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return "zip"
     if head[:2] == b"\x1f\x8b":
@@ -101,35 +119,33 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def check_path(name: str, limits: ArchiveLimits) -> str:
-    """Return a member name as a relative path with `/`, in NFC. Raises ArchiveRefused for an unsafe or long name."""
+    """Return a member's name as a relative path with `/`, in NFC. Raises ArchiveRefused for a bad name."""
     check_safe(name)
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-        raise ArchiveRefused(
-            f"Expected file names without control characters. Received: {_shown(name)}. Rename the file."
-        )
-    parts = _parts(unicodedata.normalize("NFC", name))  # macOS writes NFD, everybody else NFC
+        raise ArchiveRefused(f"The file name {_shown(name)} contains control characters. Rename the file.")
+    parts = _parts(unicodedata.normalize("NFC", name))  # macOS writes NFD, all other systems NFC
     if len(parts) > limits.depth:
-        raise ArchiveRefused(f"Expected paths of at most {limits.depth} parts. Received: {_shown(name)}.")
+        raise ArchiveRefused(f"The path {_shown(name)} has {len(parts)} parts; the limit is {limits.depth}.")
     sizes = [len(part.encode()) for part in parts]
     if max(sizes, default=0) > limits.part_bytes or sum(sizes) + len(sizes) - 1 > limits.path_bytes:
         raise ArchiveRefused(
-            f"Expected names of at most {limits.part_bytes} bytes and paths of at most {limits.path_bytes}. "
-            f"Received: {_shown(name)}."
+            f"The path {_shown(name)} is too long. The limit is {limits.part_bytes} bytes for a name and "
+            f"{limits.path_bytes} bytes for a path. Rename the file or its folders."
         )
     if not parts:
-        raise ArchiveRefused(f"Expected a name for each file. Received: {_shown(name)}. Pack the archive again.")
+        raise ArchiveRefused(f"The archive contains a file without a name: {_shown(name)}. Pack it again.")
     return "/".join(parts)
 
 
 def check_safe(name: str) -> None:
-    """Check that a member name leads nowhere outside. Raises ArchiveRefused."""
+    """Check that a member's name does not lead outside the archive. Raises ArchiveRefused."""
     shown, path, parts = _shown(name), name.replace("\\", "/"), _parts(name)
     if "\0" in name:
-        raise ArchiveRefused(f"Expected file names without control characters. Received: {shown}. Rename the file.")
+        raise ArchiveRefused(f"The file name {shown} contains control characters. Rename the file.")
     if path.startswith("/") or (parts and _DRIVE.match(parts[0])):
-        raise ArchiveRefused(f"Expected relative paths. Received: {shown}. Pack the archive with relative paths.")
+        raise ArchiveRefused(f"The archive contains the absolute path {shown}. Pack it with relative paths.")
     if ".." in parts:
-        raise ArchiveRefused(f"Expected paths without '..'. Received: {shown}. Pack the archive without '..'.")
+        raise ArchiveRefused(f"The archive contains the path {shown} with '..'. Pack it with paths without '..'.")
 
 
 def _parts(name: str) -> list[str]:
@@ -141,7 +157,7 @@ def _shown(name: str) -> str:
 
 
 class _EntryCollector:
-    """Collects entries: refuses files alone where it can, and checks the limits on their number and total size."""
+    """Collects the entries of an archive, refuses single files, and checks the limits on number and total size."""
 
     def __init__(self, stored_bytes: int, limits: ArchiveLimits) -> None:
         self.entries: list[Entry] = []
@@ -159,17 +175,17 @@ class _EntryCollector:
         check_safe(name)
         self._folders += 1
         if self._folders > self._limits.entries:
-            raise ArchiveRefused(f"Expected at most {self._limits.entries:,} folders. Received more.")
+            raise ArchiveRefused(f"The archive has more folders than the limit of {self._limits.entries:,}.")
 
     def add(self, name: str, size_bytes: int, check: Callable[[], None]) -> str | None:
-        """Add one file and return its path, or None if it is ignored or refused.
+        """Check one file and add it; return its path, or None if it is ignored or refused.
 
-        `check` raises ArchiveRefused if something else than its name and size is wrong. Raises ArchiveRefused if there
-        are too many files, if they are too large together, or if a name is an attack.
+        `check` raises ArchiveRefused if anything but the file's name and size is wrong. Raises ArchiveRefused if there
+        are too many files, if they are too large together, or if a name leads outside the archive.
         """
         self._files += 1
         if self._files > self._limits.entries:
-            raise ArchiveRefused(f"Expected at most {self._limits.entries:,} files. Received more.")
+            raise _too_many_files(self._limits)
         if is_litter(name):
             self.ignored += 1
             return None
@@ -180,10 +196,10 @@ class _EntryCollector:
             check()
             if size_bytes > self._limits.member_bytes:
                 raise ArchiveRefused(
-                    f"Expected files of at most {_mib(self._limits.member_bytes)}. Received {_mib(size_bytes)}."
+                    f"The file has {_mib(size_bytes)}; the limit for a file is {_mib(self._limits.member_bytes)}."
                 )
             if path in self._seen:
-                raise ArchiveRefused("Expected each file once. Received another file of this name. Rename one.")
+                raise ArchiveRefused("The archive contains another file of this name. Rename one of them.")
         except ArchiveRefused as error:
             self.refused.append(Refused(path or _shown(name)[1:-1], error.detail))
             return None
@@ -201,6 +217,13 @@ class _EntryCollector:
             raise ArchiveRefused(f"No file of the archive can be read. {_shown(first.path)}: {first.reason}")
 
 
+def _too_many_files(limits: ArchiveLimits) -> ArchiveRefused:
+    return ArchiveRefused(
+        f"The archive has more files than the limit of {limits.entries:,}. Split it into several versions, or raise "
+        "ESPALIER_ARCHIVE_ENTRIES."
+    )
+
+
 def _budget(stored_bytes: int, limits: ArchiveLimits) -> int:
     ratio = max(limits.inflated_ratio * stored_bytes, limits.inflated_ratio_from_bytes)
     return min(limits.inflated_bytes, ratio)
@@ -208,8 +231,8 @@ def _budget(stored_bytes: int, limits: ArchiveLimits) -> int:
 
 def _too_inflated(budget: int) -> ArchiveRefused:
     return ArchiveRefused(
-        f"Expected an archive that unpacks to at most {_mib(budget)}. Received one that unpacks to more. "
-        "Split it into several archives and upload the others as further versions."
+        f"The archive unpacks to more than the limit of {_mib(budget)}. Split it into several archives, and upload "
+        "each as a version of the data set."
     )
 
 
@@ -226,7 +249,7 @@ _UNICODE_PATH = 0x7075
 
 
 class ZipArchive:
-    """A zip whose central directory agrees with its local headers."""
+    """A zip archive. Opening it checks that its central directory agrees with its local headers."""
 
     def __init__(self, path: Path, limits: ArchiveLimits, code_page: str | None) -> None:
         self._limits = limits
@@ -251,11 +274,11 @@ class ZipArchive:
         index.check_any()
         self.entries, self.refused, self.ignored = tuple(index.entries), tuple(index.refused), index.ignored
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         inflated = 0
         with zipfile.ZipFile(self._path) as archive:
             for path, info in self._infos.items():
-                if path not in wanted:
+                if path not in paths:
                     continue
                 data = self._read(archive, path, info)
                 if isinstance(data, bytes):
@@ -276,11 +299,11 @@ class ZipArchive:
 
     def _check(self, info: zipfile.ZipInfo) -> None:
         if info.flag_bits & (_ENCRYPTED | _STRONG | _MASKED | _PATCH):
-            raise ArchiveRefused("Expected a file without encryption. Received an encrypted one.")
+            raise ArchiveRefused("The file is encrypted. Pack the archive without encryption.")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ArchiveRefused(
-                f"Expected files stored or deflated. Received compression method {info.compress_type}. Pack them as an "
-                "ordinary zip."
+                f"Expected files that are stored or deflated. Received compression method {info.compress_type}. Pack "
+                "them as an ordinary zip."
             )
         mode = info.external_attr >> 16
         if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
@@ -288,9 +311,8 @@ class ZipArchive:
         most = max(self._limits.member_ratio * max(info.compress_size, 1), self._limits.member_ratio_from_bytes)
         if info.file_size > most:
             raise ArchiveRefused(
-                f"Expected files that unpack to at most {self._limits.member_ratio} times their stored size, or "
-                f"{_mib(self._limits.member_ratio_from_bytes)}. Received {info.compress_size} bytes that unpack to "
-                f"{info.file_size}."
+                f"The file has {info.compress_size} bytes and unpacks to {info.file_size}; the limit is "
+                f"{self._limits.member_ratio} times the stored size, or {_mib(self._limits.member_ratio_from_bytes)}."
             )
 
 
@@ -299,12 +321,12 @@ def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory:
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         shown = repr(info.filename[:_SHOWN_CHARACTERS])
-        if not 0 <= info.header_offset < directory:  # not a position that can be sought
-            raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
+        if not 0 <= info.header_offset < directory:  # otherwise `seek` would fail or go beyond the files
+            raise ArchiveRefused(f"The zip lists {shown} but does not contain it. Pack it again.")
         file.seek(info.header_offset)
         raw = file.read(_LOCAL.size)
         if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
-            raise ArchiveRefused(f"The zip's directory points at no file for {shown}. Pack it again.")
+            raise ArchiveRefused(f"The zip lists {shown} but does not contain it. Pack it again.")
         _, _, flags, method, _, _, crc, compressed, plain, name_length, extra_length = _LOCAL.unpack(raw)
         name = file.read(name_length)
         compressed, plain = _local_sizes(compressed, plain, file.read(extra_length))
@@ -327,7 +349,10 @@ def _check_headers(file: IO[bytes], infos: Sequence[zipfile.ZipInfo], directory:
 
 
 def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
-    """Return the two sizes of a local header, from its zip64 field if they are there."""
+    """Return the compressed and the plain size from a local header.
+
+    A size that does not fit into the header's own field is read from the zip64 field in `extra`.
+    """
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:
@@ -340,10 +365,11 @@ def _local_sizes(compressed: int, plain: int, extra: bytes) -> tuple[int, int]:
 
 
 def _names(infos: Sequence[zipfile.ZipInfo], code_page: str | None) -> list[str]:
-    """Return the full name of each member (zipfile cuts it at a NUL).
+    """Return the full names of a zip's members.
 
-    A name is that of the Unicode Path field, if there is one for it. macOS writes UTF-8 without setting the flag, and
-    programs for Windows write the code page of their machine; zipfile would read both as code page 437.
+    A member's Unicode Path field has its name, if there is such a field. macOS writes names in UTF-8 without setting
+    the flag for it, and programs for Windows write them in the code page of their machine. The module zipfile would
+    decode both as code page 437, so that the class `café` became `caf├⌐`. It would also cut a name at a NUL.
     """
     known = [_said_name(info) for info in infos]
     unknown = {_raw_name(info) for info, name in zip(infos, known, strict=True) if name is None}
@@ -375,17 +401,17 @@ def _raw_name(info: zipfile.ZipInfo) -> bytes:
 # --- tar -----------------------------------------------------------------------------------------------------------
 
 
-# RecursionError: tarfile recurses for every header that only describes the next one.
+# RecursionError, because tarfile recurses for every header that only describes the next header.
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError)
 _ANNOUNCING = frozenset(
     (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 )
-_ANNOUNCED_BYTES = 64 * 1024  # names and attributes of one member; read into memory at once
+_ANNOUNCED_BYTES = 64 * 1024  # limit for the names and attributes of one member, which tarfile reads into memory
 _OCTAL_BYTES = 8**11  # the largest size that a plain header can hold: 8 GiB
 
 
 class TarArchive:
-    """A tar, plain or gzipped, of files and folders; read as a stream, once for the names and once per `read`."""
+    """A tar archive, plain or gzipped. It is read as a stream: once to check all names, and once for each `read`."""
 
     def __init__(self, path: Path, limits: ArchiveLimits, code_page: str | None) -> None:
         self._path = path
@@ -411,15 +437,15 @@ class TarArchive:
             if info.issparse():
                 raise _not_regular(info)
             if files > 2 * self._limits.entries:
-                raise ArchiveRefused(f"Expected at most {self._limits.entries:,} files. Received more.")
-            _check_size(info, _OCTAL_BYTES)  # tarfile takes the size of a pax header unchecked
+                raise _too_many_files(self._limits)
+            _check_size(info, _OCTAL_BYTES)  # tarfile does not check a size that comes from a pax header
             yield tar, info
 
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
+    def read(self, paths: Collection[str]) -> Iterator[tuple[str, bytes | Refused]]:
         files = (found for found in self._members() if not found[1].isdir())
         for number, (tar, info) in enumerate(files):
             path = self._paths.get(number)
-            if path is None or path not in wanted:
+            if path is None or path not in paths:
                 continue
             member = tar.extractfile(info)  # opens the member's bytes in place; nothing is written anywhere
             assert member is not None  # because it is a regular file
@@ -430,7 +456,7 @@ class TarArchive:
             yield path, data
 
     def _members(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-        """Open the archive again and yield its members in order."""
+        """Open the archive again, and yield each member in order, together with the open tar file."""
         with self._path.open("rb") as file:
             is_gzip = sniff(file.read(262)) == "tar.gz"
             file.seek(0)
@@ -466,7 +492,7 @@ class _TarMember:
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that is checked before tarfile acts on it; a header that is cut off is an error, not the end."""
+    """A tar header that is checked before tarfile uses it. An incomplete header is an error, not the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
@@ -477,9 +503,9 @@ class _Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             if any(buf):
                 raise _tar_damaged(error) from error
-            raise  # a block of zeros: the end
+            raise  # a block of zeros is the end of the archive
         _check_size(info, _ANNOUNCED_BYTES if info.type in _ANNOUNCING else _OCTAL_BYTES)
-        if info.type == tarfile.GNUTYPE_SPARSE:  # tarfile would read its map of any length
+        if info.type == tarfile.GNUTYPE_SPARSE:  # tarfile would read a sparse file's map of any length into memory
             raise _not_regular(info)
         return info
 
@@ -487,20 +513,23 @@ class _Header(tarfile.TarInfo):
 def _check_size(info: tarfile.TarInfo, most: int) -> None:
     if not 0 <= info.size <= most:
         raise ArchiveRefused(
-            f"Expected a size of 0 to {most:,} bytes in a tar header. Received {info.size:,} for {info.name[:200]!r}."
+            f"A tar header gives {info.name[:200]!r} a size of {info.size:,} bytes; 0 to {most:,} bytes are allowed."
         )
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Read to the end of the stream, so that gzip checks its checksum; only zeros may follow the last member."""
+    """Read the stream to its end, so that gzip verifies its checksum.
+
+    Raises ArchiveRefused if anything but zeros follows the last member.
+    """
     stream: Any = tar.fileobj
     while rest := stream.read(tarfile.RECORDSIZE):
         if any(rest):
-            raise ArchiveRefused("Expected one tar. Received more data after its end. Pack everything into one.")
+            raise ArchiveRefused("The file has more data after the end of the tar. Pack everything into one tar.")
 
 
 class _LimitedStream:
-    """A stream that raises ArchiveRefused when more bytes than its budget are read, headers and padding included."""
+    """A stream that raises ArchiveRefused once more bytes are read than its budget plus the size of tar headers."""
 
     def __init__(self, raw: Any, budget: int, limits: ArchiveLimits) -> None:
         self._raw = raw

@@ -1,8 +1,8 @@
-"""Stored files in an S3 bucket that machines share, with a local folder as a cache.
+"""A store that keeps files in an S3 bucket, which several machines share, and copies of them in a local folder.
 
-A file is uploaded before it is added to the folder, so every file in the folder is in the bucket, too. Reads look in
-the folder first. The least recently used files are evicted from it; open readers keep their file. Keys in the bucket
-are `ab/ab12…` below its prefix, like paths in a folder.
+A file is uploaded before it is added to the folder, so every file in the folder is also in the bucket. A read uses the
+copy in the folder if there is one. The least recently used copies are evicted; a copy that is open stays readable. The
+key of a file in the bucket is the prefix and `ab/ab12…`, like its path in the folder.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ T = TypeVar("T")
 CONNECT_S = 5.0
 """Seconds to wait for a connection to the bucket."""
 STALL_S = 20.0
-"""Seconds that the bucket may take to send a response or a piece of one, and to receive one part of an upload."""
+"""Maximum seconds for the bucket to send a response or the next piece of it, or to receive one part of an upload."""
 
-# Limit for a whole request, large files included: `STALL_S` limits each piece.
+# Maximum seconds for a whole request, even for a large file. `STALL_S` limits each piece of it.
 _REQUEST_S = 3600.0
 _RETRIES = 2
-# No request is retried later than this, so a bucket that hangs is reported after the first timeout.
+# Maximum seconds after which a request is still retried. It is shorter than `STALL_S`, so that a bucket that hangs is
+# reported after the first timeout.
 _RETRY_WITHIN_S = 5.0
 _CHUNK_BYTES = 1024 * 1024
-# A part within 20 s needs 400 kB/s. S3 allows 10,000 parts: files of at most 80 GiB.
+# To upload a part within `STALL_S`, 400 kB/s are needed. S3 allows 10,000 parts, so a file may have up to 80 GiB.
 _PART_BYTES = 8 * 1024 * 1024
 _PARTS_AT_ONCE = 4
-# Downloading an image takes about 20 ms, of which the processor works 1 ms.
+# Number of parallel downloads. An image takes about 20 ms, but only 1 ms of processor time.
 _FILES_AT_ONCE = 8
 
-# Files found within this time are not evicted, since the caller is about to open them.
+# Seconds for which a copy is not evicted after it was used, because the caller may be about to open it.
 _RECENTLY_USED_S = 60.0
 _TARGET_FILL = 0.9
 _CHECK_AFTER_SHARE = 0.05
@@ -61,7 +62,10 @@ _REASON_LENGTH = 300
 
 
 def open_store(address: StoreAddress) -> Store:
-    """Open the store at an address. Raises StoreRefused, but not if the bucket is only unreachable for now."""
+    """Open the store at an address.
+
+    Raises StoreRefused if the bucket does not exist or denies access. A bucket that does not respond is no error yet.
+    """
     if address.url is None:
         return Store(Path(address.folder))
     store = BucketStore(address)
@@ -74,7 +78,7 @@ def open_store(address: StoreAddress) -> Store:
 
 
 def parse_url(url: str) -> tuple[str, str]:
-    """Return the bucket and the prefix of `s3://bucket/prefix`. Raises ValueError."""
+    """Return the bucket and the prefix in a URL such as `s3://bucket/prefix`. Raises ValueError if it is malformed."""
     found = _URL.fullmatch(url)
     if found is None:
         raise ValueError(f"Expected a bucket as s3://name or s3://name/prefix. Received {url!r}.")
@@ -82,13 +86,13 @@ def parse_url(url: str) -> tuple[str, str]:
 
 
 class BucketStore(Store):
-    """The files in a bucket, with recently used ones in a folder on this machine.
+    """A store whose files are in a bucket. Copies of recently used files are in a folder on this machine.
 
-    Methods raise StoreUnavailable if they need the bucket and cannot reach it; files in the folder need no bucket.
+    Methods raise StoreUnavailable if they need the bucket and it does not respond. Reading a copy needs no bucket.
     """
 
     def __init__(self, address: StoreAddress) -> None:
-        """Open a store with the keys in the environment. Raises StoreRefused if there are none."""
+        """Open a store with the access keys in the environment. Raises StoreRefused if a key is missing."""
         assert address.url is not None
         super().__init__(Path(address.folder))
         self._address = address
@@ -102,7 +106,7 @@ class BucketStore(Store):
         return self._address
 
     def check(self) -> None:
-        """Check that the bucket can be read; on its first use, check that it can be written."""
+        """Check that the bucket can be read. If it was never used before, also check that it can be written."""
         try:
             with self._request_errors():
                 obstore.get(self._bucket, _MARKER_KEY).bytes()
@@ -124,14 +128,14 @@ class BucketStore(Store):
         return StoredFile(digest, found["size"], found["last_modified"].timestamp())
 
     def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Yield those of the digests whose files are not in the bucket."""
-        wanted = list(digests)
-        for digest, has in zip(wanted, _map_concurrently(self.has, wanted), strict=True):
+        """Yield the digests whose files are not in the bucket, in the given order."""
+        asked = list(digests)
+        for digest, has in zip(asked, _map_concurrently(self.has, asked), strict=True):
             if not has:
                 yield digest
 
     def files(self) -> Iterator[StoredFile]:
-        """Yield every file of the bucket, in the order of their digests."""
+        """Yield all stored files in the bucket, sorted by digest."""
         pages = iter(obstore.list(self._bucket, chunk_size=1000))
         while True:
             with self._request_errors():
@@ -144,7 +148,7 @@ class BucketStore(Store):
                     yield StoredFile(Digest(name), found["size"], found["last_modified"].timestamp())
 
     def path(self, digest: Digest) -> Path:
-        """Return the local path of a file, after downloading it if necessary. Raises NotFound or Corrupt."""
+        """Return the path of the local copy of a file; download it if necessary. Raises NotFound or Corrupt."""
         if not self._touch_cached(digest):
             self._download(digest).close()
         return self.path_for(digest)
@@ -158,7 +162,7 @@ class BucketStore(Store):
 
     def open(self, digest: Digest) -> BufferedReader:
         while self._touch_cached(digest):
-            with contextlib.suppress(FileNotFoundError):  # evicted just after it was found
+            with contextlib.suppress(FileNotFoundError):  # the copy was evicted just after it was found
                 return self.path_for(digest).open("rb")
         return self._download(digest)
 
@@ -169,7 +173,7 @@ class BucketStore(Store):
         return self._read_or_refetch(super().verified_path, digest)
 
     def _read_or_refetch(self, read: Callable[[Digest], T], digest: Digest) -> T:
-        """Read a file, and download it again if the local copy is damaged. Raises NotFound or Corrupt."""
+        """Read a file. If its local copy is damaged, download the file again. Raises NotFound or Corrupt."""
         try:
             return read(digest)
         except Corrupt:
@@ -177,7 +181,10 @@ class BucketStore(Store):
             return read(digest)
 
     def _download(self, digest: Digest) -> BufferedReader:
-        """Download a file and return it open, since it may be evicted at once. Raises NotFound or Corrupt."""
+        """Download a file and return the copy open for reading, because it may be evicted at once.
+
+        Raises NotFound or Corrupt.
+        """
         with self._folder.writer() as writer:
             try:
                 with self._request_errors():
@@ -205,14 +212,17 @@ class BucketStore(Store):
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def add_file(self, temporary: Path, digest: Digest) -> None:
-        """Upload a finished temporary file, then move it into the folder under its digest. Raises DiskFull."""
+        """Upload a complete temporary file, then move it into the folder under its digest. Raises DiskFull."""
         size_bytes = temporary.stat().st_size
         self._upload(temporary, digest)
         self._folder.add_file(temporary, digest)
         self._make_room_for(size_bytes)
 
     def _upload(self, file: Path, digest: Digest) -> None:
-        """Upload a file even if it exists: that repairs it, and garbage collection then counts it as new."""
+        """Upload a file, even if the bucket has it already.
+
+        This repairs a damaged file, and keeps garbage collection from deleting it as an old one.
+        """
         with file.open("rb") as stream:
             try:
                 with self._request_errors():
@@ -224,15 +234,15 @@ class BucketStore(Store):
                         max_concurrency=_PARTS_AT_ONCE,
                     )
             except NotFound as error:
-                raise self._unavailable("it did not keep an upload") from error
+                raise self._unavailable("it lost a part of an upload") from error
 
     def _link(self, found: Path, place: Path) -> None:
         os.link(found, place)  # `found` may be evicted meanwhile
 
     def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Upload files from a lent store, and yield each digest when that is done.
+        """Upload files from a store that `lend_store` has lent, and yield each digest once its file is uploaded.
 
-        Files that were imported before are skipped. Raises Corrupt if a file does not match its digest.
+        Files that were imported before are not uploaded again. Raises Corrupt if a file does not match its digest.
         """
 
         def import_one(digest: Digest) -> Digest:
@@ -248,7 +258,10 @@ class BucketStore(Store):
         return _map_concurrently(import_one, list(dict.fromkeys(digests)))
 
     def now(self) -> float:
-        """Return the time of the bucket's clock, read from the timestamp of a marker object that is written."""
+        """Return the time by the bucket's clock, in seconds since 1970.
+
+        To read the clock, a marker object is written, and the time of its last change is read.
+        """
         with self._request_errors():
             obstore.put(self._bucket, _MARKER_KEY, b"This bucket holds files of Espalier, named by their SHA-256.\n")
             return obstore.head(self._bucket, _MARKER_KEY)["last_modified"].timestamp()
@@ -268,7 +281,7 @@ class BucketStore(Store):
         self._folder.delete(*digests)
 
     def make_room(self) -> int:
-        """Evict the least recently used copies until the others fit into the budget; return how many were evicted."""
+        """If the copies exceed the budget of the cache, evict the least recently used; return how many were evicted."""
         files = sorted(self.cached(), key=lambda file: file.written_at)
         held_bytes = sum(file.size_bytes for file in files)
         if held_bytes <= self._address.cache_bytes:
@@ -284,7 +297,10 @@ class BucketStore(Store):
         return dropped
 
     def _make_room_for(self, size_bytes: int) -> None:
-        """Count added bytes; at each 5 % of the budget check the whole folder, which other processes fill too."""
+        """Count bytes that were added to the folder, and call `make_room` once they exceed 5 % of the cache's budget.
+
+        `make_room` reads the whole folder, because other processes add files too.
+        """
         with self._lock:
             self._added_bytes += size_bytes
             if self._added_bytes < _CHECK_AFTER_SHARE * self._address.cache_bytes:
@@ -293,7 +309,7 @@ class BucketStore(Store):
         self.make_room()
 
     def _touch_cached(self, digest: Digest) -> bool:
-        """Return whether the file is in the folder, and mark it as recently used."""
+        """Return whether the folder has a copy of the file. If so, mark the copy as used now."""
         place = self.path_for(digest)
         try:
             if place.stat().st_mtime < time.time() - _RECENTLY_USED_S / 2:
@@ -336,8 +352,8 @@ def _bucket(address: StoreAddress) -> S3Store:
     missing = [name for name in _KEYS if not os.environ.get(name)]
     if missing:
         raise StoreRefused(
-            f"Expected the keys of the bucket {address.url} in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. "
-            f"Received nothing in {' and '.join(missing)}."
+            f"The bucket {address.url} needs keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Set "
+            f"{' and '.join(missing)}."
         )
     name, prefix = parse_url(address.url)
     client: ClientConfig = {
@@ -364,7 +380,10 @@ def _reason(error: Exception) -> str:
 
 
 def _map_concurrently(do: Callable[[Digest], T], digests: Sequence[Digest]) -> Iterator[T]:
-    """Yield the results of a function for each digest, in order; after an error no further calls start."""
+    """Call a function for each digest on several threads, and yield the results in order.
+
+    After an error, no further calls start.
+    """
     pool = ThreadPoolExecutor(_FILES_AT_ONCE, "bucket")
     try:
         yield from pool.map(do, digests)

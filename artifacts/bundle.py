@@ -1,8 +1,8 @@
-"""Bundle format 2: one model version as it is served, in one safetensors file named by its digest.
+"""Bundles, format 2: a safetensors file with everything that predictions of one model version need but the backbone.
 
-Format 2 adds the unit of numbers to format 1; a bundle without it is still written as format 1. The file's metadata
-holds the manifest; its tensors are the weights of the head and a golden input with its output. The backbone is
-referenced by digest, so that bundles share it. A bundle contains arrays and text, never code.
+Format 2 adds the unit of numbers to format 1; a bundle without a unit is still written as format 1. The metadata of
+the file is the manifest. The tensors are the weights of the head, and a golden input with its output. The manifest
+names the backbone by digest, so that bundles can share it. A bundle contains arrays and text, never code.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Unit:
 class Dense:
     """One dense layer: `activation((x - offset) @ kernel + bias)`, converted to `unit` if that is not None.
 
-    kernel is float32 [inputs, units], bias float32 [units]. offset is float32 [inputs] or None. It is not merged into
-    the bias, because features that vary little around a large mean would lose their precision in float32. Only the
-    last layer can have a unit.
+    kernel is float32 [inputs, units], bias float32 [units], and offset float32 [inputs] or None. The offset is not
+    merged into the bias: for features that vary little around a large mean, the result would lose precision in float32.
+    Only the last layer can have a unit.
     """
 
     kernel: Float32
@@ -59,21 +59,21 @@ class Dense:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model as it is served.
+    """Everything that predictions of one model version need, except for the backbone.
 
     Attributes:
-        task: what is predicted.
+        task: what the model predicts, for example one of several classes.
         labels: class names in the order of the outputs; a binary bundle has two labels and one output.
         backbone: digest of the network that turns images into features.
         image_rule: number of the rule for decoding images (see `artifacts.images`).
         layers: the head, from features [N, D] to logits [N, outputs]; the last activation is linear.
         temperature: logits are divided by it before they become probabilities.
         threshold: minimum probability for the second class of a binary task, and for each label of a multi-label task.
-        size: of the images, in pixels: the side of a square, or height and width.
-        golden_input: uint8 [N, H, W, 3].
-        golden_output: [N, outputs], the logits that belong to `golden_input`: float64 if the last layer has a unit,
-            else float32.
-        neighbours: digest of the file of training images to show as neighbours, if the recipe asked for it.
+        size: size of the images in pixels: the side of a square, or height and width.
+        golden_input: images for testing the bundle, uint8 [N, H, W, 3].
+        golden_output: the logits that the model must compute for `golden_input`, [N, outputs]: float64 if the last
+            layer has a unit, else float32.
+        neighbours: digest of the file with training images to show as neighbours; None if the run has kept none.
     """
 
     task: Task
@@ -92,7 +92,7 @@ class Bundle:
     neighbours: Digest | None = None
 
     def dump(self) -> bytes:
-        """Return the bundle as a file; equal bundles give equal bytes."""
+        """Return the bytes of the bundle's file. Equal bundles give equal bytes."""
         manifest = {
             "format": FORMAT if self.layers[-1].unit is None else FORMAT_WITH_UNIT,
             "task": self.task,
@@ -124,7 +124,7 @@ class Bundle:
 
 
 def load(data: bytes) -> Bundle:
-    """Return the bundle in `data`. Raises BundleRefused."""
+    """Return the bundle from the bytes of its file. Raises BundleRefused if it is not valid."""
     try:
         manifest = load_values(data)
         if manifest.get("format") not in (FORMAT, FORMAT_WITH_UNIT):
@@ -180,7 +180,7 @@ _F64, _F32, _U8 = np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.uint8)
 
 
 def _check(bundle: Bundle) -> None:
-    """Check that the shapes of the arrays fit each other, the labels and the size. Raises BundleRefused."""
+    """Check that the arrays of a bundle fit each other, the labels and the image size. Raises BundleRefused."""
     units = [layer.kernel.shape[-1] for layer in bundle.layers]
     images, outputs = max(1, len(bundle.golden_input)), units[-1]
     for number, layer in enumerate(bundle.layers):

@@ -1,8 +1,8 @@
-"""The cache of features: one float32 row per image, so that no image goes through a backbone twice.
+"""The cache of features: one float32 row for each image, so that no image goes through the same backbone twice.
 
-Rows of one (image rule, size, resize, backbone, precision) are stored in append-only segments of at most 64 MiB, each
-with an index of image digests and checksums. A segment has one writer, so workers never wait for each other. A row is
-read only if its index entry is complete and its checksum is right. The cache may be deleted at any time.
+Rows are stored in append-only files of at most 64 MiB, the segments. Each segment has an index with the digest of the
+image and a checksum for each row. Only one process writes to a segment, so workers never wait for each other. A row is
+used only if its index entry is complete and its checksum is right. The cache may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENTRY = struct.Struct("<32sI")
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Everything that features depend on besides the image."""
+    """Everything but the image that determines its features. Features of different spaces cannot be compared."""
 
     image_rule: int
     size: Sides
@@ -42,12 +42,12 @@ class FeatureSpace:
 
     @property
     def name(self) -> str:
-        """Folder name for this space: a hash of its fields."""
+        """The name of the folder for features of this space: a hash of the space's fields."""
         return hashlib.sha256(repr([str(part) for part in astuple(self)]).encode()).hexdigest()[:32]
 
 
 class FeatureCache:
-    """The rows of one feature space, float32 [width] each."""
+    """The cached features of one feature space. The row of an image is float32 [width]."""
 
     def __init__(self, root: Path, space: FeatureSpace, width: int) -> None:
         self._folder = root / space.name
@@ -59,15 +59,15 @@ class FeatureCache:
             self._load(index)
 
     def missing(self, images: Sequence[Digest]) -> list[Digest]:
-        """Return the images without a row, each once, in the given order."""
+        """Return the images that have no row in the cache, each once, in the given order."""
         return [image for image in dict.fromkeys(images) if bytes.fromhex(image) not in self._places]
 
     def add(self, images: Sequence[Digest], rows: Features) -> None:
-        """Append one row per image. Raises DiskFull.
+        """Add the features of images. Raises DiskFull.
 
         Args:
-            images: the images' digests.
-            rows: float32 [len(images), width].
+            images: digests of the images.
+            rows: their features, float32 [len(images), width].
         """
         if rows.shape != (len(images), self._width):
             raise ValueError(f"Expected features [{len(images)}, {self._width}]. Received {rows.shape}. This is a bug.")
@@ -77,7 +77,10 @@ class FeatureCache:
             self._append(images[chunk], rows[chunk])
 
     def rows(self, images: Sequence[Digest]) -> Features:
-        """Return float32 [len(images), width], row i for image i. Raises KeyError for an image that is missing."""
+        """Return the features of images, float32 [len(images), width]; row i belongs to image i.
+
+        Raises KeyError if an image is not in the cache.
+        """
         result = np.empty((len(images), self._width), dtype=np.float32)
         by_segment: dict[Path, tuple[list[int], list[int]]] = {}
         for position, image in enumerate(images):
@@ -102,13 +105,13 @@ class FeatureCache:
         try:
             first = self._segment.append(images, rows)
         except BaseException:
-            self.close()  # a partly written row would shift all later rows
+            self.close()  # after a partly written row, all later rows of the segment would be at a wrong position
             raise
         for offset, image in enumerate(images):
             self._places[bytes.fromhex(image)] = (self._segment.data, first + offset)
 
     def _load(self, index: Path) -> None:
-        """Add the rows of a segment whose index entry is complete and whose checksum is right."""
+        """Find the rows of a segment that have a complete index entry and the right checksum."""
         data = index.with_suffix(".f32")
         if not data.exists():
             return
@@ -129,7 +132,7 @@ class FeatureCache:
 
 
 class _Segment:
-    """A pair of open files, data and index; rows are written before their index entries."""
+    """A segment that is being written: a file of rows and its index. Rows are written before their index entries."""
 
     def __init__(self, stem: Path) -> None:
         self.data = stem.with_suffix(".f32")
@@ -154,5 +157,5 @@ class _Segment:
 
     def close(self) -> None:
         for file in (self._data, self._index):
-            with contextlib.suppress(OSError):  # on a full disk the last flush fails, too; its rows do not count yet
+            with contextlib.suppress(OSError):  # on a full disk, the last flush fails; rows without index do not count
                 file.close()

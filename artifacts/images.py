@@ -1,10 +1,11 @@
-"""Decodes and resizes images, the same way for training and prediction. Knows no archives.
+"""Decodes and resizes images in the same way for training and prediction. Knows no archives.
 
-Image rule 1 is part of every cache key and bundle. A JPEG is decoded at the smallest DCT scale that is at least twice
-the target size; the orientation is applied once; 16-bit grey values are scaled, not clipped; transparent pixels are
-blended with white; then RGB is resized bilinearly with antialiasing. Any change to this needs a new rule number.
+How images are decoded is called the image rule. Its number is part of every cache key and every bundle. Rule 1 is:
+A JPEG is decoded at the smallest DCT scale that is at least twice the target size. The orientation is applied once.
+16-bit grey values are scaled, not clipped. Transparent pixels are blended with white. The RGB image is then resized
+bilinearly with antialiasing. Any change to these steps needs a new rule number.
 
-All functions decode in one way, `_decoded`, so that what one of them accepts, the others can read.
+All functions decode images with `_decoded`, so that an image which one of them accepts can be read by the others.
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Upper limits for one image, in data sets and in predictions. `side` is in pixels.
+    """Upper limits for one image of a data set or a prediction.
 
-    `scans` counts the passes of a JPEG over the whole image: each takes 25 ms at 40 megapixels but only a few hundred
-    bytes of the file. A progressive JPEG has about ten. `memory_bytes` is what all images that a process decodes at
-    the same time may take together.
+    Attributes:
+        size_bytes: size of the file.
+        pixels: width × height.
+        side: width or height in pixels, whichever is larger.
+        formats: names of the accepted formats, as Pillow writes them.
+        scans: number of passes of a JPEG over the whole image. Each pass takes 25 ms at 40 megapixels, but only a few
+            hundred bytes of the file. A normal progressive JPEG has about ten.
+        memory_bytes: the most memory that all images which a process decodes at the same time may take together.
     """
 
     size_bytes: int = 20 * MIB
@@ -70,7 +76,7 @@ _STRIP_PIXELS = 1_000_000
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Size in pixels after the rotation that the file asks for, and the name of the format."""
+    """Width and height of an image in pixels after the rotation that the file asks for, and the name of its format."""
 
     width: int
     height: int
@@ -78,19 +84,19 @@ class ImageFacts:
 
 
 def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
-    """Decode the whole image once and return its facts. Raises ImageRefused if it cannot be used."""
+    """Decode a whole image, and return its size and format. Raises ImageRefused if the image cannot be used."""
     with _decoded(data, limits, reserve_nothing, lambda upright: (1, 1)) as (facts, _):
         return facts
 
 
 def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserve: Reserve = reserve_nothing) -> Pixels:
-    """Decode an image by image rule 1.
+    """Decode and resize an image by image rule 1.
 
     Args:
         data: the file's bytes.
         size: side of the result in pixels, or its height and width.
-        resize: `squash` ignores the aspect ratio, `crop` keeps the centre square, `pad` adds black borders.
-        limits: what the image may be at most.
+        resize: `squash` changes the aspect ratio, `crop` keeps only the centre, `pad` adds black borders.
+        limits: upper limits for the image.
         reserve: waits for the memory that decoding takes.
 
     Returns:
@@ -106,7 +112,7 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserv
 
     with _decoded(data, limits, reserve, scaled_size) as (facts, upright):
         width, height = scaled_size((facts.width, facts.height))
-        if resize is Resize.CROP:  # crop first: a whole 16,384 × 1 image at this height would take gigabytes
+        if resize is Resize.CROP:  # crop while resizing: a whole 16,384 × 1 image of this height would take gigabytes
             box = _middle(upright, (width, height), (across, down))
             scaled = upright.resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
         else:
@@ -125,7 +131,7 @@ def thumbnail(data: bytes, side: int, limits: ImageLimits, reserve: Reserve = re
 
 
 def encode(image: Image.Image, format: str) -> bytes:
-    """Return `image` as a file of `format` without metadata."""
+    """Return an image as the bytes of a file in this format, without metadata."""
     buffer = io.BytesIO()
     bare = image.copy()
     bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
@@ -175,18 +181,16 @@ def _decoded(
 
 @contextmanager
 def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
-    """Open `data` and check the limits; any error of a decoder inside the block becomes ImageRefused."""
+    """Open an image and check its limits. Any error of a decoder in the block becomes ImageRefused."""
     if len(data) > limits.size_bytes:
-        raise ImageRefused(
-            f"Expected a file of at most {limits.size_bytes / MIB:g} MiB. Received {len(data) / MIB:.1f} MiB."
-        )
-    most = f"Expected at most {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels a side."
+        raise ImageRefused(f"The file has {len(data) / MIB:.1f} MiB; the limit is {limits.size_bytes / MIB:g} MiB.")
+    limit = f"the limit is {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels per side."
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.pixels)
     try:
         with _open_file(data, limits) as image:
             width, height = image.size
             if width * height > limits.pixels or max(width, height) > limits.side:
-                raise ImageRefused(f"{most} Received {width:,} × {height:,}.")
+                raise ImageRefused(f"The image has {width:,} × {height:,} pixels; {limit}")
             _check_format(image, data, limits)
             yield image
     except UnidentifiedImageError as error:
@@ -196,8 +200,9 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         size = jpeg_files.size(data) or png_files.size(data)
-        raise ImageRefused(f"{most} Received {f'{size[0]:,} × {size[1]:,}' if size else 'more'}.") from error
-    except Exception as error:  # decoders raise anything: TypeError, AssertionError, MemoryError
+        shown = f"{size[0]:,} × {size[1]:,}" if size else "too many"
+        raise ImageRefused(f"The image has {shown} pixels; {limit}") from error
+    except Exception as error:  # decoders raise any type of error, such as TypeError, AssertionError or MemoryError
         raise ImageRefused(f"The image is damaged: {str(error) or type(error).__name__}.") from error
 
 
@@ -222,7 +227,7 @@ def _is_avif(data: bytes) -> bool:
 def _check_format(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
     """Refuse what a format allows but no image of a data set needs. Raises ImageRefused."""
     if image.format in ("JPEG", "MPO") and jpeg_files.has_more_scans(data, limits.scans):
-        raise ImageRefused(f"Expected a JPEG of at most {limits.scans} scans. Received more.")
+        raise ImageRefused(f"The JPEG has more scans than the limit of {limits.scans}.")
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     tags = image.tag_v2
@@ -292,7 +297,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -> tuple[int, int]:
-    """Return the width and height to scale to, before cropping or padding to the target."""
+    """Return the width and height to which an image is scaled before it is cropped or padded to the target size."""
     width, height = upright
     if resize is Resize.SQUASH:
         return target
@@ -301,7 +306,10 @@ def _fitted(upright: tuple[int, int], target: tuple[int, int], resize: Resize) -
 
 
 def _middle(image: Image.Image, scaled: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the box of the image that becomes the central `target` pixels when it is resized to `scaled`."""
+    """Return the part of an image that becomes the central `target` pixels if the image is resized to `scaled`.
+
+    The part is (left, top, right, bottom) in pixels of the image.
+    """
     (width, height), (left, top) = scaled, ((side - size) // 2 for side, size in zip(scaled, target, strict=True))
     return (
         left * image.width / width,
@@ -325,7 +333,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _strip_to_rgb(strip: Image.Image) -> Image.Image:
-    if strip.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips everything above 255 to white
+    if strip.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would make all values above 255 white
         grey = np.clip(np.asarray(strip), 0, 65535)
         shades = (grey // 257 + (grey % 257 > 128)).astype(np.uint8)
         if "transparency" in strip.info:

@@ -1,8 +1,10 @@
-"""Reads labels or target, group and split of each image from an archive's folders or its labels.csv. Reads no image.
+"""Finds the labels or target, the group and the split of each image in an archive. Reads no image.
 
-Three layouts are supported, each with or without outer folders around everything:
-`daisy/1.jpg` · `train/daisy/1.jpg` with `test/…` and `validation/…` beside it · `labels.csv` at the top.
-A metadata.csv or metadata.jsonl, as Hugging Face's image folders have it, is read as a labels.csv.
+Three layouts are supported. Each may have outer folders around everything.
+- one folder for each class: `daisy/1.jpg`
+- a folder for each split with a folder for each class: `train/daisy/1.jpg`, `test/daisy/2.jpg`
+- a file `labels.csv` at the top, which lists all images. A metadata.csv or metadata.jsonl, as Hugging Face's image
+  folders have it, is read in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _LABELS_FILES = (LABELS_FILE, "labels.tsv", "metadata.csv", "metadata.jsonl")
 
 
 class Split(StrEnum):
-    """What an image is used for. `test` images are scored once by the final model and never trained on."""
+    """What an image is used for. `test` images are never used for training: the final model is scored on them once."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -60,7 +62,7 @@ def is_sidecar(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set with its annotations. `labels` is empty if there is a `target`."""
+    """One image of a data set with its labels or target, its group and its split. With a target, `labels` is empty."""
 
     path: str
     labels: tuple[str, ...] = ()
@@ -71,13 +73,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples of an archive and the task they define.
+    """The samples of an archive and the task that their labels or targets define.
 
     Attributes:
         task: what can be learned from the samples.
         samples: the images.
         refused: files that were refused, with their reasons.
-        ignored: number of files that are no images and were left out.
+        ignored: number of files that are not images and were left out.
         warnings: what the owner of the images should know.
     """
 
@@ -89,9 +91,10 @@ class Layout:
 
 
 def labels_file(paths: Iterable[str]) -> str | None:
-    """Return the path of labels.csv, in any case, at the top of the archive or in its one outer folder; else None.
+    """Return the path of labels.csv, at the top of an archive or in its outer folder; None if the archive has none.
 
-    Raises LayoutUnknown if there are two of them.
+    The name may be in upper or lower case, or be one of the other names in `_LABELS_FILES`. Raises
+    LayoutUnknown if there are two of them.
     """
     split = [path.split("/") for path in paths]
     pictures = [parts for parts in split if not is_sidecar(parts[-1])]
@@ -108,7 +111,7 @@ def labels_file(paths: Iterable[str]) -> str | None:
 
 
 def from_folders(paths: Sequence[str]) -> Layout:
-    """Read the layout with one folder per class. Raises LayoutUnknown with the expected layouts."""
+    """Return the layout of an archive that has one folder for each class. Raises LayoutUnknown if it has not."""
     if not paths:
         raise LayoutUnknown(f"The archive is empty. {_EXPECTED}")
     pictures = [path for path in paths if not is_sidecar(path)]
@@ -120,7 +123,7 @@ def from_folders(paths: Sequence[str]) -> Layout:
         if split is None:
             left_out.append(path)
         elif len(parts) < 2:
-            refused.append(Refused(path, "in no class folder"))
+            refused.append(Refused(path, "not in a class folder"))
         elif len(parts) > 2:
             deep.append(path)
         else:
@@ -129,7 +132,9 @@ def from_folders(paths: Sequence[str]) -> Layout:
         raise LayoutUnknown(f"{_EXPECTED} Received {deep[0]!r}, which is nested more deeply.")
     refused += [Refused(path, "nested more deeply than the class folders") for path in deep]
     if not samples:
-        raise LayoutUnknown(f"{_EXPECTED} Received {len(pictures)} files in no class folder, such as {pictures[0]!r}.")
+        raise LayoutUnknown(
+            f"{_EXPECTED} Received {len(pictures)} files that are not in a class folder, such as {pictures[0]!r}."
+        )
     check_class_names({sample.labels[0] for sample in samples})
     samples = [replace(sample, labels=(sample.labels[0].strip(),)) for sample in samples]
     names = {sample.labels[0] for sample in samples}
@@ -179,8 +184,9 @@ def _with_splits(inner: dict[str, list[str]]) -> dict[str, tuple[Split | None, l
         return plain
     if flat == folders:
         raise LayoutUnknown(
-            f"{_EXPECTED} Splits contain class folders (train/daisy/1.jpg, test/daisy/2.jpg). Received images "
-            f"directly in {' and '.join(sorted(name.lower() for name in folders))}, so their classes are unknown."
+            f"{_EXPECTED} A folder of a split must contain class folders (train/daisy/1.jpg, test/daisy/2.jpg). "
+            f"Received images directly in {' and '.join(sorted(name.lower() for name in folders))}, so their classes "
+            "are unknown."
         )
     found = {path: (split, parts) for path, (split, parts) in plain.items() if len(parts) == 1}
     for name in folders:
@@ -208,9 +214,17 @@ def _is_unlabelled(folder: str) -> bool:
 
 
 def from_labels(data: bytes, csv_path: str, paths: Sequence[str], code_page: str | None = None) -> Layout:
-    """Read the labels.csv of an archive with these `paths`.
+    """Return the layout of an archive that has a labels.csv.
 
-    Raises LayoutUnknown with the number of the wrong line, or ArchiveRefused if its code page is not clear.
+    Args:
+        data: the content of labels.csv.
+        csv_path: the path of labels.csv in the archive.
+        paths: the paths of all files in the archive.
+        code_page: the encoding of labels.csv if it is not in UTF-8; None if it must be found out.
+
+    Raises:
+        LayoutUnknown: labels.csv is not valid. The message has the number of the wrong line.
+        ArchiveRefused: the encoding of labels.csv is not clear.
     """
     name = csv_path.rpartition("/")[2]
     table = read_table(data, name, code_page)
@@ -224,7 +238,7 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str], code_page: str
         if path is None:
             refused.append(Refused(sample.path, f"listed in {name} but not in the archive"))
         elif path in samples:
-            raise LayoutUnknown(f"Line {line} of {name}: expected each file once. Received {sample.path!r} again.")
+            raise LayoutUnknown(f"Line {line} of {name}: the file {sample.path!r} is listed a second time.")
         else:
             samples[path] = replace(sample, path=path)
     unnamed = [path for path in paths if path in present and path not in samples]
@@ -277,7 +291,7 @@ _TEXT_BYTES = 1024
 # Letters and marks without ink: fillers of Hangul, joiners, variation selectors.
 _INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
 _DEEP_SHARE = 0.2  # with more, the folders mean something else
-# Magnitudes of targets that float32 can represent, squares included.
+# Smallest and largest magnitude of a target other than 0. Float32 can represent these and their squares.
 _LEAST, _GREATEST = 1e-15, 1e15
 
 
@@ -297,7 +311,9 @@ def _sample(line: int, name: str, values: dict[str, str]) -> Sample:
     else:
         labels = tuple(sorted({label.strip() for label in values["label"].split("|")} - {""}))
         if not labels and "|" not in values["label"]:
-            raise LayoutUnknown(f"Line {line} of {name}: expected a label (or | for none of them). Received none.")
+            raise LayoutUnknown(
+                f"Line {line} of {name}: expected a label, or | for an image without labels. Received nothing."
+            )
     return Sample(path, labels, target, values.get("group") or None, split)
 
 
@@ -317,8 +333,8 @@ def _number(line: int, name: str, text: str) -> float:
         number = math.nan
     if not (number == 0 or _LEAST <= abs(number) <= _GREATEST):
         raise LayoutUnknown(
-            f"Line {line} of {name}: expected as target 0 or a number of magnitude {_LEAST:g} to {_GREATEST:g}. "
-            f"Received {text!r}."
+            f"Line {line} of {name}: expected a target that is 0 or a number with an absolute value from "
+            f"{_LEAST:g} to {_GREATEST:g}. Received {text!r}."
         )
     return number
 
@@ -336,17 +352,16 @@ def _check_groups(name: str, samples: Iterable[Sample]) -> None:
     for sample in samples:
         if sample.group and splits.setdefault(sample.group, sample.split) != sample.split:
             raise LayoutUnknown(
-                f"Expected each group of {name} in one split. Received group {sample.group!r} in two. Give all "
-                "images of a group the same split."
+                f"The group {sample.group!r} of {name} is in two splits. Give all images of a group the same split."
             )
 
 
 def check_class_names(names: Iterable[str]) -> None:
-    """Check that class names contain no `|` and do not look the same. Raises LayoutUnknown."""
+    """Check that no class name contains `|`, and that no two names look the same. Raises LayoutUnknown."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         if "|" in name:
-            raise LayoutUnknown(f"Expected class names without |, which separates labels. Received {name!r}.")
+            raise LayoutUnknown(f"The class name {name!r} contains |, which separates labels. Rename the class.")
         look = _look(name)
         if look in seen:
             raise LayoutUnknown(

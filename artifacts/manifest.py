@@ -1,4 +1,7 @@
-"""The manifest of a data set version: one JSON line per image, sorted by path. A run reads nothing else of it."""
+"""The manifest of a data set version: a file with one line of JSON for each image, sorted by path.
+
+A run learns from the manifest alone which images a version has.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from artifacts.store import Digest, parse_digest
 
 @dataclass(frozen=True)
 class Row:
-    """One image of a version. Rows are in path order everywhere: row i of an array is image i of the manifest."""
+    """One image of a data set version. Row i of an array with values for images belongs to image i of the manifest."""
 
     path: str
     sha256: Digest
@@ -24,13 +27,13 @@ class Row:
 
 
 def dump(rows: Iterable[Row]) -> bytes:
-    """Return the manifest of `rows`, sorted by path, as bytes."""
+    """Return the bytes of a manifest with these rows, sorted by path."""
     lines = (json.dumps(asdict(row), ensure_ascii=False) for row in sorted(rows, key=lambda row: row.path))
     return "".join(line + "\n" for line in lines).encode()
 
 
 def load(data: bytes) -> list[Row]:
-    """Return the rows of a manifest in its order, by path."""
+    """Return the rows of a manifest in its order, which is sorted by path."""
     return [_row(json.loads(line)) for line in data.decode().split("\n") if line]
 
 
@@ -46,7 +49,10 @@ def _row(fields: dict[str, Any]) -> Row:
 
 
 def group_rows(rows: Sequence[Row]) -> list[int]:
-    """Return a group number for every row: rows with the same group or the same file have the same number."""
+    """Return a group number for each row.
+
+    Rows with the same group or the same file get the same number, and so do rows that are linked through other rows.
+    """
     leader = list(range(len(rows)))
 
     def find(row: int) -> int:
@@ -64,7 +70,10 @@ def group_rows(rows: Sequence[Row]) -> list[int]:
 
 
 def splits_of(rows: Sequence[Row], groups: Sequence[int]) -> list[Split]:
-    """Return the split of each row. A group gets one split: test takes precedence over validation, then train."""
+    """Return the split of each row, where all rows of a group get the same split.
+
+    A group is in `test` if any of its rows is, otherwise in `validation` if any of its rows is, otherwise in `train`.
+    """
     rank = {Split.TRAIN: 0, Split.VALIDATION: 1, Split.TEST: 2}
     best: dict[int, Split] = {}
     for row, group in zip(rows, groups, strict=True):

@@ -1,7 +1,8 @@
-"""The file of a model's training images with their features, in which the neighbours of a new image are searched.
+"""The neighbour index of a model: the features of its training images, to find those most similar to a new image.
 
-Features are standardised, since some channels are a thousand times larger than others, and scaled to unit length, so
-that a dot product is the cosine similarity of two images. The file contains arrays and text, never code.
+Features are first standardised, because some channels are a thousand times larger than others. Then they are scaled to
+unit length, so that the dot product of two rows is a cosine similarity. The index is stored in a file that contains
+arrays and text, never code.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from artifacts.store import Digest
 from errors import Corrupt
 
 MOST_BYTES = 256 * 1024 * 1024
-"""Maximum size of the features in one file; a larger training set is sampled."""
+"""Maximum bytes of the features in an index. Of a larger training set, the index contains a sample."""
 
-# Memory per image for digest, path and labels.
+# Approximate bytes of memory for the digest, path and labels of an image.
 _IMAGE_BYTES = 512
 
 
@@ -37,7 +38,7 @@ class TrainingImage:
 
 @dataclass(frozen=True)
 class FeatureNormaliser:
-    """Normalises features: standardises them by (features - mean) * scale, then scales them to unit length.
+    """Normalises features: computes (features - mean) * scale, then scales each row to unit length.
 
     mean and scale are float32 [D].
     """
@@ -46,7 +47,7 @@ class FeatureNormaliser:
     scale: Features
 
     def normalise(self, features: Features) -> Features:
-        """Return float32 [N, D] for features float32 [N, D]; rows equal to the mean become zeros."""
+        """Normalise features, float32 [N, D], and return them as float32 [N, D]. A row equal to the mean becomes 0."""
         standardised: Features = (features - self.mean) * self.scale
         length = np.linalg.norm(standardised, axis=1, keepdims=True)
         found: Features = np.divide(standardised, length, out=np.zeros_like(standardised), where=length > 0)
@@ -55,9 +56,12 @@ class FeatureNormaliser:
 
 @dataclass(frozen=True)
 class NeighbourIndex:
-    """Training images that may be shown as neighbours.
+    """Training images that can be found as neighbours of a new image.
 
-    vectors are their normalised features, float16 [N, D]; normaliser is what made them.
+    Attributes:
+        images: the training images, N in number.
+        vectors: the normalised features of these images, float16 [N, D].
+        normaliser: normalises the features of a new image in the same way.
     """
 
     images: Sequence[TrainingImage]
@@ -66,18 +70,18 @@ class NeighbourIndex:
 
     @property
     def size_bytes(self) -> int:
-        """Approximate size in memory."""
+        """Approximate bytes of memory that the index takes."""
         return self.vectors.nbytes + _IMAGE_BYTES * len(self.images)
 
     def dump(self) -> bytes:
-        """Return the index as the bytes of a file, for `load`."""
+        """Return the bytes of a file with this index, which `load` can read."""
         values = {"known": [[image.image, image.path, image.labels, image.target] for image in self.images]}
         arrays: tensors.Tensors = {"kept": self.vectors, "mean": self.normaliser.mean, "scale": self.normaliser.scale}
         return tensors.dump(values, arrays)
 
 
 def load(data: bytes) -> NeighbourIndex:
-    """Return what `dump` wrote. Raises Corrupt."""
+    """Return the index from the bytes of its file. Raises Corrupt."""
     try:
         values, arrays = tensors.load(data)
         shown = [
@@ -89,12 +93,12 @@ def load(data: bytes) -> NeighbourIndex:
 
 
 def build_index(rows: Sequence[Row], features: Features, normaliser: FeatureNormaliser) -> NeighbourIndex:
-    """Return the index of all training images, or of an evenly spaced sample if they exceed `MOST_BYTES`.
+    """Return an index of training images. If their features exceed `MOST_BYTES`, it has an evenly spaced sample.
 
     Args:
-        rows: the training images.
-        features: float32 [len(rows), D].
-        normaliser: computed from these features.
+        rows: rows of the manifest for the training images.
+        features: features of these images, float32 [len(rows), D].
+        normaliser: a normaliser that was fitted to these features.
     """
     most = max(1, MOST_BYTES // (2 * features.shape[1]))
     kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.intp))

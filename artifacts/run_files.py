@@ -1,4 +1,4 @@
-"""Names of the files that are kept with a run. What is in each, its writer knows."""
+"""Names of the files that runs produce. The code that writes a file defines its content."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class RunFile(StrEnum):
-    """A file of a run, by the name that the API, MLflow and the database use for it."""
+    """A file that a run produces. The value is the file's name in the API, in MLflow and in the database."""
 
     REPORT = "report.md"
     OUT_OF_FOLD = "out-of-fold.safetensors"

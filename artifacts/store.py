@@ -1,8 +1,8 @@
-"""Files in a folder, named by the SHA-256 of their content. Knows no file formats and no buckets.
+"""Stores files in a folder under the SHA-256 of their content, the digest. Knows no file formats and no buckets.
 
-A file is written under a temporary name, synced, then renamed, so a digest names a complete file or nothing. Many files
-are written into a lent store and synced together when they are imported, which takes a hundredth of the time.
-`artifacts.bucket_store` keeps the files in a bucket behind the same methods.
+A file is written under a temporary name, synced and then renamed, so a file under a digest is always complete. Many
+files are written into a lent store and synced together when they are imported, which takes a hundredth of the time.
+`artifacts.bucket_store` has the same methods for files in a bucket.
 """
 
 from __future__ import annotations
@@ -34,34 +34,38 @@ _SYNCS_AT_ONCE = 16
 
 
 def parse_digest(text: str) -> Digest:
-    """Return `text` as a digest: 64 lower-case hexadecimal digits. Raises ValueError otherwise."""
+    """Return a text as a digest. Raises ValueError if it is not 64 lower-case hexadecimal digits."""
     if not is_digest(text):
-        raise ValueError(f"Expected 64 hexadecimal digits. Received: {text!r}")
+        raise ValueError(f"Expected 64 hexadecimal digits. Received {text!r}.")
     return Digest(text)
 
 
 def is_digest(text: str) -> bool:
-    """Return whether `text` has the form of a digest."""
+    """Return whether a text has the form of a digest: 64 lower-case hexadecimal digits."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def digest_of(data: bytes) -> Digest:
-    """Return the SHA-256 of `data`."""
+    """Return the SHA-256 of bytes."""
     return Digest(hashlib.sha256(data).hexdigest())
 
 
 def digest_at(path: Path) -> Digest:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return Digest(hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where stored files are, as plain values that can be sent to a child process; contains no keys.
+    """Where the files of a store are. The values can be sent to a child process, since they contain no access keys.
 
-    Without a `url` (`s3://bucket/prefix`) files are in the folder; with one the folder is a cache of the bucket, of at
-    most `cache_bytes`. `endpoint` is the address of an S3-compatible server; None means AWS in the region.
+    Attributes:
+        folder: the folder of the files; with a `url`, the folder of their local copies.
+        url: the bucket, as `s3://bucket/prefix`; None if files are only in the folder.
+        endpoint: the address of an S3-compatible server; None for AWS.
+        region: the region of the bucket.
+        cache_bytes: maximum bytes of local copies.
     """
 
     folder: str
@@ -73,7 +77,7 @@ class StoreAddress:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A stored file; `written_at` is in seconds since 1970 by the clock of the folder or bucket."""
+    """A stored file with its size. `written_at` is in seconds since 1970 by the store's clock."""
 
     digest: Digest
     size_bytes: int
@@ -81,7 +85,7 @@ class StoredFile:
 
 
 class Store:
-    """Stores files in one folder of a local or shared file system, each at `ab/ab12…`."""
+    """A store in a folder of a local or shared file system. The file with digest `ab12…` has the path `ab/ab12…`."""
 
     def __init__(self, root: Path, *, is_durable: bool = True) -> None:
         """Open the store in a folder; not durable, its files may be lost with the power until they are imported."""
@@ -93,7 +97,7 @@ class Store:
 
     @property
     def address(self) -> StoreAddress:
-        """The address with which another process opens this store."""
+        """The address with which another process can open this store."""
         return StoreAddress(str(self.root))
 
     def check(self) -> None:
@@ -102,27 +106,30 @@ class Store:
             raise NotFound(f"The folder {self.root} does not exist. Restore it from a backup, then start again.")
 
     def writer(self) -> Writer:
-        """Return a writer for a new file, to be used in a `with` block."""
+        """Return a writer for a new file. Use it in a `with` block."""
         return Writer(self, self._incoming / secrets.token_hex(16))
 
     def put(self, chunks: bytes | Iterable[bytes]) -> Digest:
-        """Store `chunks` as one file and return its digest. Raises DiskFull, leaving nothing behind."""
+        """Store chunks of bytes as one file, and return its digest. Raises DiskFull; then nothing is stored."""
         with self.writer() as writer:
             for chunk in (chunks,) if isinstance(chunks, bytes) else chunks:
                 writer.write(chunk)
             return writer.commit()
 
     def drop_unfinished(self, older_than_s: float = 86_400.0) -> int:
-        """Remove what killed writers and borrowers left behind; return the number of files and folders."""
+        """Delete the temporary files and folders that `unfinished` yields; return how many were deleted."""
         dropped = 0
         for left in self.unfinished(older_than_s):
-            with contextlib.suppress(FileNotFoundError):  # its writer has just ended, or another process removed it
+            with contextlib.suppress(FileNotFoundError):  # the writer, or another process, has just removed it
                 _remove(left)
                 dropped += 1
         return dropped
 
     def unfinished(self, older_than_s: float) -> Iterator[Path]:
-        """Yield temporary files and folders that did not change for `older_than_s`: their writer was killed."""
+        """Yield temporary files and folders that did not change for `older_than_s` seconds.
+
+        They are left over from processes that were killed while they wrote them.
+        """
         for left in self._incoming.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 if _touched_at(left) < time.time() - older_than_s:
@@ -130,9 +137,10 @@ class Store:
 
     @contextlib.contextmanager
     def lend_store(self, digest: Digest) -> Iterator[Store]:
-        """Yield a store in a temporary folder that contains the file, for a process that gets no keys of a bucket.
+        """Yield a store that contains a file, for a child process. It is in a folder and needs no access keys.
 
-        `import_files` takes the files that the process writes there into this store; the others are lost.
+        The child process may write files to it. `import_files` then moves these files into this store; the others are
+        lost.
         """
         found = self.path(digest)
         lent = Store(self._incoming / secrets.token_hex(16), is_durable=False)
@@ -149,9 +157,9 @@ class Store:
         place.symlink_to(found.absolute())
 
     def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Sync files of a lent store together, move them into this one, then yield each digest.
+        """Add files from a store that `lend_store` has lent, and yield each digest once its file is stored.
 
-        Files that were imported before are skipped. Raises DiskFull.
+        All files are synced together, then moved. Files that were imported before are skipped. Raises DiskFull.
         """
         wanted = list(dict.fromkeys(digests))
         files = [digest for digest in wanted if lent.path_for(digest).exists()]
@@ -169,11 +177,11 @@ class Store:
         yield from wanted
 
     def has(self, digest: Digest) -> bool:
-        """Return whether the store has the file."""
+        """Return whether the store has a file with this digest."""
         return self.path_for(digest).exists()
 
     def missing(self, digests: Iterable[Digest]) -> Iterator[Digest]:
-        """Yield those of the digests whose files the store does not have."""
+        """Yield the digests whose files the store does not have, in the given order."""
         return (digest for digest in digests if not self.has(digest))
 
     def path(self, digest: Digest) -> Path:
@@ -184,14 +192,17 @@ class Store:
         return place
 
     def prefetch(self, digests: Iterable[Digest]) -> None:
-        """Download files that are not on this machine, so that later reads do not wait. Raises NotFound."""
+        """Download files that are not on this machine, so that later reads do not wait. Raises NotFound.
+
+        Does nothing in a store without a bucket.
+        """
 
     def open(self, digest: Digest) -> BufferedReader:
-        """Open the file for reading. Raises NotFound."""
+        """Open a stored file for reading. Raises NotFound."""
         return self.path(digest).open("rb")
 
     def read(self, digest: Digest) -> bytes:
-        """Return the whole file, checked against its digest. Raises NotFound or Corrupt."""
+        """Return the content of a file after checking it against the digest. Raises NotFound or Corrupt."""
         with self.open(digest) as file:
             data = file.read()
         if digest_of(data) != digest:
@@ -199,27 +210,30 @@ class Store:
         return data
 
     def verified_path(self, digest: Digest) -> Path:
-        """Return the local path of a file after checking its content against the digest. Raises NotFound or Corrupt."""
+        """Return the local path of a file after checking its content against the digest.
+
+        Raises NotFound or Corrupt.
+        """
         with self.open(digest) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise _corrupt(digest)
         return self.path_for(digest)
 
     def delete(self, *digests: Digest) -> None:
-        """Remove files; those that do not exist are ignored."""
+        """Delete files. Digests without a file are ignored."""
         for digest in digests:
             self.path_for(digest).unlink(missing_ok=True)
 
     def digests(self) -> Iterator[Digest]:
-        """Yield the digest of every stored file in ascending order."""
+        """Yield the digests of all stored files in ascending order."""
         return (file.digest for file in self.files())
 
     def files(self) -> Iterator[StoredFile]:
-        """Yield every stored file, in the order of their digests."""
+        """Yield all stored files, sorted by digest."""
         return files_in(self.root)
 
     def find(self, digest: Digest) -> StoredFile | None:
-        """Return size and time of a stored file, or None if it does not exist."""
+        """Return the size and the time of a stored file; None if there is no file with this digest."""
         try:
             status = self.path_for(digest).stat()
         except FileNotFoundError:
@@ -227,19 +241,22 @@ class Store:
         return StoredFile(digest, status.st_size, status.st_mtime)
 
     def now(self) -> float:
-        """Return the time by the clock that sets `written_at`: on a network file system not this machine's clock."""
+        """Return the current time by the store's clock, in seconds since 1970.
+
+        `StoredFile.written_at` is by the same clock. On a network file system, it is not this machine's clock.
+        """
         os.utime(self._incoming)
         return self._incoming.stat().st_mtime
 
     def cached(self) -> Iterator[StoredFile]:
-        """Yield the files on this machine that are only copies of files in a bucket."""
+        """Yield the local copies of files in a bucket. A store without a bucket has none."""
         return iter(())
 
     def drop_cached(self, digests: Sequence[Digest]) -> None:
-        """Remove copies from this machine; files in the bucket stay."""
+        """Delete local copies. The files in the bucket stay."""
 
     def add_file(self, temporary: Path, digest: Digest) -> None:
-        """Move a written and synced temporary file into the store. Raises DiskFull."""
+        """Move a complete and synced temporary file into the store. Raises DiskFull."""
         place = self.path_for(digest)
         with disk_errors():
             if not place.parent.exists():
@@ -253,12 +270,12 @@ class Store:
             sync(folder)
 
     def path_for(self, digest: Digest) -> Path:
-        """Return the path for a file of this digest, whether it exists or not."""
+        """Return the path at which the folder has, or would have, the file with this digest."""
         return self.root / digest[:2] / digest
 
 
 class Writer:
-    """Writes a new file; it is in the store only after `commit`."""
+    """Writes a new file. The store has the file only after `commit`."""
 
     def __init__(self, store: Store, temporary: Path) -> None:
         self.size_bytes = 0
@@ -276,18 +293,18 @@ class Writer:
 
     @property
     def digest(self) -> Digest:
-        """The digest of the bytes written so far."""
+        """The digest of the bytes that were written so far."""
         return Digest(self._hash.hexdigest())
 
     def write(self, chunk: bytes) -> None:
-        """Append `chunk`. Raises DiskFull."""
+        """Append bytes to the file. Raises DiskFull."""
         with disk_errors():
             self._file.write(chunk)
         self._hash.update(chunk)
         self.size_bytes += len(chunk)
 
     def reader(self) -> BufferedReader:
-        """Open the bytes written so far for reading."""
+        """Open the file for reading the bytes that were written so far."""
         with disk_errors():
             self._file.flush()
         return self._temporary.open("rb")
@@ -304,35 +321,35 @@ class Writer:
         return digest
 
     def discard(self) -> None:
-        """Delete what was written; does nothing after `commit`."""
-        with contextlib.suppress(OSError):  # on a full disk the last flush fails, too; the file is deleted anyway
+        """Delete the temporary file. Does nothing after `commit`."""
+        with contextlib.suppress(OSError):  # on a full disk, the last flush fails; the file is deleted anyway
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Convert "no space left" errors in the block to DiskFull."""
+    """Convert errors in the block to DiskFull if the disk or a quota is full."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("The disk is full. Free some space, then send it again; nothing was stored.") from error
+            raise DiskFull("The disk is full, so nothing was stored. Free some space, then try again.") from error
         raise
 
 
 def files_in(root: Path) -> Iterator[StoredFile]:
-    """Yield the files of a folder that are named by digests, in ascending order."""
+    """Yield the files in a store's folder, sorted by digest. Files whose names are not digests are left out."""
     for folder in sorted(root.glob("??")):
         for file in sorted(folder.iterdir()):
             if is_digest(file.name):
-                with contextlib.suppress(FileNotFoundError):  # removed just now
+                with contextlib.suppress(FileNotFoundError):  # another process has just deleted the file
                     status = file.stat()
                     yield StoredFile(Digest(file.name), status.st_size, status.st_mtime)
 
 
 def _touched_at(left: Path) -> float:
-    """Return when a file, or a folder or any file in it, was last written."""
+    """Return the time of the last change of a file, or of a folder and the files in it."""
     inside = [entry.stat().st_mtime for entry in os.scandir(left)] if left.is_dir() else []
     return max([left.stat().st_mtime, *inside])
 
@@ -345,7 +362,7 @@ def _remove(left: Path) -> None:
 
 
 def sync(place: Path) -> None:
-    """Sync a file, or a folder so that a rename in it survives a power cut."""
+    """Sync a file, or a folder so that the renaming of a file in it survives a power failure."""
     handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Safetensors files of arrays, with plain values as JSON in their metadata. Never contain code."""
+"""Reads and writes safetensors files: arrays, and in the metadata plain values as JSON. They never contain code."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from safetensors.numpy import save as save_tensors
 Tensors = dict[str, npt.NDArray[Any]]
 
 UNREADABLE = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
-"""Exceptions that reading an invalid file raises."""
+"""Exceptions that may be raised when an invalid file is read."""
 
 
 def dump(values: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """Return the bytes of a file with these values and arrays; equal input gives equal bytes."""
+    """Return the bytes of a file with these values and arrays. Equal values and arrays give equal bytes."""
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     return save_tensors(arrays, metadata={"espalier": json.dumps(values, sort_keys=True, ensure_ascii=False)})
 
 
 def load_values(data: bytes) -> dict[str, Any]:
-    """Return the values of a file without reading its arrays: 8 bytes of length, then JSON, as safetensors specifies.
+    """Return the values in a file's metadata, without reading its arrays. Raises one of UNREADABLE.
 
-    Raises one of UNREADABLE.
+    A safetensors file begins with 8 bytes for the length of its header, followed by the header as JSON.
     """
     length = int.from_bytes(data[:8], "little")
     header: Mapping[str, Any] = json.loads(data[8 : 8 + length])

@@ -1,1 +1,1 @@
-"""Benchmarks behind docs/benchmarks.md. Each measures a ratio to a baseline in the same run, not times alone."""
+"""The benchmarks behind docs/benchmarks.md. Each measures a ratio to a baseline that runs on the same machine."""

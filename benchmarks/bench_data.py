@@ -38,7 +38,19 @@ _CALIBRATED = 32
 
 @dataclass(frozen=True)
 class BenchData:
-    """A store with images and one backbone. `pixels` and `truth`, the label numbers, are in the order of `rows`."""
+    """A store with images and one exported backbone.
+
+    Attributes:
+        store: the store.
+        folder: the temporary folder of the benchmark.
+        rows: the images with their labels.
+        pixels: uint8 [N, H, W, 3], in the order of `rows`.
+        truth: int [N], the index of each image's label in `labels`.
+        labels: the labels.
+        weights: digest of the backbone's weights.
+        backbone: digest of the exported backbone.
+        threads: number of processors that this process may use.
+    """
 
     store: Store
     folder: Path
@@ -57,10 +69,10 @@ def prepare_bench_data(name: BackboneName, cut: str, size: int, images: int, dat
 
     Args:
         name: the backbone.
-        cut: the cut point that the backbone ends in.
+        cut: the cut point at which the backbone ends.
         size: side of the images in pixels.
         images: number of images.
-        data: an archive with a folder per class; without it the images are drawn.
+        data: an archive with a folder for each class; without it, random images are generated.
     """
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +116,7 @@ def free_port() -> int:
 
 
 def _read(data: Path, images: int) -> list[tuple[str, str, bytes]]:
-    """Return images taken evenly from an archive, so that every class is among them: path, label and file."""
+    """Return evenly spaced images of an archive, as path, label and file. So every class is among them."""
     archive = open_archive(data, ArchiveLimits())
     samples = from_folders([entry.path for entry in archive.entries]).samples
     chosen = {samples[int(i)].path: samples[int(i)].labels[0] for i in np.linspace(0, len(samples) - 1, images)}

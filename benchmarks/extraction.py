@@ -1,4 +1,4 @@
-"""Measures what decoding, the store and the cache cost: extraction against the bare engine on the same batches.
+"""Measures what decoding, the store and the cache cost: extraction compared with the engine alone.
 
 Run as `python -m benchmarks.extraction [--images 512] [--size 96] [--data archive.zip]`.
 """
@@ -22,7 +22,7 @@ from training.data.pixels import BATCH, ImageDecoder
 
 
 def main() -> None:
-    """Measure both in pairs and write the figures."""
+    """Measure extraction and the engine alone in turns, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", type=BackboneName, default=BackboneName.VGG16)
     parser.add_argument("--size", type=int, default=96)

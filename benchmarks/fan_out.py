@@ -1,9 +1,9 @@
-"""Measures the folds of one run on two workers against one worker. Each worker has one processor.
+"""Measures how much faster two workers train the folds of a run than one worker.
 
-It starts the whole service with two workers, each pinned to a processor of its own, and fine-tunes the same recipe
-several times: with both workers, and with the second one suspended. What counts are the seconds from `running` to the
-end, as a user waits. The preparation and the final fit are the same work in both cases, so that the limit is below 2.
-Every fold must have been trained exactly once.
+The benchmark starts the whole service with two workers, each pinned to its own processor. It fine-tunes the same recipe
+several times, alternately with both workers and with the second one suspended. It measures the seconds from the state
+`running` to the end of the run. The speed-up is below 2, because preparation and final fit cannot be shared. Every fold
+must have been trained exactly once.
 
 Run as `python -m benchmarks.fan_out [--images 120] [--folds 5] [--epochs 6] [--pairs 3]`.
 """
@@ -30,7 +30,7 @@ PORT = 18_100
 
 
 def workers_of(settings: Settings) -> list[psutil.Process]:
-    """Return the two workers, each pinned to a processor of its own."""
+    """Find the two worker processes, pin each to its own processor, and return them."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -40,16 +40,16 @@ def workers_of(settings: Settings) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:
             continue
-    places = sorted(os.sched_getaffinity(0))
-    for worker, place in zip(found, places, strict=False):
-        worker.cpu_affinity([place])
+    processors = sorted(os.sched_getaffinity(0))
+    for worker, number in zip(found, processors, strict=False):
+        worker.cpu_affinity([number])
         for thread in worker.threads():
-            os.sched_setaffinity(thread.id, [place])
+            os.sched_setaffinity(thread.id, [number])
     return found
 
 
 def train(api: httpx2.Client, dataset: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a run and return it as the API shows it when it has ended."""
+    """Request a run, wait for its end, and return it as the API shows it."""
     recipe = {
         "mode": "fine-tuning",
         "backbone": "vgg16",

@@ -1,4 +1,4 @@
-"""Prints and stores what a benchmark has measured. Imports no TensorFlow: machines with a GPU may not have it."""
+"""Prints and stores the results of a benchmark. Imports no TensorFlow, because machines with a GPU may lack it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def report(name: str, figures: dict[str, Any]) -> None:
-    """Print the figures and write them to results/<name>.json, with the machine that they were measured on."""
+    """Print the figures and write them to results/<name>.json, together with a description of this machine."""
     machine = {
         "processor": processor(),
         "processors": len(os.sched_getaffinity(0)),

@@ -1,8 +1,9 @@
-"""Measures a whole k-fold run against the loop of tutorials: Keras `fit` per fold, the frozen backbone in the graph.
+"""Measures a k-fold run of Espalier against the loop that tutorials show: Keras `fit` for each fold.
 
-The loop trains on 80 % of the images in every epoch of every fold and tests each fold once. Its time is that of two
-epochs of each fold, scaled; tracing, compiling and decoding are not counted. Our time includes decoding, extraction,
-all folds and the final head. The ratio is limited by the forward passes: 0.8 · k · epochs + 1 to one.
+The loop runs the frozen backbone on 80 % of the images in every epoch of every fold, and tests each fold once. Two
+epochs of each fold are measured and scaled to all epochs; tracing, compiling and decoding do not count. Espalier's time
+includes decoding, extraction, all folds and the final head. The loop needs 0.8 · k · epochs + 1 forward passes per
+image and Espalier one, so that this is the largest possible ratio.
 
 Run as `python -m benchmarks.folds [--images 1024] [--size 96] [--data archive.zip]`.
 """
@@ -39,7 +40,7 @@ TIMED_EPOCHS = 2
 
 
 class Known:
-    """A registry of networks in which the backbone is exported already, so that the export is not measured."""
+    """A registry of networks in which the backbone is already exported, so that its export is not measured."""
 
     def __init__(self, digest: Digest) -> None:
         self._digest = digest
@@ -48,7 +49,7 @@ class Known:
         return self._digest
 
     def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
-        raise AssertionError("nothing is exported here")
+        raise AssertionError("The backbone was exported before. This is a bug.")
 
     def find_quantised(self, backbone: Digest) -> Digest | None:
         return None
@@ -68,7 +69,7 @@ class Known:
 
 
 class Silent:
-    """Nobody listens."""
+    """A progress listener that only notes the seconds of the extraction."""
 
     extraction_s = 0.0
 
@@ -87,15 +88,15 @@ class Silent:
     def file(self, name: RunFile, data: bytes, media_type: str) -> None: ...
 
 
-def ours(given: BenchData, wanted: argparse.Namespace) -> tuple[float, float]:
-    """Return the seconds of a whole run, and of its extraction alone."""
+def ours(given: BenchData, args: argparse.Namespace) -> tuple[float, float]:
+    """Return the seconds of a whole run of Espalier, and the seconds of its extraction alone."""
     recipe = fill(
-        Recipe(backbone=wanted.backbone, image_size=wanted.size, epochs=wanted.epochs, early_stopping=None),
+        Recipe(backbone=args.backbone, image_size=args.size, epochs=args.epochs, early_stopping=None),
         Task.MULTICLASS,
         [ClassCount(label, 100, 100) for label in given.labels],
     )
     version = given.store.put(manifest.dump(given.rows))
-    place = Workspace(
+    workspace = Workspace(
         store=given.store,
         features=given.folder / "features",
         pixels=given.folder / "pixels",
@@ -105,14 +106,15 @@ def ours(given: BenchData, wanted: argparse.Namespace) -> tuple[float, float]:
     )
     started = time.perf_counter()
     silent = Silent()
-    experiment.run(TrainingRequest(recipe, version, given.labels, given.weights), place, Known(given.backbone), silent)
+    request = TrainingRequest(recipe, version, given.labels, given.weights)
+    experiment.run(request, workspace, Known(given.backbone), silent)
     return time.perf_counter() - started, silent.extraction_s
 
 
-def tutorial(given: BenchData, wanted: argparse.Namespace) -> float:
+def tutorial(given: BenchData, args: argparse.Namespace) -> float:
     """Return the seconds that the tutorial's loop would take for all epochs of all folds."""
-    cut = CATALOGUE[wanted.backbone].last_cut
-    frozen = backbones.build_backbone(wanted.backbone, cut, wanted.size, given.store.read(given.weights))
+    cut = CATALOGUE[args.backbone].last_cut
+    frozen = backbones.build_backbone(args.backbone, cut, args.size, given.store.read(given.weights))
     pixels, truth = given.pixels, given.truth
     everything = np.arange(len(truth))
     folds = make_folds(
@@ -135,7 +137,7 @@ def tutorial(given: BenchData, wanted: argparse.Namespace) -> float:
         model.evaluate(pixels[:32], truth[:32], verbose=0)
         started = time.perf_counter()
         model.fit(pixels[train], truth[train], epochs=TIMED_EPOCHS, batch_size=32, verbose=0)
-        total += (time.perf_counter() - started) * wanted.epochs / TIMED_EPOCHS
+        total += (time.perf_counter() - started) * args.epochs / TIMED_EPOCHS
         started = time.perf_counter()
         model.evaluate(pixels[fold.test], truth[fold.test], verbose=0)
         total += time.perf_counter() - started
@@ -143,37 +145,37 @@ def tutorial(given: BenchData, wanted: argparse.Namespace) -> float:
 
 
 class _Features(keras.layers.Layer):  # type: ignore[misc]
-    """Takes the features of the frozen backbone's two outputs."""
+    """Selects the features from the two outputs of the frozen backbone."""
 
     def call(self, outputs: dict[str, Any]) -> Any:
         return outputs["features"]
 
 
 def main() -> None:
-    """Measure both once and write the figures."""
+    """Measure Espalier and the loop once, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", type=BackboneName, default=BackboneName.VGG16)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--data", type=Path)
-    wanted = parser.parse_args()
-    cut = CATALOGUE[wanted.backbone].last_cut
-    with prepare_bench_data(wanted.backbone, cut, wanted.size, wanted.images, wanted.data) as given:
-        whole, extraction = ours(given, wanted)
-        loop = tutorial(given, wanted)
+    args = parser.parse_args()
+    cut = CATALOGUE[args.backbone].last_cut
+    with prepare_bench_data(args.backbone, cut, args.size, args.images, args.data) as given:
+        whole, extraction = ours(given, args)
+        loop = tutorial(given, args)
         report(
             "folds",
             {
-                "network": f"{wanted.backbone.value} at {wanted.size} px, float32",
+                "network": f"{args.backbone.value} at {args.size} px, float32",
                 "images": len(given.rows),
                 "folds": K,
-                "epochs": wanted.epochs,
+                "epochs": args.epochs,
                 "seconds_whole_run": round(whole, 2),
                 "seconds_of_it_extraction": round(extraction, 2),
                 "seconds_tutorial_loop_scaled": round(loop, 1),
                 "ratio": round(loop / whole, 1),
-                "limit": 0.8 * K * wanted.epochs + 1,
+                "limit": 0.8 * K * args.epochs + 1,
                 "aim": ">= 30",
             },
         )

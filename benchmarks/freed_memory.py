@@ -24,7 +24,7 @@ SIZE, BATCH = 32, 16
 
 @dataclass(frozen=True)
 class EpochCost:
-    """The cost of an epoch: its seconds and page faults, and the peak memory of the process in bytes."""
+    """The cost of an epoch: its seconds, its page faults, and the peak memory of the process in bytes."""
 
     seconds: float
     pages: float
@@ -32,7 +32,7 @@ class EpochCost:
 
 
 def measure(is_kept: bool, images: int, epochs: int) -> EpochCost:
-    """Measure an epoch with or without `keep_freed`. Runs in a process of its own."""
+    """Measure epochs with or without `keep_freed`, in a new process, and return the cost of one."""
     from benchmarks.networks import NONE, fine_tuning_case, first_head
     from inference import freed_memory
     from recipes.catalogue import BackboneName

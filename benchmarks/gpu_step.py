@@ -1,9 +1,9 @@
-"""Measures the fine-tuning step of each backbone on a GPU, with Keras on JAX: images a second and share of peak rate.
+"""Measures fine-tuning of each backbone on a GPU, with Keras on JAX: images per second and share of the peak rate.
 
-The whole network learns at its own image size, compiled, in bfloat16 if there is a GPU. The images are in memory, so
-that nothing is decoded. The batch is doubled until memory runs out or speed stops growing. The first epoch, in which
-JAX compiles, does not count. A training step takes 3 · 2 floating-point operations for each multiply-add of the forward
-pass, since the backward pass needs the gradients of inputs and of weights.
+All layers are trained at the default image size, compiled, and in bfloat16 on a GPU. The images are in memory, so that
+nothing is decoded. The batch size is doubled until memory runs out or the speed stops growing. The first epoch, in
+which JAX compiles, does not count. A training step takes 3 · 2 floating-point operations for each multiply-add of the
+forward pass, because the backward pass computes the gradients of the inputs and of the weights.
 
 Run as `KERAS_BACKEND=jax python -m benchmarks.gpu_step [--backbone vgg16] [--batch 64] [--steps 20] [--peak 989e12]
 [--size 96]`. It needs no TensorFlow and no OpenVINO.
@@ -80,7 +80,7 @@ def measure(name: BackboneName, size: int, args: argparse.Namespace) -> dict[str
 def images_per_s(
     name: BackboneName, weights: bytes, pixels: np.ndarray, batch: int, steps: int, epochs: int
 ) -> list[float]:
-    """Return the images a second of each epoch but the first, measured with the service's own fine-tuning."""
+    """Fine-tune as the service does, and return the images per second of each epoch except the first."""
     keras.utils.clear_session()
     gc.collect()
     recipe = fine_tuning_case(name, ALL, pixels.shape[1], batch, 1 + epochs)
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=989e12, help="dense bfloat16 FLOP/s; by default an H200's")
     args = parser.parse_args()
     if keras.backend.backend() != "jax":
-        sys.exit(f"Expected Keras on JAX. Received {keras.backend.backend()}: run this with KERAS_BACKEND=jax.")
+        sys.exit(f"Keras runs on {keras.backend.backend()}. This benchmark needs JAX: set KERAS_BACKEND=jax.")
     chip = jax.devices()[0].device_kind
     figures: dict[str, Any] = {"chip": chip, "peak_flop_per_s": args.peak}
     rows = []
@@ -114,7 +114,7 @@ def main() -> None:
         size = args.size or CATALOGUE[name].size
         found = measure(name, size, args)
         if not found:
-            sys.exit(f"Expected memory for batches of {args.batch}. Received less: give a smaller --batch.")
+            sys.exit(f"The GPU has too little memory for batches of {args.batch}. Give a smaller --batch.")
         figures[name.value] = found
         rows.append(
             (

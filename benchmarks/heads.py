@@ -1,13 +1,13 @@
-"""Measures linear heads fitted together against one by one, and against a loop of scikit-learn at equal loss.
+"""Measures how fast linear heads are fitted: all together, one after the other with Keras, and with scikit-learn.
 
-Fold by fold is `training.fitting.head_fit.fit_head`: Keras, which traces anew for each head. Side by side is
-`training.fitting.linear_heads.fit_linear_heads`, which takes the same steps. Both train every epoch, so that they do
-the same work. The two take turns in pairs; figures are medians.
+`fold_by_fold` uses `training.fitting.head_fit.fit_head`: Keras, which traces anew for each head. `side_by_side` uses
+`training.fitting.linear_heads.fit_linear_heads`, which computes the same steps for all heads together. Both train all
+epochs, so that they do the same work. They take turns, and the figures are medians.
 
-scikit-learn's `LogisticRegression` minimises C * sum(cross-entropy) + ||W||²/2 over standardised features, which is
-C * n times our mean(cross-entropy) + l2 * ||W||² where C = 1 / (2 * l2 * n), for n rows. It is stopped at the first
-iteration at which this loss is no greater than that of our head on the same training rows: equal loss, not equal
-weights. Our fit is stochastic and may still be above the minimum after its last epoch. Both compute on one thread.
+scikit-learn's `LogisticRegression` minimises C * sum(cross-entropy) + ||W||²/2 over standardised features. With
+C = 1 / (2 * l2 * n) for n rows, this is C * n times our loss, mean(cross-entropy) + l2 * ||W||². scikit-learn is
+stopped at the first iteration whose loss on the training rows is no greater than that of our head. So the losses are
+equal, but not the weights. Our fit is stochastic and may not have reached the minimum. Both compute on one thread.
 
 Run as `python -m benchmarks.heads [--pairs 3] [--epochs 60]`.
 """
@@ -45,7 +45,7 @@ _MOST_ITERATIONS = 1000
 
 
 def draw_features(rows: int, width: int) -> tuple[Features, Indices]:
-    """Return random features like those of a network with ReLU, of overlapping classes, and the class of each row."""
+    """Return random features, at least zero as after a ReLU, and the class of each row. The classes overlap."""
     random = np.random.default_rng(0)
     truth = np.arange(rows) % CLASSES
     centres = random.normal(0, 1, (CLASSES, width))
@@ -83,7 +83,7 @@ def side_by_side(
 
 
 class ScikitLearnLoop:
-    """A loop of scikit-learn over the folds. Each fit stops at the loss that our head has on its training rows."""
+    """Fits the heads with scikit-learn, one after the other, each until it reaches the training loss of our head."""
 
     def __init__(
         self, features: Features, truth: Indices, tasks: Sequence[LinearHeadTask], ours: Sequence[FittedHead]
@@ -103,9 +103,7 @@ class ScikitLearnLoop:
             fitted = self._fit(one, iterations)
             if self._loss_of(one, fitted.coef_.T, fitted.intercept_) <= loss:
                 return iterations
-        raise AssertionError(
-            f"Expected a loss of at most {loss}. scikit-learn does not reach it in {_MOST_ITERATIONS} iterations."
-        )
+        raise AssertionError(f"scikit-learn did not reach a loss of {loss} in {_MOST_ITERATIONS} iterations.")
 
     def _fit(self, one: LinearHeadTask, iterations: int) -> Any:
         rows = Scaler.fit(self._features, one.train)(self._features[one.train])
@@ -128,8 +126,8 @@ def largest_difference(
     """Return the largest difference of an out-of-fold probability between two fits of the same heads."""
     rows = np.arange(len(features))
     most = 0.0
-    for asked, a, b in zip(tasks, one, other, strict=True):
-        test = np.setdiff1d(rows, np.concatenate([asked.train, asked.validation]))
+    for task, a, b in zip(tasks, one, other, strict=True):
+        test = np.setdiff1d(rows, np.concatenate([task.train, task.validation]))
         both = [heads.probabilities(Task.MULTICLASS, heads.logits(fit.layers, features[test])) for fit in (a, b)]
         most = max(most, float(np.abs(both[0] - both[1]).max()))
     return most
@@ -138,12 +136,12 @@ def largest_difference(
 def time_of(work: Callable[[], list[Any]]) -> tuple[float, list[Any]]:
     """Return the seconds that a call takes, and its result."""
     started = time.perf_counter()
-    brought = work()
-    return time.perf_counter() - started, brought
+    result = work()
+    return time.perf_counter() - started, result
 
 
 def compare(rows: int, width: int, epochs: int, pairs: int, strengths: Sequence[float]) -> dict[str, Any]:
-    """Return the figures of one size, with a head of each fold and each strength of the penalty."""
+    """Measure one size of features, with a head for each fold and each L2 penalty; return the figures."""
     features, truth = draw_features(rows, width)
     recipe = fill(Recipe(early_stopping=None), Task.MULTICLASS, [ClassCount("one of many", rows, rows)])
     assert isinstance(recipe, HeadedRecipe)

@@ -1,9 +1,9 @@
-"""Measures the cost of durable jobs: folds trained by a worker against the same folds trained by a bare loop.
+"""Measures the cost of durable jobs: the folds of a run trained by a worker, compared with a bare loop.
 
-The worker renews a lease, its child sends epochs, progress and checkpoints, rows are written to a database on disk, and
-MLflow receives the metrics meanwhile. The bare loop is `Experiment.learn_fold` in a process of its own, which reports
-and keeps nothing. Each measurement starts a new process with all caches filled. Only the seconds of the folds count,
-without start-up and preparation. The two take turns.
+With a worker, a lease is renewed, the child sends epochs, progress and checkpoints, rows are written to a database on
+disk, and MLflow receives the metrics. The bare loop calls `Experiment.learn_fold` in another process, without reports
+and checkpoints. Each measurement starts a new process with all caches filled. Only the seconds of the folds count, not
+start-up and preparation. The two take turns.
 
 Run as `python -m benchmarks.leases [--images 240] [--size 64] [--epochs 8] [--pairs 10] [--mode fine-tuning]
 [--data archive.zip]`. Aim: at most 1.03.
@@ -54,7 +54,7 @@ FOLDS = 2
 
 
 def recipe_of(wanted: argparse.Namespace, labels: Sequence[str]) -> Recipe:
-    """Return a recipe whose fold takes all of its epochs."""
+    """Return a recipe without early stopping, so that every fold trains all epochs."""
     mode = Mode(wanted.mode)
     recipe = Recipe(
         mode=mode,
@@ -74,7 +74,7 @@ def recipe_of(wanted: argparse.Namespace, labels: Sequence[str]) -> Recipe:
 
 
 def bare(order: dict[str, Any]) -> None:
-    """Train the folds and print their seconds. Runs in a process of its own."""
+    """Train the folds in the bare loop and print their seconds. This is the main function of another process."""
     os.environ |= computing_threads(order["threads"])
     from benchmarks.folds import Known, Silent
     from training.experiment import Experiment
@@ -95,7 +95,7 @@ def bare(order: dict[str, Any]) -> None:
 
 
 def bare_folds(order: dict[str, Any]) -> float:
-    """Return the seconds of the folds."""
+    """Start a process that trains the folds in the bare loop; return the seconds of the folds."""
     command = [sys.executable, "-m", "benchmarks.leases", "--bare", json.dumps(order)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -105,7 +105,7 @@ def bare_folds(order: dict[str, Any]) -> float:
 
 
 class Service:
-    """A worker's loops and its sweeper on a database of its own, with a data set."""
+    """A worker with its sweeper, on a new database with a data set."""
 
     def __init__(self, given: BenchData, place: TrainingSettings, mlflow_url: str) -> None:
         self.database = Database(f"sqlite:///{given.folder / 'espalier.db'}")
@@ -149,7 +149,7 @@ class Service:
             time.sleep(0.2)
 
     def close(self) -> None:
-        """End everything."""
+        """Stop the worker and its sweeper, and close the database."""
         for loop in self._loops:
             loop.drain()
         for loop in self._loops:

@@ -16,7 +16,16 @@ import numpy as np
 
 @dataclass
 class Load:
-    """The result of a load: answers by status, the seconds of those with 200, and the number of broken connections."""
+    """The result of a load.
+
+    Attributes:
+        seconds: how long the load lasted.
+        statuses: number of answers by HTTP status.
+        broken: number of requests that ended without an answer.
+        refused: number of connections that could not be opened.
+        took_s: the seconds of each request with status 200.
+        bodies: the bodies of all answers, if they are kept.
+    """
 
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -31,7 +40,7 @@ class Load:
         return self.statuses[200] / self.seconds
 
     def figures(self) -> dict[str, float | dict[str, int]]:
-        """Return the numbers that a benchmark reports of it."""
+        """Return the numbers for the report of a benchmark."""
         took_ms = 1000 * np.array(self.took_s or [float("nan")])
         return {
             "requests_per_s": round(self.per_second, 2),
@@ -70,7 +79,7 @@ def load(
     per_second: float = float("inf"),
     is_over: Callable[[Load], bool] = lambda found: False,
 ) -> Load:
-    """Send requests from several clients and return what came back.
+    """Send requests from several clients and return the statistics of their answers.
 
     Args:
         port: the server on this machine.
@@ -78,11 +87,11 @@ def load(
         clients: number of clients.
         seconds: how long to send requests.
         keeps_bodies: whether to keep the bodies of the answers.
-        most: number of requests after which to stop earlier.
+        most: number of requests after which to stop, even before `seconds` are over.
         patience_s: a request without an answer after this time counts as broken.
-        per_second: rate at which requests are sent, whether earlier ones were answered or not, as long as a client is
-            free. By default every client sends its next request at once.
-        is_over: called before each request; True stops earlier.
+        per_second: rate at which requests are sent as long as a client is free, even if earlier requests are not
+            answered yet. By default, every client sends its next request at once.
+        is_over: called before each request; if it returns True, the load stops.
     """
     return asyncio.run(_load(port, requests, clients, seconds, keeps_bodies, most, patience_s, per_second, is_over))
 

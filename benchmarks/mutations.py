@@ -1,9 +1,9 @@
-"""How many small mistakes in the source the tests notice.
+"""Measures how many small mistakes in the source the tests detect (mutation testing).
 
-Draws mutations of the source from a seed: a comparison turned, a number off by one, `and` for `or`, a condition
-negated, a statement left out, `None` returned. Runs for each the tests that are about the mutated module, and counts
-how many mutations make one fail. With `--beside`, another checkout gets the same mutations, with its own tests: only
-functions that are equal in both are mutated.
+A mutation is a small change of the source: a reversed comparison, a number off by one, `and` instead of `or`, a negated
+condition, a missing statement, or a returned `None`. The seed determines which mutations are drawn. For each mutation,
+the tests of its module run. The mutation is killed if a test fails. With `--beside`, the same mutations are applied to
+another checkout, which runs its own tests. Then only functions that are the same in both checkouts are mutated.
 
 Run as `python -m benchmarks.mutations [--count 100] [--seed 1] [--beside CHECKOUT]`.
 """
@@ -54,7 +54,7 @@ _SWAPPED: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the source, and where it stands."""
+    """A function of the source, with its file and its syntax tree."""
 
     path: str
     name: str
@@ -62,13 +62,19 @@ class Function:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What is equal for the same function in two checkouts, even in files of different names."""
+        """Name and code, which identify the same function in two checkouts, even in files with different names."""
         return self.name, ast.dump(self.node)
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A change of one node of a function: `number` counts the changes that are possible in it."""
+    """One possible change of a function.
+
+    Attributes:
+        function: the key of the function.
+        number: index of the change among all possible changes of the function.
+        kind: the kind of change, such as `comparison`.
+    """
 
     function: tuple[str, str]
     number: int
@@ -92,7 +98,7 @@ def _functions_of(path: str, tree: ast.AST, prefix: str) -> Iterator[Function]:
 
 
 def changes(function: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
-    """Yield what could be changed of a function: the kind, the node, and the text in its place."""
+    """Yield the possible changes of a function: the kind, the node, and the code that replaces the node."""
     for statement in getattr(function, "body", []):
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
@@ -130,7 +136,7 @@ def _is_none(node: ast.expr | None) -> bool:
 
 
 def draw(checkouts: list[Path], count: int, seed: int) -> list[Mutation]:
-    """Return mutations that are possible in all checkouts, in an order that follows from the seed."""
+    """Return `count` random mutations that are possible in all checkouts. The seed determines them."""
     shared = set.intersection(*({function.key for function in functions(one)} for one in checkouts))
     seen: set[tuple[str, str]] = set()
     found: list[Mutation] = []
@@ -143,7 +149,7 @@ def draw(checkouts: list[Path], count: int, seed: int) -> list[Mutation]:
 
 
 def mutate(source: str, node: ast.AST, text: str) -> str:
-    """Return source with another text in place of a node."""
+    """Return the source with a node replaced by other code."""
     lines = source.encode().splitlines(keepends=True)
     starts = [0]
     for line in lines:
@@ -155,7 +161,7 @@ def mutate(source: str, node: ast.AST, text: str) -> str:
 
 
 def tests_of(checkout: Path, path: str) -> list[str]:
-    """Return the test files about a module: the one of its name, then those of its room that import it."""
+    """Return the test files for a module: the one with its name, then those in its folder that import the module."""
     file = Path(path)
     stem = file.parent.name if file.stem in ("__init__", "__main__") else file.stem
     every = sorted((checkout / "tests").rglob("test_*.py"))
@@ -168,7 +174,7 @@ def tests_of(checkout: Path, path: str) -> list[str]:
 
 
 class Tree:
-    """A copy of a checkout that is mutated."""
+    """A temporary copy of a checkout, in which files are mutated."""
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         self.name = checkout.name
@@ -178,13 +184,13 @@ class Tree:
         self._functions = {function.key: function for function in functions(folder)}
 
     def find(self, mutation: Mutation) -> tuple[Path, ast.AST, str]:
-        """Return the file of a mutation, the node in it, and what is written in its place."""
+        """Return the file of a mutation, the node to replace, and the code that replaces it."""
         function = self._functions[mutation.function]
         _, node, text = list(changes(function.node))[mutation.number]
         return self.root / function.path, node, text
 
     def is_killed(self, mutation: Mutation, limit_s: float) -> tuple[bool, str, float]:
-        """Return whether a test notices a mutation, which one, and the seconds that this took."""
+        """Run the tests with a mutation. Return whether a test failed, which one, and the seconds that this took."""
         file, node, text = self.find(mutation)
         source = file.read_text()
         tests = tests_of(self.root, file.relative_to(self.root).as_posix())
@@ -219,7 +225,7 @@ class Tree:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Draw mutations, test each, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)

@@ -20,15 +20,15 @@ from training.fitting.training_loop import FitHooks
 from training.networks import backbones
 
 NONE = np.array([], dtype=np.intp)
-# So small that the result follows from the data and not from rounding, although the weights are random.
+# So small that rounding errors do not grow, although the weights are random.
 _LEARNING_RATE = 1e-6
 _HEAD_EPOCHS = 3
 
 
 def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
-    """Return random weights whose BatchNorm statistics match their inputs, as in a trained network.
+    """Return random weights whose BatchNorm statistics match the given images, as in a trained network.
 
-    Without that, the features of a deep network are as small as 1e-10, and its gradients overflow.
+    With other statistics, the features of a deep random network are as small as 1e-10, and its gradients overflow.
     """
     network = backbones.build_network(name, pixels.shape[1])
     backbones.load_weights(network, backbones.random_weights(name))
@@ -40,7 +40,7 @@ def calibrated(name: BackboneName, pixels: Pixels) -> bytes:
 
 
 def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: int, epochs: int) -> FineTuningRecipe:
-    """Return a recipe that fine-tunes without augmentation and without an early end."""
+    """Return a recipe that fine-tunes without augmentation and without early stopping."""
     recipe = Recipe(
         mode=Mode.FINE_TUNING,
         backbone=name,
@@ -57,16 +57,16 @@ def fine_tuning_case(name: BackboneName, unfreeze: str, size: int, batch_size: i
 
 
 def first_head(recipe: HeadedRecipe, features: Features, targets: Indices) -> FittedHead:
-    """Return a head after a few epochs, from which fine-tuning can start."""
+    """Fit a head for a few epochs and return it, as the start of fine-tuning."""
     data = FitData(Task.MULTICLASS, int(targets.max()) + 1, features, targets)
     hooks = FitHooks(lambda number, metrics: None)
     return fit_head(recipe, data, FitTask(np.arange(len(targets)), NONE, _HEAD_EPOCHS, 0, hooks))
 
 
 def multiply_adds(model: Any) -> int:
-    """Return the multiply-adds of one image forward through a model's dense and convolution layers.
+    """Return the multiply-adds of a model's forward pass for one image, in dense and convolution layers.
 
-    Every value of a kernel is used once at each position of the layer's output. Other layers cost next to nothing.
+    Each value of a kernel is multiplied once for each position of the layer's output. Other layers cost almost nothing.
     """
     return sum(
         int(np.prod(layer.output.shape[1:-1])) * sum(int(np.prod(kernel.shape)) for kernel in _kernels(layer))

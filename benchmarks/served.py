@@ -1,8 +1,8 @@
-"""Compares a trained network as it is served with the same network in Keras, on the same original files.
+"""Compares the predictions of a served model with those of the same network in Keras, on the same image files.
 
-The network is trained, exported and bundled as in the service. Each file then goes once through the predictor of the
-endpoint (decoding, OpenVINO, the head in NumPy) and once through Keras, on pixels decoded by the same rule. No label
-may differ. The largest difference of a probability is reported.
+The network is trained, exported and bundled as in the service. Each file is then predicted twice: by the predictor of
+the API (decoding, OpenVINO, the head in NumPy), and by Keras on pixels that were decoded in the same way. No predicted
+label may differ. The benchmark reports the largest difference of a probability.
 
 Run as `python -m benchmarks.served [--backbone vgg16] [--unfreeze block5] [--size 64] [--images 200] [--epochs 3]
 [--data archive.zip]`. With `--from-scratch` the network is a CNN with random initial weights.
@@ -45,7 +45,15 @@ _SHELF_BYTES = 4 * 1024**3
 
 @dataclass(frozen=True)
 class FittedCase:
-    """A trained network: its probabilities [N, classes] by Keras, the Keras network before the head, and the head."""
+    """A trained network.
+
+    Attributes:
+        title: its name in the report.
+        by_keras: float32 [N, classes], the probabilities that Keras predicts.
+        network: the Keras model before the head.
+        layers: the head.
+        facts: further figures for the report.
+    """
 
     title: str
     by_keras: Float32
@@ -55,7 +63,7 @@ class FittedCase:
 
 
 def fine_tuned_case(bench: BenchData, args: argparse.Namespace) -> FittedCase:
-    """Return a backbone that was fine-tuned on the images."""
+    """Fine-tune a backbone on the images and return it with its predictions."""
     cut = CATALOGUE[args.backbone].last_cut
     recipe = fine_tuning_case(args.backbone, args.unfreeze or cut, args.size, _BATCH, args.epochs)
     frozen = OpenVinoEngine(bench.store.path(bench.backbone), Precision.FLOAT32, bench.threads)
@@ -76,7 +84,7 @@ def fine_tuned_case(bench: BenchData, args: argparse.Namespace) -> FittedCase:
 
 
 def scratch_case(bench: BenchData, args: argparse.Namespace) -> FittedCase:
-    """Return the default CNN of a recipe from scratch, trained on the images."""
+    """Train the default CNN from scratch on the images and return it with its predictions."""
     counts = [ClassCount(label, 100, 100) for label in bench.labels]
     recipe = fill(Recipe(mode=Mode.FROM_SCRATCH, image_size=args.size), Task.MULTICLASS, counts)
     assert isinstance(recipe, FromScratchRecipe)
@@ -94,7 +102,7 @@ _QUIET = FitHooks(lambda number, metrics: None)
 
 
 def as_served(bench: BenchData, size: int, case: FittedCase) -> Float32:
-    """Return the probabilities [N, classes] that the predictor of the endpoint gives for the original files."""
+    """Return the probabilities [N, classes] that the API's predictor computes for the image files."""
     digest = bench.store.put(export(case.network, bench.threads, bench.pixels[:_BATCH]).onnx)
     engine = OpenVinoEngine(bench.store.path(digest), Precision.FLOAT32, bench.threads)
     golden = bench.pixels[:1]
@@ -121,7 +129,7 @@ def as_served(bench: BenchData, size: int, case: FittedCase) -> Float32:
 
 
 def main() -> None:
-    """Compare both and write the figures."""
+    """Compare the predictions of the service and of Keras, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", type=BackboneName, choices=list(BackboneName), default=BackboneName.VGG16)
     parser.add_argument("--unfreeze")

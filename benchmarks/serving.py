@@ -1,11 +1,13 @@
-"""Measures requests a second, JPEG in and probabilities out, of Espalier, LitServe, BentoML and the bare engine.
+"""Measures prediction requests per second (JPEG in, probabilities out) of Espalier, LitServe, BentoML and the engine.
 
-Every server has the same network with random weights, the same files and the same clients, and has the processors to
-itself. The servers take turns, round by round. Espalier also answers in the other precisions that the processor has.
-Three measurements are of Espalier alone: a thousand models on that backbone with their memory, an alias that moves
-under load, and with `--overload 600` twice as many requests as it can answer, for 600 seconds.
+Every server has the same network with random weights, the same files and the same clients. Only one server runs at a
+time, and the servers take turns in every round. Espalier also predicts in the other precisions that the processor has.
+Three measurements are of Espalier alone: a thousand models on one backbone with the memory that they take, an alias
+that moves under load, and (with `--overload 600`) twice as many requests as it can answer, for 600 seconds.
 
-The peers run in an environment of their own: `make bench-serving` makes it. Run as `python -m benchmarks.serving
+LitServe and BentoML need another Python environment, which `make bench-serving` makes.
+
+Run as `python -m benchmarks.serving
 [--backbone xception] [--size 299] [--rounds 3] [--seconds 15] [--clients 1 8 32] [--heads 1000]
 [--peers .cache/peers/bin/python] [--peer-models 40] [--data archive.zip] [--overload 600]`.
 """
@@ -64,7 +66,16 @@ _START_WITHIN_S = 1200.0
 
 @dataclass(frozen=True)
 class Server:
-    """A server: how to start it, how to see that it is ready, and what to send to it."""
+    """A server to measure.
+
+    Attributes:
+        name: its name in the report.
+        ready: path of a URL that answers 200 once the server is ready.
+        command: the command that starts it.
+        folder: the working directory of the command.
+        environment: additional environment variables.
+        requests: the HTTP requests to send, which are sent in turn.
+    """
 
     name: str
     ready: str
@@ -88,12 +99,12 @@ def running(server: Server, port: int) -> Iterator[psutil.Process]:
             deadline = time.monotonic() + _START_WITHIN_S
             while not _is_ready(port, server.ready):  # LitServe fails if requests come before it is ready
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"Expected {server.name} to be ready within {_START_WITHIN_S:.0f} s. It is not.")
+                    raise RuntimeError(f"{server.name} ended, or was not ready within {_START_WITHIN_S:.0f} s.")
                 time.sleep(0.5)
             # A server answers 503 while it is still reading its network.
             while (found := load(port, server.requests[:1], 1, 0.2)).statuses.keys() != {200}:
                 if found.statuses.keys() - {200, 503} or found.broken or time.monotonic() > deadline:
-                    raise RuntimeError(f"Expected answers 200 of {server.name}. Received {found.figures()}.")
+                    raise RuntimeError(f"{server.name} answered with other statuses than 200: {found.figures()}.")
                 time.sleep(0.5)
             yield psutil.Process(process.pid)
         finally:
@@ -174,11 +185,11 @@ def _bundle(bench: BenchData, features: Any, size: int, hidden: int | None) -> B
     )
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
 def bare_rate(bench: BenchData, seconds: float) -> float:
-    """Return the images a second of the engine alone, on decoded batches of the size at which it is fastest."""
+    """Return the images per second of the engine alone, on decoded images and at its fastest batch size."""
     engine = OpenVinoEngine(bench.store.path(bench.backbone), Precision.FLOAT32, bench.threads)
     best = 0.0
     size = 1
@@ -213,7 +224,10 @@ def alone_ms(bench: BenchData, file: bytes, size: int) -> float:
 
 
 def moved_alias(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, Any]:
-    """Move an alias back and forth under load. Return the seconds until each move was seen, and the failed requests."""
+    """Move an alias between two versions under load.
+
+    Return the figures: the seconds until answers came from the new version, and the number of failed requests.
+    """
     took: list[float] = []
     is_over = threading.Event()
 
@@ -317,7 +331,7 @@ def main() -> None:
 
 
 def on_ours(ours: Server, port: int, args: argparse.Namespace, files: Sequence[bytes]) -> dict[str, Any]:
-    """Return the figures of what only Espalier has: many models on one backbone, aliases, and bounded queues."""
+    """Measure the features that only Espalier has: many models on one backbone, aliases and bounded queues."""
     clients, seconds = 8, args.seconds
     spread_out = [
         post(f"/api/v1/models/{name(number)}/predict", files[number % len(files)]) for number in range(args.heads)
@@ -345,7 +359,7 @@ def on_ours(ours: Server, port: int, args: argparse.Namespace, files: Sequence[b
         eager = replace(ours, environment=ours.environment | _FIVE_SECONDS)
         with running(eager, port) as process:
             capacity = load(port, ours.requests, 8, seconds).per_second
-            clients = max(16, int(4 * capacity * 5))  # so many that some are always free
+            clients = max(16, int(4 * capacity * 5))  # so many that some clients are always free
             with ThreadPoolExecutor(1) as watching:
                 memory = watching.submit(watch, process, args.overload)
                 flood = load(port, ours.requests, clients, args.overload, per_second=2 * capacity)
@@ -372,7 +386,7 @@ _FIVE_SECONDS = {"ESPALIER_PREDICT_DEADLINE_S": "5"}
 
 
 def peers(args: argparse.Namespace, size: int, port: int, files: Sequence[bytes]) -> list[Server]:
-    """Return the servers to compare with, which run in an environment of their own."""
+    """Return the servers of LitServe and BentoML, which run in another Python environment."""
     environment = {
         "PEER_NETWORK": args.backbone.value,
         "PEER_SIZE": str(size),
@@ -399,7 +413,7 @@ def _json(file: bytes, model: int = 0) -> bytes:
 
 
 def of_a_peer(litserve: Server, port: int, models: int, files: Sequence[bytes], seconds: float) -> dict[str, Any]:
-    """Return memory and requests a second of LitServe with many models, each of which has its own network."""
+    """Return memory and requests per second of LitServe with one model and with many, each with its own network."""
     figures: dict[str, Any] = {"models": models}
     for count in (1, models):
         requests = [_json(files[number % len(files)], number % count) for number in range(max(count, len(files)))]

@@ -1,9 +1,10 @@
-"""How long a small run takes from its request to its first epoch and to its end, with everything that a service adds.
+"""Measures how long a small run takes in the whole service, from its request to its first epoch and to its end.
 
 Starts the whole service (`python -m ops.up`), uploads 40 images of four classes and requests one run after another:
 VGG16 at 32 pixels with five folds and two epochs, so that nearly all of the time is start-up. A client notes when the
 first `epoch` event and the last `state` event of a run arrive. With `--beside`, the service of another checkout runs at
-the same time and gets every second run, so that both meet the same noise; what is compared is the ratio of medians.
+the same time, and the runs alternate between the two services. So other load on the machine affects both equally. The
+result is then the ratio of their medians.
 
 Run as `python -m benchmarks.start_up [--extraction 40] [--tuning 10] [--beside CHECKOUT]`.
 """
@@ -90,7 +91,7 @@ class RunningService:
 
 @contextmanager
 def running_service(checkout: Path) -> Iterator[RunningService]:
-    """Start the service of a checkout on an empty folder with default settings, and stop it at the end."""
+    """Start the service of a checkout with an empty data folder and default settings; stop it at the end."""
     port = free_port()
     with tempfile.TemporaryDirectory() as var:
         environment = os.environ | {

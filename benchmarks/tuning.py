@@ -1,20 +1,25 @@
-"""Measures fine-tuning against a bare `keras.Model.fit`: the cost of our step, and what caching the frozen part saves.
+"""Measures fine-tuning against a bare `keras.Model.fit`: the cost of a training step, and the gain of caching.
 
-The step: `training.fitting.fine_tuning.fine_tune` on maps at the cut, against `fit` on the same array with the same
-layers, optimizer and loss, in interleaved pairs. The cut: `fine_tune` on maps that the engine computes in one pass,
-against `fit` through the whole network with the layers before the cut frozen. Each fold is a pair, with the same rows
-in the same order. Neither side counts the first epoch of each run, in which Keras builds and traces, nor the export of
-the frozen part.
+Two comparisons are made, both in alternating pairs:
 
-What the cut can save at most follows from multiply-adds. Let one image cost f forward through the frozen part and r
-through the part that learns. A training image costs the learning part 3r, since the backward pass needs the gradients
-of its inputs and of its weights; a validation image costs it r. With E epochs, K folds, N images and, in fold i, t_i
-images to train on and v_i to validate on, the limit is
+- `step`: `training.fitting.fine_tuning.fine_tune` on the cached output of the frozen layers, against `fit` on the same
+  array with the same layers, optimizer and loss.
+- `cut`: `fine_tune` on the output of the frozen layers, which the engine computes once, against `fit` through the whole
+  network with the same layers frozen. Each fold is a pair, with the same rows in the same order.
+
+The first epoch of each run, in which Keras builds and traces, does not count. Neither does the export of the frozen
+layers.
+
+The largest possible gain of `cut` follows from the multiply-adds. Let f be those of the frozen layers for one image,
+and r those of the trainable layers. In the trainable layers, a training image costs 3r, because the backward pass
+computes the gradients of inputs and of weights; a validation image costs r. With E epochs, K folds, N images and, in
+fold i, t_i training and v_i validation images, the limit is
 
     sum_i E (t_i (f + 3r) + v_i (f + r)) / (N f + sum_i E (t_i 3r + v_i r))
 
-For many epochs without validation this is 1 + f / 3r: VGG16 from block5 4.3, Xception's exit flow (from block13) 3.5,
-ResNet50 from conv5 2.4. It takes every multiply-add to be equally fast; OpenVINO's are faster than Keras'.
+For many epochs without validation this is 1 + f / 3r: 4.3 for VGG16 from block5, 3.5 for Xception from block13, and 2.4
+for ResNet50 from conv5. The formula assumes that all multiply-adds are equally fast, but those of OpenVINO are faster
+than those of Keras.
 
 Run as `python -m benchmarks.tuning [--images 160] [--pairs 10] [--folds 3] [--epochs 3] [--backbone vgg16]
 [--size 96] [--data archive.zip]`.
@@ -62,7 +67,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the first cut that learns, and an image size at which it is fast."""
+    """A case to measure: a network, the first cut point whose layers are trained, and a small image size."""
 
     backbone: BackboneName
     unfreeze: str
@@ -78,14 +83,14 @@ CASES = (
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """The seconds of each epoch but the first, and the metrics of all epochs."""
+    """The seconds of each epoch except the first, and the metrics of all epochs."""
 
     epochs_s: list[float]
     history: list[Epoch]
 
 
 class FineTuning:
-    """One case on its images: the frozen part of the network, and a head that was fitted on frozen features."""
+    """One case with its images, the frozen layers of its network, and a head that was fitted on frozen features."""
 
     def __init__(self, case: Case, bench: BenchData, epochs: int) -> None:
         self.bench = bench
@@ -98,7 +103,7 @@ class FineTuning:
 
     @contextmanager
     def maps(self) -> Iterator[Maps]:
-        """Yield the maps at the cut, computed now and cached in a temporary folder."""
+        """Compute the output of the frozen layers, cache it in a temporary folder, and yield it."""
         bench = self.bench
         size = bench.pixels.shape[1]
         space = FeatureSpace(IMAGE_RULE, size, Resize.SQUASH, bench.backbone, Precision.FLOAT32)
@@ -110,7 +115,7 @@ class FineTuning:
             yield maps
 
     def data(self, inputs: Any, are_maps: bool) -> FineTuningData:
-        """Return the images of the case as pixels, or as maps at the cut."""
+        """Return inputs (pixels or, with `are_maps`, the output of the frozen layers) with the targets of the case."""
         bench = self.bench
         return FineTuningData(Task.MULTICLASS, len(bench.labels), inputs, bench.truth, are_maps)
 
@@ -124,7 +129,7 @@ class FineTuning:
         return EpochTimes(np.diff(ends).tolist(), tuned.trained.history)
 
     def bare(self, data: FineTuningData, steps: int, **arguments: Any) -> EpochTimes:
-        """Fine-tune the same layers by `keras.Model.fit` alone; `arguments` are those of `fit` that have the data."""
+        """Fine-tune the same layers with `keras.Model.fit` alone. `arguments` pass the data to `fit`."""
         _drop_networks()
         keras.utils.set_random_seed(SEED)
         _, model, _ = fine_tuning.build_model(self.recipe, data, self.weights, self.head, SEED)
@@ -147,7 +152,7 @@ class FineTuning:
 
 
 def step(tuning: FineTuning, pairs: int) -> dict[str, Any]:
-    """Return the figures of our training step against the bare one."""
+    """Compare the training step of the service with the bare one, and return the figures."""
     truth = tuning.bench.truth
     ours, bare = [], []
     with tuning.maps() as mapped:
@@ -168,7 +173,7 @@ def step(tuning: FineTuning, pairs: int) -> dict[str, Any]:
 
 
 def cut(tuning: FineTuning, folds: Sequence[Fold]) -> dict[str, Any]:
-    """Return the figures of running the frozen part once against running it in every epoch."""
+    """Compare running the frozen layers once with running them in every epoch, and return the figures."""
     bench = tuning.bench
     cached, plain = [], []
     tuning.engine.maps(bench.pixels[:BATCH])

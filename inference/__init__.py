@@ -1,4 +1,4 @@
-"""Runs exported networks for predictions: arrays in, arrays out. Knows no TensorFlow, SQL or HTTP."""
+"""Runs exported networks and heads to predict on images. Knows no TensorFlow, no SQL and no HTTP."""
 
 from no_telemetry import turn_off_telemetry
 

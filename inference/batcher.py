@@ -1,8 +1,8 @@
-"""Batches images for one backbone: those that arrive while the engine is busy form the next batch. Knows no heads.
+"""Batches images for one backbone: images that arrive while the engine is busy form the next batch. Knows no heads.
 
-There is no timer. Two threads alternate: while the engine computes the batch of one, the other prepares the next batch
-from the waiting images; when the engine is free, it adds images that arrived since and runs. Every request ends with an
-answer or an error, even if a thread dies: the caller holds only its future.
+There is no timer. Two threads alternate. While one thread runs its batch in the engine, the other copies waiting images
+into the next batch. As soon as the engine is free, the other thread adds images that have arrived meanwhile, and runs.
+The future of every request ends with a result or an error, even if a thread dies, because callers wait for it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from inference.engine import Engine
 
 Maps = npt.NDArray[np.float32]
 
-# One batch in the engine, one prepared.
+# Two threads: one runs a batch in the engine, the other prepares the next batch.
 _IN_FLIGHT = 2
 # Weight of the newest batch in the moving average of the engine's slowdown.
 _NEWEST = 0.2
 LARGEST_BATCH = 64
-# A larger batch must raise the rate by this factor, and take at most so long: otherwise it only adds waiting time.
+# A larger batch size is used only if it raises the images per second by this factor and a batch takes at most so long.
 LEAST_GAIN = 1.03
 LONGEST_BATCH_S = 0.5
-# Number of measurements of a pair of sizes, and a limit in seconds after at least two.
+# How often a pair of batch sizes is measured. After two measurements, no more begin once they took so many seconds.
 _TIMED = 7
 _TIMED_S = 1.0
-# Stop after so many sizes in a row without gain: too small a batch costs more than one more trial.
+# Measuring ends after so many sizes in a row without a gain. One such size may be an accident, so it is not enough.
 _IN_VAIN = 2
 
 _ENDING = "The network was unloaded, or the service is shutting down. Try again in a moment."
@@ -44,13 +44,13 @@ _ENDING = "The network was unloaded, or the service is shutting down. Try again 
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """Output of the backbone for the images of a request, and the time it took.
+    """The backbone's output for the n images of one request, whose images may have been in several batches.
 
     Attributes:
         features: float32 [n, D].
-        maps: float32 [n, h, w, D], or None if the request did not ask for them.
-        backbone_ms: time from the start of the batch of the first image to the end of that of the last one.
-        batch: number of images in the batch of the last image.
+        maps: float32 [n, h, w, D]; None if the request did not ask for maps.
+        backbone_ms: milliseconds from the start of the request's first batch to the end of its last batch.
+        batch: number of images in the request's last batch, including images of other requests.
     """
 
     features: Features
@@ -60,19 +60,24 @@ class BackboneOutput:
 
 
 class FeatureFuture(Future[BackboneOutput]):
-    """The future of a request's output; it always ends with a result, an error or a cancellation."""
+    """The future of a request's BackboneOutput. It always ends with a result, an error or a cancellation."""
 
     is_abandoned = False
 
     def abandon(self) -> None:
-        """Declare that no caller waits any more: images that have not reached the engine are dropped."""
+        """Give up the request: its images that have not reached the engine yet are dropped."""
         self.is_abandoned = True
         self.cancel()
 
 
 @dataclass
 class _Request:
-    """Images that wait or are in the engine, with the outputs so far by index; changed only under the lock."""
+    """A request whose images wait or are in the engine. Changed only by the holder of the batcher's lock.
+
+    Attributes:
+        features: the features computed so far, by index of the image.
+        maps: the maps computed so far, by index of the image.
+    """
 
     pixels: Pixels
     wants_maps: bool
@@ -87,21 +92,26 @@ class _Request:
 
 @dataclass(frozen=True)
 class _QueuedImage:
-    """One image of a request."""
+    """One image of a request, by its index in the request."""
 
     request: _Request
     index: int
 
 
 class _WaitEstimator:
-    """Estimates how long batches take: measured seconds by size, times the current slowdown of the engine.
+    """Estimates how long batches take: the seconds measured on an idle engine, times the current slowdown.
 
-    The seconds by size come from idle measurements, because a full batch takes less time per image than a small one and
-    recent batches may all have been small. The slowdown is a moving average over recent batches of any size.
+    The idle measurements give the seconds for each batch size, because a full batch takes less time per image than a
+    small one. The slowdown is a moving average over recent batches: their seconds divided by the idle seconds.
     """
 
     def __init__(self, timed: Mapping[int, float], limit: int) -> None:
-        """Start from measured seconds by batch size up to `limit`; without any, the first batch sets them."""
+        """Start from measurements.
+
+        Args:
+            timed: measured seconds of a batch, by batch size; if empty, the first batch becomes the measurement.
+            limit: the largest batch size.
+        """
         self._limit = limit
         self._slowness = 1.0
         self._alone_s = _seconds_by_size(timed, limit) if timed else []
@@ -113,7 +123,10 @@ class _WaitEstimator:
         self._slowness = (1 - _NEWEST) * self._slowness + _NEWEST * seconds / self._alone_s[images]
 
     def seconds(self, images: int) -> float:
-        """Return the estimated seconds for so many images, in full batches and a rest; 0 without measurements."""
+        """Return the estimated seconds for so many images, in full batches and a last smaller one.
+
+        Returns 0 without measurements.
+        """
         if not self._alone_s:
             return 0.0
         full, rest = divmod(images, self._limit)
@@ -121,7 +134,10 @@ class _WaitEstimator:
 
 
 def _seconds_by_size(timed: Mapping[int, float], limit: int) -> list[float]:
-    """Return the seconds of a batch by size from 0: interpolated between measured sizes, proportional outside."""
+    """Return the seconds of a batch as a list by size, from 0 to `limit`.
+
+    Between measured sizes they are interpolated; outside they are proportional to the nearest measured size.
+    """
     sizes = np.arange(1, limit + 1)
     known = sorted(timed)
     nearest = np.clip(sizes, known[0], known[-1])
@@ -129,7 +145,7 @@ def _seconds_by_size(timed: Mapping[int, float], limit: int) -> list[float]:
 
 
 class Batcher:
-    """Runs one engine for many callers."""
+    """Runs one engine for many callers, whose images share batches."""
 
     def __init__(
         self,
@@ -152,7 +168,7 @@ class Batcher:
         self.limit = limit
         self._waiting: deque[_QueuedImage] = deque()
         self._changed = threading.Condition()
-        # The holder of the first lock prepares a batch, that of the second runs the engine: batches stay in order.
+        # A thread holds the first lock while it prepares a batch, and the second while it runs the engine.
         self._turnstile, self._engine_free = threading.Lock(), threading.Lock()
         self._is_closed = False
         self._in_engine = 0
@@ -166,11 +182,18 @@ class Batcher:
             thread.start()
 
     def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> FeatureFuture:
-        """Queue images, uint8 [n, H, W, 3], and return a future of their features that always ends.
+        """Queue the images of a request, and return a future of their output.
 
-        A future that is cancelled before the engine takes its images costs nothing. `until` is a time on this
-        batcher's clock: images that the engine has not taken by then end with DeadlineExceeded. Other errors are
-        Unavailable after `close`, and whatever the engine raises.
+        If the future is cancelled before the engine takes the images, they are not computed.
+
+        Args:
+            pixels: uint8 [n, H, W, 3].
+            until: the deadline, as a time of this batcher's clock.
+            wants_maps: whether the output shall contain the maps.
+
+        Returns:
+            a future that always ends. Its error is DeadlineExceeded if the engine has not taken the images in time,
+            Unavailable if the batcher is closed, or an error of the engine.
         """
         future = FeatureFuture()
         request = _Request(pixels, wants_maps, until, future, self._now())
@@ -183,12 +206,12 @@ class Batcher:
         return future
 
     def wait_s(self, images: int = 0) -> float:
-        """Return the estimated seconds until so many more images would be computed; 0 before any measurement."""
+        """Return the estimated seconds until all waiting images and `images` more are computed; 0 if unknown."""
         with self._changed:
             return self._pace.seconds(sum(map(_is_awaited, self._waiting)) + self._in_engine + images)
 
     def oldest_s(self) -> float:
-        """Return the seconds that the longest waiting image has waited, 0 if none waits."""
+        """Return how many seconds the oldest waiting image has waited; 0 if no image waits."""
         with self._changed:
             oldest = next((slot for slot in self._waiting if _is_awaited(slot)), None)
             return self._now() - oldest.request.arrived if oldest else 0.0
@@ -204,7 +227,10 @@ class Batcher:
         return self._is_closed
 
     def close(self, within_s: float = 30.0) -> None:
-        """Refuse new requests, answer the waiting ones and stop; unanswered ones fail after `within_s`."""
+        """Refuse new requests, answer the waiting requests, and stop the threads.
+
+        Requests that are not answered within `within_s` seconds fail with Unavailable.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -223,7 +249,7 @@ class Batcher:
             self._end()
 
     def _run_batch(self) -> bool:
-        """Run one batch through the engine; return False when closed and empty."""
+        """Run one batch through the engine. Return False if the batcher is closed and no images wait."""
         slots: list[_QueuedImage] = []
         try:
             with contextlib.ExitStack() as engine:
@@ -244,7 +270,7 @@ class Batcher:
                 features, maps = self._engine.run(pixels[: len(slots)], wants_maps=wants_maps)
                 ended = self._now()
             self._resolve(slots, features, maps, started, ended)
-        except BaseException as error:  # whatever it is, no caller may wait for ever
+        except BaseException as error:  # any error must end the futures, because callers wait for them
             _fail([slot.request for slot in slots], error)
             if not isinstance(error, Exception):
                 raise
@@ -254,7 +280,7 @@ class Batcher:
         return True
 
     def _end(self) -> None:
-        """Close, and fail all waiting requests, since a thread has ended."""
+        """Close the batcher and fail all waiting requests, because a thread has ended."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -262,37 +288,43 @@ class Batcher:
         _fail([slot.request for slot in left], Unavailable(_ENDING))
 
     def _wait_for_images(self, slots: list[_QueuedImage]) -> None:
-        """Wait for images that are still wanted and take up to `limit`; take none when closed."""
+        """Wait for images of requests that still need an answer, and move up to `limit` of them to `slots`.
+
+        If the batcher is closed and no images wait, `slots` stays empty.
+        """
         with self._changed:
             while not self._add_waiting(slots) and not self._is_closed:
                 self._changed.wait()
 
     def _refill(self, slots: list[_QueuedImage], pixels: Pixels) -> None:
-        """Drop abandoned images, and add images that arrived while the engine was busy.
+        """Update a prepared batch just before it runs: drop abandoned images, and add images that have arrived since.
 
-        Most pixels were copied before; copying one image of 299 pixels takes about 30 µs.
+        The engine waits during this call. It is short: copying an image of 299 × 299 pixels takes about 30 µs.
         """
         with self._changed:
-            kept = [place for place, slot in enumerate(slots) if self._is_wanted(slot.request)]
+            kept = [index for index, slot in enumerate(slots) if self._needs_answer(slot.request)]
             self._in_engine -= len(slots) - len(kept)
             if len(kept) < len(slots):
-                slots[:] = [slots[place] for place in kept]
+                slots[:] = [slots[index] for index in kept]
                 pixels[: len(kept)] = pixels[kept]
             self._add_waiting(slots)
         _copy_pixels(slots, pixels, len(kept))
 
     def _add_waiting(self, slots: list[_QueuedImage]) -> bool:
-        """Move waiting images that are still wanted to `slots`, up to `limit`; the caller holds the lock."""
+        """Move waiting images to `slots`, up to `limit`; drop images whose request needs no answer any more.
+
+        The caller holds the lock. Return whether any image was moved.
+        """
         before = len(slots)
         while self._waiting and len(slots) < self.limit:
             slot = self._waiting.popleft()
-            if self._is_wanted(slot.request):
+            if self._needs_answer(slot.request):
                 slots.append(slot)
         self._in_engine += len(slots) - before
         return len(slots) > before
 
-    def _is_wanted(self, request: _Request) -> bool:
-        """Return whether the engine should compute an image; fail its request if the deadline is over."""
+    def _needs_answer(self, request: _Request) -> bool:
+        """Return whether the engine should compute an image of a request. Fail the request if its deadline is over."""
         future = request.future
         if future.done():  # cancelled, or failed with an earlier image
             return False
@@ -304,8 +336,8 @@ class Batcher:
             _fail(
                 [request],
                 DeadlineExceeded(
-                    f"The engine was still busy after {now - request.arrived:.1f} s. Try again, or send fewer images "
-                    "at once."
+                    f"The engine was still busy with earlier images after {now - request.arrived:.1f} s. Try again, or "
+                    "send fewer images at once."
                 ),
             )
             return False
@@ -320,22 +352,22 @@ class Batcher:
             self.images += len(slots)
             self.busy_s += ended - started
             self._pace.update(len(slots), ended - started)
-            for place, slot in enumerate(slots):
+            for row, slot in enumerate(slots):
                 request = slot.request
-                request.features[slot.index] = features[place]
+                request.features[slot.index] = features[row]
                 if request.wants_maps and maps is not None:
-                    request.maps[slot.index] = maps[place]
+                    request.maps[slot.index] = maps[row]
                 if len(request.features) == len(request.pixels):
                     complete.append(request)
         for request in complete:
-            with contextlib.suppress(InvalidStateError):  # it failed with another of its images
+            with contextlib.suppress(InvalidStateError):  # the request failed because of another of its images
                 request.future.set_result(_backbone_output(request, ended, len(slots)))
 
 
 def _copy_pixels(slots: Sequence[_QueuedImage], pixels: Pixels, begin: int = 0) -> None:
-    """Copy the pixels of images from index `begin` on into the batch array."""
-    for place in range(begin, len(slots)):
-        pixels[place] = slots[place].request.pixels[slots[place].index]
+    """Copy the pixels of images into the batch array, from index `begin` on."""
+    for row in range(begin, len(slots)):
+        pixels[row] = slots[row].request.pixels[slots[row].index]
 
 
 def _is_awaited(slot: _QueuedImage) -> bool:
@@ -344,7 +376,7 @@ def _is_awaited(slot: _QueuedImage) -> bool:
 
 def _fail(requests: Iterable[_Request], error: BaseException) -> None:
     for request in requests:
-        with contextlib.suppress(InvalidStateError):  # it was answered, cancelled or failed already
+        with contextlib.suppress(InvalidStateError):  # the request was already answered, cancelled or failed
             request.future.set_exception(error)
 
 
@@ -360,14 +392,18 @@ def _backbone_output(request: _Request, ended: float, batch: int) -> BackboneOut
 
 
 def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) -> dict[int, float]:
-    """Return the minimum seconds of a batch by size: 1, 2, 4 and so on until two sizes in a row gain nothing.
+    """Measure how many seconds a batch takes, for the batch sizes 1, 2, 4 and so on.
 
-    Each size is timed alternately with its half, and the minima are compared: a short disturbance only lengthens single
-    times, and a long one affects both sizes.
+    Measuring ends when two sizes in a row bring no gain, or a size raises OutOfMemory. Each size is measured in turns
+    with its half, and the minimum of each counts. So other load on the machine does not distort the comparison: a short
+    peak lengthens only single measurements, and a long one affects both sizes.
 
     Args:
-        seconds: measures a batch of so many images; the first call with a size warms up and does not count.
-        largest: the largest size to try; trying ends at a size that raises OutOfMemory.
+        seconds: runs a batch of so many images and returns its seconds. The first call with a size only warms up.
+        largest: the largest batch size to measure.
+
+    Returns:
+        the minimum seconds of a batch, by size.
     """
     seconds(1)
     size, timed, in_vain = 1, {1: seconds(1)}, 0
@@ -389,6 +425,9 @@ def time_batches(seconds: Callable[[int], float], largest: int = LARGEST_BATCH) 
 
 
 def best_batch(timed: Mapping[int, float]) -> int:
-    """Return the smallest batch size with a rate within 3 % of the best; `timed` has seconds by size."""
+    """Return the smallest batch size that processes nearly (within 3 %) the most images per second.
+
+    `timed` has the seconds of a batch by size, as `time_batches` returns them.
+    """
     best = max(size / seconds for size, seconds in timed.items())
     return min(size for size, seconds in timed.items() if LEAST_GAIN * size / seconds > best)

@@ -1,6 +1,6 @@
-"""Runs an exported backbone: images in, features out, for training and prediction alike.
+"""Runs exported backbones with OpenVINO: pixels in, features out. Training and prediction use the same engine.
 
-Knows no heads, batching or decoding of images.
+Knows no heads, no batching and no image files.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from artifacts.images import Pixels
 from errors import PrecisionUnsupported
 from recipes.recipe import Precision
 
-# An int8 file holds its quantised operations itself; the others, such as the global mean, run in float32.
+# An int8 file contains quantised operations; its other operations, such as the global average, run in float32.
 _HINTS = {Precision.FLOAT32: "f32", Precision.BFLOAT16: "bf16", Precision.INT8: "f32"}
 
-# Allowed difference of one network on different processors, relative to the largest value.
-# int8: a value halfway between two integers may be rounded either way.
+# How much the outputs of a network may differ between processors, relative to the largest output. For int8 it is more,
+# because a value halfway between two integers may be rounded up or down.
 TOLERANCE = {Precision.FLOAT32: 1e-3, Precision.BFLOAT16: 3e-2, Precision.INT8: 5e-2}
 
 
 class Engine(Protocol):
-    """A network that computes features of images."""
+    """A loaded network that computes features of images."""
 
     name: str
 
     def features(self, images: Pixels) -> Features:
-        """Return float32 [N, D] for uint8 images [N, H, W, 3]. May be called from several threads."""
+        """Return features float32 [N, D] for images uint8 [N, H, W, 3]. May be called from several threads."""
         ...
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return features float32 [N, D] and, with `wants_maps`, the maps float32 [N, h, w, D] that they average."""
+        """Return features float32 [N, D] and, with `wants_maps`, maps float32 [N, h, w, D].
+
+        The features are the mean of the maps over height and width. Without `wants_maps`, the second value is None.
+        """
         ...
 
 
@@ -55,38 +58,50 @@ class OpenVinoEngine:
         """Raise PrecisionUnsupported if this machine's processor does not support a precision."""
         if precision not in cls.precisions():
             raise PrecisionUnsupported(
-                f"precision: The processor of this machine has no {precision.value} arithmetic (Intel processors have "
-                "it since Sapphire Rapids, AMD processors since Zen 4). Use such a processor, or train with float32, "
-                "int8 or auto."
+                f"precision: The processor of this machine has no {precision.value} arithmetic. Intel processors have "
+                "it since Sapphire Rapids, and AMD processors since Zen 4. Use such a processor, or train with "
+                "float32, int8 or auto."
             )
 
     def __init__(self, network: Path, precision: Precision, threads: int) -> None:
-        """Load an ONNX file. Raises PrecisionUnsupported."""
+        """Load an ONNX file.
+
+        Args:
+            network: the file; its input is uint8 [N, H, W, 3], its outputs are `features` and `maps`.
+            precision: the arithmetic to use.
+            threads: number of threads for one call.
+
+        Raises:
+            PrecisionUnsupported: the processor of this machine does not support the precision.
+        """
         self.check(precision)
         core = openvino.Core()
-        # By default OpenVINO uses bfloat16 if the processor has it, which would change the score.
+        # Always set, because by default OpenVINO uses bfloat16 if the processor has it, which would change scores.
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
-            # A pinned thread waits for other work on its processor, and the other threads wait for it.
+            # Off, because a pinned thread cannot leave a processor that other work keeps busy, and all threads wait.
             "ENABLE_CPU_PINNING": False,
         }
         self._network = core.compile_model(core.read_model(str(network)), "CPU", options)
         self._local = threading.local()
 
     def features(self, images: Pixels) -> Features:
-        """Return float32 [N, D] for uint8 images [N, H, W, 3]."""
+        """Return features float32 [N, D] for images uint8 [N, H, W, 3]."""
         return self.run(images, wants_maps=False)[0]
 
     def maps(self, images: Pixels) -> Features:
-        """Return the maps that the features average, float32 [N, h, w, D], for uint8 images [N, H, W, 3]."""
+        """Return the feature maps, float32 [N, h, w, D] for images uint8 [N, H, W, 3]."""
         maps = self.run(images, wants_maps=True)[1]
         assert maps is not None
         return maps
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return features float32 [N, D] and, with `wants_maps`, the maps float32 [N, h, w, D] that they average."""
+        """Return features float32 [N, D] and, with `wants_maps`, maps float32 [N, h, w, D].
+
+        The features are the mean of the maps over height and width. Without `wants_maps`, the second value is None.
+        """
         if not hasattr(self._local, "request"):
             self._local.request = self._network.create_infer_request()
         request: Any = self._local.request
@@ -106,11 +121,14 @@ class FlatEngine:
         self.images_seen = 0
 
     def features(self, images: Pixels) -> Features:
-        """Return float32 [N, cells * cells * 3] for uint8 images [N, H, W, 3] with H and W divisible by `cells`."""
+        """Return features float32 [N, cells * cells * 3] for images uint8 [N, H, W, 3].
+
+        H and W must be divisible by `cells`.
+        """
         return self.run(images, wants_maps=False)[0]
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return the features and, with `wants_maps`, the same values as maps [N, 1, 1, cells * cells * 3]."""
+        """Return the features and, with `wants_maps`, the same values as maps float32 [N, 1, 1, cells * cells * 3]."""
         self.images_seen += len(images)
         count, height, width, _ = images.shape
         grid = images.reshape(count, self._cells, height // self._cells, self._cells, width // self._cells, 3)

@@ -1,4 +1,4 @@
-"""Chooses the engine that runs networks in this process, and imports ONNX Runtime only if needed."""
+"""Chooses between OpenVINO and ONNX Runtime for predictions. Imports ONNX Runtime only if it may be used."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from inference.shelf import EngineLoader
 
 
 def choose_engine_loader(choice: Literal["auto", "openvino", "onnxruntime"]) -> EngineLoader:
-    """Return the class that loads networks; `auto` is ONNX Runtime if it finds a GPU with CUDA, else OpenVINO.
+    """Return the engine class that loads networks.
 
-    Raises EngineMissing if ONNX Runtime is asked for and not installed.
+    Args:
+        choice: the name of an engine. `auto` means ONNX Runtime if it finds a GPU with CUDA, and OpenVINO otherwise.
+
+    Raises:
+        EngineMissing: the choice is `onnxruntime`, but its package is not installed.
     """
     if choice == "openvino":
         return OpenVinoEngine

@@ -1,8 +1,9 @@
-"""Draws explanations of a model's answer from the maps of its forward pass. Knows no HTTP and no engine.
+"""Draws pictures that explain a prediction, from the maps that the backbone computed for it. Knows no HTTP, no engine.
 
-A backbone's features are its maps averaged over all positions. So the contribution of a position to an output is the
-gradient of the output by the features times the map there: class activation maps (Zhou et al. 2016, "Learning Deep
-Features for Discriminative Localization"). After average pooling Grad-CAM (Selvaraju et al. 2017) gives the same.
+A heat map is a class activation map (Zhou et al. 2016, "Learning Deep Features for Discriminative Localization"). The
+features of a backbone are the mean of its maps over all positions. So the contribution of a position to a logit is the
+gradient of the logit by the features, times the maps at this position. Grad-CAM (Selvaraju et al. 2017) gives the same
+result for such networks.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from inference import captions
 from inference.heads import ACTIVATIONS
 from recipes.layers import Activation, Sides, sides
 
-# Smaller maps show nothing.
+# Fewer positions in height or width are too coarse for a heat map.
 LEAST_SIDE = 4
 CHANNELS = 16
-# Minimum side of a picture: an input of 32 pixels is hard to see.
+# Smaller images are enlarged to this side, because a picture of 32 pixels is hard to see.
 LEAST_PICTURE = 256
 
 # Derivative of each activation as a function of its output.
@@ -39,7 +40,11 @@ _SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
 
 
 class Explanation(StrEnum):
-    """Kinds of explanation: positions that support the answer, the strongest maps, or similar training images."""
+    """The kinds of explanation.
+
+    `heatmap` shows which positions of the image support the answer, `activations` the strongest maps, and `neighbours`
+    the most similar training images.
+    """
 
     HEATMAP = "heatmap"
     ACTIVATIONS = "activations"
@@ -47,12 +52,18 @@ class Explanation(StrEnum):
 
     @property
     def needs_maps(self) -> bool:
-        """Whether it needs the maps, not only the features."""
+        """Whether this kind of explanation needs the maps of the backbone in addition to the features."""
         return self is not Explanation.NEIGHBOURS
 
 
 def gradient(layers: Sequence[Dense], features: Features, output: int) -> Float32:
-    """Return the gradient of one logit by the features, float32 [D], at features float32 [D]."""
+    """Return the gradient of one logit by the features, float32 [D].
+
+    Args:
+        layers: the head.
+        features: float32 [D], the features at which the gradient is computed.
+        output: index of the logit.
+    """
     outputs: list[Float32] = []
     x: Float32 = features
     for layer in layers:
@@ -67,32 +78,50 @@ def gradient(layers: Sequence[Dense], features: Features, output: int) -> Float3
 
 
 def heat(layers: Sequence[Dense], features: Features, maps: Features, output: int) -> Float32:
-    """Return the contribution of each position to one logit, float32 [h, w], for features [D] and maps [h, w, D].
+    """Return the contribution of each position of an image to one logit, float32 [h, w].
 
-    For a linear head the mean of the result is the logit without the bias and the offset.
+    For a linear head, the mean of the result is the logit without the bias and the offset.
+
+    Args:
+        layers: the head.
+        features: float32 [D], the features of the image.
+        maps: float32 [h, w, D], the maps of the image.
+        output: index of the logit.
     """
     found: Float32 = maps @ gradient(layers, features, output)
     return found
 
 
 def check_side(maps: Features, size: Sides) -> None:
-    """Raise RequestInvalid if maps [..., h, w, D] of images of that size are smaller than `LEAST_SIDE`."""
+    """Check that maps have enough positions for a picture.
+
+    Args:
+        maps: float32 [..., h, w, D].
+        size: the image size of the model, for the error message.
+
+    Raises:
+        RequestInvalid: h or w is less than `LEAST_SIDE`.
+    """
     side = min(maps.shape[-3:-1])
     if side < LEAST_SIDE:
         enough = -(-LEAST_SIDE * min(sides(size)) // side)
         raise RequestInvalid(
-            f"explain: Expected a model with maps of at least {LEAST_SIDE}×{LEAST_SIDE} positions. Received "
-            f"{side}×{side} at {min(sides(size))} pixels. Train with image_size {enough} or more, or with "
-            "features_from an earlier layer; a network from scratch needs a global_average at its end.",
+            f"explain: The maps of this model have only {side}×{side} positions at {min(sides(size))} pixels. A "
+            f"picture needs at least {LEAST_SIDE}×{LEAST_SIDE}. Train with image_size {enough} or more, or take "
+            "features_from an earlier cut point. A network from scratch needs a global_average layer at its end.",
             field="explain",
         )
 
 
 def overlay(pixels: Pixels, places: Float32, title: str) -> bytes:
-    """Return a PNG of an image [H, W, 3] in which positions that support the answer glow and others are dark.
+    """Return a PNG of an image in which positions that support the answer glow and all others are dark.
 
-    Below it are a title, such as the explained class, and the scale: the contributions of a position for which the
-    darkest and the brightest colour stand.
+    Below the image are the title and a colour scale with the smallest and the largest contribution.
+
+    Args:
+        pixels: the image, uint8 [H, W, 3].
+        places: the contribution of each position, float32 [h, w]; negative contributions are not shown.
+        title: what the contributions support, such as the explained class.
     """
     height, width = pixels.shape[:2]
     enlarge = max(1.0, LEAST_PICTURE / min(height, width))
@@ -119,7 +148,7 @@ def _glowing(picture: Float32, level: Float32) -> Pixels:
 
 
 def grid(maps: Features, channels: int = CHANNELS) -> bytes:
-    """Return a PNG grid of the strongest channels of maps [h, w, D], the strongest first, row by row.
+    """Return a PNG with the strongest channels of maps [h, w, D] as tiles, the strongest first, row by row.
 
     Channels are ranked by their mean absolute value. Each is scaled from black (its minimum) to white (its maximum).
     Below each are its number, from 0, and its minimum and maximum.
@@ -143,7 +172,7 @@ def grid(maps: Features, channels: int = CHANNELS) -> bytes:
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Return pixels, grey [H, W] or colours [H, W, 3], as PNG."""
+    """Return pixels as a PNG file. They are uint8, grey [H, W] or RGB [H, W, 3]."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

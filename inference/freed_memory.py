@@ -10,8 +10,8 @@ from typing import Any
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Freed memory that may stay at the end of a heap, and the size above which a piece goes back at once.
-# 32 MiB is the largest that glibc takes.
+# Up to how much freed memory stays at the end of the heap, and from which size an allocation is returned at once.
+# 32 MiB is the largest value of the second that glibc accepts.
 _KEPT_BYTES, _PIECE_BYTES = 512 * 2**20, 32 * 2**20
 # The same for a process that decodes images: Pillow takes 16 MiB at a time for a large one.
 _SERVED_KEPT_BYTES, _SERVED_PIECE_BYTES = 16 * 2**20, 4 * 2**20
@@ -51,6 +51,6 @@ def give_back_freed() -> None:
 
 @cache
 def _glibc() -> Any:
-    """Return the C library if it is glibc, else None."""
+    """Return the C library through ctypes if it is glibc; None for any other."""
     is_glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     return ctypes.CDLL(None) if is_glibc else None

@@ -1,4 +1,4 @@
-"""Heads in NumPy: features to logits to probabilities. Training computes its scores with the same code."""
+"""Computes heads in NumPy: logits from features, and probabilities from logits. Training uses the same code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floating = TypeVar("Floating", np.float32, np.float64)
 
 
 def _sigmoid(x: npt.NDArray[Floating]) -> npt.NDArray[Floating]:
-    # exp of negative numbers only, so that large logits do not overflow
+    # Only negative numbers go through exp, so that large logits do not overflow.
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(x.dtype)
 
@@ -31,7 +31,10 @@ ACTIVATIONS: Mapping[Activation, Callable[[Float32], Float32]] = {
 
 
 def logits(layers: Sequence[Dense], features: Features) -> Logits:
-    """Return [N, outputs] for features float32 [N, D]: float32, or float64 if the last layer has a unit."""
+    """Return the logits of a head, [N, outputs], for features float32 [N, D].
+
+    The dtype is float32, or float64 if the last layer has a unit.
+    """
     x: Float32 = features
     for layer in layers:
         centred: Float32 = x if layer.offset is None else x - layer.offset
@@ -44,14 +47,14 @@ def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: flo
     """Return the probability of each label.
 
     Args:
-        task: `multiclass` is a softmax over the outputs, `binary` a sigmoid of the one output, `multilabel` a sigmoid
-            of each. A regression has none: its outputs are the numbers themselves.
+        task: `multiclass` takes the softmax over the outputs, `binary` the sigmoid of its only output, and `multilabel`
+            the sigmoid of each output. A regression has no probabilities.
         logits: [N, outputs]; [N, 1] for a binary task.
         temperature: divides the logits (Guo et al. 2017, "On Calibration of Modern Neural Networks").
 
     Returns:
-        float64 [N, labels]; two labels for a binary task, the second one being the sigmoid. Rows sum to one, except for
-        a multi-label task, whose labels are independent.
+        float64 [N, labels]. A binary task has two labels, and the sigmoid is the probability of the second. Each row
+        sums to one, except for a multilabel task, whose labels are independent.
     """
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     if task is Task.MULTILABEL:
@@ -64,7 +67,7 @@ def probabilities(task: Task, logits: npt.NDArray[np.floating], temperature: flo
 
 
 def answers(task: Task, probabilities: npt.NDArray[np.float64], threshold: float = 0.5) -> npt.NDArray[Any]:
-    """Return the index of the predicted label for each row, int [N]; for a multi-label task bool [N, labels]."""
+    """Return the predicted label of each row as its index, int [N]; for a multilabel task, bool [N, labels]."""
     if task is Task.MULTILABEL:
         return probabilities >= threshold
     if task is Task.BINARY:

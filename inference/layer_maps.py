@@ -1,8 +1,8 @@
-"""Reads the maps of layers from the exported network that serves predictions. Knows no Keras, no store and no HTTP.
+"""Computes the maps of single layers of an exported network. Knows no Keras, no store and no HTTP.
 
-The export keeps the names of Keras layers in its tensor names: `…/block1_conv1_1/Relu:0`, where the last number counts
-the calls of the layer. Layers that were merged with others are missing: a convolution before a BatchNorm has only the
-output after it.
+The ONNX export keeps the names of Keras layers in its tensor names, such as `…/block1_conv1_1/Relu:0`, where the last
+number counts the calls of the layer. Layers that the export merged with others are missing. For example, a convolution
+that was merged with its BatchNorm has no output of its own.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from artifacts.features import Features
 from artifacts.images import Pixels
 
 CHANNELS = 64
-"""Maximum number of channels of a layer that are drawn, the strongest ones."""
+"""How many channels of a layer a picture shows at most: the strongest ones."""
 
 _CALLED = re.compile(r"(?P<layer>.+)_\d+")
-# Suffix of tensors inside a layer that are not the output of the layer.
+# Suffix of the name of an intermediate tensor, which is inside a layer but not its output.
 _INNER = "/separable_conv2d/depthwise"
 # Operations after which the order of the axes is unknown.
 _RESHAPING = {"Squeeze", "Unsqueeze", "Gather", "Expand", "Broadcast", "ShapeOf", "ReduceMean"}
-# Operations between layers that belong to none.
+# Operations that are between layers and belong to no layer.
 _BETWEEN = {"Transpose", "Reshape", "Convert", "FakeQuantize", "Constant"}
 _IMAGE_AXES = "NHWC"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose output has spatial positions: `channels` maps of `height` times `width`."""
+    """A layer whose output is maps: `channels` maps of `height` × `width` positions."""
 
     name: str
     height: int
@@ -44,7 +44,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Output:
-    """The output of a layer and the order of its axes, a permutation of NHWC."""
+    """The OpenVINO output of a layer, and the order of its axes, such as `NHWC` or `NCHW`."""
 
     output: Any
     axes: str
@@ -68,20 +68,31 @@ class LayerReader:
             self.layers.append(Layer(name, sides["H"], sides["W"], sides["C"]))
 
     def maps(self, pixels: Pixels, layer: str) -> Features:
-        """Return the maps of a layer, float32 [h, w, channels], for an image uint8 [H, W, 3]. Raises KeyError."""
-        wanted = self._outputs[layer]
-        # Operations after the layer are neither compiled nor computed.
-        model = openvino.Model([wanted.output], self._model.get_parameters(), layer)
+        """Return the maps of a layer for one image.
+
+        Args:
+            pixels: the image, uint8 [H, W, 3].
+            layer: name of the layer.
+
+        Returns:
+            float32 [h, w, channels].
+
+        Raises:
+            KeyError: the network has no such layer.
+        """
+        chosen = self._outputs[layer]
+        # A model that ends at this layer, so that later operations are neither compiled nor computed.
+        model = openvino.Model([chosen.output], self._model.get_parameters(), layer)
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": self._threads}
         network = self._core.compile_model(model, "CPU", options)
         found = network(np.ascontiguousarray(pixels)[None])[network.output(0)]
-        order = [wanted.axes.index(axis) for axis in _IMAGE_AXES]
+        order = [chosen.axes.index(axis) for axis in _IMAGE_AXES]
         maps: Features = np.asarray(found, dtype=np.float32).transpose(order)[0]
         return maps
 
 
 def _layers(model: Any) -> Mapping[str, tuple[Any, str]]:
-    """Return the output of each layer with spatial positions and the order of its axes, in network order."""
+    """Return, for each layer whose output is maps, the output and the order of its axes; in network order."""
     axes: dict[str, str] = {}
     found: dict[str, tuple[Any, str]] = {}
     for operation in model.get_ordered_ops():
@@ -100,7 +111,7 @@ def _layers(model: Any) -> Mapping[str, tuple[Any, str]]:
 
 
 def _axes(operation: Any, kind: str, known: Mapping[str, str]) -> str | None:
-    """Return the order of the axes of an operation's output, or None if it is not spatial or unknown."""
+    """Return the order of the axes of an operation's output; None if the output is not maps or the order is unknown."""
     if kind == "Parameter":
         return _IMAGE_AXES
     if kind in _RESHAPING or any(output.get_partial_shape().rank != 4 for output in operation.outputs()):
@@ -118,7 +129,10 @@ def _axes(operation: Any, kind: str, known: Mapping[str, str]) -> str | None:
 
 
 def _reshaped(sides: Mapping[str, int], shape: Sequence[int]) -> str | None:
-    """Return the order of the axes after a reshape: the export writes a transpose of 1×1 maps as a reshape."""
+    """Return the order of the axes after a reshape; None if it is unknown.
+
+    It is known only for maps of 1×1 positions, because the export writes a transpose of such maps as a reshape.
+    """
     if sides["H"] * sides["W"] > 1:
         return None
     return next((order for order in (_IMAGE_AXES, "NCHW") if [sides[axis] for axis in order] == list(shape)), None)
@@ -134,7 +148,10 @@ def _name(output: Any) -> str:
 
 
 def _layer(tensor: str) -> str | None:
-    """Return the layer of a tensor: the innermost part of its path that ends with a call number."""
+    """Return the name of the layer that a tensor belongs to, or None.
+
+    It is the innermost part of the tensor's path that ends with a call number.
+    """
     for part in _path_parts(tensor):
         called = _CALLED.fullmatch(part)
         if called is not None:
@@ -143,5 +160,5 @@ def _layer(tensor: str) -> str | None:
 
 
 def _path_parts(tensor: str) -> Iterator[str]:
-    """Yield the parts of a tensor path from the innermost, without the operation and the network."""
+    """Yield the parts of a tensor path, the innermost first, without the network and the operation."""
     yield from reversed(tensor.split("/")[1:-1])

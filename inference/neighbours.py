@@ -1,4 +1,4 @@
-"""Finds the training images nearest to a new image, and draws them. Knows no HTTP and no engine."""
+"""Finds the training images that are most similar to a new image, and draws them. Knows no HTTP and no engine."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ COUNT = 3
 _ROWS_AT_ONCE = 8192
 _SIDE = 192
 _GAP = 4
-# Grey level that stands for a deleted image.
+# Grey level of the tile that replaces a deleted image.
 _GONE = 128
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training image and its similarity: the cosine similarity of its features to those of the new image."""
+    """A training image, and the cosine similarity of its features to the features of the new image, from -1 to 1."""
 
     training_image: TrainingImage
     similarity: float
 
 
 def nearest(neighbours: NeighbourIndex, features: Features, count: int = COUNT) -> list[list[Neighbour]]:
-    """Return the `count` nearest training images for each row of features float32 [n, D], the nearest first.
+    """Return the most similar training images for each row of features float32 [n, D], the most similar first.
 
-    A file that is in the data set several times is returned once. There may be fewer than `count`.
+    There are `count` images for each row, or fewer in a small data set. An image that occurs several times in the data
+    set is returned once.
     """
-    wanted = neighbours.normaliser.normalise(features).T
+    queries = neighbours.normaliser.normalise(features).T
     similarity = np.concatenate(
         [
-            neighbours.vectors[start : start + _ROWS_AT_ONCE].astype(np.float32) @ wanted
+            neighbours.vectors[start : start + _ROWS_AT_ONCE].astype(np.float32) @ queries
             for start in range(0, len(neighbours.images), _ROWS_AT_ONCE)
         ]
     )
@@ -57,14 +58,17 @@ def _first(neighbours: NeighbourIndex, similarity: Features, count: int) -> list
 
 
 def sheet(image: Pixels, found: Sequence[Neighbour], read: Callable[[Digest], Pixels | None]) -> Image.Image:
-    """Return a picture of an image uint8 [H, W, 3] beside the neighbours found.
+    """Return a picture that shows an image and, to the right of it, its neighbours.
 
-    `read` returns the pixels of a training image, or None if the image was deleted.
+    Args:
+        image: uint8 [H, W, 3].
+        found: the neighbours.
+        read: returns the pixels of a training image; None if the image was deleted.
     """
     tiles = [image, *(read(one.training_image.image) for one in found)]
     picture = Image.new("RGB", (len(tiles) * (_SIDE + _GAP), _SIDE), (255, 255, 255))
-    for place, tile in enumerate(tiles):
+    for number, tile in enumerate(tiles):
         shown = Image.new("RGB", (1, 1), (_GONE,) * 3) if tile is None else Image.fromarray(tile)
-        left = place * (_SIDE + _GAP) + (_GAP if place else 0)
+        left = number * (_SIDE + _GAP) + (_GAP if number else 0)
         picture.paste(shown.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), (left, 0))
     return picture

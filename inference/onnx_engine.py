@@ -1,6 +1,6 @@
-"""Runs an exported backbone with ONNX Runtime, on an NVIDIA GPU if there is one. Knows no heads and no settings.
+"""Runs exported backbones with ONNX Runtime, on an NVIDIA GPU if there is one. Knows no heads and no settings.
 
-Its package is optional: only `inference.engine_choice` imports this module, and only if it is needed.
+The package onnxruntime is optional. So only `inference.engine_choice` imports this module, and only if it is needed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CUDA, PROCESSOR = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 Provider = tuple[str, dict[str, str]]
 
-# An int8 file holds its quantised operations itself; ONNX Runtime has no option to compute in bfloat16.
+# An int8 file contains quantised operations. bfloat16 is missing, because ONNX Runtime has no option for it.
 _HONOURED = (Precision.FLOAT32, Precision.INT8)
 _ONLY_ERRORS = 3
-# Parts of its messages when memory runs out; it has no exception class for that.
+# Parts of ONNX Runtime's messages if memory runs out, for which it has no exception class.
 _NO_ROOM = ("failed to allocate memory", "out of memory", "alloc_failed", "bad_alloc")
 # A network of one addition, x + x of two numbers, as ONNX 1.x writes it.
 _ADDITION = bytes.fromhex(
@@ -41,11 +41,11 @@ def provider_options(has_cuda: bool) -> list[Provider]:
     if not has_cuda:
         return [processor]
     options = {
-        # TensorFloat-32 is on by default, but its mantissa has 10 bits: float32 scores would not be reproduced.
+        # Off, because TensorFloat-32 has a mantissa of 10 bits, which is too few to reproduce float32 scores.
         "use_tf32": "0",
-        # By default it tries every algorithm at the first batch of each size, which takes seconds.
+        # By default ONNX Runtime tries every algorithm at the first batch of each size, which takes seconds.
         "cudnn_conv_algo_search": "HEURISTIC",
-        # By default it doubles its memory each time, but several networks share the GPU.
+        # By default ONNX Runtime doubles its memory whenever it needs more, but several networks share the GPU.
         "arena_extend_strategy": "kSameAsRequested",
     }
     return [(CUDA, options), processor]
@@ -53,21 +53,21 @@ def provider_options(has_cuda: bool) -> list[Provider]:
 
 @cache
 def finds_cuda() -> bool:
-    """Return whether a network runs on a GPU here; tried once with a network of one addition."""
+    """Return whether networks run on a GPU on this machine. The first call tries it with a tiny network."""
     if CUDA not in onnxruntime.get_available_providers():
         return False
     onnxruntime.preload_dlls()  # CUDA libraries from Python packages, which the system loader does not find
     try:
         return runs_on(CUDA, provider_options(has_cuda=True))
-    except Exception:  # a missing driver or device and an old one raise different errors
+    except Exception:  # a missing driver, a missing device and an old device all raise different errors
         return False
 
 
-def runs_on(wanted: str, providers: Sequence[Provider]) -> bool:
-    """Return whether `wanted` is the first active provider and computes one addition correctly."""
+def runs_on(provider: str, providers: Sequence[Provider]) -> bool:
+    """Return whether ONNX Runtime really uses `provider` first, and whether it computes one addition correctly."""
     session = _session(_ADDITION, 1, providers)
     [found] = session.run(None, {"x": np.array([1, 2], np.float32)})
-    return bool(session.get_providers()[0] == wanted and found.tolist() == [2, 4])
+    return bool(session.get_providers()[0] == provider and found.tolist() == [2, 4])
 
 
 class OnnxEngine:
@@ -79,8 +79,8 @@ class OnnxEngine:
         """Load a network. Raises PrecisionUnsupported and OutOfMemory."""
         if precision not in _HONOURED:
             raise PrecisionUnsupported(
-                f"The engine onnxruntime supports {' and '.join(_HONOURED)}. Received a model of precision "
-                f"{precision}. Serve it with ESPALIER_ENGINE=openvino."
+                f"The engine onnxruntime supports only {' and '.join(_HONOURED)}, but the model has precision "
+                f"{precision}. Serve this model with ESPALIER_ENGINE=openvino."
             )
         with _out_of_memory_errors("the network"):
             self._session = _session(str(network), threads, provider_options(finds_cuda()))
@@ -88,13 +88,16 @@ class OnnxEngine:
         self._input = given.name
 
     def features(self, images: Pixels) -> Features:
-        """Return float32 [N, D] for uint8 images [N, H, W, 3]."""
+        """Return features float32 [N, D] for images uint8 [N, H, W, 3]."""
         return self.run(images, wants_maps=False)[0]
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
-        """Return features float32 [N, D] and, with `wants_maps`, the maps float32 [N, h, w, D] that they average.
+        """Return features float32 [N, D] and, with `wants_maps`, maps float32 [N, h, w, D].
 
-        Raises OutOfMemory if the batch is too large.
+        The features are the mean of the maps over height and width. Without `wants_maps`, the second value is None.
+
+        Raises:
+            OutOfMemory: the batch is too large for the memory.
         """
         outputs = ["features", "maps"] if wants_maps else ["features"]
         with _out_of_memory_errors(f"a batch of {len(images)} images"):
@@ -106,10 +109,10 @@ def _session(network: str | bytes, threads: int, providers: Sequence[Provider]) 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Spinning threads would take processor time from decoding.
+    # Off, because spinning threads would take processor time from the decoding of images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = _ONLY_ERRORS
-    # Its fallback would silently continue without the GPU.
+    # No fallback, because it would silently continue without the GPU.
     return onnxruntime.InferenceSession(network, options, providers=list(providers), enable_fallback=0)
 
 

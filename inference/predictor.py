@@ -29,7 +29,7 @@ from recipes.recipe import Task
 
 @dataclass(frozen=True)
 class ClassPrediction:
-    """The predicted class of one image; `probabilities` are by label, in the bundle's order."""
+    """The predicted class of one image. `probabilities` has the probability of each label, in the bundle's order."""
 
     label: str
     probability: float
@@ -38,7 +38,7 @@ class ClassPrediction:
 
 @dataclass(frozen=True)
 class LabelsPrediction:
-    """The predicted labels of one image, none or several; each label has an independent probability."""
+    """The predicted labels of one image: none, one or several. Each label has an independent probability."""
 
     labels: list[str]
     probabilities: dict[str, float]
@@ -46,7 +46,7 @@ class LabelsPrediction:
 
 @dataclass(frozen=True)
 class ValuePrediction:
-    """The number predicted for one image by a regression."""
+    """The number that a regression predicts for one image."""
 
     value: float
 
@@ -56,9 +56,12 @@ Prediction = ClassPrediction | LabelsPrediction | ValuePrediction
 
 @dataclass(frozen=True)
 class ExplanationImage:
-    """A PNG that explains the answer for one image.
+    """A picture that explains the prediction for one image.
 
-    `label` is the explained label, None if the picture is not about one; `neighbours` are those that it shows.
+    Attributes:
+        label: the label that the picture explains; None if it explains no label.
+        png: the picture.
+        neighbours: the training images in the picture; None for other kinds of explanation.
     """
 
     label: str | None
@@ -68,7 +71,7 @@ class ExplanationImage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds per step of a prediction."""
+    """How many milliseconds each step of a prediction took."""
 
     queue: float
     decode: float
@@ -77,19 +80,26 @@ class Timings:
 
 
 class Predictor:
-    """One bundle on the batcher of its backbone.
+    """A loaded model: the head of one bundle, and the batcher of its backbone.
 
     Attributes:
-        bundle: the bundle without its golden arrays, which are larger than the head.
+        bundle: the bundle without its golden input and output, which take more memory than the head.
         size_bytes: memory of the head, and of the neighbour index once it is loaded.
     """
 
     def __init__(
         self, bundle: Bundle, batcher: Batcher, read: Callable[[Digest], bytes], on_growth: Callable[[], None]
     ) -> None:
-        """Check that this machine gives the golden output for the golden input. Raises BundleRefused.
+        """Check that this machine reproduces the golden output of the bundle.
 
-        `read` returns stored files; `grew` is called when this takes more memory than it did.
+        Args:
+            bundle: the bundle of the model.
+            batcher: runs the bundle's backbone.
+            read: returns a stored file by its digest.
+            on_growth: called after the predictor has loaded its neighbour index and so takes more memory.
+
+        Raises:
+            BundleRefused: the output differs from the golden output, or the bundle needs another image rule.
         """
         self._batcher = batcher
         self._read = read
@@ -98,7 +108,7 @@ class Predictor:
         self._neighbours: NeighbourIndex | None = None
         self.bundle = bundle
         self._check()
-        # Copies: a slice would keep the whole array in memory.
+        # Empty copies, because an empty slice would keep the whole array in memory.
         golden_input, golden_output = bundle.golden_input[:0].copy(), bundle.golden_output[:0].copy()
         self.bundle = replace(bundle, golden_input=golden_input, golden_output=golden_output)
         arrays = [array for layer in bundle.layers for array in (layer.kernel, layer.bias, layer.offset)]
@@ -108,8 +118,8 @@ class Predictor:
         bundle = self.bundle
         if bundle.image_rule != IMAGE_RULE:
             raise BundleRefused(
-                f"The model was trained with image rule {bundle.image_rule}, but this version decodes by rule "
-                f"{IMAGE_RULE}. Train it again, or serve it with the version that trained it."
+                f"The model was trained with image rule {bundle.image_rule}, but this version of Espalier decodes "
+                f"images by rule {IMAGE_RULE}. Train the model again, or serve it with the version that trained it."
             )
         found, golden = self.logits(bundle.golden_input), bundle.golden_output
         unit = bundle.layers[-1].unit
@@ -119,13 +129,13 @@ class Predictor:
         difference = float(np.abs(found - golden).max()) / max(1.0, float(np.abs(golden).max()))
         if not difference <= TOLERANCE[bundle.precision]:
             raise BundleRefused(
-                f"The engine {self._batcher.engine} of this machine does not reproduce the model's golden output: "
-                f"expected a relative difference of at most {TOLERANCE[bundle.precision]:g}. "
-                f"Received {difference:g}. Serve the model on another machine or engine, or train it again."
+                f"The engine {self._batcher.engine} of this machine does not reproduce the golden output of the model. "
+                f"The relative difference is {difference:g}, but at most {TOLERANCE[bundle.precision]:g} is allowed. "
+                "Serve the model on another machine or engine, or train it again."
             )
 
     def logits(self, pixels: Pixels) -> Logits:
-        """Return [N, outputs] for decoded images, uint8 [N, H, W, 3], without a deadline."""
+        """Return the logits [N, outputs] of decoded images, uint8 [N, H, W, 3]. Waits without a deadline."""
         return heads.logits(self.bundle.layers, self._batcher.submit(pixels, math.inf).result().features)
 
     @property
@@ -142,17 +152,23 @@ class Predictor:
         scale: int = 1,
         reserve: Reserve = reserve_nothing,
     ) -> Pixels:
-        """Return the pixels of one image file of a request, uint8 [H, W, 3], `scale` times the size of the bundle.
+        """Decode one image file of a request to uint8 [H, W, 3].
 
-        `reserve` waits for memory to decode in.
+        Args:
+            position: index of the image in the request, for errors.
+            file: the bytes of the file.
+            limits: limits for decoded images.
+            until: the deadline, as a time of `time.perf_counter`.
+            scale: factor by which the result is larger than the network's input, in height and width.
+            reserve: waits until there is memory for the decoder.
 
         Raises:
-            ImageRefused: the image cannot be used; `image` is its position.
-            DeadlineExceeded: the time `until`, of `perf_counter`, has passed.
+            ImageRefused: the image cannot be used; the error has its position as `image`.
+            DeadlineExceeded: the deadline has passed.
         """
         if time.perf_counter() > until:
             raise DeadlineExceeded(
-                f"Only {position} images were decoded in time. Send fewer or smaller images per request."
+                f"Only {position} images were decoded before the deadline. Send fewer or smaller images per request."
             )
         try:
             height, width = sides(self.bundle.size)
@@ -161,21 +177,21 @@ class Predictor:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
     def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> FeatureFuture | None:
-        """Queue images as `Batcher.submit` does; return None if this predictor was unloaded and must be reloaded."""
-        asked = self._batcher.submit(pixels, until, wants_maps=wants_maps)
-        return None if self._batcher.is_closed and asked.done() else asked
+        """Queue images as `Batcher.submit` does. Return None if this predictor was unloaded; then load it again."""
+        future = self._batcher.submit(pixels, until, wants_maps=wants_maps)
+        return None if self._batcher.is_closed and future.done() else future
 
     @property
     def is_closed(self) -> bool:
-        """Whether its backbone was unloaded, so that the predictor must be loaded again."""
+        """Whether the backbone of this predictor was unloaded, so that the predictor must be loaded again."""
         return self._batcher.is_closed
 
     def wait_s(self, images: int) -> float:
-        """Return the estimated seconds until the backbone would have computed so many more images."""
+        """Return the estimated seconds until all waiting images and `images` more are computed."""
         return self._batcher.wait_s(images)
 
     def answer(self, features: Features) -> list[Prediction]:
-        """Return a prediction for each row of features, float32 [N, D], by the task of the bundle."""
+        """Return a prediction for each row of features float32 [N, D]. Its type depends on the task of the bundle."""
         bundle = self.bundle
         logits = heads.logits(bundle.layers, features)
         if bundle.task is Task.REGRESSION:
@@ -203,12 +219,19 @@ class Predictor:
         limits: ImageLimits,
         reserve: Reserve = reserve_nothing,
     ) -> list[ExplanationImage]:
-        """Return a picture for each image, uint8 [n, H, W, 3], from the output of the backbone.
+        """Return a picture for each image of a request.
 
-        The images may be larger than the network's input, see `heat_map_scale`.
-        A heat map explains `label`, or if that is None the label with the highest probability. `reserve` waits for
-        memory to decode neighbours in.
-        Raises RequestInvalid for a label that the model does not have, and for maps that are too small.
+        Args:
+            kind: the kind of explanation.
+            label: the label that a heat map explains; None for the label with the highest probability.
+            pixels: the images, uint8 [n, H, W, 3]; they may be larger than the network's input, see `heat_map_scale`.
+            computed: the output of the backbone for these images.
+            predictions: the predictions for these images.
+            limits: limits for the decoding of neighbours.
+            reserve: waits until there is memory to decode neighbours.
+
+        Raises:
+            RequestInvalid: the model has no such label, or its maps are too small for a picture.
         """
         if kind is Explanation.NEIGHBOURS:
             near = nearest(self._neighbour_index(), computed.features)
@@ -236,10 +259,11 @@ class Predictor:
         return f"contribution to class {self.bundle.labels.index(label) + 1} of {len(self.bundle.labels)}"
 
     def check_explains(self, kind: Explanation) -> None:
-        """Raise RequestInvalid if this model does not support a kind of explanation."""
+        """Check that this model supports a kind of explanation. Raises RequestInvalid."""
         if kind is Explanation.NEIGHBOURS and self.bundle.neighbours is None:
             raise RequestInvalid(
-                "explain: Expected a model with stored neighbours. This one has none: train it with neighbours: true.",
+                "explain: This model was trained without neighbours. To use explain=neighbours, train a model with "
+                "`neighbours: true`.",
                 field="explain",
             )
 
@@ -250,7 +274,7 @@ class Predictor:
         return ExplanationImage(None, explain.png(np.asarray(picture)), found)
 
     def _neighbour_index(self) -> NeighbourIndex:
-        """Return the neighbour index, which is loaded at the first call."""
+        """Return the neighbour index. The first call loads it."""
         with self._reading:
             if self._neighbours is None:
                 assert self.bundle.neighbours is not None
@@ -270,8 +294,12 @@ class Predictor:
         if isinstance(prediction, ValuePrediction) or (label is not None and label not in self.bundle.labels):
             if label is None:
                 return None
-            known = ", ".join(self.bundle.labels[:10]) or "none, since the model predicts numbers"
-            raise RequestInvalid(f"label: Expected a label of the model: {known}. Received {label!r}.", field="label")
+            if isinstance(prediction, ValuePrediction):
+                detail = f"label: This model predicts a number and has no labels. Leave out label {label!r}."
+            else:
+                known = ", ".join(self.bundle.labels[:10])
+                detail = f"label: This model has no label {label!r}. Its labels are: {known}."
+            raise RequestInvalid(detail, field="label")
         if label is not None:
             return label
         return max(prediction.probabilities, key=prediction.probabilities.__getitem__)
@@ -286,10 +314,10 @@ class Predictor:
         return index, 1.0
 
     def predict(self, files: Sequence[bytes], limits: ImageLimits, deadline_s: float) -> list[Prediction]:
-        """Predict for image files; decodes them one after the other in the caller's thread.
+        """Decode image files one after the other, and return a prediction for each.
 
         Raises:
-            ImageRefused: an image cannot be used; `image` is its position.
+            ImageRefused: an image cannot be used; the error has its position as `image`.
             DeadlineExceeded: decoding and waiting for the engine took longer than `deadline_s`.
             Unavailable: this predictor was unloaded.
         """

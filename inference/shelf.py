@@ -1,7 +1,8 @@
-"""Keeps loaded models within a memory budget. Loads from the store by digest; knows no names, aliases or SQL.
+"""The shelf: the models that a process has loaded, within a memory budget. Knows no names, no aliases and no SQL.
 
-A backbone is loaded once, with one engine and one batcher, and shared by all its bundles. Concurrent requests for it
-wait for the same load. Before its first answer a backbone is warmed up and its best batch size is measured.
+Models are loaded from the store by the digest of their bundle. A backbone is loaded once, with one engine and one
+batcher, and all models on this backbone share it. Concurrent requests for a backbone wait for the same load. Loading
+includes warming up the engine and measuring its best batch size.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from inference.engine import Engine, OpenVinoEngine
 from inference.predictor import Predictor
 from recipes.recipe import Precision
 
-# Estimated memory of a network if it cannot be measured: its weights as read and as laid out.
+# Estimated memory of a network if it cannot be measured: the weights as read from the file, and the engine's own copy.
 _MEMORY_PER_FILE_BYTE = 2
-# Readings of the process's memory, and seconds between them: decoding takes much memory for short times.
+# How often the memory of the process is read, and the seconds between two readings. Decoding images causes short peaks.
 _READINGS = 5
 _READ_EVERY_S = 0.01
 # Memory of a model besides the arrays of its head: labels and objects.
@@ -49,7 +50,7 @@ def resident_bytes() -> int:
 
 @dataclass(frozen=True)
 class _Backbone:
-    """A loaded backbone and its memory."""
+    """The batcher of a loaded backbone, and the memory that the backbone takes."""
 
     batcher: Batcher
     size_bytes: int
@@ -57,7 +58,7 @@ class _Backbone:
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A loaded backbone, as `loaded` reports it; `models` counts the loaded models on it."""
+    """A loaded backbone in the report of `Shelf.loaded`. `models` is the number of loaded models that share it."""
 
     digest: Digest
     precision: Precision
@@ -67,7 +68,10 @@ class LoadedBackbone:
 
 
 class Shelf:
-    """Loads and keeps predictors by the digest of their bundle; evicts the least recently used beyond the budget."""
+    """Loads predictors by the digest of their bundle, and keeps them in memory.
+
+    If they exceed the memory budget, the least recently used ones are evicted.
+    """
 
     def __init__(
         self,
@@ -77,7 +81,16 @@ class Shelf:
         load: EngineLoader = OpenVinoEngine,
         resident_bytes: Callable[[], int] = resident_bytes,
     ) -> None:
-        """Load networks with `load`; the memory of a network is the growth of `resident_bytes`, if that is not 0."""
+        """Start with an empty shelf.
+
+        Args:
+            store: the store with bundles and networks.
+            threads: number of threads of each engine.
+            budget_bytes: the memory that all loaded models together may take.
+            load: loads a network file into an engine.
+            resident_bytes: returns the memory of the process, whose growth is the memory of a network. If it returns 0,
+                the memory is estimated from the file size.
+        """
         self._store = store
         self._resident_bytes = resident_bytes
         self._threads = threads
@@ -85,19 +98,19 @@ class Shelf:
         self._load = load
         self._lock = threading.Lock()
         self._under_way = self._begun = 0  # loads of backbones
-        self._loading: dict[Key, threading.Lock] = {}  # one for each backbone that was ever requested
+        self._loading: dict[Key, threading.Lock] = {}  # a lock for each backbone that was ever requested
         self._backbones: OrderedDict[Key, _Backbone] = OrderedDict()
         self._models: OrderedDict[Digest, Predictor] = OrderedDict()
         self._is_closed = False
 
     def find(self, digest: Digest) -> Predictor | None:
-        """Return the predictor of a bundle if it is loaded, and mark it as recently used; else None."""
+        """Return the predictor of a bundle and mark it as recently used; None if it is not loaded."""
         with self._lock:
             predictor = self._models.get(digest)
             if predictor is None:
                 return None
             key = _key(predictor.bundle)
-            if predictor.is_closed:  # its batcher died
+            if predictor.is_closed:  # a thread of its batcher has died
                 self._drop(key)
                 return None
             self._models.move_to_end(digest)
@@ -113,9 +126,10 @@ class Shelf:
         return self.find(digest) or self._load_bundle(digest, bundles.load(self._store.read(digest)))
 
     def predictor_if_warm(self, digest: Digest, backbone: Digest) -> Predictor | None:
-        """Return the predictor of a bundle if its backbone is loaded, which takes milliseconds; else None.
+        """Return the predictor of a bundle if its backbone is already loaded; None otherwise.
 
-        Reads only the bundle. Raises the errors of `predictor`.
+        This takes milliseconds, because at most the bundle is read from the store. Raises the same errors as
+        `predictor`.
         """
         found = self.find(digest)
         if found is not None or not self._has(lambda key: key[0] == backbone):
@@ -138,7 +152,7 @@ class Shelf:
         return found
 
     def _load_model(self, digest: Digest, bundle: Bundle) -> Predictor | None:
-        """Load a model, and its backbone if necessary; return None if the backbone was evicted meanwhile."""
+        """Load a model, and its backbone if necessary. Return None if the backbone was evicted in the meantime."""
         key = _key(bundle)
         with self._lock:
             held = self._backbones.get(key)
@@ -146,7 +160,7 @@ class Shelf:
         is_kept = False
         try:
             predictor = Predictor(bundle, backbone.batcher, self._store.read, self._on_growth)
-            with self._lock:  # the backbone and its first model together: a backbone without models is evicted first
+            with self._lock:  # add both at once, because a backbone without a model would be evicted first
                 if self._is_closed:
                     raise Unavailable("The service is shutting down. Try again in a moment.")
                 if held is not None and self._backbones.get(key) is not held:
@@ -192,7 +206,7 @@ class Shelf:
         return _Backbone(Batcher(engine, best_batch(timed), timed), max(file_bytes, grown))
 
     def _least_bytes(self) -> int:
-        """Return the minimum of several memory readings, which ignores short peaks; 0 if not reported."""
+        """Return the minimum of several readings of the process's memory, to ignore short peaks; 0 if unknown."""
         least = self._resident_bytes()
         for _ in range(_READINGS - 1 if least else 0):
             time.sleep(_READ_EVERY_S)
@@ -200,7 +214,7 @@ class Shelf:
         return least
 
     def loaded(self) -> list[LoadedBackbone]:
-        """Return the loaded backbones in the order of their last use."""
+        """Return the loaded backbones, the least recently used first."""
         with self._lock:
             models = Counter(_key(predictor.bundle) for predictor in self._models.values())
             return [
@@ -221,10 +235,11 @@ class Shelf:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Evict the least recently used, never the newest, until the rest fits the budget; the caller holds the lock.
+        """Evict the least recently used models and backbones until the rest fits the budget.
 
-        If the backbones alone exceed the budget, the oldest is evicted with all its models. Otherwise models are
-        evicted one by one, and a backbone after its last model.
+        If the backbones alone exceed the budget, the least recently used backbone is evicted with all its models.
+        Otherwise models are evicted one by one, and a backbone once it has no models. The most recently used model and
+        backbone always stay. The caller holds the lock.
         """
         while self._backbones_bytes() + self._models_bytes() > self._budget_bytes:
             used = {_key(predictor.bundle) for predictor in self._models.values()}
@@ -245,7 +260,7 @@ class Shelf:
         self._models = OrderedDict(
             (digest, model) for digest, model in self._models.items() if _key(model.bundle) != key
         )
-        if backbone is not None:  # closing answers its waiting requests, which takes time
+        if backbone is not None:  # in a thread, because closing waits until all requests are answered
             threading.Thread(target=backbone.batcher.close, name="close-backbone", daemon=True).start()
 
     def _backbones_bytes(self) -> int:
@@ -260,7 +275,7 @@ def _key(bundle: Bundle) -> Key:
 
 
 def _seconds(engine: Engine, golden: Pixels, images: int) -> float:
-    """Return the seconds that the engine takes for a batch of so many golden images."""
+    """Return the seconds that the engine takes for a batch of `images` copies of the golden image."""
     pixels = np.resize(golden, (images, *golden.shape[1:]))
     started = time.perf_counter()
     engine.features(pixels)

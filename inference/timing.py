@@ -1,4 +1,4 @@
-"""Measures the duration of calls on this machine, alternating between them."""
+"""Measures how long several calls take, in turns, so that their durations can be compared."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ def medians_ms(
 ) -> list[float]:
     """Return the median milliseconds of each call.
 
-    Every round makes every call once, so that other load on the machine slows all of them alike. The first round warms
-    up and does not count. After `within_s` seconds no further round begins, but one round always counts. `alive` is
-    called after each call.
+    Every round makes every call once, so that other load on the machine slows all calls equally. The first round only
+    warms up and does not count.
+
+    Args:
+        calls: the calls to measure.
+        rounds: number of rounds after the first.
+        within_s: after so many seconds no further round begins; one round is always measured.
+        alive: called after each call, to show that the work continues.
+        now: the clock, in seconds.
     """
     taken: list[list[float]] = [[] for _ in calls]
     began = now()

@@ -1,1 +1,1 @@
-"""The history of the schema, as Alembic runs it. The records themselves are in `models/`."""
+"""The migrations of the database schema, which Alembic runs. The SQLAlchemy records are in `models/`."""

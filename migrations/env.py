@@ -1,4 +1,7 @@
-"""Alembic's entry point. Compares the database with the records of `models/`, on the caller's connection if given."""
+"""Alembic's entry point, which runs migrations and compares the database with the records of `models/`.
+
+It uses the connection of its caller, if there is one, and otherwise the database of the settings.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from settings import Settings
 
 
 def render_type(kind: str, item: Any, autogenerate: AutogenContext) -> str | Literal[False]:
-    """Write our own column types as SQLAlchemy types, so that a migration does not change with `models/`."""
+    """Render the column types of `models/` as plain SQLAlchemy types in a new migration.
+
+    So an old migration stays the same if `models/` changes.
+    """
     if kind == "type" and isinstance(item, Utc):
         return "sa.DateTime(timezone=True)"
     if kind == "type" and isinstance(item, JSON):

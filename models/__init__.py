@@ -1,1 +1,1 @@
-"""What is so: the rows of the database and the only functions that change their state. Knows no HTTP."""
+"""Database records and the only functions that change their state. Knows no HTTP."""

@@ -1,4 +1,4 @@
-"""Imports every record, so that `Base.metadata` is complete, for example for a migration."""
+"""Imports every module with records, so that `Base.metadata` knows all tables, for example in a migration."""
 
 import models.comparison
 import models.dataset

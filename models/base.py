@@ -1,4 +1,4 @@
-"""What all records share: names of constraints, ids, and column types that work on SQLite and PostgreSQL."""
+"""The base class of all records, their ids, and column types that work on both SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase
 
 wall_clock: ContextVar[Callable[[], datetime]] = ContextVar("wall_clock", default=lambda: datetime.now(UTC))
-"""The clock that `now` reads; a simulation sets one per simulated machine."""
+"""The clock that `now` reads. A simulation sets a different clock for each simulated machine."""
 
 NO_KEY_UPDATE = {"key_share": True}
-"""Locks a row with `FOR NO KEY UPDATE`: other transactions can still insert rows that reference it (outbox)."""
+"""Arguments of `with_for_update` for a lock that still lets other transactions insert rows referencing the locked row.
+
+PostgreSQL calls it `FOR NO KEY UPDATE`. Rows of the outbox, for example, reference a run.
+"""
 
 Json = JSON().with_variant(JSONB(), "postgresql")
 
 
 class Utc(TypeDecorator[datetime]):
-    """A moment in UTC. SQLite drops time zones, so the zone is added when a value is read."""
+    """A column for a time in UTC. SQLite does not store time zones, so UTC is added when a value is read."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -32,7 +35,7 @@ class Utc(TypeDecorator[datetime]):
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("Expected a datetime with a time zone. Received a naive one. This is a bug.")
+            raise ValueError("Expected a datetime with a time zone. Received one without. This is a bug.")
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -42,7 +45,7 @@ class Utc(TypeDecorator[datetime]):
 
 
 def text_enum(kind: type[StrEnum]) -> Enum:
-    """Return a column type that stores the values of `kind` as text, with a CHECK constraint."""
+    """Return a column type that stores the values of the enum `kind` as text, with a CHECK constraint."""
     return Enum(
         kind,
         native_enum=False,
@@ -69,13 +72,13 @@ class Base(DeclarativeBase):
 
 
 def new_id(prefix: str) -> str:
-    """Return a new id such as `run_0199…`: a UUIDv7, so that ids sort by time of creation."""
+    """Return a new id such as `run_0199…`. It contains a UUIDv7, so ids sort by the time of their creation."""
     return f"{prefix}_{uuid_utils.uuid7().hex}"
 
 
 def now() -> datetime:
-    """Return the current time in UTC: for display, and to estimate which workers are alive.
+    """Return the current time in UTC. It is used for display, and to estimate which workers are alive.
 
-    Which worker holds a job never depends on it.
+    Leases of jobs never depend on this time, since the clocks of two machines may differ.
     """
     return wall_clock.get()()

@@ -3,8 +3,8 @@
 queued → running → succeeded | failed | cancelled
            ↖ a failed run is retried ↙
 
-The run that ends last queues the job that makes the table, in the transaction that ends the run. Locks are taken in the
-order job, run, comparison, so transactions that end runs at the same time wait for each other only here.
+When the last run of a comparison ends, the same transaction queues the job that makes the table. To avoid deadlocks,
+every transaction locks rows in the order job, run, comparison.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from recipes.recipe import Recipe
 
 
 class ComparisonState(StrEnum):
-    """State of a comparison."""
+    """The state of a comparison, from its request to its table."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -46,7 +46,7 @@ class ComparisonState(StrEnum):
 
 
 class Comparison(Base):
-    """Several recipes trained on one data set version. Table, picture and report are set once it has succeeded."""
+    """A comparison of recipes on one data set version. Table, picture and report are set when it succeeds."""
 
     __tablename__ = "comparison"
     __table_args__ = (Index(None, "project_id", "id"),)
@@ -65,7 +65,7 @@ class Comparison(Base):
 
 
 class ComparisonRun(Base):
-    """A run as a row of a comparison; `position` counts from 0 in the order of the recipes."""
+    """Links a run to its comparison. `position` is the index of the run's recipe in the comparison, from 0."""
 
     __tablename__ = "comparison_run"
 
@@ -101,14 +101,14 @@ def get_runs(session: Session, comparison_id: str) -> Sequence[Run]:
 
 
 def find_comparison(session: Session, run_id: str) -> tuple[Comparison, int] | None:
-    """Return the comparison that a run belongs to and its position there, or None."""
+    """Return the comparison that contains a run, and the run's position in it; None if no comparison contains it."""
     query = select(Comparison, ComparisonRun.position).join(ComparisonRun, ComparisonRun.comparison_id == Comparison.id)
     found = session.execute(query.where(ComparisonRun.run_id == run_id)).one_or_none()
     return found and (found.Comparison, found.position)
 
 
 def get_files(session: Session, comparison_id: str) -> list[Digest]:
-    """Return the picture and the report of a comparison; empty before it has a table."""
+    """Return the digests of a comparison's picture and report; an empty list before the comparison has a table."""
     comparison = session.get_one(Comparison, comparison_id)
     return [Digest(file) for file in (comparison.picture_sha256, comparison.report_sha256) if file]
 
@@ -126,9 +126,9 @@ def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
 def create_comparison(
     session: Session, principal: Principal, version_id: str, name: str, recipes: Sequence[Recipe]
 ) -> tuple[Comparison, list[Job]]:
-    """Add a comparison with a queued run for each recipe; return it and the train jobs.
+    """Add a comparison and a queued run for each recipe; return the comparison and the train jobs of its runs.
 
-    `recipes` have their defaults filled in.
+    `recipes` must have all defaults filled in.
     """
     comparison = Comparison(project_id=principal.project_id, dataset_version_id=version_id, name=name)
     session.add(comparison)
@@ -143,24 +143,24 @@ def create_comparison(
 
 
 def on_run_started(session: Session, run_id: str) -> None:
-    """Mark the comparison of a run that has just started as running, if the run belongs to one."""
+    """If a run that has just started belongs to a comparison, mark the comparison as running."""
     comparison = _lock_comparison_of(session, run_id)
     if comparison is not None and comparison.state is ComparisonState.QUEUED:
         comparison.state = ComparisonState.RUNNING
 
 
 def on_run_ended(session: Session, run_id: str) -> Job | None:
-    """Update the comparison of a run that ends in this transaction, if the run belongs to one.
+    """If a run that ends in this transaction belongs to a comparison, update the comparison.
 
-    If it was the last run, queue the job that makes the table and return it; otherwise return None. If no run has
-    succeeded, there is nothing to compare and the comparison ends without a table.
+    When all runs of the comparison have ended and at least one has succeeded, queue and return the job that makes the
+    table. When all have ended and none has succeeded, end the comparison without a table. Otherwise return None.
     """
     comparison = _lock_comparison_of(session, run_id)
     return None if comparison is None else _finish_if_runs_ended(session, comparison)
 
 
 def on_run_retried(session: Session, run_id: str) -> None:
-    """Reopen the comparison of a retried run, if it belongs to one; the old table stays until there is a new one."""
+    """If a retried run belongs to a comparison, reopen the comparison; it keeps its table until a new one is made."""
     comparison = _lock_comparison_of(session, run_id)
     if comparison is not None and comparison.state in (ComparisonState.SUCCEEDED, ComparisonState.FAILED):
         comparison.state = ComparisonState.RUNNING
@@ -170,10 +170,10 @@ def on_run_retried(session: Session, run_id: str) -> None:
 def succeed_comparison(
     session: Session, comparison_id: str, table: dict[str, Any], picture: Digest, report: Digest
 ) -> bool:
-    """Mark a comparison as succeeded, with its table.
+    """Save the table of a comparison and mark the comparison as succeeded; return whether that was possible.
 
-    Return False if it has ended already, or if a run that was retried meanwhile is missing from the table: then
-    another table is made now, or when that run ends.
+    It is not possible if the comparison has already ended, or if the table is outdated because a run was retried
+    meanwhile. An outdated table is made again: now if the retried run has succeeded, otherwise when it ends.
     """
     comparison = _lock(session, comparison_id)
     if comparison.state.is_final:
@@ -194,10 +194,11 @@ def succeed_comparison(
 
 
 def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any], since: datetime) -> None:
-    """Mark a comparison as failed because its table could not be made; one that has ended stays unchanged.
+    """Mark a comparison as failed because its table could not be made. An ended comparison stays unchanged.
 
-    If a run was retried, the comparison stays open: the end of that run queues another table. If that run has already
-    succeeded after the table job began (`since`), another table is queued now. An earlier table stays.
+    The comparison does not fail if one of its runs was retried meanwhile. While the retried run is unfinished, nothing
+    changes: its end queues a new table job. If the retried run has succeeded since the table job began (`since`), a new
+    table job is queued now. An earlier table is kept in any case.
     """
     comparison = _lock(session, comparison_id)
     made = get_runs(session, comparison_id)
@@ -210,21 +211,22 @@ def fail_comparison(session: Session, comparison_id: str, error: dict[str, Any],
 
 
 def cancel_comparison(session: Session, comparison_id: str) -> None:
-    """Mark a comparison as cancelled; one that has ended stays unchanged."""
+    """Mark a comparison as cancelled. An ended comparison stays unchanged."""
     comparison = _lock(session, comparison_id)
     if not comparison.state.is_final:
         _end(comparison, ComparisonState.CANCELLED)
 
 
 def request_cancel(session: Session, comparison_id: str) -> Job | None:
-    """Cancel every unfinished run of a comparison, and the comparison; does nothing if it has ended.
+    """Cancel a comparison and its unfinished runs. An ended comparison stays unchanged.
 
-    A comparison that already has a table because one of its runs is being retried is not cancelled but gets a new
-    table when that run has ended; return the job that makes it if it is queued now.
+    A comparison that already has a table is open only because one of its runs was retried. Then only that run is
+    cancelled, and the comparison gets a new table. Return the job that makes this table if it is queued now, else None.
     """
     for run in get_runs(session, comparison_id):
         run_jobs.request_cancel(session, run.id)
-    # Not locked yet, since jobs are locked first. If a table is saved in between, its job has ended, too.
+    # The comparison is read without a lock, because jobs must be locked before it. If a table is saved in between, the
+    # job that made it has ended, too.
     if session.get_one(Comparison, comparison_id, populate_existing=True).table is not None:
         return _finish_if_runs_ended(session, _lock(session, comparison_id))
     jobs.request_cancel(session, comparison_id, JobKind.COMPARE)
@@ -233,7 +235,7 @@ def request_cancel(session: Session, comparison_id: str) -> Job | None:
 
 
 def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | None:
-    """If all runs of a comparison have ended, queue its table or end it."""
+    """If all runs of a comparison have ended, queue and return its table job; end it if no run has succeeded."""
     if comparison.state.is_final:
         return None
     states = [run.state for run in get_runs(session, comparison.id)]
@@ -241,7 +243,7 @@ def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | Non
         return None
     if RunState.SUCCEEDED in states:
         comparison.state = ComparisonState.RUNNING
-        if jobs.is_owed(session, JobKind.COMPARE, comparison.id):  # a run was retried while the table was made
+        if jobs.has_unfinished(session, JobKind.COMPARE, comparison.id):  # a run was retried while the table was made
             return None
         return _queue_table_job(session, comparison)
     if RunState.FAILED in states:
@@ -253,7 +255,7 @@ def _finish_if_runs_ended(session: Session, comparison: Comparison) -> Job | Non
 
 
 def _queue_table_job(session: Session, comparison: Comparison) -> Job:
-    """Queue a table job. Its index is new, so that it may be queued while the previous one is still running."""
+    """Queue a job that makes the table. Its index is new, so it can be queued while an earlier one is still running."""
     query = select(func.count()).where(Job.kind == JobKind.COMPARE, Job.subject_id == comparison.id)
     number = session.scalar(query) or 0
     return jobs.add_job(
@@ -272,7 +274,7 @@ def _end(comparison: Comparison, state: ComparisonState, error: dict[str, Any] |
 
 
 def _lock(session: Session, comparison_id: str) -> Comparison:
-    """Lock the row of a comparison until the transaction ends, and return its current values."""
+    """Lock the row of a comparison until the transaction ends; return the comparison with its current values."""
     return session.get_one(Comparison, comparison_id, with_for_update=NO_KEY_UPDATE, populate_existing=True)
 
 

@@ -1,6 +1,6 @@
-"""Data sets, their versions, and which image is in which version. Reads no file.
+"""Data sets, their versions, and the images of each version. Reads no file.
 
-A version is written once and never changed: adding images makes a new version that also names the old ones.
+A version never changes once it is ready. Adding images makes a new version, which contains the old images too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class DatasetState(StrEnum):
 
 
 class Dataset(Base):
-    """A named series of versions. A deleted one keeps its row, since runs refer to it, but its name becomes free."""
+    """A data set: a name and a series of versions.
+
+    A deleted data set keeps its row, because runs refer to it, but another data set can take its name.
+    """
 
     __tablename__ = "dataset"
     __table_args__ = (
@@ -81,13 +84,13 @@ class Dataset(Base):
 
 
 class DatasetVersion(Base):
-    """One immutable state of a data set. Counts, classes and manifest are set once its state is ready.
+    """One state of a data set, which never changes. Counts, classes and manifest are set when its ingest ends.
 
     Attributes:
         warnings: what the owner of the images should know.
-        code_page: that of names in the archive which are not in UTF-8; None if it is to be found out.
+        code_page: the encoding of names in the archive that are not in UTF-8; None if it must be found out.
         allow_refused: whether the version becomes ready whatever share of its files is refused.
-        archive_until: when the archive of a rejected version is dropped, so that another version can be made of it.
+        archive_until: when the archive of a rejected version is removed. Until then another version can be made of it.
     """
 
     __tablename__ = "dataset_version"
@@ -124,12 +127,15 @@ class DatasetVersion(Base):
 
     @property
     def groups(self) -> int:
-        """Number of groups to split into folds; only for a regression, as other tasks count groups per class."""
+        """Number of groups of a regression data set, for splitting into folds. Other tasks count groups per class."""
         return int((self.target or {}).get("groups", self.images))
 
 
 class Image(Base):
-    """One image file, identified by its content: versions share it. Width and height are pixels after EXIF rotation."""
+    """One image file, identified by the digest of its content and shared by all versions that contain it.
+
+    `width` and `height` are in pixels, after EXIF rotation.
+    """
 
     __tablename__ = "image"
     __table_args__ = (UniqueConstraint("project_id", "sha256"),)
@@ -144,7 +150,7 @@ class Image(Base):
 
 
 class Membership(Base):
-    """An image in a version, with its label or target, group and split. Several labels are joined by `|`."""
+    """One image of a data set version, with its label or target, group and split. `|` joins several labels."""
 
     __tablename__ = "membership"
     __table_args__ = (Index(None, "version_id", "label", "path"),)
@@ -160,7 +166,7 @@ class Membership(Base):
 
 @dataclass(frozen=True)
 class IngestedImage:
-    """An image that ingest accepted: its row of the manifest, its size and format."""
+    """An image that ingest accepted: its row in the manifest, its width, height and format, and its file size."""
 
     row: Row
     facts: ImageFacts
@@ -171,10 +177,10 @@ class IngestedImage:
 
 
 def get_dataset(session: Session, principal: Principal, dataset_id: str, *, for_change: bool = False) -> Dataset:
-    """Return a data set that is not deleted. Raises NotFound.
+    """Return a data set. Raises NotFound if it does not exist or was deleted.
 
-    With `for_change` its row is locked until the transaction ends, so that adding a version, starting a run and
-    deleting happen one after the other.
+    With `for_change`, its row is locked until the transaction ends. Then two transactions cannot add a version, start a
+    run or delete the data set at the same time.
     """
     query = select(Dataset).where(
         Dataset.id == dataset_id, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
@@ -194,7 +200,7 @@ def list_datasets(session: Session, principal: Principal, page: PageRequest) -> 
 def list_images(
     session: Session, version_id: str, label: str | None, page: PageRequest
 ) -> RowPage[tuple[Membership, Image]]:
-    """Return one page of a version's images in the order of its manifest; with a label, only those that have it."""
+    """Return one page of a version's images in the order of its manifest; with a `label`, only images with it."""
     query = (
         select(Membership, Image)
         .join(Image, Image.id == Membership.image_id)
@@ -210,7 +216,7 @@ def list_images(
 
 
 def find_image(session: Session, dataset_id: str, sha256: str) -> Digest | None:
-    """Return the digest of an image if any version of the data set has it, else None."""
+    """Return the digest of an image if any version of the data set contains the image, else None."""
     query = (
         select(Image.sha256)
         .join(Membership, Membership.image_id == Image.id)
@@ -222,7 +228,7 @@ def find_image(session: Session, dataset_id: str, sha256: str) -> Digest | None:
 
 
 def find_version_image(session: Session, version_id: str, sha256: str) -> Digest | None:
-    """Return the digest of an image if the version has it, else None."""
+    """Return the digest of an image if the data set version contains the image, else None."""
     query = (
         select(Image.sha256)
         .join(Membership, Membership.image_id == Image.id)
@@ -239,26 +245,30 @@ def get_versions(session: Session, dataset_id: str) -> Sequence[DatasetVersion]:
 
 
 def current_version(versions: Sequence[DatasetVersion]) -> DatasetVersion:
-    """Return the version that represents a data set: the newest that is ready, else the newest."""
+    """Return the newest version that is ready, or the newest version if none is ready."""
     return next((version for version in versions if version.state is DatasetState.READY), versions[0])
 
 
 def path_order(session: Session) -> ColumnElement[str]:
-    """Return the expression that sorts memberships in the order of the manifest: by code points, as Python does.
+    """Return the SQL expression that sorts memberships by path in the order of the manifest.
 
-    SQLite compares bytes by default; PostgreSQL would compare by the rules of a language.
+    The manifest is sorted by code points, as Python sorts. SQLite does so by default. PostgreSQL needs the collation
+    "C", because by default it sorts by the rules of a language.
     """
     is_postgresql = session.get_bind().dialect.name == "postgresql"
     return Membership.path.collate("C") if is_postgresql else Membership.path.expression
 
 
 def ready_version(session: Session, dataset: Dataset, number: int | None) -> DatasetVersion:
-    """Return the version for a run: `number`, or the newest ready one if None. Raises NotFound or NotReady."""
+    """Return the version that a run trains on: version `number`, or the newest ready version if it is None.
+
+    Raises NotFound if there is no such version, NotReady if it is not ready.
+    """
     versions = get_versions(session, dataset.id)
-    wanted = [version for version in versions if number in (None, version.number)]
-    if not wanted:
+    matching = [version for version in versions if number in (None, version.number)]
+    if not matching:
         raise NotFound(f"Data set {dataset.name!r} has no version {number}.")
-    version = current_version(wanted)
+    version = current_version(matching)
     if version.state is DatasetState.REJECTED:
         reason = (version.error or {}).get("detail", "")
         raise NotReady(f"Data set {dataset.name!r} was rejected and cannot be trained on: {reason}")
@@ -271,7 +281,7 @@ def ready_version(session: Session, dataset: Dataset, number: int | None) -> Dat
 
 
 def check_name(session: Session, principal: Principal, name: str) -> None:
-    """Check that a new data set may have this name. Raises NameTaken."""
+    """Check that no other data set has this name. Raises NameTaken."""
     query = select(Dataset.id).where(
         Dataset.name == name, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
     )
@@ -298,7 +308,10 @@ def create_dataset(session: Session, principal: Principal, name: str) -> Dataset
 
 
 def check_idle(session: Session, dataset: Dataset) -> None:
-    """Check that no version is being ingested: the next version needs the finished one as parent. Raises NotReady."""
+    """Check that no version of a data set is being ingested. Raises NotReady.
+
+    A new version contains the images of the version before, so that version must be ready first.
+    """
     waiting = (DatasetState.UPLOADED, DatasetState.INGESTING)
     if any(version.state in waiting for version in get_versions(session, dataset.id)):
         raise NotReady(f"Data set {dataset.name!r} is still ingesting other images. Wait until its state is ready.")
@@ -307,7 +320,7 @@ def check_idle(session: Session, dataset: Dataset) -> None:
 def add_version(
     session: Session, dataset: Dataset, archive: Digest, code_page: str | None = None, *, allow_refused: bool = False
 ) -> DatasetVersion:
-    """Add a version whose archive is to be ingested. Raises NotReady while another version is being ingested."""
+    """Add a version for an uploaded archive that waits for ingest. Raises NotReady while another is being ingested."""
     check_idle(session, dataset)
     versions = get_versions(session, dataset.id)
     ready = [version for version in versions if version.state is DatasetState.READY]
@@ -351,7 +364,7 @@ def add_version_again(
 
 
 def start_ingest(session: Session, version_id: str) -> DatasetVersion:
-    """Mark a version as being ingested; the caller drops the images that an interrupted attempt left."""
+    """Mark a version as being ingested. The caller must delete images that an interrupted attempt has added."""
     version = session.get_one(DatasetVersion, version_id)
     if version.state not in (DatasetState.UPLOADED, DatasetState.INGESTING):
         raise RuntimeError(f"Version {version_id} is {version.state}, not waiting for ingest. This is a bug.")
@@ -361,7 +374,7 @@ def start_ingest(session: Session, version_id: str) -> DatasetVersion:
 
 
 def requeue_ingest(session: Session, version_id: str) -> None:
-    """Mark a version whose ingest was interrupted as waiting again; a closed version stays as it is."""
+    """Mark a version as waiting for ingest again, if its ingest was interrupted. Any other version stays unchanged."""
     session.execute(
         update(DatasetVersion)
         .where(DatasetVersion.id == version_id, DatasetVersion.state == DatasetState.INGESTING)
@@ -370,7 +383,7 @@ def requeue_ingest(session: Session, version_id: str) -> None:
 
 
 def add_images(session: Session, project_id: str, version_id: str, accepted: Sequence[IngestedImage]) -> None:
-    """Add images and their memberships to a version that is being ingested; existing rows stay unchanged."""
+    """Add accepted images to a version that is being ingested. Images that were added before stay unchanged."""
     if not accepted:
         return
     files = [
@@ -408,9 +421,10 @@ def add_images(session: Session, project_id: str, version_id: str, accepted: Seq
 
 
 def copy_memberships(session: Session, from_version: str, to_version: str, after_path: str, limit: int) -> str | None:
-    """Copy up to `limit` rows after `after_path` into another version; return the last path, None at the end.
+    """Copy images from one version to another, in the order of their paths; images already there stay unchanged.
 
-    Rows that exist already stay unchanged.
+    Copies at most `limit` images whose paths come after `after_path`. Returns the last copied path, to continue after
+    it, or None if no image was left.
     """
     columns = [column for column in Membership.__table__.columns if column.name != "version_id"]
     query = (
@@ -446,7 +460,7 @@ def mark_ready(
     refused: Sequence[Refused],
     warnings: Sequence[str] = (),
 ) -> None:
-    """Mark an ingested version as ready. It still references its archive, which may be dropped after the commit."""
+    """Mark an ingested version as ready. `drop_archive` may remove its archive after this transaction is committed."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.READY
     version.manifest_sha256 = manifest
@@ -472,9 +486,9 @@ def mark_rejected(
     *,
     keep_archive: bool = False,
 ) -> None:
-    """Mark a version as rejected, with the reason. It still references its archive, as in `mark_ready`.
+    """Mark a version as rejected and save the reason. As in `mark_ready`, it still references its archive.
 
-    With `keep_archive` it is not to be dropped for a day.
+    With `keep_archive` the archive is kept for a day.
     """
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.REJECTED
@@ -487,13 +501,13 @@ def mark_rejected(
 
 
 def cancel_ingest(session: Session, version_id: str) -> None:
-    """Reject a waiting version whose data set was deleted; the purge job drops its archive."""
+    """Mark a waiting version as rejected because its data set was deleted. The purge job deletes its archive."""
     version = session.get_one(DatasetVersion, version_id)
     version.state = DatasetState.REJECTED
 
 
 def delete_dataset(dataset: Dataset) -> None:
-    """Mark a data set as deleted, which frees its name; a purge job then deletes its images."""
+    """Mark a data set as deleted, so that another one can take its name. A purge job deletes the images later."""
     dataset.deleted_at = now()
 
 
@@ -503,7 +517,10 @@ def set_progress(session: Session, version_id: str, progress: dict[str, Any]) ->
 
 
 def find_leftover_archives(session: Session) -> Sequence[str]:
-    """Return the closed versions that reference an archive whose time is over, or that nobody dropped."""
+    """Return the ids of ready or rejected versions whose archive can be removed.
+
+    Such an archive has been kept long enough, or is left over because its worker died before it removed the archive.
+    """
     closed = (DatasetState.READY, DatasetState.REJECTED)
     query = select(DatasetVersion.id).where(
         DatasetVersion.archive_sha256.is_not(None),
@@ -514,14 +531,14 @@ def find_leftover_archives(session: Session) -> Sequence[str]:
 
 
 def drop_archive(session: Session, version_id: str) -> list[Digest]:
-    """Remove the reference to a closed version's archive; return the file, if there is one."""
+    """Remove the reference from a version to its archive; return a list with the archive, or an empty list."""
     version = session.get_one(DatasetVersion, version_id)
     archive, version.archive_sha256 = version.archive_sha256, None
     return [] if archive is None else [Digest(archive)]
 
 
 def drop_files(session: Session, dataset_id: str) -> list[Digest]:
-    """Remove the references to manifests and archives of a deleted data set; return the files."""
+    """Remove the references from a deleted data set's versions to their manifests and archives; return the files."""
     digests = []
     for version in get_versions(session, dataset_id):
         digests += [Digest(file) for file in (version.manifest_sha256, version.archive_sha256) if file is not None]
@@ -535,7 +552,10 @@ def _set_refused(version: DatasetVersion, refused: Sequence[Refused]) -> None:
 
 
 def drop_memberships(session: Session, version_ids: Sequence[str], limit: int) -> tuple[int, list[Digest]]:
-    """Delete up to `limit` memberships of versions; return their number and the files of unused images."""
+    """Delete up to `limit` memberships of these versions, and images that no version contains any more.
+
+    Returns the number of deleted memberships and the files of the deleted images.
+    """
     gone = session.execute(
         select(Membership.version_id, Membership.path, Membership.image_id)
         .where(Membership.version_id.in_(version_ids))

@@ -38,13 +38,14 @@ _COLUMNS: tuple[InstrumentedAttribute[str] | InstrumentedAttribute[str | None], 
 
 log = structlog.get_logger()
 
-_LOCK = 0x65737061  # arbitrary, used nowhere else
+_LOCK = 0x65737061  # an arbitrary number that no other advisory lock uses
 
 
 def try_delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest]) -> bool:
-    """Delete those of the files that no row references; return False if the store is unavailable.
+    """Delete the files of `digests` that no row references; return False if the store is unavailable.
 
-    A change of state must not wait for the store: `models.garbage` finds and deletes the files later.
+    If the store is unavailable, the files stay for now, because a change of state must not wait for the store. Garbage
+    collection (`models.garbage`) deletes them later.
     """
     try:
         delete_unreferenced(session, store, digests)
@@ -55,7 +56,7 @@ def try_delete_unreferenced(session: Session, store: Store, digests: Sequence[Di
 
 
 def delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest]) -> list[Digest]:
-    """Delete those of the files that no row references, and return them. Raises StoreUnavailable."""
+    """Delete the files of `digests` that no row references; return the deleted ones. Raises StoreUnavailable."""
     session.flush()
     lock_files(session)
     removed = find_unreferenced(session, digests)
@@ -64,16 +65,16 @@ def delete_unreferenced(session: Session, store: Store, digests: Sequence[Digest
 
 
 def delete_unreferenced_after_commit(session: Session, store: Store, digests: Sequence[Digest]) -> None:
-    """Delete those of the files that no row references once this transaction is committed.
+    """Delete the files of `digests` that no row references, but only after this transaction is committed.
 
-    A deleted file could not be restored by a rollback.
+    A file that was deleted earlier could not be restored if the transaction is rolled back.
     """
     if digests:
         after_commit(session, lambda own: try_delete_unreferenced(own, store, digests))
 
 
 def find_unreferenced(session: Session, digests: Collection[Digest]) -> list[Digest]:
-    """Return those of the files that no row references, in their order."""
+    """Return the files of `digests` that no row references, in the given order."""
     referenced = {
         found for column in _COLUMNS for found in session.scalars(select(column).where(column.in_(digests)).distinct())
     }
@@ -81,15 +82,16 @@ def find_unreferenced(session: Session, digests: Collection[Digest]) -> list[Dig
 
 
 def referenced_files(session: Session) -> set[Digest]:
-    """Return every file that a row references."""
+    """Return the digests of all files that any row references."""
     found = (session.scalars(select(column).where(column.is_not(None)).distinct()) for column in _COLUMNS)
     return {Digest(sha256) for column in found for sha256 in column if sha256 is not None}
 
 
 def lock_files(session: Session) -> None:
-    """Keep other transactions from adding references or deleting files until this one ends.
+    """Lock the references to files until this transaction ends.
 
-    SQLite has one writer at a time anyway; PostgreSQL takes an advisory lock.
+    Meanwhile no other transaction that takes this lock can add references or delete files. PostgreSQL uses an advisory
+    lock; SQLite needs none, because it has only one writer at a time.
     """
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(_LOCK)))

@@ -1,7 +1,7 @@
 """Garbage collection: deletes unreferenced files, checkpoints of expired failed runs, and expired idempotency answers.
 
-Each change is a small transaction. Only old files are deleted, because a new file is stored before a row references it;
-its age is measured by the clock of the store.
+Each change is a small transaction. Only old files are deleted, because a file is stored before a row references it. The
+store's clock determines the age of a file.
 """
 
 from __future__ import annotations
@@ -22,16 +22,24 @@ from models.session import Database
 T = TypeVar("T")
 
 GARBAGE_COLLECTION = "collection"
-"""Name that a process locks with `Database.exclusive` while it collects, so that one collects at a time."""
+"""The name of the lock (`Database.exclusive`) that a process holds while it collects garbage, so that only one does."""
 
-# Files per query for references, and files deleted while other transactions cannot add references.
+# Number of files in one query for references.
 _LOOKUP_BATCH = 200
+# Number of files that one transaction deletes. Meanwhile other transactions cannot add references.
 _DELETE_BATCH = 25
 
 
 @dataclass(frozen=True)
 class CollectionSummary:
-    """Number of deleted files and their bytes, of runs that lost their checkpoints, and of idempotency answers."""
+    """What a garbage collection deleted.
+
+    Attributes:
+        files: number of deleted files.
+        size_bytes: total size of the deleted files.
+        runs: number of failed runs whose checkpoints were deleted.
+        answers: number of deleted answers to requests with an Idempotency-Key.
+    """
 
     files: int
     size_bytes: int
@@ -47,16 +55,19 @@ def collect_garbage(
     *,
     dry_run: bool = False,
 ) -> CollectionSummary:
-    """Delete everything that is no longer needed and return a summary, or only the summary with `dry_run`.
+    """Delete everything that is no longer needed, and return a summary. A dry run returns the summary only.
 
-    A dry run does not count files that an expired run or a closed version still references. Raises Unavailable.
+    A dry run does not count files that are still referenced by an expired run or a closed data set version.
 
     Args:
         database: the rows that reference files.
         store: the files.
-        older_than_s: minimum age in seconds of an unreferenced file to be deleted.
-        is_over: returns True to stop early.
+        older_than_s: minimum age in seconds at which an unreferenced file is deleted.
+        is_over: returns True if the collection should stop early.
         dry_run: whether to change nothing.
+
+    Raises:
+        Unavailable: the database or the store does not respond.
     """
     with database.reading() as session:
         failed = runs.find_expired_failures(session)
@@ -73,7 +84,10 @@ def collect_garbage(
 
 
 def drop_copies(database: Database, store: Store, older_than_s: float) -> int:
-    """Delete local copies that no row references and that were not used for `older_than_s`; return how many."""
+    """Delete this machine's copies of bucket files that no row references; return how many were deleted.
+
+    Copies that were used within the last `older_than_s` seconds stay.
+    """
     dropped = 0
     limit = time.time() - older_than_s
     for copies in _in_batches((copy for copy in store.cached() if copy.written_at < limit), _LOOKUP_BATCH):
@@ -85,7 +99,7 @@ def drop_copies(database: Database, store: Store, older_than_s: float) -> int:
 
 
 def _drop_resume_data(database: Database, run_id: str) -> bool:
-    """Drop what an expired failed run would resume from; return False if it has been retried meanwhile."""
+    """Delete the checkpoints and fold outcomes of an expired failed run; return False if it was retried meanwhile."""
     with database.writing() as session:
         if not runs.is_expired_failure(runs.lock_run(session, run_id)):
             return False
@@ -96,7 +110,7 @@ def _drop_resume_data(database: Database, run_id: str) -> bool:
 def _delete_unreferenced_files(
     database: Database, store: Store, older_than_s: float, is_over: Callable[[], bool], *, dry_run: bool
 ) -> Iterator[StoredFile]:
-    """Delete the old files that no row references, and yield them."""
+    """Delete files that are older than `older_than_s` and that no row references; yield each deleted file."""
     limit = store.now() - older_than_s
     for files in _in_batches((file for file in store.files() if file.written_at < limit), _LOOKUP_BATCH):
         if is_over():
@@ -109,7 +123,7 @@ def _delete_unreferenced_files(
 
 
 def _delete_batch(database: Database, store: Store, digests: Sequence[Digest], limit: float) -> list[Digest]:
-    """Delete files unless one was referenced or stored again meanwhile; return the deleted ones."""
+    """Delete files, except those that were referenced or stored again meanwhile; return the deleted ones."""
     with database.writing() as session:
         lock_files(session)  # before the check, so that no reference is added in between
         found = [store.find(digest) for digest in digests]
@@ -117,7 +131,7 @@ def _delete_batch(database: Database, store: Store, digests: Sequence[Digest], l
 
 
 def _in_batches(things: Iterable[T], most: int) -> Iterator[list[T]]:
-    """Yield things in lists of at most `most`."""
+    """Yield the things in lists of at most `most` items."""
     left = iter(things)
     while some := list(islice(left, most)):
         yield some

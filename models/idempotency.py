@@ -1,7 +1,7 @@
 """Stored answers to requests with an `Idempotency-Key`: a repeated request receives the first answer again.
 
-An answer is written in the transaction that makes the change it reports. Until then, on PostgreSQL, a claim with an
-expiring lease shows that the key is in use; leases are measured by the clock of the database. See the IETF draft "The
+The transaction that makes a request's change also stores its answer. Until then, on PostgreSQL, a claim with an
+expiring lease shows that the key is in use; the clock of the database measures leases. See the IETF draft "The
 Idempotency-Key HTTP Header Field" (draft-ietf-httpapi-idempotency-key-header).
 """
 
@@ -24,7 +24,10 @@ LEASE = timedelta(seconds=45)
 
 
 class Answer(Base):
-    """The answer to the first request with a key; the fingerprint identifies repetitions of that request."""
+    """The answer to the first request with an Idempotency-Key.
+
+    `fingerprint` is a hash of that request: a later request with the key is a repetition if its hash is equal.
+    """
 
     __tablename__ = "answer"
 
@@ -78,12 +81,12 @@ def release_claim(session: Session, token: str) -> None:
 
 
 def has_answer(session: Session, principal: Principal, key: str) -> bool:
-    """Return whether a request with this key was answered before."""
+    """Return whether an answer to any request with this Idempotency-Key is stored."""
     return _find(session, principal, key) is not None
 
 
 def find_answer(session: Session, principal: Principal, key: str, fingerprint: str) -> Answer | None:
-    """Return the stored answer to this request, or None. Raises KeyReused if another request used the key."""
+    """Return the stored answer to a request, or None. Raises KeyReused if a different request used the key."""
     answer = _find(session, principal, key)
     if answer is None:
         return None
@@ -97,21 +100,21 @@ def find_answer(session: Session, principal: Principal, key: str, fingerprint: s
 def save_answer(
     session: Session, principal: Principal, key: str, fingerprint: str, location: str | None, body: dict[str, Any]
 ) -> None:
-    """Store the answer to a request, in the transaction that makes its change."""
+    """Store the answer to a request. Call it in the transaction that makes the change which the answer reports."""
     drop_expired_answers(session)
     session.add(Answer(project_id=principal.project_id, key=key, fingerprint=fingerprint, location=location, body=body))
     session.flush()
 
 
 def drop_expired_answers(session: Session) -> int:
-    """Delete answers older than `KEPT_FOR`; return how many."""
+    """Delete the responses stored for idempotency keys that are older than `KEPT_FOR`; return how many were deleted."""
     dropped = session.execute(delete(Answer).where(Answer.created_at < now() - KEPT_FOR))
     assert isinstance(dropped, CursorResult)
     return dropped.rowcount
 
 
 def count_expired_answers(session: Session) -> int:
-    """Return how many answers are older than `KEPT_FOR`."""
+    """Return how many stored answers are older than `KEPT_FOR`."""
     return session.scalar(select(func.count()).select_from(Answer).where(Answer.created_at < now() - KEPT_FOR)) or 0
 
 

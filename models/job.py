@@ -1,10 +1,11 @@
-"""Jobs and their leases. The database is the truth; only the holder of a job's lease may change the job's subject.
+"""Jobs and their leases. Only the worker that holds a job's lease may write the results of the job.
 
     queued → running → succeeded | failed | cancelled        running → queued when a lease is lost or given back
 
-A lease is (job, epoch). Its holder increments `renewals`. Other workers watch that number on their own clocks, and take
-the job over when it stops changing. A take-over increments the epoch, and every write of a holder is fenced by its
-epoch, so a holder that was only asleep can write nothing more. Who holds a job never depends on comparing clocks.
+A lease is a pair (job, epoch). The worker that holds it increments `renewals` regularly. Other workers read that number
+at intervals. If it stops changing, one of them takes over the job and increments the epoch. Every write of a worker
+checks the epoch of its lease, so a worker that was only suspended can write nothing after a take-over. Clocks of
+different machines are never compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from models.project import owner
 
 
 class JobKind(StrEnum):
-    """The kind of work of a job; its Celery task has the same name."""
+    """What a job does. The job's Celery task is named after it, for example `espalier.train`."""
 
     INGEST = "ingest"
     TRAIN = "train"
@@ -37,15 +38,15 @@ class JobKind(StrEnum):
 
 
 MAX_ATTEMPTS = 3
-"""Maximum number of attempts at a job before it counts as failed."""
-ENDLESS = (JobKind.PURGE, JobKind.PUBLISH)
-"""Kinds without a limit of attempts: MLflow must receive all outbox rows, and a purge can always continue."""
+"""Maximum number of attempts at a job. When the last attempt ends without a result, the job has failed."""
+KINDS_RETRIED_FOREVER = (JobKind.PURGE, JobKind.PUBLISH)
+"""Kinds of jobs with unlimited attempts: MLflow must receive all outbox rows, and a purge can always continue."""
 UNDER_WAY = 1
-"""Priority of jobs that continue a started run or that a client waits for; runs that have not started have 0."""
+"""Priority of jobs that continue a started run, and of jobs that a client waits for. Other jobs have priority 0."""
 
 
 class JobState(StrEnum):
-    """The state of a job: two unfinished ones and three final ones."""
+    """The state of a job. Queued and running jobs are unfinished; the other states are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -58,7 +59,7 @@ UNFINISHED = (JobState.QUEUED, JobState.RUNNING)
 
 
 class Queue(StrEnum):
-    """Jobs for one kind of worker. A worker runs one job at a time."""
+    """The queue in which a job waits. Each queue is served by its own workers."""
 
     CPU = "cpu"
     GPU = "gpu"
@@ -66,16 +67,17 @@ class Queue(StrEnum):
     TRACKING = "tracking"
 
 
-# The longest delay before the next attempt.
+# Maximum seconds before the next attempt.
 BACK_OFF_S = 60.0
 
 _UNFINISHED = text("state IN ('queued', 'running')")
 
 
 class Job(Base):
-    """One piece of work about one subject: a data set version to ingest, a run to train or to publish, and so on.
+    """One piece of work on one subject, such as a data set version to ingest or a run to train.
 
-    `index` distinguishes jobs of one kind about one subject, such as the folds of a run.
+    `subject_id` is the id of that data set, version, run, comparison or view. `index` distinguishes jobs of the same
+    kind and subject, such as the folds of one run.
     """
 
     __tablename__ = "job"
@@ -115,12 +117,15 @@ class Job(Base):
 
 
 class LeaseLost(Exception):
-    """Another worker holds the job, or the job has ended; stop at once and write nothing."""
+    """This worker's lease is no longer valid: another worker holds the job, or the job has ended.
+
+    The worker must stop at once and write nothing.
+    """
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to work on a job, for one epoch."""
+    """The right of one worker to work on a job. It ends when another worker takes over and increments the epoch."""
 
     job_id: str
     epoch: int
@@ -128,7 +133,10 @@ class Lease:
 
 @dataclass(frozen=True)
 class LeaseObservation:
-    """What a sweeper observes of a running job; if it does not change for too long, the holder is gone."""
+    """The epoch and the renewals of a running job's lease, as a sweeper has read them.
+
+    If they do not change for too long, the worker that holds the lease is gone.
+    """
 
     job_id: str
     epoch: int
@@ -149,7 +157,7 @@ def add_job(
     parent_id: str | None = None,
     priority: int = 0,
 ) -> Job:
-    """Add a queued job in the transaction that makes the work necessary."""
+    """Add a queued job. Call it in the transaction that makes the work necessary."""
     job = Job(
         project_id=project_id,
         kind=kind,
@@ -165,7 +173,7 @@ def add_job(
 
 
 def due_jobs(session: Session, queue: Queue, limit: int) -> list[tuple[str, JobKind]]:
-    """Return ids and kinds of the due jobs of a queue: highest priority first, then the oldest."""
+    """Return the ids and kinds of at most `limit` due jobs of a queue: highest priority first, then the oldest."""
     query = select(Job.id, Job.kind).where(*_is_due(), Job.queue == queue)
     return [
         (job_id, kind) for job_id, kind in session.execute(query.order_by(Job.priority.desc(), Job.id).limit(limit))
@@ -173,7 +181,10 @@ def due_jobs(session: Session, queue: Queue, limit: int) -> list[tuple[str, JobK
 
 
 def claim(session: Session, job_id: str, queues: Sequence[Queue], owner: str) -> Job | None:
-    """Start an attempt at a job with a new lease; return None unless the job is due and in one of the queues."""
+    """Start an attempt at a job under a new lease, and return the job.
+
+    Returns None if the job is not due, for example because another worker has claimed it, or is in none of the queues.
+    """
     taken = _execute(
         session,
         update(Job)
@@ -193,7 +204,7 @@ def claim(session: Session, job_id: str, queues: Sequence[Queue], owner: str) ->
 
 
 def _is_due() -> tuple[Any, ...]:
-    # A time further ahead than any delay means that the clock was set back since.
+    # A `next_attempt_at` further ahead than the maximum delay means that the clock was set back meanwhile.
     longest = now() + timedelta(seconds=BACK_OFF_S)
     is_due = or_(Job.next_attempt_at.is_(None), Job.next_attempt_at <= now(), Job.next_attempt_at > longest)
     return (Job.state == JobState.QUEUED, is_due)
@@ -203,7 +214,10 @@ def _is_due() -> tuple[Any, ...]:
 
 
 def hold(session: Session, lease: Lease) -> Job:
-    """Fence the transaction: later writes in it happen only under this lease. Raises LeaseLost."""
+    """Check that a lease is valid and lock its job until the transaction ends; return the job. Raises LeaseLost.
+
+    Because of the lock, all writes of this transaction happen under the lease.
+    """
     kept = _execute(session, _held(lease).values(renewals=Job.renewals))
     if not kept:
         raise LeaseLost(lease.job_id)
@@ -211,7 +225,7 @@ def hold(session: Session, lease: Lease) -> Job:
 
 
 def renew(session: Session, lease: Lease) -> bool:
-    """Show that the holder is alive; return whether a client asked to cancel. Raises LeaseLost."""
+    """Renew a lease, and return whether a client asked to cancel the job. Raises LeaseLost."""
     kept = _execute(session, _held(lease).values(renewals=Job.renewals + 1))
     if not kept:
         raise LeaseLost(lease.job_id)
@@ -219,16 +233,17 @@ def renew(session: Session, lease: Lease) -> bool:
 
 
 def finish(session: Session, lease: Lease, state: JobState, error: dict[str, Any] | None = None) -> None:
-    """Close a job in a final state. Raises LeaseLost."""
+    """End a job in the final `state` and end its lease. Raises LeaseLost."""
     values = {"state": state, "error": error, "finished_at": now(), "lease_owner": None}
     if not _execute(session, _held(lease).values(**values)):
         raise LeaseLost(lease.job_id)
 
 
 def give_back(session: Session, lease: Lease, *, delay_s: float = 0.0, counts: bool = True) -> JobState:
-    """Queue a job again after a delay, or cancel it if a client asked for that; return its new state. Raises LeaseLost.
+    """End a lease and queue its job again, due after `delay_s` seconds. Raises LeaseLost.
 
-    Pass `counts=False` for an attempt that ended for a reason outside the job.
+    If a client asked to cancel the job, it is cancelled instead. Returns the job's new state. Pass `counts=False` if
+    the attempt ended for a reason outside the job, such as a worker that shuts down: then it does not count.
     """
     job = hold(session, lease)
     if job.cancel_requested_at is not None:
@@ -248,11 +263,11 @@ def _held(lease: Lease) -> Any:
     return update(Job).where(Job.id == lease.job_id, Job.lease_epoch == lease.epoch, Job.state == JobState.RUNNING)
 
 
-# --- by anybody ------------------------------------------------------------------------------------------------------
+# --- by any process --------------------------------------------------------------------------------------------------
 
 
-def is_owed(session: Session, kind: JobKind, subject_id: str) -> bool:
-    """Return whether a job of a kind about a subject is queued or running."""
+def has_unfinished(session: Session, kind: JobKind, subject_id: str) -> bool:
+    """Return whether a subject has a queued or running job of this kind."""
     query = select(Job.id).where(Job.kind == kind, Job.subject_id == subject_id, Job.state.in_(UNFINISHED))
     return session.scalar(query.limit(1)) is not None
 
@@ -263,9 +278,13 @@ def is_cancel_requested(session: Session, job_id: str) -> bool:
 
 
 def request_cancel(session: Session, subject_id: str, *kinds: JobKind) -> int:
-    """Cancel the jobs of these kinds about a subject; return how many were queued and so ended at once."""
+    """Request the end of a subject's unfinished jobs of these kinds.
+
+    Queued jobs are cancelled at once; running jobs end when their workers see the request. Returns the number of jobs
+    that were cancelled at once.
+    """
     mine = (Job.kind.in_(kinds), Job.subject_id == subject_id)
-    # First for any state: this waits for a holder that is giving the job back, and then locks the row.
+    # The first UPDATE matches both states. It locks the rows, after waiting for a worker that is giving a job back.
     _execute(
         session,
         update(Job)
@@ -279,9 +298,9 @@ def request_cancel(session: Session, subject_id: str, *kinds: JobKind) -> int:
 
 
 def end_others(session: Session, job: Job) -> int:
-    """End the other unfinished jobs of the same run: the parent and its other parts. Return how many.
+    """Cancel all other unfinished jobs of the same run; return how many were cancelled.
 
-    Their holders lose their leases, so that the same work can be queued again at once.
+    Workers that hold these jobs lose their leases, so the same work can be queued again at once.
     """
     first = job.parent_id or job.id
     others = (or_(Job.id == first, Job.parent_id == first), Job.id != job.id)
@@ -299,23 +318,23 @@ def end_others(session: Session, job: Job) -> int:
     )
 
 
-def worked_on(session: Session, job_id: str) -> Sequence[Job]:
-    """Return the running ones among a job and the jobs that it created."""
+def running_jobs(session: Session, job_id: str) -> Sequence[Job]:
+    """Return the running jobs among this job and the jobs that were queued by it."""
     query = select(Job).where(or_(Job.id == job_id, Job.parent_id == job_id), Job.state == JobState.RUNNING)
     return session.scalars(query, execution_options={"populate_existing": True}).all()
 
 
 def observe_leases(session: Session) -> list[LeaseObservation]:
-    """Return an observation of every running job."""
+    """Return the lease epoch and the renewals of every running job, for a sweeper to compare with its next reading."""
     query = select(Job.id, Job.lease_epoch, Job.renewals).where(Job.state == JobState.RUNNING)
     return [LeaseObservation(*row) for row in session.execute(query)]
 
 
 def take_over(session: Session, observation: LeaseObservation) -> Job | None:
-    """End the lease of a holder that has not renewed it since the observation; return the job with its new state.
+    """End a lease that was not renewed since it was observed; return the job with its new state.
 
-    The job is cancelled if a client asked for that, failed if its attempts are used up, and queued again otherwise.
-    Return None if the holder renewed its lease.
+    The new state is cancelled if a client asked for that, failed if no attempts are left, and queued otherwise. Returns
+    None if the lease was renewed or has ended since the observation.
     """
     still = (
         Job.id == observation.job_id,
@@ -340,19 +359,20 @@ def take_over(session: Session, observation: LeaseObservation) -> Job | None:
 
 
 def attempts_are_used_up(job: Job) -> bool:
-    """Return whether a failure of this attempt is final."""
-    return job.attempt >= MAX_ATTEMPTS and job.kind not in ENDLESS
+    """Return whether a job has no attempts left, so that a failure of its current attempt is final."""
+    return job.attempt >= MAX_ATTEMPTS and job.kind not in KINDS_RETRIED_FOREVER
 
 
 def back_off_s(attempt: int) -> float:
-    """Return the seconds to wait before the next attempt: doubled each time, at most BACK_OFF_S."""
+    """Return the seconds to wait after attempt number `attempt`: 2, 4, 8 and so on, at most BACK_OFF_S."""
     return min(BACK_OFF_S, 2.0 ** min(attempt, 6))
 
 
 def is_retried(job: Job, error: EspalierError) -> bool:
-    """Return whether a job that failed with this error gets another attempt.
+    """Return whether a job is tried again after an attempt that failed with this error.
 
-    A publication always does: a sweeper would replace it at once by a new job, which would not wait.
+    Publish jobs are always tried again, after a delay. If one failed for good, a sweeper would queue a new publish job
+    at once, without a delay.
     """
     return (error.is_transient or job.kind is JobKind.PUBLISH) and not attempts_are_used_up(job)
 
@@ -367,7 +387,7 @@ def count_jobs(session: Session) -> dict[tuple[Queue, JobState], int]:
 
 
 def _execute(session: Session, statement: Any) -> int:
-    """Run an UPDATE and return how many rows it changed."""
+    """Execute an UPDATE statement and return how many rows it changed."""
     result = session.execute(statement, execution_options={"synchronize_session": False})
     assert isinstance(result, CursorResult)
     return result.rowcount

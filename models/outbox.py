@@ -1,4 +1,7 @@
-"""The outbox: what MLflow does not know of runs yet, in the order in which it happened. Never calls MLflow."""
+"""The outbox: facts about runs that were not sent to MLflow yet, in the order in which they happened.
+
+Never calls MLflow: publish jobs send the rows.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from models.run import Run
 
 
 class Outbox(Base):
-    """One fact about a run that MLflow does not have yet. The row is deleted once MLflow has it."""
+    """One fact about a run that was not sent to MLflow yet. The row is deleted after MLflow has received the fact."""
 
     __tablename__ = "outbox"
 
@@ -30,7 +33,7 @@ class Outbox(Base):
 
 
 def add_to_outbox(session: Session, run_id: str, kind: str, payload: dict[str, Any]) -> None:
-    """Add a fact about a run for MLflow, in the transaction that makes it true."""
+    """Add a fact about a run that MLflow must receive. Call it in the transaction that makes the fact true."""
     session.add(Outbox(run_id=run_id, kind=kind, payload=payload))
 
 
@@ -82,19 +85,25 @@ def summarize_outbox(session: Session) -> OutboxSummary:
 
 
 def add_end_to_outbox(session: Session, run_id: str) -> None:
-    """Add the end of a run that no worker has, if MLflow knows the run or the outbox has rows of it."""
-    if session.get_one(Run, run_id).mlflow_run_id is not None or outbox_rows(session, run_id):
+    """Add the end of a run that was cancelled while no worker held it.
+
+    Does nothing if MLflow does not know the run and the outbox has no rows of it.
+    """
+    if session.get_one(Run, run_id).mlflow_run_id is not None or get_unsent_rows(session, run_id):
         add_to_outbox(session, run_id, "finished", {})
 
 
-def outbox_rows(session: Session, run_id: str) -> Sequence[Outbox]:
-    """Return the rows of a run that are to be sent, oldest first."""
+def get_unsent_rows(session: Session, run_id: str) -> Sequence[Outbox]:
+    """Return the facts about a run that are still to be sent to MLflow, the oldest first."""
     query = select(Outbox).where(Outbox.run_id == run_id, Outbox.kind != REFUSED)
     return session.scalars(query.order_by(Outbox.id)).all()
 
 
 def add_publish_jobs(session: Session) -> int:
-    """Queue a publish job for every run that has outbox rows and no unfinished one; return how many were queued."""
+    """Queue a publish job for every run that has rows in the outbox, unless it already has an unfinished publish job.
+
+    Returns how many jobs were queued.
+    """
     busy = select(Job.subject_id).where(Job.kind == JobKind.PUBLISH, Job.state.in_(UNFINISHED))
     query = select(Run.id, Run.project_id).where(
         Run.id.in_(select(Outbox.run_id).where(Outbox.kind != REFUSED)), Run.id.not_in(busy)

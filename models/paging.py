@@ -1,4 +1,4 @@
-"""Key-set pages of queries: a page continues after the last key of the page before, so new rows never shift it."""
+"""Pages of query results. Each page starts after the last key of the page before, so new rows never shift a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class PageRequest:
-    """At most `limit` rows, from the first one or after the key `after`."""
+    """The part of a list to return: at most `limit` rows, after the row with the key `after`, or from the first row."""
 
     limit: int
     after: str | None = None
@@ -22,7 +22,7 @@ class PageRequest:
 
 @dataclass(frozen=True)
 class RowPage(Generic[Row]):
-    """Rows of one page, and the key that the next page continues after; None on the last page."""
+    """The rows of one page. `next_after` is the `after` of the next page, None on the last page."""
 
     rows: Sequence[Row]
     next_after: str | None
@@ -42,10 +42,10 @@ def fetch_page(
     Args:
         session: an open transaction.
         query: what to list, without an order.
-        key: a unique column to order by; the newest come first unless `ascending`.
+        key: a unique column that determines the order, descending unless `ascending`.
         key_of: returns the key of a result row.
-        request: how many rows, and where to continue.
-        ascending: whether keys grow from page to page.
+        request: how many rows to return, and after which key.
+        ascending: whether the smallest key comes first.
     """
     if request.after is not None:
         beyond: ColumnElement[bool] = key > request.after if ascending else key < request.after
@@ -58,6 +58,6 @@ def fetch_page(
 def fetch_records(
     session: Session, query: Select[Any], key: SQLColumnExpression[str], request: PageRequest
 ) -> RowPage[Any]:
-    """Return one page of a query for one kind of record that has an `id`, the newest first."""
+    """Return one page of a query for records with an `id`, the newest first."""
     page = fetch_page(session, query, key, lambda row: str(row[0].id), request)
     return RowPage([row[0] for row in page.rows], page.next_after)

@@ -1,4 +1,7 @@
-"""Projects, which own all records. There is one today; a column in every owned record allows more without migration."""
+"""Projects, which own all other records. There is only one project today.
+
+Every owned record has a column for its project, so that more projects need no change of the schema.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ DEFAULT_PROJECT = "prj_default"
 
 
 class Project(Base):
-    """A namespace for data sets, runs and models."""
+    """A project: a namespace for data sets, runs and models."""
 
     __tablename__ = "project"
 
@@ -25,16 +28,16 @@ class Project(Base):
 
 @dataclass(frozen=True)
 class Principal:
-    """The sender of a request, and the project it may see."""
+    """Who sends a request; `project_id` is the only project whose records the request may see."""
 
     project_id: str = DEFAULT_PROJECT
 
 
 def owner(*, primary_key: bool = False) -> Mapped[str]:
-    """Return the foreign key column of a record's project."""
+    """Return a foreign key column for the project that owns a record."""
     return mapped_column(ForeignKey("project.id"), index=not primary_key, primary_key=primary_key)
 
 
 def scope(project_id: InstrumentedAttribute[str], principal: Principal) -> ColumnElement[bool]:
-    """Return the condition that limits a query to the project of the principal."""
+    """Return the SQL condition that limits a query to the records of the principal's project."""
     return project_id == principal.project_id

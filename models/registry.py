@@ -1,7 +1,7 @@
-"""Models, their versions and aliases; exported backbones and the weights they were built from. Loads nothing.
+"""Models, their versions and aliases; exported backbones, and the weights they were built from. Reads no file.
 
-Every change of a version or an alias increments `registry_revision` in the same transaction: a process that serves
-predictions reads only that row to find out whether anything changed.
+Every transaction that changes a version or an alias increments the number in the table `registry_revision`. A process
+that serves predictions reads only that number to learn whether anything has changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHAMPION = "champion"
 
 
 class Model(Base):
-    """A name that clients ask for predictions."""
+    """A model: the name under which clients ask for predictions. The trained networks are its versions."""
 
     __tablename__ = "model"
     __table_args__ = (UniqueConstraint("project_id", "name"),)
@@ -36,7 +36,7 @@ class Model(Base):
 
 
 class ModelVersion(Base):
-    """The model that one run produced, as a numbered version; it never changes."""
+    """A numbered version of a model: the result of one run. It never changes."""
 
     __tablename__ = "model_version"
     __table_args__ = (UniqueConstraint("model_id", "number"),)
@@ -51,7 +51,7 @@ class ModelVersion(Base):
 
 
 class Alias(Base):
-    """A name that points at one version of a model and may be moved."""
+    """A name for one version of a model, such as `champion`. It can be moved to another version."""
 
     __tablename__ = "alias"
 
@@ -62,7 +62,7 @@ class Alias(Base):
 
 
 class RegistryRevision(Base):
-    """A single row that every change of the registry increments."""
+    """The table's only row. Every change of a model version or an alias increments `revision`."""
 
     __tablename__ = "registry_revision"
 
@@ -71,7 +71,10 @@ class RegistryRevision(Base):
 
 
 class Backbone(Base):
-    """An exported network. The first export of a key wins: exports differ in their bytes, and models share the file."""
+    """A backbone that was exported to a file: one for each network, weights, cut point, size and export version.
+
+    Two exports of the same backbone differ in their bytes. Only the first is kept, so that models share its file.
+    """
 
     __tablename__ = "backbone"
     __table_args__ = (UniqueConstraint("network", "weights_sha256", "cut", "size", "export_version"),)
@@ -87,10 +90,11 @@ class Backbone(Base):
 
 
 class QuantisedBackbone(Base):
-    """An int8 copy of an exported network, for one image rule.
+    """An int8 copy of an exported backbone, for one image rule.
 
-    It is calibrated on the first data set that needs it and used for all others, so that models share it. A higher
-    `generation` was calibrated again on request; `manifest` says on which images.
+    The copy is calibrated on the first data set that needs it. Later data sets use the same copy, so that models share
+    it. If a client asks for a new calibration, the new copy gets the next `generation`. `manifest` names the images
+    that were used for calibration.
     """
 
     __tablename__ = "quantised"
@@ -105,7 +109,7 @@ class QuantisedBackbone(Base):
 
 
 class Weights(Base):
-    """Weights of a network in the store; `source` says where they came from."""
+    """Weights of a network that are in the store. `source` says where they came from."""
 
     __tablename__ = "weights"
 
@@ -120,7 +124,7 @@ class Weights(Base):
 
 
 def get_model(session: Session, principal: Principal, name: str) -> Model:
-    """Return a model. Raises NotFound."""
+    """Return the model with this name. Raises NotFound."""
     model = session.scalar(select(Model).where(Model.name == name, scope(Model.project_id, principal)))
     if model is None:
         raise NotFound(f"No model is named {name!r}. GET /api/v1/models lists all models.")
@@ -142,7 +146,7 @@ def get_model_version(session: Session, model: Model, number: int) -> ModelVersi
 
 
 def get_alias(session: Session, model: Model, alias: str) -> ModelVersion:
-    """Return the version that an alias points at. Raises NotFound, or NoChampion."""
+    """Return the version to which an alias of a model points. Raises NotFound, or NoChampion for a missing champion."""
     query = (
         select(ModelVersion)
         .join(Alias, Alias.version_id == ModelVersion.id)
@@ -198,7 +202,7 @@ def get_run_versions(session: Session, run_ids: Sequence[str]) -> dict[str, Mode
 
 
 def get_aliases(session: Session, model_id: str) -> dict[str, list[str]]:
-    """Return the aliases of a model by the id of the version they point at."""
+    """Return the names of a model's aliases, as a list for each version id to which aliases point."""
     aliases: dict[str, list[str]] = {}
     for alias in session.scalars(select(Alias).where(Alias.model_id == model_id).order_by(Alias.name)):
         aliases.setdefault(alias.version_id, []).append(alias.name)
@@ -206,7 +210,7 @@ def get_aliases(session: Session, model_id: str) -> dict[str, list[str]]:
 
 
 def get_all_aliases(session: Session) -> list[tuple[Model, str, ModelVersion]]:
-    """Return every alias with its model and the version that it points at."""
+    """Return every alias of every model, as (model, name of the alias, version to which it points)."""
     query = (
         select(Model, Alias.name, ModelVersion)
         .join(Alias, Alias.model_id == Model.id)
@@ -216,7 +220,7 @@ def get_all_aliases(session: Session) -> list[tuple[Model, str, ModelVersion]]:
 
 
 def get_revision(session: Session) -> int:
-    """Return the number of changes of versions and aliases so far."""
+    """Return the registry's revision, which grows with every change of a version or an alias."""
     return session.scalars(select(RegistryRevision.revision)).one()
 
 
@@ -230,11 +234,11 @@ def add_model_version(
     *,
     can_be_champion: bool = True,
 ) -> ModelVersion:
-    """Add the result of a run as the next version of a model.
+    """Add the result of a run as the next version of a model, and the model if it is new.
 
-    It becomes the champion if the model has none, unless it may not by itself, since it is no good.
+    If the model has no champion and `can_be_champion` is true, the alias `champion` points to this version.
     """
-    _count_revision(session)  # also a lock: two runs cannot take the same number
+    _count_revision(session)  # locks the revision's row, so that two runs cannot get the same version number
     model = session.scalar(select(Model).where(Model.name == name, scope(Model.project_id, principal)))
     if model is None:
         model = Model(project_id=principal.project_id, name=name)
@@ -256,7 +260,7 @@ def add_model_version(
 
 
 def move_alias(session: Session, model: Model, alias: str, version: ModelVersion) -> None:
-    """Point an alias at a version; create the alias if it does not exist."""
+    """Make an alias of a model point to a version of that model. An alias that does not exist is created."""
     _count_revision(session)
     session.merge(Alias(model_id=model.id, name=alias, version_id=version.id, moved_at=now()))
 
@@ -271,7 +275,7 @@ def _count_revision(session: Session) -> None:
 def find_backbone(
     session: Session, network: BackboneName, weights: Digest, cut: str, size: int, export_version: int
 ) -> Backbone | None:
-    """Return the exported backbone of a key, or None if there is none yet."""
+    """Return the exported backbone for a network, its weights, cut point and image size; None if none exists yet."""
     return session.scalar(
         select(Backbone).where(
             Backbone.network == network,
@@ -284,8 +288,8 @@ def find_backbone(
 
 
 def add_backbone(session: Session, backbone: Backbone) -> Backbone:
-    """Add an exported backbone and return the one to use: an earlier export of the same key, or this one."""
-    _count_revision(session)  # serialises writers: the second one sees the first
+    """Add an exported backbone, unless the same backbone was exported before; return the stored one."""
+    _count_revision(session)  # locks the revision's row, so that a second writer sees the first one's backbone
     key = (backbone.network, Digest(backbone.weights_sha256), backbone.cut, backbone.size, backbone.export_version)
     existing = find_backbone(session, *key)
     if existing is not None:
@@ -294,7 +298,7 @@ def add_backbone(session: Session, backbone: Backbone) -> Backbone:
 
 
 def find_quantised_backbone(session: Session, backbone: Digest, image_rule: int) -> QuantisedBackbone | None:
-    """Return the newest int8 copy of a network, or None if there is none yet."""
+    """Return the newest int8 copy of a backbone for an image rule, or None if there is none yet."""
     query = select(QuantisedBackbone).where(
         QuantisedBackbone.backbone_sha256 == backbone, QuantisedBackbone.image_rule == image_rule
     )
@@ -310,16 +314,16 @@ def add_quantised_backbone(
     *,
     is_anew: bool = False,
 ) -> QuantisedBackbone:
-    """Add an int8 copy of a network and return the one to use.
+    """Add an int8 copy of a backbone, unless there is one already; return the copy to use.
 
-    That is the earlier copy if there is one, unless `is_anew`: then the new copy becomes the newest generation.
+    With `is_anew`, the new copy is added even if there is one, and becomes the newest generation.
     """
-    _count_revision(session)  # serialises writers: the second one sees the first
+    _count_revision(session)  # locks the revision's row, so that a second writer sees the first one's copy
     newest = find_quantised_backbone(session, backbone, image_rule)
     if newest is not None and (not is_anew or newest.sha256 == digest):
         return newest
     generation = newest.generation + 1 if newest else 1
-    return session.merge(  # merge: equal bytes may be an older generation, which becomes the newest
+    return session.merge(  # not `add`: an older generation may have the same bytes, and then becomes the newest
         QuantisedBackbone(
             sha256=digest,
             backbone_sha256=backbone,
@@ -331,20 +335,20 @@ def add_quantised_backbone(
 
 
 def find_weights(session: Session, network: BackboneName, name: str) -> Weights | None:
-    """Return the stored weights of a network under this name, or None."""
+    """Return the weights of a network that are stored under this name, or None."""
     return session.get(Weights, (network, name))
 
 
 def get_weights_digests(session: Session) -> dict[tuple[BackboneName, str], str]:
-    """Return the digest of all weights in the store, by network and name."""
+    """Return the digests of all stored weights, by (network, name of the weights)."""
     return {(row.network, row.name): row.sha256 for row in session.scalars(select(Weights))}
 
 
 def find_weights_by_name(session: Session, name: str) -> list[Weights]:
-    """Return the stored weights under this name, of all networks."""
+    """Return the weights that are stored under this name, one for each network that has such weights."""
     return list(session.scalars(select(Weights).where(Weights.name == name).order_by(Weights.network)))
 
 
 def set_weights(session: Session, weights: Weights) -> None:
-    """Add stored weights; they replace weights of the same name and network."""
+    """Record weights that were stored. They replace weights of the same network and name."""
     session.merge(weights)

@@ -3,7 +3,8 @@
 queued → running → succeeded | failed | cancelled
 running → queued when its worker was lost        failed → queued when it is retried
 
-Finished folds, and checkpoints of unfinished ones, survive all these changes; after a failure for a week.
+A run that is queued again keeps its finished folds and the checkpoints of unfinished folds. A failed run keeps them for
+a week.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ FINAL_PART = -1
 """Part number of the final fit; the folds are parts 0, 1, and so on."""
 
 RESUMABLE_FOR = timedelta(days=7)
-"""How long after its failure a run can resume from its checkpoints; later a retry starts from the beginning."""
+"""How long a failed run keeps its checkpoints. A retry after that time starts from the beginning."""
 
-# The newest, and the one before in case the newest cannot be read.
+# The newest checkpoint, and the one before it in case the newest cannot be read.
 _CHECKPOINTS_KEPT = 2
 
 
 class RunState(StrEnum):
-    """State of a run."""
+    """The state of a run, from its request to its end."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -67,12 +68,14 @@ METRIC_TABLES = ("confusion", "per_class")
 class Run(Base):
     """One training of one model on one data set version.
 
-    `batch_size` is the reduced batch size after memory ran out; None while the recipe's applies.
-    `weights_sha256` names the weights that all parts start from; set from the start to the end of the run.
-    `quantised_sha256` and `precision_choice` do the same for the precision: the int8 network, and how it was chosen.
-    `features_choice` is the chosen source of features if the recipe leaves it open.
-    `job_id` names the train job of the current attempt: jobs of earlier attempts change nothing any more.
-    `training_s` is the sum of seconds over all parts, on any worker; waiting does not count.
+    Attributes:
+        batch_size: the reduced batch size after memory ran out; None if the recipe's batch size applies.
+        weights_sha256: the weights from which all folds start; set while the run is unfinished.
+        quantised_sha256: the int8 network that all folds use, if they use one; set while the run is unfinished.
+        precision_choice: how the precision was chosen, if the recipe says `auto`; set while the run is unfinished.
+        features_choice: where features come from, if the recipe leaves the choice to the run.
+        job_id: the train job of the current attempt. Jobs of earlier attempts can no longer change the run.
+        training_s: seconds of training summed over all folds and the final fit, without waiting.
     """
 
     __tablename__ = "run"
@@ -103,7 +106,7 @@ class Run(Base):
 
 
 class RunEvent(Base):
-    """One event of a run; `seq` counts from 1 without gaps."""
+    """One event of a run, for clients that follow its progress. `seq` counts the run's events from 1 without gaps."""
 
     __tablename__ = "run_event"
 
@@ -115,9 +118,9 @@ class RunEvent(Base):
 
 
 class Fold(Base):
-    """What one fold of a run measured; `history` has one entry per epoch.
+    """The result of one finished fold of a run. `history` has one entry per epoch.
 
-    `outcome_sha256` names the file that the final job reads; it is removed at the end of the run.
+    `outcome_sha256` is the file from which the final job reads the fold's result. It is removed when the run ends.
     """
 
     __tablename__ = "fold"
@@ -148,7 +151,7 @@ class Checkpoint(Base):
 
 
 class RunArtifact(Base):
-    """A file that a run produced; `name` is unique within the run."""
+    """A file that a run produced, such as its report. `name` is unique within the run."""
 
     __tablename__ = "run_artifact"
 
@@ -160,7 +163,7 @@ class RunArtifact(Base):
 
 
 def get_run(session: Session, principal: Principal, run_id: str) -> Run:
-    """Return a run. Raises NotFound."""
+    """Return the run with this id. Raises NotFound."""
     run = session.scalar(select(Run).where(Run.id == run_id, scope(Run.project_id, principal)))
     if run is None:
         raise NotFound(f"No run has the id {run_id!r}.")
@@ -218,28 +221,28 @@ def get_brief_runs(session: Session, run_ids: Collection[str]) -> dict[str, Run]
 
 
 def get_folds(session: Session, run_id: str) -> Sequence[Fold]:
-    """Return the finished folds in the order of their numbers."""
+    """Return the finished folds of a run in the order of their numbers."""
     return session.scalars(select(Fold).where(Fold.run_id == run_id).order_by(Fold.number)).all()
 
 
 def get_artifacts(session: Session, run_id: str) -> Sequence[RunArtifact]:
-    """Return the files of a run, sorted by name."""
+    """Return the files that a run has produced, sorted by name."""
     return session.scalars(select(RunArtifact).where(RunArtifact.run_id == run_id).order_by(RunArtifact.name)).all()
 
 
 def get_events(session: Session, run_id: str, after: int, limit: int = 500) -> Sequence[RunEvent]:
-    """Return up to `limit` events after number `after`, in their order."""
+    """Return up to `limit` events of a run whose numbers are greater than `after`, in order."""
     query = select(RunEvent).where(RunEvent.run_id == run_id, RunEvent.seq > after)
     return session.scalars(query.order_by(RunEvent.seq).limit(limit)).all()
 
 
 def last_event_number(session: Session, run_id: str) -> int:
-    """Return the number of a run's last event; 0 before the first."""
+    """Return the number of a run's last event, or 0 if it has no events."""
     return session.scalar(select(func.max(RunEvent.seq)).where(RunEvent.run_id == run_id)) or 0
 
 
 def get_checkpoints(session: Session, run_id: str) -> dict[int, list[Digest]]:
-    """Return the checkpoints of a run by part, the newest first."""
+    """Return the files of a run's checkpoints by part number; those of one part are sorted, the newest first."""
     found: dict[int, list[Digest]] = {}
     query = select(Checkpoint.part, Checkpoint.sha256).where(Checkpoint.run_id == run_id)
     for part, sha256 in session.execute(query.order_by(Checkpoint.part, Checkpoint.seq.desc())):
@@ -256,7 +259,7 @@ def is_any_active(session: Session, version_ids: Sequence[str]) -> bool:
 
 
 def find_expired_failures(session: Session) -> Sequence[str]:
-    """Return the runs that failed more than `RESUMABLE_FOR` ago and still have data to resume from."""
+    """Return the ids of runs that failed more than `RESUMABLE_FOR` ago and still have checkpoints or similar files."""
     keeps = or_(
         Run.weights_sha256.is_not(None),
         Run.quantised_sha256.is_not(None),
@@ -273,7 +276,7 @@ def is_expired_failure(run: Run) -> bool:
 
 
 def create_run(session: Session, principal: Principal, version_id: str, name: str, recipe: Recipe) -> Run:
-    """Add a queued run; `recipe` has its defaults filled in."""
+    """Add a queued run. All defaults of `recipe` must be filled in."""
     run = Run(
         project_id=principal.project_id,
         dataset_version_id=version_id,
@@ -288,19 +291,19 @@ def create_run(session: Session, principal: Principal, version_id: str, name: st
 
 
 def lock_run(session: Session, run_id: str) -> Run:
-    """Lock the row of a run until the transaction ends, and return its current values."""
+    """Lock the row of a run until the transaction ends; return the run with its current values."""
     return session.get_one(Run, run_id, with_for_update=NO_KEY_UPDATE, populate_existing=True)
 
 
 def start_run(session: Session, run_id: str) -> Run:
-    """Mark a run as running; it keeps the finished folds of an interrupted attempt."""
+    """Mark a run as running. It keeps folds that an interrupted attempt has finished."""
     run = _change(session, run_id, RunState.RUNNING, {"progress": progress(stage="starting")})
     run.started_at = run.started_at or now()
     return run
 
 
 def requeue_run(session: Session, run_id: str, stage: str = "queued") -> None:
-    """Mark a run as queued again after its worker was lost; does nothing if it is still queued."""
+    """Mark a running run as queued again, because its worker was lost. A queued run stays unchanged."""
     state = lock_run(session, run_id).state
     if state.is_final:
         raise RuntimeError(f"Run {run_id} cannot go from {state} to queued by itself. This is a bug.")
@@ -310,7 +313,8 @@ def requeue_run(session: Session, run_id: str, stage: str = "queued") -> None:
 
 def reopen_run(session: Session, run_id: str) -> Run:
     """Mark a failed run as queued again and clear its error."""
-    session.execute(delete(Fold).where(Fold.run_id == run_id, Fold.outcome_sha256.is_(None)))  # of an older version
+    # Folds that an older version of Espalier trained have no outcome file, so they must be trained again.
+    session.execute(delete(Fold).where(Fold.run_id == run_id, Fold.outcome_sha256.is_(None)))
     again = {"error": None, "started_at": None, "finished_at": None, "progress": progress(stage="queued")}
     return _change(session, run_id, RunState.QUEUED, again)
 
@@ -350,7 +354,7 @@ def _change(session: Session, run_id: str, state: RunState, values: Mapping[str,
 
 
 def add_event(session: Session, run_id: str, kind: EventKind, payload: dict[str, Any]) -> None:
-    """Append an event; the caller must hold the lock on the run's row, so that numbers are unique."""
+    """Append an event to a run. The caller must hold the lock of the run's row, so that event numbers are unique."""
     seq = last_event_number(session, run_id) + 1
     session.add(RunEvent(run_id=run_id, seq=seq, kind=kind, payload=payload))
     session.flush()
@@ -365,7 +369,7 @@ def progress(
     epochs: int | None = None,
     eta_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return the progress record of a run: `fraction` from 0 to 1, `eta_s` the estimated seconds left."""
+    """Return the progress record of a run: `fraction` is from 0 to 1, `eta_s` is the estimated seconds left."""
     return {
         "stage": stage,
         "fraction": fraction,
@@ -378,15 +382,16 @@ def progress(
 
 
 def set_progress(session: Session, run_id: str, state: dict[str, Any]) -> None:
-    """Replace a run's progress and add an event with it."""
+    """Replace the progress record of a run, and add an event that reports it."""
     session.get_one(Run, run_id).progress = state
     add_event(session, run_id, EventKind.PROGRESS, state)
 
 
 def record_extraction(session: Session, run_id: str, extraction: dict[str, Any]) -> None:
-    """Record how many images a run extracted features from; a resumed attempt keeps the first record.
+    """Record from how many images a run has extracted features, and the seconds that this took.
 
-    The larger number of seconds counts: fine-tuning reports the features first, then everything it computed.
+    The first record counts, so a resumed attempt does not change it. Only its seconds are replaced by a larger number:
+    fine-tuning reports the time for features first, then the time for everything that it computed before training.
     """
     run = session.get_one(Run, run_id)
     earlier = run.extraction or extraction
@@ -397,25 +402,25 @@ def halve_batch(session: Session, run_id: str) -> None:
     """Halve the batch size of a run."""
     run = session.get_one(Run, run_id)
     run.batch_size = max(1, (run.batch_size or run.recipe["batch_size"]) // 2)
-    run.precision_choice = None  # it was measured with the full batch
+    run.precision_choice = None  # it was chosen by measurements with the full batch size
 
 
 def add_fold(session: Session, fold: Fold) -> None:
-    """Add a finished fold and an event with its metrics."""
+    """Add a finished fold to its run, and an event with the fold's metrics."""
     session.add(fold)
     payload = {"fold": fold.number, "epochs": fold.epochs, "best_epoch": fold.best_epoch, "metrics": fold.metrics}
     add_event(session, fold.run_id, EventKind.FOLD, payload)
 
 
 def drop_folds(session: Session, run_id: str) -> list[Digest]:
-    """Delete the folds of a run that restarts; return the outcome files that they referenced."""
+    """Delete all folds of a run that restarts from the beginning; return the digests of their outcome files."""
     dropped = _outcome_files(session, run_id)
     session.execute(delete(Fold).where(Fold.run_id == run_id))
     return dropped
 
 
 def drop_outcomes(session: Session, run_id: str) -> list[Digest]:
-    """Remove the outcome files from the folds of an ended run; return the files."""
+    """Remove the references from an ended run's folds to their outcome files; return the files."""
     dropped = _outcome_files(session, run_id)
     session.execute(update(Fold).where(Fold.run_id == run_id).values(outcome_sha256=None))
     return dropped
@@ -428,10 +433,10 @@ def _outcome_files(session: Session, run_id: str) -> list[Digest]:
 def add_checkpoint(
     session: Session, run_id: str, part: int, epochs: int, digest: Digest, size_bytes: int
 ) -> list[Digest]:
-    """Add a checkpoint of a part; return the files of older checkpoints that it replaces."""
+    """Add a checkpoint of one fold or of the final fit, and delete its oldest checkpoints; return their files."""
     mine = (Checkpoint.run_id == run_id, Checkpoint.part == part)
     newest = session.scalar(select(Checkpoint).where(*mine).order_by(Checkpoint.seq.desc()).limit(1))
-    if newest is not None and newest.sha256 == digest:  # added before, but the confirmation was lost
+    if newest is not None and newest.sha256 == digest:  # it was added before, but the caller was not told so
         return []
     last = newest.seq if newest else 0
     old = (*mine, Checkpoint.seq <= last + 1 - _CHECKPOINTS_KEPT)
@@ -443,7 +448,7 @@ def add_checkpoint(
 
 
 def drop_checkpoints(session: Session, run_id: str, part: int | None = None) -> list[Digest]:
-    """Delete the checkpoints of a part, or of all parts if None; return their files."""
+    """Delete the checkpoints of one part of a run, or of all parts if `part` is None; return their files."""
     mine = [Checkpoint.run_id == run_id] + ([] if part is None else [Checkpoint.part == part])
     dropped = [Digest(sha256) for sha256 in session.scalars(select(Checkpoint.sha256).where(*mine))]
     session.execute(delete(Checkpoint).where(*mine))
@@ -451,7 +456,7 @@ def drop_checkpoints(session: Session, run_id: str, part: int | None = None) -> 
 
 
 def drop_networks(session: Session, run_id: str) -> list[Digest]:
-    """Clear the weights, the int8 network and the choices that a run started with; return their files."""
+    """Remove the references from a run to its weights and int8 network, and its choices; return the files."""
     run = session.get_one(Run, run_id)
     dropped = [Digest(sha256) for sha256 in (run.weights_sha256, run.quantised_sha256) if sha256]
     run.weights_sha256 = run.quantised_sha256 = run.precision_choice = run.features_choice = None
@@ -459,5 +464,5 @@ def drop_networks(session: Session, run_id: str) -> list[Digest]:
 
 
 def add_artifact(session: Session, run_id: str, name: str, digest: Digest, size_bytes: int, media_type: str) -> None:
-    """Add a stored file to a run; it replaces an earlier file of that name."""
+    """Add a stored file to the files of a run. It replaces an earlier file with the same name."""
     session.merge(RunArtifact(run_id=run_id, name=name, sha256=digest, size_bytes=size_bytes, media_type=media_type))

@@ -1,11 +1,11 @@
 """The jobs of a run, and how the end of each job changes the run.
 
-    train   prepares weights and features; if only heads learn, it also trains all folds and makes the model
-    fold    trains one fold of a run whose network learns; any free worker may take it
-    final   evaluates over all folds and makes the model
+    train   prepares weights and features; if the run trains only heads, also trains all folds and makes the model
+    fold    trains one fold of a run that trains layers; any free worker can do it
+    final   evaluates the run over all folds and makes the model
 
-The fold that ends last queues the final job, in the transaction that ends the fold. Rows are locked in the order job,
-run, comparison.
+When the last fold ends, the same transaction queues the final job. To avoid deadlocks, every transaction locks rows in
+the order job, run, comparison.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRAINING = (JobKind.TRAIN, JobKind.FOLD, JobKind.FINAL)
 
 
 def queue_training(session: Session, run: Run) -> Job:
-    """Add the train job of a queued run and make it the job that counts for the run."""
+    """Queue the train job of a run. Jobs of earlier attempts at the run can no longer change it."""
     queue = workers.training_queue(session, _learns_layers(run))
     job = jobs.add_job(session, run.project_id, JobKind.TRAIN, queue, run.id)
     run.job_id = job.id
@@ -38,15 +38,16 @@ def queue_training(session: Session, run: Run) -> Job:
 
 
 def has_fold_jobs(run: Run) -> bool:
-    """Return whether each fold of a run is a separate job.
+    """Return whether each fold of a run is trained by a job of its own.
 
-    It is not if only heads or a perceptron learn: such a fold takes less time than starting another process.
+    If the run trains only heads or a perceptron, one job trains all folds, because training such a fold takes less time
+    than starting another process.
     """
     return _learns_layers(run)
 
 
 def _learns_layers(run: Run) -> bool:
-    """Return whether more than one layer learns."""
+    """Return whether a run trains more than heads or a single layer."""
     network = run.recipe.get("network")
     if network is not None and network["kind"] == NetworkKind.PERCEPTRON:
         return False
@@ -54,24 +55,24 @@ def _learns_layers(run: Run) -> bool:
 
 
 def count_folds(run: Run) -> int:
-    """Return the number of folds of a run over all repeats."""
+    """Return the number of folds of a run: folds per repeat times repeats."""
     return int(run.recipe["folds"]["k"]) * int(run.recipe["folds"]["repeats"])
 
 
 def lock_active_run(session: Session, job: Job) -> Run | None:
-    """Lock and return the run of a job; None if the run has ended or another attempt has replaced the job's."""
+    """Lock and return the run of a job; return None if the run has ended or the job belongs to an earlier attempt."""
     run = runs.lock_run(session, job.subject_id)
     return None if run.state.is_final or run.job_id not in (job.id, job.parent_id) else run
 
 
 def get_progress(session: Session, run: Run) -> list[dict[str, Any]]:
-    """Return the progress that each running job of a run has saved."""
+    """Return the progress records that the running jobs of a run have saved."""
     assert run.job_id is not None
-    return [job.progress for job in jobs.worked_on(session, run.job_id) if job.progress is not None]
+    return [job.progress for job in jobs.running_jobs(session, run.job_id) if job.progress is not None]
 
 
 def mark_started(session: Session, job: Job) -> Run | None:
-    """Mark the run of a job as running; return the run, or None if the job no longer belongs to it."""
+    """Mark the run of a job as running and return it; return None if `lock_active_run` does."""
     run = lock_active_run(session, job)
     if run is None or run.state is RunState.RUNNING:
         return run
@@ -80,7 +81,10 @@ def mark_started(session: Session, job: Job) -> Run | None:
 
 
 def queue_folds(session: Session, job: Job) -> list[Job]:
-    """Queue the missing folds of a prepared run, or its final job if no fold is missing; return the new jobs."""
+    """Queue a job for each unfinished fold of a run, or the final job if all folds are finished; return the new jobs.
+
+    `job` is the train job, which has prepared the run.
+    """
     run = lock_active_run(session, job)
     if run is None:
         return []
@@ -90,7 +94,10 @@ def queue_folds(session: Session, job: Job) -> list[Job]:
 
 
 def finish_fold(session: Session, job: Job, fold: Fold) -> Job | None:
-    """Save the result of a fold job, if it still belongs to its run; the last fold queues and returns the final job."""
+    """Save the result of a fold job. If it is the last fold of the run, queue and return the final job; else None.
+
+    Nothing is saved if the run has ended or the job belongs to an earlier attempt.
+    """
     run = lock_active_run(session, job)
     if run is None:
         return None
@@ -101,7 +108,7 @@ def finish_fold(session: Session, job: Job, fold: Fold) -> Job | None:
 
 
 def mark_succeeded(session: Session, job: Job, metrics: dict[str, Any], training_s: float) -> Run | None:
-    """Mark the run of a job as succeeded, with its metrics; return None if the job no longer belongs to it."""
+    """Mark the run of a job as succeeded, save its metrics, and return it; return None if `lock_active_run` does."""
     run = lock_active_run(session, job)
     if run is None:
         return None
@@ -110,19 +117,22 @@ def mark_succeeded(session: Session, job: Job, metrics: dict[str, Any], training
 
 
 def mark_interrupted(session: Session, job: Job, stage: str = "queued") -> None:
-    """Queue the run of a job that was queued again, unless another job of the run is running."""
+    """Mark the run of a job that was queued again as queued too, unless another job of the run is running."""
     run = lock_active_run(session, job)
     if run is not None and run.state is RunState.RUNNING and not _is_worked_on(session, run):
         runs.requeue_run(session, run.id, stage)
 
 
 def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
-    """Mark the run of a failed job as failed, and cancel its other jobs; return False if the job is outdated."""
+    """Mark the run of a failed job as failed, and cancel the run's other jobs.
+
+    Returns False if the run has already ended or the job belongs to an earlier attempt.
+    """
     jobs.end_others(session, job)
     run = lock_active_run(session, job)
     if run is None:
         return False
-    if run.started_at is None:  # its worker was lost, or hung, before it began: MLflow knows nothing of it yet
+    if run.started_at is None:  # the worker was lost before it marked the run as started, so MLflow has no such run
         add_to_outbox(session, run.id, "started", {})
     runs.fail_run(session, run.id, error)
     add_to_outbox(session, run.id, "finished", {})
@@ -130,18 +140,21 @@ def mark_failed(session: Session, job: Job, error: dict[str, Any]) -> bool:
 
 
 def mark_cancelled(session: Session, job: Job) -> bool:
-    """Mark the run of a cancelled job as cancelled; return False if the job no longer belongs to it."""
+    """Mark the run of a cancelled job as cancelled.
+
+    Returns False if the run has already ended or the job belongs to an earlier attempt.
+    """
     run = lock_active_run(session, job)
     if run is None:
         return False
-    jobs.request_cancel(session, run.id, *TRAINING)  # jobs that this job has just queued
+    jobs.request_cancel(session, run.id, *TRAINING)  # this job may have queued further jobs just now
     runs.cancel_run(session, run.id)
     add_to_outbox(session, run.id, "finished", {})
     return True
 
 
 def request_cancel(session: Session, run_id: str) -> bool:
-    """Request the end of a run; return whether it was cancelled at once because none of its jobs is running."""
+    """Request the end of a run; return whether it was cancelled at once, because none of its jobs was running."""
     jobs.request_cancel(session, run_id, *TRAINING)
     run = runs.lock_run(session, run_id)
     if run.state.is_final or _is_worked_on(session, run):
@@ -153,7 +166,7 @@ def request_cancel(session: Session, run_id: str) -> bool:
 
 
 def drop_leftovers(session: Session, run_id: str) -> list[Digest]:
-    """Drop the checkpoints, fold outcomes and networks that an ended run no longer needs; return their files."""
+    """Remove an ended run's references to checkpoints, fold outcomes, weights and int8 network; return the files."""
     return (
         runs.drop_outcomes(session, run_id)
         + runs.drop_checkpoints(session, run_id)
@@ -162,10 +175,11 @@ def drop_leftovers(session: Session, run_id: str) -> list[Digest]:
 
 
 def restart_with_half_batch(session: Session, job: Job) -> list[Digest] | None:
-    """Restart a run whose job ran out of memory with half the batch size; return the files that it no longer needs.
+    """Halve the batch size of a run whose job ran out of memory, and start the run again from the beginning.
 
-    All folds must be trained alike, so finished folds are trained again. Returns None if the batch was halved before,
-    if the run is being cancelled, or if the job no longer belongs to the run.
+    Finished folds are trained again, because all folds must use the same batch size. Returns the files that the run no
+    longer needs. Returns None, and changes nothing about the run, if its batch size was halved before, if it is being
+    cancelled, if it has ended, or if the job belongs to an earlier attempt.
     """
     jobs.end_others(session, job)
     run = lock_active_run(session, job)
@@ -178,13 +192,14 @@ def restart_with_half_batch(session: Session, job: Job) -> list[Digest] | None:
 
 
 def retry(session: Session, run: Run) -> Job:
-    """Queue a failed run again; it continues from its folds and checkpoints. Raises NotReady.
+    """Queue a failed run again, and return its new train job.
 
-    These are dropped a week after the failure; the run then starts from the beginning.
+    The run resumes from its finished folds and its checkpoints. These are deleted a week after the failure; after that,
+    the run starts from the beginning. Raises NotReady if the run has not failed or its data set was deleted.
     """
     run = runs.lock_run(session, run.id)
     if run.state is not RunState.FAILED:
-        raise NotReady(f"Only a failed run can be retried. This one is {run.state.value}.")
+        raise NotReady(f"Only a failed run can be retried. This run is {run.state.value}.")
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     if session.get_one(Dataset, version.dataset_id).deleted_at is not None:
         raise NotReady("The data set of this run was deleted. Upload the images again and start a new run.")
@@ -193,7 +208,7 @@ def retry(session: Session, run: Run) -> Job:
 
 
 def _is_worked_on(session: Session, run: Run) -> bool:
-    return run.job_id is not None and bool(jobs.worked_on(session, run.job_id))
+    return run.job_id is not None and bool(jobs.running_jobs(session, run.job_id))
 
 
 def _queue(session: Session, job: Job, kind: JobKind, index: int = 0) -> Job:

@@ -1,7 +1,8 @@
 """Connections to the database, with the same interface for SQLite and PostgreSQL. Knows no records.
 
-`reading()` and `writing()` are one transaction each; `writing()` commits at its end. On SQLite a writer takes the lock
-at once (`BEGIN IMMEDIATE`), since upgrading a read transaction to a write can fail at any statement.
+`reading()` and `writing()` each open one transaction; `writing()` commits it at the end. On SQLite, a writing
+transaction takes the write lock at its beginning (`BEGIN IMMEDIATE`). If it took the lock at its first write, that
+statement could fail because of another writer.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ from errors import DiskFull, Unavailable
 
 BUSY_TIMEOUT_S = 10.0
 
-# PostgreSQL's `disk_full`.
+# PostgreSQL's error code `disk_full`.
 _FULL = "53100"
 
 _AFTER_COMMIT = "after commit"
 
-# Release lines and first patches with a fix of the WAL-reset bug (a checkpoint racing a writer can lose pages).
+# SQLite's WAL-reset bug: if a checkpoint races a writer, pages can be lost. For each release line with a fix, this is
+# the first patch that has it.
 _WAL_FIXED = {(3, 44): 6, (3, 50): 7, (3, 51): 3}
 
 
 class Database:
-    """A database that opens sessions for reading and writing. SQLite waits `busy_timeout_s` for another writer."""
+    """A database, which opens sessions for reading and writing.
+
+    On SQLite, a writer waits at most `busy_timeout_s` seconds for another writer.
+    """
 
     def __init__(self, url: str | URL, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         parsed = make_url(url)
@@ -48,7 +53,7 @@ class Database:
 
     @property
     def engine(self) -> Engine:
-        """The engine that may write, for migrations."""
+        """The SQLAlchemy engine of writing connections. Migrations use it directly."""
         return self._writer
 
     @contextmanager
@@ -68,13 +73,13 @@ class Database:
             with self._transaction() as session:
                 yield session
         except Unavailable:
-            if session is not None:  # the commit may have succeeded all the same
+            if session is not None:  # although the connection was lost, the commit may have succeeded
                 self._run_after_commit(session)
             raise
         self._run_after_commit(session)
 
     def _run_after_commit(self, session: Session) -> None:
-        """Run the functions registered by `after_commit`; the caller of the transaction does not see their errors."""
+        """Run the functions that `after_commit` has registered, and ignore errors because of the database."""
         for change in session.info.pop(_AFTER_COMMIT, ()):
             with suppress(Unavailable, DiskFull), self.writing() as own:
                 change(own)
@@ -86,37 +91,41 @@ class Database:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[bool]:
-        """Lock a name for the block; yield False if this or another process on the same database holds the lock.
+        """Try to lock a name while the block runs; yield whether this succeeded.
 
-        The lock of a process that dies is released. Raises Unavailable if the database cannot be reached.
+        It fails if another thread or another process on the same database holds the lock. The lock of a process that
+        dies is released. Raises Unavailable if the database cannot be reached.
         """
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
         with _reachable(), self._locks.hold(number) as is_held:
             yield is_held
 
     def ping(self) -> None:
-        """Ask the database for an answer. Raises Unavailable if it gives none."""
+        """Check that the database answers a query. Raises Unavailable if it does not."""
         with self.reading() as session:
             session.execute(text("SELECT 1"))
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close all connections to the database."""
         self._writer.dispose()
         self._reader.dispose()
         self._locks.close()
 
 
 def after_commit(session: Session, change: Callable[[Session], object]) -> None:
-    """Run `change` in its own transaction after this one is committed: for actions that cannot be rolled back.
+    """Register `change` to run in a new transaction after this one is committed. Use it for what cannot be rolled back.
 
-    It also runs if the result of the commit is unknown, so it must check itself whether there is anything to do. It
-    does not run if the process dies or loses the database in between: nothing may depend on it.
+    `change` also runs if it is unknown whether the commit has succeeded, so it must check whether there is anything to
+    do. It does not run if the process dies or loses the database before, so nothing may depend on it.
     """
     session.info.setdefault(_AFTER_COMMIT, []).append(change)
 
 
 class _FileLocks:
-    """Named locks on one machine: each is a lock on one byte of a file, and in a set shared by threads."""
+    """Named locks between the processes and threads of one machine, for SQLite.
+
+    A lock between processes is a lock on one byte of a file. A lock between threads is an entry in a set.
+    """
 
     def __init__(self, url: URL) -> None:
         self._guard = threading.Lock()
@@ -143,7 +152,7 @@ class _FileLocks:
         self._file = self._file or self._path.open("ab")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except (BlockingIOError, PermissionError):  # POSIX allows either
+        except (BlockingIOError, PermissionError):  # POSIX allows either error for a lock that is held
             return False
         return True
 
@@ -153,7 +162,7 @@ class _FileLocks:
 
 
 class _AdvisoryLocks:
-    """Named locks on PostgreSQL: advisory locks in separate sessions, released when the session ends."""
+    """Named locks on PostgreSQL. Each is an advisory lock in a connection of its own, released when that closes."""
 
     def __init__(self, url: URL) -> None:
         self._engine = _postgresql_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
@@ -165,9 +174,9 @@ class _AdvisoryLocks:
             try:
                 yield is_held
             finally:
-                # A closed session releases its locks a moment later; a request in between would be refused.
+                # Closing the connection releases the lock only a moment later, and until then others could not get it.
                 if is_held:
-                    with suppress(DBAPIError):  # a connection that is lost has no lock any more
+                    with suppress(DBAPIError):  # the lock of a lost connection is already released
                         connection.scalar(select(func.pg_advisory_unlock(number)))
 
     def close(self) -> None:
@@ -181,7 +190,7 @@ def _reachable() -> Iterator[None]:
     except OperationalError as error:
         if _is_full(error):
             raise DiskFull(
-                "The disk of the database is full; nothing was written. Free some space, then try again."
+                "The disk of the database is full, so nothing was written. Free some space, then try again."
             ) from error
         raise Unavailable("The database cannot be reached. Try again in a moment.") from error
     except DBAPIError as error:
@@ -191,9 +200,9 @@ def _reachable() -> Iterator[None]:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Return whether an error was caused by a full disk.
+    """Return whether the cause of an error, direct or indirect, is a full disk.
 
-    SQLite then rolls the transaction back itself, so the error that is raised may be about a missing savepoint.
+    When the disk is full, SQLite itself rolls back the transaction. SQLAlchemy may then report a missing savepoint.
     """
     while error is not None:
         cause = error.orig if isinstance(error, DBAPIError) else None
@@ -204,7 +213,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:
-    """Return whether this version of SQLite has the fix of the WAL-reset bug."""
+    """Return whether a version of SQLite has the fix of the WAL-reset bug."""
     line, patch = version[:2], version[2]
     if line in _WAL_FIXED:
         return patch >= _WAL_FIXED[line]
@@ -219,7 +228,7 @@ def _sqlite_engine(url: URL, begin: str, busy_timeout_s: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # the driver opens no transactions itself
+        connection.isolation_level = None  # otherwise the driver would begin transactions by itself
         for pragma in (f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
@@ -230,7 +239,8 @@ def _sqlite_engine(url: URL, begin: str, busy_timeout_s: float) -> Engine:
     return engine
 
 
-# A machine that vanishes closes no connection: without these probes the other side waits for hours with its locks.
+# A machine that loses power or network closes no connection. These probes notice it within half a minute. Without them,
+# the other side would keep the connection and its locks for hours.
 _PROBES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
 _SERVER_PROBES = "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
 

@@ -1,9 +1,11 @@
-"""Views of a finished run: layers, activations and learning curve, computed on the first request and then kept.
+"""Views of a finished run: layers, activations and learning curve. Computes nothing itself.
 
-queued → running → succeeded, or failed; reporting a failure deletes the row, and the next request starts again
+queued → running → succeeded | failed
 
-Computes nothing itself: one job makes one view, and requests meanwhile receive its progress. A view that shows images
-is deleted with their data set; measurements stay with the run. Rows are locked in the order data set, job, view.
+The first request for a view queues a job that computes it. Until it is computed, requests receive the progress; after
+that, they receive the result, which is kept. A failure is reported once and then deleted, so that the next request
+starts again. When a data set is deleted, views that show its images are deleted too; other views stay with the run.
+To avoid deadlocks, every transaction locks rows in the order data set, job, view.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class ViewKind(StrEnum):
 
     @property
     def shows_images(self) -> bool:
-        """Whether the view contains an image of the data set."""
+        """Whether the computed view contains an image of the data set."""
         return self is ViewKind.ACTIVATIONS
 
     @property
@@ -46,12 +48,15 @@ class ViewKind(StrEnum):
 
     @property
     def queue(self) -> Queue:
-        """The queue of its job: views that take seconds use `ingest`, so that they do not wait for queued trainings."""
+        """The queue of the job that computes the view.
+
+        Views that take seconds are computed in the queue `ingest`, so that they do not wait behind trainings.
+        """
         return Queue.CPU if self is ViewKind.LEARNING_CURVE else Queue.INGEST
 
 
 class ViewState(StrEnum):
-    """State of a view's computation."""
+    """The state of a view's computation."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -60,7 +65,10 @@ class ViewState(StrEnum):
 
 
 class View(Base):
-    """One view of a run. `key` tells views of one kind apart; the file is set once the state is succeeded."""
+    """One view of a run, in the file `sha256` once it is computed.
+
+    `key` distinguishes views of the same run and kind, for example by image and layer.
+    """
 
     __tablename__ = "view"
     __table_args__ = (UniqueConstraint("run_id", "kind", "key"),)
@@ -92,12 +100,12 @@ def get_views(session: Session, run_id: str) -> Sequence[View]:
 
 
 def activations_key(image: Digest, layer: str) -> str:
-    """Return the key of the activations view of an image and a layer."""
+    """Return the key of a view that shows the activations of a layer for an image."""
     return f"{image}/{layer}"
 
 
 def image_and_layer(view: View) -> tuple[Digest, str]:
-    """Return the image and the layer of an activations view, parsed from its key."""
+    """Return the image and the layer whose activations a view shows, parsed from the view's key."""
     image, _, layer = view.key.partition("/")
     return Digest(image), layer
 
@@ -106,9 +114,9 @@ def image_and_layer(view: View) -> tuple[Digest, str]:
 
 
 def request_view(session: Session, run: Run, kind: ViewKind, key: str = "") -> tuple[View, Job | None]:
-    """Return a view and its new job; the job is None if the view was requested before.
+    """Return a view, and the job that will compute it if this is the first request for the view, else None.
 
-    Raises NotReady if the view needs images and their data set was deleted.
+    Raises NotReady if computing the view needs images and their data set was deleted.
     """
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     dataset = session.get_one(Dataset, version.dataset_id, with_for_update=True, populate_existing=True)
@@ -127,7 +135,7 @@ def request_view(session: Session, run: Run, kind: ViewKind, key: str = "") -> t
 def pop_failure(session: Session, view_id: str) -> dict[str, Any] | None:
     """Return the error of a failed view and delete the view, so that the next request computes it again.
 
-    Returns None if another request took the error first.
+    Returns None if another request has already received the error.
     """
     view = _lock(session, view_id)
     if view is None or view.state is not ViewState.FAILED:
@@ -140,7 +148,7 @@ def pop_failure(session: Session, view_id: str) -> dict[str, Any] | None:
 
 
 def start_view(session: Session, view_id: str) -> View | None:
-    """Mark a view as running and return it; None if it was deleted."""
+    """Mark a view as running and return it; return None if it was deleted."""
     view = _lock(session, view_id)
     if view is not None:
         view.state, view.progress = ViewState.RUNNING, None
@@ -148,7 +156,7 @@ def start_view(session: Session, view_id: str) -> View | None:
 
 
 def set_progress(session: Session, view_id: str, progress: dict[str, Any]) -> None:
-    """Save the progress of a view: `fraction` from 0 to 1, `eta_s` the estimated seconds left."""
+    """Save the progress of a view's computation: `fraction` is from 0 to 1, `eta_s` the estimated seconds left."""
     view = _lock(session, view_id)
     if view is not None:
         view.progress = progress
@@ -162,7 +170,10 @@ def requeue_view(session: Session, view_id: str) -> None:
 
 
 def succeed_view(session: Session, view_id: str, file: Digest, size_bytes: int) -> View | None:
-    """Save the file of a view and mark it as succeeded; return None if the view or the images it shows were deleted."""
+    """Save the file of a view, mark the view as succeeded, and return it.
+
+    Returns None if the view was deleted, or if it shows images of a data set that was deleted.
+    """
     view = _lock(session, view_id)
     if view is None:
         return None
@@ -175,7 +186,7 @@ def succeed_view(session: Session, view_id: str, file: Digest, size_bytes: int) 
 
 
 def fail_view(session: Session, view_id: str, error: dict[str, Any]) -> None:
-    """Mark a view as failed and keep the error for the next request."""
+    """Mark a view as failed. The next request for the view receives the error."""
     view = _lock(session, view_id)
     if view is not None:
         view.state, view.error, view.finished_at = ViewState.FAILED, error, now()
@@ -190,7 +201,7 @@ def cancel_view(session: Session, view_id: str) -> None:
 
 
 def request_cancel(session: Session, version_ids: Sequence[str]) -> None:
-    """Cancel the unfinished views that need images of these data set versions."""
+    """Cancel unfinished views whose computation needs images of these data set versions."""
     query = select(View).join(Run, Run.id == View.run_id).where(Run.dataset_version_id.in_(version_ids))
     unfinished = query.where(View.state.in_((ViewState.QUEUED, ViewState.RUNNING)))
     for view in session.scalars(unfinished.order_by(View.id)).all():
@@ -199,7 +210,7 @@ def request_cancel(session: Session, version_ids: Sequence[str]) -> None:
 
 
 def drop_pictures(session: Session, version_ids: Sequence[str], limit: int) -> tuple[int, list[Digest]]:
-    """Delete up to `limit` views that show images of these versions; return their number and their files."""
+    """Delete up to `limit` views that show images of these data set versions; return their number and their files."""
     shown = [kind for kind in ViewKind if kind.shows_images]
     query = select(View.id, View.sha256).join(Run, Run.id == View.run_id)
     gone = session.execute(

@@ -1,4 +1,4 @@
-"""Commands for operators: the supervised service, the demo, the import of weights, the migration."""
+"""Commands for operators, such as starting the service on one machine, the demo, and migrating the database."""
 
 from no_telemetry import turn_off_telemetry
 

@@ -1,4 +1,4 @@
-"""Runs garbage collection, as a worker does every hour. Run as `python -m ops.collect`, or `make collect`."""
+"""Collects garbage once, as a worker does every hour. Run as `python -m ops.collect`, or `make collect`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ MIB = 1024 * 1024
 
 
 def collect(database: Database, store: Store, older_than_s: float, *, dry_run: bool) -> str:
-    """Run garbage collection, or only count with `dry_run`; return a summary as text."""
+    """Collect garbage and return a summary as text. With `dry_run`, only count what would be deleted."""
     left = len(list(store.unfinished(older_than_s))) if dry_run else store.drop_unfinished(older_than_s)
     copies = 0 if dry_run else garbage.drop_copies(database, store, older_than_s)
     with database.exclusive(GARBAGE_COLLECTION) as is_held:
         if not is_held:
-            return (
-                "Another process is collecting garbage at the moment. See the logs of the workers, or try again later."
-            )
+            return "Another process is collecting garbage now. See the logs of the workers, or try again later."
         found = garbage.collect_garbage(database, store, older_than_s, dry_run=dry_run)
     return _summary(found, left, copies, older_than_s, dry_run=dry_run)
 
@@ -41,19 +39,19 @@ def _summary(found: CollectionSummary, left: int, copies: int, older_than_s: flo
     if copies:
         lines.append(f"{copies:,} local copies")
     if dry_run and found.runs:
-        lines.append("and the files of these checkpoints")
+        lines.append("and then the files of these checkpoints")
     return ", ".join(lines) + "."
 
 
 def main() -> int:
-    """Run garbage collection from the command line; return the exit status."""
+    """Collect garbage, as the command line says; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    wanted = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="only report what would be removed")
+    arguments = parser.parse_args()
     settings = Settings()
     database = Database(settings.database)
     try:
-        print(collect(database, open_store(settings.store), settings.collect_after_s, dry_run=wanted.dry_run))
+        print(collect(database, open_store(settings.store), settings.collect_after_s, dry_run=arguments.dry_run))
     except EspalierError as error:
         print(error.detail, file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
-"""Demonstrates the service from upload to prediction over HTTP. Run as `python -m ops.demo`, or `make demo`.
+"""Demonstrates the service over HTTP, from upload to prediction. Run as `python -m ops.demo`, or `make demo`.
 
-Starts the service, uploads images, trains with folds and early stopping, predicts held-out images, and keeps the
-service running. With CI=1 it stops after the predictions.
+The demo starts the service, uploads images, trains a model, and predicts images that it has not uploaded. Then it keeps
+the service running, or stops it if CI=1 is set.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from recipes.recipe import IMAGENET, RANDOM, Task
 HELD_OUT = 20
 # Few enough that a slow machine answers them within the deadline of one prediction.
 _IMAGES_AT_ONCE = 4
-# Statuses of a prediction while others wait, or a large model is still being loaded.
+# Statuses with which the API answers a prediction while others wait, or whose model takes too long to load.
 _BUSY = (503, 504)
 _PREDICTED_WITHIN_S = 180.0
 _FINAL = ("succeeded", "failed", "cancelled")
 
 
 class StepFailed(Exception):
-    """A step of the demo had an unexpected result; the message says which."""
+    """A step of the demo had an unexpected result. The message says which step and which result."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Images by their path in an archive, with a labels.csv if there is one."""
+    """A named set of files to upload: images, and perhaps a labels.csv, by their paths in the archive."""
 
     name: str
     contents: dict[str, bytes]
@@ -61,7 +61,7 @@ class Files:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """An image that is not uploaded, with its labels or target."""
+    """An image that the demo does not upload but predicts at the end, with its labels or target."""
 
     path: str
     labels: tuple[str, ...]
@@ -70,18 +70,18 @@ class HeldOut:
 
     @property
     def truth(self) -> str:
-        """The expected prediction as text."""
+        """The labels or the target of the image as text, to compare with the prediction."""
         return _text(self.labels, self.target)
 
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    wanted = _arguments()
+    arguments = _arguments()
     try:
         settings = up.load_settings()
         with up.running(settings) as supervisor:
             with up.client(settings) as api:
-                _demonstrate(api, wanted, settings)
+                _demonstrate(api, arguments, settings)
             if os.environ.get("CI") in (None, "", "0", "false"):
                 console.print("\nThe service keeps running. [bold]Ctrl-C stops it.[/]")
                 supervisor.wait()
@@ -108,24 +108,28 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args([argument for argument in sys.argv[1:] if not argument.endswith("=")])
 
 
-def _demonstrate(api: httpx2.Client, wanted: argparse.Namespace, settings: Any) -> None:
+def _demonstrate(api: httpx2.Client, arguments: argparse.Namespace, settings: Any) -> None:
     console.rule("[bold]Espalier")
-    all_files = read_images(wanted.data) if wanted.data else digits()
+    all_files = read_images(arguments.data) if arguments.data else digits()
     files, held_out = hold_out(all_files, HELD_OUT)
     dataset = _upload(api, files)
-    run = _train(api, dataset, files.name, _recipe(wanted))
+    run = _train(api, dataset, files.name, _recipe(arguments))
     _print_scores(run)
     _predict(api, run, held_out)
     _print_addresses(run, held_out, settings)
 
 
-def _recipe(wanted: argparse.Namespace) -> dict[str, Any]:
-    # The digits have 8 x 8 pixels: a small input and an early layer suffice, and both are fast.
-    recipe: dict[str, Any] = {"weights": wanted.weights}
-    if wanted.data is None:
+def _recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    # The digits have only 8 x 8 pixels, so a small input and an early layer suffice. Both make the demo fast.
+    recipe: dict[str, Any] = {"weights": arguments.weights}
+    if arguments.data is None:
         recipe |= {"backbone": "vgg16", "image_size": 32, "features_from": "block3"}
-    given = {"backbone": wanted.backbone, "features_from": wanted.features_from, "image_size": wanted.image_size}
-    if wanted.backbone and wanted.backbone != recipe.get("backbone"):
+    given = {
+        "backbone": arguments.backbone,
+        "features_from": arguments.features_from,
+        "image_size": arguments.image_size,
+    }
+    if arguments.backbone and arguments.backbone != recipe.get("backbone"):
         recipe.pop("image_size", None)
         recipe.pop("features_from", None)
     return recipe | {name: value for name, value in given.items() if value}
@@ -135,7 +139,7 @@ def _recipe(wanted: argparse.Namespace) -> dict[str, Any]:
 
 
 def digits() -> Files:
-    """Return scikit-learn's 1,797 handwritten digits as PNG, a folder per digit."""
+    """Return scikit-learn's 1,797 handwritten digits as PNG files, in one folder for each digit."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -147,29 +151,27 @@ def digits() -> Files:
 
 
 def read_images(path: Path) -> Files:
-    """Return the files of a folder or an archive. Raises CannotStart or ArchiveRefused."""
+    """Return the files in a folder or an archive, without hidden files. Raises CannotStart or ArchiveRefused."""
     name = re.sub(r"[^a-z0-9]+", "-", path.absolute().name.split(".")[0].lower()).strip("-") or "images"
     if path.is_dir():
         found = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
         contents = {place: file.read_bytes() for place, file in found.items() if not is_litter(place)}
     elif path.is_file():
         archive = open_archive(path, ArchiveLimits())
-        wanted = [entry.path for entry in archive.entries]
-        contents = {place: data for place, data in archive.read(wanted) if not isinstance(data, Refused)}
+        paths = [entry.path for entry in archive.entries]
+        contents = {place: data for place, data in archive.read(paths) if not isinstance(data, Refused)}
     else:
-        raise CannotStart(
-            f"Expected DATA to be a folder or an archive. Received {path}, which does not exist or is neither."
-        )
+        raise CannotStart(f"DATA must be a folder or an archive of images, but {path} does not exist or is neither.")
     if not contents:
-        raise CannotStart(f"Expected images in DATA. Received {path}, which contains no files.")
+        raise CannotStart(f"DATA must contain images, but {path} contains no files.")
     return Files(name[:40], contents)
 
 
 def hold_out(files: Files, count: int) -> tuple[Files, list[HeldOut]]:
-    """Take out up to `count` images, spread evenly over the classes, at most a fifth of each class.
+    """Separate up to `count` images from the files to upload; return the remaining files and the separated images.
 
-    Returns the remaining files and the images taken out. Images with a group in labels.csv are never taken out, because
-    predicting images similar to trained ones would look too good.
+    The images are spread evenly over the classes, with at most a fifth of each class. Images with a group in labels.csv
+    always stay, because their predictions would be too good: similar images of the same group are used for training.
     """
     paths = list(files.contents)
     csv_path = layout.labels_file(paths)
@@ -195,7 +197,7 @@ def hold_out(files: Files, count: int) -> tuple[Files, list[HeldOut]]:
 
 
 def _labels(samples: Sequence[layout.Sample]) -> bytes:
-    """Return a labels.csv with these samples, as bytes."""
+    """Return the content of a labels.csv that lists these samples."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer)
     writer.writerow(["path", "label" if samples[0].target is None else "target", "group", "split"])
@@ -206,11 +208,11 @@ def _labels(samples: Sequence[layout.Sample]) -> bytes:
 
 
 def zipped(files: Files) -> bytes:
-    """Return files as a zip archive; equal files give equal bytes."""
+    """Return the files as the bytes of a zip archive. Equal files give equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for path, data in files.contents.items():
-            archive.writestr(zipfile.ZipInfo(path), data)  # with a fixed date
+            archive.writestr(zipfile.ZipInfo(path), data)  # ZipInfo has a fixed date, so that the bytes are equal
     return buffer.getvalue()
 
 
@@ -219,7 +221,7 @@ def zipped(files: Files) -> bytes:
 
 def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
     body = zipped(files)
-    # The name contains a hash of the content: changed images become another data set.
+    # The name contains a hash of the content, so that changed images become another data set.
     name = f"{files.name}-{hashlib.sha256(body).hexdigest()[:8]}"
     dataset = _known_dataset(api, name)
     if dataset is None:
@@ -238,7 +240,7 @@ def _upload(api: httpx2.Client, files: Files) -> dict[str, Any]:
 
 
 def _contents(dataset: dict[str, Any]) -> str:
-    """Return a line about the classes or the targets of a data set."""
+    """Return one line that describes the classes or the targets of a data set."""
     if dataset["target"] is not None:
         return "numbers from {min:g} to {max:g}, mean {mean:g}".format(**dataset["target"])
     classes = ", ".join(f"{item['name']} ({item['images']:,})" for item in dataset["classes"][:12])
@@ -267,7 +269,7 @@ def _train(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[
         run = _run(api, dataset, name, recipe | {"weights": RANDOM})
     if run["state"] != "succeeded":
         raise StepFailed(
-            f"Expected a run that succeeds. Its state is {run['state']}: {(run['error'] or {}).get('detail', '')}"
+            f"The run did not succeed. Its state is {run['state']}: {(run['error'] or {}).get('detail', '')}"
         )
     return run
 
@@ -286,7 +288,7 @@ def _run(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[st
 
 
 def _watch(api: httpx2.Client, url: str, title: str, until: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Poll a resource until it reaches one of the states, showing a progress bar; yield each answer."""
+    """Poll a resource until its state is one of `until`, and show a progress bar meanwhile; yield each answer."""
     columns = (
         TextColumn("{task.description:<44}"),
         BarColumn(),
@@ -382,7 +384,7 @@ def _predict_part(api: httpx2.Client, model: dict[str, Any], part: Sequence[Held
 
 
 def _result(pairs: Sequence[tuple[HeldOut, dict[str, Any]]]) -> str:
-    """Return the number of correct predictions, or the mean error of a regression, as text."""
+    """Return how many predictions are correct, or the mean absolute error of a regression, as text."""
     errors = [abs(prediction["value"] - image.target) for image, prediction in pairs if image.target is not None]
     if errors:
         return f"{sum(errors) / len(errors):.3g} mean absolute error"
@@ -390,7 +392,7 @@ def _result(pairs: Sequence[tuple[HeldOut, dict[str, Any]]]) -> str:
 
 
 def _answered(prediction: dict[str, Any]) -> str:
-    """Return a prediction of any task as text."""
+    """Return a prediction as text, for a model of any task."""
     if "label" in prediction:
         return str(prediction["label"])
     return _text(prediction.get("labels", []), prediction.get("value"))
@@ -421,7 +423,7 @@ def _print_addresses(run: dict[str, Any], held_out: Sequence[HeldOut], settings:
 
 
 def _checked(response: httpx2.Response) -> httpx2.Response:
-    """Return a successful response. Raises StepFailed with the detail of the problem otherwise."""
+    """Return a response if it is successful. Otherwise raise StepFailed with the problem's detail."""
     if response.is_success:
         return response
     try:

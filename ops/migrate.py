@@ -14,13 +14,13 @@ _SCRIPTS = Path(__file__).parent.parent / "migrations"
 
 
 def upgrade(database: Database, revision: str = "head") -> None:
-    """Run the migrations up to `revision`."""
+    """Run the migrations up to `revision`, by default all of them."""
     with database.engine.begin() as connection:
         command.upgrade(_config(connection), revision)
 
 
 def downgrade(database: Database, revision: str = "base") -> None:
-    """Undo the migrations down to `revision`."""
+    """Undo the migrations down to `revision`, by default all of them."""
     with database.engine.begin() as connection:
         command.downgrade(_config(connection), revision)
 
@@ -33,7 +33,7 @@ def _config(connection: object) -> Config:
 
 
 def main() -> None:
-    """Migrate the database that the settings name to the newest schema."""
+    """Run all migrations on the database that is named in the settings."""
     database = Database(Settings().database)
     upgrade(database)
     database.close()

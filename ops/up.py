@@ -1,8 +1,8 @@
 """Runs the whole service on this machine under a supervisor. Run as `python -m ops.up`, or `make up`.
 
-This is SQLite, a private Valkey (unless REDIS_URL names another), the API, a worker for each queue and MLflow. The
-supervisor restarts processes that die and rotates their logs; Ctrl-C stops everything. For production, use
-docker-compose.yml.
+The service consists of the API, a worker for each queue, MLflow, a broker (Valkey, unless REDIS_URL names one) and by
+default SQLite. The supervisor restarts processes that die and rotates their logs. Ctrl-C stops everything. For
+production, use docker-compose.yml.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from ops.valkey_binary import get_binary_path
 from settings import Settings
 
 READY_WITHIN_S = 120.0
-# Programs of one priority stop together, those of lower priority after them. A worker gives its job back within 25 s.
+# The supervisor first stops all programs with the highest priority number together, then those with the next lower one.
+# A worker gives its job back within 25 s.
 _WORKER_STOP_S = 30
 STOP_WITHIN_S = 60
 
 _TRAINING_QUEUES = ("cpu", "gpu")
 
-# The address under which to reach a service that listens on all interfaces.
+# The address at which to reach a service on this machine, for each address on which it may listen.
 _ASK_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
 
 _UMASK = 0o077
@@ -60,12 +61,20 @@ console = Console(highlight=False)
 
 
 class CannotStart(Exception):
-    """The service cannot start here; the message says what to do."""
+    """The service cannot start on this machine. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """One supervised process. Programs with a higher priority number stop first."""
+    """A process that the supervisor runs.
+
+    Attributes:
+        name: the program's name in the supervisor and of its log.
+        command: the command with its arguments.
+        priority: the supervisor starts programs in ascending order of this number and stops them in descending order.
+        stop_s: seconds after SIGTERM until the supervisor kills the process.
+        environment: environment variables in addition to those of the supervisor.
+    """
 
     name: str
     command: Sequence[str]
@@ -77,7 +86,7 @@ class Program:
 
 
 def client(settings: Settings, timeout_s: float = 30.0) -> httpx2.Client:
-    """Return an HTTP client for the API, with its key."""
+    """Return an HTTP client for the API on this machine, which sends the API key."""
     headers = {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}
     host = _ASK_AT.get(settings.api_host, settings.api_host)
     base = f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
@@ -87,9 +96,9 @@ def client(settings: Settings, timeout_s: float = 30.0) -> httpx2.Client:
 
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the service, wait until it is ready, and stop all of it at the end of the block.
+    """Start the service, wait until it is ready, and stop it at the end of the block.
 
-    Yields the supervisor's process. Raises CannotStart.
+    Yields the process of the supervisor. Raises CannotStart.
     """
     folder = settings.var.absolute()
     with contextlib.ExitStack() as stack:
@@ -101,7 +110,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
             _check_port("127.0.0.1", settings.mlflow_port, "ESPALIER_MLFLOW_PORT")
         _check_store(settings)
         _upgrade(settings)
-        # The path of a unix socket is limited to about 100 bytes; that of the data folder may be longer.
+        # The path of a unix socket may have only about 100 bytes, so the socket is not in the data folder.
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espalier-")))
         environment = os.environ | {
             "ESPALIER_VAR": str(folder),
@@ -113,7 +122,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--silent", "--configuration", str(config)],
             env=environment,
-            start_new_session=True,  # so that Ctrl-C reaches only this process, which stops the supervisor in order
+            start_new_session=True,  # so that Ctrl-C reaches only this process, which then stops the supervisor
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         stack.callback(_stop, supervisor)
@@ -122,7 +131,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
-    """Return the programs to supervise. The broker starts first and stops last."""
+    """Return the programs that the supervisor runs: workers, API, and if they are not configured, MLflow and broker."""
     found = [
         *workers(settings),
         Program("api", [sys.executable, "-m", "api.app"], 30, stop_s=15),
@@ -132,7 +141,7 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
     if settings.redis_url is None:
         binary = shutil.which("valkey-server") or shutil.which("redis-server") or str(get_binary_path())
         serve = [binary, "--port", "0", "--unixsocket", str(sockets / "valkey.sock"), "--unixsocketperm", "700"]
-        # Messages need not survive: the database is the truth.
+        # Messages need not survive a restart, because jobs are in the database.
         keep_nothing = ["--save", "", "--appendonly", "no", "--dir", str(sockets)]
         found.append(Program("broker", [*serve, *keep_nothing], 10, stop_s=5, is_trusted=False))
     return found
@@ -151,9 +160,9 @@ def make_private(folder: Path) -> None:
 
 
 def workers(settings: Settings) -> list[Program]:
-    """Return a Celery worker for each queue, and `settings.workers` of them for each queue that trains.
+    """Return the Celery workers: `settings.workers` for each queue that trains, and one for each other queue.
 
-    Workers of such a queue share the processors, unless `settings.threads` sets their number of threads.
+    Workers of a training queue divide the processors among them, unless `settings.threads` sets their threads.
     """
     return [worker for queue in settings.queues for worker in _workers_of(settings, queue)]
 
@@ -168,28 +177,31 @@ def _workers_of(settings: Settings, queue: str) -> list[Program]:
 
 def _worker(queue: str, name: str, environment: Mapping[str, str] | None = None) -> Program:
     command = [sys.executable, "-m", "celery", "--app", "worker.app", "worker", "--queues", queue]
-    # Workers need no messages among each other: they coordinate through the database.
+    # Celery workers need not talk to each other (gossip, mingle), because they coordinate through the database.
     alone = ["--hostname", f"{name}@%h", "--without-gossip", "--without-mingle", "--loglevel", "WARNING"]
     return Program(f"worker-{name}", [*command, *alone], 40, _WORKER_STOP_S, environment or {})
 
 
 def mlflow_server(port: int, folder: Path) -> Program:
-    """Return MLflow's server as one process.
+    """Return a program that runs MLflow's server as a single process.
 
-    The command `mlflow server` starts a child process, which survives when the command is killed and keeps the port. So
-    this starts the child directly, with the environment variables that the command would set, and with only the paths
-    that Espalier needs (`worker.mlflow_server`).
+    The command `mlflow server` starts uvicorn in a child process. If the command is killed, the child survives and
+    keeps the port, so the supervisor could not restart the server. Therefore this program runs uvicorn directly, and
+    serves only the paths that Espalier needs (`worker.mlflow_server`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = f"sqlite:///{folder / 'mlflow.db'}"
     environment = {
+        # These variables are private to MLflow: `mlflow server` passes its options to uvicorn in them. There are no
+        # public ones, since variables such as MLFLOW_BACKEND_STORE_URI are options of that command. If an update of
+        # MLflow renames them, tests/worker/handlers/test_tracking.py fails, because it starts this program.
         "_MLFLOW_SERVER_FILE_STORE": rows,
         "_MLFLOW_SERVER_REGISTRY_STORE": rows,
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         "_MLFLOW_SGI_NAME": "uvicorn",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight more processes, for language models
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # would start eight more processes, for language models
     }
     serve = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port)]
     serve.append("worker.mlflow_server:app")
@@ -238,21 +250,21 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
 
 
 def _escaped(text: str) -> str:
-    """Return text with percent signs escaped, which supervisor's configuration would expand."""
+    """Return a text with percent signs escaped, because supervisor expands them in its configuration."""
     return text.replace("%", "%%")
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the data folder against a second service. Raises CannotStart if one runs on it already."""
+    """Lock the data folder while the block runs. Raises CannotStart if another service is running on the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CannotStart(
-                f"Espalier is already running on {folder}. Stop it with Ctrl-C where it runs, or set ESPALIER_VAR to "
-                "another folder."
+                f"Espalier is already running with the data folder {folder}. Stop it with Ctrl-C in its terminal, or "
+                "set ESPALIER_VAR to another folder."
             ) from error
         yield
 
@@ -277,13 +289,13 @@ def _check_port(host: str, port: int, setting: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise CannotStart(
-                f"Port {port} cannot be used: {error.strerror}. Stop what uses it, or choose another port: "
-                f"{setting}={port + 1} make up"
+                f"Port {port} cannot be used: {error.strerror}. Stop the program that uses the port, or choose another "
+                f"port: {setting}={port + 1} make up"
             ) from error
 
 
 def _check_store(settings: Settings) -> None:
-    """Check access to the bucket of stored files, if one is configured. Raises CannotStart."""
+    """If a bucket for stored files is configured, check that it allows access. Raises CannotStart."""
     try:
         open_store(settings.store)
     except StoreRefused as error:
@@ -296,7 +308,7 @@ def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], f
     with console.status("starting …") as status, client(settings, timeout_s=5.0) as api:
         while time.monotonic() < deadline:
             if supervisor.poll() is not None:
-                raise CannotStart(f"The supervisor ended by itself.\n{_tails(folder)}")
+                raise CannotStart(f"The supervisor ended unexpectedly. The last lines of all logs:\n{_tails(folder)}")
             missing = _missing(api)
             if not missing and settings.mlflow_url is None and not mlflow_answers(settings.mlflow):
                 missing = "MLflow"
@@ -305,11 +317,14 @@ def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], f
             status.update(f"starting … waiting for {missing}")
             time.sleep(0.3)
     if missing == _API:
-        raise CannotStart(f"Not ready after {READY_WITHIN_S:.0f} s: {missing}.\n{_tails(folder)}")
-    # What answers goes on answering, and what is missing may still come.
+        raise CannotStart(
+            f"The service is not ready after {READY_WITHIN_S:.0f} s. Still waiting for: {missing}. The last lines of "
+            f"all logs:\n{_tails(folder)}"
+        )
+    # The API keeps answering, and the missing parts may still start.
     console.print(
-        f"Not ready after {READY_WITHIN_S:.0f} s: {missing}. The rest of the service works. /readyz says when all "
-        f"of it does; logs are in {folder / 'logs'}.",
+        f"The service is not ready after {READY_WITHIN_S:.0f} s. Still waiting for: {missing}. The rest of the service "
+        f"works. /readyz shows when all of it does; the logs are in {folder / 'logs'}.",
         style="bold red",
         markup=False,
         soft_wrap=True,
@@ -317,7 +332,7 @@ def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], f
 
 
 def _missing(api: httpx2.Client) -> str:
-    """Return the names of the checks that fail, as text; empty if the API is ready."""
+    """Return the API's failed readiness checks as text, or an empty text if the API is ready."""
     try:
         checks: dict[str, Any] = api.get("/readyz").json()["checks"]
     except (httpx2.HTTPError, ValueError, KeyError):
@@ -326,7 +341,7 @@ def _missing(api: httpx2.Client) -> str:
 
 
 def mlflow_answers(url: str) -> bool:
-    """Return whether MLflow's server answers from its database; its first request creates the tables."""
+    """Return whether MLflow's server answers a query of its database. The first query creates the tables."""
     try:
         address = f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0"
         return httpx2.get(address, timeout=5.0, trust_env=False).is_success
@@ -335,7 +350,7 @@ def mlflow_answers(url: str) -> bool:
 
 
 def _tails(folder: Path, lines: int = 15) -> str:
-    """Return the last lines of all logs."""
+    """Return the last `lines` lines of each log, as text."""
     parts = []
     for log in sorted((folder / "logs").glob("*.log")):
         parts += [f"--- {log}", *log.read_text(errors="replace").splitlines()[-lines:]]
@@ -344,7 +359,7 @@ def _tails(folder: Path, lines: int = 15) -> str:
 
 @contextlib.contextmanager
 def _signals_end_us() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, from a terminal, a supervisor or `kill`."""
+    """Raise KeyboardInterrupt in the block on SIGINT, SIGTERM or SIGHUP."""
 
     def end(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -362,12 +377,15 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _is_ignored_on_purpose(number: signal.Signals) -> bool:
-    """Return whether `nohup` made this process ignore SIGHUP. An ignored SIGINT only comes from a shell's `&`."""
+    """Return whether a signal should stay ignored: only SIGHUP, which `nohup` has made this process ignore.
+
+    A shell makes background processes (`&`) ignore SIGINT. Espalier handles SIGINT even then.
+    """
     return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _end_with_parent() -> None:
-    """Make Linux terminate the supervisor, and with it the whole service, if this process is killed."""
+    """Make Linux send SIGTERM to the supervisor if this process is killed, so that the whole service ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -375,7 +393,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _stop(supervisor: subprocess.Popen[bytes]) -> None:
-    """Stop all programs in order; ignore a second Ctrl-C, which would leave orphans."""
+    """Stop the supervisor and its programs. Ignore Ctrl-C meanwhile, since it would leave programs running."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOP_SIGNALS}
     try:
         if supervisor.poll() is None:
@@ -384,7 +402,8 @@ def _stop(supervisor: subprocess.Popen[bytes]) -> None:
                 supervisor.wait(STOP_WITHIN_S)
     except subprocess.TimeoutExpired:
         console.print(
-            f"The supervisor (process {supervisor.pid}) did not end in {STOP_WITHIN_S} s. Read its log, and kill it."
+            f"The supervisor (process {supervisor.pid}) did not end within {STOP_WITHIN_S} s. Look for the cause in "
+            "supervisor.log, then kill the process."
         )
     finally:
         for number, handler in before.items():
@@ -392,7 +411,7 @@ def _stop(supervisor: subprocess.Popen[bytes]) -> None:
 
 
 def addresses(settings: Settings) -> str:
-    """Return the addresses of the API and MLflow and the folders of data and logs, as text."""
+    """Return the addresses of the API and of MLflow, and the folders of data and logs, as text."""
     return (
         f"API     http://127.0.0.1:{settings.api_port}/docs\n"
         f"MLflow  {settings.mlflow_public}\n"
@@ -401,7 +420,7 @@ def addresses(settings: Settings) -> str:
 
 
 def load_settings() -> Settings:
-    """Return the settings. Raises CannotStart with the names of the invalid ones."""
+    """Return the settings of this process. Raises CannotStart with the names of invalid settings."""
     try:
         return Settings()
     except ValidationError as error:

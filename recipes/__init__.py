@@ -1,4 +1,4 @@
-"""The recipe language: what a run may ask for, its defaults, the catalogue of backbones and the shapes of networks.
+"""The recipe language: fields of a recipe, their defaults, the catalogue of backbones, and the shapes of networks.
 
-Knows no files, no SQL and no Keras.
+Knows no image files, no SQL and no Keras.
 """

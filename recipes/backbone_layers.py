@@ -1,8 +1,8 @@
-"""The layers of the catalogue's networks without their top, read from `backbone_layers.json`. Knows no Keras.
+"""The layers of each backbone without its top, read from `backbone_layers.json`. Knows no Keras.
 
 `training.networks.layer_tables` writes that file from `keras.applications`, and a test compares the two. Layers have
-the names that Keras gives them; one that Keras only numbers (`conv2d_17`) is named by its place.
-Works out no shapes: `recipes.shapes` does.
+the names that Keras gives them. A layer that Keras only numbers (`conv2d_17`) is named by its block and branch
+(`mixed0_5x5_1_conv`). `recipes.shapes` computes the shapes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CLASSES: dict[str, type[AnyLayer]] = {
 
 
 def backbone_layers(name: BackboneName, cut: str) -> tuple[AnyLayer, ...]:
-    """Return the layers of a network from its pixels to a cut of the catalogue, each after those that it reads."""
+    """Return the layers of a network from the pixels to a cut point. A layer comes after the layers that it reads."""
     layers = _layers(name)
     last = _tables()[name]["cuts"][cut]
     end = next(number for number, layer in enumerate(layers, start=1) if layer.name == last)

@@ -1,7 +1,8 @@
-"""The backbones that Espalier knows, as a static table. Knows no Keras, since the API reads it without TensorFlow.
+"""The backbones that a recipe can name, as a static table. Knows no Keras, so that the API can import it.
 
-A cut is a named place to take features from; its width is the number of channels there. The networks are those of
-`keras.applications` without their top; file names and MD5 sums of the ImageNet weights are those that Keras publishes.
+A cut point, or cut, is a named layer whose output can become the features; its width is the number of channels there.
+The networks are those of `keras.applications` without their top. The file names and MD5 sums of the ImageNet weights
+are those that Keras publishes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from enum import StrEnum
 
 from errors import RecipeInvalid
 
-# In place of a cut: all layers are fine-tuned.
+# The value of `unfreeze` that means: fine-tune all layers.
 ALL = "all"
 
 
@@ -27,7 +28,7 @@ class BackboneName(StrEnum):
 
 
 class Preprocessing(StrEnum):
-    """The input that a network expects: `caffe` is BGR minus the ImageNet means, `tf` is RGB from -1 to 1."""
+    """How a network expects its pixels: `caffe` is BGR minus the ImageNet means, `tf` is RGB from -1 to 1."""
 
     CAFFE = "caffe"
     TF = "tf"
@@ -35,7 +36,7 @@ class Preprocessing(StrEnum):
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published weights file: its path below the base URL, and its MD5."""
+    """A weights file that Keras publishes: its path below the base URL, and its MD5 sum."""
 
     path: str
     md5: str
@@ -43,7 +44,17 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class Backbone:
-    """One network. Sizes are sides of a square in pixels; `cuts` maps a cut's name to its width, first layer first."""
+    """One backbone of the catalogue.
+
+    Attributes:
+        name: its name in recipes.
+        title: its name in reports.
+        size: the default image size, the side of a square in pixels.
+        minimum_size: the smallest image size, the side of a square in pixels.
+        preprocessing: how the network expects its pixels.
+        cuts: maps the name of each cut point to its width, in the order of the layers.
+        imagenet: the file of the ImageNet weights.
+    """
 
     name: BackboneName
     title: str
@@ -55,11 +66,11 @@ class Backbone:
 
     @property
     def last_cut(self) -> str:
-        """The last cut, at the end of the network without its top."""
+        """The last cut point, which is the end of the network without its top."""
         return list(self.cuts)[-1]
 
     def fitted(self, cut: str | None, size: int | None) -> tuple[str, int]:
-        """Return the cut and the size with defaults filled in: the last cut and the network's own size.
+        """Return the cut point and the image size. For None, these are the last cut point and the default size.
 
         Raises:
             RecipeInvalid: the network has no such cut, or needs larger images.
@@ -67,17 +78,25 @@ class Backbone:
         size = self.size if size is None else size
         if size < self.minimum_size:
             raise RecipeInvalid(
-                "image_size", f"Expected at least {self.minimum_size} pixels for {self.title}. Received {size}."
+                "image_size", f"{self.title} needs images of at least {self.minimum_size} pixels. Received {size}."
             )
         cut = self.last_cut if cut is None else cut
         if cut not in self.cuts:
             raise RecipeInvalid(
-                "features_from", f"Expected a cut point of {self.title} ({', '.join(self.cuts)}). Received {cut!r}."
+                "features_from",
+                f"{self.title} has no cut point {cut!r}. Choose one of its cut points: {', '.join(self.cuts)}.",
             )
         return cut, size
 
     def cut_before(self, unfreeze: str) -> str | None:
-        """Return the last cut of the layers that stay frozen with this `unfreeze`; None if all are fine-tuned."""
+        """Return the last cut point of the layers that stay frozen.
+
+        Args:
+            unfreeze: the first cut point whose layers are fine-tuned, or `all`.
+
+        Returns:
+            the name of a cut point; None if no layer stays frozen.
+        """
         names = list(self.cuts)
         position = 0 if unfreeze == ALL else names.index(unfreeze)
         return names[position - 1] if position else None

@@ -1,4 +1,4 @@
-"""Fills a recipe: replaces what it leaves open by defaults that suit the data set, and refuses what cannot work."""
+"""Fills a recipe: adds defaults that suit the data set, and refuses a recipe whose fields contradict each other."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from recipes.shapes import default_size, filled_network, table
 
 @dataclass(frozen=True)
 class ClassCount:
-    """A class of a data set version, with its number of images and of groups that folds can divide.
+    """A class of a data set version, with its numbers of images and of groups.
 
-    An image without a group is a group of its own. Test and validation images are in no fold and do not count.
+    Only images of the training split count, because only they are divided into folds. An image without a group counts
+    as one group.
     """
 
     name: str
@@ -46,11 +47,11 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int 
     Args:
         recipe: the recipe of the request.
         task: the task of the data set.
-        classes: the classes or labels of the data set; none for a regression.
-        groups: the number of groups that folds can divide; read only where there are no classes.
+        classes: the classes or labels of the data set; empty for a regression.
+        groups: the number of groups in the training split; used only if `classes` is empty.
 
     Raises:
-        RecipeInvalid: a field contradicts another field or the data set; the error names it.
+        RecipeInvalid: a field contradicts another field or the data set. The error names the field.
     """
     chosen = _filled_task(recipe.task, task, classes)
     _check_task_fits(recipe, chosen)
@@ -67,68 +68,71 @@ def fill(recipe: Recipe, task: Task, classes: Sequence[ClassCount], groups: int 
 
 
 def _filled_backbone(recipe: Recipe) -> dict[str, object]:
-    """Return the fields of a pretrained network, filled in. Raises RecipeInvalid."""
-    _see_absent(recipe, ("network",), f"only mode {Mode.FROM_SCRATCH.value!r} has this field")
+    """Return the filled fields of a recipe with a backbone. Raises RecipeInvalid."""
+    _check_absent(recipe, ("network",), f"only mode {Mode.FROM_SCRATCH.value!r} has this field")
     if recipe.loss is not Loss.AUTO:
-        raise RecipeInvalid("loss", f"Expected 'auto': only mode {Mode.FROM_SCRATCH.value!r} can have another loss.")
+        raise RecipeInvalid(
+            "loss",
+            f"`loss: {recipe.loss.value}` is only supported in mode {Mode.FROM_SCRATCH.value!r}. Use 'auto', or leave "
+            "the field out.",
+        )
     for name in ("backbone", "weights", "head"):
         if getattr(recipe, name) is None:
-            raise RecipeInvalid(
-                name, f"Expected a value. Received null. Only mode {Mode.FROM_SCRATCH.value!r} leaves out this field."
-            )
+            raise RecipeInvalid(name, f"Only mode {Mode.FROM_SCRATCH.value!r} allows null here. Give a value.")
     if not isinstance(recipe.backbone, BackboneName) or recipe.features_from == AUTO:
-        return _left_open(recipe)
+        return _fill_undecided(recipe)
     backbone = CATALOGUE[recipe.backbone]
     size = recipe.image_size
     if size is not None and not isinstance(size, int):
         raise RecipeInvalid(
-            "image_size", f"Expected one number, since {backbone.title} reads square images. Received {list(size)}."
+            "image_size", f"{backbone.title} reads square images. Give one number instead of {list(size)}."
         )
     cut, size = backbone.fitted(recipe.features_from, size)
     return {"image_size": size, "features_from": cut, **_filled_tuning(recipe, backbone, cut)}
 
 
-def _left_open(recipe: Recipe) -> dict[str, object]:
-    """Return the fields of a pretrained network that a bake-off will choose, filled in as far as they can be now.
+def _fill_undecided(recipe: Recipe) -> dict[str, object]:
+    """Return the filled fields of a recipe that leaves its backbone or cut point to a bake-off.
 
-    Raises RecipeInvalid.
+    A field that depends on the choice of the bake-off stays open.
+
+    Raises:
+        RecipeInvalid: a field contradicts another field.
     """
     field = "backbone" if recipe.backbone == AUTO else "features_from"
     if recipe.mode is Mode.FINE_TUNING:
         raise RecipeInvalid(
             field,
             f"`{field}: auto` is not supported in mode {recipe.mode.value!r}. Run 'feature-extraction' with 'auto' "
-            "first, then name what it chose.",
+            "first, then give the value that it chose.",
         )
     size, cut = recipe.image_size, recipe.features_from
     if size is not None and not isinstance(size, int):
-        raise RecipeInvalid(
-            "image_size", f"Expected one number, since backbones read square images. Received {list(size)}."
-        )
+        raise RecipeInvalid("image_size", f"Backbones read square images. Give one number instead of {list(size)}.")
     if isinstance(recipe.backbone, BackboneName):
         _, size = CATALOGUE[recipe.backbone].fitted(None, size)
     else:
         if cut not in (None, AUTO):
             raise RecipeInvalid(
                 "features_from",
-                f"Expected null or 'auto' with backbone 'auto'. Received {cut!r}.",
+                f"With `backbone: auto`, this field must be null or 'auto'. Received {cut!r}.",
             )
         least = min(backbone.minimum_size for backbone in CATALOGUE.values())
         if size is not None and size < least:
-            raise RecipeInvalid("image_size", f"Expected at least {least} pixels. Received {size}.")
+            raise RecipeInvalid("image_size", f"Every backbone needs at least {least} pixels. Received {size}.")
     return {"image_size": size, "features_from": cut, **_without_tuning(recipe)}
 
 
 _OF_BACKBONES = ("backbone", "weights", "features_from", "head", "unfreeze", "fine_tune")
 # The learning rate of the delta rule on pixels from -1 to 1.
 _DELTA_RATE = 0.01
-# Features of an image by which neighbours are found; those of all training images are in memory together.
+# The most features per image for neighbours, because the features of all training images are in memory together.
 MOST_COMPARED = 16_384
 
 
 def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -> dict[str, object]:
-    """Return the fields of a network from scratch, filled in. Raises RecipeInvalid."""
-    _see_absent(recipe, _OF_BACKBONES, "a network from scratch has no backbone and no separate head")
+    """Return the filled fields of a recipe for a network from scratch. Raises RecipeInvalid."""
+    _check_absent(recipe, _OF_BACKBONES, "a network from scratch has no backbone and no separate head")
     network = recipe.network or NetworkRecipe()
     size = recipe.image_size or default_size(network.kind)
     filled: dict[str, object] = dict.fromkeys(_OF_BACKBONES)
@@ -139,7 +143,8 @@ def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -
     elif recipe.loss is not Loss.AUTO and task not in (Task.BINARY, Task.MULTILABEL):
         raise RecipeInvalid(
             "loss",
-            f"Expected 'auto' for task {task.value!r}: only tasks binary and multilabel can have another loss.",
+            f"`loss: {recipe.loss.value}` is only supported for tasks 'binary' and 'multilabel', not for "
+            f"{task.value!r}. Use 'auto'.",
         )
     outputs = 1 if task in (Task.BINARY, Task.REGRESSION) else len(classes)
     network = filled_network(network, *sides(size), outputs)
@@ -147,58 +152,66 @@ def _filled_network(recipe: Recipe, task: Task, classes: Sequence[ClassCount]) -
     if recipe.neighbours and features > MOST_COMPARED:
         raise RecipeInvalid(
             "neighbours",
-            f"Expected false: the last layer has {features:,} values, and neighbours can compare at most "
-            f"{MOST_COMPARED:,}. Use layers that end in fewer values.",
+            f"The last layer has {features:,} values, but neighbours can compare at most {MOST_COMPARED:,}. Use layers "
+            "that end in fewer values, or set neighbours to false.",
         )
     if recipe.precision is not Precision.FLOAT32 and network.kind is NetworkKind.PERCEPTRON:
-        raise RecipeInvalid("precision", "Expected 'float32': a perceptron has no layers before its output.")
+        raise RecipeInvalid(
+            "precision",
+            "A perceptron supports only 'float32', because it has no layers before its output that could be converted.",
+        )
     return {**filled, "image_size": size, "network": network}
 
 
 def _filled_perceptron(recipe: Recipe, network: NetworkRecipe, task: Task) -> NetworkRecipe:
-    """Return a perceptron, filled in; the delta rule trains it one image at a time. Raises RecipeInvalid."""
+    """Return a perceptron with its threshold filled in. Raises RecipeInvalid if another field is wrong for it."""
     if _is_given(recipe, "batch_size") and recipe.batch_size != 1:
         raise RecipeInvalid(
-            "batch_size", f"Expected 1, since a perceptron is trained image by image. Received {recipe.batch_size}."
+            "batch_size",
+            f"A perceptron is trained image by image, so the batch size must be 1. Received {recipe.batch_size}.",
         )
     if _is_given(recipe, "optimizer") and recipe.optimizer.name is not OptimizerName.SGD:
         raise RecipeInvalid(
             "optimizer.name",
-            f"Expected 'sgd', since the delta rule trains a perceptron. Received {recipe.optimizer.name.value!r}.",
+            f"A perceptron is trained by the delta rule, so the optimizer must be 'sgd'. Received "
+            f"{recipe.optimizer.name.value!r}.",
         )
     if task is Task.REGRESSION and network.threshold is not None:
-        raise RecipeInvalid(
-            "network.threshold", "Expected null: the output of a regression is linear and has no threshold."
-        )
+        raise RecipeInvalid("network.threshold", "The output of a regression is linear, so this field must be null.")
     threshold = network.threshold or (None if task is Task.REGRESSION else Threshold.SIGMOID)
     if recipe.loss is not Loss.AUTO and threshold is not Threshold.SIGMOID:
         raise RecipeInvalid(
-            "loss", "Expected 'auto': only a perceptron with threshold 'sigmoid' can have another loss."
+            "loss",
+            f"For a perceptron, `loss: {recipe.loss.value}` needs threshold 'sigmoid'. Use this threshold, or loss "
+            "'auto'.",
         )
     return network.model_copy(update={"threshold": threshold})
 
 
-def _see_absent(recipe: Recipe, names: Sequence[str], reason: str) -> None:
-    """Check that fields were left out or are null. Raises RecipeInvalid."""
+def _check_absent(recipe: Recipe, names: Sequence[str], reason: str) -> None:
+    """Check that fields are null or absent. Raises RecipeInvalid with the reason."""
     for name in names:
         if _is_given(recipe, name) and getattr(recipe, name) is not None:
-            raise RecipeInvalid(name, f"Expected null: {reason}.")
+            raise RecipeInvalid(name, f"Leave this field out, or set it to null: {reason}.")
 
 
 def _is_given(recipe: Recipe, name: str) -> bool:
-    """Return whether the request has a field, even if with the default value."""
+    """Return whether the client's request contains a field, even if its value is the default."""
     return name in recipe.model_fields_set
 
 
 def _check_recalibrate(recipe: Recipe) -> None:
-    """Check that a recipe that asks for calibration has a network to calibrate. Raises RecipeInvalid."""
+    """Check that `recalibrate` is only set for a frozen network that may run in int8. Raises RecipeInvalid."""
     if recipe.recalibrate and recipe.precision not in (Precision.INT8, AUTO):
         raise RecipeInvalid(
             "recalibrate",
-            f"Expected false with precision {str(recipe.precision)!r}: only int8 networks are calibrated.",
+            f"Set this field to false for precision {str(recipe.precision)!r}: only int8 networks are calibrated.",
         )
     if recipe.recalibrate and recipe.mode is not Mode.FEATURE_EXTRACTION:
-        raise RecipeInvalid("recalibrate", "Expected false: a trained network is always calibrated anew.")
+        raise RecipeInvalid(
+            "recalibrate",
+            f"Set this field to false in mode {recipe.mode.value!r}: a trained network is always calibrated anew.",
+        )
 
 
 _LITTLE = Augmentation(rotate_degrees=10.0, zoom=0.1, brightness=0.1)
@@ -208,13 +221,13 @@ _OF_TUNING = ("augmentation", "unfreeze", "fine_tune")
 
 
 def _without_tuning(recipe: Recipe) -> dict[str, object]:
-    """Return null for the fields of fine-tuning. Raises RecipeInvalid if the recipe has one of them."""
-    _see_absent(recipe, _OF_TUNING, f"only mode {Mode.FINE_TUNING.value!r} has this field")
+    """Return null for the fields of fine-tuning. Raises RecipeInvalid if the recipe sets one of them."""
+    _check_absent(recipe, _OF_TUNING, f"only mode {Mode.FINE_TUNING.value!r} has this field")
     return dict.fromkeys(_OF_TUNING)
 
 
 def _filled_tuning(recipe: Recipe, backbone: Backbone, cut: str) -> dict[str, object]:
-    """Return the fields of fine-tuning, filled in; null in another mode. Raises RecipeInvalid."""
+    """Return the filled fields of fine-tuning; in another mode they are null. Raises RecipeInvalid."""
     if recipe.mode is not Mode.FINE_TUNING:
         return _without_tuning(recipe)
     cuts = list(backbone.cuts)
@@ -223,8 +236,8 @@ def _filled_tuning(recipe: Recipe, backbone: Backbone, cut: str) -> dict[str, ob
     if unfreeze not in allowed:
         raise RecipeInvalid(
             "unfreeze",
-            f"Expected a cut point of {backbone.title} up to {cut!r}, where features are taken from, or {ALL!r} "
-            f"({', '.join(allowed)}). Received {unfreeze!r}.",
+            f"Layers can be unfrozen from a cut point of {backbone.title} that is not after {cut!r}, where features "
+            f"are taken. Use {', '.join(map(repr, allowed[:-1]))} or {ALL!r}. Received {unfreeze!r}.",
         )
     return {
         "augmentation": recipe.augmentation if "augmentation" in recipe.model_fields_set else _LITTLE,
@@ -236,17 +249,17 @@ def _filled_tuning(recipe: Recipe, backbone: Backbone, cut: str) -> dict[str, ob
 _DEFAULT_K = 5
 
 
-def _filled_task(wanted: Task | Literal["auto"], task: Task, classes: Sequence[ClassCount]) -> Task:
+def _filled_task(requested: Task | Literal["auto"], task: Task, classes: Sequence[ClassCount]) -> Task:
     allowed = {
         Task.BINARY: [Task.BINARY, Task.MULTICLASS, Task.MULTILABEL],
         Task.MULTICLASS: [Task.MULTICLASS, Task.MULTILABEL],
     }.get(task, [task])
-    chosen = wanted if isinstance(wanted, Task) else task
+    chosen = requested if isinstance(requested, Task) else task
     if chosen not in allowed:
         raise RecipeInvalid(
             "task",
-            f"Expected {' or '.join(repr(choice.value) for choice in allowed)} for a data set of task {task.value!r} "
-            f"with {len(classes)} classes. Received {str(wanted)!r}.",
+            f"A data set of task {task.value!r} with {len(classes)} classes can be trained as "
+            f"{' or '.join(repr(choice.value) for choice in allowed)}, but not as {str(requested)!r}.",
         )
     return chosen
 
@@ -259,8 +272,8 @@ def _check_task_fits(recipe: Recipe, task: Task) -> None:
     if recipe.class_weights is not ClassWeights.NONE and task not in (Task.BINARY, Task.MULTICLASS):
         raise RecipeInvalid(
             "class_weights",
-            f"Expected 'none' for task {task.value!r}, since its images do not have exactly one class. Received "
-            f"{recipe.class_weights.value!r}.",
+            f"Class weights need images with exactly one class, which task {task.value!r} does not have. Use 'none' "
+            f"instead of {recipe.class_weights.value!r}.",
         )
     stopping = recipe.early_stopping
     if stopping is None:
@@ -273,9 +286,9 @@ def _check_task_fits(recipe: Recipe, task: Task) -> None:
     if task is not Task.REGRESSION:
         return
     if stopping.monitor is Monitor.VAL_ACCURACY:
-        raise RecipeInvalid("early_stopping.monitor", "Expected 'val_loss': a regression has no accuracy.")
+        raise RecipeInvalid("early_stopping.monitor", "A regression has no accuracy. Use 'val_loss'.")
     if stopping.target and stopping.target.metric in _ACCURACIES:
-        raise RecipeInvalid("early_stopping.target.metric", "Expected a loss: a regression has no accuracy.")
+        raise RecipeInvalid("early_stopping.target.metric", "A regression has no accuracy. Use 'loss' or 'val_loss'.")
 
 
 def _filled_k(k: int | None, classes: Sequence[ClassCount], groups: int) -> int:
@@ -291,12 +304,12 @@ def _checked_k(k: int | None, groups: int, name: str, has: str) -> int:
     if groups < 2:
         raise RecipeInvalid(
             "dataset",
-            f"Expected at least 2 groups of images of {name}: one to train on and one to test on. An image without a "
-            f"group counts as one. {has}",
+            f"Cross-validation needs at least 2 groups of images of {name}: one to train on and one to test on. An "
+            f"image without a group counts as one group. {has}",
         )
     if k is not None and k > groups:
         raise RecipeInvalid(
             "folds.k",
-            f"Expected at most {groups} folds, since {name} has {groups} groups of images. Received {k}.",
+            f"There can be at most {groups} folds, since {name} has {groups} groups of images. Received {k}.",
         )
     return k or min(_DEFAULT_K, groups)

@@ -1,7 +1,7 @@
-"""Filled recipes: what `recipes.defaults.fill` makes of a recipe, one type for each mode, with nothing left to choose.
+"""Filled recipes, as `recipes.defaults.fill` returns them: one type for each mode, with all defaults filled in.
 
-Code that trains reads these types, whose fields are as narrow as the mode allows. Their JSON is that of `Recipe`: it is
-stored with a run and returned to clients.
+Training code uses these types because their fields have no optional values that the mode excludes. Their JSON has the
+same fields as `Recipe`. It is stored with a run and returned to clients.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from recipes.recipe import AUTO, FineTune, Folds, HeadRecipe, Loss, Mode, Recipe
 
 
 class FilledFolds(Folds):
-    """How the score is measured, with the number of folds."""
+    """The cross-validation of a filled recipe, whose number of folds is no longer optional."""
 
     k: int
 
 
 class FilledNetwork(NetworkRecipe):
-    """A network from scratch with its layers, each of which has a name and the names of its inputs."""
+    """A network from scratch in which every layer has a name and the names of its inputs."""
 
     layers: tuple[Layer, ...]
 
 
 class _Filled(Recipe):
-    """A recipe with everything that does not depend on the mode."""
+    """The fields of a filled recipe that all modes share."""
 
     task: Task
     folds: FilledFolds
 
     @property
     def validation_fraction(self) -> float:
-        """Share of a fold's training images that early stopping watches; 0 without early stopping."""
+        """Share of a fold's training images that early stopping monitors; 0 without early stopping."""
         return self.folds.validation_fraction if self.early_stopping else 0.0
 
 
 class HeadedRecipe(_Filled):
-    """A filled recipe whose head learns on the features of a backbone."""
+    """A filled recipe that trains a head on the features of a backbone."""
 
     weights: str
     network: None = None
@@ -50,20 +50,20 @@ class HeadedRecipe(_Filled):
 
 
 class UndecidedRecipe(HeadedRecipe):
-    """Feature extraction that leaves its backbone or its cut point to a bake-off."""
+    """A feature extraction recipe whose backbone or cut point is `auto`, so that a bake-off must choose it."""
 
     mode: Literal[Mode.FEATURE_EXTRACTION]
     backbone: BackboneName | Literal["auto"]
     image_size: int | None
 
     def decided(self, backbone: BackboneName, features_from: str, image_size: int) -> FeatureExtractionRecipe:
-        """Return the recipe with what the bake-off chose."""
+        """Return the recipe with the backbone, the cut point and the image size that the bake-off chose."""
         chosen = {"backbone": backbone, "features_from": features_from, "image_size": image_size}
         return FeatureExtractionRecipe.model_validate(self.model_dump() | chosen)
 
 
 class BackboneRecipe(HeadedRecipe):
-    """A filled recipe that says which features of which backbone its head learns on."""
+    """A filled recipe that names its backbone and its cut point."""
 
     backbone: BackboneName
     features_from: str
@@ -71,7 +71,7 @@ class BackboneRecipe(HeadedRecipe):
 
 
 class FeatureExtractionRecipe(BackboneRecipe):
-    """A head on the features of a frozen backbone."""
+    """A recipe that trains a head on the features of a frozen backbone."""
 
     mode: Literal[Mode.FEATURE_EXTRACTION]
     augmentation: None = None
@@ -80,7 +80,7 @@ class FeatureExtractionRecipe(BackboneRecipe):
 
 
 class FineTuningRecipe(BackboneRecipe):
-    """A head on a backbone whose later layers learn as well."""
+    """A recipe that trains a head, and then the later layers of the backbone together with the head."""
 
     mode: Literal[Mode.FINE_TUNING]
     unfreeze: str
@@ -88,7 +88,7 @@ class FineTuningRecipe(BackboneRecipe):
 
 
 class FromScratchRecipe(_Filled):
-    """A network that begins with random weights."""
+    """A recipe that trains all layers of a network, starting with random weights."""
 
     mode: Literal[Mode.FROM_SCRATCH]
     backbone: None = None
@@ -102,16 +102,16 @@ class FromScratchRecipe(_Filled):
 
 
 DecidedRecipe = FeatureExtractionRecipe | FineTuningRecipe | FromScratchRecipe
-"""What a network can be trained by."""
+"""A filled recipe without `auto`: all that a training needs to begin."""
 FilledRecipe = UndecidedRecipe | DecidedRecipe
-"""What is stored with a run."""
+"""Any filled recipe, as it is stored with a run."""
 
 
 def parse_filled(recipe: Mapping[str, Any]) -> FilledRecipe:
-    """Return a filled recipe of the type that fits, from its JSON or its values by field.
+    """Return a filled recipe from its JSON, as the type of its mode.
 
     Raises:
-        ValueError: a value is missing, which `recipes.defaults.fill` would have filled in. This is a bug.
+        ValueError: the recipe was not filled by `recipes.defaults.fill`. This is a bug.
     """
     return _FILLED.validate_python(recipe)
 

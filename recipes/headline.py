@@ -1,4 +1,4 @@
-"""The headline score of a run, one metric for each task, and its text in reports."""
+"""The headline score, the one metric by which runs of a task are compared, and how reports write it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from recipes.recipe import Task
 
 @dataclass(frozen=True)
 class Headline:
-    """A score.
+    """The headline score of a task.
 
     Attributes:
-        metric: its key among the metrics.
+        metric: its key in the metrics of a run.
         title: its name in reports.
-        form: the format specification of its value, such as `.1%`.
+        form: the Python format specification of its value, such as `.1%`.
         is_greater_better: whether a greater value is better.
     """
 
@@ -27,11 +27,11 @@ class Headline:
     is_greater_better: bool
 
     def formatted(self, value: float) -> str:
-        """Return a value as text, in the format of the score."""
+        """Return a value of this score as text, such as `93.1%`."""
         return format(value, self.form)
 
     def sentence(self, metrics: Mapping[str, Any]) -> str:
-        """Return the score with its 95 % interval over images, and over groups if there are groups of images."""
+        """Return the score in `metrics` as text, with its 95 % interval over images and, if there are any, groups."""
         low, high = map(self.formatted, metrics[f"{self.metric}_ci95"])
         interval = f"95 % interval {low} to {high} over images"
         if "groups" in metrics:
@@ -40,12 +40,12 @@ class Headline:
         return f"{self.title} {self.formatted(metrics[self.metric])} ({interval})"
 
     def interval(self, metrics: Mapping[str, Any]) -> tuple[float, float]:
-        """Return the bounds of the 95 % interval: over groups if there are any, else over images."""
+        """Return the bounds of the 95 % interval in `metrics`: over groups if there are any, else over images."""
         low, high = metrics.get(f"{self.metric}_ci95_groups") or metrics[f"{self.metric}_ci95"]
         return low, high
 
     def interval_kind(self, metrics: Mapping[str, Any]) -> str:
-        """Return the method behind the bounds of `interval`, in words."""
+        """Return the method that computed the bounds of `interval`, such as `Wilson, over images; …`."""
         kind = str(metrics["interval"])
         return kind.replace("over images", "over groups of images") if "groups" in metrics else kind
 

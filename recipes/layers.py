@@ -1,7 +1,7 @@
-"""Networks from scratch: their kinds, their layers as a recipe lists them, and default layers.
+"""The layers of networks: types for the layers that a recipe can list, and the default layers of each kind of network.
 
-The last few layer types occur in backbones only (`recipes.backbone_layers`); no recipe can use them.
-Computes no shapes (`recipes.shapes` does) and builds no network (`training.networks.scratch_networks` does).
+Some layer types occur only in backbones (`recipes.backbone_layers`), and a recipe cannot use them. `recipes.shapes`
+computes the shapes of layers, and `training.networks.scratch_networks` builds networks from them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 LAYER_NAME_PATTERN = r"^[a-z][a-z0-9_]{0,39}$"
 INPUT = "input"
-"""The name by which layers read the pixels."""
+"""The name of the pixels, for layers that read them as their input."""
 OUTPUT = "output"
-"""The name of the output layer, which follows the task."""
+"""The name of the output layer, which is not listed in a recipe because it depends on the task."""
 
 
 class Part(BaseModel):
-    """Base of the models of a recipe: frozen, without unknown fields."""
+    """The base class of all parts of a recipe: immutable, and unknown fields are refused."""
 
     # A number such as 1e999 becomes infinity, which JSON cannot hold and the database refuses.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -259,7 +259,11 @@ class NetworkRecipe(Part):
 
 
 def default_layers(kind: NetworkKind, height: int, width: int) -> tuple[Layer, ...]:
-    """Return default layers for images of this size in pixels; a CNN halves its maps until they are small."""
+    """Return the default layers of a kind of network, for images of `height` × `width` pixels.
+
+    A perceptron has no layers before its output. An MLP has one dense layer. A CNN alternates convolutions with
+    pooling, which halves the maps, until the shorter side has at most 8 values. Then follows a dense layer.
+    """
     match kind:
         case NetworkKind.PERCEPTRON:
             return ()
@@ -281,7 +285,7 @@ _SMALL, _WIDEST = 8, 64
 
 
 def named(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """Return the layers, each with a unique name and the names of its inputs."""
+    """Return copies of the layers in which every layer has a name and the names of its inputs."""
     taken = {layer.name for layer in layers} | {INPUT}
     found: list[Layer] = []
     counts: dict[str, int] = {}
@@ -298,5 +302,5 @@ def named(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 
 
 def sides(size: Sides) -> tuple[int, int]:
-    """Return height and width in pixels."""
+    """Return height and width; a single number is both."""
     return (size, size) if isinstance(size, int) else size

@@ -1,7 +1,7 @@
 """The recipe of a run as a client writes it: every field, its values and its default. Trains nothing.
 
-`recipes.defaults` fills what a recipe leaves open. Values that this version cannot train are not in these types, so
-that requests with them are refused and the documentation of the API does not offer them.
+`recipes.defaults` fills in defaults that depend on the data set or on other fields. These types contain only values
+that this version can train, so that the API refuses and does not document any others.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Precision(StrEnum):
 
 
 class _EnumOrAuto:
-    """Validates and documents the values of an enum and `auto` together, as if they were one enum."""
+    """A pydantic annotation that treats `auto` and the values of an enum as one enum, also in the OpenAPI schema."""
 
     def __init__(self, values: type[StrEnum], title: str, description: str) -> None:
         self._values = values
@@ -120,7 +120,7 @@ class _EnumOrAuto:
         return {"description": self._description, "enum": values, "title": self._title, "type": "string"}
 
 
-# Aliases of a type, so that each is a schema of its own in the documentation of the API.
+# Type aliases, so that each becomes a schema with a name in the OpenAPI document.
 _BACKBONE_CHOICE = "A backbone, or `auto`: compare those whose weights are here and take the best."
 _TASK_CHOICE = "A task, or `auto`: the task of the data set."
 _PRECISION_CHOICE = (

@@ -1,10 +1,12 @@
-"""Computes the shapes of a network layer by layer, before anything is trained. Knows no Keras.
+"""Computes shapes, parameters and receptive fields of a network, layer by layer, before training. Knows no Keras.
 
-A window of n pixels and stride s on a side of m pixels gives floor((m - n) / s) + 1 values without padding, and
-ceil(m / s) with padding `same` (Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning"). A
-receptive field starts p * jump earlier for p pixels of padding and grows by (n - 1) * jump. The jump, the distance
-between the fields of neighbouring values, is multiplied by s (Araujo et al. 2019, "Computing Receptive Fields of
-Convolutional Neural Networks").
+Shapes (Dumoulin & Visin 2016, "A guide to convolution arithmetic for deep learning"): a window of n pixels and stride s
+on a side of m pixels gives floor((m - n) / s) + 1 values without padding, and ceil(m / s) with padding `same`.
+
+Receptive fields (Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks"): the jump is the
+distance in pixels between the receptive fields of two neighbouring values. A layer with window n, stride s and p pixels
+of padding moves the start of the field by -p * jump, makes the field (n - 1) * jump pixels longer, and multiplies the
+jump by s.
 """
 
 from __future__ import annotations
@@ -44,25 +46,27 @@ from recipes.layers import (
 
 MOST_PARAMETERS = 100_000_000
 MOST_VALUES = 64_000_000
-"""Most values of one layer for one image: 256 MB, times the batch size."""
+"""The most values of one layer for one image. They take 256 MB, times the batch size."""
 
-MOST_PLACES = 64
-"""Most pixels in a window of stochastic pooling, which copies the map once for each of them."""
+MOST_WINDOW_PIXELS = 64
+"""The most pixels in a window of stochastic pooling, which copies the map once for each pixel of the window."""
 
 Shape = tuple[int, ...]
 """Height, width and channels of maps, or the number of values in a row."""
 _Pair = tuple[int, int]
-"""Vertical and horizontal."""
+"""A vertical and a horizontal number, such as a stride."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The pixels that the first value of a map depends on, along one side of the image, padding included.
+    """The receptive field of the first value of a map, along one side of the image. All fields are in pixels.
+
+    Pixels are numbered from 0 at the border of the image. Pixels in the padding before the image have negative numbers.
 
     Attributes:
-        first: the first pixel; negative in the padding.
-        last: the last pixel.
-        jump: distance in pixels to the span of the next value.
+        first: number of the first pixel of the receptive field.
+        last: number of the last pixel of the receptive field.
+        jump: how many pixels further the receptive field of the next value starts.
     """
 
     first: int = 0
@@ -71,22 +75,31 @@ class Span:
 
     @property
     def pixels(self) -> int:
-        """Number of pixels in the span."""
+        """Length of the receptive field in pixels, including padding."""
         return self.last - self.first + 1
 
     def through(self, window: int, stride: int, padding: int) -> Span:
-        """Return the span of a value after a layer of windows, with `padding` zeros before the first."""
+        """Return the span after a convolution or pooling layer.
+
+        Args:
+            window: pixels of the kernel or pooling window along this side.
+            stride: stride along this side.
+            padding: number of zeros that the layer adds before the map.
+        """
         first = self.first - padding * self.jump
         return Span(first, first + self.last - self.first + (window - 1) * self.jump, self.jump * stride)
 
     def joined(self, other: Span) -> Span:
-        """Return the span of a value that depends on two; exact for the first value only if their jumps differ."""
+        """Return the span of a value that depends on two branches.
+
+        If the jumps of the branches differ, the result is only right for the first value of the map.
+        """
         return Span(min(self.first, other.first), max(self.last, other.last), max(self.jump, other.jump))
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """The pixels of the image that a value of a map depends on, vertically and horizontally."""
+    """The rectangle of image pixels that one value of a map depends on, as a vertical and a horizontal span."""
 
     down: Span = Span()
     across: Span = Span()
@@ -102,30 +115,30 @@ class ReceptiveField:
         return self.across.pixels
 
     def through(self, window: _Pair, stride: _Pair, padding: _Pair) -> ReceptiveField:
-        """Return the receptive field of a value after a layer of windows, with `padding` zeros before the first."""
+        """Return the receptive field after a convolution or pooling layer; arguments as in `Span.through`."""
         return ReceptiveField(
             self.down.through(window[0], stride[0], padding[0]), self.across.through(window[1], stride[1], padding[1])
         )
 
     def joined(self, other: ReceptiveField) -> ReceptiveField:
-        """Return the receptive field of a value that depends on two others."""
+        """Return the receptive field of a value that depends on two branches; see `Span.joined`."""
         return ReceptiveField(self.down.joined(other.down), self.across.joined(other.across))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of a table.
+    """One layer of a network, as a row of its table.
 
     Attributes:
         name: name of the layer.
         type: type of the layer, as in a recipe.
-        inputs: names of the layers that it reads.
+        inputs: names of the layers whose output this layer reads.
         shape: height, width and channels, or the number of values.
-        parameters: number of its weights, BatchNorm's moving mean and variance included.
+        parameters: number of weights, including the moving mean and variance of BatchNorm.
         multiply_adds: multiply-adds of a convolution or dense layer for one image, without biases.
-        receptive_field: the pixels of the image that one value depends on, padding included.
-        warning: the pixels that the layer leaves out, in a sentence; None if there are none.
-        zeros: rows and columns of zeros at the end of its map, which a later layer may leave out without a warning.
+        receptive_field: the pixels of the image that one value depends on, including padding.
+        warning: a sentence on rows and columns that no window of the layer reaches; None if there are none.
+        zeros: number of rows and columns of zeros at the end of the map. A later layer may skip them without a warning.
     """
 
     name: str
@@ -145,21 +158,32 @@ def default_size(kind: NetworkKind) -> int:
 
 
 def filled_network(network: NetworkRecipe, height: int, width: int, outputs: int | None = None) -> NetworkRecipe:
-    """Return the network with its default layers filled in and every layer named, for images of this size.
+    """Return the network with its default layers filled in, and with a name for every layer.
 
-    With `outputs`, the size of the output layer, the limit on parameters includes that layer. Raises RecipeInvalid.
+    Args:
+        network: the network of a recipe.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
+        outputs: size of the output layer, whose parameters then count for the limit; by default they do not.
+
+    Raises:
+        RecipeInvalid: the network does not fit its kind or the images, or is too large.
     """
     if network.kind is NetworkKind.PERCEPTRON and network.layers:
         raise RecipeInvalid(
-            "network.layers", "Expected none: a perceptron is one layer from pixels to output. Use kind 'mlp' or 'cnn'."
+            "network.layers",
+            "A perceptron has only its output layer, so this field must be empty. For more layers, use kind 'mlp' or "
+            "'cnn'.",
         )
     if network.kind is not NetworkKind.PERCEPTRON and network.threshold is not None:
-        raise RecipeInvalid("network.threshold", "Expected null: only a perceptron has it.")
+        raise RecipeInvalid("network.threshold", "Only a perceptron has a threshold, so this field must be null.")
     layers = named(network.layers if network.layers is not None else default_layers(network.kind, height, width))
     allowed = _ALLOWED[network.kind]
     for number, layer in enumerate(layers):
         if layer.type not in allowed:
-            raise _refusal(number, layer, f"Expected {', '.join(allowed)} in a network of kind {network.kind.value!r}.")
+            raise _refusal(
+                number, layer, f"A network of kind {network.kind.value!r} can only have layers: {', '.join(allowed)}."
+            )
     network = network.model_copy(update={"layers": layers})
     table(network, height, width, outputs)
     return network
@@ -183,7 +207,7 @@ _ALLOWED: Mapping[NetworkKind, Sequence[str]] = {
 
 
 def chain(network: NetworkRecipe) -> tuple[Layer, ...]:
-    """Return the layers of a filled network, from the pixels on; all kinds but a CNN start by flattening them."""
+    """Return all layers between the pixels and the output layer. Except in a CNN, a flatten layer comes first."""
     layers = network.layers or ()
     if network.kind is NetworkKind.CNN:
         return layers
@@ -205,7 +229,7 @@ def table(network: NetworkRecipe, height: int, width: int, outputs: int | None =
         network: the network.
         height: height of the images in pixels.
         width: width of the images in pixels.
-        outputs: size of the output layer, the last row; by default the table has no output layer.
+        outputs: size of the output layer, which becomes the last row; by default the table has no output layer.
 
     Raises:
         RecipeInvalid: a layer does not fit its inputs, or the network is too large; the error names the layer.
@@ -216,11 +240,17 @@ def table(network: NetworkRecipe, height: int, width: int, outputs: int | None =
     rows = _rows(layers, pixels, own)
     for number, (layer, row) in enumerate(zip(layers, rows[1:], strict=True), start=own - len(layers)):
         if prod(row.shape) > MOST_VALUES:
-            raise _refusal(number, layer, f"Expected at most {MOST_VALUES:,} values. It has {prod(row.shape):,}.")
+            raise _refusal(
+                number, layer, f"The output has {prod(row.shape):,} values. At most {MOST_VALUES:,} are supported."
+            )
     if len(rows[-1].shape) > 1:
         if not layers:
-            raise RecipeInvalid("network.layers", "Expected at least one layer, ending in values in a row.")
-        raise _refusal(own - 1, layers[-1], "Expected values in a row at the end: add a flatten or a global_average.")
+            raise RecipeInvalid(
+                "network.layers", "A CNN needs at least one layer. Add layers that end in flatten or global_average."
+            )
+        raise _refusal(
+            own - 1, layers[-1], "The network still has maps at the end. Add a flatten or a global_average layer."
+        )
     rows += _output(rows, outputs)
     _check_parameters(rows)
     return rows
@@ -233,7 +263,7 @@ def backbone_table(name: BackboneName, cut: str | None, size: int | None, output
         name: the backbone.
         cut: the cut point that features are taken from; by default the last.
         size: side of the images in pixels; by default the backbone's own.
-        outputs: size of an output layer on the features, the last row; by default the table has no output layer.
+        outputs: size of an output layer on the features, which becomes the last row; by default there is none.
 
     Raises:
         RecipeInvalid: the backbone has no such cut, or needs larger images.
@@ -249,9 +279,15 @@ _FEATURES = "features"
 
 
 def _rows(layers: Sequence[AnyLayer], pixels: Row, own: int) -> list[Row]:
-    """Return the row of the pixels and a row for each layer; the last `own` layers are those that a recipe lists.
+    """Return a row for the pixels and a row for each layer.
 
-    Raises RecipeInvalid, which names the layer.
+    Args:
+        layers: the layers in order.
+        pixels: the row of the pixels.
+        own: how many of the layers the recipe lists; they are the last ones, and errors count from the first of them.
+
+    Raises:
+        RecipeInvalid: a layer does not fit; the error names the layer.
     """
     rows = [pixels]
     at = {INPUT: pixels}
@@ -259,11 +295,16 @@ def _rows(layers: Sequence[AnyLayer], pixels: Row, own: int) -> list[Row]:
     for number, layer in enumerate(layers, start=own - len(layers)):
         assert layer.name is not None and layer.inputs is not None
         if layer.name in at or layer.name == OUTPUT:
-            raise _refusal(number, layer, "Expected a name of its own.", "name")
+            raise _refusal(
+                number, layer, "This name is reserved or used by another layer. Choose another name.", "name"
+            )
         unknown = [name for name in layer.inputs if name not in at]
         if unknown:
             raise _refusal(
-                number, layer, f"Expected layers before it ({', '.join(at)}). Received {unknown[0]!r}.", "inputs"
+                number,
+                layer,
+                f"There is no layer {unknown[0]!r} before this one. It can read: {', '.join(at)}.",
+                "inputs",
             )
         unread -= set(layer.inputs)
         row = _row(number, layer, [at[name] for name in layer.inputs], _whole(pixels))
@@ -272,7 +313,12 @@ def _rows(layers: Sequence[AnyLayer], pixels: Row, own: int) -> list[Row]:
     if unread:
         numbered = enumerate(layers, start=own - len(layers))
         number, layer = next((number, layer) for number, layer in numbered if layer.name in unread)
-        raise _refusal(number, layer, "Expected a later layer to read it. None does.", "inputs")
+        raise _refusal(
+            number,
+            layer,
+            "No later layer reads the output of this one. Remove this layer, or use its output.",
+            "inputs",
+        )
     return rows
 
 
@@ -282,7 +328,7 @@ def _whole(pixels: Row) -> ReceptiveField:
 
 
 def _output(rows: Sequence[Row], outputs: int | None) -> list[Row]:
-    """Return the row of an output layer after others; without `outputs`, no row."""
+    """Return the row of the output layer in a list; an empty list if `outputs` is None."""
     if outputs is None:
         return []
     layer = FullyConnected(name=OUTPUT, inputs=(rows[-1].name,), units=outputs)
@@ -290,14 +336,14 @@ def _output(rows: Sequence[Row], outputs: int | None) -> list[Row]:
 
 
 def _check_parameters(rows: Sequence[Row]) -> None:
-    """Check that a network is not too large. Raises RecipeInvalid."""
+    """Check that a network has no more than MOST_PARAMETERS parameters. Raises RecipeInvalid."""
     total = sum(row.parameters for row in rows)
     if total > MOST_PARAMETERS:
         largest = max(rows, key=lambda row: row.parameters)
         raise RecipeInvalid(
             "network.layers",
-            f"Expected at most {MOST_PARAMETERS:,} parameters. This network has {total:,}, {largest.parameters:,} of "
-            f"them in layer {largest.name!r}. Use smaller images, or pooling before it.",
+            f"The network has {total:,} parameters. At most {MOST_PARAMETERS:,} are supported. Layer {largest.name!r} "
+            f"alone has {largest.parameters:,}. Use smaller images, or add pooling before this layer.",
         )
 
 
@@ -314,10 +360,13 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
 
     is_joining = isinstance(layer, Sum | Concatenation)
     if is_joining != (len(read) > 1):
-        expected = (
-            "at least two layers to join" if is_joining else "one layer to read: join branches by add or concatenate"
+        if is_joining:
+            raise refuse(f"This layer needs at least two input layers. Received {len(read)}.", "inputs")
+        raise refuse(
+            f"This layer can have one input layer. Received {len(read)}. Join the branches by an add or concatenate "
+            "layer first.",
+            "inputs",
         )
-        raise refuse(f"Expected {expected}. Received {len(read)}.", "inputs")
     one = read[0]
     about = (layer.name or "", layer.type, tuple(row.name for row in read))
     field = one.receptive_field
@@ -325,7 +374,7 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
         case Convolution() | SeparableConvolution():
             height, width, channels = _maps(one, refuse)
             kernel, stride = sides(layer.kernel), sides(layer.stride)
-            left, seen = _slid(one, kernel, stride, layer.padding)
+            left, receptive_field = _apply_windows(one, kernel, stride, layer.padding)
             if min(left) < 1:
                 raise refuse(_too_large("kernel", kernel, (height, width)), "kernel")
             if isinstance(layer, Convolution):
@@ -334,22 +383,23 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
             else:
                 weights = prod(kernel) * channels + channels * layer.filters
                 biases = 0
-            return Row(*about, (*left, layer.filters), weights + biases, prod(left) * weights, seen)
+            return Row(*about, (*left, layer.filters), weights + biases, prod(left) * weights, receptive_field)
         case Pooling():
             height, width, channels = _maps(one, refuse)
             size, stride = sides(layer.size), sides(layer.stride or layer.size)
-            left, seen = _slid(one, size, stride, layer.padding)
+            left, receptive_field = _apply_windows(one, size, stride, layer.padding)
             if min(left) < 1:
-                raise refuse(f"{_too_large('window', size, (height, width))} Nothing would be left.", "size")
-            places = prod(size) * prod(left) * channels
-            if layer.kind is PoolingKind.STOCHASTIC and (prod(size) > MOST_PLACES or places > MOST_VALUES):
+                raise refuse(_too_large("window", size, (height, width)), "size")
+            copied = prod(size) * prod(left) * channels
+            if layer.kind is PoolingKind.STOCHASTIC and (prod(size) > MOST_WINDOW_PIXELS or copied > MOST_VALUES):
                 raise refuse(
-                    f"Expected windows of at most {MOST_PLACES} pixels, and {MOST_VALUES:,} values in all of them, to "
-                    f"draw from. Received {prod(size)} and {places:,}.",
+                    f"Stochastic pooling supports windows of at most {MOST_WINDOW_PIXELS} pixels, with at most "
+                    f"{MOST_VALUES:,} values in all windows together. This layer has windows of {prod(size)} pixels "
+                    f"with {copied:,} values.",
                     "size",
                 )
             warning = _border(one, size, stride) if layer.padding is Padding.VALID else None
-            return Row(*about, (*left, channels), receptive_field=seen, warning=warning)
+            return Row(*about, (*left, channels), receptive_field=receptive_field, warning=warning)
         case ZeroPadding():
             height, width, channels = _maps(one, refuse)
             added = (layer.width, layer.width)
@@ -358,20 +408,22 @@ def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveFiel
         case Dropout() | Rectifier():
             return Row(*about, one.shape, receptive_field=field)
         case Flatten():
-            # flattening keeps the receptive field of each value
+            # Flattening does not change the receptive field of a value.
             return Row(*about, (prod(one.shape),), receptive_field=field)
         case GlobalAverage():
             _maps(one, refuse)
             return Row(*about, one.shape[-1:], receptive_field=whole)
         case FullyConnected():
             if len(one.shape) > 1:
-                raise refuse(f"Expected values in a row. {one.name!r} has maps: put flatten or global_average between.")
+                raise refuse(
+                    f"It reads a vector, but {one.name!r} gives maps. Put flatten or global_average between the two."
+                )
             weights = one.shape[0] * layer.units
             return Row(*about, (layer.units,), weights + layer.units, weights, whole)
         case BatchNormalization():
             return Row(*about, one.shape, layer.numbers_per_channel * one.shape[-1], receptive_field=field)
         case Sum() | Concatenation():
-            return Row(*about, _joined(layer, read, refuse), receptive_field=_seen(read))
+            return Row(*about, _joined(layer, read, refuse), receptive_field=_joined_field(read))
 
 
 def windows(sides: _Pair, window: _Pair, stride: _Pair, padding: Padding) -> _Pair:
@@ -381,8 +433,8 @@ def windows(sides: _Pair, window: _Pair, stride: _Pair, padding: Padding) -> _Pa
     return (sides[0] - window[0]) // stride[0] + 1, (sides[1] - window[1]) // stride[1] + 1
 
 
-def _slid(read: Row, window: _Pair, stride: _Pair, padding: Padding) -> tuple[_Pair, ReceptiveField]:
-    """Return how many windows fit on a map, and the receptive field of one."""
+def _apply_windows(read: Row, window: _Pair, stride: _Pair, padding: Padding) -> tuple[_Pair, ReceptiveField]:
+    """Return how many windows fit on a map, vertically and horizontally, and the receptive field of a window."""
     height, width, _ = read.shape
     sides = windows((height, width), window, stride, padding)
     zeros = (0, 0)
@@ -395,25 +447,25 @@ def _slid(read: Row, window: _Pair, stride: _Pair, padding: Padding) -> tuple[_P
 
 
 def _zeros_before(side: int, windows: int, window: int, stride: int) -> int:
-    """Return how many zeros padding `same` adds before the map; of an odd number the extra one comes after it."""
+    """Return how many zeros padding `same` adds before the map: half of all zeros, rounded down."""
     return max((windows - 1) * stride + window - side, 0) // 2
 
 
 def _maps(row: Row, refuse: Callable[..., RecipeInvalid]) -> Shape:
     if len(row.shape) != 3:
-        raise refuse(f"Expected maps. {row.name!r} gives {row.shape[0]:,} values in a row.", "inputs")
+        raise refuse(f"It reads maps, but {row.name!r} gives a vector of {row.shape[0]:,} values.", "inputs")
     return row.shape
 
 
 def _too_large(name: str, window: _Pair, sides: _Pair) -> str:
     return (
-        f"Expected a {name} of at most {sides[0]}×{sides[1]}, the map that it lies on. Received "
-        f"{window[0]}×{window[1]}. Use larger images, padding 'same', or less pooling before."
+        f"The {name} of {window[0]}×{window[1]} is larger than the map of {sides[0]}×{sides[1]} that it reads. Use "
+        f"larger images, a smaller {name}, padding 'same', or less pooling before this layer."
     )
 
 
 def _border(read: Row, size: _Pair, stride: _Pair) -> str | None:
-    """Return a sentence on the rows and columns that windows without padding leave out; None if they leave out none."""
+    """Return a sentence on the last rows and columns that no window reaches; None if windows reach all of them."""
     height, width, _ = read.shape
     rows = (height - size[0]) % stride[0] - read.zeros[0]
     columns = (width - size[1]) % stride[1] - read.zeros[1]
@@ -432,15 +484,14 @@ def _joined(layer: Sum | Concatenation, read: Sequence[Row], refuse: Callable[..
         fits = row.shape[:-1] == first[:-1] and len(row.shape) == len(first)
         if not fits or (isinstance(layer, Sum) and row.shape != first):
             raise refuse(
-                f"Expected the shape of {read[0].name!r}, {written(first)}"
-                f"{' in all but channels' if isinstance(layer, Concatenation) else ''}. "
-                f"{row.name!r} has {written(row.shape)}.",
+                f"Its inputs must have the same {'height and width' if isinstance(layer, Concatenation) else 'shape'}, "
+                f"but {read[0].name!r} has {written(first)} and {row.name!r} has {written(row.shape)}.",
                 "inputs",
             )
     return (*first[:-1], depth)
 
 
-def _seen(read: Sequence[Row]) -> ReceptiveField:
+def _joined_field(read: Sequence[Row]) -> ReceptiveField:
     field = read[0].receptive_field
     for row in read[1:]:
         field = field.joined(row.receptive_field)

@@ -22,7 +22,7 @@ def difference_titles(recipes: Sequence[Json]) -> list[str]:
 
 
 def _differing_values(recipes: Sequence[Json]) -> list[list[str]]:
-    """Return the differing values of each recipe, comparing a field only among the recipes whose mode has it."""
+    """Return the differing values of each recipe. A field is compared only among recipes whose mode has the field."""
     every = _values(recipes)
     titles: list[list[str]] = [[] for _ in recipes]
     for name in _names(every):
@@ -39,7 +39,7 @@ def _differing_values(recipes: Sequence[Json]) -> list[list[str]]:
 
 
 def _all_differing_values(recipes: Sequence[Json]) -> list[list[str]]:
-    """Return the values that are not the same in all recipes, a missing field included."""
+    """Return the values that differ between the recipes. A missing field differs from every value."""
     every = [flat(recipe) for recipe in recipes]
     differing = [
         name
@@ -54,10 +54,10 @@ def _names(every: Sequence[Json]) -> list[str]:
 
 
 def _values(recipes: Sequence[Json]) -> list[dict[str, Any]]:
-    """Return the values of each recipe by path, without those that its kind of network decides.
+    """Return the values of each recipe by path, without values that follow from the kind of network.
 
-    If networks of one kind and image size differ in their chains of layers, the chain is one value. Otherwise, if all
-    networks are of one kind and size, the fields of each layer are values.
+    If networks of the same kind and image size have different layers, the whole list of layers becomes one value.
+    Otherwise, if all networks have the same kind and image size, each field of each layer becomes a value.
     """
     every = [flat(recipe) for recipe in recipes]
     layers = [values.pop(_LAYERS, None) for values in every]
@@ -80,12 +80,12 @@ def _values(recipes: Sequence[Json]) -> list[dict[str, Any]]:
     return every
 
 
-# Fixed for a perceptron, which learns image by image, by the delta rule.
+# Fields that are the same for every perceptron, because the delta rule trains it image by image.
 _DECIDED = ("batch_size", "optimizer.name", "optimizer.learning_rate")
 
 
 def _alike(values: Json) -> tuple[str, str]:
-    """Return the values that decide the default layers: kind of network and image size."""
+    """Return the two values that determine the default layers: kind of network and image size."""
     return values["network.kind"], str(values["image_size"])
 
 

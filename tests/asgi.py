@@ -1,4 +1,4 @@
-"""Asks an application as a server does, for what no client of tests can do: to stop in the middle of a body."""
+"""Calls an ASGI application directly, so that a test can end a request in the middle of its body."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from fastapi.testclient import TestClient
 
 
 def ask(client: TestClient, method: str, path: str, receive: Callable[[], Awaitable[Any]]) -> tuple[int, Any]:
-    """Return the status and the JSON of an answer, None if it has no body; `receive` yields the ASGI messages."""
+    """Send a request and return its status and JSON body, or None if there is no body.
+
+    `receive` returns the ASGI messages of the request, one per call.
+    """
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

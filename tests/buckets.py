@@ -1,4 +1,4 @@
-"""A real S3 server for tests, buckets in it, and a line to it that can be cut."""
+"""A real S3 server for tests, buckets on it, and a network proxy to it that can fail."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from artifacts.bucket_store import BucketStore
 from artifacts.store import Digest, StoreAddress
 
 EACH_STORE = pytest.mark.parametrize("store", ["folder", "bucket"], indirect=True)
-"""Have a test run with each kind of store."""
+"""Runs a test once with a folder as the store and once with a bucket."""
 EACH_STORE_SLOWLY = pytest.mark.parametrize(
     "store", ["folder", pytest.param("bucket", marks=pytest.mark.slow)], indirect=True
 )
-"""The same, with the bucket among the slow tests."""
+"""Runs a test with a folder, and with a bucket only among the slow tests."""
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-key-of-a-test", "AWS_SECRET_ACCESS_KEY": "the-secret-of-a-test"}
 
@@ -39,13 +39,13 @@ _REGION = "eu-central-1"
 
 
 def _key(digest: Digest) -> str:
-    """Return under which key a file of a store lies."""
+    """Return the key of a file in the bucket."""
     return f"some/where/{digest[:2]}/{digest}"
 
 
 @dataclass
 class Bucket:
-    """A bucket on a server of this machine, and the folder of the machine that uses it."""
+    """A bucket on the test server, with the local cache folder of a machine that uses it."""
 
     name: str
     endpoint: str
@@ -59,27 +59,27 @@ class Bucket:
         )
 
     def store(self) -> BucketStore:
-        """Open the store."""
+        """Return a store that uses this bucket."""
         return BucketStore(self.address)
 
     def seen_from(self, folder: Path, endpoint: str | None = None) -> Bucket:
-        """Return the bucket as another machine sees it, which has nothing of it yet."""
+        """Return the same bucket for another machine, whose cache folder is empty."""
         return replace(self, folder=folder, endpoint=endpoint or self.endpoint)
 
     def objects(self) -> dict[str, bytes]:
-        """Return what is in it, by key, without the mark that it is in use."""
+        """Return all objects by key, except the object that marks the bucket as used."""
         return {key: bytes(obstore.get(self._direct(), key).bytes()) for key in self._keys()}
 
     def digests(self) -> set[str]:
-        """Return the digests of the files in it."""
+        """Return the digests of all files in the bucket."""
         return {key.rpartition("/")[2] for key in self._keys()}
 
     def write(self, digest: Digest, data: bytes) -> None:
-        """Write other bytes under a digest, as a broken disk of the server would."""
+        """Replace the content of a file, as if the disk of the server had damaged it."""
         obstore.put(self._direct(), _key(digest), data)
 
     def age(self, *digests: Digest) -> None:
-        """Have files been written two days ago."""
+        """Change the modification time of these files to two days earlier."""
         of_server = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[self.name].keys
         for digest in digests:
             of_server[_key(digest)].last_modified -= timedelta(days=2)
@@ -96,8 +96,8 @@ class Bucket:
 def serving() -> Iterator[str]:
     """Run an S3 server and yield its address.
 
-    It looks after one request at a time, once the request is read: moto drops a file that is written anew while it is
-    still being told of, and that answer is status 500.
+    Requests are handled one at a time. Otherwise moto answers with status 500 if a file is written again while its
+    answer to another request about the file is still being sent.
     """
     one_by_one, respond = threading.Lock(), S3Response._key_response
 
@@ -114,7 +114,7 @@ def serving() -> Iterator[str]:
 
 
 def make_bucket(endpoint: str, folder: Path) -> Bucket:
-    """Make a new bucket."""
+    """Create a new, empty bucket on the server."""
     name = f"bucket-{secrets.token_hex(6)}"
     client = boto3.client(
         "s3",
@@ -129,11 +129,11 @@ def make_bucket(endpoint: str, folder: Path) -> Bucket:
 
 
 @dataclass
-class Line:
-    """A line to a server: whole, slow, cut after some bytes in a direction, or carrying nothing at all.
+class NetworkProxy:
+    """A proxy to a server that can be slow, break connections after some bytes, or hang.
 
-    It counts what it is asked to carry: `requests`, those that it is cut for among them, and those `in_flight`, which
-    came and of whose answer nothing has.
+    `requests` counts all requests, also those on broken connections. `in_flight` counts the requests that have arrived
+    and have no byte of a response yet.
     """
 
     server: str
@@ -162,12 +162,12 @@ class Line:
         return len(self._asking)
 
     def cut(self, up_bytes: float = 0, down_bytes: float = 0) -> None:
-        """End what goes on after so many more bytes in each direction, and whatever begins later."""
+        """Break all connections, present and new, after this many more bytes in each direction."""
         self.carried = {"up": 0, "down": 0}
         self.up_bytes, self.down_bytes = up_bytes, down_bytes
 
     def mend(self) -> None:
-        """Carry everything again."""
+        """Pass on everything again."""
         self.up_bytes = self.down_bytes = float("inf")
         self.hangs = False
 
@@ -214,7 +214,7 @@ class Line:
                 end.shutdown(socket.SHUT_RDWR)
 
     def _count(self, near: socket.socket, way: str) -> None:
-        """See a request begin or its answer: a connection carries one after the other, each in one piece or several."""
+        """Update the counts for a piece of a request or response. A connection carries one request after the other."""
         with self._counting:
             if way == "down":
                 self._asking.discard(near)

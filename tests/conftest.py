@@ -1,4 +1,7 @@
-"""What tests share: real databases, a real broker, a store. Nothing that an operator exported reaches them."""
+"""Fixtures for all tests: real databases, a real broker and stores.
+
+Environment variables of the user that would change the tests are removed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pathlib import Path
 import postgres
 import pytest
 import redis
-from buckets import KEYS, Bucket, Line, make_bucket, serving
+from buckets import KEYS, Bucket, NetworkProxy, make_bucket, serving
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Connection, create_engine, text
 from waiting import until_no
@@ -25,11 +28,11 @@ from no_telemetry import turn_off_telemetry
 from ops.migrate import upgrade
 from ops.valkey_binary import get_binary_path
 
-# Some tests take a schema away, and processes that they start are given this environment.
+# Tests must not use the database or the keys of the user; processes that tests start inherit this environment.
 for _name in list(os.environ):
     if _name.startswith(("ESPALIER_", "AWS_")) or _name in ("DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"):
         del os.environ[_name]
-# How long an example takes says nothing but how busy the machine is.
+# The time of an example depends mostly on how busy the machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 turn_off_telemetry()  # some tests import ONNX Runtime themselves
@@ -37,7 +40,7 @@ turn_off_telemetry()  # some tests import ONNX Runtime themselves
 
 @pytest.fixture(autouse=True)
 def _mlflow_as_it_was() -> Iterator[None]:
-    """What publishing tells MLflow's client through the environment stays with the test that published."""
+    """Restore the environment variables of MLflow after each test, because publishing sets some."""
     before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     yield
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
@@ -47,7 +50,7 @@ def _mlflow_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A folder, or a bucket for a test that is parametrized with that (`buckets.EACH_STORE`)."""
+    """A store in a folder, or in a bucket if the test is parametrized so (`buckets.EACH_STORE`)."""
     if getattr(request, "param", "folder") == "folder":
         return Store(tmp_path / "store")
     bucket: Bucket = request.getfixturevalue("bucket")
@@ -56,7 +59,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def fill_disk() -> Callable[[Path], None]:
-    """Returns a function: from its call on, whatever is written to the open files of a folder meets a full disk."""
+    """Returns a function: after its call, every write to the open files of a folder fails because the disk is full."""
 
     def fill(folder: Path) -> None:
         files = [file.stat() for file in folder.iterdir()]
@@ -65,7 +68,7 @@ def fill_disk() -> Callable[[Path], None]:
         for name in os.listdir("/proc/self/fd"):
             try:
                 status = os.fstat(int(name))
-            except OSError:  # the descriptor by which this folder was listed
+            except OSError:  # the descriptor with which /proc/self/fd was listed
                 continue
             if any(os.path.samestat(status, file) for file in files):
                 os.dup2(full, int(name))
@@ -92,9 +95,9 @@ def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> B
 
 
 @pytest.fixture
-def line(s3_server: str) -> Iterator[Line]:
-    """A line to the server that can be cut."""
-    line = Line(s3_server)
+def line(s3_server: str) -> Iterator[NetworkProxy]:
+    """A network proxy to the S3 server that can fail."""
+    line = NetworkProxy(s3_server)
     yield line
     line.close()
 
@@ -105,7 +108,7 @@ def postgresql_url() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="espalier-pg-") as folder:
         server = postgres.serving(Path(folder))
         url = server.get_uri(driver="psycopg")
-        with _administering(url) as admin:  # it need not survive a power cut, and ends in seconds and not in minutes
+        with _administering(url) as admin:  # without these safeguards, the server stops in seconds instead of minutes
             for safeguard in ("fsync", "synchronous_commit", "full_page_writes"):
                 admin.execute(text(f"ALTER SYSTEM SET {safeguard} = off"))
             admin.execute(text("SELECT pg_reload_conf()"))

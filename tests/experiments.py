@@ -43,8 +43,8 @@ SPENT_S = 10_000.0
 
 
 @dataclass
-class Known:
-    """Networks by what they were made from, as the worker's database keeps them, and what the last run chose."""
+class MemoryRegistry:
+    """The registry of an experiment, in memory: exported and quantised networks, and the choices of the last run."""
 
     exports: dict[BackboneKey, Digest] = field(default_factory=dict)
     quantised: dict[Digest, Digest] = field(default_factory=dict)
@@ -88,7 +88,7 @@ IsCut = Callable[[int | None, Checkpoint], bool]
 
 
 class Interrupted(Exception):
-    """The experiment was cut off in a part, with this as its last checkpoint."""
+    """Raised to interrupt an experiment in a part of it, after this checkpoint."""
 
     def __init__(self, part: int | None, checkpoint: Checkpoint) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ class Interrupted(Exception):
         self.checkpoint = checkpoint
 
 
-class Kept:
-    """A part of an experiment: what it told, and where it is cut off."""
+class RecordingFitListener:
+    """Records the reports of one fit, and interrupts it where `is_cut` returns True."""
 
     def __init__(self, number: int | None, found: Checkpoint | None, is_cut: IsCut) -> None:
         self.number = number
@@ -123,11 +123,11 @@ class Kept:
 
 
 @dataclass
-class Heard:
-    """What an experiment reported."""
+class RecordingListener:
+    """Records all reports of an experiment."""
 
     stages: list[str] = field(default_factory=list)
-    parts: dict[int | None, Kept] = field(default_factory=dict)
+    parts: dict[int | None, RecordingFitListener] = field(default_factory=dict)
     outcomes: list[FoldOutcome] = field(default_factory=list)
     files: dict[RunFile, bytes] = field(default_factory=dict)
     extraction: Extraction | None = None
@@ -144,8 +144,8 @@ class Heard:
     def extracted(self, extraction: Extraction) -> None:
         self.extraction = extraction
 
-    def begin_fit(self, number: int | None, plan: Plan) -> Kept:
-        self.parts[number] = Kept(number, self.since.get(number), self.is_cut)
+    def begin_fit(self, number: int | None, plan: Plan) -> RecordingFitListener:
+        self.parts[number] = RecordingFitListener(number, self.since.get(number), self.is_cut)
         return self.parts[number]
 
     def fold_ended(self, outcome: FoldOutcome) -> None:
@@ -156,7 +156,7 @@ class Heard:
 
     @property
     def folds(self) -> list[FoldResult]:
-        """What the folds measured."""
+        """The results of the folds that have ended."""
         return [outcome.result for outcome in self.outcomes]
 
 
@@ -168,10 +168,10 @@ def task_of(rows: list[Row], labels: list[str]) -> Task:
     return Task.BINARY if len(labels) == 2 else Task.MULTICLASS
 
 
-class Bench:
-    """A store with weights and images, and runs on them.
+class ExperimentRunner:
+    """Runs experiments on images and weights in a store of its own.
 
-    Backbones at their smallest sizes count as exported by earlier runs, unless `is_new`.
+    Backbones for the smallest image size are treated as exported by earlier runs, unless `is_new`.
     """
 
     def __init__(self, folder: Path, exports: Exports, is_new: bool = False) -> None:
@@ -185,7 +185,7 @@ class Bench:
             image_limits=ImageLimits(),
             threads=2,
         )
-        self.known = Known() if is_new else Known(earlier=self._exported_earlier)
+        self.known = MemoryRegistry() if is_new else MemoryRegistry(earlier=self._exported_earlier)
         self.weights: dict[BackboneName, Digest] = {}
 
     def rows(self, files: dict[str, bytes], split: Split = Split.TRAIN) -> list[Row]:
@@ -210,11 +210,11 @@ class Bench:
     def run(
         self,
         rows: list[Row],
-        heard: Heard | None = None,
+        heard: RecordingListener | None = None,
         candidates: dict[BackboneName, Digest] | None = None,
         **change: Any,
-    ) -> tuple[Outcome, Heard]:
-        heard = heard or Heard()
+    ) -> tuple[Outcome, RecordingListener]:
+        heard = heard or RecordingListener()
         return experiment.run(self._order(rows, candidates, change), self.place, self.known, heard), heard
 
     def _order(
@@ -228,9 +228,9 @@ class Bench:
         return TrainingRequest(recipe, self.store.put(manifest.dump(rows)), labels, weights, candidates or {})
 
     def run_with_cuts(self, rows: list[Row], cuts: set[tuple[int | None, str, int]], **change: Any) -> Outcome:
-        """Run an experiment that is cut off at (part, phase, epochs of it), and goes on from what it had kept.
+        """Run an experiment, interrupt it at each (part, phase, epoch) of `cuts`, and continue from the checkpoint.
 
-        What was kept of a part says that it took SPENT_S; a fold that has ended is not learned again.
+        Each checkpoint says that its part took SPENT_S. A fold that has ended is not trained again.
         """
         left = set(cuts)
         since: dict[int | None, Checkpoint] = {}
@@ -246,7 +246,9 @@ class Bench:
 
         while True:
             try:
-                found = Experiment(order, self.place, self.known, Heard(outcomes=ended, since=since, is_cut=is_cut))
+                found = Experiment(
+                    order, self.place, self.known, RecordingListener(outcomes=ended, since=since, is_cut=is_cut)
+                )
                 found.learn_folds(sorted(set(range(len(found.folds))) - {one.result.number for one in ended}))
                 outcome = found.finish(sorted(ended, key=lambda one: one.result.number))
             except Interrupted as cut:
@@ -257,7 +259,7 @@ class Bench:
 
 
 def kept(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint as it is read again from its file."""
+    """Write a checkpoint and read it again; return the result."""
     found = checkpoints.load(checkpoints.dump(checkpoint, "mine"), "mine")
     assert found is not None
     return found

@@ -1,4 +1,4 @@
-"""Networks that are made once for all tests of a session, whichever of its processes needs one first."""
+"""Exported networks that all processes of a test session share. The first process that needs one makes it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from training.networks.export import ExportedNetwork, export
 
 
 class Exports:
-    """Backbones with random weights at their smallest sizes; `folder` may be shared by several processes."""
+    """Backbones with random weights for the smallest image size. Several processes may use one `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, name: BackboneName, cut: str) -> ExportedNetwork:
-        """Return a network up to a cut; it is exported if nobody has done so."""
+        """Return a backbone up to a cut point; export it if no process has done so."""
         onnx, facts = (self._folder / f"{name.value}-{cut}.{kind}" for kind in ("onnx", "json"))
         with self._locked(f"{name.value}-{cut}"):
             if not facts.exists():

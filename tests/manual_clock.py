@@ -1,4 +1,4 @@
-"""A clock that stands still until a test moves it, so that no machine is too slow for what the test says of time."""
+"""A clock that only the test moves, so that the speed of the machine does not affect the result."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable
 from clock import Clock
 
 
-class ByHand:
-    """Time that passes when it is told to, or where it is slept away; stands in for the module `time`, too."""
+class ManualClock:
+    """A clock that moves only when `sleep` is called. Tests also use it in place of the module `time`."""
 
     def __init__(self, at_s: float = 1000.0) -> None:
         self._at_s = at_s
 
     def monotonic(self) -> float:
-        """Return what the clock shows."""
+        """Return the time of this clock in seconds."""
         return self._at_s
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the clock forward, without waiting."""
         self._at_s += seconds
 
-    def of_worker(self, sleep: Callable[[float], None] | None = None) -> Clock:
-        """Return this clock for a worker on a single thread: whoever holds a lease looks when a test has it look."""
+    def worker_clock(self, sleep: Callable[[float], None] | None = None) -> Clock:
+        """Return this clock for a worker without threads: a lease is renewed only when the test calls `look`."""
         return Clock(now=self.monotonic, sleep=sleep or self.sleep, thread=lambda run, name: _NoThread())
 
 

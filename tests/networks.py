@@ -1,4 +1,4 @@
-"""The smallest networks that an engine runs, made without Keras."""
+"""Very small ONNX networks for tests of engines, made without Keras."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def mean_colour(name: str) -> bytes:
-    """Return a network that is another file for every name: the mean colour of an image of 8 x 8 pixels."""
+    """Return an ONNX network that computes the mean colour of an image of 8 x 8 pixels.
+
+    Each name gives a different file.
+    """
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 8, 8, 3])
     outputs = [
         helper.make_tensor_value_info("maps", TensorProto.FLOAT, ["n", 8, 8, 3]),
@@ -25,11 +28,14 @@ def mean_colour(name: str) -> bytes:
 
 
 FILTERS = np.array([[1, 0, 0], [0, 1, 0], [-1, 0, 1], [0, 0, 0]], np.float32)
-"""What `layered` computes of a pixel's red, green and blue, four channels, before negative values become zero."""
+"""The filters of the layer `first` in `layered`: four channels from the red, green and blue of a pixel."""
 
 
 def layered() -> bytes:
-    """Return a network of images of 8 x 8 pixels, its tensors named as in an export: of layers `first` and `pool`."""
+    """Return an ONNX network with the layers `first` and `pool`, for images of 8 x 8 pixels.
+
+    Its tensors are named as in an exported Keras network.
+    """
     inside = "functional_1/net_1"
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 8, 8, 3])
     outputs = [

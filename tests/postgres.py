@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, with the patience that a busy machine needs."""
+"""Starts a PostgreSQL server for tests, also on a busy machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def serving(folder: Path) -> PostgresServer:
-    """Start a server whose data are in a folder."""
+    """Start a server that keeps its data in `folder`, and return it."""
     return patiently(lambda: get_server(folder / "data", cleanup_mode="delete"))
 
 
 def patiently(start: Callable[[], T]) -> T:
-    """Start a server; the library gives it ten seconds, and finds it running when it is asked again."""
+    """Call `start` until it succeeds: the library stops waiting after ten seconds, but the server still starts."""
     return until_no(subprocess.TimeoutExpired, start)

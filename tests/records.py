@@ -1,4 +1,4 @@
-"""Rows for tests: data sets, runs and what belongs to them, each in the state that a test begins with."""
+"""Database rows for tests: data sets, runs, folds and comparisons in a given state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def digest(name: str) -> Digest:
 
 
 def accepted(path: str, content: str | None = None, label: str = "daisy") -> IngestedImage:
-    """Return an image as ingest takes it in; the same content is the same file."""
+    """Return an image as ingest writes it. Images with the same `content` have the same digest."""
     row = Row(path, digest(content or path), (label,), None, None, Split.TRAIN)
     return IngestedImage(row, ImageFacts(40, 30, "PNG"), 123)
 
@@ -46,8 +46,8 @@ def waiting_version(session: Session, name: str = "flowers") -> DatasetVersion:
     return datasets.add_version(session, dataset, digest(f"archive of {name}"))
 
 
-def owe_ingest(session: Session, archive: Digest, name: str = "flowers") -> str:
-    """Owe the ingest of an archive into a data set, as its first or its next version; return the version's id."""
+def queue_ingest(session: Session, archive: Digest, name: str = "flowers") -> str:
+    """Add a version to a data set, create the data set if needed, and queue its ingest; return the version's id."""
     query = select(Dataset).where(Dataset.name == name, Dataset.deleted_at.is_(None))
     dataset = session.scalar(query) or datasets.create_dataset(session, PRINCIPAL, name)
     version = datasets.add_version(session, dataset, archive)
@@ -56,7 +56,7 @@ def owe_ingest(session: Session, archive: Digest, name: str = "flowers") -> str:
 
 
 def make_ready(session: Session, version: DatasetVersion, images: Sequence[IngestedImage] = ()) -> DatasetVersion:
-    """Take a waiting version in, with these images."""
+    """Make a waiting version ready, with these images."""
     datasets.start_ingest(session, version.id)
     datasets.add_images(session, PRINCIPAL.project_id, version.id, images)
     datasets.mark_ready(
@@ -96,13 +96,13 @@ def running_run(session: Session, version: DatasetVersion, name: str = "flowers"
 
 
 def fold(run_id: str, number: int = 0, **values: Any) -> Fold:
-    """Return what a fold of a run measured."""
+    """Return a fold of a run with typical results."""
     measured = {"epochs": 9, "best_epoch": 4, "stopped": "", "metrics": {"loss": 1.0}, "history": []}
     return Fold(run_id=run_id, number=number, **measured | values)
 
 
 def queued_comparison(session: Session, version: DatasetVersion, recipes: int = 2) -> Comparison:
-    """Add a comparison whose runs wait; they differ in their epochs."""
+    """Add a comparison with queued runs, whose recipes differ in the number of epochs."""
     chosen = [RECIPE.model_copy(update={"epochs": number + 1}) for number in range(recipes)]
     return comparisons.create_comparison(session, PRINCIPAL, version.id, "flowers", chosen)[0]
 
@@ -118,7 +118,7 @@ def count(session: Session, record: type[Base]) -> int:
 
 
 def claim_next(session: Session, queues: Sequence[Queue], owner: str) -> Job | None:
-    """Claim the job of some queues that is next, as a worker does that is sent its message; None if none is due."""
+    """Claim the first due job of these queues, as a worker does when it receives the message; None if none is due."""
     for queue in queues:
         for job_id, _ in jobs.due_jobs(session, queue, 1000):
             job = jobs.claim(session, job_id, [queue], owner)

@@ -1,4 +1,4 @@
-"""A running service as tests hold it, and free ports for it."""
+"""Starts the whole service for tests, on free ports, and sends requests to it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ QUICK = {
 }
 
 
-# Below those that the system gives to connections, any of which could take one before its server does; each process of
-# a test session has its own.
+# Ports below the range that the system uses for outgoing connections: such a connection could take a port before its
+# server does. Each process of a test session has its own ports.
 _PORTS = itertools.count(
     10_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw10")[2:]) % 11) + os.getpid() % 1_000
 )
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 @dataclass
 class Service:
-    """A running service."""
+    """A running service, with an HTTP client for it."""
 
     process: subprocess.Popen[str]
     var: Path
@@ -72,12 +72,12 @@ class Service:
         return self.settled(f"/api/v1/runs/{answer.json()['id']}") if wait else answer.json()
 
     def settled(self, url: str, within_s: float = 120) -> dict[str, Any]:
-        """Return what is at `url` once nothing will change any more."""
+        """Return the JSON at `url` once its state is final."""
         busy = ("uploaded", "ingesting", "queued", "running")
         return self.until(url, lambda found: found["state"] not in busy, within_s)
 
     def until(self, url: str, is_so: Any, within_s: float = 120) -> dict[str, Any]:
-        """Return what is at `url` once `is_so` of it."""
+        """Return the JSON at `url` once `is_so(json)` is true."""
         deadline = time.monotonic() + within_s
         while True:
             answer = self.http.get(url)
@@ -89,14 +89,14 @@ class Service:
             time.sleep(0.2)
 
     def is_ready(self) -> bool:
-        """Say whether every part of it answers."""
+        """Return whether all checks of /readyz succeed."""
         try:
             return all(check["ok"] for check in self.http.get("/readyz").json()["checks"].values())
         except httpx2.TransportError:
             return False
 
     def events(self, run: str) -> list[tuple[str, dict[str, Any]]]:
-        """Return what a run that is over tells: (kind, payload) in its order."""
+        """Return the events of an ended run in their order, as (kind, payload)."""
         text = self.http.get(f"/api/v1/runs/{run}/events").text
         blocks = [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.strip().split("\n\n")]
         return [(block["event"], json.loads(block["data"])) for block in blocks if "event" in block]
@@ -118,7 +118,7 @@ class Service:
 
     @contextmanager
     def another_worker(self) -> Iterator[subprocess.Popen[bytes]]:
-        """Have a second worker on the same data for as long as a block runs."""
+        """Run a second worker on the same data during a block."""
         command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "cpu", "-n", "another@%h"]
         environment = self.find("worker.app").environ()  # which names the broker of this service
         with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
@@ -128,7 +128,7 @@ class Service:
                 process.terminate()
 
     def end(self, number: signal.Signals) -> None:
-        """End the service by a signal; no process of it may be left."""
+        """End the service by a signal, and check that none of its processes is left."""
         running = self.processes()
         self.process.send_signal(number)
         self.process.wait(60)
@@ -136,7 +136,7 @@ class Service:
         assert not alive and self.processes() == [], f"{number.name} left something"
 
     def processes(self) -> list[psutil.Process]:
-        """Return every process of the service: those below it, and those that its death left to another parent."""
+        """Return every process of the service, also those whose parent has died."""
         found = {process for process in psutil.process_iter() if self._owns(process)}
         with suppress(psutil.NoSuchProcess):
             found |= {*psutil.Process(self.process.pid).children(recursive=True)}  # Valkey overwrites its environment
@@ -151,7 +151,7 @@ class Service:
 
 @contextmanager
 def started(var: Path, **settings: str) -> Iterator[Service]:
-    """Start the service as a user does and wait until it is ready; whatever is left at the end is killed."""
+    """Start the service as a user does, and wait until it is ready. Kill processes that are left at the end."""
     port, mlflow_port = free_port(), free_port()
     environment = os.environ | {
         "ESPALIER_VAR": str(var),

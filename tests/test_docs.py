@@ -21,7 +21,7 @@ ELSEWHERE = {"mlflow/", "logs/", "store/", "features/", "pixels/", "cache/", "si
 
 
 def _code(document: str) -> list[str]:
-    """Return what a document writes as code inside its sentences."""
+    """Return the inline code of a document."""
     text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
     return re.findall(r"`([^`\n]+)`", text)
 

@@ -1,4 +1,4 @@
-"""The tree of errors: drawn at the head of the module, and the same over a pipe."""
+"""The tree of errors: its drawing in the module's docstring, and errors that are sent to another process."""
 
 from __future__ import annotations
 

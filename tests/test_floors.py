@@ -1,4 +1,4 @@
-"""What import-linter cannot see: modules outside packages, and what processes really load."""
+"""Rules for imports that import-linter cannot check: root modules, and the libraries that each process loads."""
 
 from __future__ import annotations
 

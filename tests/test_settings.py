@@ -24,7 +24,7 @@ OPERATORS = {
 
 
 def test_every_setting_is_documented_as_it_is() -> None:
-    """After a change: python -m ops.write_settings_docs."""
+    """After a change of the settings, run python -m ops.write_settings_docs."""
     assert TARGET.read_text() == settings_document()
     assert all(field.description for field in Settings.model_fields.values())
 

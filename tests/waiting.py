@@ -1,4 +1,4 @@
-"""Waits for what other threads and processes bring about, with a deadline."""
+"""Waits with a deadline until a condition holds, for tests with other threads or processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def until(condition: Callable[[], T | None], within_s: float = 120.0) -> T:
-    """Return the condition's value as soon as it is true; fail if it never is."""
+    """Call `condition` repeatedly and return its value once it is true; fail after `within_s` seconds."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"still not so after {within_s:g} s"
@@ -19,7 +19,7 @@ def until(condition: Callable[[], T | None], within_s: float = 120.0) -> T:
 
 
 def until_no(error: type[Exception], ask: Callable[[], T]) -> T:
-    """Ask again until that error stays away; return the answer."""
+    """Call `ask` repeatedly until it does not raise `error`; return its value."""
 
     def answers() -> list[T]:
         try:

@@ -1,4 +1,4 @@
-"""Handlers, timings and looks into the database for tests of the worker."""
+"""Handlers, timings, faulty databases and queries for tests of the worker."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from models.job import Job, JobKind, JobState, Lease, Queue
 from models.registry import RegistryRevision
 from models.session import Database
 from worker.handlers.train import TrainingSettings
-from worker.lease import Complete, Handler, Holder, Reason, Stopped, Timings, WarmChild, Work
+from worker.lease import Complete, Handler, LeaseHolder, Reason, Stopped, Timings, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import WeightsSource
 from worker.sweeper import Sweeper
 
 QUICK = Timings(look_every_s=0.05, renew_every_s=0.05, lease_s=2.0, let_go_s=20.0, cancel_every_s=0.05, stall_s=300.0)
-# A holder that gives no sign of life, as one whose process was stopped.
-FROZEN = replace(QUICK, renew_every_s=1000.0, cancel_every_s=1000.0)
+# The timings of a worker that never renews its lease, as if its process were frozen.
+NO_RENEWALS = replace(QUICK, renew_every_s=1000.0, cancel_every_s=1000.0)
 
 
-# A sweeper whose every look counts up to a whole lease.
-WATCHING = replace(QUICK, look_every_s=QUICK.lease_s / 2)
+# The timings of a sweeper for which a single interval can count as a whole lease.
+SLOW_SWEEPS = replace(QUICK, look_every_s=QUICK.lease_s / 2)
 
 
 class Outage:
@@ -50,7 +50,7 @@ class Outage:
         self._is_sqlite = database.is_sqlite
 
     def begin(self) -> None:
-        """Take it away."""
+        """Make the database unavailable."""
         if self._is_sqlite:
             self._lock = sqlite3.connect(
                 str(self._url.database), isolation_level=None, timeout=10, check_same_thread=False
@@ -61,7 +61,7 @@ class Outage:
             self._administer(f"ALTER DATABASE {self._url.database} ALLOW_CONNECTIONS false", cut)
 
     def end(self) -> None:
-        """Bring it back; nothing happens if it is there."""
+        """Make the database available again; do nothing if it is."""
         if not self._is_sqlite:
             self._administer(f"ALTER DATABASE {self._url.database} ALLOW_CONNECTIONS true")
         elif self._lock is not None:
@@ -76,8 +76,8 @@ class Outage:
         engine.dispose()
 
 
-class Forgetful(Database):
-    """A database whose connection is cut after every other commit: it was written, and the writer never hears so."""
+class LostCommitDatabase(Database):
+    """A database whose connection breaks after every other commit: the commit succeeded, but `writing` raises."""
 
     _is_cut = False
 
@@ -91,8 +91,8 @@ class Forgetful(Database):
             raise Unavailable("The connection was cut during the commit.")
 
 
-class Roomless(Database):
-    """A database whose disk is full for a while: what is written meanwhile is rolled back."""
+class FullDiskDatabase(Database):
+    """A database whose disk is full while `is_full` is True: every write is then rolled back."""
 
     is_full = False
 
@@ -105,12 +105,12 @@ class Roomless(Database):
                 raise DiskFull("The disk of the database is full.")
 
 
-Say = Callable[..., None]
-"""Have the next child send these messages, `apart_s` apart."""
+SendFromChild = Callable[..., None]
+"""Makes the next child process send these messages, `apart_s` seconds apart."""
 
 
 class StartLoop(Protocol):
-    """Start a loop that is drained at the end of the test."""
+    """Starts a local worker that is drained at the end of the test."""
 
     def __call__(
         self,
@@ -128,19 +128,22 @@ class StartLoop(Protocol):
 def claimed_work(
     database: Database, draining: threading.Event | None = None, through: Database | None = None
 ) -> Iterator[Work]:
-    """Claim the next job and hold it while a block runs, without a loop; the work itself may go `through` another."""
+    """Claim the next job and renew its lease during a block, without a worker.
+
+    The `Work` uses the database `through`, if it is given.
+    """
     with database.writing() as session:
         job = records.claim_next(session, list(Queue), "here")
     assert job is not None
     is_draining = (draining or threading.Event()).is_set
     warm_child = WarmChild()
-    with Holder(database, Lease(job.id, job.lease_epoch), QUICK, is_draining) as holder:
+    with LeaseHolder(database, Lease(job.id, job.lease_epoch), QUICK, is_draining) as holder:
         yield Work(through or database, job, holder, warm_child)
     warm_child.clear()
 
 
-def training_place(folder: Path) -> TrainingSettings:
-    """Return where training would happen, with nowhere to get weights from."""
+def training_settings(folder: Path) -> TrainingSettings:
+    """Return settings for training in `folder`, without a source of weights."""
     source = WeightsSource("http://127.0.0.1:1", "", 1.0, 1.0)
     return TrainingSettings(
         features=str(folder / "features"),
@@ -154,7 +157,7 @@ def training_place(folder: Path) -> TrainingSettings:
 
 
 def slow_jpeg(scans: int, side: int = 4000) -> bytes:
-    """Return a small JPEG that takes long to decode: its last scan again and again, about 10 ms each at this side."""
+    """Return a small JPEG that takes long to decode: its last scan is repeated, at about 10 ms each."""
     buffer = io.BytesIO()
     Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
     whole = buffer.getvalue()
@@ -162,39 +165,39 @@ def slow_jpeg(scans: int, side: int = 4000) -> bytes:
     return whole[:-2] + whole[start:-2] * scans + whole[-2:]
 
 
-class Hands(Handler):
-    """A handler that does what a function says, and keeps what it is told."""
+class FunctionHandler(Handler):
+    """A handler that calls a function to do the work, and records the calls of its other methods."""
 
     def __init__(self, run: Callable[[Work], Complete | None]) -> None:
         self._run = run
-        self.told: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
     def run(self, work: Work) -> Complete:
         return self._run(work) or leave_mark
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
-        self.told.append(("requeued", job.subject_id))
+        self.calls.append(("requeued", job.subject_id))
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
-        self.told.append(("failed", job.subject_id, error.code))
+        self.calls.append(("failed", job.subject_id, error.code))
 
     def cancelled(self, session: Session, job: Job) -> None:
-        self.told.append(("cancelled", job.subject_id))
+        self.calls.append(("cancelled", job.subject_id))
 
 
 def work_on(work: Work) -> None:
-    """Move until there is a reason to stop."""
+    """Report progress until the job must stop."""
     until(lambda: _go_on(work), within_s=120)
 
 
 def _go_on(work: Work) -> bool:
     work.check()
-    work.moved()
+    work.report_progress()
     return False
 
 
 def reason_to_stop(work: Work) -> Reason:
-    """Move until there is a reason to stop; return it."""
+    """Report progress until the job must stop; return the reason."""
     try:
         work_on(work)
     except Stopped as stopped:
@@ -220,34 +223,34 @@ def add_job(database: Database, subject: str = "run_1", kind: JobKind = JobKind.
 
 
 def look(database: Database, job_id: str) -> Job:
-    """Return a job as it stands."""
+    """Return the current row of a job."""
     with database.reading() as session:
         return session.get_one(Job, job_id)
 
 
 def settled(database: Database, job_id: str, state: JobState, within_s: float = 120.0) -> Job:
-    """Return a job once it is in a state."""
+    """Wait until a job is in this state; return its row."""
     until(lambda: look(database, job_id).state is state, within_s)
     return look(database, job_id)
 
 
 def make_due(database: Database, job_id: str) -> None:
-    """Let the time pass that a job waits for its next attempt."""
+    """Make a job due that waits for its next attempt."""
     with database.writing() as session:
         session.execute(update(Job).where(Job.id == job_id).values(next_attempt_at=now() - timedelta(seconds=1)))
 
 
 def request_cancel(database: Database, subject: str = "run_1") -> None:
-    """Ask for the training of a run to end."""
+    """Request the cancellation of the training of a run."""
     with database.writing() as session:
         jobs.request_cancel(session, subject, JobKind.TRAIN)
 
 
 def sweep_twice(database: Database, handler: Handler) -> int:
-    """Sweep until every lease that does not move has ended; return how many were taken over."""
+    """Sweep twice, so that every lease without renewals expires; return how many leases expired."""
     clock = [100.0]
     handlers = dict.fromkeys(JobKind, handler)
-    sweeper = Sweeper(database, [Queue.CPU], handlers, "there", WATCHING, Clock(lambda: clock[0]))
+    sweeper = Sweeper(database, [Queue.CPU], handlers, "there", SLOW_SWEEPS, Clock(lambda: clock[0]))
     assert sweeper.sweep() == 0
-    clock[0] += WATCHING.lease_s
+    clock[0] += SLOW_SWEEPS.lease_s
     return sweeper.sweep()

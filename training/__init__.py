@@ -1,4 +1,4 @@
-"""Networks that learn: the only room that knows TensorFlow and Keras. Arrays in, arrays out; no SQL, no HTTP."""
+"""Trains networks. The only room that imports TensorFlow and Keras. Knows no SQL, no HTTP and no settings."""
 
 from no_telemetry import turn_off_telemetry
 

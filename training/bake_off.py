@@ -1,8 +1,9 @@
-"""Chooses the backbone and cut point by a bake-off: of one backbone, or of all whose weights are here.
+"""Chooses the backbone and the cut point of a run by a bake-off: tries each candidate on a sample of the images.
 
-A stratified sample of the training images goes through each network once, which returns the features of all its cuts.
-Heads are fitted on the features of each cut in folds of the sample, and the cut with the best out-of-fold score wins.
-The score of the run is measured afterwards, on folds of its own.
+The candidates are the cut points of one backbone, or of every backbone whose weights are stored here. A stratified
+sample of the training images goes through each network once, which returns the features of all its cuts. Heads are
+fitted on the features of each cut in folds of the sample, and the cut with the best out-of-fold score wins. The run
+measures its own score afterwards, on its own folds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from training.statistics import evaluation
 SAMPLE = 1000
 """Approximate size of the sample; it is larger if there are many classes, since every fold needs images of each."""
 FOLDS = 3
-# A fixed seed, so that these folds differ from those of the run whatever its seed.
+# A fixed seed, so that the folds of the bake-off do not depend on the seed of the run.
 _SEED = 7
 
 
@@ -54,7 +55,7 @@ class CutScore:
 
 @dataclass(frozen=True)
 class BakeOffResult:
-    """The chosen cut with its weights, and the scores of all cuts on a sample of `images` images."""
+    """The chosen cut, the weights of its backbone, and the scores of all cuts on a sample of `images` images."""
 
     chosen: CutScore
     weights: Digest
@@ -98,7 +99,7 @@ def bake_off(
     rows: Indices,
     digests: Sequence[Digest],
     weights: Mapping[BackboneName, Digest],
-    place: Workspace,
+    workspace: Workspace,
     report: ReportProgress,
 ) -> BakeOffResult:
     """Score every cut that a recipe leaves open, and choose the best.
@@ -110,9 +111,9 @@ def bake_off(
         targets: the targets of every row of the data set.
         groups: group of every row, int [N].
         rows: the training rows, from which the sample is drawn.
-        digests: the image of every row.
+        digests: digest of the image of every row.
         weights: the weights of each backbone to compare.
-        place: where images and weights are.
+        workspace: the store with images and weights, the image limits and the number of threads.
         report: called with (done, total) steps of about the same length.
 
     Raises:
@@ -138,16 +139,16 @@ def bake_off(
     if not able:
         raise RecipeInvalid(
             "image_size",
-            f"Expected a size that one of the backbones supports ({', '.join(sizes)}). Received {recipe.image_size}. "
-            "Use larger images, or leave out image_size.",
+            f"Images of {recipe.image_size} pixels are too small for every candidate backbone ({', '.join(sizes)}). "
+            "Use a larger image_size, or leave it out.",
         )
     steps = _Steps(report, sum(len(names) + len(_cuts(recipe, name)) * len(folds) * _FIT for name in able))
     tried = []
     for name in able:
         size = sizes[name]
         cuts = _cuts(recipe, name)
-        decoder = ImageDecoder(place.store, size, recipe.resize, place.image_limits, place.threads)
-        model = backbones.build_multi_cut_network(name, cuts, size, place.store.read(weights[name]))
+        decoder = ImageDecoder(workspace.store, size, recipe.resize, workspace.image_limits, workspace.threads)
+        model = backbones.build_multi_cut_network(name, cuts, size, workspace.store.read(weights[name]))
         parts: list[Mapping[str, Features]] = []
         for of_batch, pixels in decoder.batches(names):
             parts.append(model.predict_on_batch(pixels))
@@ -158,9 +159,13 @@ def bake_off(
             tried.append(CutScore(name, cut, size, features.shape[1], score))
     scored = [one for one in tried if one.score is not None]
     if not scored:
-        raise TrainingDiverged("The heads of the bake-off diverged on every cut. Lower optimizer.learning_rate.")
+        raise TrainingDiverged(
+            "The bake-off could not choose a cut point, since training diverged on all of them. Lower "
+            "optimizer.learning_rate."
+        )
     sign = 1 if HEADLINES[task].is_greater_better else -1
-    best = max(scored, key=lambda one: sign * (one.score or 0.0))  # the first of equals: the earliest cut costs least
+    # Of cuts with equal scores the first is taken, because an earlier cut costs less computation.
+    best = max(scored, key=lambda one: sign * (one.score or 0.0))
     spent_s = round(time.perf_counter() - started, 3)
     return BakeOffResult(best, weights[best.backbone], len(tried_on), spent_s, tuple(tried))
 
@@ -177,7 +182,7 @@ def _sample(rows: Indices, targets: Targets, groups: Indices) -> Indices:
     if len(rows) <= SAMPLE:
         return rows
     sample = nested_subsets(rows, targets.strata, targets.needed, groups, [SAMPLE / len(rows)], _SEED)[0]
-    # Folds need a rare class in several of them, and its share of the sample would be one group.
+    # Every fold must train on each class. So a rare class gets FOLDS groups, even if its share of the sample is less.
     strata = np.unique(targets.strata[rows], return_inverse=True)[1]
     having = [rows[strata == stratum] for stratum in range(strata.max() + 1)]
     labels = targets.needed.tocsc()
@@ -208,14 +213,14 @@ def _score(
     """Return the out-of-fold headline score of heads on features; None if training diverged."""
     learner = HeadLearner(recipe, FitData(task, outputs, features, truth))
     tasks = [
-        (LearningTask(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.moved))
+        (LearningTask(fold.train, fold.validation, learner.plan, _SEED + fold.number), Trial(steps.repeat_report))
         for fold in folds
     ]
     dtype = np.float64 if task is Task.REGRESSION else np.float32
     logits: Logits = np.full((1, len(features), outputs), np.nan, dtype=dtype)
     try:
-        for place, learned in learner.learn_many(tasks):
-            logits[0, folds[place].test] = learned.logits(folds[place].test)
+        for index, learned in learner.learn_many(tasks):
+            logits[0, folds[index].test] = learned.logits(folds[index].test)
     except TrainingDiverged:
         return None
     finally:
@@ -225,23 +230,23 @@ def _score(
     return evaluation.headline_score(task, truth, logits)
 
 
-# Steps of progress that a fit counts for, where an image counts for one. Only the progress bar depends on it.
+# The progress bar counts one fit as so many steps and one image as one step.
 _FIT = 20
 
 
 class _Steps:
-    """Counts finished steps and reports progress."""
+    """Counts the finished steps of a bake-off and reports them as progress."""
 
     def __init__(self, report: ReportProgress, total: int) -> None:
         self._report = report
         self._total = total
         self._done = 0
 
-    def moved(self, epochs: float) -> None:
-        """Report the unchanged progress, as a sign of life."""
+    def repeat_report(self, epochs: float) -> None:
+        """Report the unchanged progress, to show that a fit is still running."""
         self._report(self._done, self._total)
 
     def done(self, count: int) -> None:
-        """Count finished steps and report."""
+        """Add `count` finished steps and report the progress."""
         self._done = min(self._total, self._done + count)
         self._report(self._done, self._total)

@@ -1,7 +1,8 @@
-"""Exports what a run delivers: the network in its precision, and the bundle. Trains nothing.
+"""Turns the result of a training into what is served: an exported network, its precision, and the bundle.
 
-A network that was trained is converted to other precisions after training. Each fold measures the score of every
-precision on its test images, which neither training nor calibration has seen.
+If a run trains its network (fine-tuning or from scratch), the network is converted to bfloat16 or int8 after training.
+Each fold then scores every converted network on the fold's test images. Those images were used neither for training
+nor for the calibration of int8.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ from training.networks.precision import (
 )
 from training.networks.quantisation import quantise
 
-# Images on which an exported network is compared with Keras.
-_CHECKED = 16
+# An exported network is compared with Keras on so many images.
+_CHECKED_IMAGES = 16
 
 
 @dataclass(frozen=True)
 class DeliveredModel:
-    """The network that will answer predictions.
+    """The exported network that a run's model uses for predictions.
 
     Attributes:
-        precision: the precision of the engine.
-        backbone: the network file in the store.
-        engine: the engine that runs it.
-        choice: the precisions that were compared; None if there was nothing to choose.
-        export: the differences between the exported network and Keras; None if the network stayed frozen.
+        precision: the precision in which the engine runs the network.
+        backbone: digest of the network's ONNX file in the store.
+        engine: an engine that has loaded this file.
+        choice: the scores and times of the compared precisions; None if only one precision was possible.
+        export: how far the exported network differs from Keras, as JSON; None if the run did not train the network.
     """
 
     precision: Precision
@@ -62,11 +63,11 @@ class DeliveredModel:
 
 
 FrozenNetworkProvider = Callable[[Precision, Indices, ReportProgress], Digest]
-"""Returns the file of the frozen network in a precision; calibrates it on the rows if the precision needs that."""
+"""Returns the digest of the frozen network in a precision. For int8, the network is calibrated on the given rows."""
 
 
 class TrainedNetworkExporter:
-    """Exports trained networks in the precisions that a run considers."""
+    """Exports the trained networks of a run, in each precision that the run compares."""
 
     def __init__(
         self,
@@ -74,35 +75,44 @@ class TrainedNetworkExporter:
         task: Task,
         precisions: Sequence[Precision],
         pixels: Pixels,
-        place: Workspace,
+        workspace: Workspace,
         rebuild: Callable[[bytes], Any],
         frozen: FrozenNetworkProvider | None,
     ) -> None:
-        """Keep what is needed to export any network of the run.
+        """Keep the inputs that every export of the run needs.
 
         Args:
             recipe: the recipe of the run.
-            task: what is predicted.
-            precisions: the precisions to consider; float32 is always considered.
+            task: what the model predicts.
+            precisions: the precisions to compare; float32 is always compared, even if it is not listed.
             pixels: the pixels of every image, uint8 [N, H, W, 3].
-            place: the store and the number of threads.
-            rebuild: builds the Keras model from images to features, given weights of `LearnedModel.network`.
-            frozen: returns the network of a fold that kept the frozen one; None if every network is trained.
+            workspace: the store and the number of threads.
+            rebuild: takes the bytes that `LearnedModel.network` returns, and builds the Keras model from images to
+                features.
+            frozen: provides the frozen network, for folds that kept it because fine-tuning did not help; None from
+                scratch, where every fold trains its network.
         """
         self._recipe = recipe
         self._task = task
         self._others = [precision for precision in precisions if precision is not Precision.FLOAT32]
         self._pixels = pixels
-        self._place = place
+        self._workspace = workspace
         self._rebuild = rebuild
         self._frozen = frozen
 
     def logits(
         self, learned: LearnedModel, train: Indices, rows: Indices, report: ReportProgress
     ) -> dict[Precision, Logits]:
-        """Return the logits of rows in every considered precision but float32.
+        """Return the logits of a fold's model in every compared precision except float32.
 
-        A trained network is calibrated on its training rows; a frozen network is shared by all folds.
+        Args:
+            learned: the model of the fold.
+            train: the fold's training rows, on which an int8 network is calibrated.
+            rows: the rows to compute logits for.
+            report: called with (done, total) images.
+
+        Returns:
+            float32 [len(rows), outputs] for each precision.
         """
         found: dict[Precision, Logits] = {}
         exported = self._export(learned.network(), rows) if learned.network and self._others else None
@@ -110,10 +120,10 @@ class TrainedNetworkExporter:
             path = Path(folder) / "network.onnx"
             for precision in self._others:
                 if exported is None:
-                    engine = self._engine(self._frozen_in(precision, train, report), precision)
+                    engine = self._engine(self._frozen_network(precision, train, report), precision)
                 else:
-                    path.write_bytes(self._in(precision, exported.onnx, train, report))
-                    engine = OpenVinoEngine(path, precision, self._place.threads)
+                    path.write_bytes(self._convert(precision, exported.onnx, train, report))
+                    engine = OpenVinoEngine(path, precision, self._workspace.threads)
                 found[precision] = logits(engine, learned.layers, self._pixels, rows, report)
         return found
 
@@ -125,23 +135,24 @@ class TrainedNetworkExporter:
         scores: Mapping[Precision, float],
         report: ReportProgress,
     ) -> DeliveredModel:
-        """Export the final network and choose its precision by the scores of the folds.
+        """Export the network of the final model, and choose its precision by the scores of the folds.
 
         Args:
-            final: what was trained on all images.
-            train: rows for calibration.
-            shown: rows on which the exported network is compared with Keras.
-            scores: the out-of-fold headline score of each precision that every machine of the run supports.
+            final: the model that was trained on all images.
+            train: the rows on which an int8 network is calibrated.
+            shown: the rows on which the exported network is compared with Keras; a few of them are used.
+            scores: the out-of-fold headline score of each precision that all folds could measure. A precision is
+                missing if a fold ran on a machine without it.
             report: called with (done, total) images.
         """
-        store = self._place.store
+        store = self._workspace.store
         exported = self._export(final.network(), shown) if final.network else None
         found: dict[Precision, Digest] = {}
         for precision in [Precision.FLOAT32, *(other for other in self._others if other in scores)]:
             found[precision] = (
-                store.put(self._in(precision, exported.onnx, train, report))
+                store.put(self._convert(precision, exported.onnx, train, report))
                 if exported
-                else self._frozen_in(precision, train, report)
+                else self._frozen_network(precision, train, report)
             )
         engines = {precision: self._engine(digest, precision) for precision, digest in found.items()}
         choice = self._choose(scores, engines, report) if self._others else None
@@ -154,32 +165,36 @@ class TrainedNetworkExporter:
     ) -> PrecisionDecision:
         times = measure_image_ms(engines, golden_images(self._recipe.image_size), lambda: report(0, 1))
         tried = [PrecisionScore(precision, scores[precision], time) for precision, time in times.items()]
-        wanted = self._recipe.precision
-        if not isinstance(wanted, Precision):
+        requested = self._recipe.precision
+        if not isinstance(requested, Precision):
             return choose_precision(self._task, tried)
-        good = is_as_good(self._task, scores[wanted], scores[Precision.FLOAT32])
-        return PrecisionDecision(wanted if good else Precision.FLOAT32, tuple(tried))
+        good = is_as_good(self._task, scores[requested], scores[Precision.FLOAT32])
+        return PrecisionDecision(requested if good else Precision.FLOAT32, tuple(tried))
 
-    def _in(self, precision: Precision, network: bytes, train: Indices, report: ReportProgress) -> bytes:
-        """Convert a trained network to a precision; return its ONNX file."""
+    def _convert(self, precision: Precision, network: bytes, train: Indices, report: ReportProgress) -> bytes:
+        """Return the ONNX file of a trained network for a precision. Only int8 needs another file than float32."""
         if precision is not Precision.INT8:
             return network
         return quantise(network, self._pixels[calibration_rows(train, self._recipe.image_size)], report).onnx
 
-    def _frozen_in(self, precision: Precision, train: Indices, report: ReportProgress) -> Digest:
-        """Return the digest of the frozen network in a precision."""
+    def _frozen_network(self, precision: Precision, train: Indices, report: ReportProgress) -> Digest:
+        """Return the digest of the frozen network in a precision; int8 is calibrated on the training rows."""
         assert self._frozen is not None
         return self._frozen(precision, train, report)
 
     def _engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
-        return OpenVinoEngine(self._place.store.verified_path(network), precision, self._place.threads)
+        return OpenVinoEngine(self._workspace.store.verified_path(network), precision, self._workspace.threads)
 
     def _export(self, weights: bytes, shown: Indices) -> ExportedNetwork:
-        """Export a trained network to ONNX and compare it with Keras on some of the rows."""
-        return export(self._rebuild(weights), self._place.threads, self._pixels[_some(shown)])
+        """Export a network with these trained weights to ONNX, and compare it with Keras on some of the rows."""
+        return export(self._rebuild(weights), self._workspace.threads, self._pixels[_some(shown)])
 
     def _answers(self, final: LearnedModel, engine: Engine, shown: Indices) -> dict[str, Any]:
-        """Return the differences between the predictions of the exported network and of Keras on some rows."""
+        """Compare the predictions of the exported network with those of Keras on some rows; return JSON values.
+
+        `largest_difference_of_an_answer` is a probability, or the predicted number of a regression.
+        `answered_otherwise` counts the predicted labels that differ.
+        """
         rows, task = _some(shown), self._task
         ours = np.asarray(heads.logits(final.layers, engine.features(self._pixels[rows])), np.float64)
         theirs = np.asarray(final.logits(rows), np.float64)
@@ -195,12 +210,27 @@ class TrainedNetworkExporter:
 
 
 def logits(engine: Engine, layers: Sequence[Dense], pixels: Pixels, rows: Indices, report: ReportProgress) -> Logits:
-    """Return [len(rows), outputs] for rows of images uint8 [N, H, W, 3], a few at a time."""
+    """Return the logits of some images, [len(rows), outputs], computed in small batches.
+
+    Args:
+        engine: computes the features.
+        layers: the head.
+        pixels: all images, uint8 [N, H, W, 3].
+        rows: the images to compute logits for.
+        report: called with (done, total) images after each batch.
+    """
     return np.concatenate([heads.logits(layers, part) for part in _by_batch(engine, pixels, rows, report)])
 
 
 def features(engine: Engine, pixels: Pixels, rows: Indices, report: ReportProgress) -> Features:
-    """Return float32 [len(rows), D] for rows of images uint8 [N, H, W, 3], a few at a time."""
+    """Return the features of some images, float32 [len(rows), D], computed in small batches.
+
+    Args:
+        engine: computes the features.
+        pixels: all images, uint8 [N, H, W, 3].
+        rows: the images to compute features for.
+        report: called with (done, total) images after each batch.
+    """
     return np.concatenate(list(_by_batch(engine, pixels, rows, report)))
 
 
@@ -212,11 +242,11 @@ def _by_batch(engine: Engine, pixels: Pixels, rows: Indices, report: ReportProgr
 
 
 def _some(rows: Indices) -> Indices:
-    return rows[spread(len(rows), _CHECKED)]
+    return rows[spread(len(rows), _CHECKED_IMAGES)]
 
 
 def spread(count: int, most: int) -> Indices:
-    """Return up to `most` row numbers, evenly over all."""
+    """Return up to `most` row numbers from 0 to `count` - 1, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
 
 
@@ -228,7 +258,16 @@ def bundle(
     layers: tuple[Dense, ...],
     neighbours: Digest | None,
 ) -> Bundle:
-    """Return the bundle of a head on a delivered network; `neighbours` names the file of training images to show."""
+    """Return the bundle of a model, with a golden input and its golden output.
+
+    Args:
+        recipe: the recipe of the run.
+        task: what the model predicts.
+        labels: class names in the order of the outputs.
+        served: the network.
+        layers: the head.
+        neighbours: digest of the neighbour index, the features of the training images; None without neighbours.
+    """
     golden_input = golden_images(recipe.image_size)
     return Bundle(
         task=task,
@@ -247,7 +286,10 @@ def bundle(
 
 
 def golden_images(size: Sides) -> Pixels:
-    """Return an image that shows a broken engine: smooth slopes and hard edges in every channel, uint8 [1, H, W, 3]."""
+    """Return a test image, uint8 [1, H, W, 3], on which a broken engine gives other features than a correct one.
+
+    The image has smooth gradients and hard edges in every channel.
+    """
     height, width = sides(size)
     y, x = np.mgrid[:height, :width]
     slopes = np.stack([255 * x / width, 255 * y / height, 255 * (x / width + y / height) / 2], axis=-1)

@@ -1,4 +1,4 @@
-"""One run from images to a bundle; reads like the method section of a paper. Knows no database, queues or HTTP."""
+"""One run from images to a bundle: features, folds, final model, report. Knows no database, queues or HTTP."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Outcome:
     Attributes:
         bundle: digest of the bundle.
         backbone: digest of the network file.
-        metrics: metrics of the run, as JSON.
-        training_s: seconds of bake-off, extraction, folds and final fit together.
+        metrics: metrics of the run, as JSON values.
+        training_s: seconds that bake-off, extraction, folds and final fit took together.
         files: content and media type of each file that is stored with the run.
     """
 
@@ -51,27 +51,27 @@ class Outcome:
     files: dict[RunFile, tuple[bytes, str]] = field(default_factory=dict)
 
 
-def run(request: TrainingRequest, place: Workspace, registry: Registry, report: ProgressListener) -> Outcome:
-    """Train and measure a model: a head on a frozen backbone, the backbone with it, or a network from scratch."""
-    experiment = Experiment(request, place, registry, report)
+def run(request: TrainingRequest, workspace: Workspace, registry: Registry, report: ProgressListener) -> Outcome:
+    """Train and evaluate a model in one process: set up the run, train every fold, then train the final model."""
+    experiment = Experiment(request, workspace, registry, report)
     return experiment.finish(experiment.learn_folds(range(len(experiment.folds))))
 
 
 class Experiment:
-    """A recipe on a data set version. The constructor prepares the inputs that all folds share."""
+    """One run of a recipe on a data set version. The constructor prepares the inputs that all folds share."""
 
     def __init__(
-        self, request: TrainingRequest, place: Workspace, registry: Registry, report: ProgressListener
+        self, request: TrainingRequest, workspace: Workspace, registry: Registry, report: ProgressListener
     ) -> None:
-        self._place, self._report = place, report
-        data = self._data = RunData(request, place)
+        self._workspace, self._report = workspace, report
+        data = self._data = RunData(request, workspace)
         recipe, weights = request.recipe, request.weights
         self._pick: BakeOffResult | None = None
         if isinstance(recipe, UndecidedRecipe):
-            self._pick = choose_features(data, recipe, request, place, registry, report)
+            self._pick = choose_features(data, recipe, request, workspace, registry, report)
             recipe, weights = self._pick.decide(recipe), self._pick.weights
         self._recipe: DecidedRecipe = recipe
-        self._setup = set_up(data, recipe, weights, place, registry, report)
+        self._setup = set_up(data, recipe, weights, workspace, registry, report)
 
     @property
     def folds(self) -> Sequence[Fold]:
@@ -79,7 +79,7 @@ class Experiment:
         return self._data.folds
 
     def learn_fold(self, number: int) -> FoldOutcome:
-        """Train without a fold's test images, then evaluate on them."""
+        """Train a model on a fold's training images, then evaluate it on the fold's test images."""
         self._report.stage("folds")
         fit = self._report.begin_fit(number, self._setup.learner.plan)
         started = time.perf_counter() - _spent_s(fit)
@@ -87,9 +87,9 @@ class Experiment:
         return self._end_fold(number, learned, fit, started)
 
     def learn_folds(self, numbers: Sequence[int]) -> list[FoldOutcome]:
-        """Do `learn_fold` for several folds, in parallel if the learner can; they may end in any order.
+        """Train and evaluate several folds, in parallel if the learner can; return their outcomes in order.
 
-        Folds in parallel share the time: each moment is divided among the folds that are still training.
+        Folds that train in parallel share the time: each second is divided equally among the folds still in training.
         """
         learner = self._setup.learner
         if not isinstance(learner, HeadLearner) or not learner.learns_in_parallel:
@@ -99,19 +99,19 @@ class Experiment:
         tasks = [(self._task(number, learner), fit) for number, fit in zip(numbers, fits, strict=True)]
         found: dict[int, FoldOutcome] = {}
         share_s, since = 0.0, time.perf_counter()
-        for place, learned in learner.learn_many(tasks):
+        for index, learned in learner.learn_many(tasks):
             now = time.perf_counter()
             share_s, since = share_s + (now - since) / (len(fits) - len(found)), now
-            found[place] = self._end_fold(numbers[place], learned, fits[place], now - share_s - _spent_s(fits[place]))
-        return [found[place] for place in range(len(fits))]
+            found[index] = self._end_fold(numbers[index], learned, fits[index], now - share_s - _spent_s(fits[index]))
+        return [found[index] for index in range(len(fits))]
 
     def _task(self, number: int, learner: Learner) -> LearningTask:
-        """Return the task of a fold."""
+        """Return what the learner shall fit for a fold: its rows, plan and seed."""
         fold = self.folds[number]
         return LearningTask(fold.train, fold.validation, learner.plan, seed_of(self._recipe, number))
 
     def _end_fold(self, number: int, learned: LearnedModel, fit: FitListener, started: float) -> FoldOutcome:
-        """Evaluate on a fold's test images, and report its end."""
+        """Evaluate a trained model on a fold's test images, report the outcome, and return it."""
         fold = self.folds[number]
         logits = {self._setup.precision: finite(learned.logits(fold.test))}
         if self._setup.exporter is not None:
@@ -137,9 +137,10 @@ class Experiment:
 
         Args:
             outcomes: the outcomes of all folds, in the order of `folds`.
-            extraction: the extraction of the run, if an earlier attempt did it; by default this experiment's own.
+            extraction: the extraction that the report shall show, if another job of the run did it; by default the
+                one that this constructor did.
         """
-        data, setup, place = self._data, self._setup, self._place
+        data, setup, store = self._data, self._setup, self._workspace.store
         recipe, labels, task, truth = self._recipe, data.labels, data.task, data.truth
         trained_on, held_out = data.trained_on, data.held_out
         extraction = extraction or setup.extraction
@@ -149,10 +150,11 @@ class Experiment:
         fit = self._report.begin_fit(None, plan)
         started -= _spent_s(fit)
         nothing = np.array([], dtype=np.intp)
-        everything = np.union1d(trained_on, data.watched)
+        everything = np.union1d(trained_on, data.validation)
         last = LearningTask(everything, nothing, plan, seed_of(recipe, len(self.folds)), is_final=True)
         final = setup.learner.learn(last, fit)
-        finite(final.logits(everything[:CHECKED_IMAGES]))  # without validation nothing has checked the last step
+        # The final fit has no validation rows, so that no loss was computed after the last step.
+        finite(final.logits(everything[:CHECKED_IMAGES]))
         served = self._serve(final, outcomes)
         out_of_fold = data.out_of_fold([outcome.logits[served.precision] for outcome in outcomes])
         results = [self._as_served(outcome, served.precision) for outcome in outcomes]
@@ -185,7 +187,7 @@ class Experiment:
         neighbours: Digest | None = None
         if recipe.neighbours:
             kept = self._neighbours(served, everything)
-            neighbours = place.store.put(kept)
+            neighbours = store.put(kept)
             files[RunFile.NEIGHBOURS] = kept, "application/octet-stream"
         bundle = delivery.bundle(recipe, task, labels, served, final.layers, neighbours)
         description = run_report.Description(
@@ -208,7 +210,7 @@ class Experiment:
         if self._pick is not None:
             before_s += self._pick.seconds
         return Outcome(
-            bundle=place.store.put(bundle.dump()),
+            bundle=store.put(bundle.dump()),
             backbone=served.backbone,
             metrics=metrics,
             training_s=before_s + time.perf_counter() - started,
@@ -221,11 +223,13 @@ class Experiment:
         )
 
     def _serve(self, final: LearnedModel, outcomes: Sequence[FoldOutcome]) -> DeliveredModel:
-        """Return the network that will answer predictions, exported if it was trained."""
+        """Return the network to serve. A trained network is exported; a frozen one is already in the store."""
         setup = self._setup
         if setup.exporter is None:
-            assert setup.trunk is not None
-            return DeliveredModel(setup.precision, setup.trunk.backbone, setup.trunk.engine, setup.choice)
+            assert setup.frozen_backbone is not None
+            return DeliveredModel(
+                setup.precision, setup.frozen_backbone.backbone, setup.frozen_backbone.engine, setup.choice
+            )
         if final.network is not None:
             self._report.stage("export")
         scores = {
@@ -238,10 +242,13 @@ class Experiment:
         return setup.exporter.serve(final, data.trained_on, shown, scores, self._report.images)
 
     def _neighbours(self, served: DeliveredModel, rows: Indices) -> bytes:
-        """Return the index of the rows' images, by their features in the delivered network."""
-        trunk, pixels = self._setup.trunk, self._setup.pixels
-        if trunk is not None and (served.backbone, served.precision) == (trunk.backbone, trunk.precision):
-            features = trunk.features[rows]
+        """Return the neighbour index as a file: the features of the rows' images in the delivered network."""
+        frozen_backbone, pixels = self._setup.frozen_backbone, self._setup.pixels
+        if frozen_backbone is not None and (served.backbone, served.precision) == (
+            frozen_backbone.backbone,
+            frozen_backbone.precision,
+        ):
+            features = frozen_backbone.features[rows]
         else:
             assert pixels is not None
             features = delivery.features(served.engine, pixels, rows, self._report.images)
@@ -250,12 +257,15 @@ class Experiment:
         return build_index([self._data.rows[row] for row in rows], features, directions).dump()
 
     def _as_served(self, outcome: FoldOutcome, precision: Precision) -> FoldResult:
-        """Return the result of a fold, with the metrics of the delivered precision."""
+        """Return a fold's result with the metrics that were measured in the precision that is served."""
         measured = outcome.result.metrics.get("precisions", {}).get(precision.value, {})
         return replace(outcome.result, metrics=outcome.result.metrics | measured)
 
     def _out_of_fold_file(self, logits: Logits) -> bytes:
-        """Return a file of each image's fold (int16 [repeats, N], -1 for none) and its logits there (NaN for none).
+        """Return the safetensors file with the test logits of all folds.
+
+        `folds` is int16 [repeats, N], the fold that tested each image, -1 for none. `logits` is [repeats, N, outputs],
+        NaN where no fold tested the image.
 
         Its metadata names the image of each of the N rows by path and SHA-256, and the class of each logit.
         """
@@ -290,5 +300,5 @@ class Experiment:
 
 
 def _spent_s(fit: FitListener) -> float:
-    """Return the training time, in seconds, behind the checkpoint that a fit continues from; 0 without one."""
+    """Return the seconds of training before the checkpoint that a fit continues from; 0 without a checkpoint."""
     return fit.checkpoint.seconds if fit.checkpoint else 0.0

@@ -41,12 +41,13 @@ FRACTIONS = (0.1, 0.2, 0.4, 0.7)
 
 INTERVAL = (
     f"{resampling.DRAWS:,} draws of folds and of test images in them, or of groups where images belong together, the "
-    "same for every point, and of what the law leaves unexplained; the law is fitted anew to each, the heads are not"
+    "same for every point, and of the distances between points and curve; the power law is fitted anew to each draw, "
+    "the heads are not"
 )
 
 ReportShare = Callable[[float], None]
 
-# Draws whose counts are in memory at once.
+# Number of bootstrap draws whose counts are in memory at once.
 _AT_ONCE = 250
 
 
@@ -55,10 +56,10 @@ class MeasuredRun:
     """A finished feature extraction run with its out-of-fold logits.
 
     Attributes:
-        recipe: what the run was trained by.
+        recipe: the recipe of the run.
         labels: class names in the order of the outputs.
         rows: the images of the data set version, N of them.
-        features: float32 [N, D], as the run's network sees them.
+        features: float32 [N, D], the features of each image, computed by the run's network.
         measured: the out-of-fold logits of the run.
     """
 
@@ -71,7 +72,14 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class Point:
-    """The mean headline score over the folds for heads that were fitted on that many images."""
+    """One measured point of a learning curve.
+
+    Attributes:
+        fraction: share of each fold's training images that heads were fitted on, above 0 and up to 1.
+        images: number of images that this share contains, as the mean over the folds.
+        score: the headline score of these heads on the test images of all folds.
+        ci95: the 95 % interval of the score.
+    """
 
     fraction: float
     images: int
@@ -80,11 +88,16 @@ class Point:
 
 
 @dataclass(frozen=True)
-class FittedLaw:
-    """The parameters of the power law `error = floor + scale * images ** -exponent`.
+class FittedPowerLaw:
+    """The fitted curve `error = floor + scale * images ** -exponent`.
 
-    The error is 1 − score, or the score itself where less is better. `misfit` is the root mean square of the distances
-    between the points and the law.
+    The error is 1 − score, or the score itself if a smaller score is better.
+
+    Attributes:
+        floor: the error that would remain with any number of images.
+        scale: the part of the error that falls with the number of images, for one image.
+        exponent: how fast the error falls.
+        misfit: root mean square of the distances between the measured errors and the curve.
     """
 
     floor: float
@@ -95,7 +108,15 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class DoubledForecast:
-    """The forecast for twice the images: the measured score for all images, plus the `change` that the law foresees."""
+    """The forecast score for twice as many training images as the run has.
+
+    Attributes:
+        images: twice the number of training images.
+        score: the measured score for all images plus `change`.
+        ci95: the 95 % interval of the forecast score.
+        change: the change of the score along the fitted curve from all images to twice as many.
+        change_ci95: the 95 % interval of the change.
+    """
 
     images: int
     score: float
@@ -106,10 +127,18 @@ class DoubledForecast:
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """The points by number of images, with the law and the forecast; these are None if there are too few points."""
+    """A measured learning curve.
+
+    Attributes:
+        points: the measured points, by number of images.
+        law: the fitted power law; None if there are too few points to fit one.
+        twice: the forecast for twice the images; None if there are too few points.
+        sentence: what the forecast says, in one sentence.
+        picture: a PNG of the points, the fitted curve and the forecast.
+    """
 
     points: list[Point]
-    law: FittedLaw | None
+    law: FittedPowerLaw | None
     twice: DoubledForecast | None
     sentence: str
     picture: bytes
@@ -120,7 +149,7 @@ def measure_learning_curve(subject: MeasuredRun, report: ReportShare) -> Learnin
 
     Args:
         subject: the run.
-        report: called during the work with the share that is done, from 0 to 1.
+        report: called with the finished share of the work, from 0 to 1.
 
     Raises:
         TrainingDiverged: the loss of a head became infinite or NaN.
@@ -150,7 +179,14 @@ def measure_learning_curve(subject: MeasuredRun, report: ReportShare) -> Learnin
 
 @dataclass(frozen=True)
 class _HeadFit:
-    """One head to fit, and the rows to test it on; `images` counts training and validation images."""
+    """One head to fit.
+
+    Attributes:
+        repeat: the repeat of cross-validation that the head belongs to.
+        task: the rows to fit the head on.
+        test: the rows to test the head on.
+        images: number of training and validation images together.
+    """
 
     repeat: int
     task: LearningTask
@@ -161,9 +197,13 @@ class _HeadFit:
 def _logits_by_size(
     subject: MeasuredRun, task: Task, targets: Targets, groups: Indices, report: ReportShare
 ) -> Iterator[tuple[float, int, Logits]]:
-    """Yield the fraction, the number of images and the logits, float32 [repeats, N, outputs], for each size.
+    """Fit and test heads on each fraction of the training images.
 
-    In a data set so small that two fractions give the same number of images, only the larger fraction is used.
+    If two fractions give the same number of images, which happens in small data sets, only the larger one is used.
+
+    Yields:
+        the fraction, the number of images, and the out-of-fold logits, float32 [repeats, N, outputs]. The last fraction
+        is 1, with the logits that the run itself has measured.
     """
     measured = subject.measured
     data = FitData(task, measured.logits.shape[2], subject.features, targets.truth)
@@ -174,17 +214,17 @@ def _logits_by_size(
         for number in np.unique(fold_of[fold_of >= 0]).tolist()
     ]
     sizes = [round(float(np.mean([part.images for part in parts]))) for parts in zip(*folds, strict=True)]
-    wanted = [number for number in range(len(FRACTIONS)) if sizes[number] < sizes[number + 1]]
-    total = sum(parts[number].images for parts in folds for number in wanted)
+    distinct = [number for number in range(len(FRACTIONS)) if sizes[number] < sizes[number + 1]]
+    total = sum(parts[number].images for parts in folds for number in distinct)
     done = 0
-    for number in wanted:
+    for number in distinct:
         logits: Logits = np.full(measured.logits.shape, np.nan, np.float64 if task is Task.REGRESSION else np.float32)
         for part in (parts[number] for parts in folds):
             listener = Trial(partial(_report_epochs, report, done / total, part.images / total / learner.plan.epochs))
             answered = learner.learn(part.task, listener).logits(part.test)
             if not np.isfinite(answered).all():
                 raise TrainingDiverged(
-                    f"The head that was trained on {part.images} images predicts infinite numbers or NaN. Lower "
+                    f"A head that was trained on {part.images} images predicts infinite values or NaN. Lower "
                     "optimizer.learning_rate."
                 )
             logits[part.repeat, part.test] = answered
@@ -195,22 +235,22 @@ def _logits_by_size(
 
 
 def _report_epochs(report: ReportShare, before: float, an_epoch: float, epochs: float) -> None:
-    """Report the share that is done of all fits after some epochs of one of them."""
+    """Report the finished share of all fits: `before` this fit, plus `an_epoch` for each of its finished epochs."""
     report(before + epochs * an_epoch)
 
 
 def _head_fits(
     subject: MeasuredRun, targets: Targets, groups: Indices, plan: Plan, repeat: int, number: int
 ) -> list[_HeadFit]:
-    """Return the fits of one fold: one for each of FRACTIONS, then one on all its training images."""
+    """Return the fits of one fold: one for each of FRACTIONS, then one on all training images of the fold."""
     recipe, fold_of = subject.recipe, subject.measured.folds[repeat]
     test, rest = np.flatnonzero(fold_of == number), np.flatnonzero((fold_of >= 0) & (fold_of != number))
-    watched = _validation_rows(subject, groups)
-    share = 0.0 if len(watched) else recipe.validation_fraction
+    validation = _validation_rows(subject, groups)
+    share = 0.0 if len(validation) else recipe.validation_fraction
     strata, needed, seed = targets.strata, targets.needed, _seed(recipe.seed, number)
     found = []
     for rows in nested_subsets(rest, strata, needed, groups, [*FRACTIONS, 1.0], seed):
-        aside = watched
+        aside = validation
         if share:
             aside = set_aside(rows, strata, needed, groups, share, seed)
         task = LearningTask(np.setdiff1d(rows, aside), aside, plan, seed)
@@ -219,7 +259,7 @@ def _head_fits(
 
 
 def _validation_rows(subject: MeasuredRun, groups: Indices) -> Indices:
-    """Return the rows of the data set's own validation split."""
+    """Return the rows of the validation split that the data set itself defines; empty if it defines none."""
     split = manifest.splits_of(subject.rows, groups.tolist())
     return np.flatnonzero([part is Split.VALIDATION for part in split])
 
@@ -228,16 +268,17 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
-# --- law -------------------------------------------------------------------------------------------------------------
+# --- power law -------------------------------------------------------------------------------------------------------
 
 
 def _bootstrap_scores(
     task: Task, headline: Headline, statistics: Sequence[Float64], groups: Indices, fold_of: Indices
 ) -> Float64:
-    """Return the bootstrap scores of the points, float64 [draws, P]; all points share the test images of a draw.
+    """Return the score of each of P points in each bootstrap draw, float64 [draws, P].
 
-    The bootstrap has two stages: it draws folds, then images (or groups) in each fold, since folds also differ by what
-    their heads were trained on (Davison & Hinkley 1997, "Bootstrap Methods and their Application", 3.8).
+    Within a draw, all points are scored on the same test images. The bootstrap has two stages: it draws folds, then
+    images (or groups) in each fold. Drawing folds matters because the heads of two folds were trained on different
+    images (Davison & Hinkley 1997, "Bootstrap Methods and their Application", 3.8).
     """
     of_folds = [
         np.stack(
@@ -259,30 +300,30 @@ def _bootstrap_scores(
 
 def forecast_doubled(
     headline: Headline, points: Sequence[Point], drawn: Float64, blocks: int
-) -> tuple[FittedLaw, DoubledForecast]:
-    """Fit the law to the points and forecast the score for twice the images.
+) -> tuple[FittedPowerLaw, DoubledForecast]:
+    """Fit a power law to the points, and forecast the score for twice the images.
 
-    The law says how much the error falls from all images to twice as many; the forecast starts from the score that was
-    measured for all images, which need not lie on the law.
+    The fitted curve gives the change of the error from all images to twice as many. The forecast adds this change to
+    the score that was measured for all images, because that score need not lie on the curve.
 
-    The interval comes from laws that are fitted to resampled points. Each point moves by the change of its score in a
-    draw of test images, and by its residual with a random sign (the wild bootstrap, Wu 1986, "Jackknife, Bootstrap and
-    Other Resampling Methods in Regression Analysis"), since other training images would also give other heads.
+    The interval of the forecast comes from curves that are fitted to resampled points. Resampling changes a point in
+    two ways. First, by the change of its score in a draw of test images. Second, by its distance from the curve with a
+    random sign (the wild bootstrap, Wu 1986, "Jackknife, Bootstrap and Other Resampling Methods in Regression
+    Analysis"), because other training images would also give other heads.
 
     Args:
-        headline: the score.
-        points: at least LEAST_POINTS.
-        drawn: the bootstrap scores of the points, float64 [draws, P].
-        blocks: number of images, or of groups where images belong together.
+        headline: the headline score of the task.
+        points: at least LEAST_POINTS points.
+        drawn: the bootstrap scores of the P points, float64 [draws, P].
+        blocks: number of images, or of groups if images belong together.
     """
     images = np.array([point.images for point in points], dtype=np.float64)
     ends = np.array([images[-1], 2 * images[-1]])
     errors = _error_or_score(headline, np.array([point.score for point in points]))
     law = power_law.fit_power_law(images, errors)
     misfits = errors - law.error(images)
-    free = np.sqrt(
-        len(points) / (len(points) - (LEAST_POINTS - 1))
-    )  # residuals are smaller than the errors that they estimate
+    # Residuals are smaller than the true distances, because the curve was fitted to these points.
+    free = np.sqrt(len(points) / (len(points) - (LEAST_POINTS - 1)))
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=drawn.shape)
     moved = law.error(images) + signs * misfits * free + _error_or_score(headline, drawn) - errors
     resampled = power_law.fit_power_law(images, np.maximum(moved, 0.0)).error(ends)  # [draws, 2]
@@ -292,7 +333,7 @@ def forecast_doubled(
     forecasts = _error_or_score(headline, np.maximum(0.0, _error_or_score(headline, drawn[:, -1]) + falls))
     change_sign = -1.0 if headline.is_greater_better else 1.0
     return (
-        FittedLaw(
+        FittedPowerLaw(
             floor=float(law.floor),
             scale=float(law.scale),
             exponent=float(law.exponent),
@@ -309,7 +350,7 @@ def forecast_doubled(
 
 
 def _error_or_score(headline: Headline, values: Float64) -> Float64:
-    """Convert scores to errors or errors to scores: 1 − value, or the value itself where less is better."""
+    """Convert scores to errors, or errors to scores: 1 − value, or the value itself if a smaller score is better."""
     return 1.0 - values if headline.is_greater_better else values
 
 
@@ -317,7 +358,7 @@ def _error_or_score(headline: Headline, values: Float64) -> Float64:
 
 
 def summary_sentence(headline: Headline, points: Sequence[Point], twice: DoubledForecast | None) -> str:
-    """Return one sentence on what twice the images would bring."""
+    """Return a sentence that says how much the score would gain from twice the images."""
     if twice is None:
         return (
             "There are too few images for a forecast: the curve has "
@@ -340,9 +381,13 @@ def summary_sentence(headline: Headline, points: Sequence[Point], twice: Doubled
 
 
 def _plot(
-    headline: Headline, points: Sequence[Point], law: FittedLaw | None, twice: DoubledForecast | None, sentence: str
+    headline: Headline,
+    points: Sequence[Point],
+    law: FittedPowerLaw | None,
+    twice: DoubledForecast | None,
+    sentence: str,
 ) -> bytes:
-    """Plot the points with their intervals over the number of images, the law and the forecast; return a PNG."""
+    """Return a PNG of the scores over the number of images: points with intervals, fitted curve and forecast."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     images = [point.images for point in points]
@@ -370,6 +415,6 @@ def _plot(
 def _plot_intervals(
     axes: Any, images: list[int], scores: list[float], bounds: list[tuple[float, float]], colour: str, label: str
 ) -> None:
-    """Draw points with their intervals, which need not have them in the middle."""
+    """Draw points with their intervals. An interval need not be symmetric around its point."""
     axes.vlines(images, [low for low, _ in bounds], [high for _, high in bounds], color=colour, linewidth=2)
     axes.plot(images, scores, "o", color=colour, label=label)

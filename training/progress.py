@@ -1,7 +1,7 @@
-"""What a training reports while it runs, and to whom. Imports no framework, so that a worker can read it.
+"""The protocol by which training reports its progress. Imports no framework, so that a worker can import it.
 
-A run has one `ProgressListener`, and each of its fits (a fold, or the final fit) a `FitListener` of its own, which also
-takes its checkpoints.
+A run has one `ProgressListener`. Each fit of the run (a fold, or the final fit) has its own `FitListener`, which also
+receives the checkpoints of that fit.
 """
 
 from __future__ import annotations
@@ -18,12 +18,20 @@ if TYPE_CHECKING:
     from training.fitting.learners import Plan
 
 Epoch = dict[str, float]
-"""Metrics of one epoch by their Keras name: loss and accuracy, and with `val_` in front those on validation rows."""
+"""Metrics of one epoch by Keras name: `loss` and `accuracy` on training rows, `val_loss` and `val_accuracy` on
+validation rows."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """How many different images a run has, for how many features were computed, and for how many they were cached."""
+    """How the features of a run's images were obtained.
+
+    Attributes:
+        images: number of different images.
+        computed: number of images whose features were computed.
+        cached: number of images whose features came from the cache.
+        seconds: how long this took.
+    """
 
     images: int
     computed: int
@@ -33,7 +41,17 @@ class Extraction:
 
 @dataclass(frozen=True)
 class FoldResult:
-    """What one fold measured on its test images, and the seconds that it took."""
+    """The result of one fold.
+
+    Attributes:
+        number: number of the fold, from 0 through all repeats.
+        epochs: number of epochs that were trained.
+        best_epoch: the epoch whose weights were kept, counted from 1.
+        stopped: why training ended, as in `LearnedModel`.
+        metrics: metrics on the fold's test images, as JSON values.
+        history: metrics of each epoch.
+        seconds: duration of training and evaluation.
+    """
 
     number: int
     epochs: int
@@ -45,22 +63,22 @@ class FoldResult:
 
 
 class StageListener(Protocol):
-    """Receives the progress of a run outside of its fits."""
+    """Receives the progress of a run, except for the progress of its fits."""
 
     def stage(self, name: str) -> None:
         """Note that a stage begins; its name is a key of `worker.run_progress.STAGES`."""
         ...
 
     def images(self, done: int, total: int) -> None:
-        """Note how many of its images, or epochs of trials, the present stage has done."""
+        """Note that the current stage has processed `done` of `total` images, or of epochs of trial fits."""
         ...
 
     def extracted(self, extraction: Extraction) -> None:
-        """Note for how many images features were computed."""
+        """Note that the features of all images are available."""
         ...
 
     def file(self, name: RunFile, data: bytes, media_type: str) -> None:
-        """Store a file with the run before the run has ended."""
+        """Store a file of the run now, without waiting for the end of the run."""
         ...
 
 
@@ -68,11 +86,16 @@ class ProgressListener(StageListener, Protocol):
     """Receives the progress of a whole run."""
 
     def begin_fit(self, fold: int | None, plan: Plan) -> FitListener:
-        """Return the listener of a fold, or of the final fit (None), that has at most the epochs of `plan`."""
+        """Note that a fit begins, and return its listener.
+
+        Args:
+            fold: number of the fold; None for the final fit.
+            plan: the largest numbers of epochs of this fit.
+        """
         ...
 
     def fold_ended(self, outcome: FoldOutcome) -> None:
-        """Note what a fold measured; its fit has ended."""
+        """Note that a fold was trained and evaluated."""
         ...
 
 
@@ -81,28 +104,36 @@ class FitListener(Protocol):
 
     @property
     def checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to continue from; None to begin anew."""
+        """The checkpoint to continue from; None to start at the first epoch."""
         ...
 
     def epoch_ended(self, number: int, metrics: Epoch) -> None:
-        """Note an epoch that has ended, counted from 1 through all phases."""
+        """Note the end of an epoch. `number` counts from 1 through all phases."""
         ...
 
     def epochs_done(self, epochs: float) -> None:
-        """Note how many epochs are done, the present one in part."""
+        """Note how many epochs are done, with a fraction for the current one, such as 2.4."""
         ...
 
     def network_unfrozen(self, epochs: int) -> None:
-        """Note that the network learns too after so many epochs of the head: each takes far longer from now on."""
+        """Note that the second phase of fine-tuning begins, after `epochs` epochs of the head alone.
+
+        Epochs of the second phase take far longer, because layers of the network are trained as well.
+        """
         ...
 
     def offer_checkpoint(self, take: Callable[[], Checkpoint]) -> None:
-        """Call `take` if a checkpoint is worth its time now; it copies the state at the end of the epoch."""
+        """Offer a checkpoint at the end of an epoch.
+
+        Args:
+            take: returns a copy of the current state. The listener calls it only if it decides to store a checkpoint,
+                because copying takes time.
+        """
         ...
 
 
 class SilentFit:
-    """A fit that nobody listens to: it begins anew and keeps no checkpoints."""
+    """A listener that ignores progress, has no checkpoint to continue from, and stores none."""
 
     checkpoint: Checkpoint | None = None
 

@@ -1,7 +1,7 @@
-"""The Celery app of the worker. Run as `celery -A worker.app worker -Q cpu`; the rest is configured in the app.
+"""The Celery app of the worker. Start a worker with `celery -A worker.app worker -Q cpu`; it needs no other options.
 
-A worker process has one slot. Each job runs in a child process. A sweeper, a dispatcher and a garbage collector run as
-threads.
+A worker does one job at a time, in a child process. The worker itself also runs a sweeper, a dispatcher and a garbage
+collector, each in a thread.
 """
 
 from __future__ import annotations
@@ -40,17 +40,20 @@ from worker.tasks import add_tasks
 
 log = structlog.get_logger()
 
-# Supervisors must wait longer than this before they kill the process.
+# The time that a worker has to shut down. A supervisor must wait longer than this before it kills the worker.
 _DRAIN_S = 24.0
-# A child that is kept for the next part of its run stops after so many sweeps without one.
+# Celery pools that run tasks in the process of the worker, where `WorkerService` is. `prefork` would run them in forked
+# processes, without its lease threads and its database connections.
+_POOLS = ("celery.concurrency.thread", "celery.concurrency.solo")
+# A child process that waits for the next part of its run is stopped after this many sweeps.
 _IDLE_SWEEPS = 2
 
 
 class WorkerService:
-    """A worker without Celery: runs jobs, sweeps, sends due jobs and collects garbage."""
+    """All that a worker does besides receiving Celery messages: runs jobs, sweeps, sends due jobs, collects garbage."""
 
     def __init__(self, settings: Settings, name: str, queues: Sequence[Queue]) -> None:
-        """Prepare a worker. Raises StoreRefused if the bucket of stored files denies access."""
+        """Prepare the service; `start` starts its threads. Raises StoreRefused if the bucket denies access."""
         self._store = open_store(settings.store)
         self._clock = Clock()
         self._database = Database(settings.database)
@@ -77,7 +80,7 @@ class WorkerService:
         self._deadline.daemon = True
 
     def start(self) -> None:
-        """Start the threads; Celery tasks call `run` for each job."""
+        """Start the sweeper, the dispatcher and the garbage collector. Celery tasks then call `run` for each job."""
         clear_left_folders()
         self._dispatcher.start()
         self._sweeper.start()
@@ -85,7 +88,7 @@ class WorkerService:
         log.info("worker started", queues=[queue.value for queue in self._queues])
 
     def run(self, job_id: str) -> Outcome:
-        """Run a job and return how it ended. Raises JobFailed."""
+        """Run the job with this id and return how the attempt ended. Raises JobFailed if the job failed for good."""
         self._is_idle.clear()
         try:
             return self._runner.run(job_id)
@@ -93,13 +96,13 @@ class WorkerService:
             self._is_idle.set()
 
     def drain(self) -> None:
-        """Give the current job back and accept no more jobs. From now on the process has 24 s to end."""
+        """Put the current job back into its queue and accept no more jobs. The process exits by force after 24 s."""
         self._runner.drain()
         if self._deadline.ident is None:
             self._deadline.start()
 
     def stop(self) -> None:
-        """Drain, stop all threads, and have another worker take the job that was given back."""
+        """Drain, wait for the current job, stop all threads, and send the returned job to another worker."""
         self.drain()
         self._is_idle.wait()
         self._runner.close()
@@ -117,13 +120,13 @@ class WorkerService:
 
 
 def _exit() -> None:
-    """End a process that does not end by itself: its child ends with it, and another worker takes the job over."""
-    log.error("worker did not stop in time, so the process is ended", within_s=_DRAIN_S)
+    """Exit at once. The child process ends too, and another worker takes over the job when its lease expires."""
+    log.error("worker did not stop in time, so the process exits by force", within_s=_DRAIN_S)
     os._exit(1)
 
 
 def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]:
-    """Return the handler of each kind of job."""
+    """Return the object that handles each kind of job."""
     limits = IngestLimits(
         archive=settings.archive_limits,
         image=settings.image_limits,
@@ -138,7 +141,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         connect_s=settings.weights_connect_s,
         stall_s=settings.weights_stall_s,
     )
-    place = TrainingSettings(
+    training = TrainingSettings(
         features=str(settings.features_folder.absolute()),
         pixels=str(settings.pixels_folder.absolute()),
         pixels_bytes=settings.pixels_bytes,
@@ -147,7 +150,7 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         source=source,
         checkpoint_share=settings.checkpoint_share,
     )
-    train = Train(store, place)
+    train = Train(store, training)
     tracking = TrackingSettings(settings.mlflow, settings.mlflow_timeout_s, settings.api_public)
     return {
         JobKind.INGEST: Ingest(store, limits),
@@ -156,31 +159,41 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
         JobKind.FOLD: train,
         JobKind.FINAL: train,
         JobKind.COMPARE: Compare(store, settings.engine_threads),
-        JobKind.VIEW: ComputeView(store, place.features, settings.image_limits, settings.engine_threads),
+        JobKind.VIEW: ComputeView(store, training.features, settings.image_limits, settings.engine_threads),
         JobKind.PUBLISH: Publish(store, tracking),
     }
 
 
 def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
-    """Return the Celery app of workers; its settings are loaded when a worker starts."""
+    """Return the Celery app of workers. It calls `load_settings` when a worker starts, not at import."""
     app = make_celery(lambda: load_settings().redis_url or LOCAL_URL, lambda: load_settings().queues)
     running: list[WorkerService] = []
 
     class Service(bootsteps.StartStopStep):  # type: ignore[misc]
-        """Starts a `WorkerService` with a Celery worker, and drains it when the worker shuts down for any reason."""
+        """Starts a `WorkerService` with the Celery worker, and drains it when that worker shuts down."""
 
         requires = ("celery.worker.components:Pool",)
 
         def __init__(self, worker: Any, **options: Any) -> None:
             super().__init__(worker, **options)
+            if worker.pool_cls.__module__ not in _POOLS:
+                log.critical(
+                    "worker cannot start: jobs need the pool 'threads', which is the default, so leave out --pool",
+                    pool=worker.pool_cls.__module__,
+                )
+                raise SystemExit(1)
             if worker.concurrency != 1:
-                log.critical("a worker runs one job at a time: start more workers instead", slots=worker.concurrency)
+                log.critical(
+                    "worker cannot start: a worker does one job at a time, so leave out --concurrency and "
+                    "start more workers instead",
+                    slots=worker.concurrency,
+                )
                 raise SystemExit(1)
 
         def start(self, worker: Any) -> None:
             """Start the service before Celery fetches the first message."""
             queues = [Queue(name) for name in app.amqp.queues.consume_from]
-            # In a container a new process may have the host name and the number of the one that was killed.
+            # In a container, a new process can have the same host name and process id as one that was killed before.
             name = f"{worker.hostname} {os.getpid()}-{secrets.token_hex(3)}"
             try:
                 service = WorkerService(load_settings(), name, queues)
@@ -188,22 +201,22 @@ def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
                 log.critical("worker cannot start", error=error.detail)
                 raise SystemExit(1) from error
             running.append(service)
-            # This signal comes at once, while the steps are closed only after the consumer has returned.
+            # Celery sends this signal at once. It calls `close` below only after the consumer has returned.
             signals.worker_shutting_down.connect(lambda **_: service.drain(), weak=False)
             service.start()
 
         def close(self, worker: Any) -> None:
-            """Give the current job back as soon as a shutdown begins."""
+            """Put the current job back into its queue as soon as a shutdown begins."""
             for service in running:
                 service.drain()
 
         def stop(self, worker: Any) -> None:
-            """Stop the service after the consumer and before the pool."""
+            """Stop the service. Celery calls this after it stops the consumer and before it stops the pool."""
             for service in running:
                 service.stop()
 
         def terminate(self, worker: Any) -> None:
-            """Stop in the same way when Celery is told to end at once: there is nothing that could be left out."""
+            """Stop the service as `stop` does. A forced shutdown needs the same steps as an ordinary one."""
             self.stop(worker)
 
     app.steps["worker"].add(Service)

@@ -1,8 +1,7 @@
-"""A child process for a job, or for several about one run: starts it, exchanges JSON lines with it, and ends it.
+"""Starts a child process for one job, or for several jobs of one run, exchanges JSON lines with it, and stops it.
 
-The child runs in a process group of its own and ends when its standard input closes, so that it cannot outlive its
-worker. Messages come through a pipe of their own; whatever libraries print, from their import on, goes to standard
-error.
+The child has a process group of its own. It ends when its standard input closes, so it cannot outlive its worker. The
+child sends messages through a separate pipe, because libraries may print: their output goes to standard error.
 """
 
 from __future__ import annotations
@@ -39,12 +38,15 @@ _STDERR = 2
 _STORE_KEYS = "AWS_"
 _FOLDERS = "espalier-child-"
 
-# Stands in the queue of lines for the end of the pipe; no line is empty.
+# Marks the end of the pipe in the queue of lines. A real line is never empty, because it ends with a newline.
 _END: Final = ""
 
 
 def store_keys(store: Store) -> dict[str, str]:
-    """Return the variables that a child needs to open a store: for one that decodes no file of a stranger first."""
+    """Return the environment variables with the keys of the bucket; empty if the store is a folder.
+
+    Pass them only to a child that decodes no file before this worker has checked it in another child.
+    """
     if store.address.url is None:
         return {}
     keys = {name: value for name, value in os.environ.items() if name.startswith(_STORE_KEYS)}
@@ -52,9 +54,10 @@ def store_keys(store: Store) -> dict[str, str]:
 
 
 def computing_threads(threads: int) -> dict[str, str]:
-    """Return the variables that limit TensorFlow to so many threads; after its import they have no effect.
+    """Return the environment variables that limit TensorFlow to `threads` threads.
 
-    The last digits of scores depend on the number, since sums are made in another order.
+    TensorFlow reads them only when it is imported. The last digits of a score depend on the number of threads, because
+    it changes the order in which sums are computed.
     """
     return {"TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": str(threads)}
 
@@ -64,13 +67,13 @@ def _is_there(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # the process exists and belongs to another user
         return True
     return True
 
 
 def clear_left_folders() -> None:
-    """Remove the temporary folders of children whose workers were killed."""
+    """Remove the temporary folders of child processes whose workers do not exist any more."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
         owner = folder.name.removeprefix(_FOLDERS).split("-")[0]
         if owner.isdigit() and not _is_there(int(owner)):
@@ -78,7 +81,7 @@ def clear_left_folders() -> None:
 
 
 class ChildDied(Exception):
-    """The child ended without a result; `signal` is the number that killed it, or None."""
+    """The child process ended without a result. `signal` is the number of the signal that killed it, or None."""
 
     def __init__(self, returncode: int, *, for_memory: bool = False) -> None:
         self.for_memory = for_memory
@@ -88,21 +91,21 @@ class ChildDied(Exception):
         super().__init__(self.detail)
 
     def as_failure(self) -> EspalierError:
-        """Return the error that this is for a whole job."""
+        """Return the error for a job that cannot continue after this: OutOfMemory or Crashed."""
         if self.for_memory:
             return OutOfMemory(
-                "The kernel killed the work for the memory it took. Use smaller images, a smaller batch_size or a "
-                "machine with more memory."
+                "The kernel killed the process of this job because memory ran out. Use smaller images, a smaller "
+                "batch_size or a machine with more memory."
             )
-        return Crashed(f"{self.detail} The worker's log has more.")
+        return Crashed(f"{self.detail} See the worker's log for the reason.")
 
 
 class ChildEnded(Exception):
-    """The child has done its work and ended; it will send nothing more."""
+    """The child process has done its work and exited. No further message will come."""
 
 
 class ChildConnection(Protocol):
-    """A child as its handler sees it: a `Child`, or one that a simulation plays."""
+    """What a handler needs of a child process. `Child` is the real one; the simulator has another."""
 
     @property
     def is_alive(self) -> bool: ...
@@ -117,7 +120,7 @@ class ChildConnection(Protocol):
 
 
 class Child:
-    """A running child, with its first order or waiting for one; stopped at the end of a `with` block, or by hand."""
+    """A running child process. Call `stop` to end it, or use it in a `with` block, which calls `stop` at the end."""
 
     def __init__(
         self,
@@ -125,10 +128,15 @@ class Child:
         environment: Mapping[str, str] | None = None,
         count_kills: Callable[[], int] = count_kills,
     ) -> None:
-        """Start a child; raise DiskFull if there is no room for it, or Crashed if the system has no more processes."""
+        """Start a child process and send it `order`, if there is one.
+
+        Raises:
+            DiskFull: there is no disk space for its temporary folder.
+            Crashed: the system cannot start another process.
+        """
         self._count_kills = count_kills
         self._kills = count_kills()
-        # Its own: whatever it leaves there when it is killed goes with it.
+        # The child has its own temporary folder, so that files which it leaves when it is killed are removed with it.
         prefix = f"{_FOLDERS}{os.getpid()}-"
         with disk_errors():
             self._folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
@@ -148,7 +156,7 @@ class Child:
         except OSError as error:
             self._incoming.close()
             self._folder.cleanup()
-            raise Crashed(f"No process could be started for the work: {error}.") from error
+            raise Crashed(f"The child process could not be started: {error}.") from error
         finally:
             os.close(outgoing)
         self._lines: queue.Queue[str] = queue.Queue(_WAITING)
@@ -165,16 +173,16 @@ class Child:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the child has not ended."""
+        """Whether the child process is still running."""
         return self._process.poll() is None
 
     @property
     def pid(self) -> int:
-        """The child's process id, which is its group's too."""
+        """The process id of the child, which is also the id of its process group."""
         return self._process.pid
 
     def send(self, message: WorkerMessage) -> None:
-        """Send one message to the child; that it has died is noticed by `receive`."""
+        """Send one message to the child. If the child has died, do nothing: the next `receive` raises ChildDied."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line_of(message))
@@ -183,20 +191,21 @@ class Child:
             return
 
     def receive(self, work: Work) -> ChildMessage | None:
-        """Return the child's next message, or None if there was none for a moment.
+        """Return the next message of the child, or None if there was none for 0.25 s.
 
         Raises:
-            Stopped: the job must end.
-            ChildEnded: the child has done its work and ended.
-            ChildDied: the child ended otherwise.
-            EspalierError: the child reported what went wrong; Crashed if it sent a line that is no message.
+            Stopped: the job must stop.
+            ChildEnded: the child has done its work and exited.
+            ChildDied: the child was killed or exited with an error status.
+            EspalierError: the child reported this error.
+            Crashed: the child sent a line that is not a message.
         """
         work.check()
         try:
             line = self._lines.get(timeout=_POLL_S)
         except queue.Empty:
             return None
-        work.moved()
+        work.report_progress()
         if line == _END:
             returncode = self._process.wait()
             if returncode:
@@ -209,7 +218,10 @@ class Child:
         return message
 
     def drain(self, within_s: float) -> list[ChildMessage]:
-        """Tell the child to write its last checkpoints and to end; return all messages until then."""
+        """Ask the child to write its last checkpoints and to exit; return the messages that it sends until then.
+
+        Stop waiting after `within_s`, even if the child is still running.
+        """
         until = time.monotonic() + within_s
         self.send(Drain())
         lines: list[str] = []
@@ -219,13 +231,13 @@ class Child:
             except queue.Empty:
                 break
             if line == _END:
-                self._lines.put(_END)  # for the next `receive`
+                self._lines.put(_END)  # the next `receive` must also see the end
                 break
             lines.append(line)
         return _messages_in(lines)
 
     def stop(self) -> list[ChildMessage]:
-        """End the child's whole process group, by SIGTERM and then by SIGKILL; return its unread messages."""
+        """Send SIGTERM to the process group of the child, SIGKILL after 5 s; return the messages not yet received."""
         if self._process.poll() is None:
             self._signal(signal.SIGTERM)
             try:
@@ -233,7 +245,7 @@ class Child:
             except subprocess.TimeoutExpired:
                 self._signal(signal.SIGKILL)
                 self._process.wait()
-        self._signal(signal.SIGKILL)  # whatever the child itself left running
+        self._signal(signal.SIGKILL)  # processes that the child started and left running
         unread = self._take_lines()
         while self._reader.is_alive():
             self._reader.join(0.05)
@@ -254,15 +266,15 @@ class Child:
         return [line for line in waiting if line != _END]
 
     def _read(self) -> None:
-        """Queue each line as it is: a broken one is an error of whoever receives it, not of this thread."""
+        """Put each line into the queue unparsed, so that an invalid line raises in `receive` and not in this thread."""
         for line in self._incoming:
-            if line.endswith("\n"):  # else the child died in the middle of a message
+            if line.endswith("\n"):  # otherwise the child died while it wrote this line
                 self._lines.put(line)
         self._lines.put(_END)
 
 
 def messages(child: ChildConnection, work: Work) -> Iterator[ChildMessage]:
-    """Yield the messages of a child until it ends. Raises what `Child.receive` does, but for ChildEnded."""
+    """Yield the messages of a child until it exits. Raises the errors of `Child.receive`, except ChildEnded."""
     while True:
         try:
             message = child.receive(work)
@@ -273,13 +285,13 @@ def messages(child: ChildConnection, work: Work) -> Iterator[ChildMessage]:
 
 
 def _messages_in(lines: Sequence[str]) -> list[ChildMessage]:
-    """Return the messages of a child that is ending; lines that are none are logged and left out."""
+    """Parse the last lines of a child. Log and skip a line that is not a message."""
     messages = []
     for line in lines:
         try:
             messages.append(parse_child_message(line))
         except Crashed as error:
-            log.error("unreadable message of a child", error=error.detail)
+            log.error("child sent a line that is not a message", error=error.detail)
     return messages
 
 

@@ -1,4 +1,4 @@
-"""Celery's consumer, which comes back within seconds after a broker was away."""
+"""A Celery consumer that reconnects within seconds after the broker was unreachable."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from celery.worker import consumer
 
-# By default the pause between two attempts grows to 30 s.
+# Celery's default pause between two attempts to connect grows up to 30 s.
 _RETRY_EVERY_S = 2.0
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
-    """A consumer whose attempts to reach the broker are a constant time apart."""
+    """Tries to reach an unreachable broker every 2 s, instead of less and less often."""
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Wait until a connection is established, and return it."""
+        """Wait until the connection to the broker is established, and return it."""
         conn.ensure_connection = partial(
             conn.ensure_connection, interval_start=_RETRY_EVERY_S, interval_step=0, interval_max=_RETRY_EVERY_S
         )
-        # A heartbeat that cannot be sent waits for the connection. By default Celery sends it again and again, and does
-        # not look whether the worker is to end.
+        # Without this, Celery repeats a heartbeat that cannot be sent for ever, and does not notice meanwhile that the
+        # worker has been asked to shut down.
         conn.ensure = partial(conn.ensure, max_retries=0)
         return super().ensure_connected(conn)

@@ -1,4 +1,4 @@
-"""Removes unreferenced files regularly, in a thread of the worker. Jobs and leases do not wait for it."""
+"""Removes files that no database row names, regularly, in a thread of the worker. Jobs do not wait for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _STOP_WITHIN_S = 5.0
 
 
 class Collector:
-    """Collects garbage at its start and then every `every_s`; on one database, one process at a time."""
+    """Removes unreferenced files when it starts and then every `every_s` seconds.
+
+    Several workers may run a collector on one database: only one of them works at a time.
+    """
 
     def __init__(self, database: Database, store: Store, every_s: float, older_than_s: float) -> None:
         self._database = database
@@ -30,11 +33,11 @@ class Collector:
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which collects at once."""
+        """Start the thread. Its first collection begins at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop collecting. A collection that waits for a bucket is abandoned, which is safe after any step."""
+        """Stop collecting. Wait at most 5 s for a collection in progress: it can be abandoned safely at any step."""
         self._over.set()
         self._thread.join(_STOP_WITHIN_S)
 
@@ -43,13 +46,16 @@ class Collector:
             try:
                 self.collect()
             except (Unavailable, DiskFull) as error:
-                log.warning("not collected", error=error.detail)
+                log.warning("garbage not collected", error=error.detail)
             except Exception:
-                log.exception("collection failed")
+                log.exception("garbage collection failed")
             self._over.wait(self._every_s)
 
     def collect(self) -> CollectionSummary | None:
-        """Clean up this machine's folder and collect garbage; return None if another process is collecting."""
+        """Remove unfinished files and stale copies on this machine, then unreferenced files from the store.
+
+        Return how much was removed, or None if another process is collecting now.
+        """
         self._store.drop_unfinished(self._older_than_s)
         garbage.drop_copies(self._database, self._store, self._older_than_s)
         with self._database.exclusive(GARBAGE_COLLECTION) as is_held:
@@ -57,5 +63,5 @@ class Collector:
                 return None
             found = garbage.collect_garbage(self._database, self._store, self._older_than_s, self._over.is_set)
         if found != CollectionSummary(0, 0, 0, 0):
-            log.info("collected", **asdict(found))
+            log.info("garbage collected", **asdict(found))
         return found

@@ -1,7 +1,7 @@
-"""Runs one job: claims it, calls its handler under a lease, and writes how it ended.
+"""Runs one job: claims it, calls the handler for its kind under a lease, and writes how the job ended.
 
-A Celery task (`worker.tasks`) calls it; the database decides whether there is anything to do. The handlers know the
-kinds of jobs, this module does not.
+A Celery task (`worker.tasks`) calls `JobRunner.run` with a job id. The database decides whether that job may run now.
+This module does not depend on what kinds of jobs there are: `worker.handlers` does.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from errors import DiskFull, EspalierError, OutOfMemory, Stalled, Unavailable
 from models import job as jobs
 from models.job import Job, JobKind, JobState, Lease, LeaseLost, Queue
 from models.session import Database
-from worker.lease import DATABASE_PAUSE_S, Complete, Handler, Holder, Reason, Stopped, Timings, WarmChild, Work
+from worker.lease import DATABASE_PAUSE_S, Complete, Handler, LeaseHolder, Reason, Stopped, Timings, WarmChild, Work
 
 log = structlog.get_logger()
 
-# A parked job is tried again after this time.
+# Seconds after which a parked job is tried again.
 _PARKED_S = 60.0
 
 
 class Outcome(StrEnum):
-    """How an attempt at a job ended; a Celery task returns it. A job that failed raises `JobFailed` instead."""
+    """How an attempt at a job ended. A Celery task returns it, or raises `JobFailed` if the job failed."""
 
     SUCCEEDED = "succeeded"
     CANCELLED = "cancelled"
     GIVEN_BACK = "given back"
-    """This worker is shutting down; another one continues the job."""
+    """This worker is shutting down and put the job back into its queue. Another worker continues it."""
     WILL_BE_RETRIED = "will be retried"
-    """It failed with a transient error, or waits for disk space or for the store."""
+    """The attempt failed with a transient error, or must wait for disk space or for the store."""
     LEASE_LOST = "lease lost"
-    """Another worker took it over, or its end could not be written; then a sweeper takes it over."""
+    """Another worker took over the job, or will do so because the result could not be written."""
     NOT_CLAIMED = "not claimed"
-    """It was already done, claimed or cancelled, or is not due yet."""
+    """The job was already finished, claimed or cancelled, or is not due yet."""
 
 
 class JobFailed(Exception):
-    """The job failed for good; the message is the title and the detail of its error."""
+    """The job failed and will not be retried. The message has the title and the detail of the error."""
 
 
 class JobRunner:
-    """Runs jobs for one worker, which has one slot.
+    """Runs jobs for one worker, one at a time.
 
-    It calls `after` whenever the slot was taken or became free.
+    It calls `after` whenever it has claimed a job and whenever it is free again.
     """
 
     def __init__(
@@ -71,7 +71,12 @@ class JobRunner:
         self._draining = clock.flag()
 
     def run(self, job_id: str) -> Outcome:
-        """Claim a job and run it. Raises JobFailed, and Unavailable or DiskFull if the database cannot be used."""
+        """Claim a job and run it.
+
+        Raises:
+            JobFailed: the job failed and will not be retried.
+            Unavailable, DiskFull: the database cannot be used.
+        """
         if self._draining.is_set():
             return Outcome.NOT_CLAIMED
         try:
@@ -83,19 +88,19 @@ class JobRunner:
             self._after()
             return self._work(job)
         finally:
-            if not self._draining.is_set():  # else this worker would count as free, and is not
+            if not self._draining.is_set():  # a draining worker must not count as free
                 self._after()
 
     def drain(self) -> None:
-        """Give the current job back and accept no more jobs."""
+        """Put the current job back into its queue and accept no more jobs."""
         self._draining.set()
 
     def stop_idle_child(self, idle_s: float) -> None:
-        """Stop the child that was kept for the next job, if no job came within `idle_s`."""
+        """Stop the child process that is kept for the next part of its run, if it has been idle for `idle_s`."""
         self._warm_child.stop_if_idle(idle_s)
 
     def close(self) -> None:
-        """Stop the child that was kept for the next job."""
+        """Stop the child process that is kept for the next part of its run."""
         self._warm_child.clear()
 
     def _work(self, job: Job) -> Outcome:
@@ -103,11 +108,11 @@ class JobRunner:
         with structlog.contextvars.bound_contextvars(job=job.id, kind=job.kind.value, subject=job.subject_id):
             log.info("job started", attempt=job.attempt)
             lease = Lease(job.id, job.lease_epoch)
-            with Holder(self._database, lease, self._timings, self._draining.is_set, self._clock) as holder:
-                return self.see_through(Work(self._database, job, holder, self._warm_child))
+            with LeaseHolder(self._database, lease, self._timings, self._draining.is_set, self._clock) as holder:
+                return self.run_claimed(Work(self._database, job, holder, self._warm_child))
 
-    def see_through(self, work: Work) -> Outcome:
-        """Run a claimed job and write how it ended. Raises JobFailed."""
+    def run_claimed(self, work: Work) -> Outcome:
+        """Run a job that is already claimed, and write how it ended. Raises JobFailed."""
         job, handler = work.job, self._handlers[work.job.kind]
         try:
             complete = handler.run(work)
@@ -123,7 +128,7 @@ class JobRunner:
         except EspalierError as error:
             return self._fail(job, work.lease, handler, error)
         except Exception as error:
-            log.exception("job broke")
+            log.exception("job raised an unexpected error")
             bug = EspalierError(f"{type(error).__name__}: {error}. This is a bug.")
             return self._fail(job, work.lease, handler, bug)
 
@@ -137,9 +142,11 @@ class JobRunner:
                 return self._give_back(job, lease, handler, Outcome.GIVEN_BACK)
             case Reason.STALLED:
                 limit = f"{self._timings.stall_s:g} s or more"
-                return self._fail(job, lease, handler, Stalled(f"Nothing moved for {limit}, so the work was stopped."))
+                return self._fail(
+                    job, lease, handler, Stalled(f"The job made no progress for {limit}, so it was stopped.")
+                )
             case Reason.LOST:
-                return Outcome.LEASE_LOST  # another holder has the job; nothing may be written
+                return Outcome.LEASE_LOST  # another worker has the job, so this one may write nothing
 
     def _fail(self, job: Job, lease: Lease, handler: Handler, error: EspalierError) -> Outcome:
         record = error.record()
@@ -155,7 +162,7 @@ class JobRunner:
         def give_up(session: Session) -> None:
             jobs.hold(session, lease)
             jobs.finish(session, lease, JobState.FAILED, record)
-            if not (isinstance(error, OutOfMemory) and handler.ease(session, job)):
+            if not (isinstance(error, OutOfMemory) and handler.retry_with_less_memory(session, job)):
                 handler.failed(session, job, error)
 
         if not self._persist(give_up):
@@ -163,7 +170,7 @@ class JobRunner:
         raise JobFailed(f"{error.title}: {error.detail}") from error
 
     def _close(self, lease: Lease, state: JobState, complete: Complete) -> bool:
-        """Write the end of a job; return whether this holder wrote it."""
+        """Write the end of a job in one transaction; return False if this worker has lost the lease."""
 
         def change(session: Session) -> None:
             jobs.hold(session, lease)
@@ -186,7 +193,10 @@ class JobRunner:
         delay_s: float = 0.0,
         counts: bool = False,
     ) -> Outcome:
-        """Queue a job again; return `outcome`, or CANCELLED or LEASE_LOST if that happened meanwhile."""
+        """Put a job back into its queue and return `outcome`.
+
+        Return CANCELLED if a client has cancelled the job meanwhile, and LEASE_LOST if this worker has lost the lease.
+        """
         states: list[JobState] = []
 
         def change(session: Session) -> None:
@@ -203,8 +213,8 @@ class JobRunner:
     def _persist(self, change: Callable[[Session], None]) -> bool:
         """Write how a job ended. Return False if the lease was lost, or if an earlier try was committed after all.
 
-        While the database is down, retry for as long as the lease can last. While its disk is full, retry until this
-        worker shuts down, since no other worker can take the lease over meanwhile.
+        While the database is unavailable, retry for as long as the lease can last. While the disk of the database is
+        full, retry until this worker shuts down, because no other worker can take over the lease meanwhile.
         """
         until = self._clock.now() + self._timings.let_go_s
         while True:
@@ -218,7 +228,7 @@ class JobRunner:
             except DiskFull as error:
                 if self._draining.is_set():
                     raise
-                log.warning("waiting for room", error=error.detail)
+                log.warning("database disk full, waiting", error=error.detail)
             except Unavailable:
                 if self._clock.now() > until:
                     raise

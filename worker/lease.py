@@ -1,7 +1,7 @@
-"""A claimed job as its handler sees it, and the thread that renews its lease.
+"""`Work`, the claimed job that a handler receives, and `LeaseHolder`, the thread that renews the lease of a job.
 
-The thread renews the lease while the work makes progress, and looks for reasons to stop: the job was cancelled, another
-worker took it over, it made no progress, or this worker shuts down.
+The thread renews the lease while the job makes progress. It also notices when the job must stop: because a client has
+cancelled it, another worker took it over, it made no progress, or this worker shuts down.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ log = structlog.get_logger()
 Complete = Callable[[Session], None]
 
 DATABASE_PAUSE_S = 1.0
-# Work is stalled after this many usual durations of a step, if that is longer than the limit.
+# A job whose steps take long counts as stalled after this many times the usual duration of a step.
 _STALLED_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Timings:
-    """The intervals and limits of `settings` about leases, in seconds."""
+    """Intervals and time limits for leases, in seconds. `Settings` describes each of them."""
 
     look_every_s: float = 5.0
     renew_every_s: float = 10.0
@@ -48,7 +48,7 @@ class Timings:
 
 
 class Reason(StrEnum):
-    """Why a job must stop before it has finished."""
+    """Why a job must stop before its work is done."""
 
     CANCELLED = "cancelled"
     LOST = "lost"
@@ -57,7 +57,7 @@ class Reason(StrEnum):
 
 
 class Stopped(Exception):
-    """The work must stop now, although it did not fail."""
+    """Raised inside a handler when its job must stop now. Only the reason `STALLED` makes the job fail."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason.value)
@@ -65,20 +65,29 @@ class Stopped(Exception):
 
 
 class Handler:
-    """Handles one kind of job. All methods but `run` change its subject in the transaction that changes the job."""
+    """Does the work of one kind of job, such as training or ingest.
+
+    `run` does the work. Every other method is called in the transaction that changes the state of the job, and records
+    the change on the subject of the job: its run, data set version, comparison or view.
+    """
 
     def run(self, work: Work) -> Complete:
-        """Do the work; return a function for the transaction that closes the job. Raises EspalierError or Stopped."""
+        """Do the work. Return a function that writes the results, in the transaction that closes the job.
+
+        Raises:
+            EspalierError: the work failed.
+            Stopped: the job must stop before its work is done.
+        """
         raise NotImplementedError
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
-        """Record that the job is queued again, after a transient error or because its worker was lost."""
+        """Record that the job waits in its queue again, after a transient error or because its worker was lost."""
 
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
-        """Record that the job has failed for good."""
+        """Record that the job failed and will not be retried."""
 
-    def ease(self, session: Session, job: Job) -> bool:
-        """Queue the work again with settings that need less memory; return False if nothing can be reduced."""
+    def retry_with_less_memory(self, session: Session, job: Job) -> bool:
+        """Queue the work again with settings that need less memory; return False if there are none."""
         return False
 
     def cancelled(self, session: Session, job: Job) -> None:
@@ -86,7 +95,7 @@ class Handler:
 
 
 class WarmChild:
-    """Holds the child process that a worker reuses for consecutive jobs about the same subject."""
+    """Keeps a child process between two jobs about the same run, so that the second job need not start a new one."""
 
     def __init__(self, clock: Clock = Clock()) -> None:  # noqa: B008 - frozen
         self._clock = clock
@@ -96,28 +105,31 @@ class WarmChild:
         self._kept_at = clock.now()
 
     def keep(self, subject_id: str, child: ChildConnection) -> None:
-        """Keep a child for the next job about the subject, until a job about another one comes or it was idle."""
+        """Keep a running child for the next job about this subject. Stop the child that was kept before."""
         self.clear()
         with self._lock:
             self._subject_id, self._child, self._kept_at = subject_id, child, self._clock.now()
 
     def take(self, subject_id: str) -> ChildConnection | None:
-        """Return the child that is kept for a subject, if it is alive; from now on the caller must stop it."""
+        """Return the running child that is kept for this subject, or None. The caller must stop the child.
+
+        A child that is kept for another subject is stopped.
+        """
         self.clear(but=subject_id)
         child = self._remove(lambda: True)
-        if child is not None and not child.is_alive:  # killed while it waited
+        if child is not None and not child.is_alive:  # the child was killed while it was kept
             child.stop()
             return None
         return child
 
     def clear(self, but: str | None = None) -> None:
-        """Stop the child that is kept, unless it is for the subject `but`."""
+        """Stop the kept child, unless it is kept for the subject `but`."""
         child = self._remove(lambda: self._subject_id != but)
         if child is not None:
             child.stop()
 
     def stop_if_idle(self, idle_s: float) -> None:
-        """Stop the child if it was kept for `idle_s` without a job for it."""
+        """Stop the kept child if no job has used it for `idle_s` seconds."""
         child = self._remove(lambda: self._clock.now() - self._kept_at >= idle_s)
         if child is not None:
             child.stop()
@@ -131,9 +143,9 @@ class WarmChild:
 
 
 class Work:
-    """A claimed job as its handler sees it."""
+    """A claimed job with its lease: what a handler needs to do the job and to write its results."""
 
-    def __init__(self, database: Database, job: Job, holder: Holder, warm_child: WarmChild) -> None:
+    def __init__(self, database: Database, job: Job, holder: LeaseHolder, warm_child: WarmChild) -> None:
         self.database = database
         self.job = job
         self.lease = Lease(job.id, job.lease_epoch)
@@ -143,68 +155,74 @@ class Work:
 
     @property
     def subject_id(self) -> str:
-        """Id of the data set version, run, comparison or view that the job is about."""
+        """The id of the data set version, run, comparison or view that this job is about."""
         return self.job.subject_id
 
     @property
     def clock(self) -> Clock:
-        """The clock of this worker."""
+        """The clock that this worker uses; tests replace it."""
         return self._holder.clock
 
-    def moved(self, step_s: float = 0.0) -> None:
-        """Report progress; a job without progress for too long counts as stalled.
+    def report_progress(self, step_s: float = 0.0) -> None:
+        """Report that the job makes progress. A job that reports none for too long counts as stalled.
 
-        `step_s` is the usual time until the next report.
+        `step_s` is the usual number of seconds until the next report, 0 if unknown.
         """
-        self._holder.moved(step_s)
+        self._holder.report_progress(step_s)
 
     def check(self) -> None:
-        """Raise Stopped if the work must stop."""
+        """Raise Stopped if the job must stop: cancelled, taken over, stalled, or this worker shuts down."""
         self._holder.check()
 
     def write(self, change: Callable[[Session], T]) -> T:
-        """Run `change` in one transaction, fenced by the lease; retry while the database is down or its disk is full.
+        """Call `change` in one transaction that commits only if this worker still holds the lease; return its result.
 
-        If the connection is lost during a commit, nobody knows whether it was written. Then `change` runs again, so it
-        must be safe to run twice. Raises Stopped once the lease is lost.
+        Retry while the database is unavailable or its disk is full. If the connection is lost during a commit, nobody
+        knows whether the change was written. Then `change` runs again, so it must be safe to run twice.
+
+        Raises Stopped if the job must stop, for example because the lease is lost.
         """
         while True:
             self.check()
             try:
                 result = self._write(change)
-                self.moved()
+                self.report_progress()
                 return result
             except Unavailable as error:
-                log.warning("database away", job=self.lease.job_id, error=error.detail)
+                log.warning("database unavailable", job=self.lease.job_id, error=error.detail)
                 self.clock.sleep(DATABASE_PAUSE_S)
             except DiskFull as error:
-                log.warning("database full", job=self.lease.job_id, error=error.detail)
-                self.moved()  # a job that waits for disk space is not stalled
+                log.warning("database disk full", job=self.lease.job_id, error=error.detail)
+                self.report_progress()  # a job that waits for disk space is not stalled
                 self.clock.sleep(DATABASE_PAUSE_S)
             except LeaseLost as error:
                 raise Stopped(Reason.LOST) from error
 
     def write_on_leaving(self, change: Callable[[Session], None]) -> None:
-        """Write something that may help the next attempt; try once, and only if the lease still holds."""
+        """Call `change` in one transaction before this attempt ends, to save work for the next attempt.
+
+        Try only once. If the database is unavailable or the lease is lost, log a warning and write nothing.
+        """
         try:
             self._write(change)
         except (Unavailable, DiskFull, LeaseLost) as error:
-            log.warning("not written on leaving", job=self.lease.job_id, error=str(error))
+            log.warning("progress not written at the end of the attempt", job=self.lease.job_id, error=str(error))
 
     def afterwards(self, tidy: Callable[[], None]) -> None:
-        """Call `tidy` after the job has succeeded: for actions that cannot be rolled back, such as removing a file.
+        """Call `tidy` after the end of the job is committed, if it succeeded.
 
-        If the process ends before that, `tidy` is never called, so nothing may depend on it.
+        Use it for actions that cannot be rolled back, such as removing a file. If the process ends before the commit,
+        `tidy` is never called, so nothing may depend on it.
         """
         self._afterwards.append(tidy)
 
     def tidy(self) -> None:
-        """Run the functions passed to `afterwards`. The job is closed, so their errors are only logged."""
+        """Call the functions passed to `afterwards`. Their errors are only logged: the job has already ended."""
         for tidy in self._afterwards:
             try:
                 tidy()
             except Exception:
-                log.exception("tidying up failed")
+                log.exception("clean-up after the job failed")
 
     def _write(self, change: Callable[[Session], T]) -> T:
         with self.database.writing() as session:
@@ -212,8 +230,11 @@ class Work:
             return change(session)
 
 
-class Holder:
-    """Renews a lease while the work makes progress, and looks for reasons to stop. A separate thread calls `look`."""
+class LeaseHolder:
+    """Renews the lease of one job in a thread, and notices when the job must stop.
+
+    Use it in a `with` block: the thread starts at the beginning of the block and ends with it.
+    """
 
     def __init__(
         self,
@@ -234,7 +255,7 @@ class Holder:
         self._over = clock.flag()
         self._thread = clock.thread(self._watch, f"lease-{lease.job_id}")
 
-    def __enter__(self) -> Holder:
+    def __enter__(self) -> LeaseHolder:
         self._thread.start()
         return self
 
@@ -242,26 +263,26 @@ class Holder:
         self._over.set()
         self._thread.join()
 
-    def moved(self, step_s: float = 0.0) -> None:
-        """Record progress, and the usual time until the next."""
+    def report_progress(self, step_s: float = 0.0) -> None:
+        """Record that the job makes progress; `step_s` is the usual time until the next report, 0 if unknown."""
         self._moved_at = self.clock.now()
         if step_s:
             self._stall_s = max(self._timings.stall_s, _STALLED_STEPS * step_s)
 
     def check(self) -> None:
-        """Raise Stopped if there is a reason to stop."""
+        """Raise Stopped if the job must stop: cancelled, taken over, stalled, or this worker shuts down."""
         if self._reason is None and self._is_draining():
             self._reason = Reason.DRAINING
-        # Checked here too: `look` may hang in a renewal on a dead connection.
+        # The thread may hang in a renewal on a dead connection, so this is checked here too.
         if self._reason is None and self._is_overdue():
             self._reason = Reason.LOST
         if self._reason is not None:
             raise Stopped(self._reason)
 
     def look(self) -> bool:
-        """Renew the lease if it is due and the work makes progress, and look for reasons to stop.
+        """Renew the lease if a renewal is due and the job makes progress; note whether the job must stop.
 
-        Return whether to look again.
+        Return False once no further call is needed, because the job must stop. The thread calls this regularly.
         """
         now = self.clock.now()
         if now - self._moved_at > self._stall_s:
@@ -274,7 +295,7 @@ class Holder:
             self._reason = Reason.LOST
             return False
         except DiskFull:
-            self._renewed_at = now  # no other worker can take the lease over: it could not write either
+            self._renewed_at = now  # no other worker can take over the lease, because none can write
         except Unavailable:
             if self._is_overdue():
                 self._reason = Reason.LOST

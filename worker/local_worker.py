@@ -1,4 +1,4 @@
-"""A worker without Celery and a broker, for tests and benchmarks: does the due jobs of one queue in this process."""
+"""A worker for tests and benchmarks that needs neither Celery nor a broker. It does the due jobs of one queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 
 class LocalWorker:
-    """Looks for due jobs every `look_every_s` on a thread of its own, or does one when `work` is called."""
+    """Does the due jobs of one queue: in a thread that polls every `look_every_s`, or one job per call of `work`."""
 
     def __init__(
         self,
@@ -39,25 +39,25 @@ class LocalWorker:
         self._thread = clock.thread(self._run, f"queue-{queue.value}")
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the polling thread."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Look for a job now."""
+        """Poll for a due job now, instead of at the next interval."""
         self._is_woken.set()
 
     def drain(self) -> None:
-        """Give the present job back and accept no other one."""
+        """Put the current job back into its queue and accept no more jobs."""
         self.runner.drain()
         self._draining.set()
         self._is_woken.set()
 
     def join(self, timeout_s: float) -> None:
-        """Wait until a drained worker has ended."""
+        """Wait until the thread of a drained worker has ended, at most `timeout_s`."""
         self._thread.join(timeout_s)
 
     def work(self) -> bool:
-        """Do the job that is next; return whether there was one."""
+        """Do the due job that comes first; return False if no job is due."""
         if self._queue is Queue.TRACKING:
             with self._database.writing() as session:
                 outbox.add_publish_jobs(session)
@@ -78,9 +78,9 @@ class LocalWorker:
                         continue
                     self.runner.close()
                 except (Unavailable, DiskFull) as error:
-                    log.warning("database away", queue=self._queue.value, error=error.detail)
+                    log.warning("database unavailable", queue=self._queue.value, error=error.detail)
                 except Exception:
-                    log.exception("look failed", queue=self._queue.value)
+                    log.exception("polling failed", queue=self._queue.value)
                 self._is_woken.wait(self._look_every_s)
                 self._is_woken.clear()
         finally:

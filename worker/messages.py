@@ -1,6 +1,7 @@
-"""Everything that a worker and its child process say to each other, one JSON line a message.
+"""The messages between a worker and its child process. Each message is one line of JSON.
 
-Knows no pipes and no rows. Both ends, and the simulator that plays a child, use these classes and nothing else.
+The worker, the child and the simulated child of the tests use only these classes. How messages are sent is in
+`worker.child_process` and `worker.child.channel`; what is written to the database is in `worker.handlers`.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from recipes.recipe import Task
 from training.progress import Epoch, Extraction, FoldResult
 
 JsonObject = dict[str, Any]
-"""A JSON object that is passed on or stored as it is: a recipe, metrics, facts. Its keys mean nothing to a worker."""
+"""A JSON object that the worker stores or passes on without reading it: a recipe, metrics, or facts about a file."""
 
 _SHOWN_CHARACTERS = 200
 
 
 class _Message(BaseModel):
-    """A frozen value; infinite numbers and NaN survive the way through JSON."""
+    """Base class of all messages. Infinite numbers and NaN stay the same when written to JSON and read again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
-# --- orders: what a child is to do -----------------------------------------------------------------------------------
+# --- orders: the work that a worker gives to a child -----------------------------------------------------------------
 
 
 class IngestOrder(_Message):
-    """Read an archive.
+    """Read an uploaded archive and decode its images.
 
     Attributes:
-        store: the folder of the store that is lent.
-        code_page: that of names which are not in UTF-8; None if it is to be found out.
-        done: paths that were read before.
+        store: folder of the store that holds the archive; the child writes the images there.
+        code_page: the encoding of names that are not in UTF-8; None if it must be found out.
+        done: paths in the archive that an earlier child has read; this child skips them.
     """
 
     type: Literal["ingest"] = "ingest"
@@ -58,7 +59,7 @@ class IngestOrder(_Message):
 
 
 class TrainPart(StrEnum):
-    """How much of a run one order covers: its preparation, one fold, the final fit, or everything."""
+    """The part of a run that one order covers: the preparation, one fold, the final fit, or all of them."""
 
     PREPARE = "prepare"
     FOLD = "fold"
@@ -68,7 +69,14 @@ class TrainPart(StrEnum):
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where ImageNet weights come from: a base address, a folder of earlier downloads, and time limits in seconds."""
+    """Where a child finds ImageNet weights.
+
+    Attributes:
+        url: base address of the downloads.
+        cache: folder with files that were downloaded before.
+        connect_s: time limit in seconds for a connection.
+        stall_s: seconds without data after which a download fails.
+    """
 
     url: str
     cache: str
@@ -77,10 +85,16 @@ class WeightsSource:
 
 
 class TrainingSpec(_Message):
-    """What the parts of a run have in common: its recipe, its data, and the limits of the machine.
+    """The parts of a `TrainOrder` that are the same for every part of a run.
 
-    `weights` is None for a network from scratch, for weights that are not stored yet, and where `candidates`, the
-    weights of each backbone, are to be chosen among.
+    Attributes:
+        features: folder of cached features.
+        pixels: folder of cached pixels, of about `pixels_bytes` at most.
+        recipe: the filled recipe.
+        labels: names of the classes, in the order of the outputs.
+        weights: the stored weights of the backbone. None for a network from scratch, for weights that are not stored
+            yet, and for `"backbone": "auto"`.
+        candidates: for `"backbone": "auto"`, the stored weights of each backbone to choose from.
     """
 
     run: str
@@ -99,15 +113,15 @@ class TrainingSpec(_Message):
 
 
 class TrainOrder(_Message):
-    """Train a part of a run.
+    """Train one part of a run.
 
     Attributes:
-        fold: the number of the fold, if the part is one.
-        outcomes: stored outcomes of the folds that have ended, by number.
-        checkpoints: stored checkpoints of each fold, the newest first.
-        final_checkpoints: those of the final fit.
-        checkpoint_share: how much of the time checkpoints may take, from 0 to 1.
-        extraction: what the run has had to compute so far.
+        fold: number of the fold, from 0; ignored unless `part` is FOLD.
+        outcomes: stored outcomes of the folds that have ended, by number of the fold.
+        checkpoints: stored checkpoints of each fold, the newest first, by number of the fold.
+        final_checkpoints: stored checkpoints of the final fit, the newest first.
+        checkpoint_share: fraction of the training time that writing checkpoints may take, from 0 to 1.
+        extraction: how many features earlier parts of the run computed, and how long that took; None if none did.
     """
 
     type: Literal["train"] = "train"
@@ -122,7 +136,7 @@ class TrainOrder(_Message):
 
 
 class ComparedRun(_Message):
-    """A run that succeeded, as a comparison needs it; `position` is its place in the comparison."""
+    """The results of one run in a comparison. `position` counts the runs of the comparison from 0."""
 
     position: int
     title: str
@@ -136,7 +150,7 @@ class ComparedRun(_Message):
 
 
 class CompareOrder(_Message):
-    """Compare the runs of a comparison."""
+    """Compare the results of several runs that used the same folds."""
 
     type: Literal["compare"] = "compare"
     store: StoreAddress
@@ -165,7 +179,7 @@ class LayersOrder(_ViewOrder):
 
 
 class ActivationsOrder(_ViewOrder):
-    """Draw what a layer makes of an image."""
+    """Draw the activations of one layer for one image."""
 
     type: Literal["activations"] = "activations"
     image: Digest
@@ -173,7 +187,7 @@ class ActivationsOrder(_ViewOrder):
 
 
 class LearningCurveOrder(_ViewOrder):
-    """Measure how the score grows with the number of images."""
+    """Measure how the score of a run grows with the number of training images."""
 
     type: Literal["learning-curve"] = "learning-curve"
     features: str
@@ -191,21 +205,21 @@ Order = IngestOrder | TrainOrder | CompareOrder | ViewOrder
 
 
 class DigestAnswer(_Message):
-    """The file that counts; None if there is none yet."""
+    """The answer to questions about a stored file: the digest of the file to use, or None if there is none yet."""
 
     type: Literal["digest"] = "digest"
     digest: Digest | None
 
 
 class ChoiceAnswer(_Message):
-    """What the run has chosen before; None if nothing."""
+    """The answer to questions about a choice: what an earlier part of the run chose, or None if none has chosen yet."""
 
     type: Literal["choice"] = "choice"
     choice: JsonObject | None
 
 
 class Stored(_Message):
-    """What the child asked to be stored is stored."""
+    """The answer to a child that asked the worker to store something: it is stored."""
 
     type: Literal["stored"] = "stored"
 
@@ -214,7 +228,7 @@ Answer = DigestAnswer | ChoiceAnswer | Stored
 
 
 class Drain(_Message):
-    """Write the last checkpoints and end."""
+    """Ask the child to write its last checkpoints and to exit."""
 
     type: Literal["drain"] = "drain"
 
@@ -222,18 +236,18 @@ class Drain(_Message):
 WorkerMessage = Order | Answer | Drain
 
 
-# --- what the child of an ingest says --------------------------------------------------------------------------------
+# --- messages of a child that reads an archive -----------------------------------------------------------------------
 
 
 class LayoutFound(_Message):
-    """What an archive holds.
+    """The child has listed the files of the archive and read their labels.
 
     Attributes:
-        task: what can be learned from it.
-        samples: number of images that are to be decoded.
-        classes: number of images of each class, those that were refused already included.
-        ignored: number of files that are no images.
-        refused: files that were refused already.
+        task: what can be learned from the archive.
+        samples: number of images that have a label or target and are to be decoded.
+        classes: number of images of each class, including those that are already refused.
+        ignored: number of files that are neither images nor labels.
+        refused: files that cannot be used, with the reasons.
         warnings: what the owner of the images should know.
     """
 
@@ -247,14 +261,14 @@ class LayoutFound(_Message):
 
 
 class ImageBegun(_Message):
-    """The image that is decoded next; if the child dies, this one killed it."""
+    """The child is about to decode this image. If the child then dies, the worker refuses the image."""
 
     type: Literal["reading"] = "reading"
     path: str
 
 
 class ImageRejected(_Message):
-    """An image that cannot be used, and why."""
+    """The child found that this image cannot be used, for this reason."""
 
     type: Literal["refused"] = "refused"
     path: str
@@ -262,7 +276,10 @@ class ImageRejected(_Message):
 
 
 class ImageAccepted(_Message):
-    """An image that is in the lent store, with what its archive says of it."""
+    """An image that the child has decoded and written to the lent store.
+
+    The archive gives its labels or target, its group and its split.
+    """
 
     type: Literal["accepted"] = "accepted"
     path: str
@@ -278,21 +295,22 @@ class ImageAccepted(_Message):
 IngestMessage = LayoutFound | ImageBegun | ImageRejected | ImageAccepted
 
 
-# --- what the child of a training says -------------------------------------------------------------------------------
+# --- messages of a child that trains ---------------------------------------------------------------------------------
 
 
 class JobProgress(_Message):
-    """How far a job is.
+    """The progress of one job of a run.
 
     Attributes:
         stage: a key of `worker.run_progress.STAGES`.
-        share: of the stage, from 0 to 1; the sum over all folds that are learned side by side.
-        eta_s: seconds to the end of the stage, or of these folds; None if nothing tells yet.
-        fold: the fold that moved last; None in other stages.
-        folds: how many folds are learned side by side.
-        epoch: the present epoch of that fold, from 1.
-        epochs: the most that it will have.
-        spent_s: seconds that went into these folds so far, by earlier attempts too.
+        share: finished fraction of the stage, from 0 to 1. In the stage `folds`, the sum of these fractions over all
+            folds that this job trains at the same time.
+        eta_s: estimated seconds to the end of the stage, or of these folds; None if there is no estimate yet.
+        fold: the fold that reported last, from 0; None in other stages.
+        folds: how many folds this job trains at the same time.
+        epoch: the current epoch of `fold`, from 1.
+        epochs: the largest number of epochs that `fold` can have.
+        spent_s: seconds of training that these folds have taken so far, earlier attempts included.
     """
 
     stage: str
@@ -306,21 +324,24 @@ class JobProgress(_Message):
 
 
 class Progress(_Message):
-    """How far the job is; the last one counts."""
+    """The progress of the job now. A later message replaces it."""
 
     type: Literal["progress"] = "progress"
     state: JobProgress
 
 
 class Alive(_Message):
-    """Work moves; `step_s` is the time that one step usually takes, 0 if unknown."""
+    """The job makes progress. `step_s` is the usual duration of one step in seconds, 0 if unknown."""
 
     type: Literal["alive"] = "alive"
     step_s: float = 0.0
 
 
 class EpochEnded(_Message):
-    """An epoch of a fold, or of the final fit (None), counted from 1 through all phases."""
+    """One epoch has ended, in a fold or, if `fold` is None, in the final fit.
+
+    `epoch` counts from 1 and continues through all phases of fine-tuning.
+    """
 
     type: Literal["epoch"] = "epoch"
     fold: int | None
@@ -329,7 +350,10 @@ class EpochEnded(_Message):
 
 
 class CheckpointWritten(_Message):
-    """A checkpoint of a fold, or of the final fit (None), is stored; it holds so many epochs."""
+    """A checkpoint is in the store. It holds the state of a fold, or of the final fit if `fold` is None.
+
+    `epochs` is the number of epochs that were finished at the checkpoint.
+    """
 
     type: Literal["checkpoint"] = "checkpoint"
     fold: int | None
@@ -339,14 +363,14 @@ class CheckpointWritten(_Message):
 
 
 class Extracted(_Message):
-    """The features are there."""
+    """All features of the run are computed; `extraction` says how many and how long that took."""
 
     type: Literal["extraction"] = "extraction"
     extraction: Extraction
 
 
 class StoredFile(_Message):
-    """A file of the run that lies in the store."""
+    """A file that the child has put into the store, and the name under which the run lists it."""
 
     name: RunFile
     sha256: Digest
@@ -355,20 +379,20 @@ class StoredFile(_Message):
 
 
 class FileWritten(_Message):
-    """A file of the run is there before its end."""
+    """The child has stored a file that users may read before the run ends, such as examples of augmentation."""
 
     type: Literal["file"] = "file"
     file: StoredFile
 
 
 class Prepared(_Message):
-    """What the folds read is there."""
+    """The preparation has ended: the folds can start."""
 
     type: Literal["prepared"] = "prepared"
 
 
 class FoldEnded(_Message):
-    """A fold has ended; `outcome` is the stored file that the end of the run needs."""
+    """A fold has ended. `outcome` is the stored file with its predictions, which the final part of the run reads."""
 
     type: Literal["fold"] = "fold"
     result: FoldResult
@@ -376,7 +400,7 @@ class FoldEnded(_Message):
 
 
 class RunOutcome(_Message):
-    """A run has ended with a model."""
+    """The run has succeeded; `bundle` is the file of its model."""
 
     type: Literal["outcome"] = "outcome"
     bundle: Digest
@@ -386,11 +410,11 @@ class RunOutcome(_Message):
     files: tuple[StoredFile, ...]
 
 
-# --- what the child of a training asks -------------------------------------------------------------------------------
+# --- questions of a child that trains --------------------------------------------------------------------------------
 
 
 class WeightsObtained(_Message):
-    """Have weights named that were downloaded or made."""
+    """Ask the worker to record weights that the child has downloaded or created. The answer is `Stored`."""
 
     type: Literal["weights"] = "weights"
     network: BackboneName
@@ -408,13 +432,16 @@ class _AboutBackbone(_Message):
 
 
 class FindBackbone(_AboutBackbone):
-    """Ask for the export that counts."""
+    """Ask for the recorded export of a backbone. The answer is a `DigestAnswer`."""
 
     type: Literal["find_backbone"] = "find_backbone"
 
 
 class AddBackbone(_AboutBackbone):
-    """Have an export named; the answer is the one that counts, which may be an earlier one."""
+    """Ask the worker to record a new export of a backbone.
+
+    The `DigestAnswer` has the export to use: another run may have recorded one first.
+    """
 
     type: Literal["add_backbone"] = "add_backbone"
     digest: Digest
@@ -422,7 +449,7 @@ class AddBackbone(_AboutBackbone):
 
 
 class FindQuantised(_Message):
-    """Ask for the quantised copy of a backbone that this run is to use."""
+    """Ask for the quantised copy of a backbone that this run must use. The answer is a `DigestAnswer`."""
 
     type: Literal["find_quantised"] = "find_quantised"
     backbone: Digest
@@ -430,7 +457,10 @@ class FindQuantised(_Message):
 
 
 class AddQuantised(_Message):
-    """Have a quantised copy named; the answer is the one that counts for this run."""
+    """Ask the worker to record a new quantised copy of a backbone.
+
+    The `DigestAnswer` has the copy that this run must use: another part of the run may have recorded one first.
+    """
 
     type: Literal["add_quantised"] = "add_quantised"
     backbone: Digest
@@ -440,13 +470,16 @@ class AddQuantised(_Message):
 
 
 class FindFeaturesChoice(_Message):
-    """Ask where this run takes its features from, if it has chosen before."""
+    """Ask for the backbone and layer that an earlier part of this run chose. The answer is a `ChoiceAnswer`."""
 
     type: Literal["find_features_choice"] = "find_features_choice"
 
 
 class SetFeaturesChoice(_Message):
-    """Have the choice of where features come from stored; `weights` are those of the chosen backbone."""
+    """Ask the worker to store the chosen backbone and layer of this run. The answer is `Stored`.
+
+    `weights` are the stored weights of the chosen backbone.
+    """
 
     type: Literal["set_features_choice"] = "set_features_choice"
     choice: JsonObject
@@ -454,13 +487,13 @@ class SetFeaturesChoice(_Message):
 
 
 class FindPrecisionChoice(_Message):
-    """Ask for the precision of this run, if it has chosen before."""
+    """Ask for the precision that an earlier part of this run chose. The answer is a `ChoiceAnswer`."""
 
     type: Literal["find_precision_choice"] = "find_precision_choice"
 
 
 class SetPrecisionChoice(_Message):
-    """Have the choice of a precision stored."""
+    """Ask the worker to store the chosen precision of this run. The answer is `Stored`."""
 
     type: Literal["set_precision_choice"] = "set_precision_choice"
     choice: JsonObject
@@ -491,11 +524,11 @@ TrainMessage = (
 )
 
 
-# --- what other children say -----------------------------------------------------------------------------------------
+# --- messages of other children --------------------------------------------------------------------------------------
 
 
 class ComparisonOutcome(_Message):
-    """A comparison has ended with a table, a picture and a report."""
+    """The comparison is complete: its table, and the stored files of its picture and report."""
 
     type: Literal["comparison-outcome"] = "comparison-outcome"
     picture: Digest
@@ -504,7 +537,7 @@ class ComparisonOutcome(_Message):
 
 
 class ViewProgress(_Message):
-    """How far a view is, from 0 to 1."""
+    """The progress of a view: the finished `fraction` from 0 to 1, and the seconds left, or None if unknown."""
 
     type: Literal["view-progress"] = "view-progress"
     fraction: float
@@ -512,7 +545,7 @@ class ViewProgress(_Message):
 
 
 class ViewOutcome(_Message):
-    """A view is computed; some have a picture beside their file."""
+    """The view is complete. Only a learning curve also has a `picture`."""
 
     type: Literal["view-outcome"] = "view-outcome"
     file: Digest
@@ -520,18 +553,18 @@ class ViewOutcome(_Message):
 
 
 class Failed(_Message):
-    """The order cannot be carried out; `error` is `EspalierError.record` of what went wrong."""
+    """The child cannot carry out its order. `error` is the `EspalierError.record` of the reason."""
 
     type: Literal["error"] = "error"
     error: JsonObject
 
     @classmethod
     def by(cls, error: EspalierError) -> Failed:
-        """Return the message for an error."""
+        """Return the message that reports an error."""
         return cls(error=error.record())
 
     def as_error(self) -> EspalierError:
-        """Return the error as the class that it was."""
+        """Return the error, as an instance of its original class."""
         return from_record(self.error)
 
 
@@ -542,12 +575,12 @@ ChildMessage = IngestMessage | TrainMessage | ComparisonOutcome | ViewProgress |
 
 
 def line_of(message: BaseModel) -> str:
-    """Return a message as one line of JSON, its end included."""
+    """Return a message as one line of JSON, including the newline."""
     return message.model_dump_json() + "\n"
 
 
 def parse_child_message(line: str) -> ChildMessage:
-    """Return the message in a line of a child. Raises Crashed if it is none."""
+    """Return the message in a line that a child sent. Raises Crashed if the line is not a message."""
     try:
         return _child_messages().validate_json(line)
     except ValidationError as error:
@@ -555,7 +588,7 @@ def parse_child_message(line: str) -> ChildMessage:
 
 
 def parse_worker_message(line: str) -> WorkerMessage:
-    """Return the message in a line of the worker. Raises Crashed if it is none."""
+    """Return the message in a line that the worker sent. Raises Crashed if the line is not a message."""
     try:
         return _worker_messages().validate_json(line)
     except ValidationError as error:
@@ -567,7 +600,7 @@ def _unreadable(sender: str, line: str, error: ValidationError) -> str:
     where = ".".join(map(str, first["loc"]))
     return (
         f"Expected a message of worker.messages from {sender}. Received {line[:_SHOWN_CHARACTERS]!r}, "
-        f"which is none: {first['msg']}{f' at {where}' if where else ''}. This is a bug."
+        f"which is not valid: {first['msg']}{f' at {where}' if where else ''}. This is a bug."
     )
 
 

@@ -1,4 +1,7 @@
-"""Counts the processes that the kernel killed for memory. Their SIGKILL alone does not tell who sent it."""
+"""Counts the processes that the kernel killed because memory ran out.
+
+A process that ended by SIGKILL does not show whether the kernel or a person sent the signal; this count does.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,13 @@ COUNTERS = (
 
 
 def count_kills(counters: Sequence[Path] = COUNTERS) -> int:
-    """Return a number that grows with each process that the kernel kills for memory; 0 where there are no counters."""
+    """Return a number that grows each time the kernel kills a process because memory ran out.
+
+    Return 0 on systems without such counters.
+    """
     kills = 0
     for counter in counters:
-        with contextlib.suppress(OSError, ValueError):  # another system, or no permission to look
+        with contextlib.suppress(OSError, ValueError):  # not Linux, or no permission to read
             for line in counter.read_text().splitlines():
                 name, _, value = line.partition(" ")
                 if name == "oom_kill":

@@ -1,6 +1,6 @@
-"""How far a training is, and how long it will still take. Knows no rows and no clock but the one it is given.
+"""Estimates the progress and the remaining time of a run. Uses neither the database nor the system clock.
 
-A child estimates the job in hand; its worker combines the jobs of a run with the folds that have ended.
+The child process estimates the progress of its own job. The worker combines the jobs of a run and its ended folds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from recipes.recipe import Mode
 from worker.messages import JobProgress
 
-# Shares of the whole that were typical; only the bar's evenness depends on them, the ETA is measured.
+# Where each stage typically starts, as a fraction of the run. Only the progress bar depends on these numbers: the
+# remaining time is measured.
 STAGES: Mapping[Mode, Mapping[str, float]] = {
     Mode.FEATURE_EXTRACTION: {
         "weights": 0.0,
@@ -49,18 +50,20 @@ STAGES: Mapping[Mode, Mapping[str, float]] = {
         "end": 1.0,
     },
 }
-# Share of a fold that the head's epochs typically are where the network learns too; only the bar's evenness needs it.
+# In fine-tuning, the typical fraction of a fold that the epochs of the head take. Only the progress bar depends on it.
 _SHARE_OF_HEAD = 0.05
 
 
 @dataclass
 class _Fit:
-    """A fold, or the final fit, in epochs: of the head alone, and of the network with it (0: it stays frozen).
+    """The epochs of one fit: the training of one fold, or the final fit.
 
     Attributes:
-        done: epochs of both.
-        counted_from: what was done when counting began; earlier epochs took another time.
-        unfrozen_after: epochs of the head after which the network learns too; None as long as it does not.
+        head: the largest number of epochs that train only the head; 0 if the network is trained from the first epoch.
+        network: the largest number of epochs that also train the network; 0 if the network stays frozen.
+        done: finished epochs of both kinds.
+        counted_from: the value of `done` when the time measurement began.
+        unfrozen_after: number of epochs after which the network was unfrozen; None while it is frozen.
     """
 
     head: int
@@ -87,15 +90,15 @@ class _Fit:
 
     @property
     def is_predictable(self) -> bool:
-        """Whether the epochs that are counted show what the others will take."""
+        """Whether the measured epochs are of the same kind as the remaining ones, so that their times compare."""
         return not self.network or self.unfrozen_after is not None
 
 
 @dataclass
 class ProgressEstimator:
-    """Estimates how far the job in hand is; `of_run` combines the jobs of a run.
+    """Estimates the progress of one job; `of_run` combines the jobs of a run.
 
-    Fits run side by side, mostly one alone. Their time counts from when the first of those began that run now.
+    A job may train several fits at the same time. Their time is measured from the start of the first of them.
     """
 
     now: Callable[[], float]
@@ -108,25 +111,28 @@ class ProgressEstimator:
     _counted_since: float | None = 0.0
 
     def begin_stage(self, name: str) -> JobProgress:
-        """Begin a stage, a key of STAGES."""
+        """Begin a stage; `name` is a key of STAGES."""
         self._stage, self._stage_begun_at = name, self.now()
         return JobProgress(stage=name, share=0.0)
 
     def images_done(self, done: int, total: int) -> JobProgress:
-        """Note how many images the stage has done; the others are assumed to take as long each."""
+        """Record that the stage has processed `done` of `total` images; return the progress.
+
+        The estimate assumes that each remaining image takes as long as the average so far.
+        """
         share = done / total if total else 1.0
         spent_s = self.now() - self._stage_begun_at
         return JobProgress(stage=self._stage, share=share, eta_s=spent_s * (1 - share) / share if share else None)
 
     def begin_fit(self, fold: int | None, head: int, network: int, *, done: float = 0.0, spent_s: float = 0.0) -> None:
-        """Begin a fold, or the final fit (None).
+        """Begin a fit.
 
         Args:
-            fold: its number.
-            head: the most epochs of the head alone; 0 if the network learns from the beginning.
-            network: the most epochs of the network with it; 0 if it stays frozen.
-            done: epochs of the checkpoint that it continues from.
-            spent_s: seconds that these took.
+            fold: number of the fold; None for the final fit.
+            head: the largest number of epochs that train only the head; 0 if the network is trained from the start.
+            network: the largest number of epochs that also train the network; 0 if the network stays frozen.
+            done: finished epochs of the checkpoint from which the fit continues.
+            spent_s: seconds that these finished epochs took.
         """
         if not self._fits:
             self._ended = self._spent_before_s = 0.0
@@ -135,9 +141,9 @@ class ProgressEstimator:
         self._fits[fold] = _Fit(head, network, done, counted_from=done, unfrozen_after=None if head else 0)
 
     def network_unfrozen(self, fold: int | None, epochs: int) -> JobProgress:
-        """Note that the network learns too after so many epochs of the head.
+        """Record that the network of a fit is trained too, after `epochs` epochs of the head; return the progress.
 
-        Counting begins anew with the next call of `epochs_done`: the network's first step also builds and compiles it.
+        The time measurement restarts at the next `epochs_done`, because the first step also compiles the network.
         """
         fit = self._fits[fold]
         fit.unfrozen_after = epochs
@@ -146,7 +152,7 @@ class ProgressEstimator:
         return self._of_fits(fold)
 
     def epochs_done(self, fold: int | None, epochs: float) -> JobProgress:
-        """Note how many epochs of a fit are done; return how far all fits are."""
+        """Record how many epochs of a fit are finished; return the progress of all fits together."""
         self._fits[fold].done = epochs
         if self._counted_since is None:
             self._ended, self._counted_since = 0.0, self.now()
@@ -155,13 +161,13 @@ class ProgressEstimator:
         return self._of_fits(fold)
 
     def end_fit(self, fold: int | None) -> None:
-        """End a fit; its epochs still show what one takes."""
+        """End a fit. The measured times of its epochs still count for the fits that continue."""
         fit = self._fits.pop(fold, None)
         if fit is not None:
             self._ended += fit.done - fit.counted_from
 
     def count_fits(self) -> int:
-        """Return how many fits run side by side."""
+        """Return how many fits this job trains at the same time now."""
         return len(self._fits)
 
     def _of_fits(self, fold: int | None) -> JobProgress:
@@ -187,14 +193,14 @@ class ProgressEstimator:
     def of_run(mode: Mode, folds: int, ended_s: Sequence[float], states: Sequence[JobProgress]) -> dict[str, Any]:
         """Return the progress of a run: stage, fraction from 0 to 1, fold (from 1), folds, epoch, epochs, eta_s.
 
-        The ETA is measured: until a fold has begun to count its epochs, it is that of the present stage alone, or None.
-        A final fit that does not count them yet takes as long as a fold.
+        Before the folds, `eta_s` is the remaining time of the current stage only, or None. A final fit that has not
+        finished an epoch yet is assumed to take as long as a fold.
 
         Args:
-            mode: how the run learns; it says which stages there are.
-            folds: how many there are, through all repeats.
-            ended_s: seconds that each fold took that has ended.
-            states: how far each job of the run is, one or more.
+            mode: mode of the run, which determines its stages.
+            folds: number of folds of the run, repeats included.
+            ended_s: duration in seconds of each fold that has ended.
+            states: progress of each job of the run, one or more.
         """
         starts = STAGES[mode]
         names = list(starts)
@@ -222,9 +228,14 @@ class ProgressEstimator:
 
 
 def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[JobProgress]) -> float | None:
-    """Return the seconds that the folds should still take, and the final fit after them, which takes as long as one.
+    """Return the estimated seconds until all folds and the final fit have ended.
 
-    Until a fold has ended, as if none stopped early.
+    The final fit is assumed to take as long as a fold. Until a fold has ended, the estimate assumes no early stopping.
+
+    Args:
+        waiting: number of folds that have not started.
+        ended_s: duration in seconds of each fold that has ended.
+        parts: progress of each job that trains folds now.
     """
     typical = ended_s or [(state.spent_s + state.eta_s) / state.folds for state in parts if state.eta_s is not None]
     if not typical:
@@ -235,10 +246,10 @@ def _eta_of_folds_s(waiting: int, ended_s: Sequence[float], parts: Sequence[JobP
 
 
 def _rest_s(state: JobProgress, typical_s: float, *, has_ended: bool) -> float:
-    """Return what is left of a part: what is left of a typical one, or what it says itself where that says more.
+    """Return the estimated seconds that a job still needs for its folds.
 
-    Folds that have ended say it better than one that cannot know whether it will stop early. Of several side by side
-    and of one that takes longer than others it is the other way round.
+    If a fold of the run has ended, use the typical duration, because a running fold does not know whether it will stop
+    early. Use the job's own estimate if no fold has ended, if the job trains several folds, or if it is overdue.
     """
     if state.eta_s is not None and (not has_ended or state.folds > 1 or state.spent_s > typical_s):
         return state.eta_s

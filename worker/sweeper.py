@@ -1,6 +1,7 @@
-"""Checks all running jobs every few seconds, and takes over those whose worker is gone.
+"""Checks all running jobs every few seconds, and puts a job whose worker is gone back into its queue.
 
-It also records that this worker is alive, queues publications, and asks the dispatcher to send due jobs. It runs none.
+The sweeper also records that this worker is alive, queues the jobs that send results to MLflow, and then asks the
+dispatcher to send due jobs. It runs no job itself.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from worker.lease import Handler, Timings
 
 log = structlog.get_logger()
 
-# After a late sweep, at most this many intervals count as observed.
+# If a sweep comes late, at most this many intervals count as time in which the jobs were observed.
 _ATTENTIVE = 2.0
 
 
 class Sweeper:
-    """Checks every running job every few seconds.
+    """Checks every running job every few seconds, and ends leases that are not renewed.
 
-    A lease expires when the sweeper observes the same (epoch, renewals) for `lease_s` on its own monotonic clock. Time
-    in which it did not sweep, since the machine or this process stood still, does not count.
+    A lease expires when its epoch and its count of renewals stay the same for `lease_s` seconds on the monotonic clock
+    of this process. Time in which the machine or this process was suspended does not count.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Sweeper:
         clock: Clock = Clock(),  # noqa: B008 - frozen
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepare a sweeper; it calls `after` at the end of each sweep, even if the database did not answer."""
+        """Prepare the sweeper. It calls `after` at the end of each sweep, even if the database is unavailable."""
         self._after = after
         self._database = database
         self._queues = queues
@@ -56,32 +57,32 @@ class Sweeper:
         self._thread = clock.thread(self._run, "sweeper")
 
     def start(self) -> None:
-        """Start the thread, which sweeps at once."""
+        """Start the thread. Its first sweep begins at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop sweeping, and remove the row of this worker, which accepts no more jobs."""
+        """Stop sweeping, and delete the database row that lists this worker, because it accepts no more jobs."""
         self._over.set()
         self._thread.join()
         try:
             with self._database.writing() as session:
                 workers.remove_worker(session, self._worker)
         except (Unavailable, DiskFull) as error:
-            log.warning("worker not removed", worker=self._worker, error=error.detail)
+            log.warning("row of the worker not deleted", worker=self._worker, error=error.detail)
 
     def _run(self) -> None:
         while not self._over.is_set():
             try:
                 self.sweep()
             except (Unavailable, DiskFull) as error:
-                log.warning("database away", thread="sweeper", error=error.detail)
+                log.warning("database unavailable", thread="sweeper", error=error.detail)
             except Exception:
                 log.exception("sweep failed")
             self._after()
             self._over.wait(self._timings.look_every_s)
 
     def sweep(self) -> int:
-        """Check every running job once; return how many were taken over."""
+        """Check every running job once; return how many leases were ended because their workers are gone."""
         now = self._clock.now()
         with self._database.writing() as session:
             workers.see_worker(session, self._worker, self._queues)
@@ -124,7 +125,7 @@ class Sweeper:
                 case JobState.CANCELLED:
                     handler.cancelled(session, job)
                 case _:
-                    error = Stalled("Its worker was lost at every attempt.")
+                    error = Stalled("The worker of this job was lost at every attempt.")
                     job.error = error.record()
                     handler.failed(session, job, error)
         log.warning("lease taken over", job=observation.job_id, state=job.state.value)

@@ -1,4 +1,4 @@
-"""The Celery tasks: one for each kind of job, its argument the job's id. What a task does is `JobRunner.run`."""
+"""The Celery tasks: one for each kind of job. Each task takes a job id and calls `JobRunner.run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.job_runner import JobFailed, Outcome
 def add_tasks(app: Celery, run: Callable[[str], Outcome]) -> None:
     """Register `espalier.<kind>(job_id)` for every kind of job.
 
-    A task returns how the attempt ended, and fails with `JobFailed` if the job failed.
+    `run` does the work. The task returns the `Outcome` of `run`, and fails with `JobFailed` if the job failed.
     """
     for kind in JobKind:
 

@@ -1,1 +1,1 @@
-"""One file for each group of routes."""
+"""The routes of the HTTP API, one module for each group of routes."""

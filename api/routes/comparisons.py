@@ -1,4 +1,4 @@
-"""Routes of comparisons: several recipes on the same folds, and the table of their scores. Measures nothing."""
+"""Routes of comparisons: start, show and cancel them, and get their pictures and reports. Workers do the work."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start_comparison(
     body: ComparisonRequest,
     idempotency: IdempotencyDep,
 ) -> ComparisonOut:
-    """Train a run with each recipe on the same folds; when the last one has ended, a worker makes the table."""
+    """Start a comparison: train one run with each recipe on the same folds, then make a table of the scores."""
     earlier = idempotency.find_answer(ComparisonOut, body, response)
     if earlier is not None:
         return earlier
@@ -72,16 +72,17 @@ def list_comparisons(
 
 @router.get("/{comparison_id}")
 def get_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
-    """Show a comparison: its runs so far, and the table once it has one."""
+    """Show a comparison with its runs, and with its table once all runs have ended."""
     with services.database.reading() as session:
         return _comparison_out(session, comparisons.get_comparison(session, principal, comparison_id))
 
 
 @router.post("/{comparison_id}/cancel", status_code=202)
 def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
-    """Cancel a comparison and its unfinished runs; a second request, or one after its end, changes nothing.
+    """Cancel a comparison and its unfinished runs. If the comparison has already ended, nothing changes.
 
-    If it had a table and a run of it was retried, it gets that table again when the run has ended.
+    A comparison that already has a table runs again only because one of its runs was retried. Then only that run is
+    cancelled, and the comparison gets a new table.
     """
     with services.database.writing() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
@@ -94,7 +95,7 @@ def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison
 
 @router.get("/{comparison_id}/picture", response_class=FileResponse)
 def get_picture(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
-    """Return the scores with their intervals as a picture."""
+    """Return a PNG picture of the scores and their confidence intervals."""
     with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
     return _file(services, comparison, comparison.picture_sha256, "image/png")
@@ -102,7 +103,7 @@ def get_picture(services: ServicesDep, principal: PrincipalDep, comparison_id: s
 
 @router.get("/{comparison_id}/report", response_class=FileResponse)
 def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
-    """Return the table as Markdown."""
+    """Return the table of a comparison as Markdown."""
     with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
     return _file(services, comparison, comparison.report_sha256, "text/markdown")
@@ -111,8 +112,8 @@ def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: st
 def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> FileResponse:
     if digest is None:
         raise NotReady(
-            f"Comparison {comparison.id} has no table. Expected a comparison in state 'succeeded'. Received "
-            f"{comparison.state.value!r}."
+            f"Comparison {comparison.id} is {comparison.state.value} and has no table. A comparison gets its table "
+            "when it succeeds."
         )
     return stored_file(services.store, digest, media_type)
 

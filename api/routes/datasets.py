@@ -1,4 +1,4 @@
-"""Routes of data sets: upload, show, delete. Opens no archive: workers do."""
+"""Routes of data sets: upload, show and delete them. Workers open the uploaded archives."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def upload(
     name: Annotated[Name, Query()],
     idempotency: IdempotencyDep,
 ) -> DatasetCreated:
-    """Upload a zip, tar or tar.gz of images: one folder per class, or a labels.csv at its top."""
+    """Upload a new data set: a zip, tar or tar.gz archive of images with one folder per class, or with a labels.csv."""
     return await _receive_version(
         request,
         response,
@@ -84,7 +84,7 @@ async def add_images(
     dataset_id: str,
     idempotency: IdempotencyDep,
 ) -> DatasetCreated:
-    """Upload an archive of images to add. They and the present ones become a new version."""
+    """Upload an archive with more images for a data set. Its new version contains these and all earlier images."""
     return await _receive_version(
         request,
         response,
@@ -140,11 +140,15 @@ async def _receive_version(
     check: Callable[[Session], None],
     find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
-    """Receive an archive and queue its ingest as a new version of the data set that `find` returns."""
+    """Receive an archive, add a version for it to the data set that `find` returns, and queue the ingest.
 
-    def check_first() -> None:  # before gigabytes are uploaded in vain
+    `check` raises an error if the upload will be refused whatever the archive contains.
+    """
+
+    def check_first() -> None:  # before the client uploads gigabytes in vain
         with services.database.reading() as session:
-            # A known key may mean a repeated upload, which only its last byte can show.
+            # With a known Idempotency-Key, this may be a repeated upload, which must get the first answer. Whether it
+            # is one is only known when the whole archive has arrived.
             if not idempotency.is_known(session):
                 check(session)
 
@@ -161,18 +165,21 @@ def _record(
     archive: Digest,
     find: Callable[[Session], Dataset],
 ) -> DatasetCreated:
-    """Add the version and its job; delete the archive if that fails or was done before, unless another row names it."""
+    """Add a version for a stored archive, and its ingest job.
+
+    Deletes the archive if the version cannot be added or the request is a repetition, unless a row references the file.
+    """
     is_needed = False
     try:
         earlier = idempotency.find_answer(DatasetCreated, archive, response)
         if earlier is not None:
             return earlier
         with services.database.writing() as session:
-            # First: a request that finds the name taken deletes its archive, which may be the same file.
+            # Lock first: another request may be refused now, and would then delete its archive, perhaps the same file.
             lock_files(session)
             dataset = find(session)
             if not services.store.has(archive):
-                raise Unavailable("The archive was removed just after it arrived. Send it again.")
+                raise Unavailable("The archive was deleted just after it arrived. Send it again.")
             version = datasets.add_version(session, dataset, archive)
             jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, version.id)
             created = DatasetCreated(id=dataset.id, name=dataset.name, state=version.state, version=version.number)
@@ -200,7 +207,7 @@ def list_datasets(
 
 @router.get("/{dataset_id}")
 def get_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: str) -> DatasetOut:
-    """Show a data set as its newest usable version."""
+    """Show a data set with all versions. The main fields describe its newest version that is ready."""
     with services.database.reading() as session:
         return _dataset_out(session, datasets.get_dataset(session, principal, dataset_id))
 
@@ -215,7 +222,7 @@ def list_images(
     limit: LimitQuery = 50,
     cursor: CursorQuery = None,
 ) -> Page[ImageOut]:
-    """List the images of a version by path, as its manifest does; with a label only those that have it."""
+    """List the images of a version in the order of their paths. With `label`, list only images that have this label."""
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
         chosen = datasets.ready_version(session, dataset, version)
@@ -227,7 +234,7 @@ def list_images(
 
 @router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
 async def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
-    """Return a small WEBP of an image, upright and without its metadata."""
+    """Return a thumbnail of an image in WEBP format: rotated as EXIF says, and without metadata."""
 
     def find() -> Digest:
         with services.database.reading() as session:
@@ -243,15 +250,18 @@ async def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_
 
 @router.delete("/{dataset_id}", status_code=204)
 def delete_dataset(services: ServicesDep, principal: PrincipalDep, dataset_id: str) -> None:
-    """Delete a data set with its images. Its runs and models stay."""
+    """Delete a data set and its images. Runs and models that were trained on it stay."""
     with services.database.writing() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id, for_change=True)
         versions = [version.id for version in datasets.get_versions(session, dataset.id)]
         if runs.is_any_active(session, versions):
-            raise InUse(f"A run on data set {dataset.name!r} is still active. Cancel it first, or wait for its end.")
+            raise InUse(
+                f"A run on data set {dataset.name!r} has not ended. Cancel the run first, or wait until it has ended."
+            )
         if comparisons.is_any_active(session, versions):
             raise InUse(
-                f"A comparison on data set {dataset.name!r} has not ended. Cancel it first, or wait for its end."
+                f"A comparison on data set {dataset.name!r} has not ended. Cancel the comparison first, or wait until "
+                "it has ended."
             )
         for version_id in versions:
             if jobs.request_cancel(session, version_id, JobKind.INGEST):

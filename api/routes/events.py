@@ -1,4 +1,4 @@
-"""The events of a run as they happen, as server-sent events. Reads rows and keeps nothing in this process."""
+"""The route that streams the events of a run while it trains, as server-sent events. Reads them from the database."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ After = Annotated[int, Header(alias="Last-Event-ID", ge=0, le=LARGEST_NUMBER)]
 
 
 def existing_run_id(services: ServicesDep, principal: PrincipalDep, run_id: str, after: After = 0) -> str:
-    """Return the id of a run that has more events or will have them; a stream that has begun can send no status.
+    """Check that a run exists and that the client has not received all its events; return the run's id.
 
-    Raises NotFound. Raises HTTPException with 204 if the client has received the last event: browsers reconnect after
-    every end of a stream, unless they get this status.
+    This is a dependency, because a stream that has begun can no longer send a status. Raises NotFound, or HTTPException
+    with status 204 if the run is over and the client has received its last event. A browser reconnects after every end
+    of a stream, unless it gets status 204.
     """
     with services.database.reading() as session:
         run = runs.get_run(session, principal, run_id)
@@ -45,14 +46,15 @@ async def stream_events(
     run_id: Annotated[str, Depends(existing_run_id)],
     after: After = 0,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Stream `progress`, `epoch`, `fold` and `state` events until the run is over.
+    """Stream the `progress`, `epoch`, `fold` and `state` events of a run until the run is over.
 
-    Starts from the first event, or after `Last-Event-ID`; answers 204 if that was the last one.
+    The stream starts with the first event, or with the event after `Last-Event-ID`. If the run is over and has no
+    further events, the answer is 204.
     """
     while True:
         try:
             events, is_over = await run_in_threadpool(_read_events, services, run_id, after)
-        except Unavailable:  # a browser that gets an error does not reconnect
+        except Unavailable:  # an error would end the stream, and a browser does not reconnect after an error
             await asyncio.sleep(_AWAY_S)
             continue
         for event in events:
@@ -65,9 +67,10 @@ async def stream_events(
 
 
 def _read_events(services: Services, run_id: str, after: int) -> tuple[list[RunEvent], bool]:
-    """Return the next events, and whether the run is over."""
+    """Return the events of a run after number `after`, and whether the run is over."""
     with services.database.reading() as session:
-        # The state first: on PostgreSQL a run may end between the two, and its last event must not be missed.
+        # The state is read before the events. On PostgreSQL, a run may end between the two queries. If the events were
+        # read first, the last one would be missed.
         is_over = session.get_one(runs.Run, run_id).state.is_final
         return list(runs.get_events(session, run_id, after)), is_over
 

@@ -1,4 +1,4 @@
-"""Routes of models, their versions and aliases. `api.routes.predictions` predicts."""
+"""Routes of models, their versions and aliases. The prediction route is in `api.routes.predictions`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def list_models(
 
 @router.get("/{name}")
 def get_model(services: ServicesDep, principal: PrincipalDep, name: str) -> ModelOut:
-    """Show a model with its aliases and its newest versions; `GET …/versions` pages through all of them."""
+    """Show a model with all its aliases and its newest versions. `GET …/versions` lists all versions."""
     with services.database.reading() as session:
         return _model_out(session, registry.get_model(session, principal, name))
 
@@ -60,7 +60,7 @@ def list_versions(
 
 @router.get("/{name}/versions/{version}")
 def get_version(services: ServicesDep, principal: PrincipalDep, name: str, version: Number) -> ModelVersionOut:
-    """Show one version of a model."""
+    """Show one version of a model, with the recipe and the metrics of its run."""
     with services.database.reading() as session:
         model = registry.get_model(session, principal, name)
         found = registry.get_model_version(session, model, version)
@@ -74,9 +74,10 @@ def get_version(services: ServicesDep, principal: PrincipalDep, name: str, versi
 def move_alias(
     services: ServicesDep, principal: PrincipalDep, name: str, alias: AliasName, body: AliasRequest
 ) -> AliasOut:
-    """Point an alias to a version. A version that cannot be served is refused, and the alias does not move.
+    """Make an alias of a model point to another version. The alias is created if it does not exist.
 
-    `serving` is `old` while the version's backbone is being loaded; until then the previous version answers.
+    The request is refused if files of the version are missing or damaged. If its backbone must be loaded first, the
+    response has `serving: old`, and the previous version answers until the backbone is loaded.
     """
     with services.database.reading() as session:
         model = registry.get_model(session, principal, name)

@@ -1,4 +1,4 @@
-"""The route that previews a network before anything is trained. `recipes.shapes` computes the shapes."""
+"""The route that previews the layers of a network without training it. `recipes.shapes` computes the shapes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _network_rows(network: NetworkRecipe, body: NetworkPreviewRequest) -> list[R
     if body.features_from is not None:
         raise RecipeInvalid(
             "features_from",
-            f"Expected null: only a backbone has cut points. Received {body.features_from!r}.",
+            f"Expected null, because only a backbone has cut points. Received {body.features_from!r}.",
         )
     size = default_size(network.kind) if body.image_size is None else body.image_size
     height, width = sides(size)
@@ -54,13 +54,13 @@ def _backbone_rows(backbone: BackboneName, body: NetworkPreviewRequest) -> list[
     size = body.image_size
     if isinstance(size, tuple):
         raise RecipeInvalid(
-            "image_size", f"Expected one number: images for a backbone are squares. Received {list(size)}."
+            "image_size", f"Expected one number, because images for a backbone are squares. Received {list(size)}."
         )
     return backbone_table(backbone, body.features_from, size, body.outputs)
 
 
 def _preview_out(rows: Sequence[Row]) -> NetworkPreviewOut:
-    """Return the response for a table of layers, whose first row is the input."""
+    """Return the response for a table of layers. The first row of the table is the network's input."""
     pixels, *layers = rows
     height, width, channels = pixels.shape
     parameters = sum(row.parameters for row in layers)

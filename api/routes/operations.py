@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 router = APIRouter(tags=["operations"])
 
-# A live worker is seen every few seconds; one that was not seen for this long is gone or hangs.
+# Seconds after which a worker that was not seen again counts as not alive. Live workers report every few seconds.
 _WORKER_SEEN_S = 60
 _WORKERS_SHOWN = 200
 # A publish job that finds no server is tried again within minutes.
@@ -37,13 +37,16 @@ _DECISIVE = ("database", "schema", "disk", "engine", "process")
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """Answer that the process is alive."""
+    """Report that the process is alive. Checks nothing else."""
     return {"status": "ok"}
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
 def readyz(services: ServicesDep, request: Request, response: Response) -> Readiness:
-    """Report part by part whether requests should be sent here; if there is an API key, the details need it."""
+    """Report whether this process is ready for requests, with one check for each part of the service.
+
+    If the service has an API key, only requests with the key see the details of the checks.
+    """
     checks = {
         "database": _checked(_database, services),
         "schema": _checked(_schema, services),
@@ -64,19 +67,19 @@ def readyz(services: ServicesDep, request: Request, response: Response) -> Readi
 
 @router.get("/metrics", response_class=Response)
 def metrics(services: ServicesDep) -> Response:
-    """Return metrics in Prometheus' text format; those of jobs are left out while the database is away."""
+    """Return metrics in Prometheus' text format. If the database does not answer, metrics of jobs are left out."""
     counts = None
     try:
         with services.database.reading() as session:
             counts = jobs.count_jobs(session)
-    except Exception as error:  # whatever it is, the other metrics do not depend on it
+    except Exception as error:  # the other metrics do not need the database
         log.warning("jobs not counted", error=str(error))
     return Response(services.metrics.render(counts), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/api/v1/workers")
 def list_workers(services: ServicesDep) -> Page[WorkerOut]:
-    """List the workers of the last days, those that looked for work last first: which queues each of them serves."""
+    """List the workers of the last days with the queues that they serve, the most recently seen first."""
     with services.database.reading() as session:
         found = workers.list_workers(session, _WORKERS_SHOWN)
         alive_since = now() - timedelta(seconds=_WORKER_SEEN_S)
@@ -98,9 +101,9 @@ def _checked(check: Callable[[Services], Check], services: Services) -> Check:
         return check(services)
     except EspalierError as error:
         return Check(ok=False, detail=error.detail)
-    except Exception as error:  # anyone may read the answer, so it names only the kind of error
+    except Exception as error:  # the answer is public, so it names only the type of the error
         log.warning("check failed", check=check.__name__.strip("_"), exc_info=error)
-        return Check(ok=False, detail=f"{type(error).__name__}: the log has more")
+        return Check(ok=False, detail=f"{type(error).__name__}; the API's log has the details")
 
 
 def _database(services: Services) -> Check:
@@ -124,10 +127,10 @@ def _disk(services: Services) -> Check:
 
 
 def _process(services: Services) -> Check:
-    """Report the process id, and whether the process drains."""
+    """Check that the process is not shutting down; report its process id."""
     return Check(
         ok=not services.shutdown.is_draining,
-        detail="ends soon" if services.shutdown.is_draining else f"{os.getpid()} goes on",
+        detail="is shutting down" if services.shutdown.is_draining else f"process {os.getpid()}",
     )
 
 
@@ -142,7 +145,7 @@ def _engine(services: Services) -> Check:
 
 def _broker(services: Services) -> Check:
     if services.settings.redis_url is None:
-        return Check(ok=False, detail="REDIS_URL is not set; nobody sends jobs to workers")
+        return Check(ok=False, detail="REDIS_URL is not set, so this process cannot send jobs to workers")
     try:
         with redis.Redis.from_url(_redis_url(services.settings.redis_url), socket_timeout=1) as client:
             client.ping()
@@ -152,7 +155,7 @@ def _broker(services: Services) -> Check:
 
 
 def _redis_url(url: str) -> str:
-    """Return the broker's address for the redis client; Kombu writes unix sockets differently."""
+    """Return the broker's address as the redis client expects it. Kombu writes unix sockets differently."""
     return url.replace("redis+socket://", "unix://", 1)
 
 

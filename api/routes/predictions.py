@@ -1,4 +1,4 @@
-"""The prediction route: reads the images, picks the version that answers, and shapes the answer. Computes nothing."""
+"""The prediction route: reads the images, finds the model version that answers, and builds the response."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from recipes.recipe import NAME_PATTERN
 
 Result = TypeVar("Result")
 
-# Labels may be as long as a part of a path.
+# A label may be a folder's name, which has at most 255 bytes.
 LONGEST_LABEL = 255
 
 router = APIRouter(prefix="/api/v1/models", tags=["models"])
@@ -49,9 +49,9 @@ _IMAGES_BODY = {
 
 
 async def unless_disconnected(request: Request, awaitable: Awaitable[Result]) -> Result:
-    """Return the result of an awaitable, or cancel it when the client disconnects. The body must have been read.
+    """Return the result of an awaitable. If the client disconnects before, cancel it and raise ClientDisconnect.
 
-    Raises ClientDisconnect.
+    The body of the request must have been read before.
     """
     working = asyncio.ensure_future(awaitable)
     leaving = asyncio.ensure_future(request.receive())
@@ -68,7 +68,7 @@ async def unless_disconnected(request: Request, awaitable: Awaitable[Result]) ->
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answers, or a picture.",
+        "description": "The predictions, or a picture that explains one prediction.",
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
     },
     409: {
@@ -96,18 +96,22 @@ async def predict(
     explain: Annotated[Explanation | None, Query()] = None,
     label: Annotated[str | None, Query(max_length=LONGEST_LABEL)] = None,
 ) -> PredictionsOut | Response:
-    """Predict images: one as the raw body, several as multipart fields `images` or as base64 in JSON.
+    """Predict images: one image as the raw body, or several as multipart fields `images` or as base64 text in JSON.
 
-    Answers with the `champion`, unless a version or an alias is asked for. A version that is no better than a constant
-    answer does not become `champion` by itself. `explain=heatmap` shows which places of an
-    image speak for the answer, or for a `label`; `explain=activations` shows the network's strongest channels, and
-    `explain=neighbours` the three training images that look most like it to the network, if the run was told to keep
-    them. The pictures come with the answers, or one alone to who asks with `Accept: image/png`.
+    The alias `champion` answers, unless the request names a `version` or another `alias`. A version that is no better
+    than a constant answer does not become `champion` by itself. With `explain`, the response also has a picture for
+    each image:
+
+    - `heatmap` shows which parts of the image speak for the predicted label, or for `label`.
+    - `activations` shows the strongest channels of the network.
+    - `neighbours` shows the three training images with the most similar features, if the run has kept them.
+
+    For a single image, `Accept: image/png` returns only the picture.
     """
     if version is not None and alias is not None:
         raise RequestInvalid("Expected a version or an alias. Received both.", field="alias")
     if label is not None and explain is not Explanation.HEATMAP:
-        raise RequestInvalid("Expected a label together with explain=heatmap. Received it without.", field="label")
+        raise RequestInvalid("'label' is only allowed together with explain=heatmap.", field="label")
     settings, queue = services.settings, services.prediction_queue
     deadline, limit_bytes = Deadline(settings.predict_deadline_s), settings.predict_bytes
     declared = bodies.declared_bytes(request)

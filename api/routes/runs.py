@@ -1,4 +1,4 @@
-"""Routes of runs and backbones: start, show, cancel, retry. Trains nothing: workers do."""
+"""Routes of runs and backbones: start, show, cancel and retry runs, and list backbones. Workers train the runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ router = APIRouter(prefix="/api/v1", tags=["runs"], route_class=JsonRoute)
 def start_run(
     response: Response, services: ServicesDep, principal: PrincipalDep, body: RunRequest, idempotency: IdempotencyDep
 ) -> RunOut:
-    """Train a model on a data set."""
+    """Start a run, which trains a model on a data set and adds a version to the model."""
     earlier = idempotency.find_answer(RunOut, body, response)
     if earlier is not None:
         return earlier
@@ -93,14 +93,14 @@ def list_runs(
 
 @router.get("/runs/{run_id}")
 def get_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
-    """Show a run."""
+    """Show a run with its progress, results and files."""
     with services.database.reading() as session:
         return _whole_run_out(session, services, runs.get_run(session, principal, run_id))
 
 
 @router.post("/runs/{run_id}/cancel", status_code=202)
 def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> RunOut:
-    """Cancel a run; a second request, or one after its end, changes nothing."""
+    """Cancel a run. If the run has already ended or was cancelled before, nothing changes."""
     with services.database.writing() as session:
         run = runs.get_run(session, principal, run_id)
         due = None
@@ -116,7 +116,7 @@ def cancel_run(services: ServicesDep, principal: PrincipalDep, run_id: str) -> R
 def retry_run(
     response: Response, services: ServicesDep, principal: PrincipalDep, run_id: str, idempotency: IdempotencyDep
 ) -> RunOut:
-    """Train a failed run again. Within a week it resumes from its folds and epochs; later it starts over."""
+    """Train a failed run again. Within a week of the failure, it resumes where it stopped; later, it starts over."""
     earlier = idempotency.find_answer(RunOut, None, response)
     if earlier is not None:
         return earlier
@@ -134,7 +134,7 @@ def retry_run(
 def get_file(
     services: ServicesDep, principal: PrincipalDep, run_id: str, name: Annotated[str, Path(max_length=128)]
 ) -> FileResponse:
-    """Return a file that a run made: its report, pictures, folds with out-of-fold logits."""
+    """Return a file that a run produced, such as its report, a picture or its out-of-fold logits."""
     with services.database.reading() as session:
         runs.get_run(session, principal, run_id)
         file = next((file for file in runs.get_artifacts(session, run_id) if file.name == name), None)
@@ -145,13 +145,13 @@ def get_file(
 
 @router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
 def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
-    """Return a picture of what fine-tuning sees: each row shows one image unchanged, then random variations of it."""
+    """Return a picture of a run's data augmentation. Each row shows an image, then random variations of the image."""
     return get_file(services, principal, run_id, RunFile.AUGMENTATIONS)
 
 
 @router.get("/backbones")
 def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
-    """List the backbones that a recipe may name, with their cut points and the weights that the store has."""
+    """List the backbones that a recipe may name, with their cut points and their weights."""
     with services.database.reading() as session:
         here = registry.get_weights_digests(session)
     items = []

@@ -1,4 +1,4 @@
-"""Routes of the views of a finished run. The first request starts the computation; later ones get its result."""
+"""Routes of the views of a finished run. The first request for a view starts its computation; later ones get it."""
 
 from __future__ import annotations
 
@@ -28,36 +28,38 @@ from recipes.recipe import Mode
 
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"], route_class=JsonRoute)
 
-# Seconds until a client should ask again, without an ETA and at most.
+# `Retry-After` in seconds while a view is being computed: if there is no ETA, and the maximum otherwise.
 _ASK_AGAIN_S = 2
 _LATEST_S = 30
 
 _COMPUTING: dict[int | str, dict[str, Any]] = {
     202: {
-        "description": "It is being computed: ask again after the seconds of `Retry-After`.",
+        "description": "The view is being computed. Repeat the request after the seconds in `Retry-After`.",
         "model": ViewOut,
     }
 }
 _PICTURE = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
 _LAYERS_OR_PICTURE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The layers, or a picture.", "content": _PICTURE}
+    200: {"description": "The list of layers, or the picture of one layer.", "content": _PICTURE}
 }
 
 
 @router.get("/{run_id}/learning-curve", response_model=LearningCurveOut, responses=_COMPUTING)
 def get_learning_curve(services: ServicesDep, principal: PrincipalDep, run_id: str) -> LearningCurveOut | Response:
-    """Show the score after learning from 10, 20, 40, 70 and 100 % of the images, and what twice as many would bring.
+    """Show how the score depends on the number of training images: the learning curve of a run.
 
-    Measured on the run's own test folds, with parts that hold each other and keep groups together. For runs with a
-    frozen backbone; it takes about as long as the folds of the run did.
+    The scores are measured after training on 10, 20, 40, 70 and 100 % of each fold's training images, and always on the
+    test images of the run's folds. Each part contains the smaller parts, and groups stay together. The response also
+    estimates the score with twice as many images. Only available for runs with a frozen backbone. The computation takes
+    about as long as the run's folds.
     """
     with services.database.reading() as session:
         run = _finished(session, principal, run_id)
     mode = Mode(run.recipe["mode"])
     if mode is not Mode.FEATURE_EXTRACTION:
         raise NotReady(
-            f"A learning curve is measured with heads on features that are cached, and there are none of mode "
-            f"{mode.value!r}. Expected a run of mode {Mode.FEATURE_EXTRACTION.value!r}."
+            f"This run has mode {mode.value!r}. A learning curve needs cached features, so it is only available for "
+            f"runs with mode {Mode.FEATURE_EXTRACTION.value!r}."
         )
     view = _view(services, run, ViewKind.LEARNING_CURVE)
     if view.state is not ViewState.SUCCEEDED:
@@ -71,12 +73,12 @@ def get_activations(
     principal: PrincipalDep,
     run_id: str,
     image: Annotated[str | None, Query(description="SHA-256 of an image of the run's data set version.")] = None,
-    layer: Annotated[str | None, Query(description="Name of a layer; without one, all of them are listed.")] = None,
+    layer: Annotated[str | None, Query(description="Name of a layer. Without it, the layers are listed.")] = None,
 ) -> VisibleLayers | Response:
-    """Show what a layer of the run's network makes of an image: its strongest channels, at most 64, as a picture.
+    """Return a picture of the activations of one layer of a run's network for an image.
 
-    The strongest comes first, row by row, and each is scaled by itself. Without `layer`, list those that can be asked
-    for.
+    The picture shows the strongest channels of the layer, at most 64, row by row with the strongest first. Each channel
+    is scaled to its own range. Without `layer`, the response lists the layers that can be shown.
     """
     with services.database.reading() as session:
         run = _finished(session, principal, run_id)
@@ -100,32 +102,41 @@ def get_activations(
 
 
 def _finished(session: Session, principal: Principal, run_id: str) -> Run:
-    """Return a run that has succeeded. Raises NotFound or NotReady."""
+    """Return a run. Raises NotFound, or NotReady if the run has not succeeded."""
     run = runs.get_run(session, principal, run_id)
     if run.state is not RunState.SUCCEEDED:
-        raise NotReady(f"Expected a run that has succeeded. Received one that is {run.state.value}.")
+        raise NotReady(f"This run is {run.state.value}. Views are only available for a run that has succeeded.")
     return run
 
 
 def _image(session: Session, run: Run, image: str | None) -> Digest:
-    """Return an image of the run's data set version. Raises RequestInvalid, NotFound, or NotReady if it is deleted."""
+    """Return the digest of an image in the run's data set version.
+
+    Raises RequestInvalid without an `image`, NotFound if the version does not contain it, and NotReady if the data set
+    was deleted.
+    """
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     if session.get_one(Dataset, version.dataset_id).deleted_at is not None:
         raise NotReady(views.DATASET_DELETED)
-    listing = f"GET /api/v1/datasets/{version.dataset_id}/images?version={version.number} lists"
+    listing = f"GET /api/v1/datasets/{version.dataset_id}/images?version={version.number}"
     if image is None:
-        raise RequestInvalid(f"image: Expected one of the images that {listing}. Received none.", field="image")
+        raise RequestInvalid(
+            f"image: Expected the SHA-256 of an image. Received none. {listing} lists them.", field="image"
+        )
     found = datasets.find_version_image(session, version.id, image)
     if found is None:
         raise NotFound(
-            f"The run's data set version has no image {image!r}. {listing} the {version.images:,} that it has, each "
-            "with its SHA-256 as 'image'."
+            f"The run's data set version has no image {image!r}. {listing} lists its {version.images:,} images; the "
+            "field 'image' is the SHA-256."
         )
     return found
 
 
 def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
-    """Return a view, requesting it if nobody has. Raises the error of a failed view once; the next call retries it."""
+    """Return a view of a run, and queue its computation if this is the first request for it.
+
+    If the computation has failed, raises its error once. The next request starts the computation again.
+    """
     with services.database.reading() as session:
         view = views.find_view(session, run.id, kind, key)
     if view is not None and view.state is ViewState.FAILED:
@@ -144,14 +155,14 @@ def _view(services: Services, run: Run, kind: ViewKind, key: str = "") -> View:
 
 
 def _failure(error: dict[str, Any]) -> EspalierError:
-    """Return the error of a view that could not be computed."""
+    """Return the error to raise for a view whose computation has failed."""
     found = from_record(error)
-    found.detail += " Ask again to retry."
+    found.detail += " Repeat the request to try again."
     return found
 
 
 def _computing(view: View) -> JSONResponse:
-    """Return 202 with the progress of a view, and when to ask again."""
+    """Return the response for a view that is still being computed: status 202, its progress, and `Retry-After`."""
     progress = ViewProgress(**view.progress or {"fraction": 0.0, "eta_s": None})
     after_s = _ASK_AGAIN_S if progress.eta_s is None else min(_LATEST_S, max(1, math.ceil(progress.eta_s)))
     shown = ViewOut(state=view.state, progress=progress)
@@ -159,6 +170,6 @@ def _computing(view: View) -> JSONResponse:
 
 
 def _content(services: Services, view: View) -> Any:
-    """Return the parsed JSON of a view that has succeeded."""
+    """Return the parsed JSON file of a view that has succeeded."""
     assert view.sha256 is not None
     return json.loads(services.store.read(Digest(view.sha256)))

@@ -1,4 +1,7 @@
-"""The network in BentoML, batched, as its documentation shows. Run by `bentoml serve bentoml_app:Classifier`."""
+"""Serves the network with BentoML and its batching, as BentoML's documentation shows.
+
+Run as `bentoml serve bentoml_app:Classifier`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network in LitServe, batched, as its documentation shows."""
+"""Serves the network with LitServe and its batching, as LitServe's documentation shows."""
 
 import base64
 import os
@@ -11,7 +11,7 @@ class Classifier(litserve.LitAPI):
     """Decodes on the way in, predicts a batch."""
 
     def setup(self, device):
-        """Load the networks in the worker: a model is a network of its own."""
+        """Load a network for each model, in the worker process."""
         self.networks = [network.Network() for _ in range(network.MODELS)]
 
     def decode_request(self, request):
@@ -19,7 +19,7 @@ class Classifier(litserve.LitAPI):
         return request.get("model", 0), network.decode(base64.b64decode(request["image"]))
 
     def batch(self, inputs):
-        """Return a batch as it is: its rows may belong to several models."""
+        """Return the batch unchanged, because its rows may belong to several models."""
         return inputs
 
     def predict(self, x):

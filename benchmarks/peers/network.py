@@ -1,6 +1,6 @@
 """The network that the peers serve: a Keras backbone with preprocessing, average pooling and a dense head.
 
-Imports nothing of Espalier: this runs in the peers' own environment, as one of their users would write it.
+Imports nothing from Espalier, because it runs in another environment, as a user of LitServe or BentoML would write it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NETWORKS = {
 
 
 class Network:
-    """A classifier whose graph is compiled once, for any batch."""
+    """A classifier with a TensorFlow graph that is compiled once, for batches of any size."""
 
     def __init__(self) -> None:
         import tensorflow as tf

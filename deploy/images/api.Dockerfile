@@ -1,5 +1,5 @@
-# The API and the migrations, without the training code. docker-compose.yml builds it from the repository's root.
-# REQUIREMENTS=api-gpu adds CUDA's libraries for predictions on a GPU.
+# The image for the API and the migrations, without the training code. docker-compose.yml builds it from the repository's
+# root. With REQUIREMENTS=api-gpu it contains CUDA's libraries for predictions on a GPU.
 FROM python:3.12.14-slim-trixie AS build
 # A mirror of the Python package index, for networks that cannot reach the public index.
 ARG PIP_INDEX_URL
@@ -12,8 +12,8 @@ RUN python -m venv --without-pip venv \
         --require-hashes --requirement requirements.txt
 
 FROM python:3.12.14-slim-trixie
-# The number is fixed, so that the files of a volume keep their owner across images. A new volume inherits the owner of this
-# folder.
+# The user id is fixed, so that the files of a volume keep their owner if the image is rebuilt. A new volume gets the owner
+# of this folder.
 RUN groupadd --gid 10001 espalier \
     && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin espalier \
     && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/espalier
@@ -30,10 +30,10 @@ COPY migrations migrations/
 COPY models models/
 COPY recipes recipes/
 COPY ops/__init__.py ops/migrate.py ops/
-# With a strict umask, a checkout has files that only root can read.
+# If the repository was checked out with a strict umask, other users could not read its files.
 RUN chmod -R a+rX . && python -m compileall -q .
 USER 10001:10001
-# A missing room or library fails the build instead of the first start.
+# If a package of this repository or a library is missing, the build fails, not the first start of a container.
 RUN python -c "import api.app, ops.migrate"
 EXPOSE 8000
 CMD ["python", "-m", "api.app"]

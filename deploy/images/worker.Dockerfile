@@ -1,5 +1,5 @@
-# The worker, and MLflow, which is among its requirements. docker-compose.yml builds it from the repository's root.
-# TensorFlow is the build for CPUs, or with REQUIREMENTS=worker-gpu the one with CUDA's libraries.
+# The image for workers and for MLflow, which workers require anyway. docker-compose.yml builds it from the repository's
+# root. It contains TensorFlow for CPUs, or with REQUIREMENTS=worker-gpu TensorFlow with CUDA's libraries.
 FROM python:3.12.14-slim-trixie AS build
 # A mirror of the Python package index, for networks that cannot reach the public index.
 ARG PIP_INDEX_URL
@@ -12,7 +12,7 @@ RUN python -m venv --without-pip venv \
         --require-hashes --requirement requirements.txt
 
 FROM python:3.12.14-slim-trixie
-# The same number as in the API's image, because both write to one volume. A new volume inherits the owner of its folder.
+# The user id is the same as in the API's image, because both write to one volume. A new volume gets the owner of its folder.
 RUN groupadd --gid 10001 espalier \
     && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin espalier \
     && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/espalier /var/lib/mlflow
@@ -30,9 +30,9 @@ COPY ops/__init__.py ops/collect.py ops/migrate.py ops/weights.py ops/
 COPY recipes recipes/
 COPY training training/
 COPY worker worker/
-# With a strict umask, a checkout has files that only root can read.
+# If the repository was checked out with a strict umask, other users could not read its files.
 RUN chmod -R a+rX . && python -m compileall -q .
 USER 10001:10001
-# A missing room or library fails the build instead of the first start.
+# If a package of this repository or a library is missing, the build fails, not the first start of a container.
 RUN python -c "import worker.app, worker.child.__main__, ops.collect, ops.weights, training.experiment, mlflow"
 CMD ["celery", "--app", "worker.app", "worker", "--loglevel", "WARNING"]

@@ -81,7 +81,7 @@ def downgrade() -> None:
 
 
 def _allow_kinds(*kinds: str) -> None:
-    # SQLite changes no constraint: there the table is written anew, with its indexes and its other constraints.
+    # SQLite cannot change a constraint, so a batch recreates the table with its indexes and its other constraints.
     listed = ", ".join(f"'{kind}'" for kind in kinds)
     with op.batch_alter_table("job", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("ck_job_jobkind"), type_="check")

@@ -61,11 +61,14 @@ def upgrade() -> None:
 
 
 def _give_runs_their_job() -> None:
-    """Runs that wait or are under way go on with the job they have; the seconds of those that are done are known."""
+    """Set the job of each run, and the training seconds of each finished run.
+
+    Waiting and running runs keep the job that they have.
+    """
     op.execute(
         "UPDATE run SET job_id = (SELECT max(job.id) FROM job WHERE job.kind = 'train' AND job.subject_id = run.id)"
     )
-    # A fold that was written without what the end of its run needs must be trained again.
+    # An old row of a fold lacks the outcome that the final fit needs, so the fold of an unfinished run is trained again.
     op.execute("DELETE FROM fold WHERE run_id IN (SELECT id FROM run WHERE state IN ('queued', 'running'))")
     is_sqlite = op.get_bind().dialect.name == "sqlite"
     seconds = (
@@ -81,7 +84,7 @@ def downgrade() -> None:
     op.drop_table("checkpoint")
     with op.batch_alter_table("fold", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_fold_outcome_sha256"))
-    # Not in a batch: on SQLite that would write the tables anew, and other rows name theirs.
+    # Not in a batch, because on SQLite a batch recreates the table, and rows of other tables refer to its rows.
     for table, column in (
         ("fold", "outcome_sha256"),
         ("fold", "seconds"),
@@ -90,7 +93,7 @@ def downgrade() -> None:
         ("run", "batch_size"),
     ):
         op.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-    # Runs under way lose their parts: they begin anew with a job of the kind that is known there.
+    # The older version knows no jobs of kind `fold` and `final`. So running runs start again with their `train` job.
     op.execute(
         "UPDATE job SET state = 'queued', lease_owner = NULL WHERE kind = 'train' AND state = 'succeeded' AND "
         "id IN (SELECT parent_id FROM job WHERE kind IN ('fold', 'final') AND state IN ('queued', 'running'))"
@@ -103,7 +106,7 @@ def downgrade() -> None:
 
 
 def _allow_kinds(*kinds: str) -> None:
-    # SQLite changes no constraint: there the table is written anew, with its indexes and its other constraints.
+    # SQLite cannot change a constraint, so a batch recreates the table with its indexes and its other constraints.
     listed = ", ".join(f"'{kind}'" for kind in kinds)
     with op.batch_alter_table("job", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("ck_job_jobkind"), type_="check")

@@ -1,4 +1,4 @@
-"""An API in this process without a worker, for what needs none.
+"""An API in this process, without a worker, for tests that need none.
 
 Its database is SQLite; a module that asks PostgreSQL too has a `database_url` of its own.
 """

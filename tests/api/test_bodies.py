@@ -1,4 +1,4 @@
-"""What is checked while a body streams in, without a worker."""
+"""Checks of a request body while it is received. No worker runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARCHIVE = sample.zipped(sample.coloured(per_class=2))
 
 
 def stored(services: Services) -> list[str]:
-    """Return every file in the store, half-written ones too."""
+    """Return every file in the store, including incomplete ones."""
     return [path.name for path in services.store.root.rglob("*") if path.is_file()]
 
 
@@ -81,7 +81,7 @@ def test_an_archive_above_the_limit_is_refused_before_and_while_it_comes(
     streamed = client.post("/api/v1/datasets?name=x", content=iter([large[:500_000], large[500_000:]]))
     for answer in (announced, streamed):
         assert answer.status_code == 413
-        assert "at most 1 MiB" in answer.json()["detail"]
+        assert "the limit is 1 MiB" in answer.json()["detail"]
     assert stored(services) == []
 
 

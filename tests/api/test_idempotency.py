@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import records
 import sample
+from database_marks import ON_POSTGRESQL
 from fastapi.testclient import TestClient
-from on_databases import ON_POSTGRESQL
 from sqlalchemy import select, text, update
 from waiting import until
 

@@ -1,4 +1,4 @@
-"""What import-linter cannot say: which names of SQLAlchemy the API may use."""
+"""A rule that import-linter cannot express: which names of SQLAlchemy the API may import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics for Prometheus, and that the dashboard asks for no others."""
+"""The metrics for Prometheus; the Grafana dashboard may only use metrics that exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 from fastapi.testclient import TestClient
-from flat import PNG, Loads, add_model, flat_bundle, serve
+from flat_models import PNG, CountingLoader, add_model, flat_bundle, serve
 from running import ROOT
 
 from api.dependencies import Services
@@ -41,7 +41,7 @@ def test_an_evicted_backbone_has_no_gauges_and_its_work_stays_counted() -> None:
 
 
 def test_engines_models_and_memory_are_reported(client: TestClient, services: Services) -> None:
-    serve(client, services.settings, Loads())
+    serve(client, services.settings, CountingLoader())
     backbone = services.store.put(b"a network")
     for seed, name in enumerate(("one", "two")):
         add_model(services, name, flat_bundle(backbone, seed=seed))
@@ -73,7 +73,7 @@ def test_no_number_of_models_makes_more_labels_than_are_allowed() -> None:
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(client: TestClient, services: Services) -> None:
-    serve(client, services.settings, Loads())
+    serve(client, services.settings, CountingLoader())
     add_model(services, "one", flat_bundle(services.store.put(b"a network")))
     client.post("/api/v1/models/one/predict", content=PNG)
     known = set(re.findall(r"^(espalier_\w+?)(?:\{| )", client.get("/metrics").text, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""What several clients ask for at the same moment, on each database."""
+"""Requests of several clients at the same time, on each database."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def database_url(database: Database) -> str:
 
 
 def at_once(calls: list[Callable[[], Any]]) -> Counter[int]:
-    """Return how often each status was answered."""
+    """Return the number of answers with each status."""
     together = threading.Barrier(len(calls))
 
     def call(one: Callable[[], Any]) -> int:
@@ -68,7 +68,7 @@ def test_of_parallel_uploads_under_one_name_one_is_taken(
 def test_an_archive_that_is_removed_before_it_is_named_is_asked_for_again(
     client: TestClient, services: Services, database: Database
 ) -> None:
-    """As one that sent the same archive removes it because the name was taken."""
+    """Delete the archive, as another request does that sent the same archive and was refused."""
     archive = digest_of(ARCHIVES[0])
     with ThreadPoolExecutor(1) as pool:
         with database.writing() as session:
@@ -87,7 +87,7 @@ def test_an_archive_that_is_removed_before_it_is_named_is_asked_for_again(
 def test_of_parallel_uploads_of_one_archive_the_one_that_is_taken_keeps_it(
     client: TestClient, services: Services, database: Database
 ) -> None:
-    """The others remove what they have stored, which is the same file."""
+    """The other requests are refused and delete their archive, which is the same file."""
     for name in ("x", "y", "z"):
         url = f"/api/v1/datasets?name={name}"
         archive = ARCHIVES[0] + name.encode()

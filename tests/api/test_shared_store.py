@@ -1,4 +1,4 @@
-"""An API whose stored files are in a bucket, while that is there and while it is away."""
+"""An API whose files are stored in a bucket, which may be unavailable."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sample
-from buckets import KEYS, Bucket, Line
+from buckets import KEYS, Bucket, NetworkProxy
 from fastapi.testclient import TestClient
 
 from api.app import create_app
@@ -19,13 +19,13 @@ ARCHIVE = sample.zipped(sample.coloured(per_class=2))
 
 
 @pytest.fixture
-def settings(settings: Settings, bucket: Bucket, line: Line) -> Settings:
+def settings(settings: Settings, bucket: Bucket, line: NetworkProxy) -> Settings:
     shared = {"store_url": bucket.address.url, "store_endpoint": line.endpoint, "store_region": bucket.address.region}
     return settings.model_copy(update=shared)
 
 
 def local(services: Services) -> list[str]:
-    """Return every file in this machine's folder, half-written ones too."""
+    """Return every file in the local folder, including incomplete ones."""
     return [path.name for path in services.store.root.rglob("*") if path.is_file()]
 
 
@@ -47,7 +47,7 @@ def test_an_upload_that_is_refused_leaves_nothing_in_the_bucket(
 
 
 def test_while_the_bucket_is_away_uploads_are_told_to_come_back_and_nothing_is_left(
-    client: TestClient, services: Services, bucket: Bucket, line: Line
+    client: TestClient, services: Services, bucket: Bucket, line: NetworkProxy
 ) -> None:
     line.cut()
     answer = client.post("/api/v1/datasets?name=x", content=ARCHIVE)
@@ -59,7 +59,9 @@ def test_while_the_bucket_is_away_uploads_are_told_to_come_back_and_nothing_is_l
     assert client.post("/api/v1/datasets?name=x", content=ARCHIVE).status_code == 202
 
 
-def test_readiness_tells_of_a_bucket_that_is_away_and_does_not_depend_on_it(client: TestClient, line: Line) -> None:
+def test_readiness_tells_of_a_bucket_that_is_away_and_does_not_depend_on_it(
+    client: TestClient, line: NetworkProxy
+) -> None:
     assert client.get("/readyz").json()["checks"]["store"]["ok"]
     line.cut()
     answer = client.get("/readyz")
@@ -80,7 +82,7 @@ def test_an_api_that_the_bucket_refuses_does_not_start(settings: Settings, monke
 
 
 def test_files_that_are_nowhere_else_are_not_taken_for_copies(settings: Settings) -> None:
-    """A cache is emptied; a folder that was the store until a bucket was set must not be."""
+    """Copies in a cache are deleted, but files stored before a bucket was configured must stay."""
     folder = settings.model_copy(update={"store_url": None}).store.folder
     assert settings.store.folder != folder
     assert Path(settings.store.folder).parent == Path(folder).parent == settings.var.absolute()

@@ -1,4 +1,4 @@
-"""Which version answers: kept in memory, moved within a second, and the old one stays until the new one is warm."""
+"""The version resolver: which model version answers, also after an alias is moved and while the database is away."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import records
 from fastapi.testclient import TestClient
-from flat import PNG, Loads, add_model, flat_bundle, serve
+from flat_models import PNG, CountingLoader, add_model, flat_bundle, serve
 from waiting import until
 
 from api.dependencies import Services
@@ -25,15 +25,15 @@ NAME = "flowers"
 
 
 @pytest.fixture
-def loads() -> Iterator[Loads]:
-    found = Loads()
+def loads() -> Iterator[CountingLoader]:
+    found = CountingLoader()
     yield found
     found.gate.set()
 
 
 @pytest.fixture
-def resolver(client: TestClient, services: Services, loads: Loads) -> Iterator[VersionResolver]:
-    """A process of its own, with a model of two versions on one backbone whose alias is at the first."""
+def resolver(client: TestClient, services: Services, loads: CountingLoader) -> Iterator[VersionResolver]:
+    """A resolver and a model with two versions on one backbone. The alias points to the first version."""
     backbone = services.store.put(b"a network")
     for seed in (1, 2):
         add_model(services, NAME, flat_bundle(backbone, seed=seed))
@@ -45,7 +45,7 @@ def resolver(client: TestClient, services: Services, loads: Loads) -> Iterator[V
 
 
 def move(services: Services, version: int, alias: str = CHAMPION) -> None:
-    """Move an alias as another process does."""
+    """Move an alias in the database, as another process would."""
     with services.database.writing() as session:
         model = registry.get_model(session, records.PRINCIPAL, NAME)
         registry.move_alias(session, model, alias, registry.get_model_version(session, model, version))
@@ -80,7 +80,7 @@ def test_an_alias_that_moved_is_followed_at_the_next_refresh_as_its_head_can_be_
 
 
 def test_until_a_cold_backbone_is_warm_the_old_version_answers(
-    resolver: VersionResolver, services: Services, loads: Loads
+    resolver: VersionResolver, services: Services, loads: CountingLoader
 ) -> None:
     cold = services.store.put(b"another network")
     loads.held.add(cold)
@@ -95,7 +95,7 @@ def test_until_a_cold_backbone_is_warm_the_old_version_answers(
 
 
 def test_an_alias_moved_again_meanwhile_goes_where_it_points_last(
-    resolver: VersionResolver, services: Services, loads: Loads
+    resolver: VersionResolver, services: Services, loads: CountingLoader
 ) -> None:
     cold = services.store.put(b"another network")
     loads.held.add(cold)
@@ -112,7 +112,7 @@ def test_an_alias_moved_again_meanwhile_goes_where_it_points_last(
 
 
 def test_a_version_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(
-    resolver: VersionResolver, services: Services, loads: Loads, monkeypatch: pytest.MonkeyPatch
+    resolver: VersionResolver, services: Services, loads: CountingLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.version_resolver.RETRY_AFTER_S", 0.1)
     network = services.store.put(b"another network")
@@ -128,7 +128,7 @@ def test_a_version_that_cannot_be_served_leaves_the_old_one_and_is_tried_again(
 
 
 def test_a_version_whose_golden_output_does_not_come_out_leaves_the_old_one(
-    resolver: VersionResolver, services: Services, loads: Loads
+    resolver: VersionResolver, services: Services, loads: CountingLoader
 ) -> None:
     bundle = flat_bundle(services.store.put(b"another network"), seed=3)
     add_model(services, NAME, replace(bundle, golden_output=bundle.golden_output + 100))
@@ -170,7 +170,7 @@ def test_what_does_not_exist_is_told_and_found_once_it_does(resolver: VersionRes
 
 
 def test_over_http_an_alias_says_who_answers_and_no_request_fails_meanwhile(
-    client: TestClient, services: Services, loads: Loads
+    client: TestClient, services: Services, loads: CountingLoader
 ) -> None:
     warm, cold = services.store.put(b"a network"), services.store.put(b"another network")
     loads.held.add(cold)

@@ -1,4 +1,4 @@
-"""Archives, mostly hostile ones. What no library would write is put together byte by byte."""
+"""Archives, most of them malicious. Those that no library can write are built byte by byte."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def opened(tmp_path: Path) -> Opener:
 
 
 def contents(archive: Archive) -> dict[str, bytes | Refused]:
-    """Return everything that the archive holds, read in one go."""
+    """Return the content of all files in the archive, from one `read`."""
     return dict(archive.read({entry.path for entry in archive.entries}))
 
 
@@ -56,7 +56,7 @@ def refusals(archive: Archive) -> dict[str, str]:
 
 @contextmanager
 def at_most(memory_bytes: int) -> Iterator[None]:
-    """See that the block takes no more memory than this."""
+    """Check that the block allocates no more memory than this."""
     tracemalloc.start()
     try:
         yield
@@ -79,7 +79,7 @@ def deflated(data: bytes) -> bytes:
 
 @dataclass
 class Member:
-    """A file of a zip; `local` and `central` replace what one of its two headers says."""
+    """A file of a zip. `local` and `central` replace fields in one of its two headers."""
 
     name: bytes
     data: bytes = b"data"
@@ -129,7 +129,7 @@ class Member:
 
 
 def assembled(body: bytes, records: Sequence[bytes], comment: bytes = b"", shift: int = 0) -> bytes:
-    """Return a zip of this body; its end says that the directory begins `shift` bytes later than it does."""
+    """Return a zip with this body. Its end record claims that the directory begins `shift` bytes later than it does."""
     directory = b"".join(records)
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, len(records), len(records), len(directory), len(body) + shift,
                       len(comment))  # fmt: skip
@@ -137,7 +137,7 @@ def assembled(body: bytes, records: Sequence[bytes], comment: bytes = b"", shift
 
 
 def zip_of(*members: Member, comment: bytes = b"", shift: int = 0) -> bytes:
-    """Return a zip of these members, one behind the other."""
+    """Return a zip of these members, one after the other."""
     body, records = b"", []
     for member in members:
         records.append(member.central_record(len(body)))
@@ -146,7 +146,7 @@ def zip_of(*members: Member, comment: bytes = b"", shift: int = 0) -> bytes:
 
 
 def zip64(*sizes: int) -> bytes:
-    """Return the extra field that holds what does not fit into 32 bits."""
+    """Return the zip64 extra field, for sizes that do not fit into 32 bits."""
     return struct.pack(f"<2H{len(sizes)}Q", 1, 8 * len(sizes), *sizes)
 
 
@@ -165,12 +165,12 @@ def octal(number: int) -> bytes:
 
 
 def base256(number: int) -> bytes:
-    """Return a number as GNU tar writes what octal digits cannot say, negative ones too."""
+    """Return a number as GNU tar writes numbers that octal digits cannot express, such as negative ones."""
     return (number + (1 << 96 if number < 0 else 1 << 95)).to_bytes(12, "big")
 
 
 def header(name: bytes, size: bytes, kind: bytes = tarfile.REGTYPE, tail: bytes = b"") -> bytes:
-    """Return one tar header with a right checksum. `tail` stands from the prefix field (345) on."""
+    """Return a tar header with a correct checksum. `tail` are its bytes from the prefix field (345) on."""
     block = bytearray(BLOCK)
     block[0 : len(name)] = name
     block[100:108] = b"0000644\0"
@@ -189,7 +189,7 @@ def tar_member(name: bytes, data: bytes = b"data", kind: bytes = tarfile.REGTYPE
 
 
 def pax(records: Mapping[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
-    """Return a header that announces something of the next member, or (kind g) of all that follow."""
+    """Return a header that describes the next member, or with kind g all following members."""
     data = b""
     for key, value in records.items():
         text = f" {key}={value}\n".encode()
@@ -201,12 +201,12 @@ def pax(records: Mapping[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
 
 
 def tar_named(*names: str) -> bytes:
-    """Return a tar of members with these very names, whatever is in them."""
+    """Return a tar of members with exactly these names."""
     return b"".join(pax({"path": name}) + tar_member(b"x", name.encode()) for name in names) + END
 
 
 def zip_named(*names: str) -> bytes:
-    """Return a zip of members with these very names, whatever is in them."""
+    """Return a zip of members with exactly these names."""
     return zip_of(*(Member(name.encode(), name.encode(), says={"flags": UTF8}) for name in names))
 
 
@@ -382,7 +382,7 @@ def test_an_archive_is_known_by_its_first_262_bytes() -> None:
 @both_kinds
 @pytest.mark.parametrize("name", ["../a.png", "a/../../b.png", "a\\..\\b.png", "..", "a/..", "a/b/.."])
 def test_a_climbing_name_is_refused(opened: Opener, tmp_path: Path, named: Named, name: str) -> None:
-    with pytest.raises(ArchiveRefused, match="paths without"):
+    with pytest.raises(ArchiveRefused, match="with '\\.\\.'"):
         opened(named("a/1.png", name))
     assert [file.name for file in tmp_path.iterdir()] == ["archive"]
 
@@ -403,7 +403,7 @@ def test_a_climbing_name_is_refused(opened: Opener, tmp_path: Path, named: Named
     ],
 )
 def test_an_absolute_name_is_refused(opened: Opener, named: Named, name: str) -> None:
-    with pytest.raises(ArchiveRefused, match="Expected relative paths"):
+    with pytest.raises(ArchiveRefused, match="absolute path"):
         opened(named("a/1.png", name))
 
 
@@ -436,12 +436,12 @@ def test_backslashes_of_windows_are_read_as_slashes(opened: Opener, named: Named
 @both_kinds
 @pytest.mark.parametrize("name", [".", "./."])
 def test_a_file_without_a_name_is_refused(opened: Opener, named: Named, name: str) -> None:
-    with pytest.raises(ArchiveRefused, match="a name for each file"):
+    with pytest.raises(ArchiveRefused, match="a file without a name"):
         opened(named(name))
 
 
 def test_a_zip_member_with_an_empty_name_is_refused(opened: Opener) -> None:
-    with pytest.raises(ArchiveRefused, match="a name for each file"):
+    with pytest.raises(ArchiveRefused, match="a file without a name"):
         opened(zip_of(Member(b"")))
 
 
@@ -449,7 +449,7 @@ def test_a_zip_member_with_an_empty_name_is_refused(opened: Opener) -> None:
 @pytest.mark.parametrize("twin", ["a/1.png", "a//1.png", "./a/1.png", "a\\1.png", "a/./1.png"])
 def test_of_two_files_of_one_name_the_second_is_refused(opened: Opener, named: Named, twin: str) -> None:
     archive = opened(named("a/1.png", "a/2.png", twin))
-    assert refusals(archive) == {"a/1.png": "Expected each file once. Received another file of this name. Rename one."}
+    assert refusals(archive) == {"a/1.png": "The archive contains another file of this name. Rename one of them."}
     assert list(archive.read({"a/1.png"})) == [("a/1.png", b"a/1.png")]
 
 
@@ -457,9 +457,9 @@ def test_of_two_files_of_one_name_the_second_is_refused(opened: Opener, named: N
 @pytest.mark.parametrize(
     ("fits", "breaks", "says"),
     [
-        ("a/" * 7 + "1", "a/" * 8 + "1", "at most 8 parts"),
-        ("é" * 127 + "1", "é" * 128, "at most 255 bytes"),
-        (("a" * 204 + "/") * 4 + "b" * 204, ("a" * 204 + "/") * 4 + "b" * 205, "paths of at most 1024"),
+        ("a/" * 7 + "1", "a/" * 8 + "1", "has 9 parts; the limit is 8"),
+        ("é" * 127 + "1", "é" * 128, "255 bytes for a name"),
+        (("a" * 204 + "/") * 4 + "b" * 204, ("a" * 204 + "/") * 4 + "b" * 205, "1024 bytes for a path"),
     ],
 )
 def test_deep_and_long_names_are_refused(opened: Opener, named: Named, fits: str, breaks: str, says: str) -> None:
@@ -561,7 +561,7 @@ def test_litter_is_told_by_its_name() -> None:
 def test_more_files_than_allowed_are_refused_litter_included(opened: Opener, named: Named) -> None:
     limits = ArchiveLimits(entries=3)
     assert len(opened(named("a/1.png", "a/2.png", ".DS_Store"), limits).entries) == 2
-    with pytest.raises(ArchiveRefused, match="at most 3 files"):
+    with pytest.raises(ArchiveRefused, match="more files than the limit of 3"):
         opened(named("a/1.png", "a/2.png", ".DS_Store", "a/3.png"), limits)
 
 
@@ -576,7 +576,7 @@ def test_more_files_than_allowed_are_refused_litter_included(opened: Opener, nam
 def test_more_folders_than_allowed_are_refused(opened: Opener, pack: Callable[[list[bytes]], bytes]) -> None:
     limits = ArchiveLimits(entries=3)
     assert opened(pack([b"a/", b"b/", b"c/"]), limits).entries == ()
-    with pytest.raises(ArchiveRefused, match="at most 3 folders"):
+    with pytest.raises(ArchiveRefused, match="more folders than the limit of 3"):
         opened(pack([b"a/", b"b/", b"c/", b"d/"]), limits)
 
 
@@ -586,7 +586,7 @@ def test_a_large_member_is_refused_before_it_is_read(
 ) -> None:
     limits = ArchiveLimits(member_bytes=1000)
     assert len(opened(pack({"a/1.png": bytes(range(250)) * 4}), limits).entries) == 1
-    with pytest.raises(ArchiveRefused, match="files of at most"):
+    with pytest.raises(ArchiveRefused, match="the limit for a file is"):
         opened(pack({"a/1.png": bytes(range(250)) * 4 + b"x"}), limits)
 
 
@@ -596,7 +596,7 @@ def test_what_unpacks_to_more_than_allowed_is_refused(
 ) -> None:
     total = sum(map(len, FILES.values()))
     assert len(opened(pack(FILES), ArchiveLimits(inflated_bytes=total)).entries) == 3
-    with pytest.raises(ArchiveRefused, match="unpacks to at most"):
+    with pytest.raises(ArchiveRefused, match="unpacks to more than the limit"):
         opened(pack(FILES), ArchiveLimits(inflated_bytes=total - 1))
 
 
@@ -605,7 +605,7 @@ def test_the_ratio_counts_from_some_size_on(opened: Opener, pack: Callable[[Mapp
     data = pack({"a/1.png": b"ab" * 5000})
     assert len(opened(data, ArchiveLimits(member_ratio=10_000)).entries) == 1
     assert len(opened(data, ArchiveLimits(member_ratio=10_000, inflated_ratio_from_bytes=10_000)).entries) == 1
-    with pytest.raises(ArchiveRefused, match="unpacks to at most"):
+    with pytest.raises(ArchiveRefused, match="unpacks to more than the limit"):
         opened(data, ArchiveLimits(member_ratio=10_000, inflated_ratio_from_bytes=9_999, inflated_ratio=10))
 
 
@@ -614,9 +614,9 @@ def test_a_member_that_unpacks_to_far_more_than_it_stores_is_refused(opened: Ope
     assert len(zeros) > 900 * len(deflated(zeros))
     limits = ArchiveLimits(member_ratio_from_bytes=100)
     archive = opened(zip_of(Member(b"a/1.png", zeros, DEFLATED), Member(b"a/2.png")), limits)
-    assert "at most 100 times their stored size" in refusals(archive)["a/1.png"]
+    assert "the limit is 100 times the stored size" in refusals(archive)["a/1.png"]
     assert list(contents(archive)) == ["a/2.png"]
-    with pytest.raises(ArchiveRefused, match="at most 100 times their stored size"):
+    with pytest.raises(ArchiveRefused, match="the limit is 100 times the stored size"):
         opened(zip_of(Member(b"a/1.png", b"", says={"plain": 101})), limits)
     assert len(opened(zip_of(Member(b"a/1.png", zeros, STORED)), limits).entries) == 1
     assert len(opened(zip_of(Member(b"a/1.png", zeros, DEFLATED))).entries) == 1, "a blank scan is no bomb"
@@ -641,7 +641,7 @@ def test_a_member_that_hides_its_size_is_not_inflated(opened: Opener) -> None:
     ids=["a large member", "padding without end", "headers without end"],
 )
 def test_a_gzip_bomb_is_refused_as_its_bytes_come(opened: Opener, tar: bytes) -> None:
-    with pytest.raises(ArchiveRefused, match=r"unpacks to at most 1\.0 MiB"):
+    with pytest.raises(ArchiveRefused, match=r"unpacks to more than the limit of 1\.0 MiB"):
         opened(gzip.compress(tar), ArchiveLimits(inflated_bytes=MIB, entries=10))
 
 
@@ -730,7 +730,7 @@ def test_a_member_that_reaches_into_the_directory_is_refused(opened: Opener) -> 
     ],
 )
 def test_a_directory_that_points_at_nothing_is_refused(opened: Opener, central: dict[str, Any]) -> None:
-    with pytest.raises(ArchiveRefused, match="points at no file"):
+    with pytest.raises(ArchiveRefused, match="but does not contain it"):
         opened(zip_of(Member(b"a/1.png", central=central)))
 
 
@@ -753,8 +753,8 @@ def test_a_broken_extra_field_is_refused_or_passed_over(opened: Opener, extra: b
 def test_an_encrypted_member_is_refused(opened: Opener, flags: int) -> None:
     encrypted = Member(b"a/2.png", says={"flags": flags})
     archive = opened(zip_of(Member(b"a/1.png"), encrypted))
-    assert "without encryption" in refusals(archive)["a/2.png"] and list(contents(archive)) == ["a/1.png"]
-    with pytest.raises(ArchiveRefused, match=r"No file of the archive can be read.*without encryption"):
+    assert "is encrypted" in refusals(archive)["a/2.png"] and list(contents(archive)) == ["a/1.png"]
+    with pytest.raises(ArchiveRefused, match=r"No file of the archive can be read.*is encrypted"):
         opened(zip_of(encrypted))
 
 
@@ -871,7 +871,7 @@ def test_a_huge_pax_header_is_refused_before_it_is_read(opened: Opener) -> None:
     assert contents(opened(pax({"comment": "x" * 60_000}) + tar_member(b"a/1.png") + END)) == {"a/1.png": b"data"}
     for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, b"L", b"K"):
         data = gzip.compress(header(b"a", octal(40 * MIB), kind) + bytes(40 * MIB) + tar_member(b"a/1.png") + END)
-        with pytest.raises(ArchiveRefused, match="size of 0 to 65,536 bytes"), at_most(MIB):
+        with pytest.raises(ArchiveRefused, match="0 to 65,536 bytes are allowed"), at_most(MIB):
             opened(data)
 
 
@@ -942,7 +942,7 @@ def test_a_tar_that_goes_on_after_its_end_is_refused(opened: Opener, behind: byt
             gzip.compress(body + gap + behind),
             gzip.compress(body) + gzip.compress(gap + behind),
         ):
-            with pytest.raises(ArchiveRefused, match="more data after its end"):
+            with pytest.raises(ArchiveRefused, match="more data after the end"):
                 opened(data)
 
 

@@ -1,4 +1,4 @@
-"""What a store does whose files are in a bucket: two machines, caches, harm, and a bucket that goes away."""
+"""A store with a bucket: two machines, local copies, damaged files, and a bucket that is unavailable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from buckets import KEYS, Bucket, Line
+from buckets import KEYS, Bucket, NetworkProxy
 from waiting import until
 
 from artifacts import bucket_store
@@ -30,12 +30,12 @@ LARGE = bytes(range(256)) * 80_000  # three parts
 
 @pytest.fixture
 def there(bucket: Bucket, tmp_path: Path) -> BucketStore:
-    """The bucket as another machine sees it."""
+    """A store of another machine with the same bucket."""
     return bucket.seen_from(tmp_path / "there").store()
 
 
 def age(store: Store, *files: str) -> None:
-    """Have files of the folder not used for an hour, the first ones longest."""
+    """Make copies look unused for an hour, the first one for the longest time."""
     for place, name in enumerate(files):
         an_hour_ago = time.time() - 3600 + place
         os.utime(store.root / name[:2] / name, (an_hour_ago, an_hour_ago))
@@ -65,7 +65,7 @@ def test_every_way_to_a_file_brings_it_here(bucket: Bucket, there: BucketStore, 
             assert found.read() == DATA
 
 
-def test_files_are_brought_here_together_and_not_twice(bucket: Bucket, line: Line, tmp_path: Path) -> None:
+def test_files_are_brought_here_together_and_not_twice(bucket: Bucket, line: NetworkProxy, tmp_path: Path) -> None:
     here = bucket.store()
     files = [here.put(bytes([number]) * 100) for number in range(32)]
     far = bucket.seen_from(tmp_path / "far", line.endpoint).store()
@@ -219,14 +219,14 @@ def test_what_is_cached_can_be_dropped_and_is_still_there(bucket: Bucket) -> Non
 
 
 @pytest.fixture
-def far(bucket: Bucket, line: Line, tmp_path: Path) -> BucketStore:
-    """The bucket over a line that can be cut."""
+def far(bucket: Bucket, line: NetworkProxy, tmp_path: Path) -> BucketStore:
+    """A store that reaches its bucket through a connection that the test can cut."""
     return bucket.seen_from(tmp_path / "far", line.endpoint).store()
 
 
 @pytest.mark.parametrize("carried", [0, 3_000_000], ids=["before", "in the middle"])
 def test_a_bucket_that_goes_away_during_an_upload_leaves_no_file(
-    bucket: Bucket, far: BucketStore, line: Line, carried: int
+    bucket: Bucket, far: BucketStore, line: NetworkProxy, carried: int
 ) -> None:
     far.check()
     line.cut(up_bytes=carried, down_bytes=carried)
@@ -241,7 +241,7 @@ def test_a_bucket_that_goes_away_during_an_upload_leaves_no_file(
 
 @pytest.mark.parametrize("carried", [0, 3_000_000], ids=["before", "in the middle"])
 def test_a_bucket_that_goes_away_during_a_download_leaves_no_file(
-    bucket: Bucket, far: BucketStore, line: Line, carried: int
+    bucket: Bucket, far: BucketStore, line: NetworkProxy, carried: int
 ) -> None:
     digest = bucket.store().put(LARGE)
     far.check()
@@ -253,7 +253,7 @@ def test_a_bucket_that_goes_away_during_a_download_leaves_no_file(
     assert far.read(digest) == LARGE
 
 
-def test_what_lies_here_is_read_while_the_bucket_is_away(far: BucketStore, line: Line) -> None:
+def test_what_lies_here_is_read_while_the_bucket_is_away(far: BucketStore, line: NetworkProxy) -> None:
     digest = far.put(DATA)
     line.cut()
     assert far.read(digest) == DATA and far.verified_path(digest) == far.path_for(digest)
@@ -263,7 +263,7 @@ def test_what_lies_here_is_read_while_the_bucket_is_away(far: BucketStore, line:
     assert far.path_for(digest).exists()
 
 
-def test_a_bucket_that_is_away_is_told_after_a_few_tries(far: BucketStore, line: Line) -> None:
+def test_a_bucket_that_is_away_is_told_after_a_few_tries(far: BucketStore, line: NetworkProxy) -> None:
     line.cut()
     with pytest.raises(StoreUnavailable):
         far.read(digest_of(DATA))
@@ -272,7 +272,7 @@ def test_a_bucket_that_is_away_is_told_after_a_few_tries(far: BucketStore, line:
 
 
 @pytest.mark.slow
-def test_a_bucket_that_hangs_is_told_after_the_first_wait(far: BucketStore, line: Line) -> None:
+def test_a_bucket_that_hangs_is_told_after_the_first_wait(far: BucketStore, line: NetworkProxy) -> None:
     line.hangs = True
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(far.read, digest_of(DATA)), pool.submit(far.put, DATA)]
@@ -283,14 +283,14 @@ def test_a_bucket_that_hangs_is_told_after_the_first_wait(far: BucketStore, line
     line.mend()
 
 
-def test_a_store_is_opened_while_its_bucket_is_away(bucket: Bucket, line: Line) -> None:
+def test_a_store_is_opened_while_its_bucket_is_away(bucket: Bucket, line: NetworkProxy) -> None:
     line.cut()
     store = open_store(replace(bucket.address, endpoint=line.endpoint))
     line.mend()
     assert store.read(store.put(DATA)) == DATA
 
 
-def test_a_process_that_dies_in_the_middle_of_an_upload_leaves_no_file(bucket: Bucket, line: Line) -> None:
+def test_a_process_that_dies_in_the_middle_of_an_upload_leaves_no_file(bucket: Bucket, line: NetworkProxy) -> None:
     code = (
         "import sys; from artifacts.bucket_store import BucketStore; from artifacts.store import StoreAddress;"
         "BucketStore(StoreAddress(*sys.argv[1:5])).put(bytes(range(256)) * 80_000)"
@@ -325,7 +325,7 @@ def test_keys_that_are_not_there_are_told_at_once(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.delenv(missing)
-    with pytest.raises(StoreRefused, match=f"Received nothing in {missing}"):
+    with pytest.raises(StoreRefused, match=f"Set {missing}"):
         open_store(bucket.address)
 
 

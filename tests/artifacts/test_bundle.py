@@ -1,4 +1,4 @@
-"""Bundle formats 1 and 2: what is written is read, and what does not fit is refused."""
+"""Bundle formats 1 and 2: a written bundle can be read, and an invalid one is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(
     labels: tuple[str, ...] = ("daisy", "rose", "tulip"),
     **others: Any,
 ) -> Bundle:
-    """Return a bundle whose head goes through these numbers of units, the features first."""
+    """Return a bundle whose head has layers with these numbers of units; the first number is that of the features."""
     source = np.random.default_rng(seed)
     inputs, outputs = units[:-1], units[1:]
     layers = tuple(
@@ -65,7 +65,7 @@ BUNDLE = make()
 
 
 def same(one: Bundle, other: Bundle) -> bool:
-    """Say whether two bundles hold the same, bit by bit."""
+    """Return whether two bundles are equal, bit by bit."""
     arrays = [
         [
             bundle.golden_input,
@@ -88,7 +88,7 @@ def same(one: Bundle, other: Bundle) -> bool:
 
 
 def parts(data: bytes) -> tuple[Manifest, Tensors]:
-    """Take a bundle's file apart, by the specification of safetensors."""
+    """Parse a bundle's file as the specification of safetensors says."""
     length = int.from_bytes(data[:8], "little")
     manifest: Manifest = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["espalier"])
     return manifest, load_tensors(data)

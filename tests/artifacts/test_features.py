@@ -1,4 +1,4 @@
-"""The cache of features: what was added comes back, and what was torn or damaged was never there."""
+"""The cache of features: added rows can be read, and incomplete or damaged rows are ignored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Open = Callable[..., FeatureCache]
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Open]:
-    """Opens the cache below one folder, as often as it is asked to, and closes each in the end."""
+    """Opens caches in one folder, and closes all of them at the end of the test."""
     caches = []
 
     def open_cache(space: FeatureSpace = SPACE, width: int = WIDTH) -> FeatureCache:
@@ -51,7 +51,7 @@ def rows(images: Sequence[Digest], version: int = 0) -> Features:
 
 
 def segments(folder: Path, kind: str = "f32") -> list[Path]:
-    """Return the files of one kind, oldest first."""
+    """Return the files with this suffix, the oldest first."""
     return sorted(folder.rglob(f"*.{kind}"), key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -191,7 +191,7 @@ def written(opened: Open, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def kept(cache: FeatureCache) -> list[Digest]:
-    """Return the images of the segment that are still here, having seen that their rows are right."""
+    """Return the images of the segment that the cache still has, after checking their rows."""
     missing = set(cache.missing(IMAGES[:5]))
     present = [image for image in IMAGES[:5] if image not in missing]
     assert np.array_equal(cache.rows(present), rows(present) if present else np.empty((0, WIDTH)))

@@ -1,4 +1,4 @@
-"""The manifest and what it says of groups and splits."""
+"""The manifest of a data set version, its groups and its splits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def belong_together(one: Row, other: Row) -> bool:
 
 
 def closed(rows: Sequence[Row]) -> list[set[int]]:
-    """Return for each row the rows it hangs together with, found by walking from row to row."""
+    """Return, for each row, the rows in its group, found by walking from row to row."""
     found = []
     for start in range(len(rows)):
         reached, ahead = {start}, [start]

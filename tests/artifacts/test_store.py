@@ -1,4 +1,4 @@
-"""Stores: a digest names the whole file or nothing, whatever happens on the way.
+"""Stores: a file under a digest is always complete, whatever happens while it is written.
 
 What takes `store` holds for each kind, what takes `folder` for the one that is only a folder.
 """
@@ -42,7 +42,7 @@ def leftovers(store: Store) -> list[Path]:
 
 
 def open_paths() -> list[str]:
-    """Return the paths of what this process has open, removed or not."""
+    """Return the paths of all files that this process has open, including deleted ones."""
     paths = []
     for handle in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed just now, by whoever else is at work here

@@ -1,4 +1,4 @@
-"""What docker-compose.yml promises, as far as it can be seen without Docker: its parts are run here one by one."""
+"""docker-compose.yml, tested without Docker: its commands and health checks are run one by one."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ ALIASES = {"DATABASE_URL", "REDIS_URL", "MLFLOW_TRACKING_URI"}
 
 
 class Refused(Exception):
-    """Compose would stop here, with this message."""
+    """Docker Compose would stop with this message."""
 
 
 def interpolated(text: str, variables: Mapping[str, str]) -> str:
-    """Return text as Compose reads it: `$$`, `${A}`, `${A:-else}`, `${A:+then}`, `${A:?message}`, also one in another.
+    """Replace variables as Compose does: `$$`, `${A}`, `${A:-else}`, `${A:+then}`, `${A:?message}`, nested too.
 
     Raises Refused.
     """

@@ -1,4 +1,4 @@
-"""What the Dockerfiles promise, as far as it can be seen without Docker: their rooms are copied and started here."""
+"""The Dockerfiles, tested without Docker: the copied files are put into a folder, and its commands are run there."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEARNING = {"tensorflow", "tensorflow-cpu", "keras", "tf2onnx", "mlflow", "sciki
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a Dockerfile, and the stage that it belongs to."""
+    """One instruction of a Dockerfile, and the stage that contains it."""
 
     stage: int
     word: str
@@ -50,19 +50,19 @@ def dockerfile(image: str) -> list[Instruction]:
 
 
 def final(image: str, word: str) -> list[str]:
-    """Return what the instructions of one kind say in the last stage."""
+    """Return the arguments of all instructions of one kind in the last stage."""
     instructions = dockerfile(image)
     return [line.rest for line in instructions if line.word == word and line.stage == instructions[-1].stage]
 
 
 def copies(image: str) -> list[tuple[list[str], str]]:
-    """Return what the last stage takes from the repository: sources and target."""
+    """Return what the last stage copies from the repository, as (sources, target)."""
     found = [rest.split() for rest in final(image, "COPY") if not rest.startswith("--from=")]
     return [(words[:-1], words[-1]) for words in found]
 
 
 def copied(image: str, folder: Path) -> Path:
-    """Copy into a folder what the image would hold."""
+    """Copy the files that the image would contain into a folder."""
     for sources, target in copies(image):
         for source in sources:
             if (ROOT / source).is_dir():
@@ -74,7 +74,7 @@ def copied(image: str, folder: Path) -> Path:
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
-    """Return the environment of a process that must find its modules in this folder alone."""
+    """Return the environment of a process that can import modules only from this folder."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     return {**kept, "HOME": str(folder), "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **settings}
 

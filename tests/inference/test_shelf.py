@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import sample
-from flat import Loads, flat_bundle
+from flat_models import CountingLoader, flat_bundle
 from waiting import until
 
 from artifacts.images import IMAGE_RULE, ImageLimits
@@ -25,7 +25,7 @@ MODEL_BYTES = 48 * 2 * 4 + 2 * 4 + 4096
 
 def make_shelf(store: Store, budget_bytes: int = 10**6, load: EngineLoader | None = None) -> Shelf:
     """Return a shelf that takes a network for twice the size of its file."""
-    return Shelf(store, 1, budget_bytes, load or Loads(), resident_bytes=lambda: 0)
+    return Shelf(store, 1, budget_bytes, load or CountingLoader(), resident_bytes=lambda: 0)
 
 
 def put(store: Store, backbone: bytes = b"a network", seed: int = 0) -> Digest:
@@ -33,7 +33,7 @@ def put(store: Store, backbone: bytes = b"a network", seed: int = 0) -> Digest:
 
 
 def test_models_on_one_backbone_share_its_engine(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     shelf = make_shelf(store, 10**6, loads)
     one, other = (shelf.predictor(put(store, seed=seed)) for seed in (1, 2))
     assert len(loads.seen) == 1
@@ -42,7 +42,7 @@ def test_models_on_one_backbone_share_its_engine(store: Store) -> None:
 
 
 def test_many_who_ask_at_once_wait_for_one_load(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     loads.held.add(store.put(b"a network"))
     shelf = make_shelf(store, 10**6, loads)
     digest = put(store)
@@ -57,7 +57,7 @@ def test_many_who_ask_at_once_wait_for_one_load(store: Store) -> None:
 
 
 def test_the_backbone_not_asked_for_longest_makes_room(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     digests = [put(store, backbone=bytes([number]) * 10_000) for number in range(3)]
     shelf = make_shelf(store, 50_000, loads)  # two of 2 x 10,000 bytes fit, with their models
     for digest in (*digests[:2], digests[0], digests[2], digests[0]):
@@ -68,7 +68,7 @@ def test_the_backbone_not_asked_for_longest_makes_room(store: Store) -> None:
 
 
 def test_the_model_not_asked_for_longest_makes_room_and_its_backbone_stays(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     digests = [put(store, seed=seed) for seed in range(3)]
     shelf = make_shelf(store, 2 * len(b"a network") + 2 * MODEL_BYTES, loads)
     first, second = (shelf.predictor(digest) for digest in digests[:2])
@@ -88,7 +88,7 @@ def test_many_models_do_not_grow_past_the_budget(store: Store) -> None:
 
 
 def test_a_model_larger_than_the_budget_is_served_all_the_same(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     shelf = make_shelf(store, 1, loads)
     one, other = put(store, backbone=b"one"), put(store, backbone=b"other")
     predictor = shelf.predictor(one)
@@ -197,7 +197,7 @@ def test_what_a_network_takes_is_measured_without_what_others_take_for_a_moment(
     decoding = 240_000_000
     readings = [decoding, 0, decoding, 0, decoding] * 2
     networks = iter([1_000_000] * 5 + [31_000_000] * 5)
-    shelf = Shelf(store, 1, 10**9, Loads(), resident_bytes=lambda: next(networks) + readings.pop())
+    shelf = Shelf(store, 1, 10**9, CountingLoader(), resident_bytes=lambda: next(networks) + readings.pop())
     shelf.predictor(put(store))
     assert shelf.loaded()[0].size_bytes == 30_000_000
     before = resident_bytes()
@@ -206,7 +206,7 @@ def test_what_a_network_takes_is_measured_without_what_others_take_for_a_moment(
 
 
 def test_a_network_is_not_held_to_take_what_another_takes_that_loads_meanwhile(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     slow, quick, last = (put(store, backbone=name * 100) for name in (b"slow", b"quick", b"last"))
     loads.held.add(store.put(b"slow" * 100))
     shelf = Shelf(store, 1, 10**9, loads, resident_bytes=lambda: 1_000_000 + 20_000_000 * len(loads.seen))
@@ -221,7 +221,7 @@ def test_a_network_is_not_held_to_take_what_another_takes_that_loads_meanwhile(s
 
 
 def test_a_bundle_is_read_only_if_its_backbone_is_loaded(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     shelf = make_shelf(store, 10**6, loads)
     one, other = put(store, seed=1), put(store, seed=2)
     backbone = store.put(b"a network")
@@ -238,7 +238,7 @@ def test_a_bundle_is_read_only_if_its_backbone_is_loaded(store: Store) -> None:
 
 
 def test_a_backbone_is_not_dropped_before_its_first_model_though_another_is_asked_meanwhile(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     hot, cold = put(store, backbone=b"hot" * 5000), put(store, backbone=b"cold" * 5000)
     shelf = make_shelf(store, 50_000, loads)  # one of them
     shelf.predictor(hot)
@@ -255,7 +255,7 @@ def test_a_backbone_is_not_dropped_before_its_first_model_though_another_is_aske
 
 
 def test_a_backbone_whose_batcher_died_is_loaded_again(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     shelf = make_shelf(store, 10**6, loads)
     one, other = put(store, seed=1), put(store, seed=2)
     for digest in (one, other):
@@ -266,7 +266,7 @@ def test_a_backbone_whose_batcher_died_is_loaded_again(store: Store) -> None:
 
 
 def test_a_load_that_fails_leaves_nothing_and_the_next_that_waits_loads_it(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     network = store.put(b"a network")
     loads.held.add(network)
     digests = [put(store, seed=seed) for seed in range(4)]
@@ -294,7 +294,7 @@ def test_a_load_that_fails_leaves_nothing_and_the_next_that_waits_loads_it(store
 
 
 def test_a_shelf_that_was_closed_while_it_loaded_keeps_nothing(store: Store) -> None:
-    loads = Loads()
+    loads = CountingLoader()
     loads.held.add(store.put(b"a network"))
     shelf = make_shelf(store, 10**6, loads)
     errors: list[Exception] = []

@@ -33,7 +33,7 @@ def test_a_moment_of_any_zone_comes_back_in_utc(database: Database) -> None:
 
 
 def test_a_moment_without_a_zone_is_refused(database: Database) -> None:
-    with pytest.raises(StatementError, match="Received a naive one"), database.writing() as session:
+    with pytest.raises(StatementError, match="Received one without"), database.writing() as session:
         session.execute(update(Dataset).values(created_at=datetime(2024, 7, 1)))
 
 

@@ -31,14 +31,14 @@ ENDS: dict[str, Callable[[Session, str], object]] = {
 
 
 def new_comparison(database: Database, recipes: int = 2) -> tuple[str, list[str]]:
-    """Add a comparison; return its id and those of its runs."""
+    """Add a comparison; return its id and the ids of its runs."""
     with database.writing() as session:
         comparison = records.queued_comparison(session, records.ready_version(session), recipes)
         return comparison.id, [run.id for run in comparisons.get_runs(session, comparison.id)]
 
 
 def end(database: Database, run_id: str, how: str) -> Job | None:
-    """Start a run and end it; return the job that this makes due."""
+    """Start a run and end it; return the table job that this queues, or None."""
     with database.writing() as session:
         runs.start_run(session, run_id)
         comparisons.on_run_started(session, run_id)
@@ -227,7 +227,7 @@ def rows(*positions: int) -> list[dict[str, int]]:
 
 
 def compared(database: Database, comparison_id: str, name: str, *positions: int) -> bool:
-    """Give a comparison a table, as the job that made it does."""
+    """Save the table of a comparison, as the table job does."""
     with database.writing() as session:
         (job,) = session.scalars(select(Job).where(Job.kind == JobKind.COMPARE, Job.state == JobState.QUEUED))
         table = {"name": name, "rows": rows(*positions)}

@@ -33,7 +33,7 @@ from recipes.catalogue import BackboneName
 
 
 def name_all(session: Session, store: Store) -> dict[str, Digest]:
-    """Name one stored file in every column that can name one; return the files by column."""
+    """Reference one stored file from every column that can reference a file; return the files by column."""
     files = {}
 
     def stored(column: str) -> Digest:

@@ -1,4 +1,4 @@
-"""What is removed since nothing needs it any more, and what stays, in a folder and in a bucket."""
+"""Garbage collection: what is deleted and what stays, with a store in a folder and in a bucket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import records
-from buckets import Bucket, Line
+from buckets import Bucket, NetworkProxy
 from records import PRINCIPAL
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -36,7 +36,7 @@ NOTHING = CollectionSummary(0, 0, 0, 0)
 
 
 class Clocked(Store):
-    """A folder whose clock says another time."""
+    """A store in a folder whose clock differs from the clock of this machine."""
 
     ahead_s = 0.0
 
@@ -54,13 +54,13 @@ def name(session: Session, file: Digest) -> None:
 
 
 def age(store: Store, *files: Digest) -> None:
-    """Have files been written two days ago."""
+    """Make files look as if they were written two days ago."""
     for file in files:
         os.utime(store.path_for(file), (time.time() - 2 * DAY_S,) * 2)
 
 
 def plant(store: Store, count: int) -> list[Digest]:
-    """Lay so many old files into a folder, without waiting for its disk each time."""
+    """Create this number of old files in a folder, without syncing each of them."""
     files = [digest_of(b"%d" % number) for number in range(count)]
     for number, file in enumerate(files):
         store.path_for(file).parent.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def test_a_file_counts_by_the_clock_of_its_store(database: Database, store: Cloc
 
 def test_a_file_that_is_stored_again_while_it_is_collected_stays(database: Database, tmp_path: Path) -> None:
     class Busy(Store):
-        """Somebody stores the file once more after it was listed as old."""
+        """Store the file again after garbage collection has listed it as old."""
 
         def files(self) -> Iterator[StoredFile]:
             for file in list(super().files()):
@@ -145,7 +145,7 @@ def test_a_collection_that_is_to_end_ends_in_between(database: Database, store: 
 
 
 def failed_run(session: Session, store: Store, ago: timedelta, version: DatasetVersion) -> tuple[str, list[Digest]]:
-    """Add a run that failed some time ago after one of its folds; return it and what it would go on from."""
+    """Add a run that failed some time ago after its first fold; return the run and the files to resume from."""
     run = records.running_run(session, version)
     files = [store.put(f"{run.id} {number}".encode()) for number in range(2)]
     age(store, *files)
@@ -180,7 +180,7 @@ def test_a_run_that_is_tried_again_just_now_keeps_what_it_goes_on_from(database:
         run_id, files = failed_run(session, store, timedelta(days=8), records.ready_version(session))
 
     class Retrying(Database):
-        """Somebody tries the run again after it was found."""
+        """Retry the run after garbage collection has listed it as expired."""
 
         @contextmanager
         def reading(self) -> Iterator[Session]:
@@ -263,7 +263,7 @@ def test_a_folder_that_is_no_cache_has_no_copies_to_drop(database: Database, sto
 
 
 def test_a_bucket_or_a_database_that_is_away_is_told_and_nothing_is_lost(
-    database: Database, bucket: Bucket, line: Line, tmp_path: Path
+    database: Database, bucket: Bucket, line: NetworkProxy, tmp_path: Path
 ) -> None:
     store = bucket.seen_from(tmp_path / "far", line.endpoint).store()
     file = store.put(b"of nobody")

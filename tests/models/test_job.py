@@ -33,7 +33,7 @@ PROJECT = records.PRINCIPAL.project_id
 
 
 def add(database: Database, *subjects: str, kind: JobKind = JobKind.TRAIN, queue: Queue = Queue.CPU) -> list[str]:
-    """Queue one job per subject and return their ids."""
+    """Queue one job for each subject; return the ids of the jobs."""
     with database.writing() as session:
         return [jobs.add_job(session, PROJECT, kind, queue, subject).id for subject in subjects]
 

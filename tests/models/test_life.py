@@ -30,7 +30,7 @@ from simulator.databases import EngineDatabase, InMemoryDatabase
 from simulator.invariants import Invariants, Writer
 from simulator.stand_ins import MemoryStore
 from sqlalchemy import delete, select
-from working import WATCHING, training_place
+from working import SLOW_SWEEPS, training_settings
 
 from artifacts.store import Digest
 from clock import Clock
@@ -46,7 +46,7 @@ from recipes.recipe import Folds, Mode, Recipe, Task
 from training.progress import FoldResult
 from worker.handlers.train import PartEnd, Train
 from worker.job_runner import JobFailed
-from worker.lease import Complete, Holder, Reason, Stopped, WarmChild, Work
+from worker.lease import Complete, LeaseHolder, Reason, Stopped, WarmChild, Work
 from worker.local_worker import LocalWorker
 from worker.messages import FoldEnded, Prepared, RunOutcome
 from worker.sweeper import Sweeper
@@ -58,7 +58,7 @@ PARKED_S = 60.0
 
 @dataclass
 class Part:
-    """An unfinished job of a run, as the machine believes it to be; worked on if it has a `job`."""
+    """An unfinished job of a run, as the state machine expects it. It is running if it has a `job`."""
 
     kind: JobKind
     number: int
@@ -71,7 +71,7 @@ class Part:
 
 @dataclass
 class Life:
-    """A run as the machine believes it to be."""
+    """A run, as the state machine expects it."""
 
     run_id: str
     k: int
@@ -83,7 +83,7 @@ class Life:
 
 
 class Told(Train):
-    """Trains nothing: how a job ends is said before."""
+    """A handler that trains nothing. The test determines how a job ends."""
 
     end: PartEnd | EspalierError | Reason = Reason.LOST
 
@@ -98,7 +98,7 @@ class Told(Train):
 
 
 class Lives(RuleBasedStateMachine):
-    """Some runs, from their order to their end."""
+    """A state machine with several runs, from their request to their end."""
 
     def __init__(self, database: Database) -> None:
         super().__init__()
@@ -111,10 +111,10 @@ class Lives(RuleBasedStateMachine):
                     session.execute(delete(table))
             self.version_id = records.ready_version(session).id
         self.store = MemoryStore()
-        self.told = Told(self.store, training_place(self.store.root))
+        self.told = Told(self.store, training_settings(self.store.root))
         self.handlers = dict.fromkeys(JobKind, self.told)
         self.clock = Clock(now=lambda: self.now_s)
-        self.loop = LocalWorker(database, Queue.CPU, self.handlers, "here", WATCHING, self.clock)
+        self.loop = LocalWorker(database, Queue.CPU, self.handlers, "here", SLOW_SWEEPS, self.clock)
         self.checks = Invariants(self.query, lambda digest: self.store.has(Digest(digest)))
         self.places = itertools.count()
         self.lives: list[Life] = []
@@ -182,7 +182,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(times=st.integers(1, 5))
     def work_off(self, times: int) -> None:
-        """Go through some jobs without trouble, since any trouble at all is likelier than none."""
+        """Let some jobs succeed, because otherwise almost every job would have a fault."""
         for _ in range(times):
             claimed = self.claim()
             if claimed is None:
@@ -313,14 +313,14 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose_the_worker(self, data: st.DataObject) -> None:
         life, part, job = data.draw(st.sampled_from(self._held()))
-        sweeper = Sweeper(self.database, [Queue.CPU], self.handlers, "there", WATCHING, self.clock)
+        sweeper = Sweeper(self.database, [Queue.CPU], self.handlers, "there", SLOW_SWEEPS, self.clock)
         assert sweeper.sweep() == 0
         for _, _, other in self._held():
             if other is not job:
                 with self.database.writing() as session:
                     jobs.renew(session, Lease(other.id, other.lease_epoch))
                 self.checks.check(Writer("renew", Lease(other.id, other.lease_epoch)))
-        self.now_s += WATCHING.lease_s
+        self.now_s += SLOW_SWEEPS.lease_s
         assert sweeper.sweep() == 1
         self.checks.check(Writer("sweeper"))
         self._leave(life, part, job)
@@ -338,7 +338,7 @@ class Lives(RuleBasedStateMachine):
         life = next(life for life in self.lives if life.run_id == job.subject_id)
         for end in (self._message(life, Part(job.kind, job.index, 0)), TrainingDiverged("late"), Reason.DRAINING):
             self.told.end = end
-            self.loop.runner.see_through(self._work(job))
+            self.loop.runner.run_claimed(self._work(job))
         assert self.checks.check(Writer("late", Lease(job.id, job.lease_epoch))) == []
 
     @rule()
@@ -380,17 +380,19 @@ class Lives(RuleBasedStateMachine):
         return [(life, part, part.job) for life in self.lives for part in life.parts if part.job is not None]
 
     def _done(self) -> list[tuple[Life, Part, Job]]:
-        """Return those that may succeed: where the folds are one job, it does so once it has measured each."""
+        """Return the jobs that may succeed. A job that trains all folds must have measured each fold."""
         return [(life, part, job) for life, part, job in self._held() if not self._measures(life, part)]
 
     def _measures(self, life: Life, part: Part) -> bool:
-        """Say whether a job still measures folds by itself."""
+        """Return whether a job trains all folds itself and has not measured all of them."""
         is_quick = part.kind is JobKind.TRAIN and not life.is_fanned_out
         return is_quick and life.state is RunState.RUNNING and len(life.folds) < life.k
 
     def _work(self, job: Job) -> Work:
         lease = Lease(job.id, job.lease_epoch)
-        return Work(self.database, job, Holder(self.database, lease, WATCHING, lambda: False, self.clock), WarmChild())
+        return Work(
+            self.database, job, LeaseHolder(self.database, lease, SLOW_SWEEPS, lambda: False, self.clock), WarmChild()
+        )
 
     def _message(self, life: Life, part: Part) -> PartEnd:
         match part.kind:
@@ -405,10 +407,10 @@ class Lives(RuleBasedStateMachine):
                 return RunOutcome(bundle=bundle, backbone=backbone, metrics={}, training_s=1.0, files=())
 
     def _end(self, life: Life, part: Part, job: Job, end: PartEnd | EspalierError | Reason) -> None:
-        """Have the loop see a job through to this end."""
+        """Let the job runner do a job that ends in this way."""
         self.told.end = end
         with suppress(JobFailed):
-            self.loop.runner.see_through(self._work(job))
+            self.loop.runner.run_claimed(self._work(job))
         self.checks.check(Writer("end", Lease(job.id, job.lease_epoch)))
         self._leave(life, part, job)
 

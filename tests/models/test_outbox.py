@@ -88,7 +88,7 @@ def test_what_mlflow_is_owed_stands_in_the_order_it_became_true(database: Databa
             outbox.add_to_outbox(session, run_id, kind, {"number": number})
             outbox.add_to_outbox(session, other, "fold", {"number": number})
     with database.reading() as session:
-        rows = outbox.outbox_rows(session, run_id)
+        rows = outbox.get_unsent_rows(session, run_id)
         assert [row.kind for row in rows] == kinds
         assert [row.payload for row in rows] == [{}, *({"number": number} for number in range(4))]
         assert records.count(session, Outbox) == 10
@@ -103,5 +103,5 @@ def test_the_end_of_a_run_is_owed_if_its_start_was_or_mlflow_has_it(database: Da
         known.mlflow_run_id = "1234"
         for run in (unknown, started, known):
             outbox.add_end_to_outbox(session, run.id)
-        kinds = [[row.kind for row in outbox.outbox_rows(session, run.id)] for run in (unknown, started, known)]
+        kinds = [[row.kind for row in outbox.get_unsent_rows(session, run.id)] for run in (unknown, started, known)]
     assert kinds == [[], ["started", "finished"], ["finished"]]

@@ -98,7 +98,7 @@ def test_a_commit_is_not_taken_back_by_what_follows_it(database: Database) -> No
 
 
 class Deaf(Database):
-    """Hears the answer to no commit but those that follow the first."""
+    """A database that loses the answer to the first commit."""
 
     is_deaf = True
 
@@ -152,7 +152,7 @@ def test_foreign_keys_hold(database: Database) -> None:
 
 
 def until_it_is_full(database: Database, session: Session) -> None:
-    """Write until the disk of the database is full; on PostgreSQL, say so as it does."""
+    """Write until the disk of the database is full. On PostgreSQL, raise its error instead."""
     session.execute(update(RegistryRevision).values(revision=5))
     if not database.is_sqlite:
         session.execute(text("DO $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$"))

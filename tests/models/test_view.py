@@ -34,7 +34,7 @@ def finished_run(database: Database) -> str:
 
 
 def ask(database: Database, run_id: str, kind: ViewKind = ViewKind.ACTIVATIONS, key: str = KEY) -> tuple[str, bool]:
-    """Ask for a view; return it and whether a job is owed for it now."""
+    """Request a view; return the view, and whether it has an unfinished job."""
     with database.writing() as session:
         view, job = views.request_view(session, session.get_one(Run, run_id), kind, key)
         return view.id, job is not None
@@ -46,7 +46,7 @@ def look(database: Database, view_id: str) -> View | None:
 
 
 def delete(database: Database) -> None:
-    """Delete the one data set as its route does."""
+    """Delete the data set, as its route does."""
     with database.writing() as session:
         version = session.scalars(select(DatasetVersion)).one()
         views.request_cancel(session, [version.id])
@@ -66,11 +66,11 @@ def test_a_view_is_made_before_a_run_that_waited_longer(database: Database) -> N
 
 def test_whoever_asks_first_owes_the_job_and_all_others_find_the_view(database: Database) -> None:
     run_id = finished_run(database)
-    view_id, is_owed = ask(database, run_id)
-    assert is_owed and ask(database, run_id) == (view_id, False)
-    curve_id, is_owed = ask(database, run_id, ViewKind.LEARNING_CURVE, "")
+    view_id, has_unfinished = ask(database, run_id)
+    assert has_unfinished and ask(database, run_id) == (view_id, False)
+    curve_id, has_unfinished = ask(database, run_id, ViewKind.LEARNING_CURVE, "")
     other_id, _ = ask(database, run_id, key=views.activations_key(digest("other"), "block1_conv1"))
-    assert is_owed and len({view_id, curve_id, other_id}) == 3
+    assert has_unfinished and len({view_id, curve_id, other_id}) == 3
     with database.reading() as session:
         found = [records.job_of(session, subject) for subject in (view_id, curve_id)]
         assert [(job.kind, job.queue) for job in found] == [(JobKind.VIEW, Queue.INGEST), (JobKind.VIEW, Queue.CPU)]
@@ -134,8 +134,8 @@ def test_a_failure_is_told_once_and_whoever_asks_again_begins_anew(database: Dat
         assert views.pop_failure(session, view_id) == ERROR
     with database.writing() as session:
         assert views.pop_failure(session, view_id) is None
-    again_id, is_owed = ask(database, run_id)
-    assert is_owed and again_id != view_id
+    again_id, has_unfinished = ask(database, run_id)
+    assert has_unfinished and again_id != view_id
     with database.writing() as session:
         assert views.pop_failure(session, again_id) is None, "it has not failed"
 

@@ -73,7 +73,7 @@ def test_while_a_worker_collects_an_operator_is_told_so(tmp_path: Path, database
         done = collect(tmp_path)
     assert (done.returncode, done.stdout) == (
         0,
-        "Another process is collecting garbage at the moment. See the logs of the workers, or try again later.\n",
+        "Another process is collecting garbage now. See the logs of the workers, or try again later.\n",
     )
     database.close()
 

@@ -71,7 +71,7 @@ def test_a_layer_that_cannot_follow_is_named() -> None:
     refused = _refusal(_cnn({"type": "pooling", "size": 3}, large, {"type": "flatten"}))
     assert refused.field == "network.layers[1].kernel"
     assert "'large'" in refused.detail and "9×9" in refused.detail and "5×5" in refused.detail
-    assert "Nothing would be left" in _refusal(_cnn({"type": "pooling", "size": 17}, {"type": "flatten"})).detail
+    assert "The window of 17×17" in _refusal(_cnn({"type": "pooling", "size": 17}, {"type": "flatten"})).detail
     assert "flatten or global_average" in _refusal(_cnn(conv, {"type": "dense", "units": 3})).detail
     assert "at the end" in _refusal(_cnn(conv)).detail
     assert "at least one layer" in _refusal(_cnn()).detail
@@ -80,12 +80,12 @@ def test_a_layer_that_cannot_follow_is_named() -> None:
     assert _refusal(_cnn(here, {"type": "flatten", "inputs": ["b"]})).field == "network.layers[1].inputs"
     assert _refusal(_cnn(here, {"type": "flatten", "name": "a"})).field == "network.layers[1].name"
     assert _refusal(_cnn({**here, "name": "output"}, {"type": "flatten"})).field == "network.layers[0].name"
-    assert "None does" in _refusal(_cnn(conv, {"type": "flatten", "inputs": ["input"]})).detail
+    assert "No later layer reads" in _refusal(_cnn(conv, {"type": "flatten", "inputs": ["input"]})).detail
     joined = _refusal(_cnn(conv, {"type": "add", "inputs": ["convolution_1", "input"]}, {"type": "flatten"}))
     assert "14×14×4" in joined.detail and "16×16×3" in joined.detail
-    assert "at least two layers" in _refusal(_cnn(conv, {"type": "add"}, {"type": "flatten"})).detail
+    assert "at least two input layers" in _refusal(_cnn(conv, {"type": "add"}, {"type": "flatten"})).detail
     twice = _cnn(conv, {**conv, "inputs": ["input", "convolution_1"]}, {"type": "flatten"})
-    assert "one layer" in _refusal(twice).detail
+    assert "one input layer" in _refusal(twice).detail
 
 
 def test_a_network_holds_what_its_kind_has() -> None:

@@ -81,7 +81,7 @@ if "api.app" in sys.orig_argv:
 """
 
 
-class Ground:
+class FaultCase:
     """A service on one kind of database, a data set on it, and how its runs end undisturbed."""
 
     def __init__(self, service: Service, folder: Path) -> None:
@@ -158,7 +158,7 @@ def own_postgresql() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultCase]:
     folder = tmp_path_factory.mktemp(request.param)
     settings = {"PYTHONPATH": str(folder), "FAULTS": str(folder / "faults")}
     if request.param == "postgresql":
@@ -171,7 +171,7 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         engine.dispose()
     (folder / "sitecustomize.py").write_text(SIDECAR)
     with started(folder / "var", **settings) as service:
-        ground = Ground(service, folder)
+        ground = FaultCase(service, folder)
         yield ground
         ground.database.close()
         service.end(signal.SIGTERM)
@@ -181,14 +181,14 @@ def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @EITHER_MODE
-def test_a_killed_trainer_is_replaced_and_the_run_ends_as_it_would_have(ground: Ground, mode: str) -> None:
+def test_a_killed_trainer_is_replaced_and_the_run_ends_as_it_would_have(ground: FaultCase, mode: str) -> None:
     run = ground.begin(mode, f"trainer-killed-{mode}")
     ground.trainer().kill()
     ground.check(mode, run)
 
 
 @pytest.mark.parametrize("ground", ["postgresql"], indirect=True)
-def test_a_killed_worker_is_replaced_and_the_run_ends_as_it_would_have(ground: Ground) -> None:
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_it_would_have(ground: FaultCase) -> None:
     run = ground.begin("feature-extraction", "worker-killed")
     trainer = ground.trainer()
     ground.service.find(TRAINS).kill()
@@ -199,7 +199,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_it_would_have(ground: G
 
 @EITHER_MODE
 def test_a_worker_that_is_told_to_end_keeps_how_far_it_is_and_the_attempt_does_not_count(
-    ground: Ground, mode: str
+    ground: FaultCase, mode: str
 ) -> None:
     """By the signal of a deploy, or by Celery's own command."""
     run = ground.begin(mode, f"deploy-{mode}")
@@ -220,7 +220,7 @@ def test_a_worker_that_is_told_to_end_keeps_how_far_it_is_and_the_attempt_does_n
     assert set(attempts) == {1}
 
 
-def test_a_frozen_worker_is_replaced_and_writes_nothing_when_it_wakes(ground: Ground) -> None:
+def test_a_frozen_worker_is_replaced_and_writes_nothing_when_it_wakes(ground: FaultCase) -> None:
     run = ground.begin("feature-extraction", "frozen")
     frozen = [ground.trainer(), ground.service.find(TRAINS)]
     until(lambda: ground.freeze(frozen))
@@ -238,7 +238,7 @@ def test_a_frozen_worker_is_replaced_and_writes_nothing_when_it_wakes(ground: Gr
 
 @ON_ANY_DATABASE
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(ground: Ground, damage: str) -> None:
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(ground: FaultCase, damage: str) -> None:
     run = ground.begin("feature-extraction", f"checkpoint-{damage}")
     while len(found := ground.checkpoints(run).get(1, [])) < 2:
         assert found, "the fold was over before it could be disturbed"
@@ -265,7 +265,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_for_the_one_before(grou
     indirect=["ground"],
     scope="module",
 )
-def test_an_api_that_dies_while_it_answers_makes_one_run_in_the_end(ground: Ground, when: str) -> None:
+def test_an_api_that_dies_while_it_answers_makes_one_run_in_the_end(ground: FaultCase, when: str) -> None:
     order = {"dataset": ground.dataset, "name": f"api-{when}", "recipe": {"backbone": "vgg16", "weights": "random"}}
     order["recipe"] |= {"features_from": "block1", "image_size": 32, "epochs": 2, "folds": {"k": 2}}
     headers = {"Idempotency-Key": secrets.token_hex(8)}
@@ -293,7 +293,7 @@ def test_an_api_that_dies_while_it_answers_makes_one_run_in_the_end(ground: Grou
 
 
 @ON_ANY_DATABASE
-def test_a_frozen_broker_costs_no_run(ground: Ground) -> None:
+def test_a_frozen_broker_costs_no_run(ground: FaultCase) -> None:
     broker = ground.service.find("valkey-server")
     broker.suspend()
     try:
@@ -306,7 +306,7 @@ def test_a_frozen_broker_costs_no_run(ground: Ground) -> None:
 
 
 @ON_ANY_DATABASE
-def test_a_frozen_mlflow_is_told_once_it_answers_and_nothing_waits_for_it(ground: Ground) -> None:
+def test_a_frozen_mlflow_is_told_once_it_answers_and_nothing_waits_for_it(ground: FaultCase) -> None:
     import mlflow
 
     frozen = ground.service.find("mlflow_server")
@@ -329,7 +329,7 @@ def test_a_frozen_mlflow_is_told_once_it_answers_and_nothing_waits_for_it(ground
 
 
 @pytest.mark.parametrize("ground", ["postgresql"], indirect=True)
-def test_a_database_that_restarts_costs_no_run(ground: Ground, own_postgresql: PostgresServer) -> None:
+def test_a_database_that_restarts_costs_no_run(ground: FaultCase, own_postgresql: PostgresServer) -> None:
     run = ground.begin("feature-extraction", "database-restarted")
     own_postgresql.stop()
     stopped = time.monotonic()
@@ -347,7 +347,7 @@ def test_a_database_that_restarts_costs_no_run(ground: Ground, own_postgresql: P
 
 
 @EITHER_MODE
-def test_a_run_is_cancelled_within_ten_seconds_and_nothing_of_it_is_left(ground: Ground, mode: str) -> None:
+def test_a_run_is_cancelled_within_ten_seconds_and_nothing_of_it_is_left(ground: FaultCase, mode: str) -> None:
     run = ground.begin(mode, f"cancelled-{mode}")
     trainer = ground.trainer()
     asked = time.monotonic()

@@ -39,7 +39,7 @@ FREE_BYTES = 4 * 1024**2
 
 
 @dataclass
-class Place:
+class SmallDisk:
     """A service whose files and database are on one small disk."""
 
     settings: Settings
@@ -92,7 +92,7 @@ def mounted(folder: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(tmp_path: Path) -> Iterator[SmallDisk]:
     with mounted(tmp_path / "disk") as disk:
         settings = Settings(
             var=disk / "var", free_disk_bytes=FREE_BYTES, weights_url="http://127.0.0.1:9/nobody", predict_deadline_s=30
@@ -101,11 +101,11 @@ def place(tmp_path: Path) -> Iterator[Place]:
         upgrade(database)
         app = create_app(settings)
         with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
-            yield Place(settings, database, client)
+            yield SmallDisk(settings, database, client)
         database.close()
 
 
-def test_an_upload_that_does_not_fit_leaves_nothing_and_fits_later(place: Place) -> None:
+def test_an_upload_that_does_not_fit_leaves_nothing_and_fits_later(place: SmallDisk) -> None:
     archive = sample.zipped(sample.coloured(per_class=4))
     large = archive + bytes(40 * 2**20)
 
@@ -119,7 +119,7 @@ def test_an_upload_that_does_not_fit_leaves_nothing_and_fits_later(place: Place)
     refused = place.client.post("/api/v1/datasets?name=x", content=pieces())
     assert (refused.status_code, refused.json()["type"]) == (507, "urn:espalier:problem:disk-full"), refused.text
     announced = place.client.post("/api/v1/datasets?name=x", content=large)
-    assert announced.status_code == 507 and "MiB free for this upload" in announced.json()["detail"]
+    assert announced.status_code == 507 and "MiB of free disk space" in announced.json()["detail"]
     place.free()
 
     place.fill()
@@ -133,7 +133,7 @@ def test_an_upload_that_does_not_fit_leaves_nothing_and_fits_later(place: Place)
     assert place.client.post("/api/v1/datasets?name=x", content=archive).status_code == 202
 
 
-def test_an_ingest_and_a_run_wait_for_room_and_then_come_to_their_ends(place: Place) -> None:
+def test_an_ingest_and_a_run_wait_for_room_and_then_come_to_their_ends(place: SmallDisk) -> None:
     files = sample.coloured(per_class=12)
     made = place.client.post("/api/v1/datasets?name=x", content=sample.zipped(files)).json()
     url = f"/api/v1/datasets/{made['id']}"
@@ -171,7 +171,7 @@ def test_an_ingest_and_a_run_wait_for_room_and_then_come_to_their_ends(place: Pl
     assert answer.status_code == 200, answer.text
 
 
-def test_a_job_whose_end_does_not_fit_into_the_database_ends_when_there_is_room(place: Place) -> None:
+def test_a_job_whose_end_does_not_fit_into_the_database_ends_when_there_is_room(place: SmallDisk) -> None:
     made = place.client.post("/api/v1/datasets?name=x", content=sample.zipped(sample.coloured(per_class=12))).json()
     url = f"/api/v1/datasets/{made['id']}"
     loop = place.loop(Queue.INGEST)

@@ -42,7 +42,7 @@ def stored(service: Service) -> set[str]:
     ("name", "archive", "kind", "says"),
     [
         ("nested", sample.zipped({"a/b/c/1.png": sample.png(1)}), "layout-unknown", "one folder per class"),
-        ("climbing", climbing(), "archive-refused", "paths without"),
+        ("climbing", climbing(), "archive-refused", "with '..'"),
         ("cut-off", sample.zipped(GOOD)[:-60], "archive-refused", "cannot be read"),
         ("texts", sample.zipped({f"{c}/{i}.jpg": b"text" for c in "ab" for i in range(40)}), "dataset-refused", "80"),
     ],

@@ -117,23 +117,23 @@ class Client:
             self._follow(self._start_run())
 
     def _start_run(self) -> str:
-        wanted = RunRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipe=self._recipe())
+        request = RunRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipe=self._recipe())
         self.runs_requested += 1
         run = self._send_once(
             "start run",
-            lambda services, idempotency: run_routes.start_run(Response(), services, _PRINCIPAL, wanted, idempotency),
+            lambda services, idempotency: run_routes.start_run(Response(), services, _PRINCIPAL, request, idempotency),
         )
         return str(run.id)
 
     def _compare(self) -> None:
         chance = self._simulation.chance
         recipes = [self._recipe(k=2, epochs=epochs) for epochs in range(1, chance.choice([2, 2, 3]) + 1)]
-        wanted = ComparisonRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipes=recipes)
+        request = ComparisonRequest(dataset=self._simulation.database.dataset_id, name=self._name, recipes=recipes)
         self.runs_requested += len(recipes)
         comparison = self._send_once(
             "compare",
             lambda services, idempotency: comparison_routes.start_comparison(
-                Response(), services, _PRINCIPAL, wanted, idempotency
+                Response(), services, _PRINCIPAL, request, idempotency
             ),
         )
         mine = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from models.job import ENDLESS, MAX_ATTEMPTS, Lease
+from models.job import KINDS_RETRIED_FOREVER, MAX_ATTEMPTS, Lease
 
 Query = Callable[[str], Iterable[Sequence[Any]]]
 """Runs a SELECT on committed rows."""
@@ -203,7 +203,10 @@ class Invariants:
             was = job._replace(state="queued", attempt=0, epoch=0)
         way = f"{was.state} → {job.state}"
         _require(not was.is_final, f"a job that was over changes, {way}: {name}")
-        _require(job.kind in ENDLESS or job.attempt <= MAX_ATTEMPTS, f"more than {MAX_ATTEMPTS} attempts: {name}")
+        _require(
+            job.kind in KINDS_RETRIED_FOREVER or job.attempt <= MAX_ATTEMPTS,
+            f"more than {MAX_ATTEMPTS} attempts: {name}",
+        )
         match was.state, job.state:
             case "queued", "running":
                 _require(job.attempt == was.attempt + 1, f"an attempt that does not count: {name}")

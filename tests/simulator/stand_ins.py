@@ -136,7 +136,7 @@ class TrainingChild:
         work.check()
         if not self._has_sent(_POLL_S):
             return None
-        work.moved()
+        work.report_progress()
         sent = self._take()
         if isinstance(sent, Exception):
             raise sent
@@ -285,8 +285,8 @@ class TrainingChild:
         """Check that the final fit gets the outcomes of all folds, and that all used the same batch size."""
         batch = order.spec.recipe["batch_size"]
         given = {number: self._store.read(digest).decode() for number, digest in order.outcomes.items()}
-        wanted = {number: f"{self._subject_id} fold {number} batch {batch}" for number in folds}
-        if given != wanted:
+        expected = {number: f"{self._subject_id} fold {number} batch {batch}" for number in folds}
+        if given != expected:
             raise InvariantViolated(f"the end of a run is not given its folds: {given}")
 
     def _checkpoint(self, number: int | None, epochs: int) -> CheckpointWritten:

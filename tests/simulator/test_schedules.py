@@ -77,14 +77,14 @@ def test_everything_that_may_go_wrong_does(simulator: Simulator) -> None:
 
 
 def test_a_seed_says_all_that_happens(simulator: Simulator) -> None:
-    def told(seed: int) -> list[str]:
+    def trace_of(seed: int) -> list[str]:
         lines: list[str] = []
         simulator.run(seed, lines.append)
         names: dict[str, str] = {}
         ids = re.compile(r"(?<=of |un |on )[0-9a-f]{6}\b|(job|run|cmp)_[0-9a-f]{32}")
         return [ids.sub(lambda found: names.setdefault(found[0], str(len(names))), line) for line in lines]
 
-    first, again, other = told(7), told(7), told(8)
+    first, again, other = trace_of(7), trace_of(7), trace_of(8)
     assert first == again and first != other
     assert any("queued → running" in line for line in first)
 

@@ -135,11 +135,11 @@ class TrackedRunner(JobRunner):
         super().__init__(*given)
         self._simulation = simulation
 
-    def see_through(self, work: Work) -> Outcome:
+    def run_claimed(self, work: Work) -> Outcome:
         task, leases = self._simulation.scheduler.current, self._simulation.leases
         holders = [other for other in task.thread_group.threads if other.parent is task]
         leases |= dict.fromkeys([task, *holders], work.lease)
         try:
-            return super().see_through(work)
+            return super().run_claimed(work)
         finally:
             del leases[task]

@@ -71,14 +71,14 @@ def _has_gap(session: Any, run_id: str) -> bool:
 def _files(database: Database, store: Store) -> list[str]:
     """Return missing, damaged and unreferenced files as text."""
     with database.reading() as session:
-        wanted = file_references.referenced_files(session)
+        expected = file_references.referenced_files(session)
     wrong = []
-    for digest in wanted:
+    for digest in expected:
         try:
             store.verified_path(digest)
         except EspalierError as error:
             wrong.append(f"file {digest}: {error.detail}")
-    orphans = set(store.digests()) - wanted
+    orphans = set(store.digests()) - expected
     return wrong + ([f"{len(orphans)} unreferenced files"] if orphans else [])
 
 

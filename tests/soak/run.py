@@ -77,24 +77,24 @@ def _database(kind: str, folder: Path) -> Iterator[tuple[str, Callable[[float], 
         server.cleanup()
 
 
-def soak(wanted: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the soak; return its figures, with all violations under `wrong`."""
-    chance = random.Random(wanted.seed)
+    chance = random.Random(options.seed)
     temporary = folder / "tmp"
     temporary.mkdir()
-    with _database(wanted.database, folder) as (url, take_away):
+    with _database(options.database, folder) as (url, take_away):
         os.environ |= {f"ESPALIER_{name.upper()}": str(value) for name, value in TIMINGS.items()}
         os.environ |= {
             "ESPALIER_VAR": str(folder / "var"),
-            "ESPALIER_WORKERS": str(wanted.workers),
-            "ESPALIER_API_PORT": str(wanted.port),
-            "ESPALIER_MLFLOW_PORT": str(wanted.port + 1),
+            "ESPALIER_WORKERS": str(options.workers),
+            "ESPALIER_API_PORT": str(options.port),
+            "ESPALIER_MLFLOW_PORT": str(options.port + 1),
             "DATABASE_URL": url,
             "TMPDIR": str(temporary),
         }
         settings = up.load_settings()
         with up.running(settings):
-            figures = _run_with_faults(wanted, settings, take_away, chance)
+            figures = _run_with_faults(options, settings, take_away, chance)
         left = [process.pid for name in ("api.app", "worker.", "mlflow_server") for process in find(settings.var, name)]
         figures["wrong"] += [f"process {pid} is left" for pid in left]
         figures["wrong"] += [f"{file.name} is left" for file in temporary.glob("espalier-child-*")]
@@ -103,7 +103,7 @@ def soak(wanted: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _run_with_faults(
-    wanted: argparse.Namespace, settings: Settings, take_away: Callable[[float], None], chance: random.Random
+    options: argparse.Namespace, settings: Settings, take_away: Callable[[float], None], chance: random.Random
 ) -> dict[str, Any]:
     database = Database(settings.database)
     dataset = _upload(settings)
@@ -120,13 +120,13 @@ def _run_with_faults(
 
     faults = FaultInjector(settings.var, database, take_database_away, chance)
     began = time.monotonic()
-    until, next_fault = began + 60 * wanted.minutes, began + 20
+    until, next_fault = began + 60 * options.minutes, began + 20
     with console.status("soaking …") as status:
         while time.monotonic() < until:
             stream.step()
             if time.monotonic() >= next_fault:
                 faults.strike()
-                next_fault = time.monotonic() + chance.expovariate(1 / wanted.every)
+                next_fault = time.monotonic() + chance.expovariate(1 / options.every)
             left_s = until - time.monotonic()
             status.update(f"soaking … {left_s:,.0f} s left, {len(stream.submitted)} runs, {faults.done.total()} faults")
             time.sleep(0.3)
@@ -141,10 +141,10 @@ def _run_with_faults(
     wrong = account(database, store, stream.submitted) + account_mlflow(settings.mlflow)
     database.close()
     return {
-        "seed": wanted.seed,
-        "minutes": wanted.minutes,
-        "database": wanted.database,
-        "workers": wanted.workers,
+        "seed": options.seed,
+        "minutes": options.minutes,
+        "database": options.database,
+        "workers": options.workers,
         "runs": {"submitted": len(stream.submitted), **ended},
         "errors": dict(errors),
         "cancels": stream.cancels,
@@ -193,13 +193,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--port", type=int, default=18_000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="espalier-soak-") as folder:
-        figures = soak(wanted, Path(folder))
+        figures = soak(options, Path(folder))
         if figures["wrong"]:
             kept = Path(folder) / "var" / "logs"
             console.print(f"The logs of the worker:\n{_tail(kept / 'worker-1.log')}", markup=False)
-    table = Table("what", "", title=f"Soak, seed {wanted.seed}")
+    table = Table("what", "", title=f"Soak, seed {options.seed}")
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict | list) else str(value))
     console.print(table)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import sample
-from experiments import Bench, Heard
+from experiments import ExperimentRunner, RecordingListener
 from exporting import Exports
 from scipy.sparse import csr_array
 
@@ -28,16 +28,16 @@ OPEN: dict[str, Any] = {"features_from": "auto", "epochs": 4, "folds": {"k": 2}}
 
 
 @pytest.fixture
-def bench(tmp_path: Path, exports: Exports) -> Bench:
-    return Bench(tmp_path, exports)
+def bench(tmp_path: Path, exports: Exports) -> ExperimentRunner:
+    return ExperimentRunner(tmp_path, exports)
 
 
 @pytest.fixture
-def rows(bench: Bench) -> list[Row]:
+def rows(bench: ExperimentRunner) -> list[Row]:
     return bench.rows(sample.coloured(per_class=8))
 
 
-def test_every_cut_is_tried_and_the_best_is_served(bench: Bench, rows: list[Row]) -> None:
+def test_every_cut_is_tried_and_the_best_is_served(bench: ExperimentRunner, rows: list[Row]) -> None:
     outcome, heard = bench.run(rows, **OPEN)
     assert heard.stages[:2] == ["bake-off", "backbone"]
     found = outcome.metrics["features"]
@@ -51,12 +51,12 @@ def test_every_cut_is_tried_and_the_best_is_served(bench: Bench, rows: list[Row]
     assert "## Where features come from" in report and f"`{best['features_from']}` of VGG16 was chosen" in report
 
 
-def test_a_run_that_was_interrupted_keeps_to_its_choice(bench: Bench, rows: list[Row]) -> None:
+def test_a_run_that_was_interrupted_keeps_to_its_choice(bench: ExperimentRunner, rows: list[Row]) -> None:
     bench.run(rows, **OPEN)
     assert bench.known.pick is not None
     other = next(one for one in bench.known.pick["tried"] if one != bench.known.pick["chosen"])
     bench.known.pick = bench.known.pick | {"chosen": other}
-    heard = Heard()
+    heard = RecordingListener()
     outcome, _ = bench.run(rows, heard, **OPEN)
     assert "bake-off" not in heard.stages
     assert outcome.metrics["features"]["chosen"] == other
@@ -64,7 +64,7 @@ def test_a_run_that_was_interrupted_keeps_to_its_choice(bench: Bench, rows: list
 
 
 @pytest.mark.slow
-def test_the_choice_changes_nothing_of_the_measurement(bench: Bench, rows: list[Row]) -> None:
+def test_the_choice_changes_nothing_of_the_measurement(bench: ExperimentRunner, rows: list[Row]) -> None:
     chosen, _ = bench.run(rows, **OPEN)
     cut = chosen.metrics["features"]["chosen"]["features_from"]
     fixed, _ = bench.run(rows, **OPEN | {"features_from": cut})
@@ -94,7 +94,7 @@ def test_a_rare_class_is_in_every_fold_of_a_sample() -> None:
 
 
 @pytest.mark.slow
-def test_of_several_backbones_those_whose_weights_are_here_are_tried(bench: Bench, rows: list[Row]) -> None:
+def test_of_several_backbones_those_whose_weights_are_here_are_tried(bench: ExperimentRunner, rows: list[Row]) -> None:
     candidates = {name: bench.weights_of(name) for name in (BackboneName.VGG16, BackboneName.VGG19)}
     outcome, _ = bench.run(rows, candidates=candidates, **OPEN | {"backbone": "auto"})
     found = outcome.metrics["features"]

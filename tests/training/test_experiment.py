@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sample
-from experiments import AUGMENTATION, QUICK, SPENT_S, Bench, Heard
+from experiments import AUGMENTATION, QUICK, SPENT_S, ExperimentRunner, RecordingListener
 from exporting import Exports
 from safetensors.numpy import load as load_tensors
 
@@ -40,12 +40,12 @@ from training.statistics import evaluation
 
 
 @pytest.fixture
-def bench(tmp_path: Path, exports: Exports) -> Bench:
-    return Bench(tmp_path, exports)
+def bench(tmp_path: Path, exports: Exports) -> ExperimentRunner:
+    return ExperimentRunner(tmp_path, exports)
 
 
 def test_a_run_measures_out_of_fold_and_serves_what_it_measured(tmp_path: Path, exports: Exports) -> None:
-    bench = Bench(tmp_path, exports, is_new=True)
+    bench = ExperimentRunner(tmp_path, exports, is_new=True)
     files = sample.coloured(per_class=20)
     rows = bench.rows(files)
     outcome, heard = bench.run(rows)
@@ -83,7 +83,7 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_another_head_computes_no_features_and_added_images_only_their_own(bench: Bench) -> None:
+def test_another_head_computes_no_features_and_added_images_only_their_own(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     first, heard = bench.run(rows)
     assert computed_and_cached(heard) == (30, 0)
@@ -95,13 +95,13 @@ def test_another_head_computes_no_features_and_added_images_only_their_own(bench
     assert computed_and_cached(heard) == (10, 30)
 
 
-def computed_and_cached(heard: Heard) -> tuple[int, int]:
+def computed_and_cached(heard: RecordingListener) -> tuple[int, int]:
     assert heard.extraction is not None
     return heard.extraction.computed, heard.extraction.cached
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_as_an_unbroken_one(bench: Bench) -> None:
+def test_an_interrupted_run_ends_as_an_unbroken_one(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10, seed=4))
     change = {
         "head": {"hidden": [8], "dropout": 0.3},
@@ -130,7 +130,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(bench: Bench) -> None:
     ],
 )
 def test_an_interrupted_fine_tuning_ends_as_an_unbroken_one(
-    bench: Bench, augmentation: dict[str, Any] | None, cuts: set[tuple[int | None, str, int]]
+    bench: ExperimentRunner, augmentation: dict[str, Any] | None, cuts: set[tuple[int | None, str, int]]
 ) -> None:
     rows = bench.rows(sample.coloured(per_class=8))
     change = {**TUNING, "augmentation": augmentation, "epochs": 3, "head": {"dropout": 0.2}}
@@ -144,7 +144,7 @@ def test_an_interrupted_fine_tuning_ends_as_an_unbroken_one(
 
 
 @pytest.mark.slow
-def test_a_number_in_its_own_unit_survives_an_interruption(bench: Bench) -> None:
+def test_a_number_in_its_own_unit_survives_an_interruption(bench: ExperimentRunner) -> None:
     rows = [
         Row(f"{level}.png", bench.store.put(sample.png(level, (level,) * 3)), (), 1e12 + level, None, Split.TRAIN)
         for level in range(40, 180, 4)
@@ -155,7 +155,7 @@ def test_a_number_in_its_own_unit_survives_an_interruption(bench: Bench) -> None
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_metrics_and_the_same_bundle(bench: Bench) -> None:
+def test_the_same_seed_gives_the_same_metrics_and_the_same_bundle(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     one, _ = bench.run(rows, head={"hidden": [8], "dropout": 0.2})
     same, _ = bench.run(rows, head={"hidden": [8], "dropout": 0.2})
@@ -166,7 +166,7 @@ def test_the_same_seed_gives_the_same_metrics_and_the_same_bundle(bench: Bench) 
 
 
 @pytest.mark.slow
-def test_a_binary_run_has_one_logit_and_an_area_under_the_curve(bench: Bench) -> None:
+def test_a_binary_run_has_one_logit_and_an_area_under_the_curve(bench: ExperimentRunner) -> None:
     outcome, _ = bench.run(bench.rows(sample.coloured(per_class=10, classes=2)))
     bundle = bundles.load(bench.store.read(outcome.bundle))
     assert bundle.task is Task.BINARY and bundle.labels == ("blue", "green")
@@ -175,7 +175,7 @@ def test_a_binary_run_has_one_logit_and_an_area_under_the_curve(bench: Bench) ->
 
 
 @pytest.mark.slow
-def test_test_images_are_scored_once_and_neither_trained_on_nor_folded(bench: Bench) -> None:
+def test_test_images_are_scored_once_and_neither_trained_on_nor_folded(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=12))
     held = [Row(row.path, row.sha256, row.labels, None, None, Split.TEST) for row in rows[::4]]
     rest = [row for row in rows if row.path not in {row.path for row in held}]
@@ -194,7 +194,7 @@ def test_test_images_are_scored_once_and_neither_trained_on_nor_folded(bench: Be
     assert other.metrics["test"] != outcome.metrics["test"]
 
 
-def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(bench: Bench) -> None:
+def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=20, seed=3))
     outcome, heard = bench.run(rows, epochs=4, early_stopping={"patience": 1})
     kept = load_tensors(outcome.files["out-of-fold.safetensors"][0])
@@ -235,7 +235,7 @@ def test_a_fold_learns_from_its_own_rows_and_stops_by_its_validation_rows_alone(
 
 
 @pytest.mark.slow
-def test_class_names_are_no_formulas(bench: Bench) -> None:
+def test_class_names_are_no_formulas(bench: ExperimentRunner) -> None:
     files = {}
     for number in range(8):
         files[f"$5 #1 $10/{number}.png"] = sample.png(number, sample.COLOURS["red"])
@@ -246,7 +246,7 @@ def test_class_names_are_no_formulas(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_on_noise_begins_its_report_with_that(bench: Bench) -> None:
+def test_a_run_on_noise_begins_its_report_with_that(bench: ExperimentRunner) -> None:
     files = {f"{'ab'[number % 2]}/{number}.png": sample.png(number, sample.COLOURS["red"]) for number in range(16)}
     outcome, _ = bench.run(bench.rows(files), folds={"k": 2}, epochs=2)
     assert not outcome.metrics["baseline"]["is_better"]
@@ -255,7 +255,7 @@ def test_a_run_on_noise_begins_its_report_with_that(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_repeats_fold_again_and_are_pooled(bench: Bench) -> None:
+def test_repeats_fold_again_and_are_pooled(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     outcome, heard = bench.run(rows, folds={"k": 2, "repeats": 2})
     assert [result.number for result in heard.folds] == [0, 1, 2, 3]
@@ -274,7 +274,7 @@ TUNING: dict[str, Any] = {
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Bench) -> None:
+def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: ExperimentRunner) -> None:
     files = sample.coloured(per_class=10)
     rows = bench.rows(files)
     outcome, heard = bench.run(rows, **TUNING | {"features_from": "block3"}, augmentation=None)
@@ -301,7 +301,7 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Be
 
 @pytest.mark.slow
 def test_where_activations_have_no_room_the_frozen_part_learns_along_and_the_seconds_of_all_count(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: ExperimentRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = bench.rows(sample.coloured(per_class=6))
     roomy, _ = bench.run(rows, **TUNING, augmentation=None)
@@ -324,7 +324,7 @@ def test_where_activations_have_no_room_the_frozen_part_learns_along_and_the_sec
 
 
 @pytest.mark.slow
-def test_fine_tuning_folds_as_feature_extraction_does(bench: Bench) -> None:
+def test_fine_tuning_folds_as_feature_extraction_does(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=8))
     frozen, _ = bench.run(rows, features_from="block2", folds={"k": 2})
     tuned, _ = bench.run(rows, **TUNING, augmentation=None)
@@ -334,7 +334,7 @@ def test_fine_tuning_folds_as_feature_extraction_does(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_that_learned_worse_is_not_kept(bench: Bench) -> None:
+def test_a_network_that_learned_worse_is_not_kept(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     wild = {"learning_rate": 1.0, "epochs": 1, "warmup_epochs": 0}
     outcome, heard = bench.run(
@@ -347,7 +347,7 @@ def test_a_network_that_learned_worse_is_not_kept(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_fine_tuning_varies_its_images_unless_told_otherwise_and_shows_how(bench: Bench) -> None:
+def test_fine_tuning_varies_its_images_unless_told_otherwise_and_shows_how(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=6))
     _, heard = bench.run(rows, **TUNING)
     assert heard.files["augmentations.png"].startswith(b"\x89PNG")
@@ -355,7 +355,7 @@ def test_fine_tuning_varies_its_images_unless_told_otherwise_and_shows_how(bench
 
 
 @pytest.mark.slow
-def test_a_whole_network_trains_at_its_smallest_size(bench: Bench) -> None:
+def test_a_whole_network_trains_at_its_smallest_size(bench: ExperimentRunner) -> None:
     name = BackboneName.RESNET50
     entry = CATALOGUE[name]
     rows = bench.rows(sample.coloured(per_class=8))
@@ -376,7 +376,9 @@ TUNED_EARLY = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [{}, TUNED_EARLY])
-def test_a_number_is_learned_measured_and_answered_in_its_own_unit(bench: Bench, mode: dict[str, Any]) -> None:
+def test_a_number_is_learned_measured_and_answered_in_its_own_unit(
+    bench: ExperimentRunner, mode: dict[str, Any]
+) -> None:
     levels = [40 + 2 * number for number in range(72)]
     files = {f"{level}.png": sample.png(level, (level, level, level)) for level in levels}
     rows = [
@@ -402,7 +404,7 @@ def test_a_number_is_learned_measured_and_answered_in_its_own_unit(bench: Bench,
     assert "Root mean squared error" in report and "with numbers from 1000000000040 to 1000000000182" in report
 
 
-def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -> None:
+def test_labels_are_learned_measured_and_answered_each_by_itself(bench: ExperimentRunner) -> None:
     files, wanted = {}, {}
     for number in range(48):
         is_red, is_green = number % 2 == 0, number % 3 == 0
@@ -435,7 +437,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Bench) -
 
 
 @pytest.mark.slow
-def test_an_int8_run_is_scored_and_served_as_the_quantised_network_that_all_runs_share(bench: Bench) -> None:
+def test_an_int8_run_is_scored_and_served_as_the_quantised_network_that_all_runs_share(bench: ExperimentRunner) -> None:
     files = sample.coloured(per_class=10)
     rows = bench.rows(files)
     outcome, heard = bench.run(rows, precision="int8")
@@ -460,7 +462,7 @@ def test_an_int8_run_is_scored_and_served_as_the_quantised_network_that_all_runs
 
 @pytest.mark.slow
 def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: ExperimentRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OpenVinoEngine, "precisions", staticmethod(lambda: [Precision.FLOAT32, Precision.INT8]))
     times = {Precision.FLOAT32: 9.0, Precision.INT8: 3.0}
@@ -491,7 +493,7 @@ def test_auto_measures_each_precision_on_the_folds_and_keeps_to_its_choice(
 @pytest.mark.slow
 @pytest.mark.parametrize("is_good", [True, False])
 def test_a_network_that_has_learned_answers_in_int8_if_it_is_as_good_on_held_out_rows(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_good: bool
+    bench: ExperimentRunner, monkeypatch: pytest.MonkeyPatch, is_good: bool
 ) -> None:
     monkeypatch.setattr(delivery, "is_as_good", lambda task, score, reference: is_good)
     rows = bench.rows(sample.coloured(per_class=8))
@@ -523,7 +525,7 @@ def test_a_network_that_has_learned_answers_in_int8_if_it_is_as_good_on_held_out
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_its_training_images_shows_the_nearest(bench: Bench) -> None:
+def test_a_run_that_keeps_its_training_images_shows_the_nearest(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     held = [replace(row, split=Split.TEST) for row in rows[::7]]
     rows = [row for row in rows if row.path not in {one.path for one in held}]
@@ -548,7 +550,7 @@ def test_a_run_that_keeps_its_training_images_shows_the_nearest(bench: Bench) ->
 
 
 @pytest.mark.slow
-def test_the_nearest_are_those_of_the_network_that_learned(bench: Bench) -> None:
+def test_the_nearest_are_those_of_the_network_that_learned(bench: ExperimentRunner) -> None:
     outcome, _ = bench.run(bench.rows(sample.coloured(per_class=8)), **TUNING, neighbours=True)
     bundle = bundles.load(bench.store.read(outcome.bundle))
     assert bundle.neighbours is not None

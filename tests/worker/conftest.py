@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from working import QUICK, Outage, Say, StartLoop
+from working import QUICK, Outage, SendFromChild, StartLoop
 
 from models import job as jobs
 from models.job import JobKind, Queue
@@ -80,7 +80,7 @@ def long_back_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], float]:
 
 
 @pytest.fixture
-def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+def send_from_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SendFromChild:
     """Have the next child send these messages, a while apart; after one that asks it waits for the answer."""
 
     def make(*messages: ChildMessage, apart_s: float = 0.0, on_drain: Sequence[ChildMessage] | None = None) -> None:

@@ -232,13 +232,13 @@ def test_a_consumer_does_not_wait_longer_and_longer_for_the_broker() -> None:
 
         def ensure(self, *args: Any, **options: Any) -> None: ...
 
-    class Bare(Consumer):
+    class UnconnectedConsumer(Consumer):
         def __init__(self) -> None:
             self.app = make_celery(lambda: "memory://")
             self.first_connection_attempt = True
 
     connection = Connection()
-    assert Bare().ensure_connected(connection) is connection
+    assert UnconnectedConsumer().ensure_connected(connection) is connection
     assert (asked["interval_start"], asked["interval_step"], asked["interval_max"]) == (2.0, 0, 2.0)
 
 
@@ -310,6 +310,13 @@ def test_a_worker_with_more_than_one_slot_is_refused(tmp_path: Path, broker_url:
     with worker_process(tmp_path, broker_url, "--concurrency", "2") as worker:
         _, said = worker.communicate(timeout=120)
         assert worker.returncode == 1 and "start more workers" in said
+
+
+def test_a_worker_with_a_pool_of_processes_is_refused(tmp_path: Path, broker_url: str) -> None:
+    # `--pool prefork` is the default of the command line, so Celery takes the pool of the configuration instead.
+    with worker_process(tmp_path, broker_url, "--pool", "processes") as worker:
+        _, output = worker.communicate(timeout=120)
+        assert worker.returncode == 1 and "jobs need the pool 'threads'" in output and "Traceback" not in output
 
 
 def test_a_worker_ends_when_celery_asks_it_to(database: Database, broker_url: str, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_whoever_requests_or_closes_does_not_wait_for_a_broker_that_hangs(
     monkeypatch.setattr(dispatching, "_CLOSE_S", 0.2)
     hangs, asked = threading.Event(), threading.Event()
 
-    class Hanging(ListBroker):
+    class HangingBroker(ListBroker):
         def count_waiting(self, queue: str) -> int:
             asked.set()
             hangs.wait(120)
@@ -194,7 +194,7 @@ def test_whoever_requests_or_closes_does_not_wait_for_a_broker_that_hangs(
 
     see(sqlite, "one")
     add_job(sqlite)
-    dispatcher = start(sqlite, Hanging())
+    dispatcher = start(sqlite, HangingBroker())
     dispatcher.request()
     assert asked.wait(120)
     for _ in range(1000):

@@ -7,10 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from buckets import Bucket, Line
+from buckets import Bucket, NetworkProxy
 from structlog.testing import capture_logs
 from waiting import until
-from working import Roomless
+from working import FullDiskDatabase
 
 from artifacts.store import Digest, Store
 from models.garbage import GARBAGE_COLLECTION
@@ -40,7 +40,7 @@ def test_it_collects_at_its_start_and_again_and_again(database: Database, store:
         second = leave(store, b"second")
         until(lambda: not store.has(second))
         collector.stop()
-    told = [entry for entry in logs if entry["event"] == "collected"]
+    told = [entry for entry in logs if entry["event"] == "garbage collected"]
     assert [(entry["files"], entry["size_bytes"]) for entry in told] == [(1, 5), (1, 6)]
 
 
@@ -69,14 +69,16 @@ def test_many_who_collect_at_once_remove_everything_once(database: Database, sto
     assert sum(found) == len(files) and list(store.digests()) == []
 
 
-def test_it_goes_on_after_the_bucket_was_away(sqlite: Database, bucket: Bucket, line: Line, tmp_path: Path) -> None:
+def test_it_goes_on_after_the_bucket_was_away(
+    sqlite: Database, bucket: Bucket, line: NetworkProxy, tmp_path: Path
+) -> None:
     store = bucket.seen_from(tmp_path / "far", line.endpoint).store()
     store.put(b"of nobody")
     collector = Collector(sqlite, store, 0.05, -60)
     line.cut()
     with capture_logs() as logs:
         collector.start()
-        until(lambda: len([entry for entry in logs if entry["event"] == "not collected"]) > 1)
+        until(lambda: len([entry for entry in logs if entry["event"] == "garbage not collected"]) > 1)
         assert bucket.digests()
         line.mend()
         until(lambda: not bucket.digests())
@@ -85,13 +87,13 @@ def test_it_goes_on_after_the_bucket_was_away(sqlite: Database, bucket: Bucket, 
 
 
 def test_it_goes_on_after_the_database_was_away_or_full(database: Database, store: Store) -> None:
-    full = Roomless(database.engine.url)
+    full = FullDiskDatabase(database.engine.url)
     full.is_full = True
     collector = Collector(full, store, 0.05, DAY_S)
     file = leave(store, b"of nobody")
     with capture_logs() as logs:
         collector.start()
-        until(lambda: [entry for entry in logs if entry["event"] == "not collected"])
+        until(lambda: [entry for entry in logs if entry["event"] == "garbage not collected"])
         full.is_full = False
         until(lambda: not store.has(file))
         collector.stop()
@@ -100,7 +102,7 @@ def test_it_goes_on_after_the_database_was_away_or_full(database: Database, stor
 
 
 def test_it_can_be_stopped_while_the_bucket_hangs(
-    sqlite: Database, bucket: Bucket, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite: Database, bucket: Bucket, line: NetworkProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert collector_module._STOP_WITHIN_S < 8, "a worker that is told to end has other things to do, too"
     monkeypatch.setattr(collector_module, "_STOP_WITHIN_S", 0.3)

@@ -9,19 +9,19 @@ from typing import NoReturn
 
 import pytest
 import records
-from manual_clock import ByHand
-from on_databases import ON_SQLITE
-from resting import has_ended, resting_loop
+from database_marks import ON_SQLITE
+from idle_worker import has_ended, running_idle_worker
+from manual_clock import ManualClock
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 from waiting import until
 from working import (
-    FROZEN,
+    NO_RENEWALS,
     QUICK,
-    Hands,
+    FullDiskDatabase,
+    FunctionHandler,
     Outage,
-    Roomless,
     StartLoop,
     add_job,
     leave_mark,
@@ -52,14 +52,14 @@ LongBackOff = Callable[[int], float]
 
 def test_a_job_is_seen_through_and_closed(database: Database, start_loop: StartLoop) -> None:
     seen: list[Work] = []
-    hands = Hands(seen.append)
+    hands = FunctionHandler(seen.append)
     job_id = add_job(database, "run_1")
     start_loop(database, hands)
     job = settled(database, job_id, JobState.SUCCEEDED)
     (work,) = seen
     assert (work.subject_id, work.job.project_id, work.job.attempt) == ("run_1", records.PRINCIPAL.project_id, 1)
     assert work.lease == Lease(job_id, 1)
-    assert (marks(database), hands.told) == (1, [])
+    assert (marks(database), hands.calls) == (1, [])
     assert job.finished_at is not None and job.lease_owner is None and job.error is None
 
 
@@ -71,7 +71,7 @@ def test_a_job_and_what_it_made_are_written_together_or_not_at_all(database: Dat
 
         return complete
 
-    hands = Hands(make)
+    hands = FunctionHandler(make)
     job_id = add_job(database)
     start_loop(database, hands)
     job = settled(database, job_id, JobState.FAILED)
@@ -82,7 +82,7 @@ def test_a_job_and_what_it_made_are_written_together_or_not_at_all(database: Dat
 def test_jobs_of_one_queue_are_done_one_at_a_time_and_in_their_order(database: Database, start_loop: StartLoop) -> None:
     done: list[str] = []
     ids = [add_job(database, f"run_{number}") for number in range(5)]
-    start_loop(database, Hands(lambda work: done.append(work.subject_id)))
+    start_loop(database, FunctionHandler(lambda work: done.append(work.subject_id)))
     for job_id in ids:
         settled(database, job_id, JobState.SUCCEEDED)
     assert done == [f"run_{number}" for number in range(5)]
@@ -91,7 +91,7 @@ def test_jobs_of_one_queue_are_done_one_at_a_time_and_in_their_order(database: D
 def test_a_loop_leaves_other_queues_alone(database: Database, start_loop: StartLoop) -> None:
     other = add_job(database, "run_1", queue=Queue.GPU)
     mine = add_job(database, "run_2")
-    start_loop(database, Hands(lambda work: None))
+    start_loop(database, FunctionHandler(lambda work: None))
     settled(database, mine, JobState.SUCCEEDED)
     assert look(database, other).state is JobState.QUEUED
 
@@ -100,7 +100,7 @@ def test_two_loops_do_every_job_once(database: Database, start_loop: StartLoop) 
     done: list[str] = []
     ids = [add_job(database, f"run_{number}") for number in range(12)]
     for worker in ("here", "there"):
-        start_loop(database, Hands(lambda work: done.append(work.subject_id)), worker=worker)
+        start_loop(database, FunctionHandler(lambda work: done.append(work.subject_id)), worker=worker)
     for job_id in ids:
         settled(database, job_id, JobState.SUCCEEDED)
     assert sorted(done) == sorted(f"run_{number}" for number in range(12))
@@ -117,12 +117,12 @@ def test_what_mlflow_is_owed_becomes_work(database: Database, start_loop: StartL
         published.append(work.subject_id)
 
         def complete(session: Session) -> None:
-            for row in outbox.outbox_rows(session, work.subject_id):
+            for row in outbox.get_unsent_rows(session, work.subject_id):
                 session.delete(row)
 
         return complete
 
-    start_loop(database, Hands(publish), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
+    start_loop(database, FunctionHandler(publish), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
     until(lambda: published)
     with database.reading() as session:
         job = session.scalars(select(Job)).one()
@@ -143,9 +143,9 @@ def test_what_mlflow_cannot_be_told_is_tried_again_by_the_same_job(
         attempts.append(work.job.attempt)
         raise error
 
-    hands = Hands(publish)
+    hands = FunctionHandler(publish)
     start_loop(database, hands, kind=JobKind.PUBLISH, queue=Queue.TRACKING)
-    until(lambda: hands.told)
+    until(lambda: hands.calls)
     time.sleep(20 * QUICK.look_every_s)
     with database.reading() as session:
         job_id = session.scalars(select(Job.id)).one()
@@ -162,7 +162,7 @@ def test_what_mlflow_cannot_be_told_is_tried_again_by_the_same_job(
 def test_a_thousand_stale_messages_do_nothing(sqlite: Database) -> None:
     done: list[str] = []
     first, second = add_job(sqlite, "run_1"), add_job(sqlite, "run_2")
-    handler = Hands(lambda work: done.append(work.subject_id))
+    handler = FunctionHandler(lambda work: done.append(work.subject_id))
     runner = JobRunner(sqlite, [Queue.CPU], {JobKind.TRAIN: handler}, "here", QUICK)
     assert runner.run(first) is Outcome.SUCCEEDED
     for _ in range(1000):
@@ -172,10 +172,10 @@ def test_a_thousand_stale_messages_do_nothing(sqlite: Database) -> None:
 
 
 def test_a_job_of_another_queue_is_not_claimed(sqlite: Database) -> None:
-    moved = add_job(sqlite, "run_1", queue=Queue.CPU)
-    runner = JobRunner(sqlite, [Queue.GPU], {JobKind.TRAIN: Hands(lambda work: None)}, "here", QUICK)
-    assert runner.run(moved) is Outcome.NOT_CLAIMED
-    assert look(sqlite, moved).state is JobState.QUEUED
+    job_id = add_job(sqlite, "run_1", queue=Queue.CPU)
+    runner = JobRunner(sqlite, [Queue.GPU], {JobKind.TRAIN: FunctionHandler(lambda work: None)}, "here", QUICK)
+    assert runner.run(job_id) is Outcome.NOT_CLAIMED
+    assert look(sqlite, job_id).state is JobState.QUEUED
 
 
 def test_an_attempt_says_how_it_ended_and_asks_for_a_dispatch_at_its_begin_and_end(sqlite: Database) -> None:
@@ -189,7 +189,7 @@ def test_an_attempt_says_how_it_ended_and_asks_for_a_dispatch_at_its_begin_and_e
                 raise DatasetRefused("Received 1 class.")
 
     requests: list[str] = []
-    handlers = {JobKind.TRAIN: Hands(end)}
+    handlers = {JobKind.TRAIN: FunctionHandler(end)}
     runner = JobRunner(sqlite, [Queue.CPU], handlers, "here", QUICK, after=lambda: requests.append("request"))
     assert runner.run(add_job(sqlite, "well")) is Outcome.SUCCEEDED
     assert len(requests) == 2
@@ -207,14 +207,14 @@ def test_an_attempt_says_how_it_ended_and_asks_for_a_dispatch_at_its_begin_and_e
 
 
 def test_a_cancelled_job_ends_without_a_renewal_that_says_so(database: Database, start_loop: StartLoop) -> None:
-    hands = Hands(work_on)
+    hands = FunctionHandler(work_on)
     job_id = add_job(database)
     start_loop(database, hands, timings=replace(QUICK, renew_every_s=600.0, let_go_s=600.0))
     settled(database, job_id, JobState.RUNNING)
     request_cancel(database)
     job = settled(database, job_id, JobState.CANCELLED)
     assert job.renewals == 0
-    assert hands.told == [("cancelled", "run_1")] and marks(database) == 0
+    assert hands.calls == [("cancelled", "run_1")] and marks(database) == 0
     assert job.finished_at is not None and job.error is None
 
 
@@ -225,15 +225,15 @@ def test_a_job_that_fails_for_now_just_when_it_is_cancelled_is_not_tried_again(
         request_cancel(database)
         raise Unavailable("away")
 
-    hands = Hands(fail)
+    hands = FunctionHandler(fail)
     job_id = add_job(database)
-    start_loop(database, hands, timings=FROZEN)  # too slow to notice the request by itself
+    start_loop(database, hands, timings=NO_RENEWALS)  # too slow to notice the request by itself
     settled(database, job_id, JobState.CANCELLED)
-    assert hands.told == [("cancelled", "run_1")]
+    assert hands.calls == [("cancelled", "run_1")]
 
 
 def test_a_drained_loop_gives_its_job_back_and_ends(database: Database, start_loop: StartLoop) -> None:
-    hands = Hands(work_on)
+    hands = FunctionHandler(work_on)
     job_id = add_job(database)
     loop = start_loop(database, hands)
     settled(database, job_id, JobState.RUNNING)
@@ -242,15 +242,15 @@ def test_a_drained_loop_gives_its_job_back_and_ends(database: Database, start_lo
     loop.join(60)
     job = look(database, job_id)
     assert (job.state, job.attempt, job.lease_owner, job.next_attempt_at) == (JobState.QUEUED, 0, None, None)
-    assert hands.told == [("requeued", "run_1")]
+    assert hands.calls == [("requeued", "run_1")]
     assert look(database, later).attempt == 0  # it looked for no other
 
-    start_loop(database, Hands(lambda work: None), worker="there")
+    start_loop(database, FunctionHandler(lambda work: None), worker="there")
     assert settled(database, job_id, JobState.SUCCEEDED).attempt == 1
 
 
 def test_a_loop_that_is_drained_while_it_waits_ends_at_once(sqlite: Database) -> None:
-    with resting_loop(sqlite, Hands(lambda work: None)) as loop:
+    with running_idle_worker(sqlite, FunctionHandler(lambda work: None)) as loop:
         loop.drain()
         loop.join(60)
         assert has_ended(loop)
@@ -261,38 +261,38 @@ def test_a_job_that_does_not_move_is_failed_as_stalled(database: Database, start
     def hang(work: Work) -> None:
         until(lambda: work.check())
 
-    hands = Hands(hang)
+    hands = FunctionHandler(hang)
     job_id = add_job(database)
     start_loop(database, hands, timings=replace(QUICK, stall_s=0.3))
     job = settled(database, job_id, JobState.FAILED)
     assert job.error is not None
-    assert job.error["code"] == "stalled" and job.error["detail"].startswith("Nothing moved for 0.3 s")
-    assert hands.told == [("failed", "run_1", "stalled")]
+    assert job.error["code"] == "stalled" and job.error["detail"].startswith("The job made no progress for 0.3 s")
+    assert hands.calls == [("failed", "run_1", "stalled")]
     assert job.attempt == 1 and marks(database) == 0
 
 
 def work_by_hand(database: Database, clock: Clock, run: Callable[[Work], None], timings: Timings) -> None:
     """Do the next job on this thread; the lease is looked after when `run` has its holder look."""
-    loop = LocalWorker(database, Queue.CPU, {JobKind.TRAIN: Hands(run)}, "here", timings, clock)
+    loop = LocalWorker(database, Queue.CPU, {JobKind.TRAIN: FunctionHandler(run)}, "here", timings, clock)
     assert loop.work()
 
 
 def test_a_slow_job_that_moves_is_not_stalled(sqlite: Database) -> None:
-    clock = ByHand()
+    clock = ManualClock()
 
     def work_slowly(work: Work) -> None:
         for _ in range(100):
             clock.sleep(0.4)
             assert work._holder.look()
             work.check()
-            work.moved()
+            work.report_progress()
         clock.sleep(0.6)
         assert not work._holder.look()
         with pytest.raises(Stopped, match="stalled"):
             work.check()
 
     job_id = add_job(sqlite)
-    work_by_hand(sqlite, clock.of_worker(), work_slowly, replace(QUICK, stall_s=0.5))
+    work_by_hand(sqlite, clock.worker_clock(), work_slowly, replace(QUICK, stall_s=0.5))
     assert (look(sqlite, job_id).state, look(sqlite, job_id).renewals) == (JobState.SUCCEEDED, 100)
 
 
@@ -301,12 +301,12 @@ def test_a_lease_is_renewed_while_its_job_goes_on(sqlite: Database, start_loop: 
         until(lambda: look(sqlite, work.job.id).renewals > 3)
 
     job_id = add_job(sqlite)
-    start_loop(sqlite, Hands(work_slowly))
+    start_loop(sqlite, FunctionHandler(work_slowly))
     settled(sqlite, job_id, JobState.SUCCEEDED)
 
 
 def test_a_job_that_only_writes_is_not_stalled(sqlite: Database) -> None:
-    clock = ByHand()
+    clock = ManualClock()
 
     def write_slowly(work: Work) -> None:
         for _ in range(5):
@@ -315,7 +315,7 @@ def test_a_job_that_only_writes_is_not_stalled(sqlite: Database) -> None:
             work.write(leave_mark)
 
     job_id = add_job(sqlite)
-    work_by_hand(sqlite, clock.of_worker(), write_slowly, replace(QUICK, stall_s=3.0))
+    work_by_hand(sqlite, clock.worker_clock(), write_slowly, replace(QUICK, stall_s=3.0))
     assert (look(sqlite, job_id).state, marks(sqlite)) == (JobState.SUCCEEDED, 6)
 
 
@@ -333,7 +333,7 @@ def test_a_transient_error_is_tried_again_later_and_then_failed(
         failed_at.append(now())
         raise Unavailable("The store is away.", part="store")
 
-    hands = Hands(fail)
+    hands = FunctionHandler(fail)
     job_id = add_job(database)
     start_loop(database, hands)
     for attempt in (1, 2):
@@ -346,19 +346,19 @@ def test_a_transient_error_is_tried_again_later_and_then_failed(
     job = settled(database, job_id, JobState.FAILED)
     assert job.error == {"code": "unavailable", "detail": "The store is away.", "part": "store"}
     assert attempts == [1, 2, 3]
-    assert hands.told == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "unavailable")]
+    assert hands.calls == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "unavailable")]
 
 
 def test_an_error_in_what_was_asked_is_final(database: Database, start_loop: StartLoop) -> None:
     def fail(work: Work) -> NoReturn:
         raise DatasetRefused("Received 1 class.")
 
-    hands = Hands(fail)
+    hands = FunctionHandler(fail)
     job_id = add_job(database)
     start_loop(database, hands)
     job = settled(database, job_id, JobState.FAILED)
     assert job.error == {"code": "dataset-refused", "detail": "Received 1 class."} and job.attempt == 1
-    assert hands.told == [("failed", "run_1", "dataset-refused")]
+    assert hands.calls == [("failed", "run_1", "dataset-refused")]
 
 
 def test_an_unknown_exception_fails_the_job_as_a_bug_and_the_loop_lives_on(
@@ -368,19 +368,19 @@ def test_an_unknown_exception_fails_the_job_as_a_bug_and_the_loop_lives_on(
         if work.subject_id == "run_1":
             raise ZeroDivisionError("division by zero")
 
-    hands = Hands(fail)
+    hands = FunctionHandler(fail)
     job_id = add_job(database, "run_1")
     with capture_logs() as logs:
         start_loop(database, hands)
         job = settled(database, job_id, JobState.FAILED)
         assert job.error == {"code": "internal", "detail": "ZeroDivisionError: division by zero. This is a bug."}
         settled(database, add_job(database, "run_2"), JobState.SUCCEEDED)
-    assert hands.told == [("failed", "run_1", "internal")]
-    assert [entry["log_level"] for entry in logs if entry["event"] == "job broke"] == ["error"]
+    assert hands.calls == [("failed", "run_1", "internal")]
+    assert [entry["log_level"] for entry in logs if entry["event"] == "job raised an unexpected error"] == ["error"]
 
 
 def test_a_loop_survives_a_job_whose_end_cannot_be_written(sqlite: Database, start_loop: StartLoop) -> None:
-    class Broken(Hands):
+    class Broken(FunctionHandler):
         def failed(self, session: Session, subject_id: str, error: dict[str, object]) -> None:
             raise KeyError("nothing of that name")
 
@@ -393,7 +393,7 @@ def test_a_loop_survives_a_job_whose_end_cannot_be_written(sqlite: Database, sta
         start_loop(sqlite, Broken(fail))
         settled(sqlite, second, JobState.SUCCEEDED)
     assert look(sqlite, first).state is JobState.RUNNING  # the sweeper will find it
-    assert any(entry["event"] == "look failed" for entry in logs)
+    assert any(entry["event"] == "polling failed" for entry in logs)
 
 
 # --- what waits for somebody to make room --------------------------------------------------------------------------
@@ -411,24 +411,24 @@ def test_a_job_that_has_no_room_or_no_store_waits_and_its_attempt_does_not_count
             failed_at.append(now())
             raise failures.pop()
 
-    hands = Hands(fail_for_long)
+    hands = FunctionHandler(fail_for_long)
     job_id = add_job(database)
     start_loop(database, hands)
     for times in range(1, MAX_ATTEMPTS + 2):
-        until(lambda times=times: len(hands.told) == times)  # type: ignore[misc]
+        until(lambda times=times: len(hands.calls) == times)  # type: ignore[misc]
         job = settled(database, job_id, JobState.QUEUED)
         assert job.attempt == 0 and job.next_attempt_at is not None
         assert failed_at[-1] + timedelta(minutes=1) <= job.next_attempt_at <= now() + timedelta(minutes=1)
         make_due(database, job_id)
     job = settled(database, job_id, JobState.SUCCEEDED)
     assert (job.attempt, job.error, marks(database)) == (1, None, 1)
-    assert set(hands.told) == {("requeued", "run_1")}
+    assert set(hands.calls) == {("requeued", "run_1")}
 
 
 @pytest.fixture
-def roomless(database: Database) -> Iterator[Roomless]:
+def roomless(database: Database) -> Iterator[FullDiskDatabase]:
     """The same database through one whose disk can be full."""
-    roomless = Roomless(database.engine.url)
+    roomless = FullDiskDatabase(database.engine.url)
     yield roomless
     roomless.close()
 
@@ -436,7 +436,7 @@ def roomless(database: Database) -> Iterator[Roomless]:
 @pytest.mark.parametrize("end", [lambda work: None, lambda work: DiskFull("No room."), lambda work: NotFound("Gone.")])
 @ON_SQLITE
 def test_an_end_that_does_not_fit_is_written_when_there_is_room(
-    database: Database, roomless: Roomless, start_loop: StartLoop, end: Callable[[Work], EspalierError | None]
+    database: Database, roomless: FullDiskDatabase, start_loop: StartLoop, end: Callable[[Work], EspalierError | None]
 ) -> None:
     """However long that takes: `let_go_s` is much shorter here."""
     is_full = threading.Event()
@@ -449,22 +449,22 @@ def test_an_end_that_does_not_fit_is_written_when_there_is_room(
 
     job_id = add_job(database)
     with capture_logs() as logs:
-        start_loop(roomless, Hands(fill_up), timings=replace(QUICK, let_go_s=0.3))
+        start_loop(roomless, FunctionHandler(fill_up), timings=replace(QUICK, let_go_s=0.3))
         assert is_full.wait(120)
-        until(lambda: [entry for entry in logs if entry["event"] == "waiting for room"])
+        until(lambda: [entry for entry in logs if entry["event"] == "database disk full, waiting"])
         time.sleep(0.5)
         assert look(database, job_id).state is JobState.RUNNING
         roomless.is_full = False
         until(lambda: look(database, job_id).state is not JobState.RUNNING)
     assert look(database, job_id).lease_epoch == 1
-    assert not [entry for entry in logs if entry["event"] in ("lease lost", "look failed")]
+    assert not [entry for entry in logs if entry["event"] in ("lease lost", "polling failed")]
 
 
 def test_work_goes_on_while_the_database_has_no_room_and_what_it_writes_waits(
-    database: Database, roomless: Roomless
+    database: Database, roomless: FullDiskDatabase
 ) -> None:
     """Neither a lease that cannot be renewed nor the standing still ends it, since nobody else could write either."""
-    clock = ByHand()
+    clock = ManualClock()
     working: list[Work] = []
     pauses: list[float] = []
 
@@ -483,14 +483,14 @@ def test_work_goes_on_while_the_database_has_no_room_and_what_it_writes_waits(
 
     job_id = add_job(database)
     timings = replace(QUICK, let_go_s=1.5 * DATABASE_PAUSE_S, stall_s=1.5 * DATABASE_PAUSE_S)
-    work_by_hand(roomless, clock.of_worker(pause), make, timings)
+    work_by_hand(roomless, clock.worker_clock(pause), make, timings)
     job = look(database, job_id)
     assert (job.state, job.attempt, job.lease_epoch, marks(database)) == (JobState.SUCCEEDED, 1, 1, 2)
     assert pauses == [DATABASE_PAUSE_S] * 30
 
 
 def test_a_worker_that_is_to_end_does_not_wait_for_room(
-    database: Database, roomless: Roomless, start_loop: StartLoop
+    database: Database, roomless: FullDiskDatabase, start_loop: StartLoop
 ) -> None:
     is_full = threading.Event()
 
@@ -499,7 +499,7 @@ def test_a_worker_that_is_to_end_does_not_wait_for_room(
         is_full.set()
 
     add_job(database)
-    loop = start_loop(roomless, Hands(fill_up))
+    loop = start_loop(roomless, FunctionHandler(fill_up))
     assert is_full.wait(120)
     loop.drain()
     loop.join(60)
@@ -517,7 +517,7 @@ def test_what_is_left_for_afterwards_is_done_once_the_end_is_written(database: D
         assert found == []
 
     job_id = add_job(database)
-    start_loop(database, Hands(make))
+    start_loop(database, FunctionHandler(make))
     until(lambda: found)
     assert found == [1] and look(database, job_id).state is JobState.SUCCEEDED
 
@@ -531,10 +531,10 @@ def test_a_failed_tidying_up_changes_no_outcome(sqlite: Database, start_loop: St
 
     first = add_job(sqlite, "run_1")
     with capture_logs() as logs:
-        start_loop(sqlite, Hands(make))
+        start_loop(sqlite, FunctionHandler(make))
         settled(sqlite, first, JobState.SUCCEEDED)
         settled(sqlite, add_job(sqlite, "run_2"), JobState.SUCCEEDED)
-        until(lambda: [entry for entry in logs if entry["event"] == "tidying up failed"])
+        until(lambda: [entry for entry in logs if entry["event"] == "clean-up after the job failed"])
 
 
 def test_a_job_without_an_end_leaves_nothing_for_afterwards(sqlite: Database, start_loop: StartLoop) -> None:
@@ -545,7 +545,7 @@ def test_a_job_without_an_end_leaves_nothing_for_afterwards(sqlite: Database, st
         raise Unavailable("away")
 
     job_id = add_job(sqlite)
-    loop = start_loop(sqlite, Hands(fail))
+    loop = start_loop(sqlite, FunctionHandler(fail))
     until(lambda: look(sqlite, job_id).next_attempt_at)
     loop.drain()
     loop.join(60)
@@ -566,7 +566,7 @@ def test_an_outage_at_the_end_of_a_job_does_not_lose_its_result(
 
     job_id = add_job(database)
     with capture_logs() as logs:
-        start_loop(impatient, Hands(make))
+        start_loop(impatient, FunctionHandler(make))
         assert away.wait(120)
         time.sleep(0.5)  # the first writes of the end meet the outage
         outage.end()
@@ -588,7 +588,7 @@ def test_work_waits_for_a_database_that_is_away(
         written.append(work.subject_id)
 
     job_id = add_job(database)
-    start_loop(impatient, Hands(make))
+    start_loop(impatient, FunctionHandler(make))
     assert away.wait(120)
     time.sleep(0.5)
     assert written == []
@@ -602,10 +602,10 @@ def test_a_loop_that_could_not_look_finds_the_job_later(
 ) -> None:
     first = add_job(database, "run_1")
     with capture_logs() as logs:
-        start_loop(impatient, Hands(lambda work: None))
+        start_loop(impatient, FunctionHandler(lambda work: None))
         settled(database, first, JobState.SUCCEEDED)
         outage.begin()
-        until(lambda: [entry for entry in logs if entry["event"] == "database away"])
+        until(lambda: [entry for entry in logs if entry["event"] == "database unavailable"])
         outage.end()
         settled(database, add_job(database, "run_2"), JobState.SUCCEEDED)
 
@@ -620,16 +620,16 @@ def test_a_holder_that_cannot_renew_lets_go_and_another_takes_the_job(
         reasons.append(reason_to_stop(work))
         raise Stopped(reasons[0])
 
-    hands = Hands(be_cut_off)
+    hands = FunctionHandler(be_cut_off)
     job_id = add_job(database)
     loop = start_loop(impatient, hands, timings=replace(QUICK, let_go_s=0.5))
     until(lambda: reasons)
     loop.drain()
     outage.end()
     loop.join(60)
-    assert reasons == [Reason.LOST] and hands.told == []
+    assert reasons == [Reason.LOST] and hands.calls == []
     assert look(database, job_id).state is JobState.RUNNING
-    other = Hands(lambda work: None)
+    other = FunctionHandler(lambda work: None)
     assert sweep_twice(database, other) == 1
     start_loop(database, other, worker="there")
     assert settled(database, job_id, JobState.SUCCEEDED).attempt == 2
@@ -647,7 +647,7 @@ def test_a_holder_whose_renewal_hangs_lets_go(database: Database, start_loop: St
         raise Stopped(reasons[0])
 
     job_id = add_job(database)
-    start_loop(database, Hands(work), timings=replace(QUICK, let_go_s=0.5))
+    start_loop(database, FunctionHandler(work), timings=replace(QUICK, let_go_s=0.5))
     assert working.wait(120)
     with database.writing() as session:
         session.get_one(Job, job_id, with_for_update=True)  # its row answers to nobody
@@ -667,21 +667,21 @@ def test_a_frozen_holder_is_replaced_and_writes_nothing_when_it_wakes(
         frozen.set()
         assert woken.wait(120)
 
-    sleeper = Hands(freeze)
+    sleeper = FunctionHandler(freeze)
     job_id = add_job(database)
     with capture_logs() as logs:
-        loop = start_loop(database, sleeper, timings=FROZEN)
+        loop = start_loop(database, sleeper, timings=NO_RENEWALS)
         assert frozen.wait(120)
-        other = Hands(lambda work: None)
+        other = FunctionHandler(lambda work: None)
         assert sweep_twice(database, other) == 1
-        assert other.told == [("requeued", "run_1")]
+        assert other.calls == [("requeued", "run_1")]
         start_loop(database, other, worker="there")
         done = settled(database, job_id, JobState.SUCCEEDED)
         woken.set()
         until(lambda: [entry for entry in logs if entry["event"] == "lease lost"])
     loop.drain()
     loop.join(60)
-    assert marks(database) == 1 and sleeper.told == []
+    assert marks(database) == 1 and sleeper.calls == []
     after = look(database, job_id)
     assert (after.state, after.attempt, after.finished_at) == (JobState.SUCCEEDED, 2, done.finished_at)
 
@@ -699,15 +699,15 @@ def test_a_frozen_holder_that_writes_on_its_way_is_stopped(database: Database, s
             reasons.append(stopped.reason)
             raise
 
-    hands = Hands(freeze)
+    hands = FunctionHandler(freeze)
     job_id = add_job(database)
-    loop = start_loop(database, hands, timings=FROZEN)
+    loop = start_loop(database, hands, timings=NO_RENEWALS)
     assert frozen.wait(120)
-    assert sweep_twice(database, Hands(lambda work: None)) == 1
+    assert sweep_twice(database, FunctionHandler(lambda work: None)) == 1
     loop.drain()  # so that it does not claim the job again
     woken.set()
     loop.join(60)
-    assert marks(database) == 0 and hands.told == []
+    assert marks(database) == 0 and hands.calls == []
     assert look(database, job_id).state is JobState.QUEUED
 
 
@@ -719,13 +719,13 @@ def test_a_frozen_holder_that_failed_changes_nothing(database: Database, start_l
         assert woken.wait(120)
         raise DatasetRefused("no")
 
-    hands = Hands(freeze)
+    hands = FunctionHandler(freeze)
     job_id = add_job(database)
-    loop = start_loop(database, hands, timings=FROZEN)
+    loop = start_loop(database, hands, timings=NO_RENEWALS)
     assert frozen.wait(120)
-    assert sweep_twice(database, Hands(lambda work: None)) == 1
+    assert sweep_twice(database, FunctionHandler(lambda work: None)) == 1
     loop.drain()
     woken.set()
     loop.join(60)
     job = look(database, job_id)
-    assert (job.state, job.error, hands.told) == (JobState.QUEUED, None, [])
+    assert (job.state, job.error, hands.calls) == (JobState.QUEUED, None, [])

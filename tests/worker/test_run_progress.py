@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from manual_clock import ByHand
+from manual_clock import ManualClock
 
 from recipes.recipe import Mode
 from worker.messages import JobProgress
@@ -11,7 +11,7 @@ STATE = JobProgress(stage="folds", share=0.5, fold=0, epoch=2, epochs=3, spent_s
 
 
 def test_a_part_alone_says_how_far_it_is() -> None:
-    clock = ByHand()
+    clock = ManualClock()
     estimator = ProgressEstimator(clock.monotonic)
     estimator.begin_fit(3, 10, 0, done=4.0)
     clock.sleep(6)
@@ -23,7 +23,7 @@ def test_a_part_alone_says_how_far_it_is() -> None:
 
 
 def test_parts_side_by_side_say_how_far_they_are_together() -> None:
-    clock = ByHand()
+    clock = ManualClock()
     estimator = ProgressEstimator(clock.monotonic)
     for number in (0, 1, 2):
         estimator.begin_fit(number, 10, 0)
@@ -43,7 +43,7 @@ def test_parts_side_by_side_say_how_far_they_are_together() -> None:
 
 
 def test_the_final_fit_begins_anew() -> None:
-    clock = ByHand()
+    clock = ManualClock()
     estimator = ProgressEstimator(clock.monotonic)
     estimator.begin_fit(0, 10, 0)
     clock.sleep(9)
@@ -58,7 +58,7 @@ def test_the_final_fit_begins_anew() -> None:
 
 
 def test_how_long_a_network_takes_is_foretold_neither_by_its_head_nor_by_its_first_step() -> None:
-    clock = ByHand()
+    clock = ManualClock()
     estimator = ProgressEstimator(clock.monotonic)
     estimator.begin_fit(0, 100, 10)
     clock.sleep(1)
@@ -77,7 +77,7 @@ def test_how_long_a_network_takes_is_foretold_neither_by_its_head_nor_by_its_fir
 
 
 def test_a_network_that_goes_on_where_it_was_is_foretold_by_its_new_epochs() -> None:
-    clock = ByHand()
+    clock = ManualClock()
     estimator = ProgressEstimator(clock.monotonic)
     estimator.begin_fit(None, 4, 10, done=9.0, spent_s=100.0)
     clock.sleep(5)
@@ -91,7 +91,7 @@ def test_a_network_that_goes_on_where_it_was_is_foretold_by_its_new_epochs() -> 
 
 
 def test_what_other_parts_did_before_a_network_learned_along_foretells_nothing() -> None:
-    clock = ByHand()
+    clock = ManualClock()
     estimator = ProgressEstimator(clock.monotonic)
     for number in (0, 1):
         estimator.begin_fit(number, 4, 10)
@@ -104,7 +104,7 @@ def test_what_other_parts_did_before_a_network_learned_along_foretells_nothing()
 
 
 def test_a_network_from_scratch_is_foretold_from_its_first_epoch_on() -> None:
-    clock = ByHand()
+    clock = ManualClock()
     estimator = ProgressEstimator(clock.monotonic)
     estimator.begin_fit(1, 0, 10)
     clock.sleep(5)

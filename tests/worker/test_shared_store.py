@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import records
 import sample
-from buckets import KEYS, Bucket, Line
+from buckets import KEYS, Bucket, NetworkProxy
 from sqlalchemy import select
-from working import QUICK, Say, claimed_work, make_due, training_place
+from working import QUICK, SendFromChild, claimed_work, make_due, training_settings
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
@@ -48,7 +48,7 @@ class Case:
     def upload(self, files: dict[str, bytes], name: str = "flowers") -> str:
         archive = self.store.put(sample.zipped(files, zipfile.ZIP_STORED))
         with self.database.writing() as session:
-            return records.owe_ingest(session, archive, name)
+            return records.queue_ingest(session, archive, name)
 
     def work(self) -> bool:
         handlers = {JobKind.INGEST: Ingest(self.store, LIMITS), JobKind.PURGE: Purge(self.store)}
@@ -69,13 +69,13 @@ def case(sqlite: Database, bucket: Bucket) -> Case:
 
 
 @pytest.fixture
-def far(sqlite: Database, bucket: Bucket, line: Line, tmp_path: Path) -> Case:
+def far(sqlite: Database, bucket: Bucket, line: NetworkProxy, tmp_path: Path) -> Case:
     """The same on a machine whose line to the bucket can be cut."""
     return Case(sqlite, bucket.seen_from(tmp_path / "far", line.endpoint).store())
 
 
 @pytest.fixture
-def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def child_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file in which every child notes its environment and its first order."""
     folder = tmp_path / "sidecar"
     folder.mkdir()
@@ -100,15 +100,18 @@ if "worker.child" in sys.orig_argv:
 
 
 def test_an_ingest_child_has_no_keys_and_no_bucket_and_its_images_reach_both(
-    case: Case, bucket: Bucket, noted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, bucket: Bucket, child_notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ESPALIER_STORE_URL", bucket.address.url or "")
     files = sample.coloured(per_class=4)
     version_id = case.upload(files)
     assert case.work()
-    environment, order = json.loads(noted.read_text())
+    environment, order = json.loads(child_notes.read_text())
     assert not [name for name in environment if name.startswith(("AWS_", "ESPALIER_STORE"))]
-    assert not [value for value in KEYS.values() if value in noted.read_text()] and bucket.name not in noted.read_text()
+    assert (
+        not [value for value in KEYS.values() if value in child_notes.read_text()]
+        and bucket.name not in child_notes.read_text()
+    )
     assert Path(order["store"]).is_relative_to(case.store.root / "incoming") and not Path(order["store"]).exists()
     version = case.version(version_id)
     assert version.state is DatasetState.READY and version.manifest_sha256 is not None
@@ -139,7 +142,9 @@ def test_images_that_are_not_taken_in_are_never_uploaded(case: Case, bucket: Buc
     assert not {digest_of(files["blue/0.png"]), digest_of(b"no image")} & seen
 
 
-def test_an_ingest_waits_for_a_bucket_that_is_away_and_then_begins_anew(far: Case, bucket: Bucket, line: Line) -> None:
+def test_an_ingest_waits_for_a_bucket_that_is_away_and_then_begins_anew(
+    far: Case, bucket: Bucket, line: NetworkProxy
+) -> None:
     files = sample.coloured(per_class=4)
     version_id = far.upload(files)
     (archive,) = bucket.digests()
@@ -156,7 +161,7 @@ def test_an_ingest_waits_for_a_bucket_that_is_away_and_then_begins_anew(far: Cas
     assert bucket.digests() == {version.manifest_sha256, *map(digest_of, files.values())}
 
 
-def test_an_ingest_tells_that_it_stores_its_images(far: Case, line: Line) -> None:
+def test_an_ingest_tells_that_it_stores_its_images(far: Case, line: NetworkProxy) -> None:
     version_id = far.upload(sample.coloured(per_class=20))
     told: list[dict[str, Any]] = []
     over = threading.Event()
@@ -189,7 +194,7 @@ def test_an_archive_that_another_machine_received_is_read_here(
 
 
 def test_what_cannot_be_removed_while_the_bucket_is_away_does_not_hold_a_purge_up(
-    far: Case, bucket: Bucket, line: Line
+    far: Case, bucket: Bucket, line: NetworkProxy
 ) -> None:
     version_id = far.upload(sample.coloured(per_class=3))
     assert far.work()
@@ -217,7 +222,7 @@ def test_a_training_child_is_given_the_keys_and_where_the_bucket_is(
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
         job = run_jobs.queue_training(session, run)
-    train = Train(store, training_place(tmp_path))
+    train = Train(store, training_settings(tmp_path))
     with sqlite.writing() as session:
         order = train._make_order(session, session.get_one(Job, job.id))
     assert order is not None
@@ -234,7 +239,7 @@ def test_a_training_child_is_given_the_keys_and_where_the_bucket_is(
 
 @pytest.mark.parametrize("kind", ["train", "compare"])
 def test_the_keys_stand_in_the_environment_of_a_child_that_needs_them(
-    sqlite: Database, bucket: Bucket, tmp_path: Path, noted: Path, kind: str
+    sqlite: Database, bucket: Bucket, tmp_path: Path, child_notes: Path, kind: str
 ) -> None:
     store = bucket.store()
     with sqlite.writing() as session:
@@ -248,20 +253,22 @@ def test_the_keys_stand_in_the_environment_of_a_child_that_needs_them(
             for job in session.scalars(select(Job)):
                 job.state = JobState.SUCCEEDED
             jobs.add_job(session, records.PRINCIPAL.project_id, JobKind.COMPARE, Queue.CPU, comparison.id)
-    handler = Train(store, training_place(tmp_path)) if kind == "train" else Compare(store, 1)
+    handler = Train(store, training_settings(tmp_path)) if kind == "train" else Compare(store, 1)
     with claimed_work(sqlite) as work, pytest.raises((EspalierError, RuntimeError)):  # nothing is there to work on
         handler.run(work)
-    environment, _ = json.loads(noted.read_text())
+    environment, _ = json.loads(child_notes.read_text())
     assert environment.items() >= KEYS.items()
 
 
-def test_a_run_waits_for_a_bucket_that_is_away(sqlite: Database, bucket: Bucket, say: Say, tmp_path: Path) -> None:
+def test_a_run_waits_for_a_bucket_that_is_away(
+    sqlite: Database, bucket: Bucket, send_from_child: SendFromChild, tmp_path: Path
+) -> None:
     with sqlite.writing() as session:
         version = records.ready_version(session)
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", records.RECIPE)
         job = run_jobs.queue_training(session, run)
-    say(Failed.by(StoreUnavailable("Away.")))
-    train = Train(bucket.store(), training_place(tmp_path))
+    send_from_child(Failed.by(StoreUnavailable("Away.")))
+    train = Train(bucket.store(), training_settings(tmp_path))
     assert LocalWorker(sqlite, Queue.CPU, {JobKind.TRAIN: train}, "here", QUICK).work()
     with sqlite.reading() as session:
         waiting, run = session.get_one(Job, job.id), runs.get_run(session, records.PRINCIPAL, run.id)

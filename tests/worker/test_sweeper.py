@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 from waiting import until
 from working import (
     QUICK,
-    WATCHING,
-    Hands,
+    SLOW_SWEEPS,
+    FunctionHandler,
     Outage,
     StartLoop,
     add_job,
@@ -34,25 +34,25 @@ from worker.sweeper import Sweeper
 def test_a_job_whose_renewals_move_is_not_taken_over(database: Database, start_loop: StartLoop) -> None:
     clock = [0.0]
     job_id = add_job(database)
-    start_loop(database, Hands(work_on))
-    sweeper = Sweeper(database, [Queue.CPU], {}, "there", WATCHING, Clock(lambda: clock[0]))
+    start_loop(database, FunctionHandler(work_on))
+    sweeper = Sweeper(database, [Queue.CPU], {}, "there", SLOW_SWEEPS, Clock(lambda: clock[0]))
     for _ in range(3):
         settled(database, job_id, JobState.RUNNING)
         assert sweeper.sweep() == 0
         before = look(database, job_id).renewals
         until(lambda before=before: look(database, job_id).renewals > before)  # type: ignore[misc]
-        clock[0] += WATCHING.lease_s
+        clock[0] += SLOW_SWEEPS.lease_s
         assert sweeper.sweep() == 0
     assert look(database, job_id).attempt == 1
 
 
 def test_a_lease_ends_by_the_sweepers_own_clock(database: Database) -> None:
     clock = [5.0]
-    hands = Hands(work_on)
+    hands = FunctionHandler(work_on)
     job_id = add_job(database)
     with database.writing() as session:
         assert records.claim_next(session, [Queue.CPU], "gone") is not None
-    sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", WATCHING, Clock(lambda: clock[0]))
+    sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", SLOW_SWEEPS, Clock(lambda: clock[0]))
     assert sweeper.sweep() == 0
     clock[0] += QUICK.lease_s - 0.1
     assert sweeper.sweep() == 0
@@ -60,7 +60,7 @@ def test_a_lease_ends_by_the_sweepers_own_clock(database: Database) -> None:
     clock[0] += 0.1
     assert sweeper.sweep() == 1
     job = look(database, job_id)
-    assert (job.state, job.lease_epoch, hands.told) == (JobState.QUEUED, 2, [("requeued", "run_1")])
+    assert (job.state, job.lease_epoch, hands.calls) == (JobState.QUEUED, 2, [("requeued", "run_1")])
     assert sweeper.sweep() == 0
     with database.reading() as session:
         assert session.get_one(Worker, "there").queues == ["cpu"]
@@ -71,8 +71,8 @@ def test_time_in_which_the_sweeper_stood_still_itself_does_not_count(database: D
     job_id = add_job(database)
     with database.writing() as session:
         assert records.claim_next(session, [Queue.CPU], "paused with the machine") is not None
-    timings = replace(WATCHING, look_every_s=0.25)
-    hands = Hands(work_on)
+    timings = replace(SLOW_SWEEPS, look_every_s=0.25)
+    hands = FunctionHandler(work_on)
     sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", timings, Clock(lambda: clock[0]))
     looks = 0
     while look(database, job_id).state is JobState.RUNNING:
@@ -87,27 +87,27 @@ def test_a_cancelled_job_without_a_holder_is_closed_as_cancelled(database: Datab
     with database.writing() as session:
         assert records.claim_next(session, [Queue.CPU], "gone") is not None
     request_cancel(database)
-    hands = Hands(work_on)
+    hands = FunctionHandler(work_on)
     assert sweep_twice(database, hands) == 1
     assert look(database, job_id).state is JobState.CANCELLED
-    assert hands.told == [("cancelled", "run_1")]
+    assert hands.calls == [("cancelled", "run_1")]
 
 
 def test_a_job_that_loses_every_worker_is_failed_as_stalled(database: Database) -> None:
     job_id = add_job(database)
-    hands = Hands(work_on)
+    hands = FunctionHandler(work_on)
     for _ in range(jobs.MAX_ATTEMPTS):
         with database.writing() as session:
             assert records.claim_next(session, [Queue.CPU], "gone") is not None
         assert sweep_twice(database, hands) == 1
     job = look(database, job_id)
     assert job.state is JobState.FAILED and job.error is not None
-    assert (job.error["code"], job.error["detail"]) == ("stalled", "Its worker was lost at every attempt.")
-    assert hands.told == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "stalled")]
+    assert (job.error["code"], job.error["detail"]) == ("stalled", "The worker of this job was lost at every attempt.")
+    assert hands.calls == [("requeued", "run_1"), ("requeued", "run_1"), ("failed", "run_1", "stalled")]
 
 
 def test_a_job_that_cannot_be_taken_over_is_in_no_others_way(database: Database) -> None:
-    class Picky(Hands):
+    class FailingHandler(FunctionHandler):
         def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
             if job.subject_id == "run_1":
                 raise RuntimeError("no such run")
@@ -117,11 +117,11 @@ def test_a_job_that_cannot_be_taken_over_is_in_no_others_way(database: Database)
     with database.writing() as session:
         for _ in (first, second):
             assert records.claim_next(session, [Queue.CPU], "gone") is not None
-    hands = Picky(work_on)
+    hands = FailingHandler(work_on)
     with capture_logs() as logs:
         assert sweep_twice(database, hands) == 1
     assert look(database, first).state is JobState.RUNNING  # all or nothing
-    assert look(database, second).state is JobState.QUEUED and hands.told == [("requeued", "run_2")]
+    assert look(database, second).state is JobState.QUEUED and hands.calls == [("requeued", "run_2")]
     assert [entry["job"] for entry in logs if entry["event"] == "take-over failed"] == [first]
 
 
@@ -129,7 +129,7 @@ def test_a_running_sweeper_takes_over_by_itself_and_stops(database: Database, st
     job_id = add_job(database)
     with database.writing() as session:
         assert records.claim_next(session, [Queue.CPU], "gone") is not None
-    hands = Hands(lambda work: None)
+    hands = FunctionHandler(lambda work: None)
     sweeper = Sweeper(database, [Queue.CPU], {JobKind.TRAIN: hands}, "there", replace(QUICK, lease_s=0.3))
     sweeper.start()
     settled(database, job_id, JobState.QUEUED)
@@ -145,13 +145,13 @@ def test_a_sweeper_survives_an_outage(database: Database, impatient: Database, o
     job_id = add_job(database)
     with database.writing() as session:
         assert records.claim_next(session, [Queue.CPU], "gone") is not None
-    hands = Hands(lambda work: None)
+    hands = FunctionHandler(lambda work: None)
     timings = replace(QUICK, lease_s=0.5)
     sweeper = Sweeper(impatient, [Queue.CPU], {JobKind.TRAIN: hands}, "there", timings)
     with capture_logs() as logs:
         outage.begin()
         sweeper.start()
-        until(lambda: [entry for entry in logs if entry["event"] == "database away"])
+        until(lambda: [entry for entry in logs if entry["event"] == "database unavailable"])
         outage.end()
         settled(database, job_id, JobState.QUEUED)
     sweeper.stop()

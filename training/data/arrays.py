@@ -1,7 +1,7 @@
-"""Arrays with one row per image of a data set version, computed once and then read from a memory-mapped file.
+"""A cache of large arrays with one row per image: computed once, then read from a memory-mapped file.
 
-There are two kinds: decoded and resized pixels, and the maps that the frozen part of a network gives at a cut. The
-files are a cache. They may be deleted at any time; a process that has mapped one can still read it.
+There are two kinds of arrays: pixels that were decoded and resized, and maps, the output of the frozen part of a
+network. The files may be deleted at any time; a process that has mapped a file can still read it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ReportProgress = Callable[[int, int], None]
 
 _SUFFIX = ".rows"
 _MAPS_BATCH = 64
-# An unfinished file that has not been written to for this long belongs to a process that was killed.
+# If an unfinished file was not written to for so many seconds, the process that wrote it is assumed dead.
 _UNFINISHED_S = 3600.0
 
 
@@ -42,8 +42,8 @@ def load_pixels(digests: Sequence[Digest], decoder: ImageDecoder, folder: Path, 
     """Return the pixels of images, from the cache or decoded now.
 
     Args:
-        digests: the images in the store, row by row; some may be equal.
-        decoder: decodes and resizes them.
+        digests: the image of each row; the same image may occur several times.
+        decoder: decodes and resizes the images.
         folder: the folder of the cache.
         report: called with (done, total) after each batch.
 
@@ -51,7 +51,7 @@ def load_pixels(digests: Sequence[Digest], decoder: ImageDecoder, folder: Path, 
         uint8 [N, H, W, 3], read-only and mapped into memory.
 
     Raises:
-        Corrupt: an image of the store can no longer be decoded.
+        Corrupt: a stored image cannot be decoded.
         DiskFull: the disk has no room for the file.
     """
     key = ("pixels", IMAGE_RULE, decoder.size, decoder.resize.value, *digests)
@@ -69,20 +69,20 @@ def load_maps(
     room_bytes: int,
     report: ReportProgress,
 ) -> Maps | None:
-    """Return the maps of images at the cut where an engine ends, from the cache or computed now.
+    """Return the output of the frozen part of a network for images, from the cache or computed now.
 
     Args:
-        digests: the images, row by row.
+        digests: the image of each row.
         pixels: uint8 [N, H, W, 3], the pixels of these images.
-        engine: the frozen part of a network.
-        space: what the maps depend on besides the image.
+        engine: runs the frozen part of the network.
+        space: the values that the maps depend on besides the image, such as the network and its precision.
         folder: the folder of the cache.
         room_bytes: the largest file that is allowed.
         report: called with (done, total) after each batch.
 
     Returns:
-        float32 [N, h, w, C], read-only and mapped into memory. None if the file would be larger than `room_bytes`, or
-        if it does not exist yet and would take more than half of the free disk.
+        float32 [N, h, w, C], read-only and mapped into memory. None if the file would be larger than `room_bytes`.
+        None also if the file does not exist yet and would take more than half of the free disk space.
 
     Raises:
         DiskFull: the disk has no room for the file.
@@ -99,7 +99,7 @@ def load_maps(
 
 
 def maps_bytes(pixels: Pixels, engine: OpenVinoEngine) -> int:
-    """Return the size in bytes of the maps of images uint8 [N, H, W, 3] at the cut where the engine ends."""
+    """Return the size in bytes of the array that `load_maps` returns for these pixels, uint8 [N, H, W, 3]."""
     return _maps_bytes(_maps_shape(pixels, engine))
 
 
@@ -119,7 +119,7 @@ def _load(
     batches: Iterable[npt.NDArray[Any]],
     report: ReportProgress,
 ) -> npt.NDArray[Any]:
-    """Return the rows of a file that an earlier call has written, or write it from the batches now."""
+    """Return the array of a cached file, mapped into memory. If there is no such file, write it from the batches."""
     path = _file(key, folder)
     cached = _mapped(path, dtype, shape)
     if cached is not None:
@@ -146,8 +146,8 @@ def _file(key: Sequence[Any], folder: Path) -> Path:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-    """Return the rows of a complete file and mark it as used now. Return None if there is no such file."""
-    with contextlib.suppress(FileNotFoundError):  # it was never written, or another process has just dropped it
+    """Return the array of a complete file, and mark the file as used now. Return None if there is no such file."""
+    with contextlib.suppress(FileNotFoundError):  # the file was never written, or another process removed it
         os.utime(path)
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == int(np.prod(shape)) * dtype.itemsize:
@@ -156,7 +156,7 @@ def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDA
 
 
 def drop_unused(folder: Path, budget_bytes: int) -> None:
-    """Remove unfinished files of dead processes, and the least recently used files until the rest fits the budget."""
+    """Remove unfinished files of dead processes. Then remove the least recently used files until the budget is met."""
     for file in folder.glob(f"*{_SUFFIX}.*"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > _UNFINISHED_S:

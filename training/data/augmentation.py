@@ -20,9 +20,10 @@ _LEAST_TILE = 80
 
 
 def build_augmentation(recipe: Augmentation, size: Sides, seed: int) -> Any:
-    """Return a Keras model that augments images [N, H, W, 3] of values from 0 to 255.
+    """Return a Keras model that augments images [N, H, W, 3] with values from 0 to 255.
 
-    It changes images only in training. What a rotation or a shift uncovers is filled with the mirrored image.
+    The model changes images only with `training=True`. Areas that a rotation or a shift leaves empty are filled with
+    the mirrored image.
     """
     seeds = np.random.SeedSequence(seed).generate_state(6).tolist()
     layers: list[Any] = []
@@ -45,7 +46,7 @@ def build_augmentation(recipe: Augmentation, size: Sides, seed: int) -> Any:
 
 
 def contact_sheet(recipe: Augmentation, images: Pixels, seed: int) -> bytes:
-    """Return a PNG that shows in each row one image as it is, and then augmented several times, each column labelled.
+    """Return a PNG with one row for each image: the original, then several augmented versions. Columns have labels.
 
     A line at the end says how the images are augmented. Small images are enlarged, so that labels fit.
 

@@ -1,4 +1,4 @@
-"""Extracts the features of images, each at most once; images are decoded while the engine works on earlier ones."""
+"""Extracts the features of images into the cache. Images are decoded while the engine computes earlier batches."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def extract(
     """Fill the cache with the features of every image.
 
     Args:
-        digests: the images in the store; some may be equal.
+        digests: the images; the same image may occur several times.
         engine: computes the features.
         cache: holds the features, one row per image.
-        source: gives the pixels of the images that the cache lacks.
+        source: yields the pixels of the images that are missing in the cache.
         report: called with (done, total) after each batch.
 
     Raises:
-        Corrupt: an image of the store can no longer be decoded.
+        Corrupt: a stored image cannot be decoded.
     """
     started = time.perf_counter()
     missing = cache.missing(digests)
@@ -54,7 +54,7 @@ def extract(
     for names, pixels in source.batches(missing):
         kept.append((names, engine.features(pixels)))
         done += len(names)
-        if len(kept) == _BATCHES_KEPT or done == total:  # the cache syncs to disk on each call, which takes long
+        if len(kept) == _BATCHES_KEPT or done == total:  # several batches per call, since each call syncs to disk
             cache.add([name for names, _ in kept for name in names], np.concatenate([rows for _, rows in kept]))
             kept.clear()
         report(done, total)

@@ -1,4 +1,4 @@
-"""Pixels of images in batches: decoded from files ahead of their use, or taken from an array in memory."""
+"""Yields the pixels of images in batches, either decoded from stored files or taken from an array in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """Decodes images of the store to pixels, all of one size, in `threads` threads and within `limits.memory_bytes`."""
+    """Decodes stored images and resizes them to one size, in `threads` threads and within `limits.memory_bytes`."""
 
     store: Store
     size: Sides
@@ -33,36 +33,39 @@ class ImageDecoder:
     threads: int
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
-        """Yield batches of (digests, uint8 [n, H, W, 3]) while later ones are being decoded.
+        """Yield batches of (digests, uint8 [n, H, W, 3]). While the caller uses a batch, threads decode the next ones.
 
         Raises:
-            Corrupt: an image of the store can no longer be decoded.
+            Corrupt: a stored image cannot be decoded.
         """
         batches = deque(digests[start : start + BATCH] for start in range(0, len(digests), BATCH))
         ahead: deque[tuple[Sequence[Digest], list[Future[Pixels]]]] = deque()
         memory = DecodeMemory(self.limits.memory_bytes)
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="bring") as bringing,
+            ThreadPoolExecutor(1, thread_name_prefix="prefetch") as prefetching,
             ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool,
         ):
             while batches or ahead:
                 while batches and len(ahead) < _BATCHES_AHEAD:
                     names = batches.popleft()
-                    brought = bringing.submit(self.store.prefetch, names)
-                    ahead.append((names, [pool.submit(self._decode, name, brought, memory) for name in names]))
+                    prefetched = prefetching.submit(self.store.prefetch, names)
+                    ahead.append((names, [pool.submit(self._decode, name, prefetched, memory) for name in names]))
                 names, futures = ahead.popleft()
                 yield names, np.stack([future.result() for future in futures])
 
-    def _decode(self, digest: Digest, brought: Future[None], memory: DecodeMemory) -> Pixels:
-        brought.result()  # those of a batch together: one by one, each would be waited for
+    def _decode(self, digest: Digest, prefetched: Future[None], memory: DecodeMemory) -> Pixels:
+        prefetched.result()  # a bucket downloads a whole batch in parallel; single reads would wait one by one
         try:
             return images.decode(self.store.read(digest), self.size, self.resize, self.limits, memory.reserve)
         except ImageRefused as error:
-            raise Corrupt(f"Image {digest} was accepted but cannot be decoded any more: {error.detail}") from error
+            raise Corrupt(
+                f"Image {digest} was decoded at upload, but cannot be decoded now: {error.detail} The stored file may "
+                "be damaged."
+            ) from error
 
 
 class PixelSource(Protocol):
-    """Something that gives the pixels of images."""
+    """Yields the pixels of images, from whatever place it reads them."""
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
         """Yield batches of (digests, uint8 [n, H, W, 3])."""
@@ -70,7 +73,7 @@ class PixelSource(Protocol):
 
 
 class LoadedPixels:
-    """Pixels that were decoded before; row i belongs to digest i."""
+    """Yields pixels from an array in memory, uint8 [N, H, W, 3]. Row i of the array belongs to digest i."""
 
     def __init__(self, digests: Sequence[Digest], pixels: Pixels) -> None:
         self._rows = {digest: row for row, digest in enumerate(digests)}

@@ -1,7 +1,7 @@
-"""Splits images into folds, each with images to train on, to validate on and to test on. Sees labels, never pixels.
+"""Splits images into folds. Each fold has training, validation and test images. Reads labels and groups, no pixels.
 
-Images of one group and identical files stay together: no fold separates them. The validation images, which early
-stopping watches, are taken from the fold's training images, so that the test images are used only once.
+Images of one group, and identical files, are never in two of these sets. The validation images, which early stopping
+monitors, are taken from the fold's training images. So the test images are used for nothing but the score.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Indices = npt.NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Fold:
-    """Row numbers of one fold. The three sets share no group. `number` counts from 0 through all repeats."""
+    """One fold, as row numbers of the data set. `number` counts from 0 through all repeats.
+
+    No group has rows in two of the sets `train`, `validation` and `test`.
+    """
 
     number: int
     repeat: int
@@ -46,19 +49,19 @@ def make_folds(
     """Return `k * repeats` folds over `rows`; every row is tested once per repeat.
 
     Args:
-        rows: the row numbers that may be folded.
-        strata: class of every row of the data set, int [N]; folds have the same share of each.
-        needed: 1 for each label of every row, sparse or dense [N, labels]; the training rows of every fold must have
+        rows: the row numbers to divide into folds.
+        strata: class of every row of the data set, int [N]; every fold gets about the same share of each class.
+        needed: 1 where a row has a label, sparse or dense [N, labels]. The training rows of every fold must contain
             each label.
         groups: group of every row of the data set, int [N].
-        validation: validation rows of every fold; if empty, a part of each fold's training rows is set aside for that.
+        validation: validation rows that all folds share. If empty, a part of each fold's training rows is set aside.
         k: number of folds of one repeat.
-        repeats: number of repeats; each splits the rows anew.
+        repeats: number of repeats; each repeat splits the rows differently.
         validation_fraction: share of the training rows to set aside; 0 if there is no early stopping.
         seed: the same seed gives the same folds.
 
     Raises:
-        RecipeInvalid: no split of the groups was found in which every fold has all labels to train on.
+        RecipeInvalid: the groups could not be split so that every fold has all labels to train on.
     """
     folds = []
     needed = csr_array(needed)
@@ -66,28 +69,28 @@ def make_folds(
         parts = _parts(rows, strata, needed, groups, k, _seed(seed, repeat))
         for number, test in enumerate(parts):
             rest = np.setdiff1d(rows, test)
-            watched = validation
-            if not len(watched) and validation_fraction:
-                watched = set_aside(rest, strata, needed, groups, validation_fraction, _seed(seed, repeat, number))
-            train = np.setdiff1d(rest, watched)
-            folds.append(Fold(repeat * k + number, repeat, train, watched, test))
+            aside = validation
+            if not len(aside) and validation_fraction:
+                aside = set_aside(rest, strata, needed, groups, validation_fraction, _seed(seed, repeat, number))
+            train = np.setdiff1d(rest, aside)
+            folds.append(Fold(repeat * k + number, repeat, train, aside, test))
     return folds
 
 
 def nested_subsets(
     rows: Indices, strata: Indices, needed: csr_array, groups: Indices, fractions: Sequence[float], seed: int
 ) -> list[Indices]:
-    """Return subsets of the rows, one for each fraction; each contains all smaller ones.
+    """Return a subset of the rows for each fraction. A larger subset contains all smaller ones.
 
-    A subset has about that fraction of the rows of each stratum. It has whole groups only, and at least one group of
-    every stratum and of every label of the rows.
+    A subset has about the given fraction of the rows of each stratum. It consists of whole groups. It has at least one
+    group of every stratum, and of every label.
 
     Args:
         rows: the row numbers to choose from.
         strata: class of every row of the data set, int [N].
-        needed: 1 for each label of every row, sparse or dense [N, labels].
+        needed: 1 where a row has a label, sparse or dense [N, labels].
         groups: group of every row of the data set, int [N].
-        fractions: share of the rows in each subset, from 0 to 1.
+        fractions: the share of the rows in each subset, from 0 to 1.
         seed: the same seed gives the same rows.
     """
     needed = csr_array(needed)
@@ -97,7 +100,7 @@ def nested_subsets(
     groups_of: dict[int, list[int]] = defaultdict(list)
     for group in random.permutation(list(members)).tolist():
         groups_of[min(members[group], key=lambda stratum: (totals[stratum], stratum))].append(group)
-    # The groups of a stratum stand in a random order. A subset takes those whose middle lies below its fraction.
+    # The groups of a stratum are put in a random order. A subset takes the groups whose middle lies below its fraction.
     position: dict[int, float] = {}
     for in_stratum in groups_of.values():
         sizes = np.array([members[group].total() for group in in_stratum])
@@ -107,7 +110,8 @@ def nested_subsets(
     position_of_row = np.array([position[group] for group in group_of_row.tolist()])
     stratum_of_row = np.unique(strata[rows], return_inverse=True)[1]
     for having in (*_rows_by_column(_one_hot(stratum_of_row)), *_rows_by_column(needed[rows])):
-        if len(having) and position_of_row[having].min() > 0:  # put the first group that has it into every subset
+        # Every subset needs each class and label: move the first group that has it to the very beginning.
+        if len(having) and position_of_row[having].min() > 0:
             first = group_of_row[having[position_of_row[having].argmin()]]
             position_of_row[group_of_row == first] = 0.0
     return [rows[position_of_row <= fraction] for fraction in fractions]
@@ -137,20 +141,21 @@ def _parts(rows: Indices, strata: Indices, needed: csr_array, groups: Indices, k
             return parts
     raise RecipeInvalid(
         "folds.k",
-        f"Expected groups that can be split into {k} folds with images of every class to train on. Received groups "
-        "that cannot: some classes are in too few of them. Use fewer folds, or add images of the rare classes in other "
+        f"The groups of images cannot be split into {k} folds, because some classes occur in too few groups: a fold "
+        "would have no images of such a class to train on. Use fewer folds, or add images of the rare classes in new "
         "groups.",
     )
 
 
-# Dealing is greedy and may put every group of a rare class into one part. Another order often does not.
+# Dealing is greedy, so that it may put every group of a rare class into one part. Then another random order is tried.
 _ATTEMPTS = 20
 
 
 def _deal(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) -> list[Indices]:
-    """Deal whole groups, the largest first, each to the part that has the smallest share of the group's strata.
+    """Assign whole groups to parts, the largest group first. Return the rows of each part.
 
-    scikit-learn's grouped splitter takes minutes and gigabytes for a hundred thousand groups; this takes a second.
+    A group goes to the part that has so far the smallest share of the group's strata. For a hundred thousand groups
+    this takes a second; scikit-learn's `StratifiedGroupKFold` takes minutes and gigabytes.
     """
     members = _members(rows, strata, groups)
     totals = Counter(strata[rows].tolist())
@@ -168,14 +173,14 @@ def _deal(rows: Indices, strata: Indices, groups: Indices, k: int, seed: int) ->
     return [np.sort(rows[dealt == part]) for part in range(k)]
 
 
-# Moving a group for one label may leave another label in one part alone, so that several rounds are needed.
+# Moving a group for one label may leave another label in a single part, so that several rounds are needed.
 _ROUNDS = 50
 
 
 def _share_rare_labels(parts: list[Indices], needed: csr_array, groups: Indices) -> list[Indices]:
-    """Move groups so that labels found in one part alone are found in two, as far as that is possible.
+    """Move groups between parts so that, if possible, no label occurs in a single part only.
 
-    Where images have many rare labels, no order of dealing is right for all of them.
+    This is needed if images have many rare labels: then no order of dealing is right for all labels.
     """
     for _ in range(_ROUNDS):
         counts = np.array([needed[part].sum(axis=0) for part in parts])
@@ -204,12 +209,12 @@ def _share_rare_labels(parts: list[Indices], needed: csr_array, groups: Indices)
 
 
 def _share(group: Counter[int], part: Counter[int], totals: Counter[int]) -> float:
-    """Return a part's share of each stratum of a group, summed up and weighed by the group's images."""
+    """Return a part's share of each stratum of a group, as a sum weighted by the group's images."""
     return sum(count * part[stratum] / totals[stratum] for stratum, count in group.items())
 
 
 def _members(rows: Indices, strata: Indices, groups: Indices) -> dict[int, Counter[int]]:
-    """Return how many rows of each stratum every group has."""
+    """Return for each group how many rows of each stratum it has."""
     members: dict[int, Counter[int]] = defaultdict(Counter)
     for stratum, group in zip(strata[rows].tolist(), groups[rows].tolist(), strict=True):
         members[group][stratum] += 1
@@ -217,25 +222,25 @@ def _members(rows: Indices, strata: Indices, groups: Indices) -> dict[int, Count
 
 
 def _can_train_without_each(parts: list[Indices], needed: csr_array) -> bool:
-    """Return whether no part is empty and every label is in at least two of them."""
+    """Return whether no part is empty and every label occurs in at least two parts."""
     found = np.sum([needed[part].sum(axis=0) > 0 for part in parts], axis=0)
     return all(len(part) for part in parts) and bool((found > 1).all())
 
 
-# Groups may exceed the rows wanted of a stratum by this factor. Larger groups would leave too few rows to train on.
+# The rows set aside may exceed their target number by this factor. More would leave too few rows to train on.
 _OVERSHOOT = 1.5
-# To have a group of each stratum, up to this share of all groups may be set aside, even if `fraction` is less.
+# To set aside a group of each stratum, up to this share of all groups may be used, even if `fraction` is less.
 _MOST_ASIDE = 0.25
 
 
 def set_aside(
     rows: Indices, strata: Indices, needed: csr_array, groups: Indices, fraction: float, seed: int
 ) -> Indices:
-    """Return about `fraction` of the rows of each stratum, whole groups only.
+    """Return rows to set aside: about `fraction` of the rows of each stratum, in whole groups.
 
-    Every label keeps at least one group to train on, so that the only group of a label is never set aside. If every
-    group of a stratum is too large, the smallest one is set aside. If there are so many strata that one group of each
-    would be far more than `fraction`, groups are chosen regardless of their stratum.
+    The only group of a label is never set aside, because every label needs a group to train on. If every group of a
+    stratum is too large, its smallest group is set aside. If there are so many strata that one group of each would be
+    far more than `fraction`, groups are chosen regardless of their stratum.
     """
     if len(np.unique(strata[rows])) > max(fraction, _MOST_ASIDE) * len(np.unique(groups[rows])):
         strata = np.zeros_like(strata)
@@ -249,7 +254,7 @@ def set_aside(
     for row, label in zip(*needed[rows].nonzero(), strict=True):
         labels_of[int(groups[rows[row]])].add(int(label))
     groups_left = Counter(label for labels in labels_of.values() for label in labels)
-    wanted = {stratum: max(1, round(fraction * size)) for stratum, size in Counter(strata[rows].tolist()).items()}
+    target = {stratum: max(1, round(fraction * size)) for stratum, size in Counter(strata[rows].tolist()).items()}
     taken: Counter[int] = Counter()
     aside: set[int] = set()
 
@@ -261,13 +266,13 @@ def set_aside(
     def can_be_spared(group: int) -> bool:
         return len(aside) + 1 < len(members) and all(groups_left[label] > 1 for label in labels_of[group])
 
-    for stratum in sorted(wanted):
+    for stratum in sorted(target):
         free = [group for group in random.permutation(groups_of[stratum]).tolist() if group not in aside]
         for group in free:
-            if taken[stratum] >= wanted[stratum]:
+            if taken[stratum] >= target[stratum]:
                 break
             inside = members[group]
-            fits = all(taken[other] + inside[other] <= _OVERSHOOT * wanted[other] for other in inside)
+            fits = all(taken[other] + inside[other] <= _OVERSHOOT * target[other] for other in inside)
             if fits and can_be_spared(group):
                 take(group)
         spared = [group for group in free if can_be_spared(group)]

@@ -1,7 +1,7 @@
-"""Checkpoints: the state that an interrupted fit continues from, as one safetensors file. They never contain code.
+"""Reads and writes checkpoints: the state from which an interrupted fit continues, as a safetensors file without code.
 
-A checkpoint is valid for one part of one run, its data, its weights and the code that wrote it. Its mark is a hash of
-all these; `load` ignores a file with another mark.
+A checkpoint is only valid for the same part of the same run, with the same data, weights and code. Its mark is a hash
+of all these values, and `load` ignores a file with another mark.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from recipes.layers import Activation
 from training.fitting.head_fit import FittedHead, Scaler, dense_layers
 from training.fitting.training_loop import Arrays, EarlyStoppingState, FitSummary, Snapshot
 
-# Raise it whenever the computation of a training or the contents of a checkpoint change.
+# Increase this number whenever a change of the code alters how a training computes, or what a checkpoint contains.
 VERSION = 4
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of an unfinished fit.
+    """The state of an unfinished fit at the end of an epoch.
+
+    Fine-tuning has two phases: it fits a head on frozen features, then trains the network. All other fits have one.
 
     Attributes:
-        head: the trained head on frozen features; None while it is being trained.
-        snapshot: of the head while it is trained, then of the network; None before the network's first epoch has ended.
-        seconds: training time so far, over all attempts; the writer of the checkpoint sets it.
+        head: the finished head of the first phase of fine-tuning; None during the first phase, and in fits with one
+            phase.
+        snapshot: the weights and optimizer state of the current phase; None between the two phases of fine-tuning.
+        seconds: training time so far, over all attempts. The writer of the checkpoint fills this in.
     """
 
     head: FittedHead | None
@@ -41,13 +44,13 @@ class Checkpoint:
 
 
 def mark(belongs: Mapping[str, Any]) -> str:
-    """Return the mark of checkpoints for these values, which JSON must be able to hold."""
+    """Return the mark of checkpoints that belong to these JSON values, such as the run, its part and its data."""
     what = json.dumps([VERSION, keras.__version__, belongs], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
 def dump(checkpoint: Checkpoint, mark: str) -> bytes:
-    """Return the bytes of a checkpoint file."""
+    """Return a checkpoint with its mark as the bytes of a safetensors file."""
     arrays: Tensors = {}
     values: dict[str, Any] = {"mark": mark, "seconds": checkpoint.seconds}
     if checkpoint.head is not None:
@@ -58,7 +61,7 @@ def dump(checkpoint: Checkpoint, mark: str) -> bytes:
 
 
 def load(data: bytes, mark: str) -> Checkpoint | None:
-    """Return the checkpoint in a file; None if the file is damaged or has another mark."""
+    """Return the checkpoint in the bytes of a file. Return None if they are damaged or have another mark."""
     try:
         values, arrays = tensors.load(data)
         if values["mark"] != mark:

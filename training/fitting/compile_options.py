@@ -1,4 +1,4 @@
-"""What Keras models are compiled and fitted with: optimizers, losses, metrics and class weights."""
+"""Builds the optimizers, losses, metrics and class weights with which Keras models are compiled and fitted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOMENTUM = 0.9
 
 
 def build_optimizer(recipe: OptimizerRecipe, rate: Any = None, **options: Any) -> Any:
-    """Return the Keras optimizer that a recipe names, with Keras' defaults for everything else.
+    """Return the Keras optimizer that a recipe names. All other options have Keras' defaults.
 
     Args:
         recipe: names the optimizer and gives its learning rate.
@@ -66,7 +66,7 @@ def task_loss(task: Task) -> Any:
 
 
 def accuracy_metrics(task: Task) -> list[Any]:
-    """Return the Keras metric named `accuracy`, which takes logits; a regression has none."""
+    """Return a list with the Keras metric named `accuracy`, which takes logits; an empty list for a regression."""
     match task:
         case Task.BINARY:
             return [keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)]  # of a logit
@@ -84,20 +84,24 @@ def _all_labels_right(truth: Any, logits: Any) -> Any:
 
 
 def recipe_loss(recipe: FromScratchRecipe, task: Task) -> Any:
-    """Return the Keras loss that a recipe for a network from scratch asks for; it takes logits [N, outputs]."""
+    """Return the Keras loss that a recipe defines for a network from scratch. It takes logits [N, outputs]."""
     if recipe.network.kind is NetworkKind.PERCEPTRON:
         return PerceptronLoss(recipe.network.threshold, squared_error=recipe.loss is Loss.MEAN_SQUARED_ERROR)
     return SigmoidSquaredError() if recipe.loss is Loss.MEAN_SQUARED_ERROR else task_loss(task)
 
 
 class PerceptronLoss(keras.losses.Loss):  # type: ignore[misc]
-    """The loss of a perceptron: a step of plain gradient descent on one image is the delta rule.
+    """A loss whose gradient step on one image is the delta rule of a perceptron.
 
-    The delta rule is W += rate * (target - output) * x and b += rate * (target - output), since the gradient of the
-    loss by a logit is output - target. For a step threshold the loss is the perceptron criterion (Rosenblatt 1958;
-    Bishop 2006, "Pattern Recognition and Machine Learning", 4.1.7), for a sigmoid the cross-entropy, and without a
-    threshold half the squared error (Widrow & Hoff 1960). With `squared_error` a sigmoid has half the squared error
-    too, so that its slope is another factor of the step. The losses of several outputs are added up.
+    The delta rule is W += rate * (target - output) * x and b += rate * (target - output). It follows from a loss whose
+    gradient by a logit is output - target. That loss depends on the threshold:
+
+    - step: the perceptron criterion (Rosenblatt 1958; Bishop 2006, "Pattern Recognition and Machine Learning", 4.1.7);
+    - sigmoid: the cross-entropy;
+    - none: half the squared error (Widrow & Hoff 1960).
+
+    With `squared_error`, a sigmoid uses half the squared error too, and the slope of the sigmoid becomes another factor
+    of the step. The losses of several outputs are added up.
     """
 
     def __init__(self, threshold: Threshold | None, *, squared_error: bool = False) -> None:
@@ -106,7 +110,7 @@ class PerceptronLoss(keras.losses.Loss):  # type: ignore[misc]
         self._squared_error = squared_error
 
     def call(self, truth: Any, logits: Any) -> Any:
-        """Return the loss of each image, [N], for classes [N] or values [N, outputs], and logits [N, outputs]."""
+        """Return the loss of each image, [N]. `truth` has classes [N] or values [N, outputs]; logits [N, outputs]."""
         target = _targets_like(logits, truth)
         match self._threshold:
             case Threshold.STEP:
@@ -122,15 +126,15 @@ class PerceptronLoss(keras.losses.Loss):  # type: ignore[misc]
 
 
 class SigmoidSquaredError(keras.losses.Loss):  # type: ignore[misc]
-    """The squared error of sigmoids, (target - sigmoid(logit))², as the mean over outputs."""
+    """The squared error of sigmoid outputs: (target - sigmoid(logit))², as the mean over the outputs."""
 
     def call(self, truth: Any, logits: Any) -> Any:
-        """Return the loss of each image, [N], for values [N] or [N, outputs] and logits [N, outputs]."""
+        """Return the loss of each image, [N]. `truth` has values [N] or [N, outputs]; logits [N, outputs]."""
         return keras.ops.mean(keras.ops.square(keras.ops.sigmoid(logits) - _targets_like(logits, truth)), axis=-1)
 
 
 def _targets_like(logits: Any, truth: Any) -> Any:
-    """Return the target of each output, [N, outputs]: classes [N] become one-hot, other targets keep their values."""
+    """Return the targets in the shape of the logits, [N, outputs]. Classes [N] become one-hot vectors."""
     outputs = logits.shape[-1]
     if len(truth.shape) == 1 and outputs > 1:
         return keras.ops.one_hot(keras.ops.cast(truth, "int32"), outputs, dtype=logits.dtype)

@@ -1,9 +1,9 @@
-"""Fine-tunes a network: its layers from a cut on learn together with a head that was fitted on frozen features.
+"""Fine-tunes a backbone: trains the layers after a cut point, together with a head that was already fitted.
 
-The head is fitted first, and the network then learns at a small learning rate. Training both at once from the start
-destroys pretrained features (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features"). The learning rate rises
-from zero and then falls along a cosine (Loshchilov & Hutter 2017, "SGDR"). BatchNorm layers stay frozen and run as in
-inference.
+The head is fitted on frozen features first; the layers of the backbone then learn at a small learning rate. Training
+both from the start would destroy the pretrained features (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained
+Features"). The learning rate rises from zero and then falls along a cosine (Loshchilov & Hutter 2017, "SGDR").
+BatchNorm layers stay frozen and run as in inference.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from training.fitting.training_loop import PredictProgress, Rows, predict_batch
 from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
 
-# Gradients with a larger norm are scaled down to it, so that the first steps do not destroy the pretrained weights.
+# A gradient with a larger norm is scaled down to this norm, so that no early step destroys the pretrained weights.
 CLIP_NORM = 1.0
 FINE_TUNE_LEARNING_RATE = "fine_tune.learning_rate"
 
 
 @dataclass(frozen=True)
 class FineTuningData(FitData):
-    """The images as the part of a network that learns reads them: pixels, or the maps of the frozen part."""
+    """The inputs of fine-tuning: pixels, or (with `are_maps`) the cached output of the frozen layers."""
 
     are_maps: bool
 
@@ -45,14 +45,15 @@ class FineTuningData(FitData):
 def fine_tune(
     recipe: FineTuningRecipe, data: FineTuningData, weights: bytes, head: FittedHead, fit: FitTask
 ) -> FittedNetwork:
-    """Fine-tune a network from the recipe's cut on.
+    """Fine-tune a network, starting at the cut point `unfreeze` of the recipe.
 
     Args:
-        recipe: what to fine-tune, and how.
-        data: its inputs are pixels uint8 [N, size, size, 3], or maps float32 [N, h, w, C] of the frozen part.
-        weights: the network's weights before fine-tuning, from `backbones.dump_weights`.
+        recipe: which layers to train, and how.
+        data: its inputs are pixels uint8 [N, size, size, 3], or the output of the frozen layers float32 [N, h, w, C].
+        weights: the network's weights before fine-tuning, as `backbones.dump_weights` returns them.
         head: the head that was fitted on frozen features.
-        fit: rows, epochs and seed. With fewer epochs than the recipe has, the learning rate still falls as if for all.
+        fit: rows, epochs and seed. The schedule of the learning rate always spans all epochs of the recipe, even if
+            `fit` has fewer epochs.
 
     Raises:
         TrainingDiverged: the loss became infinite or NaN.
@@ -85,8 +86,8 @@ def fine_tune(
     )
 
     def logits(rows: Indices) -> Logits:
-        beat = PredictProgress(fit.hooks, len(trained.history))
-        values: Logits = model.predict(in_order(rows), callbacks=[beat], verbose=0)
+        progress = PredictProgress(fit.hooks, len(trained.history))
+        values: Logits = model.predict(in_order(rows), callbacks=[progress], verbose=0)
         return head.target_scaler.inverse_transform(values) if head.target_scaler else values.astype(np.float32)
 
     activation = recipe.head.activation
@@ -101,7 +102,11 @@ def fine_tune(
 def build_model(
     recipe: FineTuningRecipe, data: FineTuningData, weights: bytes, head: FittedHead, seed: int
 ) -> tuple[Any, Any, Any]:
-    """Return the whole network, the model that learns (from the inputs to logits), and its head. They share layers."""
+    """Build the Keras models of fine-tuning, which share their layers.
+
+    Returns:
+        the whole backbone, the model from the inputs of `data` to logits, and the head of this model.
+    """
     backbone = CATALOGUE[recipe.backbone]
     boundary = backbone.cut_before(recipe.unfreeze)
     with _mixed_precision():
@@ -124,7 +129,7 @@ def build_model(
 
 
 class FixedNormalization(keras.layers.Layer):  # type: ignore[misc]
-    """Standardises features [N, D] with the constants of a scaler, which do not learn."""
+    """A Keras layer that standardises features [N, D] with the fixed mean and scale of a scaler."""
 
     def __init__(self, scaler: Scaler, **options: Any) -> None:
         super().__init__(**options)
@@ -148,7 +153,7 @@ def learning_rate_schedule(recipe: FineTune, steps_per_epoch: int) -> Any:
 
 
 def _has_gpu() -> bool:
-    # Without an argument this lists the best devices; asking for "gpu" raises on JAX if there is none.
+    # Called without an argument, because JAX raises an error if a GPU is requested and there is none.
     return not all(device.lower().startswith("cpu") for device in keras.distribution.list_devices())
 
 

@@ -1,4 +1,4 @@
-"""What a fit is given, and what the fit of a network returns."""
+"""The inputs of a fit (data and task), and the result of fitting a network."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from training.fitting.training_loop import FitHooks, FitSummary
 
 @dataclass(frozen=True)
 class FitData:
-    """The images of a data set version as all fits of a run read them, row by row.
+    """Inputs and targets of all N images of a data set version. All fits of a run share them.
 
     Attributes:
-        task: what is predicted.
+        task: what the model predicts.
         outputs: number of logits: one for binary and regression, else one per class or label.
         inputs: float32 features [N, D], uint8 pixels [N, H, W, 3] or float32 maps [N, h, w, C]; may be memory-mapped.
-        targets: the true answers, as `training.data.targets` has them.
+        targets: the true answers, in the shape that `training.data.targets.Truth` describes.
     """
 
     task: Task
@@ -34,11 +34,11 @@ class FitData:
 
 @dataclass(frozen=True)
 class FitTask:
-    """One fit: the rows to learn from, and how long.
+    """One fit: its training and validation rows, its largest number of epochs, and its seed.
 
     Attributes:
-        train: rows to learn from.
-        validation: rows that early stopping watches; if empty, every epoch is trained.
+        train: rows to train on.
+        validation: rows that early stopping monitors; if empty, all epochs are trained.
         epochs: largest number of epochs.
         seed: the same seed gives the same result on the same machine.
         hooks: the snapshot to continue from, and the callbacks that report progress.
@@ -53,13 +53,13 @@ class FitTask:
 
 @dataclass(frozen=True)
 class FittedNetwork:
-    """A network that has learned, and the layers that follow it.
+    """A trained network with its head.
 
     Attributes:
-        trained: how the training went.
-        layers: the head on the network's raw features, with outputs in the targets' own unit.
-        network: returns the weights of the network before the head, as `backbones.dump_weights` does.
-        logits: returns [n, outputs] for rows of the data, computed by Keras without augmentation.
+        trained: history, best epoch and the reason why training ended.
+        layers: the head. It takes the network's features as they are, and its outputs have the unit of the targets.
+        network: returns the weights of the layers before the head, in the format of `backbones.dump_weights`.
+        logits: returns the logits for row numbers, [n, outputs], computed by Keras without augmentation.
     """
 
     trained: FitSummary

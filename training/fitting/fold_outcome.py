@@ -1,4 +1,4 @@
-"""The outcome of a fold, in memory and as one safetensors file, which holds numbers and logits but never code."""
+"""The outcome of a fold, in memory and as a safetensors file without code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from training.progress import FoldResult
 
 @dataclass(frozen=True)
 class FoldOutcome:
-    """What the final fit and the report of a run need of a fold.
+    """The part of a fold's result that the final fit and the report of the run need.
 
     Attributes:
         result: the scores of the fold.
         phases: the phases that were trained.
-        kept: name of the phase whose network is kept.
-        logits: [n, outputs] of the test images, in the order of their rows, in each precision that is
-            considered; the first precision is the one of the training.
+        kept: name of the phase whose network was kept.
+        logits: for each compared precision, the logits of the test images, [n, outputs], in the order of their
+            rows. The first precision is the one of the training.
     """
 
     result: FoldResult
@@ -40,10 +40,10 @@ class FoldOutcome:
 
 
 def load(data: bytes) -> FoldOutcome:
-    """Return the outcome in a file that `FoldOutcome.dump` has written, also by an earlier version."""
+    """Return the outcome in the bytes of a file that `FoldOutcome.dump` wrote, in this version or an earlier one."""
     values, arrays = tensors.load(data)
     phases = tuple(Phase(**phase) for phase in values["phases"])
-    if "logits" in arrays:  # written by a version that knew one precision
+    if "logits" in arrays:  # written by an early version, which supported float32 only
         arrays[f"logits.{Precision.FLOAT32}"] = arrays["logits"]
     logits = {precision: arrays[f"logits.{precision}"] for precision in Precision if f"logits.{precision}" in arrays}
     return FoldOutcome(FoldResult(**values["result"]), phases, values["kept"], logits)

@@ -1,6 +1,6 @@
-"""Fits networks that begin with random weights: all their layers learn from pixels.
+"""Trains networks from scratch: all layers learn from pixels, starting with random weights.
 
-`training.networks.scratch_networks` builds them.
+`training.networks.scratch_networks` builds these networks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from training.fitting.training_loop import train as epoch_by_epoch
 from training.networks import backbones
 from training.networks.scratch_networks import build_body, build_output_layer, build_trainable_network
 
-# A step without convolutions takes a fraction of what it costs to leave the compiled graph after each.
+# Without convolutions a step is so short that leaving the compiled graph after each one would take most of the time.
 _STEPS_PER_EXECUTION = 64
 
 
@@ -29,7 +29,7 @@ def fit_from_scratch(recipe: FromScratchRecipe, data: FitData, fit: FitTask) -> 
     """Train all layers of a network.
 
     Args:
-        recipe: the network, and how it learns.
+        recipe: the layers of the network, and how to train them.
         data: its inputs are pixels uint8 [N, H, W, 3].
         fit: rows, epochs and seed.
 
@@ -67,8 +67,8 @@ def fit_from_scratch(recipe: FromScratchRecipe, data: FitData, fit: FitTask) -> 
     )
 
     def logits(rows: Indices) -> Logits:
-        beat = PredictProgress(fit.hooks, len(trained.history))
-        values: Logits = model.predict(in_order(rows), callbacks=[beat], verbose=0)
+        progress = PredictProgress(fit.hooks, len(trained.history))
+        values: Logits = model.predict(in_order(rows), callbacks=[progress], verbose=0)
         return target_scaler.inverse_transform(values) if target_scaler else values.astype(np.float32)
 
     kernel, bias = (np.asarray(weights, np.float32) for weights in output_layer.get_weights())

@@ -1,8 +1,8 @@
-"""Fits a head on features with Keras. Features are standardised by the training rows of the fold.
+"""Fits a head on features with Keras. The features are standardised by the training rows of the fold.
 
-Features have to be standardised because those of a randomly initialised deep backbone are as small as 1e-10. After the
-fit, the standardisation is merged into the first dense layer, as an offset and larger weights, so that the served head
-takes raw features. Linear heads of many folds are fitted faster by `training.fitting.linear_heads`.
+Standardisation is needed because the features of a randomly initialised deep backbone are as small as 1e-10. After the
+fit, the standardisation is merged into the first dense layer, as an offset and larger weights. So the served head takes
+features that are not standardised. `training.fitting.linear_heads` fits linear heads of many folds faster.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from training.fitting.fit_task import FitData, FitTask
 from training.fitting.training_loop import LEARNING_RATE, FitSummary, Rows
 from training.fitting.training_loop import train as epoch_by_epoch
 
-# A step of a head takes much less time than leaving the compiled graph, which is done once for so many steps.
+# A step of a head takes much less time than leaving the compiled graph, so that Keras leaves it after so many steps.
 _STEPS_PER_EXECUTION = 64
 
 
 @dataclass(frozen=True)
 class FittedHead:
-    """A fitted head.
+    """A fitted head, in the form for serving (`layers`) and in the form of Keras (`weights`).
 
     Attributes:
-        layers: the head on raw features, with the standardisation merged in.
+        layers: the head that takes features without standardisation, because it is merged into the layers.
         scaler: the standardisation of the features.
-        target_scaler: the standardisation of the numbers that a regression learns; None for other tasks.
-        weights: the weights of the Keras head on standardised features, in its order.
-        trained: how the training went. A regression has no accuracy, and its losses are those of standardised numbers:
-            a head that always answers the mean has loss 1.
+        target_scaler: the standardisation of the target numbers of a regression; None for other tasks.
+        weights: the weights of the Keras head, which takes standardised features, in the order of `get_weights`.
+        trained: history, best epoch and the reason why training ended. A regression has no accuracy. Its loss is
+            measured on standardised numbers, so that a head that always predicts the mean has loss 1.
     """
 
     layers: tuple[Dense, ...]
@@ -104,14 +104,19 @@ def fit_head(recipe: HeadedRecipe, data: FitData, fit: FitTask) -> FittedHead:
 
 @dataclass(frozen=True)
 class Scaler:
-    """Standardises columns by `(x - mean) * scale`, both float64 [D]. A constant column becomes zero."""
+    """Standardises the columns of an array by `(x - mean) * scale`. A constant column becomes zero.
+
+    Attributes:
+        mean: float64 [D], the mean of each column.
+        scale: float64 [D], one divided by the standard deviation of each column; zero for a constant column.
+    """
 
     mean: npt.NDArray[np.float64]
     scale: npt.NDArray[np.float64]
 
     @classmethod
     def fit(cls, features: npt.NDArray[Any], rows: Indices) -> Scaler:
-        """Return the scaler that gives these rows of features, float32 or float64 [N, D], mean 0 and variance 1."""
+        """Return a scaler under which the given rows of features [N, D] have mean 0 and variance 1 in each column."""
         mean = np.zeros(features.shape[1])
         square = np.zeros(features.shape[1])
         chunks = np.array_split(rows, -(-len(rows) // 4096))
@@ -120,12 +125,12 @@ class Scaler:
         for chunk in chunks:
             square += np.square(features[chunk] - mean).sum(axis=0) / len(rows)
         deviation = np.sqrt(square)
-        # A deviation below the last bits of the mean is rounding, not information.
+        # A deviation that is smaller than the rounding error of the mean counts as zero.
         varies = deviation > 8 * np.finfo(features.dtype).eps * np.abs(mean)
         return cls(mean, np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies))
 
     def __call__(self, features: npt.NDArray[Any]) -> Features:
-        """Return the columns standardised, float32 [n, D]."""
+        """Return the standardised columns of an array [n, D], float32 [n, D]."""
         return ((features - self.mean) * self.scale).astype(np.float32)
 
     @property
@@ -134,18 +139,18 @@ class Scaler:
         return np.divide(1.0, self.scale, out=np.zeros_like(self.scale), where=self.scale > 0)
 
     def inverse_transform(self, standardised: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        """Return standardised columns in their own unit again, float64 [n, D]."""
+        """Return the original values of standardised columns, float64 [n, D]."""
         return standardised * self.deviation + self.mean
 
     def merge_into_first_layer(self, layer: Dense) -> Dense:
-        """Return a layer that gives for raw features what `layer` gives for standardised ones."""
+        """Return a layer whose output for unscaled features is the output of `layer` for standardised features."""
         kernel = self.scale[:, None] * layer.kernel.astype(np.float64)
         offset = self.mean.astype(np.float32)
         bias = layer.bias.astype(np.float64) - (self.mean - offset) @ kernel
         return Dense(kernel.astype(np.float32), bias.astype(np.float32), layer.activation, offset)
 
     def add_unit(self, layer: Dense) -> Dense:
-        """Return a layer whose outputs are those of `layer`, converted to the columns' own unit in float64."""
+        """Return a layer whose outputs are the outputs of `layer`, converted back to the targets' unit in float64."""
         return replace(layer, unit=Unit(self.mean, self.deviation))
 
 
@@ -171,13 +176,13 @@ def build_head(recipe: HeadRecipe, inputs: int, outputs: int) -> Any:
 def dense_layers(
     weights: Sequence[npt.NDArray[np.float32]], activation: Activation, scaler: Scaler, target_scaler: Scaler | None
 ) -> tuple[Dense, ...]:
-    """Return a fitted Keras head as layers that take raw features and answer in the targets' own unit.
+    """Return a fitted Keras head as layers that take unscaled features, with outputs in the unit of the targets.
 
     Args:
         weights: kernel and bias of each layer, as the head's `get_weights` returns them.
         activation: the activation of all layers but the last.
         scaler: how the features were standardised.
-        target_scaler: how the targets were standardised; None if they were not.
+        target_scaler: how the targets were standardised; None if the targets were not standardised.
     """
     pairs = list(zip(weights[::2], weights[1::2], strict=True))
     activations = [activation] * (len(pairs) - 1) + [Activation.LINEAR]

@@ -1,7 +1,7 @@
-"""The three learners: a head on features of a frozen network, fine-tuning of its later layers, a network from scratch.
+"""The three learners, one for each mode of a recipe: feature extraction, fine-tuning and from scratch.
 
-A run calls its learner once per fold and once for the final model. A learner sees row numbers of training and
-validation images only, never those of test images.
+A run calls its learner once per fold and once for the final model. A learner gets the row numbers of training and
+validation images, but never those of test images.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ from training.statistics import evaluation
 from training.statistics.evaluation import median_epoch
 
 HEAD, NETWORK = "head", "network"
-# `Phase.stopped` of a phase whose loss was not finite; `training.fitting.training_loop.FitSummary` has the others.
+# The value of `Phase.stopped` if the loss was not finite. `training.fitting.training_loop.FitSummary` lists the others.
 DIVERGED = "diverged"
-# Without validation nothing checks the last step. So the logits of so many images are checked for finite numbers.
+# Without validation rows no loss is computed after the last step. Then the logits of so many images are checked.
 CHECKED_IMAGES = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The largest numbers of epochs: of the head alone, and of the network with it (0: the network stays frozen).
+    """The largest numbers of epochs of the two phases of a fit.
 
-    For a network from scratch `head` is 0.
+    Attributes:
+        head: epochs of the head alone; 0 for a network from scratch.
+        network: epochs of the network together with its head; 0 if the network stays frozen.
     """
 
     head: int
@@ -48,7 +50,7 @@ class Plan:
 
     @property
     def epochs(self) -> int:
-        """The sum of both."""
+        """The epochs of both phases together."""
         return self.head + self.network
 
 
@@ -58,11 +60,11 @@ class Phase:
 
     Attributes:
         name: `head` or `network`.
-        epochs: epochs that were trained.
-        best_epoch: counted from 1; of a network that diverged, the last epoch before that.
-        stopped: as in `FitSummary`, or `diverged`.
-        validation: the monitored metric on the validation rows, without penalty; None without such rows or after
-            divergence.
+        epochs: number of epochs that were trained.
+        best_epoch: the epoch whose weights were kept, counted from 1; after divergence, the last epoch before it.
+        stopped: why the phase ended: one of the values in `FitSummary`, or `diverged`.
+        validation: the metric that early stopping monitors, on the validation rows, without the penalty on weights.
+            None without validation rows, and after divergence.
     """
 
     name: str
@@ -77,13 +79,13 @@ class LearnedModel:
     """The result of one fit.
 
     Attributes:
-        phases: the phases in order; the last one is not always the one that was kept.
+        phases: the phases that were trained, in order. The model may be that of an earlier phase than the last.
         history: metrics of each epoch, over all phases.
-        best_epoch: the epoch that was kept, counted from 1 over all phases.
-        stopped: why the kept phase ended.
-        layers: the head on raw features.
-        network: returns the weights of the trained network; None if it stayed frozen.
-        logits: returns [n, outputs] for rows of the data set.
+        best_epoch: the epoch whose weights were kept, counted from 1 over all phases.
+        stopped: why the phase of the kept weights ended.
+        layers: the head, which takes unscaled features.
+        network: returns the weights of the trained network; None if the network stayed frozen.
+        logits: returns the logits for row numbers of the data set, [n, outputs].
     """
 
     phases: tuple[Phase, ...]
@@ -96,7 +98,7 @@ class LearnedModel:
 
     @property
     def kept(self) -> str:
-        """The name of the phase that was kept."""
+        """The name of the phase whose weights were kept."""
         return HEAD if self.network is None else NETWORK
 
 
@@ -105,11 +107,11 @@ class LearningTask:
     """One fit of a learner: a fold, or the final fit.
 
     Attributes:
-        train: rows to learn from.
-        validation: rows that early stopping watches; if there are none, every planned epoch is trained.
+        train: rows to train on.
+        validation: rows that early stopping monitors; if empty, all epochs of the plan are trained.
         plan: largest numbers of epochs.
         seed: the same seed gives the same result on the same machine.
-        is_final: whether the result is the model that is delivered; the others are only measured.
+        is_final: True for the final fit, whose model is served; False for a fold, whose model is only evaluated.
     """
 
     train: Indices
@@ -128,18 +130,21 @@ class Learner(Protocol):
         ...
 
     def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
-        """Train on the rows of a task; an interrupted fit continues from its checkpoint and gives the same result."""
+        """Train on the rows of a task.
+
+        If the listener has a checkpoint, the fit continues from it, with the same result as without an interruption.
+        """
         ...
 
 
 def final_plan(phases: Sequence[Sequence[Phase]], kept: Sequence[str]) -> Plan:
-    """Return the plan of the final model: the medians of the folds' best epochs, since it has no validation rows.
+    """Return the plan of the final fit. It has no validation rows, so it trains for the median best epoch of the folds.
 
-    Its network stays frozen if no more than half of the folds kept a fine-tuned one.
+    The network is fine-tuned only if more than half of the folds kept a fine-tuned network.
 
     Args:
         phases: the phases of each fold.
-        kept: name of the phase that each fold kept.
+        kept: for each fold, the name of the phase whose weights it kept.
     """
     alone = [phase.best_epoch for fold in phases for phase in fold if phase.name == HEAD]
     head = median_epoch(alone) if alone else 0
@@ -156,20 +161,20 @@ class Validation:
         self.is_accuracy = recipe.early_stopping is not None and recipe.early_stopping.monitor is Monitor.VAL_ACCURACY
 
     def __call__(self, logits: Callable[[Indices], Logits], rows: Indices) -> float | None:
-        """Return the metric for the rows; None if there are none."""
+        """Return the metric for the rows; None if `rows` is empty."""
         if not len(rows):
             return None
         score = evaluation.mean_scores(self._task, self._targets[rows], logits(rows))
         return score["accuracy" if self.is_accuracy else "loss"]
 
 
-# Most weights of one head that is trained in parallel with others (measured: up to 20,480), and of all such heads
-# together. Memory holds each weight about ten times: for the optimizer, the best epoch and a snapshot.
+# Limits for heads that are trained in parallel: the weights of one head (20,480 is the most that was measured), and of
+# all heads together. Each weight takes about ten times its size, for the optimizer, the best epoch and a snapshot.
 _LARGEST_IN_PARALLEL, _WEIGHTS_IN_PARALLEL = 262_144, 16_000_000
 
 
 class HeadLearner:
-    """Trains a head on features that were extracted once."""
+    """Trains a head on the features of a frozen network, which were extracted before."""
 
     def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
         self._recipe = recipe
@@ -184,9 +189,9 @@ class HeadLearner:
 
     @property
     def learns_in_parallel(self) -> bool:
-        """Whether `learn_many` trains several tasks in parallel, which takes a fraction of the time.
+        """Whether `learn_many` trains several tasks in parallel, which is much faster for small linear heads.
 
-        Large heads are trained one after the other: for them Keras is faster, as one product uses all processors.
+        Large heads are trained one after the other, because a single matrix product then already uses all processors.
         """
         return is_linear(self._recipe.head) and self._weights <= _LARGEST_IN_PARALLEL
 
@@ -195,7 +200,7 @@ class HeadLearner:
         return int(self._data.inputs.shape[1]) * self._data.outputs
 
     def learn_many(self, tasks: Sequence[tuple[LearningTask, FitListener]]) -> Iterator[tuple[int, LearnedModel]]:
-        """Train a head for each task; yield the index of the task and its model, as soon as the fit has ended."""
+        """Train a head for each task. Yield the index of a task and its model as soon as its fit has ended."""
         if not self.learns_in_parallel:
             for index, (task, listener) in enumerate(tasks):
                 yield index, self.of_head(self.fit_head(task, listener), task.validation)
@@ -224,7 +229,7 @@ class HeadLearner:
         return fit_head(self._recipe, self._data, fit)
 
     def of_head(self, head: FittedHead, validation: Indices) -> LearnedModel:
-        """Return the `LearnedModel` of a fitted head."""
+        """Return a fitted head as a `LearnedModel`, with its metric on the validation rows."""
 
         def logits(rows: Indices) -> Logits:
             return heads.logits(head.layers, self._data.inputs[rows])
@@ -236,7 +241,7 @@ class HeadLearner:
 
 
 def _hooks(listener: FitListener) -> FitHooks:
-    """Return the hooks of a fit with one phase, for its listener."""
+    """Return hooks that pass the progress and checkpoints of a fit with one phase to its listener."""
 
     def offer(take: Callable[[], Snapshot]) -> None:
         listener.offer_checkpoint(lambda: Checkpoint(None, take()))
@@ -247,9 +252,10 @@ def _hooks(listener: FitListener) -> FitHooks:
 
 
 class FineTuningLearner:
-    """Trains a head on frozen features, then the network with it, and keeps the better of both on validation rows.
+    """Trains a head on frozen features, then fine-tunes the network with it, and keeps the better of the two.
 
-    If the network diverges, a fold keeps the head alone; the final fit raises TrainingDiverged.
+    The two are compared on the validation rows. If fine-tuning diverges, a fold keeps the frozen network with its head;
+    the final fit raises TrainingDiverged.
     """
 
     def __init__(self, recipe: FineTuningRecipe, frozen: HeadLearner, weights: bytes, data: FineTuningData) -> None:
@@ -283,7 +289,7 @@ class FineTuningLearner:
             listener.epoch_ended(trained + number, epoch)
 
         listener.network_unfrozen(trained)
-        gc.collect()  # frees the previous fold's network, which is large and part of reference cycles
+        gc.collect()  # frees the network of the previous fold, which is large and part of reference cycles
         try:
             hooks = FitHooks(record, lambda epochs: listener.epochs_done(trained + epochs), offer, since)
             fit = FitTask(task.train, task.validation, task.plan.network, task.seed, hooks)
@@ -291,7 +297,7 @@ class FineTuningLearner:
             if not len(task.validation):  # no loss is reported after the last step
                 finite(tuned.logits(task.train[:CHECKED_IMAGES]), FINE_TUNE_LEARNING_RATE)
         except TrainingDiverged:
-            if task.is_final:  # the folds measured a fine-tuned network
+            if task.is_final:  # the score of the run is that of a fine-tuned network, so a frozen one may not be served
                 raise
             phases = (*before.phases, Phase(NETWORK, len(history_so_far), len(history_so_far), DIVERGED, None))
             return replace(before, phases=phases, history=[*head.trained.history, *history_so_far])
@@ -311,7 +317,7 @@ class FineTuningLearner:
 
 
 class FromScratchLearner:
-    """Trains a network from scratch."""
+    """Trains all layers of a network that starts with random weights."""
 
     def __init__(self, recipe: FromScratchRecipe, data: FitData) -> None:
         self._recipe = recipe
@@ -321,7 +327,7 @@ class FromScratchLearner:
 
     def learn(self, task: LearningTask, listener: FitListener) -> LearnedModel:
         """Train all layers."""
-        gc.collect()  # frees the previous fold's network, which is part of reference cycles
+        gc.collect()  # frees the network of the previous fold, which is part of reference cycles
         hooks = _hooks(listener)
         fit = FitTask(task.train, task.validation, task.plan.network, task.seed, hooks)
         fitted = fit_from_scratch(self._recipe, self._data, fit)

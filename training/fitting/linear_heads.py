@@ -1,10 +1,10 @@
-"""Fits many linear heads together, such as those of all folds. Knows no hidden layers and no dropout.
+"""Fits many linear heads at once in NumPy, such as the heads of all folds. Supports no hidden layers and no dropout.
 
-A step of a linear head is two small matrix products and a dozen sums. Keras needs many times as long to call that step,
-and tracing a network for each fold takes as long again. Here the weights of several heads lie in one array, a stack,
-and NumPy takes a step of all of them at once; nothing is compiled. Each head takes the same steps as with
-`training.fitting.head_fit.fit_head`: it has the same first weights, the same order of rows, its own standardisation,
-the same update rule, and it stops on its own. Only rounding differs.
+A training step of a linear head is two small matrix products and a dozen sums. The overhead of Keras takes many times
+as long as this step. Here the weights of several heads are in one array, called a stack, and NumPy computes a step of
+all heads at once. Except for rounding, the result is the same as that of `training.fitting.head_fit.fit_head`. Each
+head has the same initial weights, the same order of rows, its own standardisation, the same update rule and its own
+early stopping.
 """
 
 from __future__ import annotations
@@ -29,32 +29,40 @@ from training.data.targets import Float64, Truth
 from training.fitting.compile_options import class_weights
 from training.fitting.fit_task import FitData, FitTask
 from training.fitting.head_fit import FittedHead, Scaler, build_head, dense_layers, what_to_lower
-from training.fitting.training_loop import Arrays, EpochRecorder, FitSummary, Snapshot, Stopping, shuffled
+from training.fitting.training_loop import Arrays, EarlyStoppingMonitor, EpochRecorder, FitSummary, Snapshot, shuffled
 from training.fitting.update_rules import StepCounts, UpdateRule, update_rule
 from training.progress import Epoch
 
 # The weights and batches of a stack should fit into a processor's own cache.
 _STACK_BYTES = 2**20
-# Standardised rows are kept in memory up to this size. For folds beyond it, each batch is standardised when it is read.
+# The standardised rows of folds are kept in memory up to this size. Beyond it, each batch is standardised when needed.
 _KEPT_BYTES = 2**30
 _VALIDATION_BATCH = 1024
 # Reporting a batch takes about as long as training on one.
 _BATCHES_PER_REPORT = 64
 
 LossFunction = Callable[[Float32, Truth], tuple[Float32, npt.NDArray[np.bool_] | None]]
-"""Takes logits float32 [k, B, outputs] and their truth. Returns the loss of each row, float32 [k, B], and whether its
-answer is right, or None for a regression. It overwrites the logits with the gradient of the loss."""
+"""The loss of k heads on a batch of B rows each.
+
+Takes logits float32 [k, B, outputs] and the true answers. Returns the loss of each row, float32 [k, B], and whether the
+prediction of each row is right, bool [k, B] (None for a regression). Overwrites the logits with the loss gradient.
+"""
 
 
 @dataclass(frozen=True)
 class LinearHeadTask(FitTask):
-    """A linear head to fit; `l2` is the weight of its squared weights in its loss, instead of the recipe's."""
+    """The fit of one linear head.
+
+    Attributes:
+        l2: the L2 penalty of this head, the factor of its squared weights in the loss. It replaces `head.l2` of the
+            recipe, so that heads with different penalties can be fitted together.
+    """
 
     l2: float
 
 
 def l2_grid(tasks: Sequence[LinearHeadTask], strengths: Sequence[float]) -> list[LinearHeadTask]:
-    """Return each task with each strength of the penalty; those of one task are next to each other."""
+    """Return a copy of each task for each L2 penalty in `strengths`. Copies of one task are adjacent."""
     return [replace(one, l2=l2) for one in tasks for l2 in strengths]
 
 
@@ -66,15 +74,15 @@ def is_linear(recipe: HeadRecipe) -> bool:
 def fit_linear_heads(
     recipe: HeadedRecipe, data: FitData, tasks: Sequence[LinearHeadTask]
 ) -> Iterator[tuple[int, FittedHead]]:
-    """Fit linear heads. Yield the number of each task, and its head, as soon as the head is fitted.
+    """Fit linear heads. Yield the index of a task and its head as soon as the head is fitted.
 
     Args:
         recipe: optimizer, batch size, class weights and early stopping.
         data: its inputs are features float32 [N, D], not standardised.
-        tasks: the heads to fit.
+        tasks: one task for each head.
 
     Raises:
-        TrainingDiverged: the loss of one became infinite or NaN.
+        TrainingDiverged: the loss of a head became infinite or NaN.
     """
     if not is_linear(recipe.head):
         raise ValueError(f"Expected a linear head without dropout. Received {recipe.head}. This is a bug.")
@@ -94,8 +102,8 @@ def fit_linear_heads(
     stacks = _make_stacks(heads, recipe.batch_size, loss, update)
     libraries = ThreadpoolController()
     while heads:
-        # Products this small take less time than threads that share one wait for each other: with other work on the
-        # machine, they took 10 times as long. Overflow is ignored, since a loss that is no number ends the fit.
+        # One thread for BLAS: the products are so small that several threads would mostly wait for each other, which
+        # took 10 times as long on a busy machine. Overflow is ignored here, because EpochRecorder checks the loss.
         with libraries.limit(limits=1, user_api="blas"), np.errstate(over="ignore", invalid="ignore"):
             for stack in stacks:
                 stack.train()
@@ -111,7 +119,7 @@ def fit_linear_heads(
 
 
 class _FoldDataCache:
-    """Prepares the rows of each fold once; heads that learn from the same rows share them."""
+    """Prepares the rows of each fold once. Heads that train on the same rows share the prepared rows."""
 
     def __init__(self, recipe: HeadedRecipe, data: FitData) -> None:
         self._recipe = recipe
@@ -159,13 +167,13 @@ def _row_weights(classes: Truth, weights: Mapping[int, float] | None) -> Float32
 
 @dataclass(frozen=True)
 class _FoldData:
-    """What the heads of one fold share.
+    """The prepared rows of one fold, which all heads of the fold share.
 
     Attributes:
         scaler: the standardisation of the features.
-        target_scaler: the standardisation of the numbers that a regression learns.
-        train: rows to learn from.
-        validation: rows that early stopping watches.
+        target_scaler: the standardisation of the target numbers of a regression; None for other tasks.
+        train: rows to train on.
+        validation: rows that early stopping monitors.
         train_targets: targets of the rows in `train`.
         validation_targets: targets of the rows in `validation`.
         row_weights: float32 [n], the weight of each row in `train`.
@@ -181,7 +189,7 @@ class _FoldData:
 
 
 class _StandardisedRows:
-    """Standardised rows, each followed by a 1, by which the bias is multiplied."""
+    """Standardised rows of features. Each row ends with an additional 1, which is the factor of the bias."""
 
     def __init__(self, features: Features, rows: Indices, scaler: Scaler, is_kept: bool) -> None:
         self._features = features
@@ -197,7 +205,7 @@ class _StandardisedRows:
         return len(self._rows)
 
     def read(self, positions: Indices, into: Float32) -> None:
-        """Write the rows at some positions into float32 [n, D + 1], whose last column must hold ones."""
+        """Copy the rows at `positions` into `into`, float32 [n, D + 1]. The caller fills the last column with ones."""
         if self._kept is None:
             self._write(positions, into)
         else:
@@ -213,17 +221,17 @@ class _StandardisedRows:
 
 
 class _HeadInTraining:
-    """A head that is being fitted, with the part of a Keras model's interface that callbacks use.
+    """A head during its fit. It has those methods of a Keras model that the callbacks call.
 
     Attributes:
-        number: the number of its task.
-        fold: the rows that it learns from.
-        l2: weight of the squared weights in the loss.
+        number: index of the head's task.
+        fold: the prepared rows of the head's fold.
+        l2: factor of the squared weights in the loss.
         batches: number of batches in an epoch.
-        state: its weights float32 [D + 1, outputs], the bias in the last row, then the arrays that the optimizer keeps.
-            They are views of the arrays of the stack that trains it.
-        steps: number of steps that it has taken.
-        stop_training: set by early stopping.
+        state: the head's weights, float32 [D + 1, outputs] with the bias in the last row, then the optimizer's arrays
+            of the same shape. They are views into the arrays of the head's stack.
+        steps: number of training steps so far.
+        stop_training: set by the callbacks of early stopping.
     """
 
     def __init__(
@@ -246,7 +254,7 @@ class _HeadInTraining:
         self._epochs = task.epochs
         self._history: list[Epoch] = []
         watches = recipe.early_stopping if len(fold.validation) else None
-        self._stopping = Stopping(watches) if watches else None
+        self._stopping = EarlyStoppingMonitor(watches) if watches else None
         self._restore()
         self._callbacks: list[Any] = [
             EpochRecorder(
@@ -264,7 +272,7 @@ class _HeadInTraining:
 
     def order(self) -> Indices:
         """Return the positions of the fold's training rows in the order of the current epoch."""
-        # Plus one, since Keras calls `on_epoch_end` of its batches once before the first epoch.
+        # Plus one, since Keras calls `on_epoch_end` of a PyDataset once before the first epoch.
         return shuffled(np.arange(len(self.fold.train)), self._task.seed, len(self._history) + 1)
 
     def report_batches(self, batches: int) -> None:
@@ -297,11 +305,11 @@ class _HeadInTraining:
         )
 
     def penalty(self) -> float:
-        """Return the L2 penalty, which is part of the loss."""
+        """Return the current L2 penalty, which is a summand of the loss."""
         return self.l2 * float(np.square(self.state[0][:-1], dtype=np.float64).sum()) if self.l2 else 0.0
 
     def _validate(self, loss: LossFunction) -> Epoch:
-        """Return the scores on the validation rows."""
+        """Return loss and accuracy on the validation rows; empty without validation rows."""
         count = len(self.fold.validation)
         if not count:
             return {}
@@ -339,7 +347,7 @@ class _HeadInTraining:
         return Snapshot(history, [weights], [np.array(self.steps), *optimizer_state], early_stopping_state)
 
     def _restore(self) -> None:
-        """Continue from the snapshot of the task, if there is one and its arrays have the shapes of this head."""
+        """Continue from the snapshot of the task, if it has one whose arrays have the shapes of this head."""
         since = self._task.hooks.since
         shapes = [array.shape for array in self.state]
         if since is None or [array.shape for array in (*since.variables, *since.optimizer[1:])] != shapes:
@@ -357,7 +365,7 @@ class _HeadInTraining:
 def _make_stacks(
     heads: Sequence[_HeadInTraining], batch_size: int, loss: LossFunction, update: UpdateRule
 ) -> list[_HeadStack]:
-    """Return the heads in stacks of at most `_STACK_BYTES`, those with the most batches first."""
+    """Divide the heads into stacks of at most `_STACK_BYTES`. Heads with the most batches per epoch come first."""
     if not heads:
         return []
     batch_size = min(batch_size, max(len(head.fold.train) for head in heads))
@@ -371,10 +379,10 @@ def _make_stacks(
 
 
 class _HeadStack:
-    """Heads whose weights lie in one array, so that they take their steps together.
+    """Heads whose weights are in one array, so that NumPy computes a training step of all of them at once.
 
-    The heads with the most batches come first. The heads that still have a batch in this epoch are therefore the first
-    ones of each array, and a step leaves the others as they are.
+    The heads are sorted by their batches per epoch, most first. So the heads that still have a batch in the current
+    epoch are always at the beginning of each array. A step leaves the heads behind them unchanged.
     """
 
     def __init__(
@@ -395,7 +403,7 @@ class _HeadStack:
         self._l2 = np.array([head.l2 for head in heads], dtype=np.float32)
 
     def train(self) -> None:
-        """Train an epoch and pass its scores to each head. Like Keras, it measures each batch before its step."""
+        """Train one epoch and pass the scores to each head. As in Keras, a batch is scored before its training step."""
         epoch = _StackEpoch(self._heads, self._batch_size)
         steps = np.array([head.steps for head in self._heads])
         penalties = np.zeros(epoch.sizes.shape)
@@ -413,7 +421,7 @@ class _HeadStack:
             head.end_epoch(scores, self._loss)
 
     def _step(self, epoch: _StackEpoch, batch: int, steps: StepCounts) -> Float64:
-        """Take a step with the first `len(steps)` heads. Return the penalty of each before the step, float64."""
+        """Compute a training step of the first `len(steps)` heads. Return their penalties before the step, float64."""
         active = len(steps)
         span = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
         weights, *optimizer_state = (array[:active] for array in self._state)
@@ -441,18 +449,18 @@ class _HeadStack:
 
 
 class _StackEpoch:
-    """The rows of one epoch of a stack, in the order of each head, and their losses.
+    """The targets and losses of one epoch of a stack of k heads, with B rows in a batch.
 
-    Heads with fewer rows than others have padding behind them.
+    The rows of a head are in the order in which it is trained on them. Heads with fewer rows have padding at the end.
 
     Attributes:
-        orders: positions of the training rows of each head, in the order of the epoch.
+        orders: for each head, the positions of its training rows in the order of this epoch.
         sizes: int [k, batches], number of rows in each batch of each head.
         targets: [k, batches * B, ...]; zero for padding.
         shares: float32 [k, batches * B], the weight of each row in the mean loss of its batch; zero for padding.
         losses: float32 [k, batches * B].
-        is_right: bool [k, batches * B], whether the answer for each row is right.
-        has_accuracy: whether `is_right` has a meaning; it has none in a regression.
+        is_right: bool [k, batches * B], whether the prediction for each row is right.
+        has_accuracy: whether the task has an accuracy; a regression has none, and then `is_right` has no meaning.
     """
 
     def __init__(self, heads: Sequence[_HeadInTraining], batch_size: int) -> None:
@@ -472,7 +480,7 @@ class _StackEpoch:
         self.shares /= np.repeat(np.maximum(self.sizes, 1), batch_size, axis=1)
 
     def scores(self, penalties: Float64) -> list[Epoch]:
-        """Return loss and accuracy of each head. `penalties`, float64 [k, batches], are added to the loss."""
+        """Return the loss and accuracy of each head. The loss includes `penalties`, float64 [k, batches]."""
         batch_losses = (self.losses * self.shares).reshape(*self.sizes.shape, -1).sum(axis=2, dtype=np.float64)
         rows = self.sizes.sum(axis=1)
         losses = ((batch_losses + penalties) * self.sizes).sum(axis=1) / rows
@@ -501,7 +509,7 @@ def _multiclass_loss(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArra
 
 
 def _binary_loss(logits: Float32, truth: Truth) -> tuple[Float32, npt.NDArray[np.bool_]]:
-    """Return the binary cross-entropy, the mean over labels. Like Keras, it takes exp of negative numbers only."""
+    """Return the binary cross-entropy as the mean over labels. As in Keras, only negative numbers go through exp."""
     is_right = ((logits > 0) == (truth > 0.5)).all(axis=-1)
     small = np.exp(-np.abs(logits))
     losses: Float32 = (np.maximum(logits, 0) - logits * truth + np.log1p(small)).mean(axis=-1)

@@ -1,7 +1,7 @@
-"""The training loop: the order of batches, early stopping, and snapshots to continue from.
+"""The training loop of Keras models: order of batches, early stopping, snapshots, and the report of each epoch.
 
-The order of the batches is a function of (seed, epoch), and random layers keep their state in variables. So a training
-that continues from a snapshot gives the same result as one that was never interrupted.
+The order of the batches depends only on seed and epoch, and random layers keep their state in variables. So a training
+that continues from a snapshot gives the same result as a training without an interruption.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from training.progress import Epoch
 
 LEARNING_RATE = "optimizer.learning_rate"
 _GREATEST = float(np.finfo(np.float32).max)
-# At most so many images, and pixels, are predicted at once: a layer of 64 channels takes 256 MiB for so many pixels.
+# The most images, and the most pixels, in one batch of predictions. With 64 channels, a layer of so many pixels takes
+# 256 MiB.
 _MOST_IMAGES, _MOST_PIXELS = 256, 2**20
 
 Arrays = list[npt.NDArray[Any]]
@@ -38,7 +39,7 @@ class EarlyStoppingState:
     Attributes:
         best: the best value so far.
         best_epoch: the epoch of that value, counted from 0.
-        wait: epochs since then.
+        wait: number of epochs since the best one.
         weights: the weights of the best epoch, in the order of `_learned`.
     """
 
@@ -50,13 +51,13 @@ class EarlyStoppingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training at the end of an epoch.
+    """The state of a training at the end of an epoch.
 
     Attributes:
         history: metrics of each finished epoch.
         variables: the variables that training changes: weights, then the states of random layers.
-        optimizer: the optimizer's variables.
-        watched: the state of early stopping; None without early stopping.
+        optimizer: the variables of the optimizer.
+        early_stopping_state: the state of early stopping; None without early stopping.
     """
 
     history: list[Epoch]
@@ -74,8 +75,8 @@ class FitHooks:
     """The snapshot that a fit continues from, and its callbacks.
 
     Attributes:
-        on_epoch: called after each epoch with its number, from 1, and its metrics.
-        on_batch: called after each batch, or some of them, with the number of epochs done, counting part of an epoch.
+        on_epoch: called after each epoch with its number, counted from 1, and its metrics.
+        on_batch: called after a batch (not always each one) with the number of epochs done, such as 2.4.
         offer: called at the end of each epoch but the last, with a function that takes a snapshot.
         since: the snapshot to continue from; None to start at the first epoch.
     """
@@ -88,12 +89,12 @@ class FitHooks:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """How a fit ended. The model then has the weights of the best epoch.
+    """The summary of a finished fit, after which the model has the weights of the best epoch.
 
     Attributes:
         history: loss, accuracy, val_loss and val_accuracy of each epoch; the loss includes the penalty on weights.
         best_epoch: the epoch whose weights were kept, counted from 1.
-        stopped: why the fit ended: `patience`, `target`, or `epochs` if every epoch was trained.
+        stopped: why the fit ended: `patience`, `target`, or `epochs` if all epochs were trained.
     """
 
     history: list[Epoch]
@@ -117,21 +118,21 @@ def train(
 
     Args:
         model: the compiled model; a snapshot is restored into it.
-        batches: the training data; training starts with the order of the first epoch that is left.
+        batches: the training data; this function sets them to the first epoch that is to be trained.
         validation: the validation data of Keras' `fit`, or None.
         epochs: largest number of epochs.
         early_stopping: when to stop early; ignored without validation data.
         class_weight: weight of each class.
         hooks: the snapshot to continue from, and the callbacks that report progress.
-        rate: the recipe field of the learning rate, or several, for the error message.
+        rate: the recipe field of the learning rate, or several fields, for the error message.
         options: further arguments of Keras' `fit`.
 
     Raises:
         TrainingDiverged: the loss is not finite.
     """
-    # Otherwise Keras builds it during the first step, and TensorFlow traces that step twice.
+    # Build the optimizer now. Otherwise Keras builds it during the first step, and TensorFlow traces that step twice.
     model.optimizer.build(model.trainable_variables)
-    stopping = Stopping(early_stopping) if validation is not None and early_stopping is not None else None
+    stopping = EarlyStoppingMonitor(early_stopping) if validation is not None and early_stopping is not None else None
     since = hooks.since if hooks.since is not None and fits(model, hooks.since) else None
     history = list(since.history) if since else []
     if since is not None:
@@ -142,9 +143,8 @@ def train(
     callbacks: list[Any] = [EpochRecorder(history, len(batches), hooks, rate), _KeepFreedMemory()]
     if stopping is not None:
         callbacks += stopping.callbacks
-    callbacks.append(
-        _SnapshotOffer(history, epochs, stopping, hooks.offer)
-    )  # last, so that it sees whether the others stop the training
+    # The last callback, because it needs to know whether another callback has stopped the training.
+    callbacks.append(_SnapshotOffer(history, epochs, stopping, hooks.offer))
     model.fit(
         batches,
         validation_data=validation,
@@ -165,7 +165,7 @@ def train(
 
 
 class Rows(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of rows, shuffled by (seed, epoch); without a seed the rows keep their order.
+    """A Keras data set of batches. With a seed, the rows are shuffled anew for each epoch.
 
     `inputs` is an array [N, ...], which may be mapped from a file. `prepare` is applied to the inputs of each batch.
     """
@@ -189,7 +189,7 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
-        """Shuffle for an epoch, counted from 0."""
+        """Put the rows in the order of an epoch, counted from 0."""
         self._epoch = epoch
         self._order = self._rows if self._seed is None else shuffled(self._rows, self._seed, epoch)
 
@@ -205,24 +205,31 @@ class Rows(keras.utils.PyDataset):  # type: ignore[misc]
 
 
 def predict_batch(size: Sides, batch_size: int) -> int:
-    """Return how many images to predict at once: a training batch, or up to four times as many small images.
+    """Return how many images to predict at once: at least the training batch size, and up to four times as many.
 
-    Training keeps the output of every layer and prediction does not, so prediction has memory for more images. The
-    number depends on the batch size: a training that runs out of memory halves its batch, and this number with it.
+    Prediction needs less memory per image than training, which keeps the output of every layer. The number follows the
+    batch size because a training that runs out of memory tries again with half the batch size.
     """
     height, width = sides(size)
     return max(batch_size, min(_MOST_IMAGES, 4 * batch_size, _MOST_PIXELS // (height * width)))
 
 
 def finite(logits: Logits, rate: str = LEARNING_RATE) -> Logits:
-    """Return the logits if all are finite. Raises TrainingDiverged, which names `rate`, the learning rate's field."""
+    """Return the logits unchanged if all of them are finite.
+
+    Raises:
+        TrainingDiverged: a logit is infinite or NaN; the message names `rate`, the recipe field to lower.
+    """
     if not np.isfinite(logits).all():
-        raise TrainingDiverged(f"The trained model predicts infinite numbers or NaN. Lower {rate}.")
+        raise TrainingDiverged(f"The trained model predicts infinite values or NaN. Lower {rate}.")
     return logits
 
 
 def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:
-    """Return the rows in the order of an epoch, counted from 0; the permutation depends on their number alone."""
+    """Return the rows in their random order for an epoch, counted from 0.
+
+    The permutation depends only on the seed, the epoch and the number of rows.
+    """
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
@@ -230,7 +237,7 @@ def shuffled(rows: Indices, seed: int, epoch: int) -> Indices:
 
 
 def snapshot(model: Any, history: Sequence[Epoch], early_stopping_state: EarlyStoppingState | None) -> Snapshot:
-    """Return a copy of the state of a training."""
+    """Return a copy of the current state of a training."""
     return Snapshot(
         [dict(epoch) for epoch in history],
         _copied(_changing_variables(model)),
@@ -240,7 +247,7 @@ def snapshot(model: Any, history: Sequence[Epoch], early_stopping_state: EarlySt
 
 
 def fits(model: Any, since: Snapshot) -> bool:
-    """Return whether a snapshot has the shapes of this compiled model; other code may have written it."""
+    """Return whether the arrays of a snapshot have the shapes of this compiled model and its optimizer."""
     model.optimizer.build(model.trainable_variables)
     pairs = ((_changing_variables(model), since.variables), (model.optimizer.variables, since.optimizer))
     return all(
@@ -250,13 +257,13 @@ def fits(model: Any, since: Snapshot) -> bool:
 
 
 def restore(model: Any, since: Snapshot) -> None:
-    """Set a compiled model and its optimizer to the state of a snapshot that fits them."""
+    """Set a compiled model and its optimizer to the state of a snapshot. `fits` must be true for both."""
     _assign(_changing_variables(model), since.variables)
     _assign(model.optimizer.variables, since.optimizer)
 
 
 def _changing_variables(model: Any) -> list[Any]:
-    """Return the variables that training changes, without frozen ones, which take most of the memory."""
+    """Return the variables that training changes. Frozen ones are left out because they take most of the memory."""
     weights = {id(variable) for variable in model.weights}
     return [*_learned(model), *(variable for variable in model.variables if id(variable) not in weights)]
 
@@ -285,7 +292,7 @@ def _assign(variables: Sequence[Any], values: Arrays) -> None:
 
 
 class PredictProgress(keras.callbacks.Callback):  # type: ignore[misc]
-    """Reports progress after each predicted batch, since predicting many images takes minutes."""
+    """Reports progress after each predicted batch, because predicting many images takes minutes."""
 
     def __init__(self, hooks: FitHooks, epochs: int) -> None:
         super().__init__()
@@ -316,13 +323,13 @@ class EpochRecorder(keras.callbacks.Callback):  # type: ignore[misc]
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         # Linear heads sum their loss in float64; Keras compares it in float32.
         if not all(abs(value) <= _GREATEST for value in metrics.values()):
-            raise TrainingDiverged(f"The loss is no longer a number after epoch {epoch + 1}. Lower {self._rate}.")
+            raise TrainingDiverged(f"The loss is infinite or NaN after epoch {epoch + 1}. Lower {self._rate}.")
         self._history.append(metrics)
         self._hooks.on_epoch(epoch + 1, metrics)
 
 
 class _KeepFreedMemory(keras.callbacks.Callback):  # type: ignore[misc]
-    """Makes the process keep freed memory after the first batch."""
+    """Calls `freed_memory.keep_freed` after the first batch."""
 
     is_kept = False
 
@@ -333,9 +340,9 @@ class _KeepFreedMemory(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class _SnapshotOffer(keras.callbacks.Callback):  # type: ignore[misc]
-    """Offers a snapshot at the end of each epoch but the last."""
+    """Offers a snapshot at the end of each epoch except the last one."""
 
-    def __init__(self, history: list[Epoch], epochs: int, stopping: Stopping | None, offer: Offer) -> None:
+    def __init__(self, history: list[Epoch], epochs: int, stopping: EarlyStoppingMonitor | None, offer: Offer) -> None:
         super().__init__()
         self._history = history
         self._epochs = epochs
@@ -350,8 +357,8 @@ class _SnapshotOffer(keras.callbacks.Callback):  # type: ignore[misc]
         return snapshot(self.model, self._history, self._stopping.early_stopping_state() if self._stopping else None)
 
 
-class Stopping:
-    """Early stopping by patience and by target: Keras callbacks, and their outcome."""
+class EarlyStoppingMonitor:
+    """Early stopping by patience and by target: the Keras callbacks, and the reason why they stopped."""
 
     def __init__(self, recipe: EarlyStopping) -> None:
         self._patience = _Patience(recipe)
@@ -372,16 +379,19 @@ class Stopping:
         return "patience" if self._patience.stopped_epoch else "epochs"
 
     def early_stopping_state(self) -> EarlyStoppingState:
-        """Return the state so far."""
+        """Return the current state of early stopping."""
         return self._patience.early_stopping_state()
 
     def continue_from(self, early_stopping_state: EarlyStoppingState) -> None:
-        """Start from the state of an interrupted training."""
+        """Set the state with which early stopping starts, if an interrupted training continues."""
         self._patience.since = early_stopping_state
 
 
 class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
-    """Keras' early stopping. Keras resets it when a training begins, so `since` restores the earlier state."""
+    """Keras' early stopping with a state that can be restored.
+
+    Keras resets the callback when a training begins. If `since` is set, the callback then restores that state.
+    """
 
     def __init__(self, recipe: EarlyStopping) -> None:
         super().__init__(
@@ -403,7 +413,7 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
             self.best_weights = weights
 
     def keep(self, epoch: int) -> None:
-        """Keep the current epoch, counted from 0, even if an earlier one was better."""
+        """Make the current epoch, counted from 0, the one whose weights are kept, even if an earlier one was better."""
         self.best_epoch, self.best_weights = epoch, self.model.get_weights()
 
     def early_stopping_state(self) -> EarlyStoppingState:
@@ -417,7 +427,10 @@ class _Patience(keras.callbacks.EarlyStopping):  # type: ignore[misc]
 
 
 class _TargetReached(keras.callbacks.Callback):  # type: ignore[misc]
-    """Ends a training at its target and keeps that epoch, even if an earlier one had a better monitored value."""
+    """Ends a training when it reaches its target, and keeps the weights of that epoch.
+
+    The weights are kept even if an earlier epoch had a better value of the monitored metric.
+    """
 
     def __init__(self, target: Target, patience: _Patience) -> None:
         super().__init__()

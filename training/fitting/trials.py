@@ -1,4 +1,4 @@
-"""Listeners for trial fits, which serve a choice and are then discarded, and the progress of all of them together."""
+"""Listeners for trial fits, whose models are only compared and then discarded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training.progress import SilentFit
 
 
 class Trials:
-    """Reports the progress of several fits as one, whether they run in parallel or one after the other."""
+    """Reports the progress of several fits together, whether they run in parallel or one after the other."""
 
     def __init__(self, epochs: int, count: int, report: ReportProgress) -> None:
         self._epochs = epochs
@@ -18,7 +18,7 @@ class Trials:
         self._report = report
 
     def of(self, number: int) -> Trial:
-        """Return the listener of one of the fits."""
+        """Return the listener of fit `number`."""
         return Trial(partial(self._epochs_done, number))
 
     def _epochs_done(self, number: int, epochs: float) -> None:

@@ -1,8 +1,8 @@
-"""The update rules of Keras' optimizers on NumPy arrays, for many heads in one array. Knows no losses and no data.
+"""The update rules of Keras' optimizers in NumPy, for many heads in one array. Knows no losses and no data.
 
-The constants are those of the Keras optimizer that the recipe names. The arithmetic is that of Keras, in float32 and in
-the same order, so that a head takes the same steps in both. `tests/training/fitting/test_update_rules.py` compares
-them.
+The constants come from the Keras optimizer that the recipe names. The arithmetic is that of Keras, in float32 and in
+the same order, so that NumPy and Keras compute the same steps. `tests/training/fitting/test_update_rules.py` compares
+the two.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class UpdateRule:
     """How an optimizer changes the weights of k heads.
 
     Attributes:
-        initial_state: the value that fills, at the start, each array that the optimizer keeps beside the weights.
-        update: takes a step. Its arguments are the weights, their gradient, the arrays that the optimizer keeps, the
-            number of steps that each head has taken before, int64 [k], and a scratch array. All others are float32
-            [k, ...] and are changed in place; the gradient and the scratch array have no meaning afterwards.
+        initial_state: for each array of the optimizer (such as the momentum), the value that fills it at the start.
+        update: computes one training step in place. The arguments are the weights, their gradient, the arrays of the
+            optimizer, the number of earlier steps of each head, int64 [k], and a scratch array. All arrays but the
+            number of steps are float32 [k, ...]. The gradient and the scratch array are overwritten.
     """
 
     initial_state: tuple[float, ...]
@@ -52,7 +52,7 @@ def update_rule(recipe: OptimizerRecipe) -> UpdateRule:
             return _adam(rate, optimizer)
         case _:
             raise RuntimeError(
-                f"Expected an optimizer with an update rule. Received Keras' {type(optimizer).__name__}. This is a bug."
+                f"There is no update rule for the Keras optimizer {type(optimizer).__name__}. This is a bug."
             )
 
 
@@ -145,7 +145,7 @@ def _adam(rate: float, optimizer: keras.optimizers.Adam) -> UpdateRule:
 
 
 def _adam_rate(rate: float, optimizer: keras.optimizers.Adam, steps: StepCounts) -> Float32:
-    """Return the rate of each head's next step, float32 [k], with Keras' correction of the bias of both means."""
+    """Return the learning rate of each head's next step, float32 [k], with Adam's bias correction as Keras has it."""
     step = (steps + 1).astype(np.float32)
     one, powers = np.float32(1), [np.power(np.float32(beta), step) for beta in (optimizer.beta_1, optimizer.beta_2)]
     corrected = np.float32(rate) * np.sqrt(one - powers[1]) / (one - powers[0])
@@ -153,5 +153,5 @@ def _adam_rate(rate: float, optimizer: keras.optimizers.Adam, steps: StepCounts)
 
 
 def _per_head(values: Float32, weights: Float32) -> Float32:
-    """Return one value per head, float32 [k], in a shape that broadcasts over all weights of that head."""
+    """Reshape float32 [k], one value per head, so that each value broadcasts over all weights of its head."""
     return values.reshape(-1, *(1,) * (weights.ndim - 1))

@@ -1,1 +1,1 @@
-"""Keras networks and their exported files: backbones, ONNX export, int8 and the choice of precision."""
+"""Keras networks and their exported files: backbones, ONNX export, int8 quantisation and the choice of precision."""

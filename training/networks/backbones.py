@@ -1,7 +1,7 @@
-"""Builds the backbones of the catalogue in Keras, with their weights, up to a cut point, and with preprocessing inside.
+"""Builds the Keras models of the catalogue's backbones, up to a cut point and with their preprocessing.
 
-The weights of a network are one safetensors file, in the order of the network's own `weights`. They do not depend on
-the input size. Files that somebody else wrote are read array by array, so that no code in them is ever run.
+The weights of a network are stored as one safetensors file, in the order of the Keras attribute `weights`. They do not
+depend on the image size. Weights files from other sources are read array by array, so that code in a file is never run.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ RANDOM_SEED = 0
 
 
 def build_network(name: BackboneName, size: int) -> Any:
-    """Return the Keras network without its top, randomly initialised, for preprocessed images [N, size, size, 3]."""
+    """Return the Keras network without its top, with random weights, for preprocessed images [N, size, size, 3]."""
     return _BUILDERS[name](include_top=False, weights=None, input_shape=(size, size, 3))
 
 
 def random_weights(name: BackboneName) -> bytes:
-    """Return random weights, the same on every call, so that all models on a random backbone share it."""
+    """Return random weights as `dump_weights` does. They are the same on every call, so that models share them."""
     keras.utils.set_random_seed(RANDOM_SEED)
     return dump_weights(build_network(name, CATALOGUE[name].minimum_size))
 
@@ -50,7 +50,7 @@ def random_weights(name: BackboneName) -> bytes:
 def dump_weights(model: Any) -> bytes:
     """Return the weights of a network as safetensors.
 
-    Their names are numbers in the network's order, since Keras' names depend on which networks were built before.
+    The arrays are named by their number in the network. Keras' own names depend on which networks were built before.
     """
     arrays = {
         f"{number:04d}": np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
@@ -60,7 +60,11 @@ def dump_weights(model: Any) -> bytes:
 
 
 def load_weights(model: Any, data: bytes) -> None:
-    """Set the weights of a network to those of `dump_weights`. Raises WeightsRefused if any shape differs."""
+    """Set the weights of a network from the bytes that `dump_weights` returned.
+
+    Raises:
+        WeightsRefused: the bytes are not safetensors, or the number or shapes of the arrays differ from the network's.
+    """
     try:
         arrays = load_tensors(data)
     except SafetensorError as error:
@@ -69,10 +73,10 @@ def load_weights(model: Any, data: bytes) -> None:
 
 
 def import_weights(name: BackboneName, file: Path) -> bytes:
-    """Read weights that somebody else wrote, check every shape, and return them as `dump_weights` does.
+    """Read a weights file from another source, check every shape, and return the weights as `dump_weights` does.
 
     Args:
-        name: the network, without its top, that the weights are for.
+        name: the network that the weights belong to; the weights of its top are not included.
         file: Keras weights (`.weights.h5`, or the older `.h5` of `save_weights`), or safetensors.
 
     Raises:
@@ -87,8 +91,8 @@ def import_weights(name: BackboneName, file: Path) -> bytes:
         load_weights(model, file.read_bytes())
     else:
         raise WeightsRefused(
-            "Expected weights alone, as .weights.h5, .h5 or .safetensors. Received something else. Whole models, "
-            ".keras files and pickles can contain code and are not read. Save with model.save_weights()."
+            "The file is neither .weights.h5, .h5 nor .safetensors. Whole models, .keras files and pickles are not "
+            "accepted, because they can contain code. Save the weights alone, with model.save_weights()."
         )
     return dump_weights(model)
 
@@ -98,7 +102,7 @@ def _load_hdf5(model: Any, file: Path) -> None:
         with h5py.File(file, "r") as content:
             if "model_config" in content.attrs or _has(content, "model_weights"):
                 raise WeightsRefused(
-                    "Expected weights alone. Received a whole model, which can contain code. Save with "
+                    "The file is a whole model, which can contain code. Save the weights alone, with "
                     "model.save_weights()."
                 )
             is_legacy = "layer_names" in content.attrs
@@ -110,7 +114,10 @@ def _load_hdf5(model: Any, file: Path) -> None:
 
 
 def _legacy_arrays(content: Any) -> list[Any]:
-    """Return the arrays of the older HDF5 layout: layers by name in order, each with its weights by name in order."""
+    """Return the arrays of the older HDF5 layout, in network order.
+
+    The attribute `layer_names` lists the layers, and the attribute `weight_names` of each layer lists its arrays.
+    """
     arrays = []
     for layer in content.attrs["layer_names"]:
         group = _inside(content, layer)
@@ -119,7 +126,11 @@ def _legacy_arrays(content: Any) -> list[Any]:
 
 
 def _keras3_arrays(model: Any, content: Any) -> list[Any]:
-    """Return the arrays of a `.weights.h5`: `layers/<class>[_<n>]/vars/<i>`, n counted per class in network order."""
+    """Return the arrays of a `.weights.h5` file, in network order.
+
+    Array i of a layer is at `layers/<class>/vars/<i>`. Further layers of the same class are `<class>_1`, `<class>_2`
+    and so on.
+    """
     counts: dict[str, int] = {}
     arrays = []
     root = _inside(content, "layers") if _has(content, "layers") else content
@@ -133,33 +144,40 @@ def _keras3_arrays(model: Any, content: Any) -> list[Any]:
                 arrays.append(_array(root, path))
             except KeyError as error:
                 raise WeightsRefused(
-                    f"Expected weights for layer {layer.name!r} at {path}. Received none: another network?"
+                    f"The file has no weights for layer {layer.name!r} at {path}. It may belong to another network."
                 ) from error
     groups = [_inside(root, name) for name in root]
     found = sum(len(_inside(group, "vars")) for group in groups if _has(group, "vars"))
     if found != len(arrays):
-        raise WeightsRefused(f"Expected {len(arrays)} arrays for this network. Received {found}: another network?")
+        raise WeightsRefused(
+            f"Expected {len(arrays)} arrays for this network. Received {found}. The file may belong to another network."
+        )
     return arrays
 
 
 def snake_case(name: str) -> str:
-    """Return a class name as Keras writes it in files: `conv2d` for `Conv2D`, `batch_normalization`."""
+    """Return a class name as Keras writes it in files: `conv2d` for `Conv2D`, or `batch_normalization`."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 def _has(group: Any, name: str) -> bool:
-    """Return whether a group has an entry. Unlike `in`, this follows no link into another file."""
+    """Return whether an HDF5 group has an entry. Unlike `in`, this never opens another file through a link."""
     return bool(group.id.links.exists(name.encode()))
 
 
 def _inside(group: Any, path: str | bytes) -> Any:
-    """Return the entry at a path below a group. Raises KeyError if there is none, WeightsRefused if it is a link."""
+    """Return the entry at a path inside an HDF5 group.
+
+    Raises:
+        KeyError: there is no such entry.
+        WeightsRefused: the entry is a link.
+    """
     for name in (path if isinstance(path, str) else path.decode()).split("/"):
         if not _has(group, name):
             raise KeyError(f"no {name} in {group.name}")
         if group.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-            raise WeightsRefused(f"Expected the weights themselves. Received a link at {group.name}/{name}.")
+            raise WeightsRefused(f"The file has a link instead of weights at {group.name}/{name}.")
         group = group[name]
     return group
 
@@ -168,12 +186,12 @@ def _array(group: Any, path: str | bytes) -> Any:
     """Return an array of an HDF5 file without reading its values."""
     array = _inside(group, path)
     if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
-        raise WeightsRefused(f"Expected the weights themselves. Received something else at {array.name!r}.")
+        raise WeightsRefused(f"The file has no array with values of its own at {array.name!r}.")
     return array
 
 
 def _set(model: Any, arrays: Sequence[Any]) -> None:
-    """Set the weights of a network from NumPy or HDF5 arrays. HDF5 arrays are read after all shapes were checked."""
+    """Set the weights of a network from NumPy or HDF5 arrays. All shapes are checked before HDF5 values are read."""
     if len(arrays) != len(model.weights):
         raise WeightsRefused(
             f"Expected the {len(model.weights)} arrays of {model.name} without its top. Received {len(arrays)}."
@@ -194,9 +212,9 @@ def build_backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> A
 
     Args:
         name: the network.
-        cut: the cut point that gives the features; later layers are left out.
+        cut: the cut point whose output becomes the features; later layers are left out.
         size: side of the images in pixels.
-        weights: the whole network's weights, from `dump_weights`.
+        weights: the weights of the whole network, as `dump_weights` returns them.
 
     Returns:
         a Keras model from `images` uint8 [N, size, size, 3] to `{"features": float32 [N, D], "maps": float32
@@ -210,7 +228,7 @@ def build_backbone(name: BackboneName, cut: str, size: int, weights: bytes) -> A
     maps = backbone(preprocess(images, CATALOGUE[name].preprocessing), training=False)
     features = keras.layers.GlobalAveragePooling2D(name="features")(maps)
     model = keras.Model(images, {"features": features, "maps": maps})
-    model(np.zeros((1, size, size, 3), np.uint8))  # an ONNX export of a model that was never called fails
+    model(np.zeros((1, size, size, 3), np.uint8))  # the ONNX export fails for a model that was never called
     return model
 
 
@@ -228,14 +246,14 @@ def build_multi_cut_network(name: BackboneName, cuts: Sequence[str], size: int, 
 
 @dataclass(frozen=True)
 class SplitNetwork:
-    """A network split in two for fine-tuning; both parts share the layers of `full`.
+    """A network that is split for fine-tuning into frozen and trainable layers.
 
     Attributes:
-        full: the whole network without its top; its weights change while the trainable part learns.
-        frozen: the model from preprocessed images [N, size, size, 3] to maps, which does not learn; None if everything
-            learns.
-        trainable: the model from these maps (or from preprocessed images) to features [N, D]. All its layers learn but
-            BatchNorm.
+        full: the whole network without its top. It shares its layers with the two parts, so that training changes it.
+        frozen: the frozen layers, a model from preprocessed images [N, size, size, 3] to maps; None if no layer is
+            frozen.
+        trainable: the other layers, a model from these maps (or from preprocessed images) to features [N, D]. All of
+            them are trained except BatchNorm layers.
     """
 
     full: Any
@@ -244,19 +262,19 @@ class SplitNetwork:
 
 
 def split_network(name: BackboneName, frozen_until: str | None, cut: str, size: int, weights: bytes) -> SplitNetwork:
-    """Return a network as a frozen part and a part that learns.
+    """Split a network into frozen and trainable layers.
 
     Args:
         name: the network.
-        frozen_until: the last cut of the frozen part; None if everything learns.
-        cut: the cut point that gives the features.
+        frozen_until: the last cut point of the frozen layers; None if no layer is frozen.
+        cut: the cut point whose output becomes the features.
         size: side of the images in pixels.
-        weights: the whole network's weights, from `dump_weights`.
+        weights: the weights of the whole network, as `dump_weights` returns them.
     """
     full = build_network(name, size)
     load_weights(full, weights)
     for layer in full.layers:
-        # Calling a model with training=False has no effect inside another model: only freezing keeps statistics.
+        # Only `trainable = False` keeps BatchNorm's statistics: training=False has no effect inside a nested model.
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
     maps = cut_layer(full, name, cut).output
@@ -271,7 +289,7 @@ def split_network(name: BackboneName, frozen_until: str | None, cut: str, size: 
 
 
 def preprocess(images: Any, preprocessing: Preprocessing) -> Any:
-    """Return images [N, H, W, 3] of values from 0 to 255 as float32, normalised as a network expects them."""
+    """Return images [N, H, W, 3] with values from 0 to 255 as float32, normalised as the network expects."""
     pixels = keras.ops.cast(images, "float32")
     if preprocessing is Preprocessing.CAFFE:
         return keras.ops.flip(pixels, axis=-1) - np.array(_CAFFE_MEANS, np.float32)
@@ -291,6 +309,6 @@ def cut_layer(full: Any, name: BackboneName, cut: str) -> Any:
         case BackboneName.XCEPTION:
             if cut == "block14":
                 return full.get_layer("block14_sepconv2_act")
-            # Blocks 2 to 13 end in an addition. Keras numbers these by a global counter, so go by their order.
+            # Blocks 2 to 13 end in an addition. Keras names additions by a global counter, so they are found by order.
             additions = [layer for layer in full.layers if isinstance(layer, keras.layers.Add)]
             return additions[int(cut.removeprefix("block")) - 2]

@@ -1,4 +1,4 @@
-"""Exports Keras networks to ONNX and checks the result against Keras. The only module that needs TensorFlow itself."""
+"""Exports Keras networks to ONNX, and checks the result against Keras. The only module that needs TensorFlow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inference import freed_memory
 from inference.engine import TOLERANCE, OpenVinoEngine
 from recipes.recipe import Precision
 
-# Part of a backbone's key. Count it up when the export changes: new backbones are made, and old ones stay in use.
+# Part of a backbone's key. Increase it if the export changes: new runs then export anew, and models keep their files.
 EXPORT_VERSION = 1
 
 _CHECKED_IMAGES = 4
@@ -35,7 +35,7 @@ class ExportedNetwork:
         width: number of features, D.
         parameters: number of weights.
         largest_difference: the largest absolute difference of a feature.
-        largest_relative_difference: the same as a share of the largest feature.
+        largest_relative_difference: that difference divided by the largest absolute feature.
     """
 
     onnx: bytes
@@ -45,20 +45,20 @@ class ExportedNetwork:
     largest_relative_difference: float
 
     def facts(self) -> dict[str, Any]:
-        """Return everything but the file, as it is stored with the backbone."""
+        """Return all attributes except the file, as JSON values that are stored with the backbone."""
         return {name: value for name, value in vars(self).items() if name != "onnx"}
 
 
 def export(model: Any, threads: int, images: Pixels | None = None) -> ExportedNetwork:
-    """Export a network from uint8 images [N, H, W, 3] to `features` and `maps`, and check it.
+    """Export a Keras model to ONNX and check it. Input: uint8 images [N, H, W, 3]; outputs: `features` and `maps`.
 
     Args:
         model: the Keras network.
-        threads: number of threads of the engine that checks it.
-        images: uint8 [n, H, W, 3] to check it on; random ones by default.
+        threads: number of threads of the engine that checks the exported network.
+        images: the images for the check, uint8 [n, H, W, 3]; by default random ones.
 
     Raises:
-        EspalierError: the engine's features differ from Keras' by more than the engine's tolerance.
+        EspalierError: the features of the exported network differ from those of Keras by more than the tolerance.
     """
     with tempfile.TemporaryDirectory() as folder, _frequent_garbage_collection():
         path = Path(folder) / "network.onnx"
@@ -75,28 +75,28 @@ def export(model: Any, threads: int, images: Pixels | None = None) -> ExportedNe
     relative = difference / max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     if not relative <= TOLERANCE[Precision.FLOAT32]:
         raise EspalierError(
-            "Expected an exported network whose features differ from Keras' by at most "
-            f"{TOLERANCE[Precision.FLOAT32]:g}, relative to the largest. Received {relative:g}. This is a bug."
+            f"The features of the exported network differ from those of Keras by {relative:g} of the largest feature. "
+            f"At most {TOLERANCE[Precision.FLOAT32]:g} is allowed. This is a bug."
         )
     return ExportedNetwork(onnx, expected.shape[1], int(model.count_params()), difference, relative)
 
 
 @contextmanager
 def _frequent_garbage_collection(every: int = 200) -> Iterator[None]:
-    """Collect garbage after every `every` new objects.
+    """Make Python collect garbage after every `every` new objects, inside the `with` block.
 
-    The exporter leaves copies of the weights in reference cycles, so that ResNet50 took 8 GB. With this it takes
-    2.9 GB. Collecting at fixed intervals of time instead took up to 5 GB on a busy machine.
+    The ONNX exporter leaves copies of the weights in reference cycles. Exporting ResNet50 took 8 GB, and takes 2.9 GB
+    with this. Collecting at fixed time intervals instead took up to 5 GB on a busy machine.
     """
-    gc.freeze()  # the collector skips existing objects; to scan them each time would take longer than the export
+    gc.freeze()  # makes the collector skip existing objects; scanning them each time takes longer than the export
     freed_memory.give_back_freed()
-    gc.collect()  # empties the old generation, which Python scans only when the new objects are a quarter of it
+    gc.collect()  # empties the oldest generation, which Python scans only if a quarter of its objects are new
     usual = gc.get_threshold()
     gc.set_threshold(every, 1, 1)
     try:
         yield
     finally:
         gc.set_threshold(*usual)
-        gc.collect()  # before `unfreeze`: after it, a collection scans all objects, which takes seconds
+        gc.collect()  # before `unfreeze`, because a collection after it scans all objects, which takes seconds
         gc.unfreeze()
         freed_memory.give_back_freed()

@@ -36,11 +36,11 @@ from recipes.layers import (
 from training.networks import backbones
 
 _Names = Mapping[str, str]
-"""Our name of a layer by that of Keras."""
+"""Maps the name of a layer in Keras to its name in the tables."""
 
 
 def layer_tables() -> str:
-    """Return the content of the file: for each backbone its layers, one a line, and the last layer of each cut."""
+    """Return the content of `backbone_layers.json`: for each backbone its layers, and the last layer of each cut."""
     tables = []
     for name in BackboneName:
         cuts, layers = _table(name)
@@ -61,7 +61,7 @@ def _table(name: BackboneName) -> tuple[dict[str, str], list[dict[str, Any]]]:
 
 
 def _created(layer: Any) -> int:
-    """Return when a layer was built, to sort by: Keras numbers the tensors that layers return (`keras_tensor_17`)."""
+    """Return a number that grows in the order in which layers were built: that of the output (`keras_tensor_17`)."""
     return int(re.sub(r"\D", "", layer.output.name) or 0)
 
 
@@ -69,22 +69,26 @@ def _created(layer: Any) -> int:
 
 
 def _own_names(layers: Sequence[Any]) -> _Names:
-    """Return the names that the authors of a network gave to its layers. Raises ValueError if one has none."""
+    """Return the names that the authors of a network gave to its layers. Raises ValueError for a layer without one."""
     for layer in layers:
         if _is_numbered(layer):
-            raise ValueError(f"Expected a layer with a name. Received {layer.name!r}. Add a rule for its network.")
+            raise ValueError(
+                f"Layer {layer.name!r} has only the automatic name from Keras, which can change. Add a rule for its "
+                "network to training/networks/layer_tables.py."
+            )
     return {layer.name: layer.name for layer in layers}
 
 
 def _is_numbered(layer: Any) -> bool:
-    """Return whether Keras named a layer after its class and a number, which depends on what was built before."""
+    """Return whether a layer has a default name of Keras, such as `conv2d_17`. It depends on what was built before."""
     return re.fullmatch(rf"{backbones.snake_case(type(layer).__name__)}(_\d+)?", layer.name) is not None
 
 
 def _xception_names(layers: Sequence[Any]) -> _Names:
-    """Return names for Xception, which gives none to the residual branch of a block and to the sum in its end.
+    """Return names for the layers of Xception. Two kinds of layers have no names of their own.
 
-    The residual branch is built before the other layers of its block, the sum after them.
+    The residual branch of a block was built before the other layers of the block. The sum at the end of the block was
+    built after them.
     """
     names: dict[str, str] = {}
     for position, layer in enumerate(layers):
@@ -103,7 +107,7 @@ def _block(name: str) -> str:
     return name.partition("_")[0]
 
 
-# The branches of InceptionV3 by the kernels of their convolutions, as its authors call them.
+# How the authors of InceptionV3 call its branches, by the kernels of their convolutions.
 _BRANCHES: Mapping[tuple[tuple[int, int], ...], str] = {
     ((1, 1),): "1x1",
     ((3, 3),): "3x3",
@@ -119,7 +123,7 @@ _BRANCHES: Mapping[tuple[tuple[int, int], ...], str] = {
 
 
 def _inception_names(layers: Sequence[Any]) -> _Names:
-    """Return names for InceptionV3, which names its blocks `mixed0` to `mixed10` and nothing else."""
+    """Return names for the layers of InceptionV3. Only the ends of its blocks have names (`mixed0` to `mixed10`)."""
     pool = next(layer for layer in layers if isinstance(layer, keras.layers.AveragePooling2D))
     start = [layer.name for layer in layers].index(_read(pool)[0]) + 1  # the first block reads the end of the stem
     names = dict(_stem_names(layers[:start]))
@@ -136,7 +140,7 @@ def _inception_names(layers: Sequence[Any]) -> _Names:
 
 
 def _branches(block: Sequence[Any]) -> list[list[Any]]:
-    """Return the branches of a block: each begins with a layer that reads what the block reads."""
+    """Return the branches of a block. The first layer of each branch reads the input of the block."""
     branches: list[list[Any]] = []
     for layer in block:
         if _read(layer) == _read(block[0]):
@@ -169,7 +173,7 @@ def _branch_names(block: str, layers: Sequence[Any]) -> _Names:
     for layer in layers:
         if isinstance(layer, keras.layers.Conv2D):
             number = convolutions.index(layer) + 1
-            # a branch that forks ends in a row of three pixels beside a column of three
+            # A branch that forks ends in two convolutions: one over three pixels in a row, one over three in a column.
             step = {(1, 3): "row", (3, 1): "column"}.get(layer.kernel_size, str(number))
         has_step = isinstance(layer, keras.layers.Conv2D | keras.layers.BatchNormalization | keras.layers.Activation)
         names[layer.name] = f"{branch}_{step}_{_part(layer)}" if has_step else branch
@@ -177,7 +181,7 @@ def _branch_names(block: str, layers: Sequence[Any]) -> _Names:
 
 
 def _part(layer: Any) -> str:
-    """Return what a layer is of a convolution with its BatchNorm and ReLU."""
+    """Return `conv`, `bn` or `relu`, the function of a layer in a convolution with BatchNorm and ReLU."""
     match layer:
         case keras.layers.Conv2D():
             return "conv"
@@ -197,7 +201,7 @@ _NAMES: Mapping[BackboneName, Callable[[Sequence[Any]], _Names]] = {
 
 
 def _described(layer: Any, names: _Names) -> AnyLayer:
-    """Return a layer of Keras as `recipes.layers` has it. Raises ValueError for a class that it does not have."""
+    """Return a Keras layer as a type of `recipes.layers`. Raises ValueError if there is no such type."""
     where: dict[str, Any] = {"name": names[layer.name], "inputs": tuple(names[read] for read in _read(layer))}
     match layer:
         case keras.layers.SeparableConv2D():
@@ -223,7 +227,7 @@ def _described(layer: Any, names: _Names) -> AnyLayer:
         case keras.layers.Concatenate():
             return Concatenation(**where)
         case _:
-            raise ValueError(f"Expected a layer that recipes.layers can describe. Received {layer!r}.")
+            raise ValueError(f"recipes.layers has no type for the Keras layer {layer!r}.")
 
 
 def _window(layer: Any, name: str, size: tuple[int, int]) -> dict[str, Any]:

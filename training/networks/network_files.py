@@ -1,4 +1,4 @@
-"""Networks as files of the store, each exported or quantised only once, and the features of a run's images."""
+"""Makes the network files that a run needs and extracts its features. Reuses what earlier runs have made."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from training.networks.export import EXPORT_VERSION, export
 from training.networks.quantisation import calibration_size, quantise
 from training.progress import Extraction
 
-# The calibration images depend on the data set alone, not on the recipe's seed, so that runs share quantised networks.
+# The calibration images depend only on the data set, not on the seed of the recipe, so that runs share networks.
 _SAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folders, limits and threads of an experiment.
+    """The store, cache folders, limits and threads that a training may use.
 
     Attributes:
-        store: has the images, weights and networks.
-        features: folder of the cache of features.
+        store: the store with images, weights and networks.
+        features: folder of the feature cache.
         pixels: folder of the cache of pixels and maps.
-        pixels_bytes: size to which that cache is cut back when a run starts.
-        image_limits: limits of an image that is decoded.
+        pixels_bytes: size in bytes to which that cache is reduced when a run starts.
+        image_limits: limits for decoded images.
         threads: number of threads for decoding and for the engine.
     """
 
@@ -53,7 +53,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class BackboneKey:
-    """Identifies an exported backbone: equal keys mean equal networks."""
+    """Identifies an exported backbone: two backbones with equal keys are the same network."""
 
     network: BackboneName
     weights: Digest
@@ -63,54 +63,57 @@ class BackboneKey:
 
 
 class Registry(Protocol):
-    """The record of networks that all runs share, and of what this run has decided before it was interrupted.
+    """The record of the networks that all runs share, and of the decisions that this run has made.
 
-    An experiment runs without a database: whoever starts it implements this.
+    Training does not use the database itself. The caller of an experiment implements this protocol.
     """
 
     def find_backbone(self, key: BackboneKey) -> Digest | None:
-        """Return the exported backbone of a key, or None if nobody has exported it."""
+        """Return the digest of the exported backbone with this key; None if it was never exported."""
         ...
 
     def add_backbone(self, key: BackboneKey, digest: Digest, facts: dict[str, Any]) -> Digest:
-        """Record an exported backbone. Return the one to use: another process may have recorded one before."""
+        """Record an exported backbone, and return the digest to use.
+
+        If another process has recorded a backbone with this key before, its digest is returned.
+        """
         ...
 
     def find_quantised(self, backbone: Digest) -> Digest | None:
-        """Return the quantised copy of a backbone that this run has to use, or None if it has to make one."""
+        """Return the digest of the quantised copy of a backbone that this run must use; None if it must make one."""
         ...
 
     def add_quantised(self, backbone: Digest, digest: Digest, facts: dict[str, Any]) -> Digest:
-        """Record a quantised copy. Return the one that this run has to use."""
+        """Record a quantised copy of a backbone, and return the digest that this run must use."""
         ...
 
     def find_bake_off_result(self) -> dict[str, Any] | None:
-        """Return the facts of the bake-off that this run has finished before it was interrupted, or None."""
+        """Return the result of this run's bake-off as JSON values; None if the bake-off has not ended yet."""
         ...
 
     def set_bake_off_result(self, facts: dict[str, Any]) -> None:
-        """Record which cut this run's features come from, and what was tried for that."""
+        """Record the result of this run's bake-off: the chosen cut point and the scores of all candidates."""
         ...
 
     def find_precision_decision(self) -> dict[str, Any] | None:
-        """Return the facts of the precision that this run decided on before it was interrupted, or None."""
+        """Return the precision that this run chose, with the scores, as JSON values; None if it has not chosen yet."""
         ...
 
     def set_precision_decision(self, facts: dict[str, Any]) -> None:
-        """Record which precision this run has decided on, and what it measured for that."""
+        """Record the precision that this run chose, and the scores and times of all candidates."""
         ...
 
 
 @dataclass(frozen=True)
 class FrozenBackbone:
-    """A frozen network in one precision, and what it gives for every image of a run.
+    """A frozen network in one precision, with the features of every image of a run.
 
     Attributes:
         precision: the arithmetic of the engine.
-        backbone: the network in the store.
-        engine: runs the network.
+        backbone: digest of the network file in the store.
+        engine: an engine that has loaded this file.
         features: float32 [N, D].
-        extraction: how many of the features had to be computed.
+        extraction: how many of the features were computed, and how many came from the cache.
     """
 
     precision: Precision
@@ -121,7 +124,7 @@ class FrozenBackbone:
 
 
 class NetworkFiles:
-    """Makes the networks that a recipe needs, or finds them where another run has made them."""
+    """Returns the network files that a recipe needs, and makes those that no earlier run has made."""
 
     def __init__(self, recipe: BackboneRecipe, weights: Digest, workspace: Workspace, registry: Registry) -> None:
         self._recipe = recipe
@@ -130,7 +133,7 @@ class NetworkFiles:
         self._registry = registry
 
     def export_cut(self, cut: str) -> Digest:
-        """Return the network up to a cut; export it if nobody has done so before."""
+        """Return the digest of the network up to a cut point. Export the network if no earlier run has done so."""
         recipe, store = self._recipe, self._workspace.store
         backbone, size = recipe.backbone, recipe.image_size
         key = BackboneKey(backbone, self._weights, cut, size)
@@ -149,9 +152,14 @@ class NetworkFiles:
         report: ReportProgress,
         begin: Callable[[], None] = lambda: None,
     ) -> Digest:
-        """Return the quantised copy of an exported network.
+        """Return the digest of the quantised copy of an exported network; make the copy if there is none.
 
-        If there is none, call `begin`, then quantise the network and calibrate it on a sample of `images`.
+        Args:
+            backbone: digest of the exported network.
+            images: images to calibrate on; a random sample of them is used.
+            source: yields their pixels.
+            report: called with (done, total) images.
+            begin: called before a copy is made.
         """
         digest = self._registry.find_quantised(backbone)
         if digest is None:
@@ -164,11 +172,11 @@ class NetworkFiles:
         return digest
 
     def engine(self, network: Digest, precision: Precision) -> OpenVinoEngine:
-        """Return an engine for a stored network. Raises PrecisionUnsupported if this machine cannot run it."""
+        """Load a stored network into an engine. Raises PrecisionUnsupported if this machine lacks the precision."""
         return OpenVinoEngine(self._workspace.store.verified_path(network), precision, self._workspace.threads)
 
     def feature_space(self, network: Digest, precision: Precision) -> FeatureSpace:
-        """Return the key of the cache for features through a network."""
+        """Return the key under which features of a network in a precision are cached."""
         return FeatureSpace(IMAGE_RULE, self._recipe.image_size, self._recipe.resize, network, precision)
 
     def frozen_backbone(
@@ -179,7 +187,7 @@ class NetworkFiles:
         source: PixelSource,
         report: ReportProgress,
     ) -> FrozenBackbone:
-        """Return a network with the features of every image; compute those that no run has computed before."""
+        """Return a frozen network with the features of every image. Features that are not cached are computed."""
         engine = self.engine(network, precision)
         width = CATALOGUE[self._recipe.backbone].cuts[self._recipe.features_from]
         cache = FeatureCache(self._workspace.features, self.feature_space(network, precision), width)
@@ -189,6 +197,6 @@ class NetworkFiles:
 
 
 def calibration_rows(rows: Indices, size: Sides) -> Indices:
-    """Return a random sample of the rows, in their order, as large as calibration needs for images of that size."""
+    """Return a random sample of the rows, in ascending order, for the calibration of a network on images of a size."""
     count = min(len(rows), calibration_size(size))
     return np.sort(np.random.default_rng(_SAMPLE_SEED).choice(rows, count, replace=False))

@@ -16,9 +16,9 @@ from recipes.headline import HEADLINES
 from recipes.recipe import Precision, Task
 
 MARGIN = 0.005
-"""How far a score of which more is better, such as accuracy, may be below that of float32."""
+"""How far a score such as accuracy may be below the score of float32."""
 RELATIVE_MARGIN = 0.01
-"""How far an error may be above that of float32, as a share of it."""
+"""How far an error, such as that of a regression, may be above the error of float32, as a share of the latter."""
 
 _TIMED_IMAGES = 8
 _ROUNDS = 5
@@ -27,7 +27,7 @@ _ROUNDS_WITHIN_S = 10.0
 
 @dataclass(frozen=True)
 class PrecisionScore:
-    """The headline score of a precision, out of fold, and the milliseconds that its backbone takes per image."""
+    """The out-of-fold headline score of a precision, and the milliseconds that the backbone then takes per image."""
 
     precision: Precision
     score: float
@@ -36,14 +36,14 @@ class PrecisionScore:
 
 @dataclass(frozen=True)
 class PrecisionDecision:
-    """The precision that was chosen, and the scores of all that were tried; float32 is always one of them."""
+    """The chosen precision, and the scores of all compared precisions, which always include float32."""
 
     precision: Precision
     scores: tuple[PrecisionScore, ...]
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> PrecisionDecision:
-        """Return the decision that `facts` has returned before."""
+        """Restore a decision from the JSON values that `facts` returned."""
         scores = tuple(PrecisionScore(**one | {"precision": Precision(one["precision"])}) for one in facts["tried"])
         return cls(Precision(facts["chosen"]), scores)
 
@@ -57,10 +57,10 @@ class PrecisionDecision:
         }
 
 
-def candidate_precisions(wanted: Precision | Literal["auto"], available: Sequence[Precision]) -> list[Precision]:
-    """Return the precisions that a recipe asks to try, float32 first: one, or for `auto` all that this machine has."""
-    if isinstance(wanted, Precision):
-        return [wanted]
+def candidate_precisions(requested: Precision | Literal["auto"], available: Sequence[Precision]) -> list[Precision]:
+    """Return the precisions to compare: the requested one alone, or for `auto` all available ones, float32 first."""
+    if isinstance(requested, Precision):
+        return [requested]
     return [Precision.FLOAT32, *(one for one in Precision if one in available and one is not Precision.FLOAT32)]
 
 
@@ -72,7 +72,7 @@ def choose_precision(task: Task, scores: Sequence[PrecisionScore]) -> PrecisionD
 
 
 def is_as_good(task: Task, score: float, reference: float) -> bool:
-    """Return whether a score is at most the margin worse than `reference`, the score of float32."""
+    """Return whether a score is worse than `reference`, the score of float32, by no more than the margin."""
     if HEADLINES[task].is_greater_better:
         return score >= reference - MARGIN
     return score <= reference * (1 + RELATIVE_MARGIN)
@@ -88,8 +88,8 @@ def measure_image_ms(
 
     Args:
         engines: the engine of each precision.
-        golden: uint8 [1, H, W, 3], the image that the batch repeats.
-        alive: called after each batch.
+        golden: uint8 [1, H, W, 3], the image that fills the batch.
+        alive: called after each batch, to show that the work continues.
         now: the clock, in seconds.
     """
     pixels = np.repeat(golden, _TIMED_IMAGES, axis=0)

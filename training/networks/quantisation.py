@@ -1,7 +1,7 @@
 """Quantises ONNX networks to int8 with NNCF, calibrated on images. Knows no store, no heads and no scores.
 
-Weights become integers, and so do activations, within the bounds that they have on the calibration images. Inputs and
-outputs stay as they were exported: uint8 images in, `features` and `maps` out in float32.
+Weights and activations become integers. The range of the activations is measured on the calibration images. The inputs
+(uint8 images) and the outputs (`features` and `maps`, float32) stay the same.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class QuantisedNetwork:
     made_with: str
 
     def facts(self) -> dict[str, Any]:
-        """Return everything but the file, as it is stored with the network."""
+        """Return all attributes except the file, as JSON values that are stored with the network."""
         return {name: value for name, value in vars(self).items() if name != "onnx"}
 
 
 def calibration_size(size: Sides) -> int:
-    """Return the largest number of images of `size` pixels to calibrate on. It is bounded by their memory."""
+    """Return the number of images to calibrate on: 300, or fewer if images of this size would take too much memory."""
     return max(1, min(CALIBRATED_ON, _CALIBRATION_BYTES // (3 * prod(sides(size)))))
 
 
@@ -47,7 +47,7 @@ def quantise(network: bytes, images: Pixels, report: ReportProgress) -> Quantise
 
     Args:
         network: ONNX with one input, uint8 [N, H, W, 3].
-        images: uint8 [n, H, W, 3] to calibrate it on.
+        images: the calibration images, uint8 [n, H, W, 3].
         report: called with (done, total) images.
     """
     nncf = _nncf()
@@ -62,7 +62,7 @@ def quantise(network: bytes, images: Pixels, report: ReportProgress) -> Quantise
     made = nncf.quantize(
         model,
         nncf.Dataset(_Repeatable(one_by_one), lambda image: {name: image}),
-        # Symmetric weights and asymmetric activations, since activations without a rectifier can be negative.
+        # Symmetric weights and asymmetric activations, because activations without a ReLU can be negative.
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(images),
     )
@@ -70,7 +70,7 @@ def quantise(network: bytes, images: Pixels, report: ReportProgress) -> Quantise
 
 
 class _Repeatable:
-    """An iterable that starts again on each iteration, since NNCF iterates over the images more than once."""
+    """An iterable that can be iterated several times, which NNCF needs."""
 
     def __init__(self, images: Callable[[], Iterator[np.ndarray]]) -> None:
         self._images = images

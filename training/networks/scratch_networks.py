@@ -1,8 +1,8 @@
-"""Builds the networks that begin with random weights: a perceptron, layers of units, or convolutions, from pixels.
+"""Builds networks from scratch in Keras: perceptrons, multilayer perceptrons and CNNs with random weights.
 
-The output layer is built apart from the layers before it. Those are exported as the network that serves, and the output
-layer becomes its head, so that such a model is served like every other. How they learn is in
-`training.fitting.from_scratch`.
+The output layer is a separate Keras layer. The layers before it are exported like a backbone, and the output layer
+becomes the head. So such a model is served in the same way as a model on a backbone. `training.fitting.from_scratch`
+trains these networks.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from training.data.augmentation import build_augmentation
 from training.networks import backbones
 from training.networks.stochastic_pooling import StochasticPooling
 
-# The share of each colour in the brightness that the eye sees (ITU-R BT.601).
+# The weights of red, green and blue in the brightness of a pixel (ITU-R BT.601).
 _BRIGHTNESS = (0.299, 0.587, 0.114)
 
 
 def build_body(recipe: NetworkRecipe, size: Sides) -> Any:
-    """Return the layers before the output, randomly initialised.
+    """Return the layers before the output layer as a Keras model with random weights.
 
     Returns:
         a Keras model from scaled images float32 [N, H, W, channels] to features [N, D] and maps [N, h, w, D].
@@ -70,7 +70,7 @@ def build_body(recipe: NetworkRecipe, size: Sides) -> Any:
 def build_output_layer(recipe: NetworkRecipe, outputs: int) -> Any:
     """Return the layer from features [N, D] to logits [N, outputs].
 
-    A perceptron starts with weights of zero: it has no hidden layers, whose units would all have to differ.
+    A perceptron starts with zero weights. Other networks need random ones, so that their hidden units differ.
     """
     initializer = "zeros" if recipe.kind is NetworkKind.PERCEPTRON else "glorot_uniform"
     return keras.layers.Dense(outputs, kernel_initializer=initializer, name="output")
@@ -79,9 +79,10 @@ def build_output_layer(recipe: NetworkRecipe, outputs: int) -> Any:
 def build_trainable_network(
     recipe: NetworkRecipe, size: Sides, augmentation: Augmentation | None, body: Any, output_layer: Any, seed: int
 ) -> Any:
-    """Return the Keras model that learns, from images uint8 [N, H, W, 3] to logits [N, outputs].
+    """Return the Keras model to train, from images uint8 [N, H, W, 3] to logits [N, outputs].
 
-    It shares its layers with `body` and `output_layer`. `seed` is that of the augmentation.
+    The model shares its layers with `body` and `output_layer`, so that training changes both. `seed` is for the
+    augmentation.
     """
     images = keras.Input((*sides(size), 3), dtype="uint8")
     x = images
@@ -92,12 +93,14 @@ def build_trainable_network(
 
 
 def build_feature_network(recipe: NetworkRecipe, size: Sides, weights: bytes) -> Any:
-    """Return the layers before the output as they are exported, with weights of `backbones.dump_weights`.
+    """Return the layers before the output layer as the model that is exported for serving.
+
+    `weights` are the weights of these layers, as `backbones.dump_weights` returns them.
 
     Returns:
         a Keras model from `images` uint8 [N, H, W, 3] to `{"features": float32 [N, D], "maps": float32 [N, h, w, D]}`.
-        The features are the mean of the maps over height and width. The maps are what the last global average reads;
-        without one they are the features themselves as 1 × 1.
+        The features are the mean of the maps over height and width. The maps are the input of the last global average.
+        Without a global average, the maps are the features as [N, 1, 1, D].
     """
     body = build_body(recipe, size)
     backbones.load_weights(body, weights)
@@ -105,14 +108,14 @@ def build_feature_network(recipe: NetworkRecipe, size: Sides, weights: bytes) ->
     images = keras.Input((*sides(size), 3), dtype="uint8", name="images")
     features, maps = body(scale_pixels(images, recipe.channels), training=False)
     model = keras.Model(images, {"features": keras.layers.Identity(name="features")(features), "maps": maps})
-    model(np.zeros((1, *sides(size), 3), np.uint8))  # an ONNX export of a model that was never called fails
+    model(np.zeros((1, *sides(size), 3), np.uint8))  # the ONNX export fails for a model that was never called
     return model
 
 
 def scale_pixels(images: Any, channels: int) -> Any:
-    """Return images [N, H, W, 3] of values from 0 to 255 as float32 from -1 to 1, in colours or [N, H, W, 1].
+    """Scale images [N, H, W, 3] with values from 0 to 255 to float32 from -1 to 1, in colour or greyscale.
 
-    Learning starts faster from values around zero.
+    Returns float32 [N, H, W, channels] for 3 or 1 channels. Values around zero make training start faster.
     """
     colours = keras.ops.cast(images, "float32") / 127.5 - 1.0
     if channels == 3:
@@ -121,7 +124,7 @@ def scale_pixels(images: Any, channels: int) -> Any:
 
 
 def _keras_layer(layer: Layer) -> Any:
-    """Return the Keras layer for a layer of a recipe."""
+    """Return the Keras layer that corresponds to a layer of a recipe."""
     layers = keras.layers
     match layer:
         case Convolution():

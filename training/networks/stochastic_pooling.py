@@ -1,6 +1,6 @@
 """Stochastic pooling as a Keras layer.
 
-Zeiler & Fergus 2013, "Stochastic Pooling for Regularization of Deep Convolutional Neural Networks".
+Source: Zeiler & Fergus 2013, "Stochastic Pooling for Regularization of Deep Convolutional Neural Networks".
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import keras
 
 
 class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
-    """Pools each window of maps [N, h, w, C] to one of its values, drawn with a probability in proportion to it.
+    """Pools maps [N, h, w, C]: from each window it draws one value at random, larger values more often.
 
-    The probabilities are p_i = a_i / sum(a) over the window (formula 4 of the paper). In training one a_i is drawn; in
-    prediction the result is the mean weighted by p, sum(p_i * a_i) (formula 6). Values below zero count as zero, as
-    after a ReLU. A window of zeros gives zero.
+    The probability of value a_i is p_i = a_i / sum(a) over the window (formula 4 of the paper). Training draws one a_i.
+    Prediction returns the mean weighted by p, sum(p_i * a_i) (formula 6). Negative values count as zero. A window of
+    zeros gives zero.
     """
 
     def __init__(self, size: tuple[int, int], stride: tuple[int, int], padding: str, **options: Any) -> None:
@@ -30,7 +30,7 @@ class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
             mean = keras.ops.average_pool(positive, **pool)
             return keras.ops.average_pool(keras.ops.square(positive), **pool) / keras.ops.where(mean > 0, mean, 1.0)
         values = self._windows(positive)
-        # the first position at which the running sum passes a random point between zero and the whole sum
+        # Draw the first position at which the running sum exceeds a random point between zero and the whole sum.
         running = keras.ops.cumsum(values, axis=0)
         point = keras.random.uniform(keras.ops.shape(running[-1]), dtype=values.dtype, seed=self._seeds) * running[-1]
         passed = keras.ops.cast(running > point[None], values.dtype)
@@ -46,7 +46,10 @@ class StochasticPooling(keras.layers.Layer):  # type: ignore[misc]
         return (shape[0], down, across, shape[3])
 
     def _windows(self, maps: Any) -> Any:
-        """Return the values of all windows by their position in it, [positions, N, h, w, C]; zero beyond the border."""
+        """Return the values of all windows, [positions, N, h, w, C]. The first axis is the position in the window.
+
+        Positions beyond the border of the map have value zero.
+        """
         _, down, across, _ = self.compute_output_shape(maps.shape)
         spans = [
             ((count - 1) * stride + size, side)

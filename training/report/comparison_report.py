@@ -1,4 +1,4 @@
-"""The report of a comparison: its table as Markdown, and a picture. Compares nothing and loads no Keras."""
+"""Writes the report of a comparison: its table as Markdown, and a picture of the scores. Knows no Keras."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TITLE_CHARACTERS, _TITLE_LINES = 44, 3
 
 @dataclass(frozen=True)
 class Line:
-    """One recipe of the table, with times in seconds and milliseconds and sizes in bytes."""
+    """One recipe of a comparison, as a row of its table. `predict_ms` is None if this machine cannot run the model."""
 
     title: str
     version: int
@@ -87,7 +87,7 @@ def row_name(line: Line) -> str:
 
 
 def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
-    """Return the scores with their intervals as a PNG, in the order of `lines`; the first one is best."""
+    """Return a PNG of the scores with their intervals, in the order of `lines`, of which the first is the best."""
     figure = Figure(figsize=(9, 1.2 + 0.55 * len(lines)), layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(lines):
@@ -95,7 +95,7 @@ def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
         axes.plot(line.ci95, [place, place], color=colour, linewidth=2)
         axes.plot(line.score, place, "s", color=colour)
     axes.axvline(lines[0].score, color="C0", alpha=0.4, linestyle=":")
-    # Not as formulas: a label may hold a $.
+    # Without `parse_math=False`, matplotlib would read a label with $ as a formula.
     drawn = drawn_names([row_name(line) for line in lines])
     axes.set_yticks(range(len(lines)), drawn.names, parse_math=False, fontsize=8)
     axes.set_ylim(len(lines) - 0.5, -0.5)

@@ -1,4 +1,4 @@
-"""The Markdown report of a run and its pictures. Measures nothing."""
+"""Writes the report of a run: its text as Markdown, and its pictures. Measures nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LABELS_SHOWN = 60
 
 @dataclass(frozen=True)
 class Description:
-    """The input of a report; `truth` and `logits` (out of fold) belong to the images that were in folds."""
+    """The input of a report. `truth` and the out-of-fold `logits` have a row for each image that was in folds."""
 
     recipe: DecidedRecipe
     task: Task
@@ -50,7 +50,7 @@ class Description:
 
 
 def verdict(task: Task, metrics: dict[str, Any]) -> str:
-    """Return the headline score in one sentence, and the other usual scores for labels and numbers in a second one."""
+    """Return the headline score in a sentence. For multilabel and regression, further scores follow in another one."""
     headline = HEADLINES[task]
     spread = headline.formatted(metrics[f"{headline.metric}_sd"])
     sentence = (
@@ -204,8 +204,8 @@ def _bake_off_lines(run: Description) -> list[str]:
         "## Where features come from",
         "",
         f"`{chosen.features_from}` of {CATALOGUE[chosen.backbone].title} was chosen by a bake-off on "
-        f"{run.pick.images:,} images in {FOLDS} folds of their own. The score above was measured "
-        "afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
+        f"{run.pick.images:,} images, which were split into {FOLDS} folds only for this choice. The score above was "
+        "measured afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
         "choice depends on some of the labels "
         "that the score is measured on.",
         "",
@@ -230,7 +230,7 @@ _KINDS = {NetworkKind.PERCEPTRON: "Perceptron", NetworkKind.MLP: "Multilayer per
 
 
 def _feature_lines(run: Description, recipe: BackboneRecipe) -> list[str]:
-    """Return the lines on the images and the features that heads were trained on."""
+    """Return the lines on the images, and on the features on which heads were trained."""
     return [
         f"- Images: {run.images:,}{_learned(run)}. The backbone computed the features of "
         f"{run.extraction.computed:,}, and {run.extraction.cached:,} came from the cache{_in_all_precisions(run)}.",
@@ -270,7 +270,7 @@ def _learned(run: Description) -> str:
 
 
 def _fine_tuning_lines(run: Description) -> list[str]:
-    """Return the lines on fine-tuning, or none for another mode."""
+    """Return the lines on fine-tuning; an empty list for another mode."""
     recipe = run.recipe
     if not isinstance(recipe, FineTuningRecipe):
         return []
@@ -320,7 +320,7 @@ def fine_tuning_outcome(folds: Sequence[FoldResult]) -> str:
 
 
 def _precision_lines(run: Description) -> list[str]:
-    """Return the line on the comparison of precisions, or none if there was none."""
+    """Return the line on the comparison of precisions; an empty list if only one precision was possible."""
     if run.choice is None:
         return []
     headline = HEADLINES[run.task]
@@ -348,7 +348,10 @@ _RISE = 0.02
 
 
 def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe, *, is_bad: bool = False) -> str:
-    """Return in one or two sentences whether the folds overfitted; of a bad model it is no praise that none did."""
+    """Return one or two sentences that say whether the folds overfitted.
+
+    For a bad model they do not say that no fold did, because that would read as praise.
+    """
     watched = [fold for fold in folds if fold.history and "val_loss" in fold.history[0]]
     if not watched:
         return "The folds had no validation images, so overfitting could not be detected."
@@ -399,7 +402,7 @@ def _confused(run: Description, most: int = 10) -> list[tuple[int, str, str]]:
 
 
 def pictures(run: Description) -> dict[RunFile, bytes]:
-    """Return PNGs by file name: the training curves, and the plot of predictions that suits the task."""
+    """Return PNGs by file name: the training curves, and a plot of the predictions that depends on the task."""
     match run.task:
         case Task.REGRESSION:
             first = {RunFile.VALUES: _values(run)}
@@ -411,7 +414,7 @@ def pictures(run: Description) -> dict[RunFile, bytes]:
 
 
 def _values(run: Description) -> bytes:
-    """Return the predicted numbers over the true ones."""
+    """Return a PNG that plots the predicted numbers over the true numbers of a regression."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     truth, guesses = run.truth[:, 0], run.logits[:, 0]
@@ -448,7 +451,7 @@ def shown_range(values: Float64) -> tuple[float, float]:
 
 
 def _labels(run: Description) -> bytes:
-    """Return a bar of F1 for each label, the worst at the bottom, with its precision and recall."""
+    """Return a PNG with a bar of F1 for each label, the worst at the bottom, and marks for precision and recall."""
     rows = sorted(run.metrics["per_class"], key=lambda row: row["f1"])[:_LABELS_SHOWN]
     figure = Figure(figsize=(7, min(20.0, 1.5 + 0.3 * len(rows))), layout="constrained")
     axes = figure.subplots()
@@ -466,7 +469,7 @@ def _labels(run: Description) -> bytes:
 
 
 def _confusion(run: Description) -> bytes:
-    """Return the confusion matrix; colours are shares of each true class."""
+    """Return a PNG of the confusion matrix. Colours show shares of the images of a true class; numbers count images."""
     counts = np.array(run.metrics["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     drawn, classes = drawn_names(run.labels), len(run.labels)
@@ -478,7 +481,7 @@ def _confusion(run: Description) -> bytes:
     axes.set_ylabel("true class")
     axes.set_title(f"accuracy {run.metrics['accuracy']:.1%}")
     if classes <= _CLASSES_WITH_NUMBERS:
-        # Not as formulas: a class may be called $5.
+        # Without `parse_math=False`, matplotlib would read a class name with $ as a formula.
         axes.set_xticks(range(classes), drawn.names, rotation=90, parse_math=False)
         axes.set_yticks(range(classes), drawn.names, parse_math=False)
         for truth in range(classes):
@@ -489,7 +492,7 @@ def _confusion(run: Description) -> bytes:
 
 
 def _curves(run: Description) -> bytes:
-    """Return loss and, if there is one, accuracy over the epochs of every fold, best epochs marked."""
+    """Return a PNG of loss and, if the task has one, accuracy over the epochs of each fold. Dots mark best epochs."""
     names = [name for name in ("loss", "accuracy") if name in run.folds[0].history[0]]
     figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
@@ -502,7 +505,7 @@ def _curves(run: Description) -> bytes:
                 watched = [epoch[f"val_{name}"] for epoch in fold.history]
                 axes.plot(epochs, watched, color=colour, label=f"fold {fold.number + 1}")
                 axes.plot(fold.best_epoch, watched[fold.best_epoch - 1], "o", color=colour)
-            if "phases" in fold.metrics:  # where the network began to learn as well
+            if "phases" in fold.metrics:  # a line marks the beginning of the second phase
                 axes.axvline(fold.metrics["phases"][0]["epochs"] + 0.5, color=colour, alpha=0.35, linestyle=":")
         axes.set_xlabel("epoch")
         axes.set_title(f"{name}: training (pale) and validation")

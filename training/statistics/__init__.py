@@ -1,1 +1,1 @@
-"""Metrics, confidence intervals, paired comparisons and learning-curve laws, in NumPy. Knows no Keras."""
+"""Metrics, confidence intervals, paired comparisons and power laws for learning curves, in NumPy. Knows no Keras."""

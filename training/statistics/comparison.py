@@ -1,7 +1,7 @@
-"""Compares recipes by their out-of-fold logits: which is best, and could that be chance? Loads no network, no Keras.
+"""Compares recipes by their out-of-fold logits: which is best, and is the difference significant? Knows no Keras.
 
 All recipes were tested on the same images in the same folds, so that they are compared image by image. An image that is
-hard for all of them cancels out. Images of one group are drawn, and exchanged, together.
+hard for every recipe has no influence. Images of one group are always resampled and exchanged together.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class OutOfFoldLogits:
     """The logits of one recipe for the images that each fold did not train on.
 
     Attributes:
-        folds: int16 [repeats, N], the fold that tested each image; -1 for an image that none has tested.
-        logits: [repeats, N, outputs].
+        folds: int16 [repeats, N], the fold that tested each image; -1 for an image that no fold tested.
+        logits: float32 or float64 [repeats, N, outputs].
     """
 
     folds: npt.NDArray[np.int16]
@@ -52,7 +52,13 @@ class OutOfFoldLogits:
 
 @dataclass(frozen=True)
 class Entry:
-    """A trained recipe: what distinguishes it from the others, its headline score, and a way to load its logits."""
+    """A trained recipe in a comparison.
+
+    Attributes:
+        title: the values that distinguish this recipe from the others.
+        score: its headline score.
+        load: loads its out-of-fold logits.
+    """
 
     title: str
     score: float
@@ -61,7 +67,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Difference:
-    """A score minus the best one, its 95 % interval, and how likely chance alone gives as large a difference."""
+    """The difference of a recipe's score to the best score.
+
+    Attributes:
+        difference: the recipe's score minus the best score.
+        ci95: the 95 % interval of the difference.
+        p_value: the probability of a difference at least as large if the two recipes were equally good.
+    """
 
     difference: float
     ci95: tuple[float, float]
@@ -70,7 +82,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The number of the best entry, the difference of each entry to it (None for itself), and a sentence on both."""
+    """The result of a comparison.
+
+    Attributes:
+        best: index of the best entry.
+        differences: for each entry, its difference to the best entry; None for the best entry itself.
+        verdict: the result in one sentence.
+    """
 
     best: int
     differences: list[Difference | None]
@@ -87,7 +105,7 @@ def compare(
         labels: class names in the order of the outputs; none for a regression.
         rows: the images of the data set version, N of them.
         entries: at least one; all were tested on the same folds.
-        alive: called before each entry, to show that the work goes on.
+        alive: called before each entry, to show that the work continues.
     """
     headline = HEADLINES[task]
     best = best_of([entry.score for entry in entries], headline)
@@ -100,11 +118,10 @@ def compare(
         return evaluation.scores_of_sums(task, sums)[headline.metric]
 
     def of_images(out_of_fold: OutOfFoldLogits) -> Float64:
-        """Return float64 [N, S], the mean over repeats, since more repeats add no images."""
+        """Return the statistics of each image, float64 [N, S], as their mean over the repeats."""
         if not np.array_equal(out_of_fold.folds, folds):
             raise EspalierError(
-                "Expected runs of a comparison that were tested on the same folds. Received different folds. This is "
-                "a bug."
+                "The runs of a comparison must be tested on the same folds, but their folds differ. This is a bug."
             )
         return evaluation.mean_image_statistics(task, truth, out_of_fold.logits[:, tested])
 
@@ -126,7 +143,7 @@ def compare(
 
 
 def best_of(scores: Sequence[float], headline: Headline) -> int:
-    """Return the number of the best score; of equal ones that of the first."""
+    """Return the index of the best score. If several scores are equal, it is the first of them."""
     values = np.array(scores) if headline.is_greater_better else -np.array(scores)
     return int(values.argmax())
 
@@ -136,14 +153,14 @@ def paired_difference(
 ) -> Difference:
     """Return the difference of a score between two recipes that were tested on the same images.
 
-    The interval comes from bootstrap draws, each the same for both recipes (Efron and Tibshirani 1993, "An Introduction
-    to the Bootstrap", 8.3). The test exchanges the logits of the two recipes for whole groups at random. If the recipes
-    were equally good, a difference would be as likely after an exchange as before it (Good 2005, "Permutation,
-    Parametric and Bootstrap Tests", 3.7).
+    The interval comes from bootstrap draws that are the same for both recipes (Efron and Tibshirani 1993, "An
+    Introduction to the Bootstrap", 8.3). The p-value comes from a permutation test, which exchanges the logits of the
+    two recipes for random groups. If the recipes were equally good, such exchanges would often give as large a
+    difference as the observed one (Good 2005, "Permutation, Parametric and Bootstrap Tests", 3.7).
 
     Args:
-        of_one: statistics of each image whose sums give the score, float64 [N, S].
-        of_best: the same for the recipe to compare with.
+        of_one: the statistics of each image for one recipe, float64 [N, S]; `score` takes their sums.
+        of_best: the statistics of each image for the best recipe, float64 [N, S].
         groups: group of each image, int [N]; at least two groups.
         score: turns sums, float64 [..., S], into scores [...].
         swaps: number of random exchanges.
@@ -175,7 +192,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences: Sequence[Difference | None]) -> str:
-    """Return a sentence that says which recipe is best, and which others may be as good by the test."""
+    """Return a sentence that names the best recipe, and the recipes that are not significantly worse."""
     winner = f"{entries[best].title} has the best {headline.title[0].lower()}{headline.title[1:]}, "
     winner += headline.formatted(entries[best].score)
     others = [(entry, found) for entry, found in zip(entries, differences, strict=True) if found is not None]
@@ -186,8 +203,8 @@ def verdict(headline: Headline, entries: Sequence[Entry], best: int, differences
         next_best, _ = min(others, key=lambda other: abs(other[1].difference))
         largest = max(found.p_value for _, found in others)
         return (
-            f"{winner}, and is better than every other: the next, {next_best.title}, has "
-            f"{headline.formatted(next_best.score)} (p at most {largest:.2g}, adjusted by Holm)."
+            f"{winner}, significantly better than all other recipes. The second best is {next_best.title} with "
+            f"{headline.formatted(next_best.score)} (every p ≤ {largest:.2g}, adjusted by Holm's method)."
         )
     names = " and ".join(filter(None, [", ".join(entry.title for entry in near[:-1]), near[-1].title]))
     return f"{winner}, but cannot be told apart from {names} on these images."

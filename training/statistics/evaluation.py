@@ -1,4 +1,4 @@
-"""Scores of a model with their intervals, from logits of images that it did not train on, over all folds together."""
+"""Computes scores and their confidence intervals from logits of images that a model was not trained on."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _INTERVALS = {
 }
 
 _IS_SHARE = ("accuracy",)
-"""Scores that are shares of images, so that their interval has a formula."""
+"""The scores that are a share of the images. Their interval has a formula; other scores need the bootstrap."""
 
 
 def wilson(share: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Return the score interval (Wilson 1927) of a share of `count` trials; `z` is for 95 % by default."""
+    """Return Wilson's score interval (1927) of a share that was observed in `count` trials; by default for 95 %."""
     centre = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    # For shares of 0 and 1 one bound is the share itself, which rounding must not miss.
+    # For shares of 0 and 1, one bound is the share itself. `min` and `max` protect this bound against rounding errors.
     return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
 
 
 def wilson_over_groups(correct: npt.NDArray[np.float64], groups: Indices) -> tuple[float, float]:
-    """Return the interval of a share of images in groups, such as pictures of one person, which are not independent.
+    """Return the interval of a share if the images of a group are not independent, such as pictures of one person.
 
-    It is Wilson's interval for the number of independent images whose share would vary as much as that of these groups
-    does. The variance is that of a share in a cluster sample (Cochran 1977, "Sampling Techniques", 3.12).
+    It is Wilson's interval for the effective number of images: the number of independent images whose share would have
+    the same variance. The variance is that of a cluster sample (Cochran 1977, "Sampling Techniques", 3.12).
 
     Args:
         correct: share of right answers for each image, float64 [N] from 0 to 1.
@@ -54,13 +54,13 @@ def wilson_over_groups(correct: npt.NDArray[np.float64], groups: Indices) -> tup
     deviations = np.bincount(number, weights=correct) - share * sizes
     variance = len(sizes) / (len(sizes) - 1) * float(np.square(deviations).sum()) / len(correct) ** 2
     if share in (0.0, 1.0):
-        return wilson(share, len(sizes))  # there is no variance to estimate from: count each group once
+        return wilson(share, len(sizes))  # the variance is zero and says nothing, so each group counts as one image
     effective = share * (1 - share) / variance if variance > 0 else math.inf
     return wilson(share, min(effective, len(correct)))
 
 
 def image_statistics(task: Task, truth: Truth, logits: Logits) -> Float64:
-    """Return float64 [N, S]: statistics of each image from whose sums `scores_of_sums` gives the scores.
+    """Return the statistics of each image, float64 [N, S]. `scores_of_sums` computes the scores from their sums.
 
     Args:
         task: what is predicted.
@@ -102,18 +102,18 @@ def mean_image_statistics(task: Task, truth: Truth, logits: Logits) -> Float64:
 
 
 def surprise(probabilities: Float64) -> Float64:
-    """Return the negative logarithm; as in scikit-learn's log loss, zero counts as float64's epsilon."""
+    """Return the negative logarithm. As in scikit-learn's log loss, zero is replaced by the epsilon of float64."""
     return -np.log(np.maximum(probabilities, np.finfo(np.float64).eps))
 
 
 def scores_of_sums(task: Task, sums: Float64) -> dict[str, Float64]:
-    """Return scores by name, each [...], of sums [..., S] of `image_statistics` over images.
+    """Return scores by name, each of shape [...], from sums [..., S] of `image_statistics` over images.
 
-    Classes have accuracy, and loss, which is the mean negative log-likelihood. Labels have the same; an image counts as
-    right if all its labels are right, and its loss is the mean over labels. They also have f1_macro, the mean F1 of the
-    labels that occur in truth or answers, and f1_micro, the F1 of all answers together. Numbers have rmse, mae, loss,
-    which is the mean squared error, and r2 = 1 - squared errors / squared deviations from the mean (NaN if all numbers
-    are equal).
+    - Multiclass and binary: `accuracy`, and `loss`, the mean negative log-likelihood.
+    - Multilabel: `accuracy`, the share of images with all labels right; `loss`, the mean over labels; `f1_macro`, the
+      mean F1 of the labels that occur in truth or predictions; `f1_micro`, the F1 of all predictions together.
+    - Regression: `rmse`; `mae`; `loss`, the mean squared error; `r2`, which is 1 - squared errors / squared deviations
+      from the mean (NaN if all numbers are equal).
     """
     count = sums[..., 0]
     if task is Task.REGRESSION:
@@ -172,7 +172,7 @@ def evaluate(task: Task, labels: Sequence[str], truth: Truth, logits: Logits) ->
 
 
 def mean_scores(task: Task, truth: Truth, logits: Logits) -> dict[str, float]:
-    """Return the scores of all images together by name, without tables; r2 is 0 if all numbers are equal."""
+    """Return the scores of all images by name, without tables. The `r2` of equal numbers is 0."""
     found = scores_of_sums(task, image_statistics(task, truth, logits).sum(axis=0))
     scores = {name: float(value) for name, value in found.items()}
     if np.isnan(scores.get("r2", 0.0)):
@@ -229,10 +229,10 @@ def scores_with_intervals(task: Task, truth: Truth, groups: Indices, logits: Log
 def evaluate_held_out(
     task: Task, labels: Sequence[str], truth: Truth, groups: Indices, logits: Logits
 ) -> dict[str, Any]:
-    """Return the scores of logits [N, outputs] for images that no fit has seen.
+    """Return the scores of logits [N, outputs] on test images that no fit was trained on.
 
-    They are those of `evaluate`, with the number of images and, for at least two images, the intervals of
-    `evaluate_folds`.
+    These are the scores of `evaluate` and the number of images. With at least two images, the intervals of
+    `evaluate_folds` are added.
     """
     metrics = evaluate(task, labels, truth, logits) | {"images": len(truth)}
     if len(truth) > 1:
@@ -260,7 +260,7 @@ def _with_interval(task: Task) -> list[str]:
 def _intervals(
     task: Task, metrics: dict[str, Any], of_images: Float64, groups: Indices, suffix: str
 ) -> dict[str, list[float]]:
-    """Return the interval of each score over groups: by formula for shares of images, by bootstrap for the others."""
+    """Return the interval of each score over groups: by a formula for shares of images, else by the bootstrap."""
     names = _with_interval(task)
     found: dict[str, tuple[float, float]] = {}
     blocks = len(np.unique(groups))
@@ -302,5 +302,5 @@ def without_tables(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def median_epoch(epochs: Sequence[int]) -> int:
-    """Return the median of the folds' best epochs; for an even number the later one of the middle pair."""
+    """Return the median of the folds' best epochs. For an even number of folds it is the larger of the middle two."""
     return int(np.sort(np.asarray(epochs))[len(epochs) // 2])

@@ -1,8 +1,8 @@
-"""Fits the power law by which an error falls with the number of images: `a + b * n ** -c`. Knows no images, no folds.
+"""Fits power laws to learning curves: error = floor + scale * n ** -exponent for n training images.
 
-Errors of many models and data sets fall like this (Hestness et al. 2017, "Deep Learning Scaling is Predictable,
-Empirically"). The floor `a` is the error that remains with any number of images. No curve in use is known to
-extrapolate better (Viering & Loog 2022, "The Shape of Learning Curves: a Review", where it is called POW3).
+The errors of many models and data sets fall like this (Hestness et al. 2017, "Deep Learning Scaling is Predictable,
+Empirically"). The floor is the error that remains with any number of images. No other curve is known to extrapolate
+better (Viering & Loog 2022, "The Shape of Learning Curves: a Review", which calls this curve POW3).
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from training.data.split import Indices
 from training.data.targets import Float64
 
 LEAST_POINTS = 4
-"""The law has three parameters: it would fit any three points exactly."""
+"""The least number of points for a fit. The curve has three parameters, so that it fits any three points exactly."""
 
-# Real data have exponents from 0.07 to 1. These are tried, each 1 % above the one before.
+# The exponents to try, each 1 % larger than the one before. Those of real data are between 0.07 and 1.
 _EXPONENTS = np.geomspace(0.02, 2.0, 464)
-# Curves that are fitted at once; more of them take more memory.
+# How many curves are fitted at once, which limits the memory.
 _CURVES_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """`floor + scale * n ** -exponent` for n images; the parameters are float64 arrays of one shape, one per curve."""
+    """One or several curves `floor + scale * n ** -exponent`. The parameters are float64 arrays of the same shape."""
 
     floor: Float64
     scale: Float64
     exponent: Float64
 
     def error(self, images: Float64) -> Float64:
-        """Return the errors float64 [..., P] for P numbers of images, float64 [P]."""
+        """Return the errors of each curve, float64 [..., P], for P numbers of images, float64 [P]."""
         found: Float64 = self.floor[..., None] + self.scale[..., None] * images ** -self.exponent[..., None]
         return found
 
 
 def fit_power_law(images: Float64, errors: Float64) -> PowerLaw:
-    """Return the law that fits points best by least squares, with a floor and a scale of at least zero.
+    """Fit power laws to points by least squares, with a floor and a scale of at least zero.
 
-    For a given exponent the other two parameters are a linear problem with a formula. Therefore all exponents of a grid
-    are tried: the fit needs no start values and has no local minima (variable projection, Golub & Pereyra 1973).
+    For a given exponent, the best floor and scale have a formula. So all exponents of a grid are tried. This needs no
+    initial values and finds no local minima (variable projection, Golub & Pereyra 1973).
 
     Args:
-        images: numbers of images, float64 [P], more than zero; not all equal.
-        errors: the errors there, float64 [..., P], at least zero; each row is a curve of its own.
+        images: the numbers of images, float64 [P], greater than zero and not all equal.
+        errors: the errors for these numbers, float64 [..., P], at least zero. Each row is fitted by another curve.
     """
     most = images.max()
     shape = errors.shape[:-1]
@@ -58,11 +58,11 @@ def fit_power_law(images: Float64, errors: Float64) -> PowerLaw:
 
 
 def _fit(images: Float64, errors: Float64) -> tuple[Float64, Float64, Float64]:
-    """Return floor, scale and exponent, float64 [n] each, of errors [n, P] at images [P] of 1 at most."""
+    """Return floor, scale and exponent, float64 [n] each, for errors [n, P]. `images` [P] are scaled to at most 1."""
     falls = images ** -_EXPONENTS[:, None]  # [exponents, P]
     centred = falls - falls.mean(axis=1, keepdims=True)
     mean = errors.mean(axis=1, keepdims=True)
-    # The best law with both, without a floor, and without a fall: the best allowed one of these is the answer.
+    # Three candidates: with floor and scale, without a floor, and constant. The best one that is allowed is returned.
     free = (errors - mean) @ centred.T / np.square(centred).sum(axis=1)
     through = errors @ falls.T / np.square(falls).sum(axis=1)
     scales = np.stack([free, np.maximum(through, 0.0), np.zeros_like(free)])

@@ -22,9 +22,10 @@ _DRAWS_AT_ONCE = 250
 
 
 def block_sums(statistics: Float64, groups: Indices) -> Float64:
-    """Return float64 [B, ...], the sums of float64 [N, ...] over each group, or over blocks of several groups.
+    """Return the sums of statistics float64 [N, ...] over blocks of images, float64 [B, ...].
 
-    The same groups always give the same blocks, so that sums of different statistics can be compared block by block.
+    A block is a group, or several groups if there are very many. The same groups always give the same blocks, so that
+    sums of different statistics can be compared block by block.
     """
     block = blocks(groups)
     sums = np.zeros((int(block.max()) + 1, *statistics.shape[1:]))
@@ -42,7 +43,7 @@ def blocks(groups: Indices) -> Indices:
 
 
 def draws(blocks: int, count: int = DRAWS) -> Iterator[Float64]:
-    """Yield `count` bootstrap draws in chunks, float64 [n, blocks]: how often each block is drawn, with replacement."""
+    """Yield `count` bootstrap draws with replacement, in chunks float64 [n, blocks]: how often each block is drawn."""
     random = np.random.default_rng(0)
     for start in range(0, count, _DRAWS_AT_ONCE):
         size = min(_DRAWS_AT_ONCE, count - start)
@@ -50,10 +51,11 @@ def draws(blocks: int, count: int = DRAWS) -> Iterator[Float64]:
 
 
 def bootstrap_interval(values: Float64, blocks: int) -> tuple[float, float]:
-    """Return the 95 % interval by the percentiles of bootstrap draws, widened for few blocks.
+    """Return the 95 % interval as percentiles of bootstrap draws.
 
-    Plain percentiles are too narrow for few blocks. The percentiles are moved outwards in the ratio of Student's t to
-    the normal distribution (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 3.4).
+    For few blocks, an interval between plain percentiles is too narrow. So the percentiles are moved outwards in the
+    ratio of Student's t to the normal distribution (Hesterberg 2015, "What Teachers Should Know About the Bootstrap",
+    section 3.4).
 
     Args:
         values: the score in each draw, float64 [draws]; draws that have no score, NaN, are left out.
@@ -68,10 +70,10 @@ def bootstrap_interval(values: Float64, blocks: int) -> tuple[float, float]:
 
 
 def bootstrap_intervals(statistics: Float64, groups: Indices, scores: Scores) -> dict[str, tuple[float, float]]:
-    """Return the 95 % interval of each score over groups.
+    """Return the 95 % bootstrap interval of each score by name, with groups as blocks.
 
     Args:
-        statistics: statistics of each image, float64 [N, S].
+        statistics: the statistics of each image, float64 [N, S].
         groups: group of each image, int [N]; at least two groups.
         scores: turns sums, float64 [..., S], into scores [...] by name.
     """

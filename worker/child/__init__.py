@@ -1,1 +1,4 @@
-"""What runs inside child processes: each file is one kind of order. Writes no rows, and ends when its worker does."""
+"""The code that runs inside child processes. Each of these modules carries out one kind of order.
+
+A child process does not use the database, and it ends when its worker ends.
+"""

@@ -1,7 +1,8 @@
-"""The process that does one job, or several about one run: reads orders from standard input, sends messages, ends.
+"""The child process: reads orders from standard input, does the work, and sends messages to its worker.
 
-Run as `python -m worker.child <descriptor>`: that open file takes the messages, so that nothing which a library prints
-looks like one. Ends at once when standard input closes, since then its worker is gone.
+The worker runs `python -m worker.child <descriptor>`. The child writes messages to this file descriptor and not to
+standard output, where libraries may print. It exits at once when standard input closes, because then its worker is
+gone.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from worker.messages import CompareOrder, Failed, IngestOrder, Order, TrainOrder
 
 
 def main() -> int:
-    """Carry out the orders that come; return the exit status."""
+    """Carry out the orders of the worker; return the exit status of the process."""
     descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)  # what this process starts must not keep the pipe open after its end
+    os.set_inheritable(descriptor, False)  # a process that this one starts must not keep the pipe open
     channel = Channel(sys.stdin, os.fdopen(descriptor, "w", encoding="utf-8"))
     channel.listen()
     order = channel.next_order()
@@ -29,7 +30,7 @@ def main() -> int:
     except EspalierError as error:
         channel.send(Failed.by(error))
     except MemoryError:
-        channel.send(Failed.by(OutOfMemory("The work took more memory than it may.")))
+        channel.send(Failed.by(OutOfMemory("The job needed more memory than it is allowed to use.")))
     return 0
 
 

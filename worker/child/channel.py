@@ -1,4 +1,4 @@
-"""The child's end of the pipes to its worker: messages out, and orders and answers in."""
+"""The child's end of the two pipes to its worker: it sends messages, and receives orders and answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AnswerT = TypeVar("AnswerT", DigestAnswer, ChoiceAnswer, Stored)
 
 
 class Channel:
-    """Sends messages to the worker and takes in what it says."""
+    """Sends the messages of this child process to its worker, and receives orders and answers from the worker."""
 
     def __init__(self, incoming: IO[str], outgoing: IO[str]) -> None:
         self._incoming = incoming
@@ -38,17 +38,20 @@ class Channel:
         self._on_drain: Callable[[], None] = lambda: None
 
     def listen(self) -> None:
-        """Start to read what the worker says, on a thread of its own; kill this process once the worker is gone."""
+        """Start a thread that receives orders and answers. It kills this process when the worker is gone."""
         threading.Thread(target=self._listen, name="channel", daemon=True).start()
 
     def send(self, message: ChildMessage) -> None:
-        """Send a message; it has left this process when this returns."""
+        """Send a message to the worker. When this returns, the message is written to the pipe."""
         with self._lock:
             self._outgoing.write(line_of(message))
             self._outgoing.flush()
 
     def ask(self, question: Question, kind: type[AnswerT]) -> AnswerT:
-        """Send a question and wait for its answer, which is of this kind."""
+        """Send a question to the worker, wait for the answer and return it.
+
+        Raises TypeError if the answer is not an instance of `kind`.
+        """
         self.send(question)
         answer = self._answers.get()
         if not isinstance(answer, kind):
@@ -56,26 +59,29 @@ class Channel:
         return answer
 
     def next_order(self) -> Order:
-        """Wait for the next order."""
+        """Wait for the next order of the worker and return it."""
         return self._orders.get()
 
     def on_drain(self, write_down: Callable[[], None]) -> None:
-        """Call `write_down`, on another thread, when this process must end before its work is done."""
+        """Register the function to call when the worker asks this process to exit before its work is done.
+
+        Another thread calls `write_down`, which should write the last checkpoints. Then the process exits.
+        """
         self._on_drain = write_down
 
     def _listen(self) -> None:
         try:
             for line in self._incoming:
-                if line.endswith("\n"):  # else the worker died in the middle of a message
+                if line.endswith("\n"):  # otherwise the worker died while it wrote this line
                     self._receive(parse_worker_message(line))
-        finally:  # whatever goes wrong here, nobody would ever tell this process to end
+        finally:  # without this thread, nothing would ever stop this process
             os.killpg(0, signal.SIGKILL)
 
     def _receive(self, message: WorkerMessage) -> None:
         match message:
             case Drain():
                 self._on_drain()
-                with self._lock:  # a message that is half written is finished first
+                with self._lock:  # wait until another thread has written its whole message
                     os._exit(0)
             case DigestAnswer() | ChoiceAnswer() | Stored():
                 self._answers.put(message)

@@ -1,4 +1,7 @@
-"""Writes the checkpoints of one fit into the store, as often as a share of the time allows, and finds earlier ones."""
+"""Writes checkpoints of a fit into the store, and finds the checkpoint from which an interrupted fit continues.
+
+A fit is the training of one fold, or the final fit on all images.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from training.fitting.checkpoint import Checkpoint
 from worker.child.channel import Channel
 from worker.messages import CheckpointWritten, JsonObject
 
-# Copying the state of a small head takes longer than some of its epochs.
+# At most one copy per interval: copying the state of a small head can take longer than an epoch.
 _COPY_EVERY_S = 0.5
 _WRITE_EVERY_S = 1.0
 _DISK_PAUSE_S = 60.0
 
 
 class CheckpointWriter:
-    """Takes the checkpoints of a fold, or of the final fit.
+    """Writes checkpoints of one fit, but so seldom that they take only a small share of the training time.
 
-    The state of the last epoch is at hand even if writing it was not worth its time: `flush` writes it.
+    It keeps a copy of a recent state even when it does not write it. `flush` writes this copy.
     """
 
     def __init__(
@@ -37,16 +40,17 @@ class CheckpointWriter:
         share: float,
         count_fits: Callable[[], int] = lambda: 1,
     ) -> None:
-        """Look for the newest checkpoint that fits.
+        """Load the newest usable checkpoint of earlier attempts into `found`; None if there is none.
 
         Args:
-            channel: reports each checkpoint that is written.
-            store: where they are.
-            belongs: the run, data and weights that the fit's checkpoints depend on.
-            fold: the fold, or None for the final fit.
-            earlier: checkpoints of earlier attempts, the newest first.
-            share: how much of the time writing may take, from 0 to 1, of all fits that run side by side together.
-            count_fits: returns how many these are.
+            channel: used to report each written checkpoint to the worker.
+            store: the store that holds the checkpoints.
+            belongs: run, data, weights and recipe. A checkpoint with other values is not used.
+            fold: number of the fold, or None for the final fit.
+            earlier: stored checkpoints of earlier attempts, the newest first.
+            share: fraction of the training time that writing may take, from 0 to 1, for all fits that run at the same
+                time together.
+            count_fits: returns how many fits run at the same time.
         """
         self._channel = channel
         self._store = store
@@ -62,9 +66,12 @@ class CheckpointWriter:
         self._spent_s = self.found.seconds if self.found else 0.0
 
     def offer(self, take: Callable[[], Checkpoint]) -> None:
-        """Copy the state at the end of an epoch if it is time, and write it if it is time for that."""
+        """Copy the state at the end of an epoch, and write it, unless the last copy or checkpoint is too recent.
+
+        `take` returns the state; it is called only if a copy is made.
+        """
         now = time.monotonic()
-        # Each moment is divided among the fits that run just now.
+        # Fits that run at the same time share the elapsed time equally.
         self._spent_s += (now - self._counted_at) / max(1, self._count_fits())
         self._counted_at = now
         if now - self._copied_at < _COPY_EVERY_S * (self._share < 1):
@@ -76,7 +83,7 @@ class CheckpointWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the last state that was copied, unless it is written already."""
+        """Write the last copied state to the store, unless it has been written already."""
         with self._lock:
             pending, self._pending = self._pending, None
             if pending is None:
@@ -85,8 +92,8 @@ class CheckpointWriter:
             data = checkpoints.dump(pending, self._mark)
             try:
                 digest = self._store.put(data)
-            except (DiskFull, StoreUnavailable) as error:  # the one before stays, and the training goes on
-                sys.stderr.write(f"No checkpoint was written: {error.detail}\n")
+            except (DiskFull, StoreUnavailable) as error:  # training continues, and the checkpoint before is kept
+                sys.stderr.write(f"Checkpoint not written: {error.detail}\n")
                 self._pause_s, self._written_at = _DISK_PAUSE_S, time.monotonic()
                 return
             self._channel.send(
@@ -97,7 +104,7 @@ class CheckpointWriter:
             self._pause_s = max(_WRITE_EVERY_S, cost_s / self._share) * max(1, self._count_fits())
 
     def _find(self, digests: Sequence[Digest]) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole and fits."""
+        """Return the newest checkpoint that is not damaged and belongs to this fit."""
         for digest in digests:
             try:
                 found = checkpoints.load(self._store.read(digest), self._mark)
@@ -110,7 +117,7 @@ class CheckpointWriter:
 
 
 def epochs_of(checkpoint: Checkpoint | None) -> int:
-    """Return how many epochs are done at a checkpoint, of all phases."""
+    """Return how many epochs were finished at a checkpoint, in all phases of fine-tuning together."""
     if checkpoint is None:
         return 0
     of_head = len(checkpoint.head.trained.history) if checkpoint.head else 0

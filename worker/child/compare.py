@@ -1,4 +1,7 @@
-"""Compares the runs of a comparison, inside a child process: reads what they left, and trains nothing."""
+"""Compares the results of several runs, inside a child process.
+
+It reads the stored files of the runs and trains nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,18 @@ from worker.messages import Alive, ComparedRun, CompareOrder, ComparisonOutcome
 if TYPE_CHECKING:
     from inference.predictor import Predictor
 
-# Enough for a median that a short disturbance does not move; large networks get fewer.
+# Predictions per bundle: enough for a stable median. Large networks get fewer, because of the time limit.
 _ROUNDS = 30
 _ROUNDS_WITHIN_S = 60.0
-# Networks that are in memory at once, to take turns.
+# Largest total size of the networks that are in memory and timed in turns.
 _TURNS_BYTES = 4 * 1024**3
 
 
 def compare(order: CompareOrder, channel: Channel) -> None:
-    """Compare the runs of a comparison; send Alive now and then, and ComparisonOutcome at the end."""
+    """Compare the runs that the order lists.
+
+    Sends Alive regularly, and ComparisonOutcome at the end.
+    """
     from safetensors.numpy import load as load_tensors
 
     from training.report import comparison_report
@@ -108,16 +114,16 @@ def _loss(headline: Headline, score: float) -> float:
 def _prediction_times(
     runs: Sequence[ComparedRun], store: Store, threads: int, alive: Callable[[], None]
 ) -> list[float | None]:
-    """Return the median milliseconds that each bundle takes for one decoded image.
+    """Return, for each run, the median time in milliseconds of a prediction for one decoded image.
 
-    A bundle that this machine cannot serve gets None; its scores count all the same.
+    A run whose bundle this machine cannot serve gets None, but it stays in the comparison.
     """
     from inference.shelf import Shelf
     from inference.timing import medians_ms
 
     found: list[float | None] = [None] * len(runs)
     for turns in _turns([store.path(run.backbone) for run in runs]):
-        shelf = Shelf(store, threads, budget_bytes=sys.maxsize)  # all of these at once
+        shelf = Shelf(store, threads, budget_bytes=sys.maxsize)  # no limit: `_turns` has chosen networks that fit
         loaded: list[tuple[int, Predictor]] = []
         for number in turns:
             try:
@@ -138,7 +144,7 @@ def _ask(predictor: Predictor) -> Callable[[], object]:
 
 
 def _turns(networks: Sequence[Path]) -> list[list[int]]:
-    """Return the numbers of networks in groups that fit into memory together; equal ones count once."""
+    """Return the indexes of networks in groups that fit into memory together. Equal files count once."""
     groups: list[list[int]] = [[]]
     held: set[Path] = set()
     for number, network in enumerate(networks):

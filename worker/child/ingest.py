@@ -1,4 +1,7 @@
-"""Reads an uploaded archive, inside a child process: decoders of strangers' files run here and nowhere else."""
+"""Reads an uploaded archive and decodes its images, inside a child process.
+
+Uploaded files are decoded only here, because a malicious image may attack the decoder.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ _NAMED_FILES, _NAMED_BYTES = 20, 16 * MIB
 
 
 def ingest(order: IngestOrder, channel: Channel) -> None:
-    """Read an archive: store each image that can be used, and report what is known of it.
+    """Read an archive, store its usable images and report each of them to the worker.
 
-    Sends LayoutFound once, then for each image ImageBegun and ImageAccepted or ImageRejected. An image that kills this
-    process is the last one that was begun; the worker then orders the rest from a new process.
+    Sends LayoutFound once. Then sends, for each image, ImageBegun and after it ImageAccepted or ImageRejected. If an
+    image kills this process, the worker knows from ImageBegun which one, and a new process reads the other images.
     """
     resource.setrlimit(resource.RLIMIT_AS, (order.memory_bytes, order.memory_bytes))
     store = Store(Path(order.store), is_durable=False)  # the worker syncs what it takes over
@@ -77,7 +80,7 @@ def _layout(archive: Archive, code_page: str | None) -> Layout:
     if labels is not None:
         _, data = next(archive.read({labels}))
         if isinstance(data, Refused):
-            raise DatasetRefused(f"{labels} is {data.reason}.")
+            raise DatasetRefused(f"{labels} cannot be used: it is {data.reason}.")
         return layout.from_labels(data, labels, paths, code_page)
     try:
         found = layout.from_folders(paths)
@@ -106,7 +109,7 @@ def _format_named(archive: Archive) -> str | None:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """Have the kernel end this process if the next image takes more than so many seconds of processor time."""
+    """Let the kernel kill this process if it uses more than `seconds` of processor time from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     spent = int(used.ru_utime + used.ru_stime)
     resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds + 1, resource.RLIM_INFINITY))

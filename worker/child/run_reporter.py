@@ -1,6 +1,6 @@
-"""Sends the worker what a training reports: stages, epochs, checkpoints, and once a second that it lives.
+"""Sends the progress of a training to the worker: stages, epochs, checkpoints, and a heartbeat once a second.
 
-Computes no times itself: `worker.run_progress` does.
+`worker.run_progress` estimates the remaining time.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _STEPS_KEPT = 16
 
 
 class RunReporter:
-    """The `ProgressListener` of a run: sends its progress at most once a second, everything else at once."""
+    """The `ProgressListener` of a run. It sends progress at most once a second, and every other report at once."""
 
     def __init__(self, channel: Channel, store: Store, order: TrainOrder) -> None:
         self.order = order
-        """The order that is carried out now."""
+        """The order that the child is carrying out."""
         self.belongs: JsonObject = {}
-        """What the run's checkpoints depend on."""
+        """The run, data, weights and recipe; a checkpoint with other values is not used."""
         self._channel = channel
         self._store = store
         self._sent_at = 0.0
@@ -59,7 +59,7 @@ class RunReporter:
 
     def images(self, done: int, total: int) -> None:
         self._heartbeat.step()
-        if done or not total:  # at 0 it only lives: the stage itself has reported its beginning
+        if done or not total:  # at 0, `stage` has just sent this progress
             self._send(self._estimator.images_done(done, total))
 
     def extracted(self, extraction: Extraction) -> None:
@@ -99,7 +99,7 @@ class RunReporter:
         self._channel.send(FoldEnded(result=outcome.result, outcome=self._store.put(outcome.dump())))
 
     def flush(self) -> None:
-        """Write the last checkpoint of every fit that has not ended."""
+        """Write a last checkpoint of every fit that is still running."""
         for writer in list(self._writers.values()):
             writer.flush()
 
@@ -111,7 +111,7 @@ class RunReporter:
 
 
 class FitReporter:
-    """The `FitListener` of a fold, or of the final fit."""
+    """The `FitListener` of one fold, or of the final fit. It sends epochs, progress and checkpoints to the worker."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class FitReporter:
 
 
 class Heartbeat:
-    """Sends once a second that work moves, and how long one step of it usually takes."""
+    """Sends `Alive` at most once a second, with the median duration of the last steps."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -156,7 +156,7 @@ class Heartbeat:
         self._steps_s: deque[float] = deque(maxlen=_STEPS_KEPT)
 
     def step(self) -> None:
-        """Note that a step is done."""
+        """Record that one training step has ended; send `Alive` if the last message is a second old."""
         now = time.monotonic()
         self._steps_s.append(now - self._stepped_at)
         self._stepped_at = now
@@ -166,5 +166,5 @@ class Heartbeat:
 
 
 def store_file(store: Store, name: RunFile, data: bytes, media_type: str) -> StoredFile:
-    """Store a file of a run; return what its row needs."""
+    """Put a file of a run into the store; return the message that describes the file to the worker."""
     return StoredFile(name=name, sha256=store.put(data), size_bytes=len(data), media_type=media_type)

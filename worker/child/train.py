@@ -1,4 +1,7 @@
-"""Trains the parts of a run that are ordered, inside a child process; computes once what several parts need."""
+"""Trains parts of a run inside a child process: the preparation, folds, the final fit, or all of them.
+
+The process keeps what several parts of a run need, such as the network and the features.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,10 @@ if TYPE_CHECKING:
 
 
 def train(order: Order, channel: Channel) -> None:
-    """Carry out an order and then every further one; the process ends when its worker closes the pipe.
+    """Carry out this order and then each further one that the worker sends.
 
-    Sends messages of `worker.messages.TrainMessage`; each order ends with Prepared, FoldEnded or RunOutcome.
+    Sends the messages of `worker.messages.TrainMessage`. The last message of an order is Prepared, FoldEnded or
+    RunOutcome. The function never returns: the process ends when its worker closes the pipe.
     """
     session: _TrainingSession | None = None
     while True:
@@ -60,14 +64,14 @@ def train(order: Order, channel: Channel) -> None:
             session.do(order)
         except Exception as error:
             if "RESOURCE_EXHAUSTED" in str(error) or type(error).__name__ == "ResourceExhaustedError":
-                # As TensorFlow and JAX say it, neither of which is imported here.
+                # TensorFlow and JAX report it this way. Neither is imported here, so their classes cannot be caught.
                 raise OutOfMemory(f"The network and its batch do not fit into memory: {error}") from error
             raise
         order = channel.next_order()
 
 
 class _TrainingSession:
-    """One experiment, prepared once."""
+    """The prepared experiment of one run, which trains one part after the other."""
 
     def __init__(self, order: TrainOrder, channel: Channel) -> None:
         self._spec = order.spec
@@ -85,14 +89,14 @@ class _TrainingSession:
         self._experiment = self._prepare()
 
     def fits(self, order: TrainOrder) -> bool:
-        """Return whether an order is about this experiment."""
+        """Return whether this experiment can also carry out another order: one of the same run with the same recipe."""
         spec, mine = order.spec, self._spec
         return spec.weights in (None, self._weights) and all(
             getattr(spec, name) == getattr(mine, name) for name in ("run", "recipe", "manifest", "labels", "threads")
         )
 
     def do(self, order: TrainOrder) -> None:
-        """Train the part of the run that an order names."""
+        """Train the part of the run that the order names, and send its results."""
         self._reporter.order = order
         folds = range(len(self._experiment.folds))
         match order.part:
@@ -128,7 +132,10 @@ class _TrainingSession:
         return fold_outcome.load(self._store.read(order.outcomes[number]))
 
     def _find_weights(self) -> Digest | None:
-        """Return the stored weights, after download if need be; None for a network from scratch or one to choose."""
+        """Return the stored weights of the backbone; download or create them first if they are missing.
+
+        Return None for a network from scratch, and if the backbone is still to be chosen.
+        """
         spec, recipe = self._spec, self._recipe
         backbone = recipe.backbone
         if not isinstance(backbone, BackboneName) or recipe.weights is None:
@@ -148,7 +155,7 @@ class _TrainingSession:
 
     def _prepare(self) -> Experiment:
         spec = self._spec
-        # TensorFlow takes seconds to import: only now, so that weights that cannot be had are reported at once.
+        # Imported here, because TensorFlow takes seconds to import and missing weights must be reported before that.
         from training.experiment import Experiment
         from training.networks.network_files import Workspace
         from training.setup import TrainingRequest
@@ -167,7 +174,7 @@ class _TrainingSession:
 
 
 class _WorkerRegistry:
-    """The `Registry` of an experiment: asks the worker, which has the database."""
+    """The `Registry` of an experiment. It asks the worker, because a child cannot reach the database."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -197,7 +204,7 @@ class _WorkerRegistry:
         self._channel.ask(SetPrecisionChoice(choice=facts), Stored)
 
     def _settled(self, question: AddBackbone | AddQuantised) -> Digest:
-        """Return the file that counts after one was added."""
+        """Ask the worker to record a file; return the digest of the file to use, which may be an earlier one."""
         digest = self._channel.ask(question, DigestAnswer).digest
-        assert digest is not None, "One was added just now, so one counts. This is a bug."
+        assert digest is not None, "The worker returned no file right after one was recorded. This is a bug."
         return digest

@@ -1,4 +1,4 @@
-"""Computes a view of a finished run, inside a child process: what a layer sees, or what more images would bring."""
+"""Computes a view of a finished run, inside a child process: a list of layers, activations, or a learning curve."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _REPORT_EVERY_S = 1.0
 
 
 def compute(order: ViewOrder, channel: Channel) -> None:
-    """Compute a view; send ViewProgress now and then, and ViewOutcome at the end."""
+    """Compute the view that the order names.
+
+    Sends ViewProgress regularly for a learning curve, and ViewOutcome at the end.
+    """
     store = open_store(order.store)
     bundle = bundles.load(store.read(order.bundle))
     match order:
@@ -41,7 +44,7 @@ def compute(order: ViewOrder, channel: Channel) -> None:
 
 
 def _layers(order: LayersOrder, store: Store, bundle: Bundle) -> bytes:
-    """Return the network's layers as JSON: name, height, width and channels of each."""
+    """Return the layers of the network as JSON: the name, height, width and channels of each layer."""
     from inference.layer_maps import LayerReader
 
     insight = LayerReader(store.verified_path(bundle.backbone), order.threads)
@@ -49,7 +52,7 @@ def _layers(order: LayersOrder, store: Store, bundle: Bundle) -> bytes:
 
 
 def _activations(order: ActivationsOrder, store: Store, bundle: Bundle) -> bytes:
-    """Return the picture of what a layer makes of an image, as PNG."""
+    """Return a PNG picture with the activations of one layer for one image."""
     from inference import explain
     from inference.layer_maps import CHANNELS, LayerReader
 
@@ -62,8 +65,8 @@ def _activations(order: ActivationsOrder, store: Store, bundle: Bundle) -> bytes
 
 
 def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, channel: Channel) -> tuple[bytes, bytes]:
-    """Return the curve as JSON and its picture as PNG."""
-    # TensorFlow takes seconds to import: read first, so that files that were deleted meanwhile are reported at once.
+    """Measure the learning curve; return it as JSON, and its picture as PNG."""
+    # Files are read before TensorFlow is imported, which takes seconds, so that a missing file is reported at once.
     rows = manifest.load(store.read(order.manifest))
     measured = store.read(order.out_of_fold)
     from safetensors.numpy import load as load_tensors
@@ -98,14 +101,14 @@ def _learning_curve(order: LearningCurveOrder, store: Store, bundle: Bundle, cha
     return json.dumps(curve).encode(), found.picture
 
 
-# Share of the progress bar; small, since features are cached as a rule.
+# Share of the features in the progress bar. It is small because features are usually cached.
 _FEATURES_SHARE = 0.05
 
 
 def _features(
     order: LearningCurveOrder, store: Store, bundle: Bundle, digests: Sequence[Digest], progress: _ViewReporter
 ) -> Features:
-    """Return the features of every image through the run's network, computing those that are not cached any more."""
+    """Return the features of these images from the network of the run; compute those that are not cached."""
     from artifacts.features import FeatureCache, FeatureSpace
     from inference.engine import OpenVinoEngine
     from training.data.extraction import extract
@@ -125,19 +128,22 @@ def _features(
 
 
 class _ViewReporter:
-    """Reports at most once a second how much is done, and how long the present stage will take at its speed so far."""
+    """Sends ViewProgress at most once a second. The remaining time is estimated from the speed of the stage so far."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
     def begin_stage(self, start: float, end: float) -> None:
-        """Begin a stage that spans this part of the whole, both ends from 0 to 1."""
+        """Begin a stage that covers the progress bar from `start` to `end`, both between 0 and 1."""
         self._start, self._end = start, end
         self._begun_at = time.monotonic()
         self._send(0.0)
 
     def report(self, share: float) -> None:
-        """Report how much of the stage is done, from 0 to 1."""
+        """Send the progress, unless the last message is less than a second old.
+
+        `share` is the finished fraction of the stage, from 0 to 1.
+        """
         if time.monotonic() - self._sent_at >= _REPORT_EVERY_S:
             self._send(share)
 

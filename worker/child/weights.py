@@ -1,7 +1,8 @@
-"""Puts weights into the store: downloaded from Keras' catalogue, or random. Runs in the child process of a job.
+"""Downloads pretrained weights that Keras publishes, or creates random ones, and puts them into the store.
 
-A download is checked against the MD5 that Keras publishes; from then on our own SHA-256 identifies the weights. On a
-machine without network the run must fail soon, with advice, so every wait here is short.
+This runs in the child process of a job. A download is checked against the MD5 that Keras publishes. The store then
+identifies the weights by their SHA-256. All timeouts are short, so that a run on a machine without network fails soon,
+with advice.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _CHUNK = 1024 * 1024
 
 @dataclass(frozen=True)
 class Obtained:
-    """The digest of weights in the store, and their origin."""
+    """Weights in the store: the digest of their file, and where they came from."""
 
     sha256: Digest
     source: JsonObject
@@ -46,7 +47,10 @@ def obtain(
     progress: Progress,
     catalogue: Mapping[BackboneName, Backbone] = CATALOGUE,
 ) -> Obtained:
-    """Put weights into the store. Raises WeightsUnavailable, whose message says what to do."""
+    """Put the weights of a backbone into the store and return their digest.
+
+    Raises WeightsUnavailable, whose message says what the user can do.
+    """
     if name == RANDOM:
         from training.networks import backbones
 
@@ -73,7 +77,7 @@ def obtain(
 def _download(
     network: BackboneName, published: WeightsFile, source: WeightsSource, file: Path, progress: Progress
 ) -> None:
-    """Download a published file and check its MD5. Raises WeightsUnavailable."""
+    """Download a published file into `file` and check its MD5. Raises WeightsUnavailable."""
     url = f"{source.url.rstrip('/')}/{published.path}"
     timeout = httpx2.Timeout(source.stall_s, connect=source.connect_s)
     started = time.monotonic()
@@ -95,7 +99,7 @@ def _download(
                 done += len(chunk)
                 speed = done / (time.monotonic() - started)
                 progress(done, total, (total - done) / speed if total else None)
-    # ValueError and ImportError: the environment names a proxy that is malformed or needs a missing package.
+    # ValueError: the environment names an invalid proxy. ImportError: that proxy needs a package that is missing.
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, ImportError) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         raise _unavailable(network, published, f"{url} cannot be fetched: {reason}") from error
@@ -103,16 +107,17 @@ def _download(
         raise _unavailable(
             network,
             published,
-            f"What {url} sent is damaged: expected MD5 {published.md5}. Received {digest.hexdigest()} ({done:,} bytes)",
+            f"The file from {url} is damaged: expected MD5 {published.md5}. "
+            f"Received {digest.hexdigest()} ({done:,} bytes)",
         )
 
 
 def _open(client: httpx2.Client, url: str, source: WeightsSource) -> httpx2.Response:
-    """Send the request in a thread of its own, which a timeout abandons; return the response before its content.
+    """Send a GET request and return the response as soon as its headers have arrived.
 
-    HTTP clients do not limit the time of a name look-up, and they try each address of a host for `connect_s`. So this
-    waits at most twice `connect_s` for the connection to the host or its proxy. Raises what `client` does, or
-    TimeoutError.
+    The request runs in a thread, because HTTP clients do not limit the time of a name look-up and try each address of a
+    host for `connect_s`. After twice `connect_s` without a connection, this raises TimeoutError and leaves the thread
+    behind. Otherwise it raises the errors of `client`.
     """
     is_connected = threading.Event()
     answered: queue.Queue[httpx2.Response | Exception] = queue.Queue()
@@ -137,7 +142,7 @@ def _open(client: httpx2.Client, url: str, source: WeightsSource) -> httpx2.Resp
     try:
         answer = answered.get(timeout=source.connect_s + source.stall_s)
     except queue.Empty:
-        raise TimeoutError("no answer") from None
+        raise TimeoutError("no response in time") from None
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -146,9 +151,9 @@ def _open(client: httpx2.Client, url: str, source: WeightsSource) -> httpx2.Resp
 def _unavailable(network: BackboneName, published: WeightsFile, what: str) -> WeightsUnavailable:
     name = Path(published.path).name
     return WeightsUnavailable(
-        f"{what}. Ways out: give this machine network access and start the run again; or fetch that file elsewhere and "
-        f"import it with 'make weights BACKBONE={network.value} NAME={IMAGENET} FILE={name}'; or set "
-        "ESPALIER_WEIGHTS_URL to a mirror; or train with weights 'random'.",
+        f"{what}. To continue, give this machine network access and start the run again; or download that file on "
+        f"another machine and import it with 'make weights BACKBONE={network.value} NAME={IMAGENET} FILE={name}'; "
+        "or set ESPALIER_WEIGHTS_URL to a mirror; or train with weights 'random'.",
         network=network.value,
     )
 

@@ -1,1 +1,1 @@
-"""One file for each kind of job: what the worker does before, during and after its child process."""
+"""The handlers of jobs, one module for each kind: they start child processes, store results and write rows."""

@@ -1,4 +1,7 @@
-"""Makes the table of a comparison: the worker's side. The child reads what the runs left, and trains nothing."""
+"""Handles the job `compare`: starts the child process that compares the runs, and stores the table.
+
+The child (`worker.child.compare`) reads the stored results of the runs and trains nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ StartChild = Callable[[CompareOrder, Mapping[str, str]], AbstractContextManager[
 
 
 class Compare(Handler):
-    """The job that compares what the runs of a comparison measured."""
+    """Compares the runs of a comparison in a child process, and closes the comparison with its table."""
 
     def __init__(self, store: Store, threads: int, start: StartChild = Child) -> None:
         self._store = store
@@ -37,9 +40,11 @@ class Compare(Handler):
         self._start = start
 
     def run(self, work: Work) -> Complete:
-        """Compare in a child process; return what closes the comparison."""
+        """Compare the runs in a child process; return the function that stores the table and closes the comparison."""
         with work.database.reading() as session:
-            if session.get_one(Comparison, work.subject_id).state.is_final:  # cancelled before this began
+            if session.get_one(
+                Comparison, work.subject_id
+            ).state.is_final:  # the comparison was cancelled before this job began
                 return lambda session: None
             order = self._order(session, work.subject_id)
         outcome: ComparisonOutcome | None = None
@@ -83,7 +88,10 @@ class Compare(Handler):
         )
 
     def _complete(self, session: Session, comparison_id: str, outcome: ComparisonOutcome) -> None:
-        """Close the comparison with its table, unless it was cancelled or a run tried again while this was measured."""
+        """Store the table and close the comparison.
+
+        If the comparison was cancelled or one of its runs was started again meanwhile, discard the table.
+        """
         picture, report = outcome.picture, outcome.report
         earlier = comparisons.get_files(session, comparison_id)
         is_shown = comparisons.succeed_comparison(session, comparison_id, outcome.table, picture, report)
@@ -96,7 +104,7 @@ class Compare(Handler):
 
 
 def _compared(session: Session, position: int, title: str, run: Run) -> ComparedRun:
-    """Return a run that succeeded as the child needs it."""
+    """Return the results of a succeeded run in the form that the child process needs."""
     version = registry.find_run_version(session, run.id)
     files = {file.name: file.sha256 for file in runs.get_artifacts(session, run.id)}
     assert version is not None and run.metrics is not None and run.training_s is not None

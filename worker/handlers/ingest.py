@@ -1,4 +1,7 @@
-"""Takes an uploaded archive in: the worker's side. The archive itself is only opened in a child process."""
+"""Handles the jobs `ingest` and `purge`: turns an uploaded archive into a data set version, and deletes data sets.
+
+Only a child process (`worker.child.ingest`) opens the archive and decodes images.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,14 @@ _PROGRESS_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class IngestLimits:
-    """What a data set may be at most, and what reading one may take; `refused_share` is from 0 to 1."""
+    """Limits on a data set, and on the time and memory that reading one may use.
+
+    Attributes:
+        classes: the largest number of classes.
+        decode_cpu_s: the most processor seconds for one image.
+        memory_bytes: the most memory for the child process.
+        refused_share: the largest share of files that may be refused, from 0 to 1.
+    """
 
     archive: ArchiveLimits
     image: ImageLimits
@@ -57,7 +67,17 @@ class IngestLimits:
 
 @dataclass
 class _Intake:
-    """What has been read of an archive so far; `stored` are the files that were taken into the store."""
+    """The result of reading an archive, as far as it has been read.
+
+    Attributes:
+        samples: number of images that the archive names.
+        ignored: number of files that are neither images nor labels.
+        stored: digests of image files that were copied from the lent store into the store.
+        files: number of images and of files that were refused before any image was read.
+        classes: number of images of each class in the archive.
+        warnings: what the owner of the images should know.
+        reading: path of the image that the child is decoding, or None.
+    """
 
     task: Task | None = None
     samples: int = 0
@@ -72,17 +92,17 @@ class _Intake:
 
     @property
     def done(self) -> int:
-        """Number of files that need not be read again."""
+        """Number of files that have been read."""
         return len(self.accepted) + len(self.refused)
 
     def done_paths(self) -> tuple[str, ...]:
-        """Return the paths that need not be read again."""
+        """Return the paths that have been read, which a new child process can skip."""
         return (*(image.row.path for image in self.accepted), *(file.path for file in self.refused))
 
 
 @dataclass(frozen=True)
 class _Parent:
-    """The version that new images are added to."""
+    """The earlier version of the data set, to which an upload adds images."""
 
     version_id: str
     task: Task
@@ -90,18 +110,18 @@ class _Parent:
 
 
 class Ingest(Handler):
-    """The job that makes an uploaded version ready, or rejects it."""
+    """Reads the archive of a new data set version, and makes the version ready or rejects it."""
 
     def __init__(self, store: Store, limits: IngestLimits) -> None:
         self._store = store
         self._limits = limits
 
     def run(self, work: Work) -> Complete:
-        """Read the archive and return what makes the version ready or rejected."""
+        """Read the archive; return the function that makes the version ready or rejects it."""
         version = work.write(lambda session: datasets.start_ingest(session, work.subject_id))
         assert version.archive_sha256 is not None
         archive = Digest(version.archive_sha256)
-        drop_images(work, self._store, [version.id])  # which an interrupted attempt left
+        drop_images(work, self._store, [version.id])  # rows that an interrupted attempt left
         intake = _Intake()
         try:
             with self._store.lend_store(archive) as lent:
@@ -117,7 +137,7 @@ class Ingest(Handler):
             self._forget(work, intake)
             raise
         except Stopped as stopped:
-            if stopped.reason in (Reason.CANCELLED, Reason.STALLED):  # nobody will read these files once more
+            if stopped.reason in (Reason.CANCELLED, Reason.STALLED):  # no further attempt will need these files
                 self._forget(work, intake)
             raise
         return self._readiness(work, intake, _task(intake, parent, rows), rows)
@@ -128,18 +148,21 @@ class Ingest(Handler):
     def failed(self, session: Session, job: Job, error: EspalierError) -> None:
         datasets.mark_rejected(session, job.subject_id, error.record())
         delete_unreferenced_after_commit(session, self._store, datasets.drop_archive(session, job.subject_id))
-        # For the images that its attempts wrote: too many for the one transaction that this is.
+        # The images of the attempts are deleted by a job of their own: there may be too many for this transaction.
         jobs.add_job(session, job.project_id, JobKind.PURGE, Queue.INGEST, job.subject_id)
 
     def cancelled(self, session: Session, job: Job) -> None:
-        error = DatasetRefused("The data set was deleted while it was being taken in.")
-        # The purge that waits for this drops its archive.
+        error = DatasetRefused("The data set was deleted while its archive was being read.")
+        # The archive is deleted by the purge job, which waits for the end of this ingest.
         datasets.mark_rejected(session, job.subject_id, error.record())
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, work: Work, lent: Store, archive: Digest, code_page: str | None, intake: _Intake) -> None:
-        """Read the whole archive, in as many child processes as images kill; they know the store that is lent."""
+        """Read the whole archive. When an image kills the child process, refuse the image and start another child.
+
+        The children read and write only `lent`, a temporary store with the archive.
+        """
         deaths = 0
         while True:
             try:
@@ -155,7 +178,7 @@ class Ingest(Handler):
                 deaths += 1
                 if intake.reading is None or deaths > DEATHS:
                     raise death.as_failure() from death
-                intake.refused.append(Refused(intake.reading, f"it breaks the decoder: {death.detail}"))
+                intake.refused.append(Refused(intake.reading, f"the decoder crashed on it: {death.detail}"))
                 intake.reading = None
 
     def _order(self, lent: Store, archive: Digest, code_page: str | None, intake: _Intake) -> IngestOrder:
@@ -187,15 +210,18 @@ class Ingest(Handler):
         *,
         allow_refused: bool,
     ) -> None:
-        """See that the files make a data set, and note warnings. Raises DatasetRefused or LayoutUnknown."""
+        """Check that the images and labels make up a valid data set, and add warnings.
+
+        Raises DatasetRefused or LayoutUnknown.
+        """
         refused = len(intake.refused)
         reasons = _reasons(intake.refused)
         if not rows:
-            raise DatasetRefused(f"No file of the archive is an image that can be used: {reasons}.")
+            raise DatasetRefused(f"The archive has no usable image: {reasons}.")
         if parent is not None and not new:
             present = intake.files - refused
             raise DatasetRefused(
-                f"Expected images to add to the version before. Received none: {present} are in it already, and "
+                f"Expected images to add to the earlier version. Received none: {present} are in it already, and "
                 f"{refused} were refused{f' ({reasons})' if refused else ''}."
             )
         names = {label for row in rows for label in row.labels}
@@ -216,18 +242,18 @@ class Ingest(Handler):
         if not 2 <= len(names) <= self._limits.classes:
             only = f", {next(iter(names))!r}" if len(names) == 1 else ""
             raise DatasetRefused(
-                f"Expected 2 to {self._limits.classes:,} classes with images that can be used. "
+                f"A data set needs 2 to {self._limits.classes:,} classes with usable images. "
                 f"Received {len(names)}{only}. {' '.join(intake.warnings)}".strip()
             )
         check_class_names(names)
 
     def _check_refused(self, intake: _Intake, reasons: str, vanished: Sequence[str]) -> None:
-        """See that not too many files were refused. Raises DatasetRefused."""
+        """Check that not too many files were refused. Raises DatasetRefused."""
         refused = len(intake.refused)
         if refused > self._limits.refused_share * intake.files:
             raise DatasetRefused(
-                f"Expected at most {self._limits.refused_share:.0%} of the files to be unusable. Received {refused} of "
-                f"{intake.files} ({reasons}); 'refused' lists them.",
+                f"{refused:,} of {intake.files:,} files cannot be used ({reasons}); at most "
+                f"{self._limits.refused_share:.0%} may be unusable. The field 'refused' lists them with their reasons.",
                 retry="allow_refused",
             )
         if vanished:
@@ -262,7 +288,10 @@ class Ingest(Handler):
     def _write(
         self, work: Work, lent: Store, parent: _Parent | None, new: Sequence[IngestedImage], intake: _Intake
     ) -> None:
-        """Keep the files and write the version's rows in pieces, so that nobody waits long for the database."""
+        """Copy the image files into the store, and write the rows of the version.
+
+        Rows are written in many short transactions, so that no other process waits long for the database.
+        """
         version_id = work.subject_id
         after: str | None = "" if parent is not None else None
         while parent is not None and after is not None:
@@ -273,15 +302,15 @@ class Ingest(Handler):
             files = [image.row.sha256 for image in piece]
             intake.stored.update(files)
             for done, _ in enumerate(self._store.import_files(lent, files), start):
-                work.moved()
+                work.report_progress()
                 progress.report(done, len(new))
             work.write(partial(_add_images, project_id=work.job.project_id, version_id=version_id, images=piece))
         for _, piece in _pieces(new):
             if any(self._store.missing(image.row.sha256 for image in piece)):
                 raise Unavailable(
-                    "A file was removed with another data set just when this one took it over; once more."
+                    "An image file of this data set was deleted together with another data set. The ingest is repeated."
                 )
-            work.moved()
+            work.report_progress()
 
     def _readiness(self, work: Work, intake: _Intake, task: Task, rows: Sequence[Row]) -> Complete:
         lines = manifest.dump(rows)
@@ -289,7 +318,7 @@ class Ingest(Handler):
 
         def complete(session: Session) -> None:
             lock_files(session)
-            if not self._store.has(digest):  # a deleted data set was the same, and its purge took the file
+            if not self._store.has(digest):  # the purge of an identical data set has deleted the file meanwhile
                 self._store.put(lines)
             datasets.mark_ready(
                 session,
@@ -334,33 +363,39 @@ class Ingest(Handler):
         return complete
 
     def _forget_archive(self, work: Work) -> None:
-        """Remove the archive, once no further attempt can need it: a file that is gone cannot be rolled back."""
+        """Delete the archive. Call this only after the end of the job is committed: then no attempt needs it."""
         with work.database.writing() as session:
             try_delete_unreferenced(session, self._store, datasets.drop_archive(session, work.subject_id))
 
     def _forget(self, work: Work, intake: _Intake) -> None:
-        """Remove what the intake stored and nothing names; needs no lease, as it only removes that."""
+        """Delete the image files of this attempt that no row names.
+
+        This is safe even without the lease, because files that a row names stay.
+        """
         for _, files in _pieces(sorted(intake.stored)):
             with work.database.writing() as session:
                 is_removed = try_delete_unreferenced(session, self._store, files)
-            work.moved()
+            work.report_progress()
             if not is_removed:
                 return
 
 
 class Purge(Handler):
-    """The job that drops what a deleted data set held, or a version that was given up."""
+    """Deletes the images and files of a deleted data set, or of a single version whose ingest failed."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def run(self, work: Work) -> Complete:
-        """Drop the images with what shows them, then the manifests, once no ingest is under way or about to be."""
+        """Delete the images and the pictures made from them; return the function that deletes archives and manifests.
+
+        Raises Unavailable, so that the job is tried again, while an ingest of the data set is running or queued.
+        """
         with work.database.reading() as session:
             given_up = session.get(DatasetVersion, work.subject_id)
             versions = datasets.get_versions(session, work.subject_id) if given_up is None else [given_up]
         if any(version.state not in (DatasetState.READY, DatasetState.REJECTED) for version in versions):
-            raise Unavailable("An ingest of the deleted data set has not ended yet.")
+            raise Unavailable("An ingest of the deleted data set has not ended yet; the purge waits for it.")
         drop_images(work, self._store, [version.id for version in versions])
         while work.write(lambda session: self._drop_pictures(session, [version.id for version in versions])):
             pass
@@ -371,17 +406,17 @@ class Purge(Handler):
         return complete
 
     def _drop_pictures(self, session: Session, version_ids: Sequence[str]) -> bool:
-        """Remove some of the pictures that were made of the images; return whether there were any."""
+        """Delete a limited number of pictures that show these images; return False if none was left."""
         dropped, files = views.drop_pictures(session, version_ids, limit=_ROWS_PER_WRITE)
         try_delete_unreferenced(session, self._store, files)
         return dropped > 0
 
 
 def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
-    """Remove the images of versions from the database and, where no other row names them, from the store."""
+    """Delete the image rows of these versions, and the image files that no other row names."""
 
     def change(session: Session) -> bool:
-        lock_files(session)  # first: an image that another data set is just naming must not look like an orphan
+        lock_files(session)  # first, because another data set may be about to name one of these images
         dropped, orphans = datasets.drop_memberships(session, version_ids, limit=_ROWS_PER_WRITE)
         try_delete_unreferenced(session, store, orphans)
         return dropped > 0
@@ -391,7 +426,10 @@ def drop_images(work: Work, store: Store, version_ids: Sequence[str]) -> None:
 
 
 class _ProgressReporter:
-    """Writes how far the intake of a version is, once a second; `done` files were read before it began."""
+    """Writes the progress of an ingest to the database, at most once a second.
+
+    `done` is the number of files that were already done when this reporter was made. The speed does not count them.
+    """
 
     def __init__(self, work: Work, stage: str, done: int = 0) -> None:
         self._work = work
@@ -400,7 +438,10 @@ class _ProgressReporter:
         self._started = self._at = time.monotonic()
 
     def report(self, done: int, total: int) -> None:
-        """Write that so many of all files are done, if it is time. Raises Stopped if the work must end."""
+        """Write that `done` of `total` files are done, unless the last write is less than a second old.
+
+        Raises Stopped if the job must stop.
+        """
         self._work.check()
         now = time.monotonic()
         if now - self._at < _PROGRESS_EVERY_S or not total:
@@ -428,7 +469,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _pieces(things: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
-    """Yield the things that may be written together, with the place of the first among all."""
+    """Yield pieces that are small enough for one transaction, each with the index of its first item."""
     for start in range(0, len(things), _ROWS_PER_WRITE):
         yield start, things[start : start + _ROWS_PER_WRITE]
 
@@ -460,16 +501,17 @@ def _take_in(intake: _Intake, message: ChildMessage) -> None:
 
 
 def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
-    """Return the images that are new, after refusing those that contradict each other or the version before.
+    """Return the images of the upload that are new to the data set.
 
-    A new image whose name another image has is given a name of its own: cameras begin to count anew. Raises
-    DatasetRefused if the two versions do not say the same kind of thing about their images.
+    Refuse an image that has two different labels. A new image whose path belongs to another image gets another name,
+    because cameras number their images from the start again. Raises DatasetRefused if one version has numbers and the
+    other has labels.
     """
     old = {row.path: row for row in parent.rows} if parent else {}
     if parent and (parent.task is Task.REGRESSION) != (intake.task is Task.REGRESSION):
         raise DatasetRefused(
-            f"Expected images for {parent.task.value}, as in the version before. Received images for "
-            f"{intake.task.value if intake.task else 'nothing'}."
+            f"Expected images for {parent.task.value}, as in the earlier version. Received images for "
+            f"{intake.task.value if intake.task else 'no task'}."
         )
     said: dict[Digest, set[str]] = defaultdict(set)
     for row in (*old.values(), *(image.row for image in intake.accepted)):
@@ -480,13 +522,13 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
         row = image.row
         if len(said[row.sha256]) > 1:
             both = " and ".join(sorted(said[row.sha256]))
-            intake.refused.append(Refused(row.path, f"the same file stands under two labels: {both}"))
+            intake.refused.append(Refused(row.path, f"this image appears more than once, with two labels: {both}"))
         elif (path := names.free_name(row)) is not None:
             new.append(image if path == row.path else replace(image, row=replace(row, path=path)))
     if names.renamed:
         was, became = next(iter(names.renamed.items()))
         intake.warnings.append(
-            f"{len(names.renamed)} images have the names of other images in the version before. They were added under "
+            f"{len(names.renamed)} images have the names of other images in the earlier version. They were added under "
             f"names of their own, such as {became!r} for {was!r}."
         )
     return new
@@ -529,7 +571,7 @@ def _task(intake: _Intake, parent: _Parent | None, rows: Sequence[Row]) -> Task:
 
 
 def _target(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return what is known of a regression's numbers, and how many groups of images can be folded."""
+    """Return the range and mean of the target numbers, and how many groups of images can be split into folds."""
     targets = [row.target for row in rows if row.target is not None]
     groups = group_rows(rows)
     split = splits_of(rows, groups)
@@ -539,7 +581,10 @@ def _target(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _class_counts(rows: Sequence[Row]) -> list[ClassCount]:
-    """Count images and foldable groups of each class; sorted names are the order of the outputs from here on."""
+    """Count, for each class, the images and the groups that can be split into folds.
+
+    The result is sorted by class name. This order is also the order of the network's outputs.
+    """
     groups = group_rows(rows)
     split = splits_of(rows, groups)
     images: Counter[str] = Counter()

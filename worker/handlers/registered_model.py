@@ -1,7 +1,7 @@
-"""The code of a model in MLflow's registry: asks Espalier, which holds the weights, for the answer.
+"""The code of a model in MLflow's registry. It sends images to the Espalier API, which has the weights and predicts.
 
-MLflow keeps a copy of this file with each registered version and runs it wherever somebody loads that version, so it
-needs nothing but MLflow and the standard library. Espalier itself never imports it.
+MLflow stores a copy of this file with each registered version, and runs it wherever somebody loads that version. So the
+file needs only MLflow and the standard library. Espalier itself never imports it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import pandas as pd
 
 
 class EspalierModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
-    """Predicts images, a column `image` of file contents, through the HTTP endpoint named in the model's config."""
+    """Predicts images through the HTTP API of Espalier. The input column `image` has the bytes of image files."""
 
     def load_context(self, context: Any) -> None:
-        """Remember where to ask. ESPALIER_URL overrides the address, ESPALIER_API_KEY is the key to send."""
+        """Read the address of the API from the model's config.
+
+        The environment variable ESPALIER_URL overrides this address. ESPALIER_API_KEY is sent as the key.
+        """
         config = context.model_config
         address = os.environ.get("ESPALIER_URL", config["url"]).rstrip("/")
         self._url = f"{address}/api/v1/models/{config['model']}/predict?version={config['version']}"
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return one row per image: `label`, `probability`, and `probabilities` by label."""
+        """Return one row per image, with the columns `label`, `probability`, and `probabilities` (a dict by label)."""
         images = [base64.b64encode(image).decode() for image in model_input["image"]]
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("ESPALIER_API_KEY"):

@@ -1,8 +1,9 @@
-"""Tells MLflow about runs, from what the database says it is still owed. The only file that knows MLflow.
+"""Handles the job `publish`: sends results of a run to MLflow. No other module of the worker uses MLflow's client.
 
-A run never waits for this and never fails because of it. What MLflow refuses for good is recorded and passed over.
-Whatever is sent may be sent again after a crash or a time-out, so every step looks first whether MLflow has it: runs
-are found by their tags, metrics carry fixed times, files are overwritten.
+The table `outbox` lists what has not been sent yet. A run never waits for MLflow and never fails because of it. What
+MLflow refuses for good is recorded and skipped. A step may be repeated after a crash or a timeout, so each step has the
+same effect when it is done twice: MLflow runs are found by their tags, metrics have fixed timestamps, and files are
+overwritten.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from models import registry
 from models import run as runs
 from models.comparison import Comparison
 from models.dataset import Dataset, DatasetVersion
-from models.outbox import Outbox, drop_refusals, outbox_rows, record_refusals
+from models.outbox import Outbox, drop_refusals, get_unsent_rows, record_refusals
 from models.registry import ModelVersion
 from models.run import Fold, Run, RunArtifact, RunState
 from recipes.headline import HEADLINES, Headline, written_numbers
@@ -43,7 +44,7 @@ from worker.lease import Complete, Handler, Work
 log = structlog.get_logger()
 
 _NOTE = "mlflow.note.content"
-# Files that only the service reads, and large.
+# Large files that only the service reads; MLflow does not get them.
 _NOT_SHOWN = (RunFile.NEIGHBOURS,)
 _OF_A_ROW = {"espalier.best_of", "espalier.difference_to_best", "espalier.p_value"}
 # The most that MLflow takes, of an experiment's tag, of a run's tag, of a parameter, and at once.
@@ -58,7 +59,13 @@ _STATUS = {RunState.SUCCEEDED: "FINISHED", RunState.FAILED: "FAILED", RunState.C
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """Where MLflow is, how long one call to it may take, and where its readers find the API."""
+    """Settings for sending results to MLflow.
+
+    Attributes:
+        url: address of the MLflow server.
+        timeout_s: time limit for one call to MLflow, in seconds.
+        api_url: address of the Espalier API, for links on MLflow's pages.
+    """
 
     url: str
     timeout_s: float
@@ -67,7 +74,7 @@ class TrackingSettings:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that MLflow is told about a run."""
+    """Everything in the database about a run that can be sent to MLflow."""
 
     run: Run
     dataset: Dataset
@@ -81,9 +88,9 @@ class Facts:
 
 
 class Page(Protocol):
-    """One run as MLflow has it; every step may be taken again.
+    """The page of one run in MLflow. Each method may be called again without changing the result.
 
-    `refusals` tells what MLflow refused for good in these steps, as `what` and `reason`.
+    `refusals` lists what MLflow refused for good in these methods, as `what` and `reason`.
     """
 
     experiment_id: str
@@ -104,28 +111,28 @@ class Page(Protocol):
 
 
 OpenPages = Callable[[TrackingSettings], AbstractContextManager[Callable[[Facts], Page]]]
-"""Reach MLflow, or what a simulation has in its place, and find the page of a run there."""
+"""Connects to MLflow and yields a function that returns the page of a run. Tests replace it."""
 
 
 @contextmanager
-def _pages(place: TrackingSettings) -> Iterator[Callable[[Facts], Page]]:
-    with _mlflow(place) as client:
-        yield lambda facts: _Page(client, facts, place)
+def _pages(settings: TrackingSettings) -> Iterator[Callable[[Facts], Page]]:
+    with _mlflow(settings) as client:
+        yield lambda facts: _Page(client, facts, settings)
 
 
 class Publish(Handler):
-    """The job that sends what MLflow is owed about one run."""
+    """Sends the outbox rows of one run to MLflow."""
 
-    def __init__(self, store: Store, place: TrackingSettings, pages: OpenPages = _pages) -> None:
+    def __init__(self, store: Store, settings: TrackingSettings, pages: OpenPages = _pages) -> None:
         self._store = store
-        self._place = place
+        self._settings = settings
         self._pages = pages
 
     def run(self, work: Work) -> Complete:
-        """Send everything that is owed, in order."""
+        """Send the outbox rows of the run in order, and delete each row once MLflow has it."""
         with work.database.reading() as session:
-            rows = outbox_rows(session, work.subject_id)
-        with self._pages(self._place) as page_of:
+            rows = get_unsent_rows(session, work.subject_id)
+        with self._pages(self._settings) as page_of:
             for row in rows:
                 with work.database.reading() as session:
                     facts = _facts(session, work.subject_id)
@@ -139,7 +146,7 @@ class Publish(Handler):
                     work.write(partial(_give_up, row=row, reason=str(error)))
                 else:
                     work.write(partial(_settle, row=row, page=page))
-                work.moved()
+                work.report_progress()
         return lambda session: None
 
     def _send(self, row: Outbox, facts: Facts, page: Page) -> None:
@@ -148,7 +155,8 @@ class Publish(Handler):
                 page.start()
             case "fold":
                 page.add_fold(row.payload["fold"])
-            case "finished" if facts.run.state.is_final:  # else it was begun again, and owes another end
+            # If the state is not final, the run was started again, and another row follows at its end.
+            case "finished" if facts.run.state.is_final:
                 page.finish(self._store)
             case "comparison":
                 page.compare(self._store)
@@ -193,20 +201,20 @@ def _facts(session: Session, run_id: str) -> Facts:
 
 
 @contextmanager
-def _mlflow(place: TrackingSettings) -> Iterator[Any]:
-    """Yield a client whose every failure inside the block is Unavailable."""
-    # MLflow reads these at each call. Its own defaults retry for minutes, and even one retry sends a POST twice whose
-    # answer was lost: two runs in place of one. Imported late: it costs seconds and memory.
+def _mlflow(settings: TrackingSettings) -> Iterator[Any]:
+    """Yield a client of MLflow. Every MLflow error inside the block becomes Unavailable."""
+    # MLflow reads these variables at each call. By default it retries for minutes. Even one retry could create a run
+    # twice, if the answer to the first request was lost. MLflow is imported late: the import takes seconds and memory.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(place.timeout_s)))
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(settings.timeout_s)))
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     import mlflow
     import requests
 
     try:
-        yield mlflow.MlflowClient(tracking_uri=place.url, registry_uri=place.url)
+        yield mlflow.MlflowClient(tracking_uri=settings.url, registry_uri=settings.url)
     except (mlflow.MlflowException, requests.RequestException) as error:
-        told = hide_password(f"MLflow at {place.url} does not take what it is sent: {error}")
+        told = hide_password(f"MLflow at {settings.url} did not accept a request: {error}")
         raise Unavailable(told) from error
 
 
@@ -234,12 +242,12 @@ def mlflow_alias(alias: str) -> str:
 
 
 class _Page:
-    """One run in MLflow: a parent run, its folds, its model."""
+    """The page of one run in MLflow: a parent run with a child run per fold, and the registered model."""
 
-    def __init__(self, client: Any, facts: Facts, place: TrackingSettings) -> None:
+    def __init__(self, client: Any, facts: Facts, settings: TrackingSettings) -> None:
         self._client = client
         self._facts = facts
-        self._place = place
+        self._settings = settings
         self._headline = _headline(facts.run)
         self.refusals: list[dict[str, str]] = []
         self.experiment_id = self._experiment()
@@ -248,7 +256,7 @@ class _Page:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Show what the run is about to do, or that a failed one is tried again."""
+        """Show the run as running, with its parameters and data set; remove the note of an earlier failure."""
         facts = self._facts
         shown = self._client.get_run(self.run_id)
         if shown.info.status != "RUNNING":
@@ -265,12 +273,14 @@ class _Page:
             self._log_dataset()
 
     def add_fold(self, number: int) -> None:
-        """Show one fold's curves, as a run below the parent."""
+        """Show the training curves of one fold, as a child run of the parent run."""
         fold = next((fold for fold in self._facts.folds if fold.number == number), None)
-        if fold is None:  # the run was begun again meanwhile and will tell of this fold once more
+        if fold is None:  # the run was started again meanwhile; another outbox row follows for this fold
             return
         run_id = self._run(f"fold-{number + 1}", {"mlflow.parentRunId": self.run_id})
-        at = _milliseconds(self._facts.run.created_at)  # the same when a run that was begun again tells it once more
+        at = _milliseconds(
+            self._facts.run.created_at
+        )  # a fixed time, so that sending the metrics again overwrites them
         metrics = [
             _metric(_curve(name), value, at, step)
             for step, epoch in enumerate(fold.history, start=1)
@@ -285,7 +295,7 @@ class _Page:
         self._client.set_terminated(run_id, "FINISHED")
 
     def finish(self, store: Store) -> None:
-        """Show what came out."""
+        """Show the end of the run: metrics, files and the registered model, or the error."""
         facts = self._facts
         run = facts.run
         if run.error is not None:
@@ -309,10 +319,10 @@ class _Page:
         self._client.set_terminated(self.run_id, _STATUS[run.state], end_time=_milliseconds(run.finished_at))
 
     def compare(self, store: Store) -> None:
-        """Show the table that the run stands in, and how far it is from the best."""
+        """Show the report of the comparison, and how far this run is from the best recipe."""
         comparison = self._facts.comparison
         if comparison is None or comparison.table is None or comparison.report_sha256 is None:
-            raise RuntimeError("A run owes a comparison that has no table. This is a bug.")
+            raise RuntimeError("The outbox names a comparison that has no table. This is a bug.")
         text = store.read(Digest(comparison.report_sha256)).decode()
         with self._recording("the table of the comparison"):
             self._client.log_text(self.run_id, text, "comparison.md")
@@ -325,17 +335,17 @@ class _Page:
             tags["espalier.p_value"] = f"{row['difference']['p_value']:.3g}"
         for name, value in tags.items():
             self._client.set_tag(self.run_id, name, value)
-        told = self._client.get_run(self.run_id).data.tags
-        for name in told.keys() & _OF_A_ROW - tags.keys():  # of an earlier table
+        shown = self._client.get_run(self.run_id).data.tags
+        for name in shown.keys() & _OF_A_ROW - tags.keys():  # tags of an earlier table
             self._client.delete_tag(self.run_id, name)
 
     def add_file(self, store: Store, name: str) -> None:
-        """Show a file that was made of the run after its end."""
+        """Show a file that was computed after the end of the run, such as the picture of a learning curve."""
         with self._recording(f"the file {name}"):
             self._log_artifacts(store, [file for file in self._facts.files if file.name == name])
 
     def move_alias(self, alias: str) -> None:
-        """Mirror an alias, if it still points at this run's version; our database decides."""
+        """Set an alias in MLflow too, if it still points to this run's model version in our database."""
         version = self._registered()
         if version is not None and alias in self._facts.aliases:
             self._set_alias(alias, version.version)
@@ -343,7 +353,7 @@ class _Page:
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _experiment(self) -> str:
-        """Return the experiment of the run's model, making it if need be, with its card up to date."""
+        """Return the id of the MLflow experiment of this model. Create it if needed, and update its card."""
         name = self._facts.run.name
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
@@ -353,7 +363,7 @@ class _Page:
             if experiment.lifecycle_stage == "deleted":
                 self._client.restore_experiment(experiment_id)
         tags = {
-            _NOTE: _card(self._facts, self._place.api_url),
+            _NOTE: _card(self._facts, self._settings.api_url),
             "mlflow.experimentKind": "custom_model_development",
             "mlflow.experiment.primaryMetric.name": f"cv/{self._headline.metric}",
             "mlflow.experiment.primaryMetric.greaterIsBetter": str(self._headline.is_greater_better),
@@ -366,10 +376,10 @@ class _Page:
         return experiment_id
 
     def _run(self, part: str, tags: dict[str, str]) -> str:
-        """Return the MLflow run for a part of this run, making it if MLflow has none."""
+        """Return the id of the MLflow run for `part` (`summary`, `fold-1`, …); create the run if needed."""
         run = self._facts.run
-        wanted = f"tags.`espalier.run` = '{run.id}' and tags.`espalier.fold` = '{part}'"
-        found = self._client.search_runs([self.experiment_id], wanted, max_results=1)
+        query = f"tags.`espalier.run` = '{run.id}' and tags.`espalier.fold` = '{part}'"
+        found = self._client.search_runs([self.experiment_id], query, max_results=1)
         if found:
             return str(found[0].info.run_id)
         mine = {"espalier.run": run.id, "espalier.fold": part, "mlflow.source.name": "espalier"}
@@ -383,7 +393,7 @@ class _Page:
         return str(created.info.run_id)
 
     def _name_choice(self, chosen: dict[str, Any]) -> None:
-        """Show what `auto` came to: parameters are what was asked for, and cannot be changed."""
+        """Show the backbone and layer that `auto` chose, as tags: MLflow parameters cannot be changed."""
         self._client.update_run(self.run_id, name=_name(self._facts.run, chosen))
         for part in ("backbone", "features_from"):
             self._client.set_tag(self.run_id, f"espalier.{part}", chosen[part])
@@ -394,7 +404,7 @@ class _Page:
         from mlflow.entities import DatasetInput, InputTag
 
         facts = self._facts
-        source: Any = HTTPDatasetSource(f"{self._place.api_url}/api/v1/datasets/{facts.dataset.id}")  # type: ignore[no-untyped-call]
+        source: Any = HTTPDatasetSource(f"{self._settings.api_url}/api/v1/datasets/{facts.dataset.id}")  # type: ignore[no-untyped-call]
         digest = (facts.version.manifest_sha256 or "")[:36]
         name = f"{facts.dataset.name} v{facts.version.number}"
         data: Any = mlflow.data.meta_dataset.MetaDataset(source, name, digest)  # type: ignore[abstract]
@@ -407,7 +417,7 @@ class _Page:
         self._client.log_dict(self.run_id, self._facts.run.recipe, "recipe.json")
         per_class = (self._facts.run.metrics or {}).get("per_class")
         if per_class:
-            # As `log_table` writes it; that one appends when it is called again.
+            # The same format as `log_table`, which would append to the table if it were called again.
             columns = ["label", "precision", "recall", "f1", "images"]
             rows = [[row[column] for column in columns] for row in per_class]
             self._client.log_dict(self.run_id, {"columns": columns, "data": rows}, "per_class.json")
@@ -422,7 +432,7 @@ class _Page:
                 self._client.log_artifact(self.run_id, str(path))
 
     def _register(self) -> None:
-        """Mirror the model version, with its aliases, into MLflow's registry."""
+        """Register the model version in MLflow too, with its aliases."""
         from mlflow.exceptions import RestException
 
         version = self._facts.model_version
@@ -466,7 +476,7 @@ class _Page:
             self.refusals.append({"what": what, "reason": str(error)[:_TAG_CHARACTERS]})
 
     def _registered(self) -> Any:
-        """Return MLflow's version of this run's model version, or None."""
+        """Return the version in MLflow's registry for this run's model version, or None if it is not registered yet."""
         version = self._facts.model_version
         if version is None:
             return None
@@ -474,7 +484,10 @@ class _Page:
         return found[0] if found else None
 
     def _logged_model(self, version: ModelVersion) -> str:
-        """Return the id of MLflow's entry for what is served: code that asks Espalier, since we keep the weights."""
+        """Return the id of the logged model in MLflow; create it if needed.
+
+        The logged model has no weights: its code (`registered_model.py`) asks the Espalier API.
+        """
         import mlflow.pyfunc
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import ModelSignature
@@ -482,8 +495,8 @@ class _Page:
 
         name = self._facts.run.name
         shown = f"{mlflow_name(name)}-v{version.number}"
-        wanted = f"name = '{shown}' and tags.`espalier.run` = '{version.run_id}'"
-        found = self._client.search_logged_models([self.experiment_id], wanted, max_results=1)
+        query = f"name = '{shown}' and tags.`espalier.run` = '{version.run_id}'"
+        found = self._client.search_logged_models([self.experiment_id], query, max_results=1)
         model = (
             found[0]
             if found
@@ -500,14 +513,14 @@ class _Page:
             mlflow.pyfunc.save_model(
                 Path(folder) / "model",
                 python_model=str(Path(__file__).with_name("registered_model.py")),
-                model_config={"url": self._place.api_url, "model": name, "version": version.number},
+                model_config={"url": self._settings.api_url, "model": name, "version": version.number},
                 signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")])),
                 pip_requirements=[f"mlflow=={mlflow.__version__}"],
             )
             self._client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
         self._client.finalize_logged_model(model.model_id, "READY")
         outputs = self._client.get_run(self.run_id).outputs
-        if outputs is None or not outputs.model_outputs:  # MLflow refuses the same one again
+        if outputs is None or not outputs.model_outputs:  # MLflow refuses to log the same output twice
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         return str(model.model_id)
 
@@ -516,12 +529,15 @@ class _Page:
 
 
 def experiment_url(base: str, experiment_id: str, run_id: str) -> str:
-    """Return the address of a run's page."""
+    """Return the URL of a run's page in MLflow."""
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def _name(run: Run, chosen: dict[str, Any] | None = None) -> str:
-    """Return the name of a run's page; `chosen` is what its recipe left open."""
+    """Return the name of a run in MLflow, such as `vgg16-block3-extraction-5fold-a1b2`.
+
+    `chosen` has the backbone and layer that `auto` chose, or is None.
+    """
     recipe = run.recipe | (chosen or {})
     mode = recipe["mode"].split("-")[-1]
     network = recipe.get("network")
@@ -530,7 +546,7 @@ def _name(run: Run, chosen: dict[str, Any] | None = None) -> str:
 
 
 def _card(facts: Facts, api_url: str) -> str:
-    """Return the card of the data set, as Markdown."""
+    """Return a description of the data set, as Markdown for the page of the experiment."""
     version = facts.version
     lines = [
         f"# {escaped(facts.dataset.name)}",
@@ -547,10 +563,10 @@ def _card(facts: Facts, api_url: str) -> str:
 
 
 def _contents(version: DatasetVersion) -> list[str]:
-    """Return what a data set version has images of, as lines of Markdown."""
+    """Return the classes with their numbers of images, or the range of the numbers, as lines of Markdown."""
     if version.target is not None:
         low, high, mean = written_numbers(*(version.target[name] for name in ("min", "max", "mean")))
-        return [f"Numbers from {low} to {high}, {mean} in the mean."]
+        return [f"Numbers from {low} to {high}, mean {mean}."]
     counts = (f"| {escaped(count.name)} | {count.images:,} |" for count in version.class_counts)
     return ["| class | images |", "|---|--:|", *counts]
 
@@ -570,7 +586,7 @@ def _note(facts: Facts) -> str:
 
 
 def _shared_view(headline: Headline) -> dict[str, Any]:
-    """Return the table of runs as it should open: best score first, only summaries."""
+    """Return the initial state of MLflow's table of runs: no folds, best score first."""
     return {
         "searchFilter": "tags.`espalier.fold` = 'summary'",
         "orderByKey": f"metrics.`cv/{headline.metric}`",
@@ -591,7 +607,7 @@ def _shared_view(headline: Headline) -> dict[str, Any]:
 
 
 def _summary(headline: Headline, metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of the parent run: few, so that MLflow's page stays quick."""
+    """Return the metrics of the parent run. They are few, so that MLflow's page loads quickly."""
     summary = {f"cv/{name}": value for name, value in metrics.items() if isinstance(value, float)}
     bounds = headline.interval(metrics)
     summary[f"cv/{headline.metric}_low"], summary[f"cv/{headline.metric}_high"] = bounds

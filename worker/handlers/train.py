@@ -1,6 +1,6 @@
-"""Trains a run, a part at a time: the worker's side. The network itself lives in a child process only.
+"""Handles the jobs `train`, `fold` and `final`: each trains a run, or one part of it, in a child process.
 
-A child that has done one part of a run is kept for the next one, which needs the same data and the same network.
+After a part of a run, the child process is kept for the next part, which needs the same data and the same network.
 """
 
 from __future__ import annotations
@@ -76,9 +76,15 @@ MessageT = TypeVar("MessageT")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What the settings say of training: folders, limits, threads; checkpoints may take `checkpoint_share` of the time.
+    """Settings for training that do not depend on the run.
 
-    `features` and `pixels` are folders of caches, the latter of about `pixels_bytes` at most.
+    Attributes:
+        features: folder of cached features.
+        pixels: folder of cached pixels, of about `pixels_bytes` at most.
+        image_limits: limits for decoding an image.
+        threads: number of threads for each network.
+        source: where ImageNet weights are downloaded from.
+        checkpoint_share: fraction of the training time that writing checkpoints may take, from 0 to 1.
     """
 
     features: str
@@ -95,24 +101,24 @@ def _start(environment: Mapping[str, str]) -> Child:
 
 
 class Train(Handler):
-    """The jobs that train a run and add what came out as a model version: train, fold and final."""
+    """Trains a run, or one part of it, in a child process. The last part adds a model version."""
 
     def __init__(
         self,
         store: Store,
-        place: TrainingSettings,
+        settings: TrainingSettings,
         start: Callable[[Mapping[str, str]], ChildConnection] = _start,
         drain_within_s: float = DRAIN_WITHIN_S,
     ) -> None:
         self._store = store
         self._drain_within_s = drain_within_s
-        self._place = place
+        self._settings = settings
         self._start = start
 
     def run(self, work: Work) -> Complete:
-        """Train in a child process; return what writes the end of the job."""
+        """Train in a child process; return the function that writes the results and closes the job."""
         order = work.write(lambda session: self._make_order(session, work.job))
-        if order is None:  # the run was closed meanwhile
+        if order is None:  # the run has ended meanwhile
             return lambda session: None
         child = work.warm_child.take(work.subject_id) or self._start(self._surroundings(work.job.queue))
         writer = ProgressWriter(work, child, self._store, _LAST[order.part])
@@ -148,8 +154,8 @@ class Train(Handler):
         if run_jobs.mark_failed(session, job, error.record()):
             comparisons.on_run_ended(session, job.subject_id)
 
-    def ease(self, session: Session, job: Job) -> bool:
-        """Restart the run with half the batch size; return False if it was restarted before."""
+    def retry_with_less_memory(self, session: Session, job: Job) -> bool:
+        """Restart the run with half the batch size; return False if that was done before."""
         useless = run_jobs.restart_with_half_batch(session, job)
         if useless is None:
             return False
@@ -164,12 +170,15 @@ class Train(Handler):
     # --- before -----------------------------------------------------------------------------------------------------
 
     def _surroundings(self, queue: Queue) -> dict[str, str]:
-        """Return the environment of a child: set here, since the child may need TensorFlow before its first order."""
-        devices = _devices(queue) | computing_threads(self._place.threads)
+        """Return environment variables for a child process: GPU, number of threads, proxies and keys of the bucket.
+
+        They are set when the process starts, because TensorFlow reads them when it is imported.
+        """
+        devices = _devices(queue) | computing_threads(self._settings.threads)
         return devices | environments.proxies() | store_keys(self._store)
 
     def _make_order(self, session: Session, job: Job) -> TrainOrder | None:
-        """Note that a part is worked on; return the order for the child, or None if there is nothing to do."""
+        """Mark this part of the run as started; return the order for the child, or None if the run has ended."""
         run = run_jobs.mark_started(session, job)
         if run is None:
             return None
@@ -189,13 +198,16 @@ class Train(Handler):
             },
             checkpoints=checkpoints,
             final_checkpoints=final_checkpoints,
-            checkpoint_share=self._place.checkpoint_share,
+            checkpoint_share=self._settings.checkpoint_share,
             extraction=Extraction(**run.extraction) if run.extraction else None,
             spec=spec,
         )
 
     def _spec(self, session: Session, run: Run) -> TrainingSpec:
-        """Return what the child needs to know for every part of a run; name the weights that it begins with."""
+        """Return what the child needs for every part of a run.
+
+        Also record on the run which weights it uses, so that all its parts use the same.
+        """
         version = session.get_one(DatasetVersion, run.dataset_version_id)
         assert version.manifest_sha256 is not None, "Runs train on a version that is ready. This is a bug."
         backbone, candidates = run.recipe["backbone"], {}
@@ -208,12 +220,12 @@ class Train(Handler):
         return TrainingSpec(
             run=run.id,
             store=self._store.address,
-            features=self._place.features,
-            pixels=self._place.pixels,
-            pixels_bytes=self._place.pixels_bytes,
-            image_limits=self._place.image_limits,
-            threads=self._place.threads,
-            source=self._place.source,
+            features=self._settings.features,
+            pixels=self._settings.pixels,
+            pixels_bytes=self._settings.pixels_bytes,
+            image_limits=self._settings.image_limits,
+            threads=self._settings.threads,
+            source=self._settings.source,
             recipe=run.recipe if run.batch_size is None else {**run.recipe, "batch_size": run.batch_size},
             manifest=Digest(version.manifest_sha256),
             labels=tuple(count.name for count in version.class_counts),
@@ -224,7 +236,7 @@ class Train(Handler):
     # --- after ------------------------------------------------------------------------------------------------------
 
     def _complete(self, session: Session, job: Job, end: PartEnd) -> None:
-        """Write what a part leaves, in the transaction that closes its job."""
+        """Write the results of a part, in the transaction that closes its job."""
         match end:
             case Prepared():
                 run_jobs.queue_folds(session, job)
@@ -232,7 +244,9 @@ class Train(Handler):
                 self._end_fold(session, job, end)
             case RunOutcome():
                 self._end_run(session, job, end)
-        if jobs.is_cancel_requested(session, job.id):  # requested at the last moment: none of the new jobs may start
+        if jobs.is_cancel_requested(
+            session, job.id
+        ):  # the request came so late that the work was already done: no further part may start
             self.cancelled(session, job)
 
     def _end_fold(self, session: Session, job: Job, end: FoldEnded) -> None:
@@ -243,7 +257,7 @@ class Train(Handler):
         _note_fold(session, self._store, job.subject_id, end.result.number)
 
     def _end_run(self, session: Session, job: Job, end: RunOutcome) -> None:
-        """Close the run with its model version."""
+        """Close the run as succeeded: record its files and add the model version."""
         run = run_jobs.mark_succeeded(session, job, end.metrics, end.training_s)
         if run is None:
             delete_unreferenced_after_commit(
@@ -265,7 +279,7 @@ class Train(Handler):
         delete_unreferenced_after_commit(session, self._store, run_jobs.drop_leftovers(session, run.id))
 
 
-# The message that ends each part.
+# The last message of the child for each part.
 _LAST: Mapping[TrainPart, type[PartEnd]] = {
     TrainPart.PREPARE: Prepared,
     TrainPart.FOLD: FoldEnded,
@@ -275,7 +289,7 @@ _LAST: Mapping[TrainPart, type[PartEnd]] = {
 
 
 def _part(job: Job, run: Run) -> TrainPart:
-    """Return how much of a run a job covers."""
+    """Return which part of the run a job trains."""
     match job.kind:
         case JobKind.FOLD:
             return TrainPart.FOLD
@@ -285,19 +299,20 @@ def _part(job: Job, run: Run) -> TrainPart:
             return TrainPart.PREPARE if run_jobs.has_fold_jobs(run) else TrainPart.ALL
 
 
-# Messages that become rows. Those of the second tuple are written at once: others continue from them, or look at them.
+# Messages that are written to the database. Those in the second tuple are written at once, because later attempts
+# continue from them or users wait for them.
 _ROWS = (Progress, EpochEnded, FoldEnded, CheckpointWritten, Extracted, FileWritten)
 _ROWS_AT_ONCE = (FoldEnded, CheckpointWritten, Extracted, FileWritten)
 
 
 class ProgressWriter:
-    """Writes what a child reports about a part of a run into the database.
+    """Receives the messages of a training child, writes them to the database, and answers its questions.
 
-    Rows are written together, a few times a second at most: a fast head has many epochs in one second.
+    Several messages are written in one transaction, at most twice a second: a small head has many epochs per second.
     """
 
     def __init__(self, work: Work, child: ChildConnection, store: Store, last: type[PartEnd]) -> None:
-        """Write for a job; `last` is the message that ends its part."""
+        """Prepare to write for one job. `last` is the type of the message that ends it."""
         self._work = work
         self._child = child
         self._store = store
@@ -308,19 +323,19 @@ class ProgressWriter:
         self._is_unsure = False
 
     def write_until_end(self) -> PartEnd:
-        """Receive messages, write rows and answer questions until the part has ended; return the message of its end.
+        """Receive messages, write them and answer questions, until the child has finished; return the last message.
 
-        Raises what `ChildConnection.receive` does; Crashed if the child ended before its part did.
+        Raises the errors of `ChildConnection.receive`, and Crashed if the child exits without the last message.
         """
         while True:
             try:
                 message = self._child.receive(self._work)
             except ChildEnded:
-                raise Crashed("The process ended without a result. The worker's log has more.") from None
+                raise Crashed("The process ended without a result. See the worker's log for the reason.") from None
             is_end = isinstance(message, self._last)
             if not is_end and message is not None:
                 if isinstance(message, Alive):
-                    self._work.moved(message.step_s)
+                    self._work.report_progress(message.step_s)
                     continue
                 if not isinstance(message, _ROWS):
                     self._answer(message)
@@ -335,10 +350,11 @@ class ProgressWriter:
                 return message
 
     def drain(self, within_s: float) -> PartEnd | None:
-        """Have the child write its last checkpoints and end, and write the rows of that.
+        """Ask the child to write its last checkpoints and to exit, and write the messages that it still sends.
 
-        If the part comes to its end meanwhile, return its last message and write nothing: `closing` writes everything
-        together. If a lost answer leaves open what was written before, write and return None: the part is repeated.
+        If the child finishes its part meanwhile, return the last message and write nothing, because `closing` writes
+        everything in one transaction. If it is unknown whether the transaction before was committed, write and return
+        None: the part is then repeated.
         """
         end: PartEnd | None = None
         for message in self._child.drain(within_s):
@@ -352,7 +368,7 @@ class ProgressWriter:
         return end
 
     def closing(self, complete: Complete) -> Complete:
-        """Return a change that writes the rows that are left and then what closes the job, in one transaction."""
+        """Return a function that writes the remaining messages and then calls `complete`, in one transaction."""
 
         def close(session: Session) -> None:
             self._write_rows(session)
@@ -366,7 +382,7 @@ class ProgressWriter:
 
     @property
     def _has_advanced(self) -> bool:
-        """Whether something is to be written that a later attempt continues from."""
+        """Whether the unwritten messages include a checkpoint or the end of a fold."""
         return any(isinstance(message, FoldEnded | CheckpointWritten) for message in self._unwritten)
 
     def _answer(self, question: ChildMessage) -> None:
@@ -382,9 +398,10 @@ class ProgressWriter:
         self._written_at = self._work.clock.now()
 
     def _write_rows(self, session: Session) -> None:
-        """Write the rows once: where the answer to a commit was lost, the job's progress has its number already.
+        """Write the unwritten messages, unless an earlier try has written them.
 
-        Where a later attempt can continue from them, attempts are counted anew.
+        The connection may be lost during a commit. Then this runs again, and a number in the progress of the job shows
+        whether the messages were written. After a checkpoint or the end of a fold, attempts are counted from 1 again.
         """
         job = session.get_one(Job, self._work.lease.job_id)
         before = job.progress or {"writes": 0, "said": None}
@@ -415,7 +432,7 @@ class ProgressWriter:
 
 
 def _set_progress(session: Session, run: Run) -> None:
-    """Write how far a run is, from what its jobs have noted and its folds took."""
+    """Compute the progress of a run from the progress of its jobs and the times of its folds, and write it."""
     ended_s = [fold.seconds or 0.0 for fold in runs.get_folds(session, run.id)]
     noted = [progress["said"] for progress in run_jobs.get_progress(session, run)]
     states = [JobProgress.model_validate(state) for state in noted if state]
@@ -424,7 +441,7 @@ def _set_progress(session: Session, run: Run) -> None:
 
 
 def _answer(session: Session, run_id: str, store: Store, question: ChildMessage) -> Answer:
-    """Answer a question of the child, after storing what it says."""
+    """Store what the question contains, if anything, and return the answer for the child."""
     match question:
         case WeightsObtained():
             weights = Weights(
@@ -432,7 +449,7 @@ def _answer(session: Session, run_id: str, store: Store, question: ChildMessage)
             )
             registry.set_weights(session, weights)
             run = session.get_one(Run, run_id)
-            if not run.state.is_final:  # else nothing would ever drop them
+            if not run.state.is_final:  # otherwise the weights would be kept for a run that has ended
                 run.weights_sha256 = question.sha256
             return Stored()
         case FindBackbone():
@@ -451,7 +468,7 @@ def _answer(session: Session, run_id: str, store: Store, question: ChildMessage)
                 manifest=question.facts,
             )
             digest = Digest(registry.add_backbone(session, backbone).sha256)
-            if digest != question.digest:  # another run was quicker
+            if digest != question.digest:  # another run has recorded an export first
                 delete_unreferenced_after_commit(session, store, [question.digest])
             return DigestAnswer(digest=digest)
         case FindQuantised() | AddQuantised():
@@ -471,18 +488,21 @@ def _answer(session: Session, run_id: str, store: Store, question: ChildMessage)
                 run.precision_choice = question.choice
             return Stored()
         case other:
-            raise RuntimeError(f"Expected a question from the child of a training. Received {other!r}. This is a bug.")
+            raise RuntimeError(f"Expected a question from a training child. Received {other!r}. This is a bug.")
 
 
 def _settle_quantised(
     session: Session, run_id: str, store: Store, question: FindQuantised | AddQuantised
 ) -> Digest | None:
-    """Return the quantised network that a run is to use, the same for all its parts, or None if it is to make one."""
+    """Return the quantised network for this run, or None if the child must make one.
+
+    All parts of a run use the same one, so the answer is recorded on the run.
+    """
     run = runs.lock_run(session, run_id)
     settled = Digest(run.quantised_sha256) if run.quantised_sha256 else None
     is_anew = bool(run.recipe.get("recalibrate"))
     backbone, image_rule = question.backbone, question.image_rule
-    lock_files(session)  # nobody collects what is about to be named
+    lock_files(session)  # garbage collection must not delete the file before a row names it
     if isinstance(question, AddQuantised):
         made = question.digest
         if settled is None:
@@ -491,7 +511,7 @@ def _settle_quantised(
             made_on = question.facts | {"dataset_version": run.dataset_version_id}
             row = registry.add_quantised_backbone(session, backbone, image_rule, made, made_on, is_anew=is_anew)
             settled = Digest(row.sha256)
-        if settled != made:  # another run, or another part of this one, was quicker
+        if settled != made:  # another run, or another part of this one, has recorded a network first
             delete_unreferenced_after_commit(session, store, [made])
     elif settled is None and not is_anew:
         found = registry.find_quantised_backbone(session, backbone, image_rule)
@@ -502,7 +522,7 @@ def _settle_quantised(
 
 
 def _devices(queue: Queue) -> dict[str, str]:
-    """Return the environment that shows one GPU to a job of the queue `gpu`, and none to any other."""
+    """Return environment variables that show one GPU to jobs of the queue `gpu`, and no GPU to other jobs."""
     if queue is not Queue.GPU:
         return {"CUDA_VISIBLE_DEVICES": "-1"}
     mine = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -514,7 +534,7 @@ def _fold(run_id: str, ended: FoldEnded) -> Fold:
 
 
 def _note_fold(session: Session, store: Store, run_id: str, number: int) -> None:
-    """Owe MLflow a fold that has ended, and drop its checkpoints."""
+    """Add the fold to the outbox for MLflow, and delete its checkpoints."""
     add_to_outbox(session, run_id, "fold", {"fold": number})
     delete_unreferenced_after_commit(session, store, runs.drop_checkpoints(session, run_id, number))
 

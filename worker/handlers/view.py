@@ -1,4 +1,7 @@
-"""The worker's side of views of a finished run. The child (`worker.child.view`) reads the run's files and computes."""
+"""Handles the job `view`: starts the child process that computes a view of a finished run, and stores the result.
+
+The child (`worker.child.view`) reads the stored files of the run.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ StartChild = Callable[[ViewOrder, Mapping[str, str]], AbstractContextManager[Chi
 
 
 class ComputeView(Handler):
-    """The job that computes one view of a run."""
+    """Computes one view of a finished run in a child process, such as its learning curve."""
 
     def __init__(
         self, store: Store, features: str, image_limits: ImageLimits, threads: int, start: StartChild = Child
@@ -41,12 +44,12 @@ class ComputeView(Handler):
         self._start = start
 
     def run(self, work: Work) -> Complete:
-        """Compute in a child process; return the function that stores the result."""
+        """Compute the view in a child process; return the function that records the result."""
         order = work.write(lambda session: self._begin(session, work.subject_id))
-        if order is None:  # the data set was deleted meanwhile
+        if order is None:  # the view was given up, for example because its data set was deleted
             return lambda session: None
         outcome: ViewOutcome | None = None
-        # No GPU: it belongs to training, and a head trains as fast without one.
+        # The child gets no GPU: GPUs are for fine-tuning, and a head trains as fast on the processor.
         surroundings = {"CUDA_VISIBLE_DEVICES": "-1", **computing_threads(self._threads), **store_keys(self._store)}
         try:
             with self._start(order, surroundings) as child:
@@ -76,7 +79,7 @@ class ComputeView(Handler):
         views.cancel_view(session, job.subject_id)
 
     def _begin(self, session: Session, view_id: str) -> ViewOrder | None:
-        """Mark the view as running; return the order for the child, or None if the view is not needed any more."""
+        """Mark the view as running; return the order for the child, or None if nobody needs the view any more."""
         view = views.start_view(session, view_id)
         if view is None:
             return None
@@ -114,9 +117,11 @@ class ComputeView(Handler):
                 )
 
     def _complete(self, session: Session, view_id: str, outcome: ViewOutcome, contents: Mapping[Digest, bytes]) -> None:
-        """Record the files that were computed, unless the view is not needed any more."""
+        """Record the computed files, or delete them if nobody needs the view any more."""
         lock_files(session)
-        for missing in self._store.missing(contents):  # an equal view was just deleted, and its files with it
+        for missing in self._store.missing(
+            contents
+        ):  # the files were deleted meanwhile, together with an identical view
             self._store.put(contents[missing])
         view = views.succeed_view(session, view_id, outcome.file, len(contents[outcome.file]))
         if view is None:
@@ -128,7 +133,7 @@ class ComputeView(Handler):
 
 
 def _bundle_of(session: Session, run: Run) -> Digest:
-    """Return the bundle of a run's model: it names the network, and how images are decoded for it."""
+    """Return the digest of the bundle that a run made. The bundle names the network and how to decode images for it."""
     version = registry.find_run_version(session, run.id)
-    assert version is not None, "A run that has succeeded made a model version. This is a bug."
+    assert version is not None, "A succeeded run has no model version. This is a bug."
     return Digest(version.bundle_sha256)

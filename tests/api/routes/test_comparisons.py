@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import records
+from database_marks import ON_SQLITE
 from fastapi.testclient import TestClient
-from on_databases import ON_SQLITE
 
 from api.dependencies import Services
 from models import comparison as comparisons

@@ -1,4 +1,4 @@
-"""The table of a network's layers, before anything is trained."""
+"""The route that previews the layers of a network."""
 
 from __future__ import annotations
 
@@ -122,18 +122,18 @@ def test_a_border_that_a_backbone_loses_is_told(client: TestClient) -> None:
         (
             {"network": cnn(CONVOLUTION, {**CONVOLUTION, "kernel": 7, "name": "large"}, {"type": "flatten"})},
             "network.layers[1].kernel",
-            "Layer 'large' (convolution): Expected a kernel of at most 6×6",
+            "Layer 'large' (convolution): The kernel of 7×7 is larger than the map of 6×6",
         ),
         (
             {"network": cnn({"type": "pooling", "size": 9}, {"type": "flatten"})},
             "network.layers[0].size",
-            "Layer 'pooling_1' (pooling): Expected a window of at most 8×8",
+            "Layer 'pooling_1' (pooling): The window of 9×9 is larger than the map of 8×8",
         ),
-        ({"network": cnn(CONVOLUTION)}, "network.layers[0]", "add a flatten or a global_average"),
+        ({"network": cnn(CONVOLUTION)}, "network.layers[0]", "Add a flatten or a global_average layer"),
         (
             {"network": cnn({**CONVOLUTION, "name": "output"}, {"type": "flatten"})},
             "network.layers[0].name",
-            "Expected a name of its own",
+            "This name is reserved or used by another layer",
         ),
         ({"network": {"kind": "perceptron"}, "image_size": 1024, "outputs": 100}, "network.layers", "'output'"),
         ({"network": cnn({"type": "convolution"})}, "network.layers[0].filters", "Received nothing"),
@@ -142,7 +142,11 @@ def test_a_border_that_a_backbone_loses_is_told(client: TestClient) -> None:
         ({"network": cnn({"type": "separable_convolution", "filters": 8})}, "network.layers[0]", "'convolution'"),
         ({"network": {"kind": "cnn"}, "features_from": "block1"}, "features_from", "only a backbone has cut points"),
         ({"backbone": "vgg16", "features_from": "block6"}, "features_from", "block4, block5"),
-        ({"backbone": "inception_v3", "image_size": 74}, "image_size", "at least 75 pixels for InceptionV3"),
+        (
+            {"backbone": "inception_v3", "image_size": 74},
+            "image_size",
+            "InceptionV3 needs images of at least 75 pixels",
+        ),
         ({"backbone": "vgg16", "image_size": [64, 64]}, "image_size", "Received [64, 64]"),
     ],
 )

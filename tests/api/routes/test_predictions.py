@@ -1,4 +1,4 @@
-"""Predictions of models on an engine that needs no network: what is sent, what waits, what is turned away."""
+"""The prediction route with a fake engine: request bodies, waiting, deadlines, overload and explanations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import sample
 from asgi import ask
 from fastapi.testclient import TestClient
-from flat import PNG, SIZE, Loads, add_model, flat_bundle, serve
+from flat_models import PNG, SIZE, CountingLoader, add_model, flat_bundle, serve
 from PIL import Image
 from waiting import until
 
@@ -48,9 +48,9 @@ HURRY = {"predict_deadline_s": 0.5}
 
 
 @pytest.fixture
-def loads(client: TestClient, services: Services, settings: Settings) -> Iterator[Loads]:
-    """Two models on two backbones; the one of `cold` is held."""
-    found = Loads()
+def loads(client: TestClient, services: Services, settings: Settings) -> Iterator[CountingLoader]:
+    """Two models on two backbones. Loading the backbone of `cold` waits until the test lets it continue."""
+    found = CountingLoader()
     for name in ("warm", "cold"):
         backbone = services.store.put(name.encode())
         add_model(services, name, flat_bundle(backbone))
@@ -62,7 +62,7 @@ def loads(client: TestClient, services: Services, settings: Settings) -> Iterato
 
 
 def test_a_model_of_bad_versions_answers_only_if_one_is_named_or_made_champion(
-    client: TestClient, services: Services, loads: Loads
+    client: TestClient, services: Services, loads: CountingLoader
 ) -> None:
     add_model(services, "noise", flat_bundle(services.store.put(b"noise")), can_be_champion=False)
     url = "/api/v1/models/noise"
@@ -97,7 +97,7 @@ def test_an_answer_has_the_form_of_its_task(
 ) -> None:
     bundle = flat_bundle(services.store.put(b"flat"), task, labels, outputs)
     add_model(services, "one", bundle)
-    serve(client, settings, Loads())
+    serve(client, settings, CountingLoader())
     answer = client.post("/api/v1/models/one/predict", content=PNG).json()["predictions"][0]
     assert answer.keys() == fields
     if "probabilities" in fields:
@@ -119,7 +119,7 @@ def test_an_answer_has_the_form_of_its_task(
 )
 @pytest.mark.parametrize("body", [PNG, b' \n{"images": ["' + base64.b64encode(PNG) + b'"]}'], ids=["image", "json"])
 def test_a_raw_body_is_what_it_shows_whatever_it_is_called(
-    client: TestClient, loads: Loads, body: bytes, content_type: str | None
+    client: TestClient, loads: CountingLoader, body: bytes, content_type: str | None
 ) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     answer = client.post(WARM, content=body, headers=headers)
@@ -128,16 +128,16 @@ def test_a_raw_body_is_what_it_shows_whatever_it_is_called(
     assert answer.json()["timings_ms"].keys() == {"queue", "decode", "backbone", "head"}
 
 
-def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, loads: Loads) -> None:
+def test_an_empty_part_keeps_its_place_and_is_refused_by_it(client: TestClient, loads: CountingLoader) -> None:
     files = [("images", ("a", PNG)), ("images", ("b", b"")), ("images", ("c", PNG))]
     answer = client.post(WARM, files=files)
     assert (answer.status_code, answer.json()["image"]) == (422, 1)
-    assert answer.json()["type"].endswith(":image-refused") and "Received an empty file" in answer.json()["detail"]
+    assert answer.json()["type"].endswith(":image-refused") and "is an empty file" in answer.json()["detail"]
     empty = client.post(WARM, json={"images": [base64.b64encode(PNG).decode(), ""]})
     assert (empty.status_code, empty.json()["image"]) == (422, 1)
 
 
-def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loads: Loads) -> None:
+def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loads: CountingLoader) -> None:
     large = PNG + bytes(50_000)
     for sent in (
         {"content": large},
@@ -147,21 +147,21 @@ def test_a_file_above_its_limit_is_too_large_in_each_way(client: TestClient, loa
         answer = client.post(WARM, **sent)  # type: ignore[arg-type]
         assert answer.status_code == 413, answer.text
         assert answer.json()["type"].endswith(":too-large")
-    assert "Expected a file of at most 0.0476837 MiB. Received 0.1 MiB" in answer.json()["detail"]
+    assert "has 0.1 MiB; the limit for a file is 0.0476837 MiB" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("way", ["announced", "streamed"])
 def test_a_body_above_its_limit_is_too_large_and_the_answer_says_how_large(
-    client: TestClient, loads: Loads, way: str
+    client: TestClient, loads: CountingLoader, way: str
 ) -> None:
     large = bytes(200_001)
     answer = client.post(WARM, content=large if way == "announced" else iter([large]))
     assert answer.status_code == 413
     said = "200001 bytes" if way == "announced" else "more than 200000 bytes"
-    assert f"Received {said}" in answer.json()["detail"]
+    assert f"The body has {said}; the limit is" in answer.json()["detail"]
 
 
-def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: Loads) -> None:
+def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClient, loads: CountingLoader) -> None:
     for body, field, received in [
         (b'{"images": ["not base64!"]}', "images[0]", "not base64!"),
         (b'{"images": []}', "images", "[]"),
@@ -177,7 +177,7 @@ def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClie
 
 
 def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(
-    client: TestClient, loads: Loads, settings: Settings
+    client: TestClient, loads: CountingLoader, settings: Settings
 ) -> None:
     serve(client, settings.model_copy(update=HURRY), loads)
     for _ in range(3):
@@ -191,7 +191,7 @@ def test_a_model_that_takes_too_long_to_load_is_told_in_time_and_loaded_once(
     assert len(loads.seen) == 1
 
 
-def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, loads: Loads) -> None:
+def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, loads: CountingLoader) -> None:
     with ThreadPoolExecutor(60) as pool:
         waiting = [pool.submit(client.post, COLD, content=PNG) for _ in range(60)]
         until(lambda: loads.seen)
@@ -204,7 +204,7 @@ def test_while_many_wait_for_a_model_all_else_is_answered(client: TestClient, lo
 
 
 def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
-    client: TestClient, loads: Loads, services: Services
+    client: TestClient, loads: CountingLoader, services: Services
 ) -> None:
     backbone = services.store.path_for(next(iter(loads.held)))  # type: ignore[arg-type]
     kept = backbone.read_bytes()
@@ -216,7 +216,7 @@ def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(
     assert client.post(COLD, content=PNG).status_code == 200
 
 
-def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: Loads, settings: Settings) -> None:
+def test_a_body_that_stands_still_is_given_up(client: TestClient, loads: CountingLoader, settings: Settings) -> None:
     serve(client, settings.model_copy(update=HURRY), loads)
 
     async def receive() -> dict[str, Any]:
@@ -290,16 +290,19 @@ def test_admission_counts_images_and_bytes_and_lets_an_idle_service_take_any() -
     admission = Admission(limit_images=4, limit_bytes=100)
     with admission.admit(1000) as take:
         take(30)
-        with pytest.raises(Overloaded, match="at most 4 images"), admission.admit(1):
+        with pytest.raises(Overloaded, match="1 more; the limit is 4"), admission.admit(1):
             pass
     with admission.admit(50) as take:
-        with pytest.raises(Overloaded, match="at most 100 bytes"), admission.admit(51):
+        with pytest.raises(Overloaded, match="51 more; the limit is 100"), admission.admit(51):
             pass
         with admission.admit(50):
             take(2)
-            with pytest.raises(Overloaded, match="Received 1 more while 4 are"):
+            with pytest.raises(Overloaded, match="4 images are waiting, and this request has 1 more"):
                 take(1)
-        with admission.admit(50) as take_more, pytest.raises(Overloaded, match="Received 2 more while 4 are"):
+        with (
+            admission.admit(50) as take_more,
+            pytest.raises(Overloaded, match="4 images are waiting, and this request has 2 more"),
+        ):
             take_more(2)
     with admission.admit(100), pytest.raises(RuntimeError), admission.admit(0):
         raise RuntimeError("what fails gives its places back")
@@ -307,7 +310,7 @@ def test_admission_counts_images_and_bytes_and_lets_an_idle_service_take_any() -
         take(3)
 
 
-def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, loads: Loads) -> None:
+def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, loads: CountingLoader) -> None:
     read = False
 
     async def receive() -> dict[str, Any]:
@@ -325,7 +328,7 @@ def test_a_request_is_turned_away_before_its_body_is_read(client: TestClient, lo
 
 
 class Slow(FlatEngine):
-    """An engine that takes a while for each image, and waits for its gate, which is open at first."""
+    """An engine that takes a fixed time for each image, and waits while its gate is closed."""
 
     seconds = 0.0
 
@@ -342,11 +345,11 @@ class Slow(FlatEngine):
 
 @pytest.fixture
 def slow(client: TestClient, services: Services, settings: Settings, request: pytest.FixtureRequest) -> Iterator[Slow]:
-    """The engine of a model `slow`, served with what settings are given. It took 0.1 s an image when it was loaded."""
+    """Serves a model `slow` with the given settings. Its engine was measured at 0.1 s per image."""
     engine = Slow()
     engine.seconds = 0.1
 
-    class One(Loads):
+    class One(CountingLoader):
         def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
             return engine
 
@@ -381,7 +384,7 @@ def test_what_could_not_be_answered_in_time_is_turned_away_and_told_when_to_come
     until(lambda: client.post("/api/v1/models/slow/predict", content=PNG).status_code == 200)
 
 
-def test_the_answer_says_in_a_header_where_its_time_went(client: TestClient, loads: Loads) -> None:
+def test_the_answer_says_in_a_header_where_its_time_went(client: TestClient, loads: CountingLoader) -> None:
     answer = client.post(WARM, content=PNG)
     said = dict(part.split(";dur=") for part in answer.headers["Server-Timing"].split(", "))
     assert {stage: float(spent) for stage, spent in said.items()} == answer.json()["timings_ms"]
@@ -409,7 +412,7 @@ def test_a_client_that_left_costs_the_engine_nothing(client: TestClient, slow: S
 
 
 class Places(FlatEngine):
-    """An engine whose maps are the image itself: a feature is the mean of a colour."""
+    """An engine whose maps are the image itself, so that each feature is the mean of one colour."""
 
     def run(self, images: Pixels, *, wants_maps: bool) -> tuple[Features, Features | None]:
         maps = images.astype(np.float32) / 255
@@ -422,9 +425,9 @@ RED_LEFT[:, :4, 0], RED_LEFT[:, 4:, 2] = 255, 255
 
 @pytest.fixture
 def colours(client: TestClient, services: Services, settings: Settings) -> bytes:
-    """A model of two colours on maps of 8×8 places; returns an image that is red on the left and blue on the right."""
+    """Serve a model of two colours with maps of 8×8 positions; return an image, red left and blue right."""
 
-    class One(Loads):
+    class One(CountingLoader):
         def __call__(self, path: Path, precision: Precision, threads: int) -> Engine:
             return Places()
 
@@ -479,9 +482,9 @@ def test_the_channels_of_each_image_are_shown_as_a_sheet(client: TestClient, col
 def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, services: Services) -> None:
     url = "/api/v1/models/colours/predict"
     for query, detail in [
-        ("explain=heatmap&label=green", "Expected a label of the model: red, blue. Received 'green'"),
+        ("explain=heatmap&label=green", "This model has no label 'green'. Its labels are: red, blue."),
         ("label=red", "together with explain=heatmap"),
-        ("explain=neighbours", "train it with neighbours: true"),
+        ("explain=neighbours", "train a model with `neighbours: true`"),
         ("explain=why", "Received 'why'"),
     ]:
         answer = client.post(f"{url}?{query}", content=colours)
@@ -490,7 +493,7 @@ def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, se
 
 
 def test_the_training_images_that_look_most_alike_are_shown_and_named(
-    client: TestClient, services: Services, settings: Settings, loads: Loads
+    client: TestClient, services: Services, settings: Settings, loads: CountingLoader
 ) -> None:
     colours = {"red": (200, 50, 40), "green": (40, 200, 50), "blue": (50, 40, 200), "white": (250, 250, 250)}
     shown = [sample.png(seed, colour, SIZE) for seed, colour in enumerate(colours.values())]
@@ -522,6 +525,6 @@ def test_the_training_images_that_look_most_alike_are_shown_and_named(
     assert Image.open(io.BytesIO(picture.content)).size == (4 * 196, 192)
 
 
-def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: Loads) -> None:
+def test_a_map_of_one_place_is_not_explained(client: TestClient, loads: CountingLoader) -> None:
     answer = client.post(f"{WARM}?explain=heatmap", content=PNG)
-    assert answer.status_code == 422 and "at least 4×4 positions. Received 1×1" in answer.json()["detail"]
+    assert answer.status_code == 422 and "only 1×1 positions" in answer.json()["detail"]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import records
 import sample
+from database_marks import ON_SQLITE
 from fastapi.testclient import TestClient
-from on_databases import ON_SQLITE
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event
 
@@ -45,7 +45,7 @@ def database_url(database: Database) -> str:
 
 
 def ready(client: TestClient, services: Services, counts: list[ClassCount], name: str = "ready") -> str:
-    """Make a data set ready without a worker: what a run is checked against is all in its row."""
+    """Mark a data set as ready without a worker. Requests for runs are checked only against its row."""
     dataset = str(client.post(f"/api/v1/datasets?name={name}", content=ARCHIVE).json()["id"])
     with services.database.writing() as session:
         version = datasets.get_versions(session, dataset)[0]
@@ -76,7 +76,7 @@ def dataset(client: TestClient, services: Services) -> str:
 
 @ON_SQLITE
 def test_the_documented_surface_is_the_reviewed_one(client: TestClient) -> None:
-    """After a change that is meant: python tests/api/snapshot.py, then review the difference."""
+    """After an intended change, run python tests/api/snapshot.py and review the difference."""
     found = client.get("/openapi.json").json()
     assert found == json.loads(SNAPSHOT.read_text())
 
@@ -258,7 +258,7 @@ def test_a_json_body_above_a_mebibyte_is_refused(client: TestClient, way: str) -
     assert answer.status_code == 413
     assert answer.json()["type"].endswith(":too-large")
     received = f"{len(body)} bytes" if way == "announced" else "more than 1048576 bytes"
-    assert answer.json()["detail"] == f"Expected a body of at most 1 MiB. Received {received}."
+    assert answer.json()["detail"] == f"The body has {received}; the limit is 1 MiB."
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", "application/json"])
@@ -519,7 +519,10 @@ def test_a_process_that_ends_soon_is_not_ready_and_has_its_clients_leave(
     assert "connection" not in client.get("/healthz").headers
     services.shutdown.is_draining = True
     answer = client.get("/readyz")
-    assert answer.status_code == 503 and answer.json()["checks"]["process"] == {"ok": False, "detail": "ends soon"}
+    assert answer.status_code == 503 and answer.json()["checks"]["process"] == {
+        "ok": False,
+        "detail": "is shutting down",
+    }
     assert client.get("/healthz").headers["connection"] == "close"
 
 
@@ -535,7 +538,7 @@ def test_an_old_schema_is_not_ready(client: TestClient, services: Services) -> N
 
 
 def swap(client: TestClient, **parts: Any) -> None:
-    """Replace parts of the process."""
+    """Replace some of the services of the process."""
     state = client.app.state  # type: ignore[attr-defined]
     state.services = replace(state.services, **parts)
 
@@ -636,7 +639,7 @@ def test_a_failed_run_is_queued_once_more_with_what_it_has(
     run = start(client, dataset).json()["id"]
     url = f"/api/v1/runs/{run}"
     refused = client.post(f"{url}/retry")
-    assert refused.status_code == 409 and "This one is queued" in refused.json()["detail"]
+    assert refused.status_code == 409 and "This run is queued" in refused.json()["detail"]
     with services.database.writing() as session:
         job = records.job_of(session, run)
         runs.start_run(session, run)

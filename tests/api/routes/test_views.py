@@ -65,7 +65,7 @@ def view_jobs(session: Session) -> Sequence[Job]:
 
 
 def answer_as_a_worker(services: Services, content: bytes) -> None:
-    """Do the one view that is owed."""
+    """Finish the one queued view job with this file, as a worker would."""
     with services.database.writing() as session:
         (job,) = (job for job in view_jobs(session) if job.state is JobState.QUEUED)
         job.state = JobState.SUCCEEDED
@@ -127,7 +127,7 @@ def test_a_failure_is_told_once_and_whoever_asks_again_has_it_tried_anew(
     fail_as_a_worker(services)
     answer = client.get(curve_url(run))
     assert (answer.status_code, kind_of(answer)) == (422, "training-diverged")
-    assert answer.json()["detail"] == "The loss is no longer a number. Ask again to retry."
+    assert answer.json()["detail"] == "The loss is no longer a number. Repeat the request to try again."
     assert client.get(curve_url(run)).status_code == 202
     with services.database.reading() as session:
         assert [job.state for job in view_jobs(session)] == [JobState.FAILED, JobState.QUEUED]
@@ -171,9 +171,7 @@ def test_what_is_not_there_is_named_with_what_there_is(client: TestClient, servi
     for image in ("f" * 64, "a.png", IMAGE[:10]):
         answer = client.get(activations_url(run), params={"image": image, "layer": "pool"})
         assert (answer.status_code, kind_of(answer)) == (404, "not-found")
-        assert (
-            image in answer.json()["detail"] and "/images?version=1 lists the 2 that it has" in answer.json()["detail"]
-        )
+        assert image in answer.json()["detail"] and "/images?version=1 lists its 2 images" in answer.json()["detail"]
     answer = client.get(activations_url(run), params={"layer": "pool"})
     assert (answer.status_code, answer.json()["field"]) == (422, "image")
     with services.database.reading() as session:
@@ -214,7 +212,7 @@ def test_only_finished_runs_with_a_frozen_network_have_a_curve(
     for url in (curve_url(waiting), activations_url(waiting)):
         answer = client.get(url)
         assert (answer.status_code, kind_of(answer)) == (409, "not-ready")
-        assert "Received one that is queued" in answer.json()["detail"]
+        assert "This run is queued" in answer.json()["detail"]
     answer = client.get(curve_url(run))
     assert (answer.status_code, kind_of(answer)) == (409, "not-ready")
     assert "'fine-tuning'" in answer.json()["detail"] and "'feature-extraction'" in answer.json()["detail"]

@@ -140,7 +140,7 @@ def test_a_class_of_two_images_is_still_trained_on() -> None:
 def test_groups_that_cannot_be_cut_are_refused_with_the_field() -> None:
     strata = np.array([0, 0, 0, 0, 1, 1])
     groups = np.array([0, 1, 2, 3, 4, 4])  # all of class 1 belongs together
-    with pytest.raises(RecipeInvalid, match="can be split into 2 folds") as refused:
+    with pytest.raises(RecipeInvalid, match="cannot be split into 2 folds") as refused:
         fold(strata, groups, k=2)
     assert refused.value.field == "folds.k"
 

@@ -32,7 +32,7 @@ def test_classes_may_be_learned_as_labels() -> None:
     assert found.truth.tolist() == [[0, 1], [1, 0]]
 
 
-def test_numbers_are_folded_by_their_tenths() -> None:
+def test_numbers_are_folded_by_their_deciles() -> None:
     numbers = np.random.default_rng(0).permutation(100)
     found = make_targets(Task.REGRESSION, [], [row(target=float(number)) for number in numbers])
     assert found.truth.tolist() == [[float(number)] for number in numbers]

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import sample
-from experiments import Kept
+from experiments import RecordingFitListener
 
 from artifacts.features import Features
 from artifacts.images import Pixels
@@ -295,7 +295,7 @@ def test_a_network_that_diverges_leaves_a_fold_its_head_and_no_final_model() -> 
     learner = learners.FineTuningLearner(trial.recipe, frozen, trial.weights, broken)
     plan = replace(learner.plan, head=2)
     fold = LearningTask(trial.rows[trial.rows % 4 != 0], trial.rows[trial.rows % 4 == 0], plan, 0)
-    heard = Kept(0, None, lambda part, checkpoint: False)
+    heard = RecordingFitListener(0, None, lambda part, checkpoint: False)
     learned = learner.learn(fold, heard)
     head, network = learned.phases
     assert (learned.kept, learned.best_epoch) == ("head", head.best_epoch)

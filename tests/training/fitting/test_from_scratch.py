@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import sample
-from experiments import Bench
+from experiments import ExperimentRunner
 from exporting import Exports
 from PIL import Image
 from pydantic import TypeAdapter
@@ -294,11 +294,11 @@ def test_features_are_the_mean_of_the_maps_before_the_last_global_average() -> N
 
 
 @pytest.fixture
-def bench(tmp_path: Path, exports: Exports) -> Bench:
-    return Bench(tmp_path, exports)
+def bench(tmp_path: Path, exports: Exports) -> ExperimentRunner:
+    return ExperimentRunner(tmp_path, exports)
 
 
-def pictures(bench: Bench, truth: Any, copies: int) -> list[Row]:
+def pictures(bench: ExperimentRunner, truth: Any, copies: int) -> list[Row]:
     """Return rows of pictures of two pixels; in a data set equal ones would belong together."""
     files = {}
     for number in range(copies):
@@ -310,14 +310,14 @@ def pictures(bench: Bench, truth: Any, copies: int) -> list[Row]:
     return bench.rows(files)
 
 
-def served(bench: Bench, bundle: Bundle, files: list[bytes], limits: Any) -> Any:
+def served(bench: ExperimentRunner, bundle: Bundle, files: list[bytes], limits: Any) -> Any:
     engine = OpenVinoEngine(bench.store.path(bundle.backbone), bundle.precision, 2)
     seen = np.stack([decode(file, bundle.size, bundle.resize, limits) for file in files])
     return heads.logits(bundle.layers, engine.features(seen))
 
 
 @pytest.mark.slow
-def test_two_hidden_units_learn_xor_of_pictures_of_two_pixels(bench: Bench) -> None:
+def test_two_hidden_units_learn_xor_of_pictures_of_two_pixels(bench: ExperimentRunner) -> None:
     rows = pictures(bench, XOR, copies=6)
     outcome, heard = bench.run(
         rows,
@@ -340,7 +340,7 @@ def test_two_hidden_units_learn_xor_of_pictures_of_two_pixels(bench: Bench) -> N
     assert [bundle.labels[int(answer)] for answer in answers] == [row.labels[0] for row in rows]
 
 
-def test_a_perceptron_cannot_learn_xor_of_pictures(bench: Bench) -> None:
+def test_a_perceptron_cannot_learn_xor_of_pictures(bench: ExperimentRunner) -> None:
     outcome, _ = bench.run(
         pictures(bench, XOR, copies=6),
         mode="from-scratch",
@@ -372,7 +372,7 @@ CNN = {
 
 
 @pytest.mark.slow
-def test_a_cnn_goes_on_from_where_it_was_cut_off(bench: Bench) -> None:
+def test_a_cnn_goes_on_from_where_it_was_cut_off(bench: ExperimentRunner) -> None:
     """What BatchNorm counts and what pooling and dropout draw goes on, too."""
     rows = bench.rows(sample.coloured(per_class=10))
     change = CNN | {"augmentation": {"rotate_degrees": 20, "brightness": 0.1}}
@@ -384,7 +384,7 @@ def test_a_cnn_goes_on_from_where_it_was_cut_off(bench: Bench) -> None:
     assert np.array_equal(*ends)
 
 
-def test_what_is_served_answers_as_keras_does(bench: Bench) -> None:
+def test_what_is_served_answers_as_keras_does(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     outcome, heard = bench.run(rows, **CNN, neighbours=True)
     assert outcome.metrics["export"]["largest_relative_difference"] < 1e-4
@@ -399,7 +399,7 @@ def test_what_is_served_answers_as_keras_does(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_a_cnn_is_served_in_int8_if_that_is_as_good(bench: Bench) -> None:
+def test_a_cnn_is_served_in_int8_if_that_is_as_good(bench: ExperimentRunner) -> None:
     rows = bench.rows(sample.coloured(per_class=10))
     outcome, _ = bench.run(rows, **CNN | {"epochs": 1}, precision="int8")
     tried = {one["precision"]: one["score"] for one in outcome.metrics["precision"]["tried"]}
@@ -409,7 +409,7 @@ def test_a_cnn_is_served_in_int8_if_that_is_as_good(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_learns_tags_and_numbers(bench: Bench) -> None:
+def test_a_network_learns_tags_and_numbers(bench: ExperimentRunner) -> None:
     files = sample.coloured(per_class=8)
     singles = bench.rows(files)
     tagged = [Row(row.path, row.sha256, (*row.labels, "any"), None, None, row.split) for row in singles]
@@ -421,7 +421,7 @@ def test_a_network_learns_tags_and_numbers(bench: Bench) -> None:
     assert "rmse" in outcome.metrics
 
 
-def test_epochs_are_told(bench: Bench) -> None:
+def test_epochs_are_told(bench: ExperimentRunner) -> None:
     told: list[tuple[int, Epoch]] = []
     hooks = FitHooks(lambda number, epoch: told.append((number, epoch)))
     fit_from_scratch(perceptron("sigmoid"), FitData(Task.BINARY, 1, PIXELS, AND), FitTask(ALL, NONE, 3, 0, hooks))

@@ -10,7 +10,7 @@ import pytest
 
 from recipes.layers import Sides
 from recipes.recipe import EarlyStopping, Target
-from training.fitting.training_loop import Arrays, Stopping, predict_batch
+from training.fitting.training_loop import Arrays, EarlyStoppingMonitor, predict_batch
 from training.progress import Epoch
 
 
@@ -29,7 +29,7 @@ class Counter:
         self.learned = float(weights[0])
 
 
-def ended(stopping: Stopping, epochs: Sequence[Epoch]) -> Counter:
+def ended(stopping: EarlyStoppingMonitor, epochs: Sequence[Epoch]) -> Counter:
     model = Counter()
     callbacks: list[Any] = stopping.callbacks
     for callback in callbacks:
@@ -54,16 +54,16 @@ EPOCHS = [
 
 
 def test_the_epoch_that_reached_the_target_is_kept_though_another_had_less_loss() -> None:
-    stopping = Stopping(EarlyStopping(target=Target(metric="val_accuracy", value=0.8)))
+    stopping = EarlyStoppingMonitor(EarlyStopping(target=Target(metric="val_accuracy", value=0.8)))
     model = ended(stopping, EPOCHS)
     assert (model.learned, stopping.best_epoch, stopping.reason) == (2, 2, "target")
 
 
 def test_without_a_target_the_best_epoch_by_what_is_watched_is_kept() -> None:
-    stopping = Stopping(EarlyStopping(patience=5))
+    stopping = EarlyStoppingMonitor(EarlyStopping(patience=5))
     assert ended(stopping, [*EPOCHS, {"val_loss": 0.7, "val_accuracy": 1.0}]).learned == 3
     assert (stopping.best_epoch, stopping.reason) == (3, "epochs")
-    stopping = Stopping(EarlyStopping(patience=1))
+    stopping = EarlyStoppingMonitor(EarlyStopping(patience=1))
     assert ended(stopping, EPOCHS).learned == 1
     assert (stopping.best_epoch, stopping.reason) == (1, "patience")
 

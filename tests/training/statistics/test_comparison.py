@@ -170,8 +170,8 @@ def test_the_best_is_told_from_every_other() -> None:
     assert (first.difference, last.difference) == (pytest.approx(-28 / 120), pytest.approx(-38 / 120))
     assert first.p_value == last.p_value == pytest.approx(2 / 10_001), "the smallest there is, for two of them"
     assert found.verdict == (
-        "recipe 1 has the best accuracy, 98.3%, and is better than every other: the next, recipe 0, has 75.0% "
-        "(p at most 0.0002, adjusted by Holm)."
+        "recipe 1 has the best accuracy, 98.3%, significantly better than all other recipes. "
+        "The second best is recipe 0 with 75.0% (every p ≤ 0.0002, adjusted by Holm's method)."
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from buckets import Bucket, Line
-from manual_clock import ByHand
+from buckets import Bucket, NetworkProxy
+from manual_clock import ManualClock
 
 from artifacts.store import Digest, Store, Writer
 from training.fitting.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ from worker.child.channel import Channel
 from worker.child.checkpoints import CheckpointWriter
 
 
-class Said(Channel):
+class RecordingChannel(Channel):
     """The child's end of a conversation that only speaks."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ def state(epochs: int) -> Checkpoint:
 MARKED = {"run": "run_1"}
 
 
-def writer(store: Store, said: Said, found: list[Digest] | None = None) -> CheckpointWriter:
+def writer(store: Store, said: RecordingChannel, found: list[Digest] | None = None) -> CheckpointWriter:
     return CheckpointWriter(said, store, MARKED, 0, found or [], share=1.0)
 
 
@@ -49,7 +49,7 @@ def offered(writer: CheckpointWriter, epochs: int) -> None:
     writer.offer(lambda: state(epochs))
 
 
-def epochs_of(store: Store, said: Said, kept: list[Digest]) -> int:
+def epochs_of(store: Store, said: RecordingChannel, kept: list[Digest]) -> int:
     """Return how many epochs the next attempt goes on from."""
     found = writer(store, said, kept).found
     assert found is not None and found.snapshot is not None
@@ -73,13 +73,13 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_training_g
                 fill_disk(self.root / "incoming")
             return writer
 
-    store, said = Filling(tmp_path / "store"), Said()
+    store, said = Filling(tmp_path / "store"), RecordingChannel()
     kept = writer(store, said)
     offered(kept, 1)
     (first,) = said.checkpoints()
     store.is_full = True
     offered(kept, 2)
-    assert said.checkpoints() == [first] and "No checkpoint was written: The disk is full." in capsys.readouterr().err
+    assert said.checkpoints() == [first] and "Checkpoint not written: The disk is full." in capsys.readouterr().err
     assert list(store.digests()) == [first["sha256"]] and not list((store.root / "incoming").iterdir())
     assert epochs_of(store, said, [first["sha256"]]) == 1
     store.is_full = False
@@ -89,9 +89,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_training_g
 
 
 def test_a_checkpoint_that_the_bucket_does_not_take_leaves_the_one_before_and_the_training_goes_on(
-    bucket: Bucket, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: Bucket, line: NetworkProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store, said = bucket.seen_from(tmp_path / "far", line.endpoint).store(), Said()
+    store, said = bucket.seen_from(tmp_path / "far", line.endpoint).store(), RecordingChannel()
     kept = writer(store, said)
     offered(kept, 1)
     line.cut()
@@ -115,7 +115,7 @@ def test_after_a_checkpoint_that_did_not_fit_the_disk_is_left_alone_for_a_while(
             fill_disk(self.root / "incoming")
             return writer
 
-    kept = CheckpointWriter(Said(), Full(tmp_path / "store"), MARKED, 0, [], share=0.5)
+    kept = CheckpointWriter(RecordingChannel(), Full(tmp_path / "store"), MARKED, 0, [], share=0.5)
     kept._copied_at = kept._written_at = -1000.0
     offered(kept, 1)
     kept._copied_at = -1000.0
@@ -126,9 +126,9 @@ def test_after_a_checkpoint_that_did_not_fit_the_disk_is_left_alone_for_a_while(
 def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = ByHand()
+    clock = ManualClock()
     monkeypatch.setattr(checkpoints, "time", clock)
-    store, said = Store(tmp_path / "store"), Said()
+    store, said = Store(tmp_path / "store"), RecordingChannel()
     kept: list[Digest] = []
     for abreast, spent_s, expected_s in ((1, 100.0, 100.0), (2, 60.0, 130.0), (1, 10.0, 140.0)):
         attempt = CheckpointWriter(said, store, MARKED, 0, kept[-1:], share=1.0, count_fits=lambda count=abreast: count)
@@ -145,7 +145,7 @@ def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_lear
 
 
 def test_a_harmed_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
-    store, said = Store(tmp_path / "store"), Said()
+    store, said = Store(tmp_path / "store"), RecordingChannel()
     kept = writer(store, said)
     offered(kept, 1)
     offered(kept, 2)

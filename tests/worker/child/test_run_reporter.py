@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from manual_clock import ByHand
+from manual_clock import ManualClock
 
 from artifacts.images import ImageLimits
 from artifacts.store import Store, StoreAddress, digest_of
@@ -69,7 +69,7 @@ def test_on_a_drain_every_fit_that_runs_writes_its_last_state_and_one_that_has_e
 def test_a_child_says_at_most_once_a_second_that_it_lives_and_what_a_step_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock, said = ByHand(), io.StringIO()
+    clock, said = ManualClock(), io.StringIO()
     monkeypatch.setattr("worker.child.run_reporter.time", clock)
     heartbeat = Heartbeat(Channel(io.StringIO(), said))
     for _ in range(11):
@@ -82,7 +82,7 @@ def test_a_child_says_at_most_once_a_second_that_it_lives_and_what_a_step_takes(
 def test_a_child_says_at_once_that_a_network_learns_along_and_then_what_its_epochs_take(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, heard = ByHand(), io.StringIO()
+    clock, heard = ManualClock(), io.StringIO()
     monkeypatch.setattr("worker.child.run_reporter.time", clock)
     reporter = RunReporter(Channel(io.StringIO(), heard), store, training_order(store.root))
     fit = reporter.begin_fit(0, Plan(4, 10))

@@ -91,7 +91,7 @@ def over() -> Iterator[threading.Event]:
 
 
 @dataclass
-class Place:
+class WeightsCase:
     """Where weights come from and go to."""
 
     store: Store
@@ -132,7 +132,7 @@ class Place:
 
 
 @pytest.fixture
-def place(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WeightsCase:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     (tmp_path / "cache").mkdir()
@@ -140,7 +140,9 @@ def place(store: Store, mirror: Server, tmp_path: Path, monkeypatch: pytest.Monk
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    return Place(store, temporary, WeightsSource(mirror.url, str(tmp_path / "cache"), connect_s=20.0, stall_s=60.0))
+    return WeightsCase(
+        store, temporary, WeightsSource(mirror.url, str(tmp_path / "cache"), connect_s=20.0, stall_s=60.0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +177,16 @@ def leading_to(url: str) -> Answer:
     return answer
 
 
-def is_of(obtained: Obtained, data: bytes, place: Place) -> bool:
+def is_of(obtained: Obtained, data: bytes, place: WeightsCase) -> bool:
     return obtained.sha256 == digest_of(data) and list(place.store.digests()) == [obtained.sha256] and place.is_tidy()
 
 
 # --- what comes in ---------------------------------------------------------------------------------------------------
 
 
-def test_published_weights_are_fetched_and_stored(place: Place, mirror: Server, made: tuple[bytes, bytes]) -> None:
+def test_published_weights_are_fetched_and_stored(
+    place: WeightsCase, mirror: Server, made: tuple[bytes, bytes]
+) -> None:
     weights, file = made
     mirror.answer = sending(file)
     obtained = place.obtain(file)
@@ -194,7 +198,7 @@ def test_published_weights_are_fetched_and_stored(place: Place, mirror: Server, 
 
 
 def test_a_file_that_keras_has_downloaded_before_is_used(
-    place: Place, mirror: Server, made: tuple[bytes, bytes]
+    place: WeightsCase, mirror: Server, made: tuple[bytes, bytes]
 ) -> None:
     weights, file = made
     cached = Path(place.source.cache) / "weights_notop.h5"
@@ -206,7 +210,7 @@ def test_a_file_that_keras_has_downloaded_before_is_used(
 
 
 def test_an_earlier_download_that_is_damaged_is_fetched_anew(
-    place: Place, mirror: Server, made: tuple[bytes, bytes]
+    place: WeightsCase, mirror: Server, made: tuple[bytes, bytes]
 ) -> None:
     weights, file = made
     cached = Path(place.source.cache) / "weights_notop.h5"
@@ -218,7 +222,7 @@ def test_an_earlier_download_that_is_damaged_is_fetched_anew(
     assert cached.read_bytes() == file[:-1], "the folder is Keras' own"
 
 
-def test_a_redirect_is_followed(place: Place, mirror: Server, made: tuple[bytes, bytes]) -> None:
+def test_a_redirect_is_followed(place: WeightsCase, mirror: Server, made: tuple[bytes, bytes]) -> None:
     weights, file = made
     with serving() as other:
         other.answer = sending(file)
@@ -227,14 +231,14 @@ def test_a_redirect_is_followed(place: Place, mirror: Server, made: tuple[bytes,
     assert (mirror.asked, other.asked) == ([f"/{PATH}"], ["/elsewhere"])
 
 
-def test_random_weights_need_no_network(place: Place, mirror: Server) -> None:
+def test_random_weights_need_no_network(place: WeightsCase, mirror: Server) -> None:
     obtained = place.obtain(name="random")
     assert is_of(obtained, backbones.random_weights(BackboneName.VGG16), place)
     assert obtained.source == {"kind": "random", "seed": backbones.RANDOM_SEED}
     assert mirror.asked == []
 
 
-def test_weights_that_nobody_imported_are_asked_for_by_name(place: Place, mirror: Server) -> None:
+def test_weights_that_nobody_imported_are_asked_for_by_name(place: WeightsCase, mirror: Server) -> None:
     with pytest.raises(WeightsUnavailable, match=r"NAME=places365 FILE=…', or use 'imagenet' or 'random'"):
         place.obtain(name="places365")
     assert mirror.asked == []
@@ -244,7 +248,7 @@ def test_weights_that_nobody_imported_are_asked_for_by_name(place: Place, mirror
 
 
 def test_a_download_tells_how_far_it_is_and_how_long_it_will_take(
-    place: Place, mirror: Server, monkeypatch: pytest.MonkeyPatch
+    place: WeightsCase, mirror: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror.answer = sending(CONTENT[:-1] + b"x")
     monkeypatch.setattr(weights, "time", SimpleNamespace(monotonic=count(0, 2).__next__))  # 2 s for each look at it
@@ -252,7 +256,7 @@ def test_a_download_tells_how_far_it_is_and_how_long_it_will_take(
     assert place.told == [(done * MIB, 4 * MIB, 2.0 * (4 - done)) for done in (1, 2, 3, 4)]
 
 
-def test_a_length_that_is_not_told_is_no_guess(place: Place, mirror: Server) -> None:
+def test_a_length_that_is_not_told_is_no_guess(place: WeightsCase, mirror: Server) -> None:
     def endless(request: BaseHTTPRequestHandler) -> None:
         request.send_response(200)
         request.end_headers()
@@ -263,7 +267,7 @@ def test_a_length_that_is_not_told_is_no_guess(place: Place, mirror: Server) -> 
     assert place.told[-1] == (len(CONTENT) - 1, None, None)
 
 
-def test_a_mirror_that_would_compress_is_asked_not_to(place: Place, mirror: Server) -> None:
+def test_a_mirror_that_would_compress_is_asked_not_to(place: WeightsCase, mirror: Server) -> None:
     def squeezing(request: BaseHTTPRequestHandler) -> None:
         is_squeezed = "gzip" in request.headers.get("Accept-Encoding", "")
         content = gzip.compress(b"x" + CONTENT) if is_squeezed else b"x" + CONTENT
@@ -282,21 +286,21 @@ def test_a_mirror_that_would_compress_is_asked_not_to(place: Place, mirror: Serv
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_download_is_refused(place: Place, mirror: Server) -> None:
+def test_a_damaged_download_is_refused(place: WeightsCase, mirror: Server) -> None:
     damaged = b"\x01" + CONTENT[1:]
     mirror.answer = sending(damaged)
     sums = [hashlib.md5(data, usedforsecurity=False).hexdigest() for data in (CONTENT, damaged)]
     assert f"is damaged: expected MD5 {sums[0]}. Received {sums[1]} (4,194,304 bytes)" in place.refusal()
 
 
-def test_a_download_that_is_cut_off_is_refused(place: Place, mirror: Server) -> None:
+def test_a_download_that_is_cut_off_is_refused(place: WeightsCase, mirror: Server) -> None:
     mirror.answer = sending(CONTENT[: 3 * MIB], announced=len(CONTENT))
     assert "received 3145728 bytes, expected 4194304" in place.refusal()
     assert [done for done, _, _ in place.told] == [MIB, 2 * MIB, 3 * MIB]
 
 
 @pytest.mark.parametrize("status", [403, 404, 503])
-def test_a_file_that_is_not_there_is_told_with_its_status(place: Place, mirror: Server, status: int) -> None:
+def test_a_file_that_is_not_there_is_told_with_its_status(place: WeightsCase, mirror: Server, status: int) -> None:
     mirror.answer = lambda request: request.send_error(status)
     assert (
         f"{mirror.url}/{PATH} cannot be fetched: the server answered {status} {HTTPStatus(status).phrase}. "
@@ -304,12 +308,14 @@ def test_a_file_that_is_not_there_is_told_with_its_status(place: Place, mirror: 
     )
 
 
-def test_a_redirect_in_a_circle_ends(place: Place, mirror: Server) -> None:
+def test_a_redirect_in_a_circle_ends(place: WeightsCase, mirror: Server) -> None:
     mirror.answer = leading_to(f"{mirror.url}/again")
     assert "redirects" in place.refusal()
 
 
-def test_a_server_that_stops_in_the_middle_is_given_up(place: Place, mirror: Server, over: threading.Event) -> None:
+def test_a_server_that_stops_in_the_middle_is_given_up(
+    place: WeightsCase, mirror: Server, over: threading.Event
+) -> None:
     def stalling(request: BaseHTTPRequestHandler) -> None:
         sending(CONTENT[: 2 * MIB], announced=len(CONTENT))(request)
         over.wait(120)
@@ -325,7 +331,7 @@ def test_a_server_that_stops_in_the_middle_is_given_up(place: Place, mirror: Ser
 
 
 def test_a_server_that_takes_the_question_and_says_nothing_is_given_up(
-    place: Place, mirror: Server, over: threading.Event
+    place: WeightsCase, mirror: Server, over: threading.Event
 ) -> None:
     def silent(request: BaseHTTPRequestHandler) -> None:
         over.wait(120)
@@ -335,26 +341,28 @@ def test_a_server_that_takes_the_question_and_says_nothing_is_given_up(
     assert "timed out" in place.refusal()
 
 
-def test_a_server_that_is_not_there_is_told_at_once(place: Place) -> None:
+def test_a_server_that_is_not_there_is_told_at_once(place: WeightsCase) -> None:
     with deaf_port() as port:
         place.source = replace(place.source, url=f"http://127.0.0.1:{port}")
         assert "Connection refused" in place.refusal()
 
 
-def test_a_name_that_nobody_knows_is_told_at_once(place: Place) -> None:
+def test_a_name_that_nobody_knows_is_told_at_once(place: WeightsCase) -> None:
     place.source = replace(place.source, url="http://weights.invalid")
     refusal = place.refusal()
     assert "http://weights.invalid/vgg16/weights_notop.h5 cannot be fetched" in refusal
     assert "no connection within" not in refusal, "it was not waited for"
 
 
-def test_a_look_up_that_hangs_is_given_up(place: Place, over: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_up_that_hangs_is_given_up(
+    place: WeightsCase, over: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(120) and [])
     place.source = replace(place.source, url="http://weights.invalid", connect_s=0.2)
     assert "no connection within 0.4 s" in place.refusal()
 
 
-def test_many_addresses_behind_a_wall_do_not_add_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_addresses_behind_a_wall_do_not_add_up(place: WeightsCase, monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as connections:
         walled = connections.enter_context(socket.socket())
         walled.bind(("127.0.0.1", 0))
@@ -373,7 +381,7 @@ def test_many_addresses_behind_a_wall_do_not_add_up(place: Place, monkeypatch: p
 
 
 @pytest.mark.parametrize("url", ["", "no address", "ftp://weights.invalid", "http://:80", "http://[::1", "http://a:b"])
-def test_an_address_that_is_none_is_told(place: Place, url: str) -> None:
+def test_an_address_that_is_none_is_told(place: WeightsCase, url: str) -> None:
     place.source = replace(place.source, url=url)
     assert f"{url}/{PATH} cannot be fetched: " in place.refusal()
 
@@ -398,7 +406,7 @@ def proxy(mirror: Server) -> Iterator[Server]:
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 def test_a_machine_that_knows_no_names_fetches_through_its_proxy(
-    place: Place, mirror: Server, proxy: Server, monkeypatch: pytest.MonkeyPatch, variable: str
+    place: WeightsCase, mirror: Server, proxy: Server, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, proxy.url)
     place.source = replace(place.source, url="http://weights.invalid")
@@ -409,7 +417,7 @@ def test_a_machine_that_knows_no_names_fetches_through_its_proxy(
 
 
 def test_a_mirror_in_the_house_is_asked_without_the_proxy(
-    place: Place, mirror: Server, monkeypatch: pytest.MonkeyPatch
+    place: WeightsCase, mirror: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with deaf_port() as port:
@@ -418,7 +426,7 @@ def test_a_mirror_in_the_house_is_asked_without_the_proxy(
     assert mirror.asked == [f"/{PATH}"]
 
 
-def test_a_proxy_that_refuses_is_told(place: Place, proxy: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_refuses_is_told(place: WeightsCase, proxy: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
     place.source = replace(place.source, url="https://weights.invalid")
     assert "501 Unsupported method ('CONNECT')" in place.refusal()
@@ -434,7 +442,7 @@ def test_a_proxy_that_refuses_is_told(place: Place, proxy: Server, monkeypatch: 
     ],
 )
 def test_a_proxy_that_cannot_be_used_is_told(
-    place: Place, monkeypatch: pytest.MonkeyPatch, setting: str, reason: str
+    place: WeightsCase, monkeypatch: pytest.MonkeyPatch, setting: str, reason: str
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", setting)
     assert reason in place.refusal()

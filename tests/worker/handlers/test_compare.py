@@ -16,7 +16,7 @@ from networks import mean_colour
 from records import PRINCIPAL
 from safetensors.numpy import save as save_tensors
 from sqlalchemy import select
-from working import Say, StartLoop, claimed_work, look, settled, training_place
+from working import SendFromChild, StartLoop, claimed_work, look, settled, training_settings
 
 from artifacts import manifest
 from artifacts.bundle import Bundle, Dense
@@ -75,7 +75,7 @@ def due(database: Database) -> list[str]:
 
 @pytest.fixture
 def train(store: Store, tmp_path: Path) -> Train:
-    return Train(store, training_place(tmp_path))
+    return Train(store, training_settings(tmp_path))
 
 
 @pytest.mark.parametrize("how", ["succeeded", "failed", "cancelled"])
@@ -123,7 +123,7 @@ class Case:
         with self.database.reading() as session:
             return comparisons.get_comparison(session, PRINCIPAL, self.comparison_id)
 
-    def owed(self) -> list[tuple[str, str]]:
+    def outbox_rows(self) -> list[tuple[str, str]]:
         """Return which runs owe MLflow a table."""
         with self.database.reading() as session:
             query = select(Outbox.run_id, Outbox.kind).where(Outbox.kind == "comparison").order_by(Outbox.run_id)
@@ -205,7 +205,7 @@ def test_the_child_compares_what_the_runs_left(case: Case, start_loop: StartLoop
     assert found.table["verdict"].startswith("epochs=3 has the best accuracy, 97.5%")
     assert found.table["verdict"].endswith("Not in the table: the runs of other recipes (1 failed).")
     assert case.store.has(found.picture_sha256) and case.store.has(found.report_sha256)  # type: ignore[arg-type]
-    assert case.owed() == sorted((case.run_ids[number], "comparison") for number in (0, 2))
+    assert case.outbox_rows() == sorted((case.run_ids[number], "comparison") for number in (0, 2))
 
 
 @pytest.mark.slow
@@ -229,9 +229,9 @@ def outcome(case: Case) -> ComparisonOutcome:
     return ComparisonOutcome(table={"rows": []}, picture=picture, report=report)
 
 
-def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, say: Say) -> None:
+def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, send_from_child: SendFromChild) -> None:
     message = outcome(case)
-    say(message)
+    send_from_child(message)
     with claimed_work(case.database) as work:
         complete = Compare(case.store, 1).run(work)
         with case.database.writing() as session:
@@ -241,7 +241,7 @@ def test_a_comparison_that_was_cancelled_meanwhile_keeps_no_files(case: Case, sa
     found = case.comparison()
     assert (found.state, found.table) == (ComparisonState.CANCELLED, None)
     assert not case.store.has(message.picture) and not case.store.has(message.report)
-    assert case.owed() == []
+    assert case.outbox_rows() == []
 
 
 def lose(database: Database, complete: Complete) -> None:
@@ -251,14 +251,16 @@ def lose(database: Database, complete: Complete) -> None:
         raise ConnectionError
 
 
-def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(case: Case, say: Say) -> None:
+def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(
+    case: Case, send_from_child: SendFromChild
+) -> None:
     table = {"rows": [{"position": 0}, {"position": 2}], "verdict": "equal"}
     told = [
         ComparisonOutcome(table=table, picture=case.store.put(name), report=case.store.put(name + b".md"))
         for name in (b"first", b"second")
     ]
     for number, message in enumerate(told):
-        say(message)
+        send_from_child(message)
         with claimed_work(case.database) as work:
             complete = Compare(case.store, 1).run(work)
             with pytest.raises(ConnectionError):
@@ -306,25 +308,27 @@ def test_a_table_that_fails_is_made_anew_if_a_run_has_succeeded_meanwhile(case: 
     assert case.comparison().state is ComparisonState.FAILED
 
 
-def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, say: Say) -> None:
-    say(Failed.by(ERROR))
+def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(Failed.by(ERROR))
     with case.database.writing() as session:
         comparisons.cancel_comparison(session, case.comparison_id)
     with claimed_work(case.database) as work:
         Compare(case.store, 1).run(work)
 
 
-def test_a_comparison_fails_with_what_its_child_said(case: Case, say: Say, start_loop: StartLoop) -> None:
+def test_a_comparison_fails_with_what_its_child_said(
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop
+) -> None:
     error = {"code": "corrupt", "detail": "The stored file is not what its digest says."}
-    say(Failed(error=error))
+    send_from_child(Failed(error=error))
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
     settled(case.database, case.job_id, JobState.FAILED)
     found = case.comparison()
     assert (found.state, found.error) == (ComparisonState.FAILED, error)
 
 
-def test_cancelling_stops_the_child(case: Case, say: Say, start_loop: StartLoop) -> None:
-    say(Alive(), outcome(case), apart_s=600.0)
+def test_cancelling_stops_the_child(case: Case, send_from_child: SendFromChild, start_loop: StartLoop) -> None:
+    send_from_child(Alive(), outcome(case), apart_s=600.0)
     start_loop(case.database, Compare(case.store, 1), kind=JobKind.COMPARE)
     settled(case.database, case.job_id, JobState.RUNNING)
     with case.database.writing() as session:
@@ -333,9 +337,9 @@ def test_cancelling_stops_the_child(case: Case, say: Say, start_loop: StartLoop)
     assert case.comparison().state is ComparisonState.CANCELLED
 
 
-def test_a_comparison_whose_worker_was_lost_waits_again(case: Case, say: Say) -> None:
+def test_a_comparison_whose_worker_was_lost_waits_again(case: Case, send_from_child: SendFromChild) -> None:
     draining = threading.Event()
-    say(Alive(), outcome(case))
+    send_from_child(Alive(), outcome(case))
     with claimed_work(case.database, draining) as work:
         Compare(case.store, 1).run(work)
         with case.database.writing() as session:

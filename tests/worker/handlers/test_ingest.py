@@ -17,13 +17,13 @@ import pytest
 import records
 import sample
 from buckets import EACH_STORE, EACH_STORE_SLOWLY
-from manual_clock import ByHand
+from manual_clock import ManualClock
 from PIL import Image
 from records import PRINCIPAL
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from waiting import until
-from working import QUICK, Forgetful, Say, claimed_work, look, make_due, settled, slow_jpeg
+from working import QUICK, LostCommitDatabase, SendFromChild, claimed_work, look, make_due, settled, slow_jpeg
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
@@ -59,7 +59,7 @@ LIMITS = IngestLimits(
 
 
 @dataclass
-class Intake:
+class IngestCase:
     """A store, a database and the loop that takes archives in."""
 
     database: Database
@@ -72,7 +72,7 @@ class Intake:
         """Owe the ingest of an archive into a data set, as its first or its next version; return the version's id."""
         digest = self.store.put(archive)
         with self.database.writing() as session:
-            return records.owe_ingest(session, digest, name)
+            return records.queue_ingest(session, digest, name)
 
     def take_in(self, archive: bytes | Mapping[str, bytes], name: str = "flowers") -> DatasetVersion:
         """Upload an archive, or files as a zip, see the ingest through and return the version as it stands then."""
@@ -169,25 +169,25 @@ class Intake:
 
 
 @pytest.fixture
-def intake(sqlite: Database, store: Store) -> Intake:
-    return Intake(sqlite, store)
+def intake(sqlite: Database, store: Store) -> IngestCase:
+    return IngestCase(sqlite, store)
 
 
 @pytest.fixture
-def anywhere(database: Database, store: Store) -> Intake:
+def anywhere(database: Database, store: Store) -> IngestCase:
     """The same on each kind of database."""
-    return Intake(database, store)
+    return IngestCase(database, store)
 
 
 def refused(version: DatasetVersion) -> dict[str, str]:
     return {file["path"]: file["reason"] for file in version.refused}
 
 
-def is_stored(intake: Intake, data: bytes) -> bool:
+def is_stored(intake: IngestCase, data: bytes) -> bool:
     return intake.store.has(digest_of(data))
 
 
-def is_read(intake: Intake, data: bytes) -> bool:
+def is_read(intake: IngestCase, data: bytes) -> bool:
     """Say whether a child has written an image into the store that it was lent."""
     digest = digest_of(data)
     return any(intake.store.root.glob(f"incoming/*/{digest[:2]}/{digest}"))
@@ -197,7 +197,7 @@ def is_read(intake: Intake, data: bytes) -> bool:
 
 
 @EACH_STORE
-def test_folders_become_classes(anywhere: Intake) -> None:
+def test_folders_become_classes(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=4) | {"__MACOSX/x": b"litter", "blue/.DS_Store": b"litter"}
     version = anywhere.take_in(files)
     assert (version.state, version.task, version.error) == (DatasetState.READY, Task.MULTICLASS, None)
@@ -219,7 +219,7 @@ def test_folders_become_classes(anywhere: Intake) -> None:
     assert anywhere.has_nothing_but(version)  # the archive is gone, for one
 
 
-def test_a_tar_and_an_outer_folder_change_nothing(intake: Intake) -> None:
+def test_a_tar_and_an_outer_folder_change_nothing(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2)
     plain = intake.take_in(files, "plain")
     wrapped = intake.take_in(sample.tarred({f"outer/{path}": data for path, data in files.items()}), "wrapped")
@@ -228,7 +228,7 @@ def test_a_tar_and_an_outer_folder_change_nothing(intake: Intake) -> None:
     assert intake.has_nothing_but(plain, wrapped)
 
 
-def test_labels_groups_and_splits_come_from_the_csv(intake: Intake) -> None:
+def test_labels_groups_and_splits_come_from_the_csv(intake: IngestCase) -> None:
     lines = ["path,label,group,split"]
     files: dict[str, bytes] = {}
     for number in range(8):
@@ -248,7 +248,7 @@ def test_labels_groups_and_splits_come_from_the_csv(intake: Intake) -> None:
     assert intake.has_nothing_but(version)
 
 
-def test_several_labels_make_a_multilabel_set(intake: Intake) -> None:
+def test_several_labels_make_a_multilabel_set(intake: IngestCase) -> None:
     csv = b"path,label\n0.png,sea|sand\n1.png,sand\n2.png,|\n3.png,sea\n"
     files = {f"{number}.png": sample.png(number) for number in range(4)}
     version = intake.take_in(files | {"labels.csv": csv})
@@ -257,7 +257,7 @@ def test_several_labels_make_a_multilabel_set(intake: Intake) -> None:
     assert [row[2] for row in intake.rows(version)] == ["sand|sea", "sand", "", "sea"]
 
 
-def test_targets_make_a_regression(intake: Intake) -> None:
+def test_targets_make_a_regression(intake: IngestCase) -> None:
     csv = b"path,target\n0.png,1.5\n1.png,-2\n2.png,3.5\n"
     files = {f"{number}.png": sample.png(number) for number in range(3)}
     version = intake.take_in(files | {"labels.csv": csv})
@@ -269,7 +269,7 @@ def test_targets_make_a_regression(intake: Intake) -> None:
 # --- files that are refused ------------------------------------------------------------------------------------------
 
 
-def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intake) -> None:
+def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: IngestCase) -> None:
     whole = sample.jpeg(1)
     files = sample.coloured(per_class=6) | {
         "red/text.png": b"this is no image at all",
@@ -286,14 +286,14 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Intak
     assert "damaged" in reasons["blue/cut.jpg"]
     assert reasons["red/text.png"] == reasons["blue/vector.svg"]
     assert reasons["red/text.png"].endswith("Received something else.")
-    assert "Received 200 × 200" in reasons["green/huge.png"]
+    assert "The image has 200 × 200 pixels" in reasons["green/huge.png"]
     assert version.ignored == 1
     (warning,) = version.warnings
     assert "4 of 22 files were refused" in warning and "2 × Expected an image" in warning
     assert intake.has_nothing_but(version)
 
 
-def test_a_file_that_its_archive_cannot_give_is_refused_with_the_others(intake: Intake) -> None:
+def test_a_file_that_its_archive_cannot_give_is_refused_with_the_others(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     buffer = io.BytesIO(sample.tarred(files, "w"))
     with tarfile.open(fileobj=buffer, mode="a") as tar:
@@ -306,7 +306,7 @@ def test_a_file_that_its_archive_cannot_give_is_refused_with_the_others(intake: 
 
 
 @EACH_STORE_SLOWLY
-def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
+def test_the_same_file_twice_counts_as_a_duplicate(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     files["blue/again.png"] = files["blue/0.png"]
     version = intake.take_in(files)
@@ -317,18 +317,18 @@ def test_the_same_file_twice_counts_as_a_duplicate(intake: Intake) -> None:
 
 
 @EACH_STORE_SLOWLY
-def test_the_same_file_under_two_labels_is_refused(intake: Intake) -> None:
+def test_the_same_file_under_two_labels_is_refused(intake: IngestCase) -> None:
     files = sample.coloured(per_class=6, classes=2)
     files["green/liar.png"] = files["blue/0.png"]
     version = intake.take_in(files)
     assert (version.state, version.images, version.duplicates) == (DatasetState.READY, 11, 0)
-    reason = "the same file stands under two labels: blue and green"
+    reason = "this image appears more than once, with two labels: blue and green"
     assert refused(version) == {"blue/0.png": reason, "green/liar.png": reason}
     assert not is_stored(intake, files["blue/0.png"])  # no row names it
     assert intake.has_nothing_but(version)
 
 
-def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intake: Intake) -> None:
+def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intake: IngestCase) -> None:
     files = {f"{number}.png": sample.png(number) for number in range(4)} | {"again.png": sample.png(0)}
     lines = [
         "path,target",
@@ -342,12 +342,13 @@ def test_the_same_file_under_two_numbers_is_refused_however_close_they_are(intak
 
 
 @EACH_STORE_SLOWLY
-def test_too_many_refused_files_reject_the_set_until_its_owner_accepts_that(anywhere: Intake) -> None:
+def test_too_many_refused_files_reject_the_set_until_its_owner_accepts_that(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number}.png": b"bad" for number in range(2)}
     version = anywhere.take_in(files)
     assert version.state is DatasetState.REJECTED and version.error is not None
     assert (version.error["code"], version.error["retry"]) == ("dataset-refused", "allow_refused")
-    assert "at most 20% of the files" in version.error["detail"] and "Received 2 of 8" in version.error["detail"]
+    assert "2 of 8 files cannot be used" in version.error["detail"]
+    assert "at most 20% may be unusable" in version.error["detail"]
     assert f"/versions/{version.number}/ingest?allow_refused=true" in version.error["detail"]
     assert list(refused(version)) == ["blue/bad0.png", "blue/bad1.png"]
     assert anywhere.counts() == (0, 0)
@@ -361,7 +362,7 @@ def test_too_many_refused_files_reject_the_set_until_its_owner_accepts_that(anyw
         anywhere.take_in_again(version)
 
 
-def test_a_class_of_which_every_image_is_refused_rejects_the_set(intake: Intake) -> None:
+def test_a_class_of_which_every_image_is_refused_rejects_the_set(intake: IngestCase) -> None:
     files = sample.coloured(per_class=9, classes=2) | {"bird/1.heic": b"bad", "bird/2.heic": b"bad"}
     version = intake.take_in(files)
     assert version.state is DatasetState.REJECTED and version.error is not None
@@ -371,14 +372,14 @@ def test_a_class_of_which_every_image_is_refused_rejects_the_set(intake: Intake)
     assert "No image of class 'bird' could be used; the data set does not have it." in again.warnings
 
 
-def test_a_class_that_lost_many_images_is_warned_of(intake: Intake) -> None:
+def test_a_class_that_lost_many_images_is_warned_of(intake: IngestCase) -> None:
     files = sample.coloured(per_class=9, classes=2) | {"bird/1.heic": b"bad", "bird/2.png": sample.png(2)}
     version = intake.take_in(files)
     assert version.state is DatasetState.READY
     assert "Class 'bird' lost 1 of its 2 images, which were refused." in version.warnings
 
 
-def test_names_in_a_code_page_that_is_not_clear_are_taken_in_once_it_is_chosen(intake: Intake) -> None:
+def test_names_in_a_code_page_that_is_not_clear_are_taken_in_once_it_is_chosen(intake: IngestCase) -> None:
     names = {f"{name}/{number}.png" for name in ("고양이", "강아지") for number in range(2)}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="cp949") as tar:
@@ -397,15 +398,15 @@ def test_names_in_a_code_page_that_is_not_clear_are_taken_in_once_it_is_chosen(i
 @pytest.mark.parametrize(
     ("archive", "code", "detail"),
     [
-        (sample.zipped(sample.coloured(3, classes=1)), "dataset-refused", "Expected 2 to 1,000 classes"),
+        (sample.zipped(sample.coloured(3, classes=1)), "dataset-refused", "A data set needs 2 to 1,000 classes"),
         (sample.zipped({"a/b/c/d.png": b"x", "e.png": b"y"}), "layout-unknown", "Expected one folder per class"),
         (b"PK\x03\x04 but then nothing of a zip", "archive-refused", "The zip cannot be read"),
-        (sample.zipped({"a/1.png": b"bad", "b/1.png": b"bad"}), "dataset-refused", "No file of the archive"),
+        (sample.zipped({"a/1.png": b"bad", "b/1.png": b"bad"}), "dataset-refused", "The archive has no usable image"),
     ],
     ids=["one class", "too deep", "no zip", "no image"],
 )
 def test_what_makes_no_data_set_is_rejected_with_its_reason(
-    intake: Intake, archive: bytes, code: str, detail: str
+    intake: IngestCase, archive: bytes, code: str, detail: str
 ) -> None:
     version = intake.take_in(archive)
     assert version.state is DatasetState.REJECTED and version.error is not None
@@ -417,26 +418,26 @@ def test_what_makes_no_data_set_is_rejected_with_its_reason(
 
 
 @EACH_STORE_SLOWLY
-def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(intake: Intake) -> None:
+def test_an_image_that_takes_too_long_to_decode_is_refused_and_the_rest_goes_on(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2)
     paths = list(files)
     hostile = {**{path: files[path] for path in paths[:2]}, "blue/slow.jpg": slow_jpeg(1500)}
     version = replace(intake, limits=replace(LIMITS, decode_cpu_s=1)).take_in(hostile | files)
     assert (version.state, version.images) == (DatasetState.READY, 4)
-    assert refused(version) == {"blue/slow.jpg": "it breaks the decoder: The process ended with SIGXCPU."}
+    assert refused(version) == {"blue/slow.jpg": "the decoder crashed on it: The process ended with SIGXCPU."}
     assert intake.has_nothing_but(version)
 
 
-def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: Intake) -> None:
+def test_an_image_that_would_take_too_long_to_decode_is_refused_unread(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2) | {"blue/slow.jpg": slow_jpeg(20_000)}
     version = replace(intake, limits=replace(LIMITS, image=ImageLimits())).take_in(files)
     assert (version.state, version.images) == (DatasetState.READY, 4)
     # One that had been read would have been killed for its CPU time before it was counted to its end.
-    assert refused(version) == {"blue/slow.jpg": "Expected a JPEG of at most 100 scans. Received more."}
+    assert refused(version) == {"blue/slow.jpg": "The JPEG has more scans than the limit of 100."}
     assert intake.has_nothing_but(version)
 
 
-def test_an_image_that_takes_too_much_memory_is_refused_and_the_rest_goes_on(intake: Intake) -> None:
+def test_an_image_that_takes_too_much_memory_is_refused_and_the_rest_goes_on(intake: IngestCase) -> None:
     wide = encode(Image.new("L", (6000, 6000)), "PNG")
     files = sample.coloured(per_class=2, classes=2) | {"blue/wide.png": wide}
     version = replace(intake, limits=replace(LIMITS, memory_bytes=330 * 1024**2)).take_in(files)
@@ -445,7 +446,7 @@ def test_an_image_that_takes_too_much_memory_is_refused_and_the_rest_goes_on(int
     assert intake.has_nothing_but(version)
 
 
-def test_a_process_without_memory_rejects_the_set_and_says_so(intake: Intake) -> None:
+def test_a_process_without_memory_rejects_the_set_and_says_so(intake: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2) | {"blue/big.png": bytes(60 * 1024**2)}
     version = replace(intake, limits=replace(LIMITS, memory_bytes=280 * 1024**2)).take_in(files)
     assert version.state is DatasetState.REJECTED and version.error is not None
@@ -456,7 +457,7 @@ def test_a_process_without_memory_rejects_the_set_and_says_so(intake: Intake) ->
 # --- adding a version ------------------------------------------------------------------------------------------------
 
 
-def test_a_further_version_adds_what_is_new(anywhere: Intake) -> None:
+def test_a_further_version_adds_what_is_new(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = anywhere.take_in(files)
     more = {
@@ -486,17 +487,17 @@ def test_a_further_version_adds_what_is_new(anywhere: Intake) -> None:
     assert anywhere.has_nothing_but(first, second)
 
 
-def test_a_file_that_changes_its_label_is_refused(intake: Intake) -> None:
+def test_a_file_that_changes_its_label_is_refused(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
     more = {f"green/{number}.png": sample.png(100 * number) for number in range(7, 12)}
     second = intake.take_in({"green/0b.png": files["blue/0.png"], **more})
-    assert refused(second) == {"green/0b.png": "the same file stands under two labels: blue and green"}
+    assert refused(second) == {"green/0b.png": "this image appears more than once, with two labels: blue and green"}
     assert second.images == 11 and is_stored(intake, files["blue/0.png"])
     assert intake.has_nothing_but(first, second)
 
 
-def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: Intake) -> None:
+def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: IngestCase) -> None:
     targets = {"1.png": sample.png(1), "2.png": sample.png(2), "labels.csv": b"path,target\n1.png,1\n2.png,2\n"}
     classes = sample.coloured(per_class=2, classes=2)
     kept = []
@@ -504,13 +505,13 @@ def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: Intake)
         kept.append(intake.take_in(base, name))
         second = intake.take_in(onto, name)
         assert second.state is DatasetState.REJECTED and second.error is not None
-        assert "as in the version before" in second.error["detail"]
+        assert "as in the earlier version" in second.error["detail"]
         assert intake.rows(second) == []
     assert intake.has_nothing_but(*kept)
 
 
 @EACH_STORE_SLOWLY
-def test_a_rejected_addition_leaves_the_version_before_alone(intake: Intake) -> None:
+def test_a_rejected_addition_leaves_the_version_before_alone(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
     bad = {"blue/0.png": files["blue/0.png"], "blue/new.png": sample.png(9)}
@@ -560,7 +561,7 @@ def begin() -> Iterator[Begin]:
     """Begin an ingest in a thread; return its version and its loop once all images but the last are read."""
     threads = []
 
-    def begin(intake: Intake, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, LocalWorker]:
+    def begin(intake: IngestCase, files: Mapping[str, bytes], name: str = "flowers") -> tuple[str, LocalWorker]:
         version_id = intake.upload(sample.zipped(files, zipfile.ZIP_STORED), name)
         loop = intake.loop()
         threads.append(threading.Thread(target=loop.work))
@@ -573,7 +574,7 @@ def begin() -> Iterator[Begin]:
         thread.join(60)
 
 
-def test_an_ingest_that_was_interrupted_ends_as_if_it_had_not_been(anywhere: Intake, begin: Begin) -> None:
+def test_an_ingest_that_was_interrupted_ends_as_if_it_had_not_been(anywhere: IngestCase, begin: Begin) -> None:
     files = slow_set(scans=100)
     with held_at_the_slow_image() as is_there:
         version_id, loop = begin(anywhere, files)
@@ -591,7 +592,7 @@ def test_an_ingest_that_was_interrupted_ends_as_if_it_had_not_been(anywhere: Int
     assert anywhere.has_nothing_but(resumed, unbroken)
 
 
-def test_what_an_attempt_wrote_before_its_worker_died_is_not_in_the_way(anywhere: Intake) -> None:
+def test_what_an_attempt_wrote_before_its_worker_died_is_not_in_the_way(anywhere: IngestCase) -> None:
     version_id = anywhere.upload(sample.zipped(sample.coloured(per_class=3)))
     abandon(anywhere, version_id)
     assert anywhere.counts() == (9, 9)
@@ -601,7 +602,7 @@ def test_what_an_attempt_wrote_before_its_worker_died_is_not_in_the_way(anywhere
     assert anywhere.has_nothing_but(version)
 
 
-def test_what_an_attempt_wrote_is_purged_though_the_next_one_was_cancelled(anywhere: Intake) -> None:
+def test_what_an_attempt_wrote_is_purged_though_the_next_one_was_cancelled(anywhere: IngestCase) -> None:
     files = slow_set(scans=60)
     version_id = anywhere.upload(sample.zipped(files, zipfile.ZIP_STORED))
     abandon(anywhere, version_id)
@@ -622,7 +623,7 @@ def test_what_an_attempt_wrote_is_purged_though_the_next_one_was_cancelled(anywh
     assert not [path for path, data in files.items() if is_stored(anywhere, data)]
 
 
-def abandon(intake: Intake, version_id: str) -> None:
+def abandon(intake: IngestCase, version_id: str) -> None:
     """Do everything of an ingest but its end, as a worker that is killed just before; then take its job over."""
     handler = Ingest(intake.store, intake.limits)
     with claimed_work(intake.database) as work:
@@ -633,13 +634,13 @@ def abandon(intake: Intake, version_id: str) -> None:
         job = jobs.take_over(session, observation)
         assert job is not None
         if job.state is JobState.FAILED:
-            handler.failed(session, job, Crashed("Its worker was lost at every attempt."))
+            handler.failed(session, job, Crashed("The worker of this job was lost at every attempt."))
         else:
             handler.requeued(session, job, None)
 
 
 @EACH_STORE_SLOWLY
-def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhere: Intake) -> None:
+def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhere: IngestCase) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     kept = anywhere.take_in(shared, "kept")
     files = shared | {"blue/mine.png": sample.png(77)}
@@ -660,11 +661,11 @@ def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhe
 
 
 @EACH_STORE_SLOWLY
-def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: Intake) -> None:
+def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
     first = intake.take_in(files)
     version_id = intake.upload(sample.zipped({"blue/9.png": sample.png(9), "blue/0.png": files["blue/0.png"]}))
-    forgetful = Forgetful(intake.database.engine.url)
+    forgetful = LostCommitDatabase(intake.database.engine.url)
     with claimed_work(intake.database, through=forgetful) as work:
         complete = Ingest(intake.store, LIMITS).run(work)
         with intake.database.writing() as session:
@@ -678,7 +679,7 @@ def test_what_was_written_though_its_answer_was_lost_is_written_once(intake: Int
     assert intake.has_nothing_but(first, version)
 
 
-def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Intake) -> None:
+def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: IngestCase) -> None:
     class Interrupted(Ingest):
         """Its worker breaks while the first end is being written."""
 
@@ -706,17 +707,19 @@ def test_an_end_that_could_not_be_written_does_not_cost_the_archive(intake: Inta
     assert intake.has_nothing_but(version)
 
 
-def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(intake: Intake, say: Say) -> None:
+def test_an_ingest_that_has_no_room_waits_and_rejects_nothing(
+    intake: IngestCase, send_from_child: SendFromChild
+) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(per_class=3)))
-    say(Failed.by(DiskFull("The disk is full.")))
+    send_from_child(Failed.by(DiskFull("The disk is full.")))
     assert intake.loop().work()
     job = intake.job(version_id)
     assert (job.state, job.attempt) == (JobState.QUEUED, 0) and job.next_attempt_at is not None
     assert intake.version(version_id).state is DatasetState.UPLOADED
 
 
-def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, begin: Begin) -> None:
-    clock = ByHand()
+def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: IngestCase, begin: Begin) -> None:
+    clock = ManualClock()
     slow = replace(intake, timings=replace(QUICK, let_go_s=1000.0), clock=Clock(clock.monotonic))
     with held_at_the_slow_image() as is_there:
         version_id, _ = begin(slow, slow_set(scans=20_000))
@@ -731,7 +734,7 @@ def test_an_ingest_that_stalls_is_rejected_and_leaves_nothing(intake: Intake, be
     until(intake.has_nothing_but)  # its files go once that is written
 
 
-def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ingest_tells_how_far_it_is(intake: IngestCase, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = SimpleNamespace(monotonic=count().__next__)  # one passes between any two looks at this clock
     monkeypatch.setattr(ingest, "time", seconds)
     with held_at_the_slow_image() as is_there:
@@ -748,7 +751,7 @@ def test_an_ingest_tells_how_far_it_is(intake: Intake, begin: Begin, monkeypatch
 
 
 @EACH_STORE_SLOWLY
-def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) -> None:
+def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: IngestCase) -> None:
     shared, mine = sample.coloured(per_class=2, classes=2), {"blue/mine.png": sample.png(77)}
     kept = anywhere.take_in(shared, "kept")
     gone = anywhere.take_in(shared | mine, "gone")
@@ -763,7 +766,7 @@ def test_a_deleted_set_is_purged_but_for_what_another_names(anywhere: Intake) ->
 
 
 @EACH_STORE_SLOWLY
-def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: Intake) -> None:
+def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: IngestCase) -> None:
     version_id = intake.upload(sample.zipped(sample.coloured(2)))
     intake.delete()
     assert intake.loop().work()
@@ -773,7 +776,7 @@ def test_a_set_that_is_deleted_before_its_ingest_leaves_nothing(intake: Intake) 
     assert intake.loop().work() is False
 
 
-def test_a_set_that_is_deleted_during_its_ingest_leaves_nothing(anywhere: Intake, begin: Begin) -> None:
+def test_a_set_that_is_deleted_during_its_ingest_leaves_nothing(anywhere: IngestCase, begin: Begin) -> None:
     version_id, _ = begin(anywhere, slow_set(scans=20_000))
     purge = anywhere.delete()
     settled(anywhere.database, anywhere.job(version_id).id, JobState.CANCELLED)
@@ -783,7 +786,7 @@ def test_a_set_that_is_deleted_during_its_ingest_leaves_nothing(anywhere: Intake
     assert anywhere.has_nothing_but()
 
 
-def test_a_purge_waits_for_an_ingest_that_is_under_way(intake: Intake, begin: Begin) -> None:
+def test_a_purge_waits_for_an_ingest_that_is_under_way(intake: IngestCase, begin: Begin) -> None:
     with held_at_the_slow_image() as is_there:
         version_id, _ = begin(intake, slow_set(scans=20_000))
         assert is_there.wait(120)
@@ -798,7 +801,7 @@ def test_a_purge_waits_for_an_ingest_that_is_under_way(intake: Intake, begin: Be
     assert intake.has_nothing_but()
 
 
-def test_a_file_that_a_purge_takes_while_an_ingest_reads_it_is_stored_again(anywhere: Intake, begin: Begin) -> None:
+def test_a_file_that_a_purge_takes_while_an_ingest_reads_it_is_stored_again(anywhere: IngestCase, begin: Begin) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(shared, "gone")
     files = shared | {"green/new.png": sample.png(5), "green/slow.jpg": slow_jpeg(100)}
@@ -827,7 +830,7 @@ def test_a_file_that_a_purge_takes_before_a_row_names_it_is_stored_again(sqlite:
                 (self.root / "robbed").touch()
                 self.delete(taken)
 
-    intake = Intake(sqlite, Robbed(tmp_path / "store"))
+    intake = IngestCase(sqlite, Robbed(tmp_path / "store"))
     version_id = intake.upload(sample.zipped(sample.coloured(per_class=2)))
     loop = intake.loop()
     assert loop.work()
@@ -839,7 +842,7 @@ def test_a_file_that_a_purge_takes_before_a_row_names_it_is_stored_again(sqlite:
 
 
 @EACH_STORE_SLOWLY
-def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhere: Intake) -> None:
+def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhere: IngestCase) -> None:
     files = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(files, "gone")
     version_id = anywhere.upload(sample.zipped(files), "staying")
@@ -858,7 +861,7 @@ def test_a_manifest_that_a_purge_took_just_before_the_end_is_stored_again(anywhe
 
 
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
-def test_an_image_that_another_set_is_just_naming_is_not_purged(anywhere: Intake) -> None:
+def test_an_image_that_another_set_is_just_naming_is_not_purged(anywhere: IngestCase) -> None:
     shared = sample.coloured(per_class=2, classes=2)
     anywhere.take_in(shared, "gone")
     purge = anywhere.delete("gone")

@@ -31,14 +31,14 @@ from models import run as runs
 from models.comparison import Comparison, ComparisonRun, ComparisonState
 from models.dataset import DatasetVersion
 from models.job import Job, JobKind, JobState, Queue
-from models.outbox import Outbox, add_publish_jobs, add_to_outbox, get_refusals, outbox_rows
+from models.outbox import Outbox, add_publish_jobs, add_to_outbox, get_refusals, get_unsent_rows
 from models.run import Fold, Run
 from models.session import Database
 from ops.up import command_line, mlflow_answers, mlflow_server
 from worker.handlers.tracking import Publish, TrackingSettings
 
 
-class Relay:
+class LossyRelay:
     """Stands before MLflow; loses every answer from that to a certain change on.
 
     Only changes count: where the answer to a question is lost, nothing was done that could be done twice.
@@ -101,8 +101,8 @@ def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def relay(mlflow_url: str) -> Iterator[Relay]:
-    relay = Relay(mlflow_url)
+def relay(mlflow_url: str) -> Iterator[LossyRelay]:
+    relay = LossyRelay(mlflow_url)
     yield relay
     relay.close()
 
@@ -129,21 +129,21 @@ class Case:
         add_job(self.database, self.run_id, JobKind.PUBLISH, Queue.TRACKING)
         with claimed_work(self.database) as work:
             try:
-                Publish(self.store, _place(url)).run(work)
+                Publish(self.store, _settings(url)).run(work)
             finally:
                 work.write(lambda session: jobs.finish(session, work.lease, JobState.SUCCEEDED))
 
-    def owed(self) -> int:
+    def count_outbox(self) -> int:
         """Return how many things MLflow has not been told."""
         with self.database.reading() as session:
             return records.count(session, Outbox)
 
 
-def _place(url: str) -> TrackingSettings:
+def _settings(url: str) -> TrackingSettings:
     return TrackingSettings(url, 60.0, "http://127.0.0.1:1")
 
 
-def owe_all(session: Session, run_id: str) -> None:
+def add_all_to_outbox(session: Session, run_id: str) -> None:
     """Owe MLflow everything about a run, whatever it was told before."""
     add_to_outbox(session, run_id, "started", {})
     for number in range(2):
@@ -177,11 +177,11 @@ def new_case(database: Database, store: Store, prefix: str = "flowers-", **measu
         registry.add_model_version(
             session, records.PRINCIPAL, name, run.id, records.digest("bundle"), records.digest("backbone")
         )
-        owe_all(session, run.id)
+        add_all_to_outbox(session, run.id)
         return Case(database, store, run.id, name)
 
 
-def seen(url: str, name: str) -> dict[str, Any]:
+def shown_by_mlflow(url: str, name: str) -> dict[str, Any]:
     """Return all that MLflow shows of a model's runs, without what it numbers itself."""
     client = mlflow.MlflowClient(url, registry_uri=url)
     experiment = client.get_experiment_by_name(name)
@@ -250,7 +250,7 @@ def test_a_failed_run_that_is_tried_again_is_shown_as_running_and_then_as_what_i
 
 def test_what_is_told_twice_is_shown_once(mlflow_url: str, case: Case) -> None:
     case.publish(mlflow_url)
-    once = seen(mlflow_url, case.name)
+    once = shown_by_mlflow(mlflow_url, case.name)
     assert [run[:3] for run in once["runs"]] == [
         ("fold-1", "FINISHED", True),
         ("fold-2", "FINISHED", True),
@@ -259,10 +259,10 @@ def test_what_is_told_twice_is_shown_once(mlflow_url: str, case: Case) -> None:
     assert once["models"] == 1 and once["versions"] == [(1, "1")] and once["aliases"] == {"champion": 1}
     assert [step for step, _ in once["runs"][0][3]["val/loss"]] == [1, 2, 3]
     with case.database.writing() as session:
-        owe_all(session, case.run_id)
+        add_all_to_outbox(session, case.run_id)
     case.publish(mlflow_url)
-    assert case.owed() == 0
-    assert seen(mlflow_url, case.name) == once
+    assert case.count_outbox() == 0
+    assert shown_by_mlflow(mlflow_url, case.name) == once
 
 
 @pytest.mark.parametrize("is_best", [True, False])
@@ -301,19 +301,19 @@ def test_a_table_that_is_told_twice_is_shown_once_in_place_of_an_earlier_one(
         assert told.get("espalier.p_value") == (None if is_best else "0.0123")
         files = [file.path for file in client.list_artifacts(page.info.run_id)]
         assert files.count("comparison.md") == 1
-    assert len(seen(mlflow_url, case.name)["runs"]) == 3 and case.owed() == 0
+    assert len(shown_by_mlflow(mlflow_url, case.name)["runs"]) == 3 and case.count_outbox() == 0
 
 
 def test_a_file_that_came_after_the_end_is_shown_beside_the_others(mlflow_url: str, case: Case) -> None:
     case.publish(mlflow_url)
-    before = seen(mlflow_url, case.name)
+    before = shown_by_mlflow(mlflow_url, case.name)
     with case.database.writing() as session:
         runs.add_artifact(session, case.run_id, "learning-curve.png", case.store.put(b"a picture"), 9, "image/png")
         add_to_outbox(session, case.run_id, "file", {"name": "learning-curve.png"})
         add_to_outbox(session, case.run_id, "file", {"name": "learning-curve.png"})
     case.publish(mlflow_url)
-    after = seen(mlflow_url, case.name)
-    assert case.owed() == 0 and set(after["runs"][2][7]) - set(before["runs"][2][7]) == {"learning-curve.png"}
+    after = shown_by_mlflow(mlflow_url, case.name)
+    assert case.count_outbox() == 0 and set(after["runs"][2][7]) - set(before["runs"][2][7]) == {"learning-curve.png"}
     assert after["runs"][:2] == before["runs"][:2] and after["runs"][2][:7] == before["runs"][2][:7]
 
 
@@ -339,8 +339,8 @@ def test_names_that_mlflow_does_not_take_are_shown_under_others(
             registry.move_alias(session, model, alias, registry.get_model_version(session, model, 1))
             add_to_outbox(session, case.run_id, "alias", {"alias": alias})
     case.publish(mlflow_url)
-    shown = seen(mlflow_url, case.name)
-    assert case.owed() == 0
+    shown = shown_by_mlflow(mlflow_url, case.name)
+    assert case.count_outbox() == 0
     assert [run[1] for run in shown["runs"]] == ["FINISHED"] * 3
     assert shown["models"] == 1 and shown["aliases"] == dict.fromkeys(aliases.values(), 1)
 
@@ -364,12 +364,12 @@ def test_the_card_of_a_data_set_shows_the_names_of_classes_as_text(mlflow_url: s
     ],
 )
 def test_what_mlflow_refuses_for_good_is_recorded_and_nothing_waits_behind_it(
-    relay: Relay, case: Case, path: str, what: str, status: str | None
+    relay: LossyRelay, case: Case, path: str, what: str, status: str | None
 ) -> None:
     relay.refused_path = path
     case.publish(relay.url)
     with case.database.reading() as session:
-        assert outbox_rows(session, case.run_id) == []
+        assert get_unsent_rows(session, case.run_id) == []
         refusals = {row.payload["what"]: row.payload["reason"] for row in get_refusals(session, case.run_id)}
         page = session.get_one(Run, case.run_id).mlflow_run_id
     assert "Not like this." in refusals[what]
@@ -388,12 +388,12 @@ def test_what_mlflow_refuses_for_good_is_recorded_and_nothing_waits_behind_it(
 
 @pytest.mark.slow
 def test_whichever_answer_is_lost_nothing_is_shown_twice(
-    mlflow_url: str, relay: Relay, sqlite: Database, store: Store
+    mlflow_url: str, relay: LossyRelay, sqlite: Database, store: Store
 ) -> None:
     chosen = {"chosen": {"backbone": "vgg16", "features_from": "block3"}}
     case = new_case(sqlite, store, features=chosen)
     case.publish(relay.url)
-    undisturbed = seen(mlflow_url, case.name)
+    undisturbed = shown_by_mlflow(mlflow_url, case.name)
     changes = relay.changes
     assert changes > 20
     for lost in range(1, changes + 1):
@@ -403,25 +403,27 @@ def test_whichever_answer_is_lost_nothing_is_shown_twice(
             again.publish(relay.url)
         relay.loses_from = None
         again.publish(relay.url)
-        assert again.owed() == 0
-        assert seen(mlflow_url, again.name) == undisturbed, f"the answer to change {lost} was lost"
+        assert again.count_outbox() == 0
+        assert shown_by_mlflow(mlflow_url, again.name) == undisturbed, f"the answer to change {lost} was lost"
 
 
 @pytest.mark.usefixtures("long_back_off")
-def test_a_run_is_told_once_mlflow_is_back(mlflow_url: str, relay: Relay, case: Case, start_loop: StartLoop) -> None:
+def test_a_run_is_told_once_mlflow_is_back(
+    mlflow_url: str, relay: LossyRelay, case: Case, start_loop: StartLoop
+) -> None:
     relay.loses_from = 1
     with case.database.writing() as session:
         assert add_publish_jobs(session) == 1
     with case.database.reading() as session:
         job_id = session.scalars(select(Job.id).where(Job.kind == JobKind.PUBLISH)).one()
-    start_loop(case.database, Publish(case.store, _place(relay.url)), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
+    start_loop(case.database, Publish(case.store, _settings(relay.url)), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
     until(lambda: look(case.database, job_id).attempt == 1 and look(case.database, job_id).state is JobState.QUEUED)
-    assert case.owed() == 5
+    assert case.count_outbox() == 5
     relay.loses_from = None
     make_due(case.database, job_id)
     settled(case.database, job_id, JobState.SUCCEEDED)
-    assert case.owed() == 0
-    assert len(seen(mlflow_url, case.name)["runs"]) == 3
+    assert case.count_outbox() == 0
+    assert len(shown_by_mlflow(mlflow_url, case.name)["runs"]) == 3
     with case.database.reading() as session:
         assert session.get_one(Run, case.run_id).mlflow_run_id
 
@@ -438,7 +440,7 @@ def test_the_end_of_a_run_that_is_tried_again_is_told_at_its_next_end(
     def shown() -> str:
         case = Case(sqlite, store, run_id, name)
         case.publish(mlflow_url)
-        assert case.owed() == 0
+        assert case.count_outbox() == 0
         with sqlite.reading() as session:
             page = str(session.get_one(Run, run_id).mlflow_run_id)
         return str(mlflow.MlflowClient(mlflow_url).get_run(page).info.status)
@@ -460,8 +462,8 @@ def test_a_run_whose_report_is_gone_is_told_of_again_by_the_same_job(
     mlflow_url: str, case: Case, start_loop: StartLoop
 ) -> None:
     case.store.delete(digest_of(b"# Report"))
-    start_loop(case.database, Publish(case.store, _place(mlflow_url)), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
-    until(lambda: case.owed() == 2)
+    start_loop(case.database, Publish(case.store, _settings(mlflow_url)), kind=JobKind.PUBLISH, queue=Queue.TRACKING)
+    until(lambda: case.count_outbox() == 2)
     time.sleep(1)
     with case.database.reading() as session:
         job_id = session.scalars(select(Job.id)).one()
@@ -469,7 +471,7 @@ def test_a_run_whose_report_is_gone_is_told_of_again_by_the_same_job(
     case.store.put(b"# Report")
     make_due(case.database, job_id)
     settled(case.database, job_id, JobState.SUCCEEDED)
-    assert case.owed() == 0
+    assert case.count_outbox() == 0
 
 
 def test_an_address_where_nothing_listens_is_unavailable_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +486,7 @@ def test_an_address_where_nothing_listens_is_unavailable_at_once(case: Case, mon
     with socket.socket() as held:  # nobody can take its port, and nobody listens there
         held.bind(("127.0.0.1", 0))
         host, port = held.getsockname()
-        with pytest.raises(Unavailable, match="does not take what it is sent"):
+        with pytest.raises(Unavailable, match="did not accept a request"):
             case.publish(f"http://{host}:{port}")
     assert tried == [(host, port)], "once, and never again"
-    assert case.owed() == 5
+    assert case.count_outbox() == 5

@@ -10,14 +10,24 @@ from typing import Any
 
 import pytest
 import records
-from cutting import cut_off
-from manual_clock import ByHand
-from on_databases import ON_SQLITE
-from resting import has_ended
+from database_marks import ON_SQLITE
+from idle_worker import has_ended
+from lossy_postgres import lost_commits
+from manual_clock import ManualClock
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from waiting import until
-from working import QUICK, Forgetful, Say, StartLoop, claimed_work, look, settled, sweep_twice, training_place
+from working import (
+    QUICK,
+    LostCommitDatabase,
+    SendFromChild,
+    StartLoop,
+    claimed_work,
+    look,
+    settled,
+    sweep_twice,
+    training_settings,
+)
 
 from artifacts.run_files import RunFile
 from artifacts.store import Digest, Store
@@ -101,7 +111,7 @@ class Case:
         with self.database.reading() as session:
             return [(event.kind, event.payload) for event in runs.get_events(session, self.run_id, after=0)]
 
-    def owed(self) -> list[str]:
+    def outbox_kinds(self) -> list[str]:
         with self.database.reading() as session:
             return list(session.scalars(select(Outbox.kind).order_by(Outbox.id)))
 
@@ -145,7 +155,7 @@ def queued(database: Database, store: Store, folder: Path, recipe: Recipe) -> Ca
         run = runs.create_run(session, records.PRINCIPAL, version.id, "flowers", recipe)
         job = run_jobs.queue_training(session, run)
         assert DRAIN_WITHIN_S < worker_app._DRAIN_S, "a worker hears what its child says at the end"
-        train = Train(store, training_place(folder), drain_within_s=600.0)  # a child is done long before
+        train = Train(store, training_settings(folder), drain_within_s=600.0)  # a child is done long before
         return Case(database, store, train, run.id, job.id)
 
 
@@ -164,9 +174,9 @@ def tuning(database: Database, store: Store, tmp_path: Path) -> Iterator[Case]:
 # --- what is said is written once ----------------------------------------------------------------------------------
 
 
-def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, say: Say) -> None:
+def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, send_from_child: SendFromChild) -> None:
     epochs = [EpochEnded(fold=0, epoch=number, metrics={"loss": 1.0}) for number in (1, 2, 3)]
-    say(
+    send_from_child(
         *epochs,
         PROGRESS,
         case.checkpoint(0, 2),
@@ -174,7 +184,7 @@ def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, sa
         case.fold(1),
         OUTCOME,
     )
-    forgetful = Forgetful(case.database.engine.url)
+    forgetful = LostCommitDatabase(case.database.engine.url)
     case.do(through=forgetful)
     forgetful.close()
     told = case.events()
@@ -183,15 +193,15 @@ def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, sa
     assert [payload["state"] for kind, payload in told if kind is EventKind.STATE] == ["queued", "running", "succeeded"]
     assert [payload["epoch"] for kind, payload in told if kind is EventKind.EPOCH] == [1, 2, 3]
     assert [payload["fold"] for kind, payload in told if kind is EventKind.FOLD] == [0, 1]
-    assert case.owed() == ["started", "fold", "fold", "finished"]
+    assert case.outbox_kinds() == ["started", "fold", "fold", "finished"]
     assert (case.run().state, case.run().training_s) == (RunState.SUCCEEDED, 12.5)
     with case.database.reading() as session:
         assert [fold.number for fold in runs.get_folds(session, case.run_id)] == [0, 1]
     assert list(case.store.digests()) == [], "what only its folds needed is gone with its end"
 
 
-def test_progress_is_that_of_the_whole_run(case: Case, say: Say) -> None:
-    say(PROGRESS, EXTRACTED)
+def test_progress_is_that_of_the_whole_run(case: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(PROGRESS, EXTRACTED)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     progress = case.run().progress
@@ -201,9 +211,11 @@ def test_progress_is_that_of_the_whole_run(case: Case, say: Say) -> None:
     assert case.run().extraction == EXTRACTION
 
 
-def test_progress_of_folds_that_one_child_learns_side_by_side_is_that_of_all_of_them(case: Case, say: Say) -> None:
+def test_progress_of_folds_that_one_child_learns_side_by_side_is_that_of_all_of_them(
+    case: Case, send_from_child: SendFromChild
+) -> None:
     side_by_side = {"folds": 2, "share": 0.5 + 0.25, "spent_s": 3.0, "eta_s": 5.0}
-    say(Progress(state=STATE.model_copy(update=side_by_side)), EXTRACTED)
+    send_from_child(Progress(state=STATE.model_copy(update=side_by_side)), EXTRACTED)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     progress = case.run().progress
@@ -211,11 +223,11 @@ def test_progress_of_folds_that_one_child_learns_side_by_side_is_that_of_all_of_
     assert progress["eta_s"] == pytest.approx(5.0 + 3.0 / 0.75), "the rest of both, and the final fit"
 
 
-def late(clock: ByHand, *gaps_s: float) -> Callable[[Mapping[str, str]], Child]:
+def late(clock: ManualClock, *gaps_s: float) -> Callable[[Mapping[str, str]], Child]:
     """Start children whose messages come so long one after the other, by a clock that only this moves."""
     left = iter(gaps_s)
 
-    class Late(Child):
+    class SlowChild(Child):
         def receive(self, work: Work) -> ChildMessage | None:
             clock.sleep(next(left))
             work._holder.look()
@@ -223,25 +235,27 @@ def late(clock: ByHand, *gaps_s: float) -> Callable[[Mapping[str, str]], Child]:
                 pass
             return message
 
-    return lambda environment: Late(environment=environment)
+    return lambda environment: SlowChild(environment=environment)
 
 
 def done_late(case: Case, folder: Path, *gaps_s: float) -> Job:
     """Do the job with a child that is late, where nothing may stand still for longer than 1.5 s; return the job."""
-    clock = ByHand()
-    handlers = dict.fromkeys(JobKind, Train(case.store, training_place(folder), late(clock, *gaps_s)))
-    loop = LocalWorker(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.of_worker())
+    clock = ManualClock()
+    handlers = dict.fromkeys(JobKind, Train(case.store, training_settings(folder), late(clock, *gaps_s)))
+    loop = LocalWorker(case.database, Queue.CPU, handlers, "here", replace(QUICK, stall_s=1.5), clock.worker_clock())
     assert loop.work()
     return look(case.database, case.job_id)
 
 
-def test_a_long_epoch_is_not_stopped_while_it_moves(case: Case, say: Say, tmp_path: Path) -> None:
-    say(*[Alive(step_s=0.01)] * 10, OUTCOME)
+def test_a_long_epoch_is_not_stopped_while_it_moves(case: Case, send_from_child: SendFromChild, tmp_path: Path) -> None:
+    send_from_child(*[Alive(step_s=0.01)] * 10, OUTCOME)
     assert done_late(case, tmp_path, *[1.4] * 11).state is JobState.SUCCEEDED
 
 
-def test_a_long_epoch_is_stopped_if_nothing_moves(case: Case, say: Say, start_loop: StartLoop) -> None:
-    say(Alive(step_s=0.01), OUTCOME, apart_s=600.0)
+def test_a_long_epoch_is_stopped_if_nothing_moves(
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop
+) -> None:
+    send_from_child(Alive(step_s=0.01), OUTCOME, apart_s=600.0)
     start_loop(case.database, case.train, timings=replace(QUICK, stall_s=1.5))
     job = settled(case.database, case.job_id, JobState.FAILED)
     assert (job.error or {})["code"] == "stalled"
@@ -251,15 +265,15 @@ def test_a_long_epoch_is_stopped_if_nothing_moves(case: Case, say: Say, start_lo
     ("gap_s", "state"), [(9.9, JobState.SUCCEEDED), (10.1, JobState.FAILED)], ids=["waited for", "stalled"]
 )
 def test_steps_that_take_long_are_waited_for(
-    case: Case, say: Say, tmp_path: Path, gap_s: float, state: JobState
+    case: Case, send_from_child: SendFromChild, tmp_path: Path, gap_s: float, state: JobState
 ) -> None:
-    say(Alive(step_s=1.0), OUTCOME)
+    send_from_child(Alive(step_s=1.0), OUTCOME)
     job = done_late(case, tmp_path, 1.4, gap_s)
     assert job.state is state
     assert (job.error or {}).get("code") == (None if state is JobState.SUCCEEDED else "stalled")
 
 
-def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) -> None:
+def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, send_from_child: SendFromChild) -> None:
     quicker, slower = case.store.put(b"one export"), case.store.put(b"another export")
 
     def export(digest: Digest) -> AddBackbone:
@@ -273,7 +287,7 @@ def test_the_export_of_a_run_that_was_slower_is_removed(case: Case, say: Say) ->
             facts={},
         )
 
-    say(export(quicker), export(slower), export(quicker), OUTCOME)
+    send_from_child(export(quicker), export(slower), export(quicker), OUTCOME)
     with claimed_work(case.database) as work:
         case.train.run(work)
     assert list(case.store.digests()) == [quicker]
@@ -333,14 +347,20 @@ def test_what_a_run_chose_of_precisions_is_kept_until_it_is_over(case: Case) -> 
     [(Queue.CPU, "0", "-1"), (Queue.GPU, "", "0"), (Queue.GPU, "3", "3"), (Queue.GPU, "2,5", "2")],
 )
 def test_a_job_sees_one_gpu_if_it_waited_for_one(
-    case: Case, say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: Queue, mine: str, seen: str
+    case: Case,
+    send_from_child: SendFromChild,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    queue: Queue,
+    mine: str,
+    seen: str,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mine)
     if not mine:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with case.database.writing() as session:
         session.get_one(Job, case.job_id).queue = queue
-    say(OUTCOME)
+    send_from_child(OUTCOME)
     with claimed_work(case.database) as work:
         case.train.run(work)
     assert (tmp_path / "devices").read_text() == seen
@@ -349,10 +369,12 @@ def test_a_job_sees_one_gpu_if_it_waited_for_one(
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_the_last_two_checkpoints_of_a_part_are_kept_and_go_with_its_end(case: Case, say: Say) -> None:
+def test_the_last_two_checkpoints_of_a_part_are_kept_and_go_with_its_end(
+    case: Case, send_from_child: SendFromChild
+) -> None:
     first, *kept = (case.checkpoint(0, epochs) for epochs in (1, 2, 3))
     last = case.checkpoint(None, 1)
-    say(first, *kept, last)
+    send_from_child(first, *kept, last)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     found = {0: [kept[1].sha256, kept[0].sha256], FINAL_PART: [last.sha256]}
@@ -363,7 +385,7 @@ def test_the_last_two_checkpoints_of_a_part_are_kept_and_go_with_its_end(case: C
     assert order is not None and order.checkpoints == {0: tuple(found[0])}
     assert order.final_checkpoints == tuple(found[FINAL_PART])
 
-    say(case.fold(0))
+    send_from_child(case.fold(0))
     with case.database.writing() as session:
         jobs.give_back(session, work.lease)
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
@@ -372,11 +394,11 @@ def test_the_last_two_checkpoints_of_a_part_are_kept_and_go_with_its_end(case: C
 
 
 def test_what_a_child_kept_when_its_worker_was_told_to_end_is_written(
-    case: Case, say: Say, start_loop: StartLoop
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop
 ) -> None:
     kept = case.checkpoint(0, 7)
     epoch = EpochEnded(fold=0, epoch=7, metrics={})
-    say(PROGRESS, on_drain=[epoch, kept])
+    send_from_child(PROGRESS, on_drain=[epoch, kept])
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
@@ -390,10 +412,10 @@ def test_what_a_child_kept_when_its_worker_was_told_to_end_is_written(
 
 
 def test_of_folds_that_are_learned_side_by_side_each_is_kept_when_the_worker_is_told_to_end(
-    case: Case, say: Say, start_loop: StartLoop
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop
 ) -> None:
     kept = [case.checkpoint(number, 7) for number in range(2)]
-    say(PROGRESS, on_drain=kept)
+    send_from_child(PROGRESS, on_drain=kept)
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
@@ -402,29 +424,29 @@ def test_of_folds_that_are_learned_side_by_side_each_is_kept_when_the_worker_is_
 
 
 def test_a_fold_that_ends_while_its_worker_is_told_to_end_is_done(
-    tuning: Case, say: Say, start_loop: StartLoop
+    tuning: Case, send_from_child: SendFromChild, start_loop: StartLoop
 ) -> None:
-    say(Prepared())
+    send_from_child(Prepared())
     tuning.do()
-    say(PROGRESS, on_drain=[tuning.checkpoint(0, 2), tuning.fold(0)])
+    send_from_child(PROGRESS, on_drain=[tuning.checkpoint(0, 2), tuning.fold(0)])
     loop = start_loop(tuning.database, tuning.train, kind=JobKind.FOLD)
     until(lambda: tuning.run().progress.get("stage") == "folds")
     loop.drain()
     loop.join(60)
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 1)] and tuning.jobs(JobState.FAILED) == []
-    say(tuning.fold(1))
+    send_from_child(tuning.fold(1))
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FINAL, 0)]
 
 
 def test_a_run_that_ends_while_its_worker_is_told_to_end_lacks_nothing(
-    case: Case, say: Say, start_loop: StartLoop
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop
 ) -> None:
     sheet = StoredFile(
         name=RunFile.AUGMENTATIONS, sha256=case.store.put(b"sheet"), size_bytes=5, media_type="image/png"
     )
     said = [EXTRACTED, FileWritten(file=sheet)]
-    say(PROGRESS, on_drain=[*said, case.fold(0), case.fold(1), OUTCOME])
+    send_from_child(PROGRESS, on_drain=[*said, case.fold(0), case.fold(1), OUTCOME])
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
@@ -436,17 +458,19 @@ def test_a_run_that_ends_while_its_worker_is_told_to_end_lacks_nothing(
         assert [file.name for file in runs.get_artifacts(session, run.id)] == ["augmentations.png"]
 
 
-def test_attempts_count_from_where_the_work_stands(case: Case, say: Say) -> None:
+def test_attempts_count_from_where_the_work_stands(case: Case, send_from_child: SendFromChild) -> None:
     with case.database.writing() as session:
         session.get_one(Job, case.job_id).attempt = jobs.MAX_ATTEMPTS - 1
-    say(case.checkpoint(0, 1))
+    send_from_child(case.checkpoint(0, 1))
     with claimed_work(case.database) as work, pytest.raises(Crashed, match="without a result"):
         case.train.run(work)
     with case.database.reading() as session:
         assert session.get_one(Job, case.job_id).attempt == work.job.attempt == 1
 
 
-def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(tuning: Case, say: Say) -> None:
+def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(
+    tuning: Case, send_from_child: SendFromChild
+) -> None:
     def told() -> Digest | None:
         with tuning.database.writing() as session:
             order = tuning.train._make_order(session, session.get_one(Job, tuning.job_id))
@@ -472,18 +496,20 @@ def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(tuning: 
         assert find_unreferenced(session, [before, after]) == [before]
 
 
-def test_a_child_computes_on_as_many_threads_as_its_place_says(case: Case, say: Say, tmp_path: Path) -> None:
-    case.train = Train(case.store, replace(training_place(tmp_path), threads=3))
-    say(OUTCOME)
+def test_a_child_computes_on_as_many_threads_as_its_place_says(
+    case: Case, send_from_child: SendFromChild, tmp_path: Path
+) -> None:
+    case.train = Train(case.store, replace(training_settings(tmp_path), threads=3))
+    send_from_child(OUTCOME)
     case.do()
     assert (tmp_path / "threads").read_text() == "3"
 
 
 def test_a_child_that_cannot_be_told_is_ended_all_the_same(
-    case: Case, say: Say, start_loop: StartLoop, tmp_path: Path
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop, tmp_path: Path
 ) -> None:
-    case.train = Train(case.store, training_place(tmp_path), drain_within_s=0.5)
-    say(PROGRESS, OUTCOME, apart_s=600.0)
+    case.train = Train(case.store, training_settings(tmp_path), drain_within_s=0.5)
+    send_from_child(PROGRESS, OUTCOME, apart_s=600.0)
     loop = start_loop(case.database, case.train)
     until(lambda: case.run().progress.get("stage") == "folds")
     loop.drain()
@@ -495,41 +521,43 @@ def test_a_child_that_cannot_be_told_is_ended_all_the_same(
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def test_folds_are_jobs_of_their_own_and_the_last_one_owes_the_final_one(tuning: Case, say: Say) -> None:
-    say(Prepared())
+def test_folds_are_jobs_of_their_own_and_the_last_one_owes_the_final_one(
+    tuning: Case, send_from_child: SendFromChild
+) -> None:
+    send_from_child(Prepared())
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 0), (JobKind.FOLD, 1)]
     assert tuning.run().state is RunState.RUNNING
-    say(tuning.checkpoint(0, 1), tuning.fold(0))
+    send_from_child(tuning.checkpoint(0, 1), tuning.fold(0))
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 1)]
-    say(tuning.fold(1))
+    send_from_child(tuning.fold(1))
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FINAL, 0)]
-    say(OUTCOME)
+    send_from_child(OUTCOME)
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [] and tuning.run().state is RunState.SUCCEEDED
-    assert tuning.owed() == ["started", "fold", "fold", "finished"]
+    assert tuning.outbox_kinds() == ["started", "fold", "fold", "finished"]
     assert list(tuning.store.digests()) == []
 
 
-def test_a_run_that_goes_on_owes_only_the_folds_that_are_left(tuning: Case, say: Say) -> None:
+def test_a_run_that_goes_on_owes_only_the_folds_that_are_left(tuning: Case, send_from_child: SendFromChild) -> None:
     with tuning.database.writing() as session:
         runs.add_fold(session, runs.Fold(run_id=tuning.run_id, number=0, outcome_sha256="ab", **FOLD))
-    say(Prepared())
+    send_from_child(Prepared())
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 1)]
 
 
-def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) -> None:
-    say(Prepared())
+def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(Prepared())
     tuning.do()
     other = STATE.model_copy(update={"fold": 1, "share": 0.25, "spent_s": 1.0, "eta_s": 3.0})
     with tuning.database.writing() as session:
         job = records.claim_next(session, [Queue.CPU], "elsewhere")
         assert job is not None and job.index == 0
         session.get_one(Job, job.id).progress = {"writes": 1, "said": STATE.model_dump()}
-    say(Progress(state=other), EXTRACTED)
+    send_from_child(Progress(state=other), EXTRACTED)
     with claimed_work(tuning.database) as work, pytest.raises(Crashed, match="without a result"):
         tuning.train.run(work)
     progress = tuning.run().progress
@@ -537,10 +565,12 @@ def test_progress_of_folds_side_by_side_is_put_together(tuning: Case, say: Say) 
     assert progress["fold"] == 1 and progress["eta_s"] == pytest.approx(3.0 + (2.0 + 4.0) / 2)
 
 
-def test_a_fold_that_fails_ends_the_run_and_the_other_folds(tuning: Case, say: Say, start_loop: StartLoop) -> None:
-    say(Prepared())
+def test_a_fold_that_fails_ends_the_run_and_the_other_folds(
+    tuning: Case, send_from_child: SendFromChild, start_loop: StartLoop
+) -> None:
+    send_from_child(Prepared())
     tuning.do()
-    say(Failed.by(TrainingDiverged("no number")))
+    send_from_child(Failed.by(TrainingDiverged("no number")))
     start_loop(tuning.database, tuning.train, kind=JobKind.FOLD)
     with tuning.database.reading() as session:
         fold = session.scalars(select(Job.id).where(Job.kind == JobKind.FOLD, Job.index == 0)).one()
@@ -548,14 +578,14 @@ def test_a_fold_that_fails_ends_the_run_and_the_other_folds(tuning: Case, say: S
     assert tuning.jobs(JobState.CANCELLED) == [(JobKind.FOLD, 1)]
     assert tuning.run().state is RunState.FAILED
     assert (tuning.run().error or {})["code"] == "training-diverged"
-    assert tuning.owed() == ["started", "finished"]
+    assert tuning.outbox_kinds() == ["started", "finished"]
 
 
-def test_a_fold_of_a_run_that_is_over_changes_nothing(tuning: Case, say: Say) -> None:
-    say(Prepared())
+def test_a_fold_of_a_run_that_is_over_changes_nothing(tuning: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(Prepared())
     tuning.do()
     kept = tuning.checkpoint(0, 1)
-    say(kept, tuning.fold(0))
+    send_from_child(kept, tuning.fold(0))
     with claimed_work(tuning.database) as work:
         complete = tuning.train.run(work)
         with tuning.database.writing() as session:
@@ -567,34 +597,38 @@ def test_a_fold_of_a_run_that_is_over_changes_nothing(tuning: Case, say: Say) ->
     with tuning.database.reading() as session:
         assert list(runs.get_folds(session, tuning.run_id)) == []
     assert list(tuning.store.digests()) == [kept.sha256], "the fold goes on from it if the run is tried again"
-    assert tuning.owed() == ["started", "finished"]
+    assert tuning.outbox_kinds() == ["started", "finished"]
 
 
-def test_a_fold_of_an_attempt_that_was_given_up_has_lost_its_lease(tuning: Case, say: Say) -> None:
-    say(Prepared())
+def test_a_fold_of_an_attempt_that_was_given_up_has_lost_its_lease(
+    tuning: Case, send_from_child: SendFromChild
+) -> None:
+    send_from_child(Prepared())
     tuning.do()
     with claimed_work(tuning.database) as work:
-        say(Failed.by(OutOfMemory("too much")))
+        send_from_child(Failed.by(OutOfMemory("too much")))
         loop = LocalWorker(tuning.database, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "there", QUICK)
         assert loop.work()
         assert tuning.jobs(JobState.CANCELLED) == [(JobKind.FOLD, 0)], "its holder has not even noticed"
         with pytest.raises(Stopped):
             work.write(lambda session: None)
-    say(Prepared())
+    send_from_child(Prepared())
     tuning.do()
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.FOLD, 0), (JobKind.FOLD, 1)]
 
 
 @pytest.mark.parametrize("last", ["prepared", "a fold", "the last fold"])
 @ON_SQLITE
-def test_a_run_that_is_cancelled_in_the_last_moment_of_a_part_ends(tuning: Case, say: Say, last: str) -> None:
-    say(Prepared())
+def test_a_run_that_is_cancelled_in_the_last_moment_of_a_part_ends(
+    tuning: Case, send_from_child: SendFromChild, last: str
+) -> None:
+    send_from_child(Prepared())
     if last != "prepared":
         tuning.do()
-        say(tuning.fold(0))
+        send_from_child(tuning.fold(0))
     if last == "the last fold":
         tuning.do()
-        say(tuning.fold(1))
+        send_from_child(tuning.fold(1))
     with claimed_work(tuning.database) as work:
         complete = tuning.train.run(work)
         with tuning.database.writing() as session:
@@ -603,21 +637,21 @@ def test_a_run_that_is_cancelled_in_the_last_moment_of_a_part_ends(tuning: Case,
             complete(session)
             jobs.finish(session, work.lease, JobState.SUCCEEDED)
     assert tuning.jobs(JobState.QUEUED) == [] and tuning.run().state is RunState.CANCELLED
-    assert tuning.owed()[-1] == "finished" and list(tuning.store.digests()) == []
+    assert tuning.outbox_kinds()[-1] == "finished" and list(tuning.store.digests()) == []
 
 
 @pytest.mark.parametrize("is_better", [True, False])
 def test_only_a_version_that_is_better_than_a_constant_answer_becomes_champion(
-    case: Case, say: Say, is_better: bool
+    case: Case, send_from_child: SendFromChild, is_better: bool
 ) -> None:
-    say(OUTCOME.model_copy(update={"metrics": {"baseline": {"is_better": is_better}}}))
+    send_from_child(OUTCOME.model_copy(update={"metrics": {"baseline": {"is_better": is_better}}}))
     case.do()
     with case.database.reading() as session:
         assert [alias for _, alias, _ in registry.get_all_aliases(session)] == ["champion"] * is_better
 
 
-def test_a_run_whose_end_came_before_it_was_cancelled_has_succeeded(case: Case, say: Say) -> None:
-    say(OUTCOME)
+def test_a_run_whose_end_came_before_it_was_cancelled_has_succeeded(case: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(OUTCOME)
     with claimed_work(case.database) as work:
         complete = case.train.run(work)
         with case.database.writing() as session:
@@ -625,10 +659,12 @@ def test_a_run_whose_end_came_before_it_was_cancelled_has_succeeded(case: Case, 
         with case.database.writing() as session:
             complete(session)
             jobs.finish(session, work.lease, JobState.SUCCEEDED)
-    assert case.run().state is RunState.SUCCEEDED and case.owed() == ["started", "finished"]
+    assert case.run().state is RunState.SUCCEEDED and case.outbox_kinds() == ["started", "finished"]
 
 
-def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(tuning: Case, say: Say) -> None:
+def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(
+    tuning: Case, send_from_child: SendFromChild
+) -> None:
     def change(session: Session) -> None:
         run_jobs.request_cancel(session, tuning.run_id)
         assert run_jobs.restart_with_half_batch(session, session.get_one(Job, tuning.job_id)) is None
@@ -640,14 +676,16 @@ def test_a_run_that_is_cancelled_while_memory_runs_out_is_not_begun_anew(tuning:
     assert tuning.run().batch_size is None and tuning.jobs(JobState.QUEUED) == []
 
 
-def test_what_the_end_of_a_run_needs_is_kept_until_that_end_is_committed(tuning: Case, say: Say) -> None:
+def test_what_the_end_of_a_run_needs_is_kept_until_that_end_is_committed(
+    tuning: Case, send_from_child: SendFromChild
+) -> None:
     outcomes = [tuning.fold(number) for number in range(2)]
-    say(Prepared())
+    send_from_child(Prepared())
     tuning.do()
     for outcome in outcomes:
-        say(outcome)
+        send_from_child(outcome)
         tuning.do()
-    say(OUTCOME)
+    send_from_child(OUTCOME)
 
     def lose_the_connection(complete: Complete) -> None:
         with tuning.database.writing() as session:
@@ -661,8 +699,8 @@ def test_what_the_end_of_a_run_needs_is_kept_until_that_end_is_committed(tuning:
     assert set(tuning.store.digests()) == {ended.outcome for ended in outcomes}
 
 
-def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) -> None:
-    say(Prepared())
+def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(Prepared())
     tuning.do()
     together = threading.Barrier(2)
 
@@ -688,19 +726,21 @@ def test_two_folds_that_end_at_once_owe_one_final_job(tuning: Case, say: Say) ->
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def out_of_memory(case: Case, say: Say, times: int) -> None:
+def out_of_memory(case: Case, send_from_child: SendFromChild, times: int) -> None:
     """Have the run's next jobs run out of memory."""
-    say(Failed.by(OutOfMemory("too much")))
+    send_from_child(Failed.by(OutOfMemory("too much")))
     loop = LocalWorker(case.database, Queue.CPU, dict.fromkeys(JobKind, case.train), "here", QUICK)
     for _ in range(times):
         assert loop.work()
 
 
-def test_a_run_that_runs_out_of_memory_is_tried_once_at_half_the_batch(case: Case, say: Say) -> None:
+def test_a_run_that_runs_out_of_memory_is_tried_once_at_half_the_batch(
+    case: Case, send_from_child: SendFromChild
+) -> None:
     with case.database.writing() as session:
         runs.add_fold(session, runs.Fold(run_id=case.run_id, number=0, outcome_sha256="ab" * 32, **FOLD))
         runs.add_checkpoint(session, case.run_id, 1, 3, records.digest("checkpoint"), 9)
-    out_of_memory(case, say, times=2)
+    out_of_memory(case, send_from_child, times=2)
     run = case.run()
     assert (run.state, run.batch_size) == (RunState.FAILED, run.recipe["batch_size"] // 2)
     assert (run.error or {})["code"] == "out-of-memory"
@@ -711,13 +751,13 @@ def test_a_run_that_runs_out_of_memory_is_tried_once_at_half_the_batch(case: Cas
         assert list(runs.get_folds(session, case.run_id)) == []
 
 
-def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, say: Say) -> None:
-    say(Prepared())
+def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(Prepared())
     tuning.do()
     with tuning.database.writing() as session:
         elsewhere = records.claim_next(session, [Queue.CPU], "elsewhere")
     assert elsewhere is not None and elsewhere.index == 0
-    out_of_memory(tuning, say, times=1)
+    out_of_memory(tuning, send_from_child, times=1)
     run = tuning.run()
     assert (run.state, run.batch_size) == (RunState.QUEUED, run.recipe["batch_size"] // 2)
     assert tuning.jobs(JobState.QUEUED) == [(JobKind.TRAIN, 0)]
@@ -740,8 +780,8 @@ def test_a_fold_that_runs_out_of_memory_begins_the_whole_run_anew(tuning: Case, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
-def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say) -> None:
-    with cut_off(tuning.database) as (through, wire):
+def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, send_from_child: SendFromChild) -> None:
+    with lost_commits(tuning.database) as (through, wire):
         loop = LocalWorker(through, Queue.CPU, dict.fromkeys(JobKind, tuning.train), "here", QUICK)
 
         def work() -> None:
@@ -756,13 +796,13 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say
                     loop.runner.close()  # the child has said what it was told to, and can do no other part
                     return
 
-        say(Prepared())
+        send_from_child(Prepared())
         work()
         for number in (0, 1):
             epochs = [EpochEnded(fold=number, epoch=epoch, metrics={}) for epoch in (1, 2)]
-            say(*epochs, tuning.checkpoint(number, 1), tuning.fold(number))
+            send_from_child(*epochs, tuning.checkpoint(number, 1), tuning.fold(number))
             work()
-        say(OUTCOME)
+        send_from_child(OUTCOME)
         work()
         assert wire.cuts > 5
     assert {kind for kind, _ in tuning.jobs(JobState.QUEUED)} <= {JobKind.PUBLISH} and not tuning.jobs(JobState.RUNNING)
@@ -770,7 +810,7 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, say: Say
     told = tuning.events()
     assert [payload["fold"] for kind, payload in told if kind is EventKind.FOLD] == [0, 1]
     assert [payload["epoch"] for kind, payload in told if kind is EventKind.EPOCH] == [1, 2, 1, 2]
-    assert tuning.owed().count("finished") == 1 and tuning.owed().count("fold") == 2
+    assert tuning.outbox_kinds().count("finished") == 1 and tuning.outbox_kinds().count("fold") == 2
     with tuning.database.reading() as session:
         assert records.count(session, ModelVersion) == 1
     assert list(tuning.store.digests()) == []

@@ -19,7 +19,7 @@ from records import PRINCIPAL
 from safetensors.numpy import save as save_tensors
 from sqlalchemy import select
 from waiting import until
-from working import Say, StartLoop, claimed_work, look, settled
+from working import SendFromChild, StartLoop, claimed_work, look, settled
 
 from artifacts import manifest
 from artifacts.bundle import Bundle, Dense
@@ -175,9 +175,9 @@ def outcome(case: Case) -> ViewOutcome:
 
 
 def test_progress_is_told_while_the_child_works_and_cancelling_stops_it(
-    case: Case, say: Say, start_loop: StartLoop
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop
 ) -> None:
-    say(progress(0.25), outcome(case), apart_s=600.0)
+    send_from_child(progress(0.25), outcome(case), apart_s=600.0)
     view_id, job = case.ask(ViewKind.LEARNING_CURVE)
     start_loop(case.database, case.handler, kind=JobKind.VIEW)
     settled(case.database, job, JobState.RUNNING)
@@ -193,9 +193,11 @@ def test_progress_is_told_while_the_child_works_and_cancelling_stops_it(
     assert case.view(view_id) is None
 
 
-def test_a_child_that_failed_is_told_and_the_next_one_may_succeed(case: Case, say: Say, start_loop: StartLoop) -> None:
+def test_a_child_that_failed_is_told_and_the_next_one_may_succeed(
+    case: Case, send_from_child: SendFromChild, start_loop: StartLoop
+) -> None:
     error = {"code": "training-diverged", "detail": "The loss is no longer a number."}
-    say(Failed(error=error))
+    send_from_child(Failed(error=error))
     view_id, job = case.ask(ViewKind.LEARNING_CURVE)
     start_loop(case.database, case.handler, kind=JobKind.VIEW)
     settled(case.database, job, JobState.FAILED)
@@ -203,14 +205,14 @@ def test_a_child_that_failed_is_told_and_the_next_one_may_succeed(case: Case, sa
     assert view is not None and (view.state, view.error) == (ViewState.FAILED, error)
     with case.database.writing() as session:
         assert views.pop_failure(session, view_id) == error
-    say(progress(0.5), outcome(case))
+    send_from_child(progress(0.5), outcome(case))
     again, job = case.ask(ViewKind.LEARNING_CURVE)
     settled(case.database, job, JobState.SUCCEEDED)
     assert case.content(again) == b"curve"
 
 
-def test_a_view_whose_worker_was_lost_waits_again(case: Case, say: Say) -> None:
-    say(progress(0.5), outcome(case))
+def test_a_view_whose_worker_was_lost_waits_again(case: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(progress(0.5), outcome(case))
     view_id, job = case.ask(ViewKind.LEARNING_CURVE)
     with claimed_work(case.database) as work:
         case.handler.run(work)
@@ -222,9 +224,11 @@ def test_a_view_whose_worker_was_lost_waits_again(case: Case, say: Say) -> None:
     assert look(case.database, job).state is JobState.QUEUED
 
 
-def test_what_was_removed_with_another_view_that_was_the_same_is_put_anew(case: Case, say: Say) -> None:
+def test_what_was_removed_with_another_view_that_was_the_same_is_put_anew(
+    case: Case, send_from_child: SendFromChild
+) -> None:
     message = outcome(case)
-    say(message)
+    send_from_child(message)
     view_id, _ = case.ask(ViewKind.LEARNING_CURVE)
     with claimed_work(case.database) as work:
         complete = case.handler.run(work)
@@ -233,9 +237,9 @@ def test_what_was_removed_with_another_view_that_was_the_same_is_put_anew(case: 
     assert case.content(view_id) == b"curve" and case.store.has(message.picture)
 
 
-def test_a_view_that_nobody_wants_any_more_leaves_no_files(case: Case, say: Say) -> None:
+def test_a_view_that_nobody_wants_any_more_leaves_no_files(case: Case, send_from_child: SendFromChild) -> None:
     message = outcome(case)
-    say(message)
+    send_from_child(message)
     view_id, _ = case.ask(ViewKind.LEARNING_CURVE)
     with claimed_work(case.database) as work:
         complete = case.handler.run(work)
@@ -248,8 +252,8 @@ def test_a_view_that_nobody_wants_any_more_leaves_no_files(case: Case, say: Say)
         assert records.count(session, Outbox) == 0
 
 
-def test_a_view_that_was_given_up_before_starts_no_child(case: Case, say: Say) -> None:
-    say(Failed.by(Crashed("It died.")))
+def test_a_view_that_was_given_up_before_starts_no_child(case: Case, send_from_child: SendFromChild) -> None:
+    send_from_child(Failed.by(Crashed("It died.")))
     view_id, _ = case.ask(ViewKind.LAYERS)
     with case.database.writing() as session:
         views.cancel_view(session, view_id)

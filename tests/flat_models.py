@@ -1,4 +1,4 @@
-"""Models on an engine that needs no network, loaded as the test wishes."""
+"""Models for tests of predictions. They use `FlatEngine`, which needs no network file."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SIZE = 8
 PNG = sample.png(1)
 
 
-class Loads:
-    """Loads flat engines and counts them; those whose digest is in `held` wait until the gate opens."""
+class CountingLoader:
+    """Loads flat engines and lists what it has loaded. Loading a digest in `held` blocks until `gate` is set."""
 
     def __init__(self) -> None:
         self.held: set[str] = set()
@@ -52,7 +52,7 @@ def flat_bundle(
     outputs: int = 2,
     seed: int | None = None,
 ) -> Bundle:
-    """Return a bundle for the flat engine; without a seed the head adds its features up, else it is random."""
+    """Return a bundle for the flat engine. Its head has random weights, or without a seed adds up all features."""
     random = np.random.default_rng(seed)
     kernel = np.ones((48, outputs)) if seed is None else random.normal(size=(48, outputs))
     layers = (Dense(kernel.astype(np.float32), np.zeros(outputs, np.float32), Activation.LINEAR),)
@@ -82,8 +82,8 @@ def add_model(services: Services, name: str, bundle: Bundle, *, can_be_champion:
         )
 
 
-def serve(client: TestClient, settings: Settings, loads: Loads) -> None:
-    """Have predictions answered on engines of `loads`."""
+def serve(client: TestClient, settings: Settings, loads: CountingLoader) -> None:
+    """Make the application load its engines with `loads`."""
     services: Services = client.app.state.services  # type: ignore[attr-defined]
     shelf = Shelf(services.store, 1, 10**9, loads)
     services.metrics.watch(shelf.loaded)

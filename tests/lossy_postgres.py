@@ -1,4 +1,7 @@
-"""A PostgreSQL server behind a wire that is cut just when a COMMIT is being answered: written, and nobody hears so."""
+"""A proxy to PostgreSQL that breaks the connection after every other COMMIT, before its response arrives.
+
+The transaction is committed, but the client does not know.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from sqlalchemy import URL
 from models.session import Database
 
 
-class Wire:
-    """Passes bytes on between clients and a server, but for the answer to every other COMMIT."""
+class LossyProxy:
+    """Passes bytes between clients and a server, except the response to every other COMMIT."""
 
     def __init__(self, server: str) -> None:
         self.cuts = 0
@@ -52,7 +55,7 @@ class Wire:
     def _answer(self, client: socket.socket, server: socket.socket, is_cut: threading.Event) -> None:
         with suppress(OSError):
             while data := server.recv(65_536):
-                if is_cut.is_set():  # the server has done it
+                if is_cut.is_set():  # the server has committed
                     self.cuts += 1
                     client.shutdown(socket.SHUT_RDWR)
                     return
@@ -60,10 +63,10 @@ class Wire:
 
 
 @contextmanager
-def cut_off(database: Database) -> Iterator[tuple[Database, Wire]]:
-    """Yield the same PostgreSQL database through a wire that cuts."""
+def lost_commits(database: Database) -> Iterator[tuple[Database, LossyProxy]]:
+    """Yield the same PostgreSQL database through a proxy that loses responses, and this proxy."""
     url = database.engine.url
-    wire = Wire(f"{url.query['host']}/.s.PGSQL.{url.port or 5432}")
+    wire = LossyProxy(f"{url.query['host']}/.s.PGSQL.{url.port or 5432}")
     through = Database(URL.create("postgresql+psycopg", "postgres", None, "127.0.0.1", wire.port, url.database))
     try:
         yield through, wire

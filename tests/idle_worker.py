@@ -1,4 +1,4 @@
-"""A local worker that has found nothing to do and waits to be woken, so that no test has to guess when it does."""
+"""Starts a local worker and waits until it is idle, so that tests need not guess when that is."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _LOOK_EVERY_S = 600.0
 
 
 @contextmanager
-def resting_loop(database: Database, handler: Handler) -> Iterator[LocalWorker]:
-    """Run a loop that would not look by itself; it has done what was queued before, and has found no more."""
+def running_idle_worker(database: Database, handler: Handler) -> Iterator[LocalWorker]:
+    """Run a worker that polls only when it is woken. When the block begins, it has done all due jobs and is idle."""
     is_resting = threading.Event()
 
     class Flag(threading.Event):
@@ -42,6 +42,6 @@ def resting_loop(database: Database, handler: Handler) -> Iterator[LocalWorker]:
 
 
 def has_ended(loop: LocalWorker) -> bool:
-    """Say whether a loop's own thread is over."""
+    """Return whether the thread of a local worker has ended."""
     assert isinstance(loop._thread, threading.Thread)
     return not loop._thread.is_alive()
