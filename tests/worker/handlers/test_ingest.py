@@ -262,7 +262,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Inges
     assert "damaged" in reasons["blue/cut.jpg"]
     assert reasons["red/text.png"] == reasons["blue/vector.svg"]
     assert reasons["red/text.png"].endswith("Received something else.")
-    assert "Received 200 × 200" in reasons["green/huge.png"]
+    assert "has 200 × 200 pixels" in reasons["green/huge.png"]
     assert reasons["readme.txt"] == "not in a class folder"
     assert intake.has_nothing_but(version)
 
