@@ -55,7 +55,7 @@ def test_an_operator_sees_what_would_go_then_removes_it(tmp_path: Path, database
     assert dry.returncode == 0, dry.stderr
     assert dry.stdout == (
         "Would remove 1 unreferenced files that are older than 24 h (3.0 MiB), 1 unfinished files, "
-        "0 expired idempotency answers, checkpoints of 1 runs that failed more than 7 days ago, and the files "
+        "0 expired idempotency answers, checkpoints of 1 runs that failed more than 7 days ago, and then the files "
         "of these checkpoints.\n"
     )
     assert set(store.digests()) == {old, fresh, checkpoint}

@@ -79,7 +79,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_training_g
     (first,) = said.checkpoints()
     store.is_full = True
     offered(kept, 2)
-    assert said.checkpoints() == [first] and "Checkpoint not written: The disk is full." in capsys.readouterr().err
+    assert said.checkpoints() == [first] and "Checkpoint not written: The disk is full" in capsys.readouterr().err
     assert list(store.digests()) == [first["sha256"]] and not list((store.root / "incoming").iterdir())
     assert epochs_of(store, said, [first["sha256"]]) == 1
     store.is_full = False
