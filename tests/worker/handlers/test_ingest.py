@@ -284,12 +284,12 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Inges
     reasons = refused(version)
     assert list(reasons) == ["blue/cut.jpg", "blue/vector.svg", "green/huge.png", "red/text.png"]
     assert "damaged" in reasons["blue/cut.jpg"]
-    assert reasons["red/text.png"] == reasons["blue/vector.svg"]
+    assert "Received an SVG." in reasons["blue/vector.svg"]
     assert reasons["red/text.png"].endswith("Received something else.")
     assert "The image has 200 × 200 pixels" in reasons["green/huge.png"]
     assert version.ignored == 1
     (warning,) = version.warnings
-    assert "4 of 22 files were refused" in warning and "2 × Expected an image" in warning
+    assert "4 of 22 files were refused" in warning and "× Expected an image" in warning
     assert intake.has_nothing_but(version)
 
 
