@@ -288,7 +288,8 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_goes_on(intake: Inges
     assert reasons["red/text.png"].endswith("Received something else.")
     assert "The image has 200 × 200 pixels" in reasons["green/huge.png"]
     assert version.ignored == 1
-    (warning,) = version.warnings
+    warning, loss = version.warnings
+    assert "blue" in loss and "2 of its 8" in loss
     assert "4 of 22 files were refused" in warning and "× Expected an image" in warning
     assert intake.has_nothing_but(version)
 
