@@ -1,6 +1,6 @@
 """FastAPI dependencies of the routes: the services of this process, and the principal of a request.
 
-Both are coroutines, because FastAPI runs plain functions on its thread pool, whose threads may all be busy.
+The dependencies are coroutines, because FastAPI runs plain functions on its thread pool, whose threads may all be busy.
 """
 
 from __future__ import annotations

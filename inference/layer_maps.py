@@ -143,7 +143,7 @@ def _key(output: Any) -> str:
 
 
 def _name(output: Any) -> str:
-    """Return the shortest name of a tensor, or an empty string."""
+    """Return the shortest of the names of an OpenVINO output, or an empty string if it has none."""
     return min(output.get_names(), key=len, default="")
 
 

@@ -177,7 +177,10 @@ class Predictor:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
     def submit(self, pixels: Pixels, until: float, *, wants_maps: bool = False) -> FeatureFuture | None:
-        """Queue images as `Batcher.submit` does. Return None if this predictor was unloaded; then load it again."""
+        """Queue images as `Batcher.submit` does and return its future.
+
+        Returns None if this predictor was unloaded meanwhile. The caller must then load it again.
+        """
         future = self._batcher.submit(pixels, until, wants_maps=wants_maps)
         return None if self._batcher.is_closed and future.done() else future
 

@@ -353,7 +353,10 @@ def _refusal(number: int, layer: AnyLayer, detail: str, field: str | None = None
 
 
 def _row(number: int, layer: AnyLayer, read: Sequence[Row], whole: ReceptiveField) -> Row:
-    """Return the row of a layer that reads the given rows. Raises RecipeInvalid."""
+    """Return the table row of a layer: shape, parameters, receptive field. Raises RecipeInvalid if it does not fit.
+
+    `read` has the rows of the layers that are its inputs.
+    """
 
     def refuse(detail: str, field: str | None = None) -> RecipeInvalid:
         return _refusal(number, layer, detail, field)

@@ -54,10 +54,11 @@ def _names(every: Sequence[Json]) -> list[str]:
 
 
 def _values(recipes: Sequence[Json]) -> list[dict[str, Any]]:
-    """Return the values of each recipe by path, without values that follow from the kind of network.
+    """Return for each recipe a flat {path of a field: value}, to find the fields in which the recipes differ.
 
-    If networks of the same kind and image size have different layers, the whole list of layers becomes one value.
-    Otherwise, if all networks have the same kind and image size, each field of each layer becomes a value.
+    Values that follow from the kind of network are left out. Networks of the same kind and image size but with other
+    layers have their list of layers as one value. If all networks have one kind, one image size and one list of layers,
+    each field of each layer is a value. If kinds or sizes differ, the layers are left out.
     """
     every = [flat(recipe) for recipe in recipes]
     layers = [values.pop(_LAYERS, None) for values in every]

@@ -324,7 +324,7 @@ class JobProgress(_Message):
 
 
 class Progress(_Message):
-    """The progress of the job now. A later message replaces it."""
+    """A message with the current progress of the job. Each one replaces the one before."""
 
     type: Literal["progress"] = "progress"
     state: JobProgress

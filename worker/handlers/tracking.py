@@ -273,7 +273,7 @@ class _Page:
             self._log_dataset()
 
     def add_fold(self, number: int) -> None:
-        """Show the training curves of one fold, as a child run of the parent run."""
+        """Log the training curves of one fold to MLflow, as a child of the MLflow run of this training."""
         fold = next((fold for fold in self._facts.folds if fold.number == number), None)
         if fold is None:  # the run was started again meanwhile; another outbox row follows for this fold
             return
