@@ -329,7 +329,7 @@ class EpochRecorder(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class _KeepFreedMemory(keras.callbacks.Callback):  # type: ignore[misc]
-    """Makes the allocator reuse freed memory from the second batch on, because returning it to the system costs time."""
+    """Makes the allocator reuse freed memory from the second batch on, since returning it to the system costs time."""
 
     is_kept = False
 
