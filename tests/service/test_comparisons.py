@@ -14,7 +14,8 @@ from running import QUICK, Service
 @pytest.mark.slow
 def test_recipes_are_compared_and_the_table_says_which_is_best(service: Service, colours: dict[str, Any]) -> None:
     deep = {**QUICK, "features_from": "block3", "image_size": 40}
-    recipes = [deep, {**deep, "head": {"hidden": [8]}}, {**deep, "optimizer": {"learning_rate": 1e-7}, "epochs": 1}]
+    untrained = {"optimizer": {"learning_rate": 1e-7}, "epochs": 1}
+    recipes = [deep, {**deep, "head": {"hidden": [8]}}, {**deep, "head": {"hidden": [2]}, **untrained}]
     order = {"dataset": colours["id"], "name": "contest", "recipes": recipes}
     answer = service.http.post("/api/v1/comparisons", json=order)
     assert answer.status_code == 202, answer.text
