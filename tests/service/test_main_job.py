@@ -160,7 +160,7 @@ def test_a_network_is_fine_tuned_and_answers(service: Service, colours: dict[str
     assert [phase["name"] for phase in run["folds"][0]["metrics"]["phases"]] == ["head", "network"]
     assert [one["precision"] for one in run["metrics"]["precision"]["tried"]] == ["float32", "int8"]
     sheet = service.http.get(f"/api/v1/runs/{run['id']}/augmentations")
-    assert Image.open(io.BytesIO(sheet.content)).size == (8 * 32, 8 * 32)
+    assert Image.open(io.BytesIO(sheet.content)).size == (8 * 96, 8 * 96 + 32)  # with labels
     answer = service.http.post("/api/v1/models/tuned/predict", content=RED)
     assert answer.status_code == 200 and answer.json()["predictions"][0]["label"] in ("blue", "green", "red")
 

@@ -338,7 +338,9 @@ def test_a_network_that_learned_worse_is_not_kept(bench: ExperimentRunner) -> No
     rows = bench.rows(sample.coloured(per_class=10))
     wild = {"learning_rate": 0.1, "epochs": 1, "warmup_epochs": 0}
     outcome, heard = bench.run(
-        rows, **TUNING | {"fine_tune": wild, "optimizer": {"name": "adam", "learning_rate": 0.01}, "epochs": 5}, augmentation=None
+        rows,
+        **TUNING | {"fine_tune": wild, "optimizer": {"name": "adam", "learning_rate": 0.01}, "epochs": 5},
+        augmentation=None,
     )
     assert [result.metrics["kept"] for result in heard.folds] == ["head", "head"]
     assert outcome.backbone in bench.known.exports.values()
