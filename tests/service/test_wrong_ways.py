@@ -41,7 +41,7 @@ def stored(service: Service) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "archive", "kind", "says"),
     [
-        ("nested", sample.zipped({"a/b/c/1.png": sample.png(1)}), "layout-unknown", "one folder per class"),
+        ("nested", sample.zipped({"a/b/c/1.png": sample.png(1)}), "dataset-refused", "2 to 1,000 classes"),
         ("climbing", climbing(), "archive-refused", "with '..'"),
         ("cut-off", sample.zipped(GOOD)[:-60], "archive-refused", "cannot be read"),
         ("texts", sample.zipped({f"{c}/{i}.jpg": b"text" for c in "ab" for i in range(40)}), "dataset-refused", "80"),
@@ -63,8 +63,9 @@ def test_an_archive_that_makes_no_data_set_is_rejected_and_leaves_nothing(
 
 
 def test_files_that_cannot_be_used_are_refused_one_by_one(service: Service) -> None:
-    red = GOOD["red/0.png"]
-    files = GOOD | {
+    good = sample.coloured(per_class=8, seed=300_000)
+    red = good["red/0.png"]
+    files = good | {
         "red/text.jpg": b"I am a text",
         "red/huge.png": huge_png(),
         "red/half.jpg": sample.jpeg(5, side=200)[:-800],
@@ -72,7 +73,7 @@ def test_files_that_cannot_be_used_are_refused_one_by_one(service: Service) -> N
         "notes.txt": b"not in a class folder",
         "__MACOSX/red/._0.png": b"litter",
         "red/.DS_Store": b"litter",
-        "red/copy.png": GOOD["red/1.png"],
+        "red/copy.png": good["red/1.png"],
     }
     dataset = service.upload("mixed", sample.zipped(files))
     assert dataset["state"] == "ready", dataset["error"]
@@ -83,14 +84,13 @@ def test_files_that_cannot_be_used_are_refused_one_by_one(service: Service) -> N
         "red/half.jpg",
         "blue/same-as-red.png",
         "red/0.png",
-        "notes.txt",
     }
     assert "Expected an image" in reasons["red/text.jpg"]
     assert "40,000 × 40,000" in reasons["red/huge.png"]
     assert "damaged" in reasons["red/half.jpg"]
     assert "two labels: blue and red" in reasons["red/0.png"]
-    assert dataset["refused_total"] == 6 and dataset["ignored"] == 2
-    assert (dataset["images"], dataset["duplicates"]) == (len(GOOD), 1)
+    assert dataset["refused_total"] == 5 and dataset["ignored"] == 3
+    assert (dataset["images"], dataset["duplicates"]) == (len(good), 1)
 
 
 def test_an_image_that_cannot_be_used_is_refused_at_prediction_by_the_same_rule(
