@@ -122,7 +122,7 @@ def test_an_ingest_child_has_no_keys_and_no_bucket_and_its_images_reach_both(
 
 
 def test_images_that_are_not_taken_in_are_never_uploaded(case: Case, bucket: Bucket) -> None:
-    files = sample.coloured(per_class=3, classes=2)
+    files = sample.coloured(per_class=8, classes=2)
     files |= {"green/liar.png": files["blue/0.png"], "blue/bad.png": b"no image"}
     version_id = case.upload(files)
     seen: set[str] = set()
