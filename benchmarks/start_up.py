@@ -108,7 +108,8 @@ def running_service(checkout: Path) -> Iterator[RunningService]:
         ):
             try:
                 assert process.stdout is not None
-                process.stdout.readline()  # "Espalier is ready"
+                if b"Espalier is ready" not in process.stdout.readline():
+                    raise RuntimeError(f"The service of {checkout} did not start: {(Path(var) / 'log').read_text()}")
                 yield RunningService(http, _upload(http))
             finally:
                 process.send_signal(signal.SIGINT)
@@ -141,7 +142,8 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, default=10, help="fine-tuning runs of each service")
     parser.add_argument("--beside", type=Path, help="another checkout to compare with")
     args = parser.parse_args()
-    counts = {"extraction": args.extraction, "tuning": args.tuning}
+    asked = {"extraction": args.extraction, "tuning": args.tuning}
+    counts = {mode: count for mode, count in asked.items() if count}
     checkouts = {"this": ROOT} | ({"other": args.beside} if args.beside else {})
     times = {(name, mode): RunTimes() for name in checkouts for mode in counts}
     with ExitStack() as stack:

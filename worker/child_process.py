@@ -250,6 +250,7 @@ class Child:
         while self._reader.is_alive():
             self._reader.join(0.05)
             unread += self._take_lines()
+        unread += self._take_lines()  # the reader may have put the last lines just before it ended
         for stream in (self._process.stdin, self._incoming):
             _close(stream)
         self._folder.cleanup()
