@@ -40,8 +40,6 @@ DEATHS = 50
 """How many images of an archive may kill the process that decodes them."""
 _REASONS_SHOWN = 3
 _NAMES_SHOWN = 5
-# What a rejected archive may be taken in with after all, by the `retry` of its error.
-_CHOICES = {"names": "names=…", "allow_refused": "allow_refused=true"}
 _ROWS_PER_WRITE = 200
 _PROGRESS_EVERY_S = 1.0
 
@@ -341,10 +339,14 @@ class Ingest(Handler):
         drop_images(work, self._store, [work.subject_id])
         self._forget(work, intake)
         record = error.record()
-        choice = _CHOICES.get(error.extra.get("retry", ""))
-        if choice is not None:
-            address = f"/api/v1/datasets/{version.dataset_id}/versions/{version.number}/ingest?{choice}"
-            record["detail"] += f" The archive is kept for a day: POST {address} takes it in without sending it again."
+        choices = _choices(error)
+        if choices:
+            address = f"/api/v1/datasets/{version.dataset_id}/versions/{version.number}/ingest"
+            others = f" (or {' or '.join(choices[1:])})" if choices[1:] else ""
+            record["detail"] += (
+                f" The archive is kept for a day, so that you need not upload it again. POST "
+                f"{address}?{choices[0]}{others} ingests it."
+            )
 
         def complete(session: Session) -> None:
             refused = sorted(intake.refused, key=lambda file: file.path)
@@ -355,10 +357,10 @@ class Ingest(Handler):
                 refused,
                 intake.ignored,
                 intake.warnings,
-                keep_archive=choice is not None,
+                keep_archive=bool(choices),
             )
 
-        if choice is None:
+        if not choices:
             work.afterwards(partial(self._forget_archive, work))
         return complete
 
@@ -451,6 +453,15 @@ class _ProgressReporter:
         eta_s = (total - done) / files_per_s if files_per_s else None
         progress = {"stage": self._stage, "fraction": done / total, "eta_s": eta_s}
         self._work.write(partial(datasets.set_progress, version_id=self._work.subject_id, progress=progress))
+
+
+def _choices(error: EspalierError) -> list[str]:
+    """Return the query parameters with which a rejected archive can be ingested after all; none for most errors."""
+    if error.extra.get("retry") == "allow_refused":
+        return ["allow_refused=true"]
+    if error.extra.get("retry") == "names":
+        return [f"names={page}" for page in error.extra.get("readings") or ["CODE_PAGE"]]
+    return []
 
 
 def _reasons(refused: Sequence[Refused]) -> str:
