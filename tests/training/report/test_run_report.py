@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from recipes.recipe import ClassWeights, EarlyStopping, Recipe
+from recipes.recipe import ClassWeights, EarlyStopping, Recipe, Task
 from training.progress import Epoch, FoldResult
-from training.report.run_report import failure, fine_tuning_outcome, overfitting, shown_range, undertrained
+from training.report.run_report import failure, fine_tuning_outcome, overfitting, pictures, shown_range, undertrained
 
 FALLING = (0.9, 0.5, 0.3, 0.2)
 WATCHED, UNWATCHED = Recipe(), Recipe(early_stopping=None)
@@ -97,6 +98,7 @@ def test_a_bad_model_is_said_to_be_bad_with_the_figures() -> None:
     )
     numbers = failure({"baseline": {"r2": -1.1, "is_better": False}})
     assert "always answering the mean of the numbers has an R² of 0, and the model has -1.100" in numbers
+    assert "the model has -2.27e+13" in failure({"baseline": {"r2": -22741391046462.2, "is_better": False}})
     assert failure({"baseline": {**classes, "is_better": True}}) == ""
 
 
@@ -144,3 +146,12 @@ def test_one_outlier_does_not_squeeze_the_picture_of_values() -> None:
     assert -0.1 < low < 0 and 1 < high < 1.1
     assert shown_range(np.linspace(0, 1, 99)) == (0, 1) and shown_range(np.full(9, 7.0)) == (7, 7)
     assert shown_range(np.append(np.zeros(50), 1.0)) == (0, 1), "nothing is squeezed if all others are equal"
+
+
+@pytest.mark.parametrize("task", [Task.MULTICLASS, Task.MULTILABEL])
+def test_long_names_leave_room_for_the_picture_itself(task: Task) -> None:
+    labels = [f"a name that is very long, as those of species and products may be: {number}" for number in range(3)]
+    rows = [{"label": label, "images": 9, "precision": 1.0, "recall": 1.0, "f1": 1.0} for label in labels]
+    metrics = {"confusion": np.diag([9, 9, 9]).tolist(), "accuracy": 1.0, "f1_macro": 1.0, "per_class": rows}
+    run: Any = SimpleNamespace(task=task, labels=labels, metrics=metrics, folds=[fold(None, 4)])
+    assert len(pictures(run)) == 2  # a picture without room would be a warning, which is an error in tests
