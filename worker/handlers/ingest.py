@@ -6,6 +6,7 @@ Only a child process (`worker.child.ingest`) opens the archive and decodes image
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -518,14 +519,16 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
     because cameras number their images from the start again. Raises DatasetRefused if one version has numbers and the
     other has labels.
     """
-    old = {row.path: row for row in parent.rows} if parent else {}
+    before = parent.rows if parent else []
+    old = {_composed(row.path): row for row in before}
     if parent and (parent.task is Task.REGRESSION) != (intake.task is Task.REGRESSION):
         raise DatasetRefused(
             f"Expected images for {parent.task.value}, as in the earlier version. Received images for "
             f"{intake.task.value if intake.task else 'no task'}."
         )
     said: dict[Digest, set[str]] = defaultdict(set)
-    for row in (*old.values(), *(image.row for image in intake.accepted)):
+    _spell_as_before(intake, before)
+    for row in (*before, *(image.row for image in intake.accepted)):
         said[row.sha256].add(_said_of(row))
     names = _Names(old, {image.row.path for image in intake.accepted})
     new = []
@@ -545,8 +548,28 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
     return new
 
 
+def _spell_as_before(intake: _Intake, old: Sequence[Row]) -> None:
+    """Spell labels and groups of new images as earlier rows spell them.
+
+    New ones are in NFC, but rows of older versions may be in NFD, as macOS writes names.
+    """
+    known = {text for row in old for text in (*row.labels, row.group) if text and not text.isascii()}
+    before = {_composed(text): text for text in known if _composed(text) != text}
+    if not before:
+        return
+    intake.classes = {before.get(name, name): count for name, count in intake.classes.items()}
+    for index, image in enumerate(intake.accepted):
+        labels = tuple(sorted(before.get(label, label) for label in image.row.labels))
+        group = before.get(image.row.group or "", image.row.group)
+        intake.accepted[index] = replace(image, row=replace(image.row, labels=labels, group=group))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
 class _Names:
-    """The names of images of a version, and those that were given to new images because theirs were taken."""
+    """The names of images, by their NFC form, and those that were given to new images because theirs were taken."""
 
     def __init__(self, old: Mapping[str, Row], new: Collection[str]) -> None:
         self.renamed: dict[str, str] = {}

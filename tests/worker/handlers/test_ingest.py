@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import tarfile
 import threading
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -507,6 +508,31 @@ def test_a_file_that_changes_its_label_is_refused(intake: IngestCase) -> None:
     assert refused(second) == {"green/0b.png": "this image appears more than once, with two labels: blue and green"}
     assert second.images == 11 and is_stored(intake, files["blue/0.png"])
     assert intake.has_nothing_but(first, second)
+
+
+def test_a_version_from_before_keeps_its_spelling_of_macos_and_is_added_to(intake: IngestCase) -> None:
+    files = {f"é{number}.png": sample.png(number) for number in range(4)}
+    table = "path,label,group\n" + "".join(
+        f"é{number}.png,{'chêne' if number % 2 else 'if'},grün\n" for number in range(4)
+    )
+    first = intake.take_in(files | {"labels.csv": table.encode()})
+    old = [
+        replace(row, path=nfd(row.path), labels=tuple(map(nfd, row.labels)), group=nfd(row.group or ""))
+        for row in intake.manifest(first)
+    ]
+    with intake.database.writing() as session:
+        session.get_one(DatasetVersion, first.id).manifest_sha256 = intake.store.put(manifest.dump(old))
+        for member in session.scalars(select(Membership)):
+            member.path, member.label, member.group = nfd(member.path), nfd(member.label or ""), nfd("grün")
+    more = {"é1.png": files["é1.png"], "é9.png": sample.png(9)}
+    second = intake.take_in(more | {"labels.csv": "path,label,group\né1.png,chêne,grün\né9.png,chêne,grün\n".encode()})
+    assert (second.state, second.task, second.images) == (DatasetState.READY, Task.BINARY, 5)
+    new = Row("é9.png", digest_of(more["é9.png"]), (nfd("chêne"),), None, nfd("grün"), Split.TRAIN)
+    assert intake.manifest(second) == sorted([*old, new], key=lambda row: row.path)
+
+
+def nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
 
 
 def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: IngestCase) -> None:
