@@ -395,7 +395,9 @@ def _plot(
     if law is not None and twice is not None:
         fitted = PowerLaw(np.array(law.floor), np.array(law.scale), np.array(law.exponent))
         along, beyond = np.geomspace(images[0], images[-1], 100), np.geomspace(images[-1], twice.images, 100)
-        axes.plot(along, _error_or_score(headline, fitted.error(along)), "--", color="C0", alpha=0.6, label="power law")
+        axes.plot(
+            along, _error_or_score(headline, fitted.error(along)), "--", color="C0", alpha=0.6, label="fitted power law"
+        )
         # From the measured score on, as the forecast is.
         change = _error_or_score(headline, fitted.error(beyond)) - _error_or_score(headline, fitted.error(along[-1:]))
         axes.plot(beyond, points[-1].score + change, ":", color="C1")

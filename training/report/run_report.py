@@ -78,12 +78,15 @@ def failure(metrics: Mapping[str, Any]) -> str:
     if found["is_better"]:
         return ""
     if "r2" in found:
-        why = f"always answering the mean of the numbers has an R² of 0, and the model has {written_r2(found['r2'])}"
+        why = f"always answering the mean of the numbers has an R² of 0, and the model has {written_r2(found['r2'])}."
     else:
-        why = f"against the shares of the classes or labels alone, {_differences(found)}"
+        why = (
+            f"compared with always answering the shares of the classes or labels, {_differences(found)}. Neither "
+            "interval shows the model to be better."
+        )
     return (
-        f"**This model is no better than a constant answer that ignores the image:** {why}. It does not become "
-        "`champion` by itself."
+        f"**This model is no better than a constant answer that ignores the image:** {why} It does not become "
+        "`champion` by itself; to predict with it all the same, name its version."
     )
 
 
@@ -92,9 +95,10 @@ def _differences(found: Mapping[str, Any]) -> str:
     low, high = found["loss_difference_ci95"]
     least, most = found["balanced_accuracy_difference_ci95"]
     return (
-        f"the log-loss differs by {found['loss_difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) and the "
-        f"balanced accuracy by {100 * found['balanced_accuracy_difference']:+.1f} points (95 % interval "
-        f"{100 * least:+.1f} to {100 * most:+.1f})"
+        f"the log-loss (less is better) differs by {found['loss_difference']:+.3f} (95 % interval {low:+.3f} to "
+        f"{high:+.3f}) and the balanced accuracy (the mean over the classes of the share that is right; more is "
+        f"better) by {100 * found['balanced_accuracy_difference']:+.1f} points (95 % interval {100 * least:+.1f} to "
+        f"{100 * most:+.1f})"
     )
 
 
@@ -120,7 +124,7 @@ def _baseline_lines(metrics: Mapping[str, Any]) -> list[str]:
     if not found["is_better"] or "r2" in found:
         return []
     return [
-        f"- Against a constant answer, {_differences(found)}. Balanced accuracy is "
+        f"- Compared with a constant answer, {_differences(found)}. Balanced accuracy is "
         f"{100 * found['balanced_accuracy']:.1f} %."
     ]
 
@@ -214,7 +218,7 @@ def _bake_off_lines(run: Description) -> list[str]:
         f"{run.pick.images:,} images, which were split into {FOLDS} folds only for this choice. The score above was "
         "measured afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
         "choice depends on some of the labels "
-        "that the score is measured on.",
+        "that the score is measured on, and the score may be slightly too good.",
         "",
         f"| backbone | features from | width | {headline.title} |",
         "|---|---|--:|--:|",
@@ -366,7 +370,8 @@ def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe, *, is_bad: b
     # With class weights, training and validation loss have different scales.
     gaps = [fold.metrics["gap"] for fold in watched] if recipe.class_weights is ClassWeights.NONE else []
     gap = (
-        f" At the best epochs, the median gap of validation over training loss was {np.median(gaps):.3f}."
+        f" At the best epochs, the validation loss minus the training loss was {np.median(gaps):.3f} (median of the "
+        "folds)."
         if gaps
         else ""
     )

@@ -32,8 +32,7 @@ def test_validation_loss_that_fell_to_the_end_is_no_overfitting() -> None:
     said = overfitting([fold((0.9, 0.6, 0.5, 0.45), 4), fold((0.9, 0.6, 0.5, 0.505), 3)], WATCHED)
     assert said == (
         "No fold overfitted: validation loss did not rise while training loss fell. At the best epochs, the "
-        "median gap of "
-        "validation over training loss was 0.225."
+        "validation loss minus the training loss was 0.225 (median of the folds)."
     )
 
 
@@ -92,9 +91,11 @@ def test_a_bad_model_is_said_to_be_bad_with_the_figures() -> None:
         "is_better": False,
     }
     assert failure({"baseline": classes}) == (
-        "**This model is no better than a constant answer that ignores the image:** against the shares of the classes "
-        "or labels alone, the log-loss differs by +0.020 (95 % interval -0.010 to +0.050) and the balanced accuracy by "
-        "+1.2 points (95 % interval -4.0 to +6.4). It does not become `champion` by itself."
+        "**This model is no better than a constant answer that ignores the image:** compared with always "
+        "answering the shares of the classes or labels, the log-loss (less is better) differs by +0.020 (95 % interval "
+        "-0.010 to +0.050) and the balanced accuracy (the mean over the classes of the share that is right; more is "
+        "better) by +1.2 points (95 % interval -4.0 to +6.4). Neither interval shows the model to be better. It does not "
+        "become `champion` by itself; to predict with it all the same, name its version."
     )
     numbers = failure({"baseline": {"r2": -1.1, "is_better": False}})
     assert "always answering the mean of the numbers has an R² of 0, and the model has -1.100" in numbers
