@@ -94,8 +94,8 @@ def test_a_bad_model_is_said_to_be_bad_with_the_figures() -> None:
         "**This model is no better than a constant answer that ignores the image:** compared with always "
         "answering the shares of the classes or labels, the log-loss (less is better) differs by +0.020 (95 % interval "
         "-0.010 to +0.050) and the balanced accuracy (the mean over the classes of the share that is right; more is "
-        "better) by +1.2 points (95 % interval -4.0 to +6.4). Neither interval shows the model to be better. It does not "
-        "become `champion` by itself; to predict with it all the same, name its version."
+        "better) by +1.2 points (95 % interval -4.0 to +6.4). Neither interval shows the model to be better. It does "
+        "not become `champion` by itself; to predict with it all the same, name its version."
     )
     numbers = failure({"baseline": {"r2": -1.1, "is_better": False}})
     assert "always answering the mean of the numbers has an R² of 0, and the model has -1.100" in numbers
