@@ -135,16 +135,14 @@ class IngestProgress(Schema):
     eta_s: float | None
 
 
-class DatasetVersionOut(Schema):
-    """One version of a data set, which never changes once it is ready."""
+class DatasetVersionListed(Schema):
+    """One version of a data set, which never changes once it is ready, without the list of its refused files."""
 
     version: int
     state: DatasetState
     images: int
     ignored: int
     """Number of hidden files, files that macOS or Windows create, such as `.DS_Store`, and text files beside images."""
-    refused: list[RefusedFile]
-    """The first 1,000 refused files."""
     refused_total: int
     warnings: list[str]
     """What the owner of the images should know."""
@@ -153,8 +151,15 @@ class DatasetVersionOut(Schema):
     created_at: datetime
 
 
-class DatasetOut(Schema):
-    """A data set with all its versions.
+class DatasetVersionOut(DatasetVersionListed):
+    """One version of a data set, which never changes once it is ready."""
+
+    refused: list[RefusedFile]
+    """The first 1,000 refused files."""
+
+
+class DatasetListed(Schema):
+    """A data set with all its versions, without the lists of their refused files.
 
     Other fields than `versions` describe the newest version that is ready, or the newest version if none is ready.
     """
@@ -172,16 +177,25 @@ class DatasetOut(Schema):
     """Number of accepted files with the same content as another file of the version."""
     ignored: int
     """Number of hidden files, files that macOS or Windows create, such as `.DS_Store`, and text files beside images."""
-    refused: list[RefusedFile]
-    """The first 1,000 refused files."""
     refused_total: int
     warnings: list[str]
     """What the owner of the images should know, such as classes that lost images."""
     version: int
-    versions: list[DatasetVersionOut]
+    versions: list[DatasetVersionListed]
     progress: IngestProgress | None
     created_at: datetime
     error: Problem | None
+
+
+class DatasetOut(DatasetListed):
+    """A data set with all its versions.
+
+    Other fields than `versions` describe the newest version that is ready, or the newest version if none is ready.
+    """
+
+    refused: list[RefusedFile]
+    """The first 1,000 refused files."""
+    versions: list[DatasetVersionOut]  # type: ignore[assignment]  # a list of a subclass
 
 
 class ImageOut(Schema):

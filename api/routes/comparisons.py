@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
@@ -13,6 +13,7 @@ from api.bodies import JsonRoute
 from api.comparison_progress import comparison_progress
 from api.dependencies import PrincipalDep, Services, ServicesDep
 from api.files import stored_file
+from api.filters import DatasetQuery, NameQuery, filtered_versions
 from api.idempotency import IdempotencyDep
 from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.presentation import model_ref
@@ -22,7 +23,7 @@ from errors import NotReady
 from models import comparison as comparisons
 from models import dataset as datasets
 from models import registry
-from models.comparison import Comparison
+from models.comparison import Comparison, ComparisonState
 from models.dataset import DatasetVersion
 from models.registry import ModelVersion
 from models.run import Run
@@ -61,11 +62,18 @@ def start_comparison(
 
 @router.get("")
 def list_comparisons(
-    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep,
+    principal: PrincipalDep,
+    limit: LimitQuery = 50,
+    cursor: CursorQuery = None,
+    state: Annotated[ComparisonState | None, Query()] = None,
+    dataset: DatasetQuery = None,
+    name: NameQuery = None,
 ) -> Page[ComparisonOut]:
-    """List comparisons, the newest first."""
+    """List comparisons, the newest first: all, or those of a state, a data set or a name."""
     with services.database.reading() as session:
-        page = comparisons.list_comparisons(session, principal, page_request(limit, cursor))
+        versions = filtered_versions(session, principal, dataset)
+        page = comparisons.list_comparisons(session, principal, page_request(limit, cursor), state, name, versions)
         items = [_comparison_out(session, comparison) for comparison in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 

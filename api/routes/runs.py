@@ -12,6 +12,7 @@ from api import problems
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
 from api.files import stored_file
+from api.filters import DatasetQuery, NameQuery, filtered_versions
 from api.idempotency import IdempotencyDep
 from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.presentation import model_ref
@@ -22,9 +23,7 @@ from api.schemas import (
     Extraction,
     FileOut,
     FoldOut,
-    Id,
     MlflowRefusal,
-    Name,
     Page,
     RunOut,
     RunProgress,
@@ -73,18 +72,15 @@ def list_runs(
     limit: LimitQuery = 50,
     cursor: CursorQuery = None,
     state: Annotated[RunState | None, Query()] = None,
-    dataset: Annotated[Id | None, Query(description="Id of a data set.")] = None,
-    name: Annotated[Name | None, Query()] = None,
+    dataset: DatasetQuery = None,
+    name: NameQuery = None,
 ) -> Page[RunOut]:
     """List runs, the newest first: all, or those of a state, a data set or a name.
 
     Metrics leave out `confusion` and `per_class`, which each run by itself has.
     """
     with services.database.reading() as session:
-        versions = None
-        if dataset is not None:
-            found = datasets.get_dataset(session, principal, dataset)
-            versions = [version.id for version in datasets.get_versions(session, found.id)]
+        versions = filtered_versions(session, principal, dataset)
         page = runs.list_runs(session, principal, page_request(limit, cursor), state, name, versions)
         metrics = runs.get_brief_metrics(session, [run.id for run in page.rows])
         items = [_run_out(session, services, run, metrics[run.id]) for run in page.rows]
