@@ -231,7 +231,7 @@ class RunRequest(Request):
 
 
 class RunProgress(Schema):
-    """The progress of a run. `fraction` is from 0 to 1 over the whole run, `eta_s` the estimated seconds left."""
+    """The progress of a run. `fraction` is from 0 to 1 over the whole run."""
 
     stage: str
     fraction: float
@@ -239,7 +239,14 @@ class RunProgress(Schema):
     folds: int | None
     epoch: int | None
     epochs: int | None
+    position: int | None = None
+    """The place of a queued run in the queue of its workers: 1 is the next. Null for other runs."""
     eta_s: float | None
+    """Estimated seconds until the run ends, or until its stage ends if that is before the folds.
+
+    For a queued run it includes the wait, and is computed from the times of past runs with the same mode, network,
+    image size and folds. Null if unknown, for example because there are none, or because no worker serves the queue.
+    """
 
 
 class FoldOut(Schema):
@@ -506,7 +513,10 @@ class ComparisonProgress(Schema):
     fraction: float
     ended: int
     runs: int
+    position: int | None
+    """While no run has started, the place in the queue of the first one: 1 is the next. Null later."""
     eta_s: float | None
+    """Estimated seconds until the last run ends; null if unknown."""
 
 
 class DifferenceOut(Schema):

@@ -310,6 +310,8 @@ def _description(title: str, progress: dict[str, Any]) -> str:
     stage = progress.get("stage", "")
     if progress.get("fold"):
         return f"{title}: fold {progress['fold']} of {progress['folds']}, epoch {progress['epoch']}"
+    if progress.get("position"):
+        return f"{title}: {stage}, number {progress['position']} in the queue"
     return f"{title}: {stage}" if stage else title
 
 

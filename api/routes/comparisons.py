@@ -22,7 +22,7 @@ from api.schemas import ComparisonOut, ComparisonRequest, ComparisonRow, Differe
 from errors import NotReady
 from models import comparison as comparisons
 from models import dataset as datasets
-from models import registry
+from models import registry, run_queue
 from models.comparison import Comparison, ComparisonState
 from models.dataset import DatasetVersion
 from models.registry import ModelVersion
@@ -52,7 +52,7 @@ def start_comparison(
         ]
         check_comparable(recipes)
         comparison, due = comparisons.create_comparison(session, principal, version.id, body.name, recipes)
-        shown = _comparison_out(session, comparison)
+        shown = _comparison_out(session, services, comparison)
         location = response.headers["Location"] = f"/api/v1/comparisons/{shown.id}"
         idempotency.keep_answer(session, shown, location)
     if due:
@@ -74,7 +74,7 @@ def list_comparisons(
     with services.database.reading() as session:
         versions = filtered_versions(session, principal, dataset)
         page = comparisons.list_comparisons(session, principal, page_request(limit, cursor), state, name, versions)
-        items = [_comparison_out(session, comparison) for comparison in page.rows]
+        items = [_comparison_out(session, services, comparison) for comparison in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
@@ -82,7 +82,7 @@ def list_comparisons(
 def get_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
     """Show a comparison with its runs, and with its table once all runs have ended."""
     with services.database.reading() as session:
-        return _comparison_out(session, comparisons.get_comparison(session, principal, comparison_id))
+        return _comparison_out(session, services, comparisons.get_comparison(session, principal, comparison_id))
 
 
 @router.post("/{comparison_id}/cancel", status_code=202)
@@ -95,7 +95,7 @@ def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison
     with services.database.writing() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
         due = comparisons.request_cancel(session, comparison.id)
-        shown = _comparison_out(session, comparison)
+        shown = _comparison_out(session, services, comparison)
     if due is not None:
         services.dispatcher.request()
     return shown
@@ -126,7 +126,7 @@ def _file(services: Services, comparison: Comparison, digest: str | None, media_
     return stored_file(services.store, digest, media_type)
 
 
-def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
+def _comparison_out(session: Session, services: Services, comparison: Comparison) -> ComparisonOut:
     version = session.get_one(DatasetVersion, comparison.dataset_version_id)
     made = comparisons.get_runs(session, comparison.id)
     table = comparison.table or {}
@@ -139,7 +139,7 @@ def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
         version=version.number,
         name=comparison.name,
         state=comparison.state,
-        progress=comparison_progress(comparison, made),
+        progress=comparison_progress(comparison, made, run_queue.find_places(session, made, services.settings.live_s)),
         metric=table.get("metric"),
         greater_is_better=table.get("greater_is_better"),
         best=table.get("best"),

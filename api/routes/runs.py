@@ -34,10 +34,11 @@ from artifacts.run_files import RunFile
 from errors import NotFound
 from models import comparison as comparisons
 from models import dataset as datasets
-from models import outbox, registry, run_jobs
+from models import outbox, registry, run_jobs, run_queue
 from models import run as runs
 from models.dataset import DatasetVersion
 from models.run import Run, RunState
+from models.run_queue import QueuePlace
 from recipes.catalogue import ALL, CATALOGUE, Backbone
 from recipes.recipe import IMAGENET, RANDOM
 
@@ -83,7 +84,8 @@ def list_runs(
         versions = filtered_versions(session, principal, dataset)
         page = runs.list_runs(session, principal, page_request(limit, cursor), state, name, versions)
         metrics = runs.get_brief_metrics(session, [run.id for run in page.rows])
-        items = [_run_out(session, services, run, metrics[run.id]) for run in page.rows]
+        places = run_queue.find_places(session, page.rows, services.settings.live_s)
+        items = [_run_out(session, services, run, metrics[run.id], places.get(run.id)) for run in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
@@ -175,10 +177,13 @@ def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
 
 
 def _whole_run_out(session: Session, services: Services, run: Run) -> RunOut:
-    return _run_out(session, services, run, run.metrics)
+    places = run_queue.find_places(session, [run], services.settings.live_s)
+    return _run_out(session, services, run, run.metrics, places.get(run.id))
 
 
-def _run_out(session: Session, services: Services, run: Run, metrics: dict[str, Any] | None) -> RunOut:
+def _run_out(
+    session: Session, services: Services, run: Run, metrics: dict[str, Any] | None, place: QueuePlace | None
+) -> RunOut:
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     return RunOut(
         id=run.id,
@@ -188,7 +193,7 @@ def _run_out(session: Session, services: Services, run: Run, metrics: dict[str, 
         recipe=run.recipe,
         batch_size=run.batch_size,
         state=run.state,
-        progress=RunProgress(**run.progress),
+        progress=RunProgress(**run.progress | (vars(place) if place else {})),
         metrics=metrics,
         folds=[
             FoldOut(
