@@ -145,7 +145,7 @@ def _is_known(scope: Scope, status: int, headers: MutableHeaders) -> bool:
     """Return whether the client has an answer already, by the ETag that it sent (RFC 9110, 13.1.2)."""
     sent = Headers(scope=scope).get("if-none-match")
     tag = headers.get("etag")
-    if sent is None or tag is None or status != 200 or scope["method"] != "GET":
+    if sent is None or tag is None or status not in (200, 206) or scope["method"] != "GET":
         return False
     return sent.strip() == "*" or tag in [one.strip().removeprefix("W/") for one in sent.split(",")]
 

@@ -50,6 +50,7 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.LayoutUnknown: 422,
     errors.DatasetRefused: 422,
     errors.ImageRefused: 422,
+    errors.RangeUnsatisfiable: 416,
     errors.TooLarge: 413,
     errors.AddressTooLong: 414,
     errors.HeadersTooLarge: 431,
@@ -104,6 +105,8 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
         extra["WWW-Authenticate"] = "Bearer"
     if content["status"] in (429, 503):
         extra["Retry-After"] = str(math.ceil(content.get("retry_after_s", RETRY_AFTER_S)))
+    if content["type"] == TYPE_PREFIX + errors.RangeUnsatisfiable.code:
+        extra["Content-Range"] = f"bytes */{content['size_bytes']}"
     return ProblemResponse({**content, "request_id": request_id}, content["status"], extra)
 
 

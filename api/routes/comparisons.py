@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
 from api import problems
 from api.bodies import JsonRoute
 from api.comparison_progress import comparison_progress
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.files import stored_file
+from api.files import StoredFile, file_answers, stored_file
 from api.filters import DatasetQuery, NameQuery, filtered_versions
 from api.idempotency import IdempotencyDep
 from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
@@ -101,23 +100,23 @@ def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison
     return shown
 
 
-@router.get("/{comparison_id}/picture", response_class=FileResponse)
-def get_picture(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
+@router.get("/{comparison_id}/picture", response_class=StoredFile, responses=file_answers("image/png"))
+def get_picture(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> StoredFile:
     """Return a PNG picture of the scores and their confidence intervals."""
     with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
     return _file(services, comparison, comparison.picture_sha256, "image/png")
 
 
-@router.get("/{comparison_id}/report", response_class=FileResponse)
-def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
+@router.get("/{comparison_id}/report", response_class=StoredFile, responses=file_answers("text/markdown"))
+def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> StoredFile:
     """Return the table of a comparison as Markdown."""
     with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
     return _file(services, comparison, comparison.report_sha256, "text/markdown")
 
 
-def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> FileResponse:
+def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> StoredFile:
     if digest is None:
         raise NotReady(
             f"Comparison {comparison.id} is {comparison.state.value} and has no table. A comparison gets its table "

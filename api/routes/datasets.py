@@ -243,7 +243,12 @@ def list_images(
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
-@router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
+_THUMBNAIL: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The thumbnail.", "content": {"image/webp": {"schema": _BINARY}}}
+}
+
+
+@router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response, responses=_THUMBNAIL)
 async def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
     """Return a thumbnail of an image in WEBP format: rotated as EXIF says, and without metadata."""
 

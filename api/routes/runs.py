@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Response
-from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
 from api import problems
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.files import stored_file
+from api.files import StoredFile, file_answers, stored_file
 from api.filters import DatasetQuery, NameQuery, filtered_versions
 from api.idempotency import IdempotencyDep
-from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
+from api.paging import CursorQuery, LimitQuery, next_cursor, page_of, page_request
 from api.presentation import model_ref
 from api.recipes import fill_recipe
 from api.schemas import (
@@ -128,10 +127,10 @@ def retry_run(
     return shown
 
 
-@router.get("/runs/{run_id}/files/{name}", response_class=FileResponse)
+@router.get("/runs/{run_id}/files/{name}", response_class=StoredFile, responses=file_answers("*/*"))
 def get_file(
     services: ServicesDep, principal: PrincipalDep, run_id: str, name: Annotated[str, Path(max_length=128)]
-) -> FileResponse:
+) -> StoredFile:
     """Return a file that a run produced, such as its report, a picture or its out-of-fold logits."""
     with services.database.reading() as session:
         runs.get_run(session, principal, run_id)
@@ -141,14 +140,14 @@ def get_file(
     return stored_file(services.store, file.sha256, file.media_type)
 
 
-@router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
-def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
+@router.get("/runs/{run_id}/augmentations", response_class=StoredFile, responses=file_answers("image/png"))
+def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> StoredFile:
     """Return a picture of a run's data augmentation. Each row shows an image, then random variations of the image."""
     return get_file(services, principal, run_id, RunFile.AUGMENTATIONS)
 
 
 @router.get("/backbones")
-def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
+def list_backbones(services: ServicesDep, limit: LimitQuery = 50, cursor: CursorQuery = None) -> Page[BackboneOut]:
     """List the backbones that a recipe may name, with their cut points and their weights."""
     with services.database.reading() as session:
         here = registry.get_weights_digests(session)
@@ -160,7 +159,7 @@ def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
             for name in sorted({IMAGENET, RANDOM} | imported)
         ]
         items.append(_backbone_out(backbone, weights))
-    return Page(items=items, next_cursor=None)
+    return page_of(items, lambda backbone: backbone.name, limit, cursor)
 
 
 def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:

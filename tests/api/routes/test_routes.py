@@ -440,6 +440,15 @@ def test_a_file_of_a_run_is_sent_as_it_was_made_or_not_at_all(
     assert client.get(file["url"], headers={"If-None-Match": '"other"'}).status_code == 200
     part = client.get(file["url"], headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
+    for sent, status, said in [
+        ("bytes=10-", 416, "which has 10 bytes"),
+        ("bytes=4-2", 400, "bytes=FIRST-LAST"),
+        ("lines=1-2", 400, "bytes=FIRST-LAST"),
+    ]:
+        refused = client.get(file["url"], headers={"Range": sent})
+        assert (refused.status_code, refused.headers["content-type"]) == (status, "application/problem+json"), sent
+        assert said in refused.json()["detail"]
+        assert refused.headers.get("content-range") == ("bytes */10" if status == 416 else None)
     services.store.path_for(digest).write_bytes(b"0123456780")
     assert client.get(file["url"]).json()["type"].endswith(":corrupt")
 
@@ -605,6 +614,11 @@ def test_every_route_documents_its_problems(client: TestClient) -> None:
         for method, operation in operations.items():
             for status in ("422", "4XX", "5XX"):
                 assert operation["responses"][status]["content"] == problem, (method, path, status)
+    answers = {
+        path: operations["get"]["responses"] for path, operations in document["paths"].items() if "get" in operations
+    }
+    assert "204" in answers["/api/v1/runs/{run_id}/events"]
+    assert {"200", "206", "304"} <= answers["/api/v1/runs/{run_id}/files/{name}"].keys()
     assert not {"HTTPValidationError", "ValidationError"} & document["components"]["schemas"].keys()
     real = client.get("/api/v1/runs/run_none").json()
     assert set(document["components"]["schemas"]["Problem"]["required"]) < real.keys()
@@ -680,6 +694,9 @@ def test_workers_say_which_queues_they_serve(client: TestClient, services: Servi
     here, gone = client.get("/api/v1/workers").json()["items"]
     assert (here["name"], here["queues"], here["is_alive"]) == ("here", ["gpu", "ingest"], True)
     assert (gone["name"], gone["queues"], gone["is_alive"]) == ("gone", ["cpu"], False)
+    first = client.get("/api/v1/workers?limit=1").json()
+    assert client.get("/api/v1/workers", params={"limit": 1, "cursor": first["next_cursor"]}).json()["items"] == [gone]
+    assert client.get("/api/v1/workers?cursor=bm9uZQ").json()["field"] == "cursor"
 
 
 def test_lists_leave_out_what_grows_with_the_classes_and_versions_have_pages(
