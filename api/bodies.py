@@ -283,7 +283,7 @@ def _images_invalid(error: ErrorDetails) -> RequestInvalid:
     if error["type"] == "extra_forbidden":
         expected = "Expected only the field 'images', a list of base64 texts"
     elif error["type"] == "missing":
-        expected = "Expected a list of images as base64 texts"
+        expected, received = "Expected a list of base64 texts", _names(list(error["input"])[:_NAMES_SHOWN])
     elif error["loc"] == ("images",) and isinstance(error["input"], str):
         hint = " Send a list for a single image too."
     elif error["loc"][:1] == ("images",) and len(error["loc"]) == 2:

@@ -228,7 +228,7 @@ def test_json_images_are_bytes_in_base64() -> None:
         ),
         (b'{"images": [' + b'"data:image/png;base64,YQ==",' * 40 + b'""]}', "follows the comma of a data URL"),
         (b'{"images": [' + b"," * 300_000, "body: Expected JSON"),
-        (b'{"file": "YQ=="}', "images: Expected a list of images as base64 texts"),
+        (b'{"file": "YQ=="}', "images: Expected a list of base64 texts. Received a field 'file'."),
         (b'{"images": "YQ=="}', "Send a list for a single image too"),
     ],
     ids=["numbers", "empty", "unknown-fields", "data-urls", "no-json", "another-field", "no-list"],
