@@ -136,7 +136,7 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
         yield b"".join(data for _, data in await asyncio.to_thread(form.feed, piece))
     if not form.parts:
         raise RequestInvalid(
-            f"Expected a multipart field 'archive'. Received {_names(form.other_names)}. Rename the field, as in "
+            f"Expected a multipart field 'archive'. Received {_names(form.other_names)}. Send it as in "
             "curl -F archive=@images.zip.",
             field="archive",
         )
@@ -246,8 +246,9 @@ def _too_many_images(limit_images: int) -> TooLarge:
 
 
 def _json_images(body: bytes, limit_images: int) -> list[bytes]:
-    """Return the images of a JSON body. Base64 has no commas, so a body with too many of them is not read to its end.
+    """Return the images of a JSON body.
 
+    Base64 has no commas. So a body with more commas than the limit of images is parsed only as far as the limit.
     Raises RequestInvalid for the first error, and TooLarge.
     """
     end = _nth_comma(body, limit_images + 1)
@@ -340,7 +341,7 @@ class _BodyTooLarge(HTTPException):
 def _limited(receive: Receive) -> Receive:
     """Return a function that receives a JSON body. It raises _BodyTooLarge beyond the limits of bytes and values.
 
-    Every comma separates two values, except for those in texts, which no body has by the thousand.
+    Values are counted by the commas between them. Commas inside texts count too, but a body has few of them.
     """
     left, values_left = JSON_BYTES, JSON_VALUES
 
@@ -353,7 +354,9 @@ def _limited(receive: Receive) -> Receive:
         if left < 0:
             raise _BodyTooLarge(413, _json_too_large(f"more than {JSON_BYTES} bytes"))
         if values_left <= 0:
-            raise _BodyTooLarge(413, f"The body has more than {JSON_VALUES:,} JSON values, which is the limit.")
+            raise _BodyTooLarge(
+                413, f"The body has more than {JSON_VALUES:,} JSON values, which is the limit. Send less at a time."
+            )
         return message
 
     return counted
@@ -373,7 +376,10 @@ def _boundary(request: Request) -> bytes | None:
         return None
     boundary = options.get(b"boundary")
     if not boundary:
-        raise RequestInvalid("The Content-Type multipart/form-data has no boundary.")
+        raise RequestInvalid(
+            "Expected a boundary in the Content-Type multipart/form-data. Received none. HTTP clients add it if they "
+            "build the form and the header."
+        )
     return boundary
 
 

@@ -111,7 +111,7 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
 
 
 class ProblemResponse(JSONResponse):
-    """A problem. Half a surrogate pair, which no encoding has, stays the escape that the client wrote."""
+    """A problem as JSON. Half of a surrogate pair has no encoding, so it is written as an escape."""
 
     media_type = MEDIA_TYPE
 
@@ -143,15 +143,18 @@ def install(app: FastAPI) -> None:
         status = HTTPStatus(error.status_code)
         if status < 300:  # a route may raise 204 to end a request early
             return Response(status_code=status)
+        detail, headers = f"{error.detail}: {request.method} {request.url.path}.", dict(error.headers or {})
+        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(request))
+            detail += f" The path allows {headers['Allow']}."
+        elif status is HTTPStatus.NOT_FOUND:
+            detail += " The page /docs lists all paths."
         content: Problem = {
             "type": TYPE_PREFIX + status.phrase.lower().replace(" ", "-"),
             "title": status.phrase,
             "status": status.value,
-            "detail": f"{error.detail}: {request.method} {request.url.path}.",
+            "detail": detail,
         }
-        headers = dict(error.headers or {})
-        if status is HTTPStatus.METHOD_NOT_ALLOWED:
-            headers["Allow"] = ", ".join(_methods(request))
         return _answer(content, request_id(request), headers)
 
     @app.exception_handler(ClientDisconnect)
@@ -167,7 +170,7 @@ def install(app: FastAPI) -> None:
 
 
 def _methods(request: Request) -> list[str]:
-    """Return the methods that a path has, over all routes; each framework route knows only its own."""
+    """Return all methods that the path of a request allows. The framework knows only those of one route at a time."""
     found = set()
     for path, operations in request.app.openapi()["paths"].items():
         if compile_path(path)[0].match(request.url.path):
