@@ -191,7 +191,10 @@ def expected_and_received(error: ErrorDetails) -> tuple[str, str]:
     """Return what a validation error says was expected, and the received value, as two phrases for a message."""
     if error["type"] == "json_invalid":
         return "Expected JSON", f"something else: {error['ctx']['error']}"
-    return error["msg"], "nothing" if error["type"] == "missing" else short_repr(error["input"])
+    expected = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "union_tag_not_found":
+        expected = f"Expected a field {error['ctx']['discriminator']}"
+    return expected[:1].upper() + expected[1:], "nothing" if error["type"] == "missing" else short_repr(error["input"])
 
 
 def _invalid(error: RequestValidationError) -> EspalierError:

@@ -38,7 +38,7 @@ def _without_nul(text: str) -> str:
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="Lower-case letters, digits, '.', '_' and '-'.")]
-Id = Annotated[str, AfterValidator(_without_nul)]
+Id = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 
 
