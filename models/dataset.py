@@ -5,6 +5,7 @@ A version never changes once it is ready. Adding images makes a new version, whi
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -200,7 +201,10 @@ def list_datasets(session: Session, principal: Principal, page: PageRequest) -> 
 def list_images(
     session: Session, version_id: str, label: str | None, page: PageRequest
 ) -> RowPage[tuple[Membership, Image]]:
-    """Return one page of a version's images in the order of its manifest; with a `label`, only images with it."""
+    """Return one page of a version's images in the order of its manifest; with a `label`, only images with it.
+
+    The label may be in any Unicode form, and so may the stored ones: only newer versions have all of them in NFC.
+    """
     query = (
         select(Membership, Image)
         .join(Image, Image.id == Membership.image_id)
@@ -209,7 +213,10 @@ def list_images(
     if label:
         position = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
         joined = literal("|") + Membership.label + literal("|")
-        query = query.where(or_(Membership.label == label, position(joined, f"|{label}|") > 0))
+        forms = {unicodedata.normalize(form, label) for form in ("NFC", "NFD")}
+        query = query.where(
+            or_(*(or_(Membership.label == form, position(joined, f"|{form}|") > 0) for form in sorted(forms)))
+        )
     key = path_order(session)
     found = fetch_page(session, query, key, lambda row: str(row.Membership.path), page, ascending=True)
     return RowPage([(row.Membership, row.Image) for row in found.rows], found.next_after)

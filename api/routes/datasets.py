@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -226,8 +225,7 @@ def list_images(
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
         chosen = datasets.ready_version(session, dataset, version)
-        composed = unicodedata.normalize("NFC", label) if label else None
-        page = datasets.list_images(session, chosen.id, composed, page_request(limit, cursor))
+        page = datasets.list_images(session, chosen.id, label, page_request(limit, cursor))
         items = [_image_out(dataset.id, membership, image) for membership, image in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 

@@ -102,8 +102,9 @@ def _number_lines(run: Description) -> list[str]:
     if not numbered:
         return []
     return [
-        f"- Pictures show numbers for classes whose letters no font of the worker has: {', '.join(numbered)}. With a "
-        "font installed, such as Debian's `fonts-droid-fallback`, they show names."
+        f"- Pictures show numbers instead of names for some classes: {', '.join(numbered)}. Neither Espalier nor the "
+        "worker's machine has a font with all their letters. After such a font is installed, such as one of Debian's "
+        "`fonts-noto-core`, new pictures show the names."
     ]
 
 

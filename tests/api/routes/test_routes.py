@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -350,11 +351,25 @@ def test_images_are_listed_in_the_order_of_the_manifest(
         assert last.count('membership.path COLLATE "C"') == 2, "to order by, and to begin after"
 
 
-def test_an_empty_label_chooses_nothing(client: TestClient, database: Database) -> None:
-    images = [records.accepted("1.png"), records.accepted("2.png", label="rose")]
+def test_a_label_chooses_images_in_each_unicode_form_and_an_empty_one_chooses_nothing(
+    client: TestClient, database: Database
+) -> None:
+    old = unicodedata.normalize("NFD", "chêne")  # as versions from before have it
+    images = [
+        records.accepted("1.png", label="chêne"),
+        records.accepted("2.png", label="rose"),
+        records.accepted("3.png", label=old),
+    ]
     with database.writing() as session:
         found = records.ready_version(session, images=images).dataset_id
-    for label, paths in [("", ["1.png", "2.png"]), ("rose", ["2.png"]), ("tulip", [])]:
+    oaks = ["1.png", "3.png"]
+    for label, paths in [
+        ("", ["1.png", "2.png", "3.png"]),
+        ("rose", ["2.png"]),
+        ("chêne", oaks),
+        (old, oaks),
+        ("x", []),
+    ]:
         page = client.get(f"/api/v1/datasets/{found}/images", params={"label": label}).json()
         assert [image["path"] for image in page["items"]] == paths
 
