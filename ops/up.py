@@ -39,7 +39,7 @@ from settings import Settings, sqlite_url
 from startup import UMASK, CannotStart, load_settings, prepare_folder, unusable_folder
 
 # Seconds in which the API must answer, and after that in which all other parts must.
-ANSWERS_WITHIN_S = 120.0
+ANSWERS_WITHIN_S = 300.0
 READY_WITHIN_S = 30.0
 # The supervisor first stops all programs with the highest priority number together, then those with the next lower one.
 # A worker gives its job back within 25 s.

@@ -59,7 +59,7 @@ def test_what_cannot_be_is_told_by_every_command_before_anything_starts(
         env=os.environ | {"ESPALIER_VAR": str(tmp_path)} | ports | settings,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     told = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 1 and says in told and "Traceback" not in told and "s3cret" not in told, told
