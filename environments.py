@@ -1,6 +1,7 @@
-"""The environments of processes that decode strangers' files or answer without a key: no secret is among the variables.
+"""Environment variables without secrets, for processes that decode files of strangers or answer without a key.
 
-A variable reaches them because it is listed here. A list of secrets to remove would miss the next one.
+Only variables that are listed here reach these processes. A list of secrets to remove instead would miss any secret
+that it does not name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 
 _NAMES = frozenset(
     {
-        # The data folder, by which a process shows which service it belongs to.
+        # The data folder. It also shows to which service a process belongs.
         "ESPALIER_VAR",
         "HOME",
         "LANG",
@@ -39,7 +40,7 @@ _NAMES = frozenset(
         "REQUESTS_CA_BUNDLE",
         "SSL_CERT_DIR",
         "SSL_CERT_FILE",
-        # Which telemetry is off.
+        # Turn off telemetry.
         "DO_NOT_TRACK",
         "HF_HUB_DISABLE_TELEMETRY",
         "MLFLOW_DISABLE_TELEMETRY",
@@ -47,7 +48,8 @@ _NAMES = frozenset(
         "ORT_DISABLE_TELEMETRY",
     }
 )
-# What the interpreter reads, and libraries that compute. Not `TF_` and `NVIDIA_`: other programs keep keys under these.
+# Variables of the Python interpreter and of numerical libraries. The prefixes `TF_` and `NVIDIA_` would be too wide:
+# other programs have keys in variables that begin with them.
 _PREFIXES = (
     "CUDA_",
     "CUDNN_",
@@ -80,10 +82,10 @@ _PROXIES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def without_secrets(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that every process may have."""
+    """Return the variables of an environment that hold no secrets."""
     return {name: value for name, value in environment.items() if name in _NAMES or name.startswith(_PREFIXES)}
 
 
 def proxies(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the addresses of proxies, for a process that downloads something: they may hold a password."""
+    """Return the variables that name proxies, for a process that downloads files. They may contain a password."""
     return {name: value for name, value in environment.items() if name.upper() in _PROXIES}

@@ -1,6 +1,6 @@
-"""Turns off the telemetry of every library that has some, before its import. Each package with a process calls it.
+"""Turns off the telemetry of libraries. The packages `api`, `worker` and so on call it before they import a library.
 
-The environment is set as well, because child processes and libraries written in C++ read it.
+It also sets environment variables, because child processes and libraries written in C++ read them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ VARIABLES = {
 
 
 def turn_off_telemetry() -> None:
-    """Set the variables that libraries read, and make OpenVINO's telemetry package impossible to import.
+    """Set the variables that turn telemetry off, and prevent the import of OpenVINO's telemetry package.
 
-    That package has no switch but a file in the home folder. With it, `import openvino` forks a process that sends an
-    event, and that fork can hang for ever among the threads of TensorFlow. Without it, OpenVINO and NNCF use stubs.
+    Only a file in the home folder turns that package off. Otherwise `import openvino` forks a process that sends an
+    event, and the forked process can hang for ever, because TensorFlow's threads held locks when it was forked. If the
+    package cannot be imported, OpenVINO and NNCF use stubs that send nothing.
     """
     os.environ.update(VARIABLES)
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

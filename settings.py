@@ -7,11 +7,13 @@ the prefix ESPALIER_, except DATABASE_URL, REDIS_URL and MLFLOW_TRACKING_URI, wh
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -29,6 +31,21 @@ QueueName = Literal["ingest", "cpu", "gpu", "tracking"]
 _KEY_CHARACTERS = 16
 _MAKE_KEY = "'openssl rand -hex 32' prints a good one."
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_DATABASES = ("postgresql", "sqlite")
+_BROKERS = ("redis", "rediss", "redis+socket")
+
+
+def variable_name(field: str) -> str:
+    """Return the environment variable of a field of `Settings`. Some fields have an alias, which is the variable."""
+    alias = Settings.model_fields[field].validation_alias if field in Settings.model_fields else field
+    if alias is None:
+        return f"ESPALIER_{field.upper()}"
+    return str(alias.choices[0] if isinstance(alias, AliasChoices) else alias)
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the address of an SQLite file, in which SQLAlchemy reads no character of the path as anything else."""
+    return f"sqlite:///{quote(str(path), safe='/ ')}"
 
 
 class Settings(BaseSettings):
@@ -176,6 +193,40 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("database_url")
+    @classmethod
+    def _check_database_url(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme.partition("+")[0] not in _DATABASES:
+            raise ValueError(
+                "Expected an address such as postgresql://user@host:5432/database or sqlite:////folder/file.db. "
+                f"Received {hide_password(value)!r}."
+            )
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in _BROKERS:
+            raise ValueError(
+                "Expected an address such as redis://host:6379/0, rediss://… or redis+socket:///folder/valkey.sock. "
+                f"Received {hide_password(value)!r}."
+            )
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, value: str) -> str:
+        """Check what uvicorn would silently never match: names, and networks with bits beyond their prefix."""
+        for part in (part.strip() for part in value.split(",")):
+            try:
+                if part != "*":
+                    ipaddress.ip_network(part)
+            except ValueError as error:
+                raise ValueError(
+                    f"Expected IP addresses and networks such as 172.16.0.0/12, separated by commas. Received {part!r}."
+                ) from error
+        return value
+
     @field_validator("store_url")
     @classmethod
     def _check_store_url(cls, value: str | None) -> str | None:
@@ -245,7 +296,7 @@ class Settings(BaseSettings):
     @cached_property
     def database(self) -> str:
         """The database address, by default an SQLite file in the data folder."""
-        return self.database_url or f"sqlite:///{self.var.absolute() / 'espalier.db'}"
+        return self.database_url or sqlite_url(self.var.absolute() / "espalier.db")
 
     @cached_property
     def mlflow(self) -> str:

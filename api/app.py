@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from socket import socket
 from types import FrameType
 
@@ -34,12 +34,11 @@ from artifacts.bucket_store import open_store
 from artifacts.decode_memory import DecodeMemory
 from broker import CeleryBroker
 from dispatch import Dispatcher, NoDispatcher, ThreadDispatcher
-from errors import EngineMissing, StoreRefused
 from inference import freed_memory
 from inference.engine_choice import choose_engine_loader
 from inference.shelf import Shelf
-from models.session import Database
 from settings import Settings
+from startup import exit_with_a_sentence, load_settings, open_database, prepare_folder
 
 _DESCRIPTION = """
 Upload labelled images, train a model by transfer learning, read an honest score, ask for predictions.
@@ -62,8 +61,9 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
     Raises:
         StoreRefused: the bucket of stored files does not exist or denies access.
         EngineMissing: the engine that the settings name is not installed.
+        CannotStart: the database cannot be opened.
     """
-    database = Database(settings.database)
+    database = open_database(settings)
     store = open_store(settings.store)
     shelf = Shelf(store, settings.engine_threads, settings.shelf_bytes, choose_engine_loader(settings.engine))
     metrics, shutdown = Metrics(), ShutdownState()
@@ -196,7 +196,7 @@ _KEEP_ALIVE_S = 75
 
 
 def make_server(settings: Settings) -> uvicorn.Server:
-    """Return a server for the application, not started yet. Raises StoreRefused or EngineMissing."""
+    """Return a server for the application, not started yet. Raises what `create_app` raises."""
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -222,10 +222,10 @@ def main() -> None:
             f"{_REMOVED_SETTING} is ignored: one command starts one API process. To use more, start several containers "
             "behind a proxy (docs/deploy.md)"
         )
-    try:
-        make_server(Settings()).run()
-    except (StoreRefused, EngineMissing) as error:
-        sys.exit(error.detail)
+    with exit_with_a_sentence(), suppress(KeyboardInterrupt):
+        settings = load_settings()
+        prepare_folder(settings.var)
+        make_server(settings).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks API keys, and answers an address that sent many wrong ones by 429. Knows no routes."""
+"""Checks the API key of requests, and limits how many wrong keys one address may send. Knows no routes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 
 from errors import EspalierError, KeyThrottled, Unauthorized
 
-# An address may send so many wrong keys at once, and one more after each pause.
+# An address may send this many wrong keys at once, and after that one in each pause.
 _WRONG_KEYS = 10
 _PAUSE_S = 6.0
+# Number of addresses that are remembered.
 _ADDRESSES = 10_000
+# Providers give each IPv6 client a network of this many leading bits, in which it may choose any address.
 _IPV6_BITS = 64
 
 
 @dataclass
 class _Address:
-    """How many wrong keys an address may still send as of `at`, and whether it ever sent the right one."""
+    """What is known of one address.
+
+    Attributes:
+        left: how many wrong keys it may still send, as of the time `at`; fractions grow during a pause.
+        at: the time of its last request, in seconds.
+        is_known: whether it has ever sent the right key.
+    """
 
     left: float
     at: float
@@ -28,10 +36,11 @@ class _Address:
 
 
 class KeyGuard:
-    """Knows the key. An address that never sent the right one is not even compared while it has to wait.
+    """Compares the keys of requests with the API key.
 
-    One that did is always compared: many clients may share it behind a proxy, and one of them with an old key must not
-    shut the others out.
+    After too many wrong keys, an address has to wait. While it waits, its keys are not compared, so that it cannot try
+    more of them. The exception is an address that has sent the right key before. Its keys are always compared: many
+    clients may share the address behind a proxy, and one client with an old key must not lock out the others.
     """
 
     def __init__(self, key: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +65,7 @@ class KeyGuard:
         return Unauthorized("The API key is wrong.")
 
     def _address(self, host: str) -> _Address:
-        """Return what is known of an address, with what it may send by now. The least recently seen is forgotten."""
+        """Return what is known of an address, with `left` as of now. Forget the one that was not seen for longest."""
         now, name = self._clock(), _network(host)
         address = self._addresses.setdefault(name, _Address(_WRONG_KEYS, now))
         self._addresses.move_to_end(name)
@@ -75,9 +84,13 @@ class KeyGuard:
 
 
 def _network(host: str) -> str:
-    """Return the part of an address that one client cannot choose freely."""
+    """Return the part of an address that one client cannot choose freely, as a key of a dictionary."""
     try:
         address = ip_address(host)
     except ValueError:
         return host
-    return host if address.version == 4 else str(int(address) >> (128 - _IPV6_BITS))
+    if isinstance(address, IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:  # how a socket for both versions names an IPv4 client
+        return str(address.ipv4_mapped)
+    return str(int(address) >> (128 - _IPV6_BITS))

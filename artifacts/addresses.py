@@ -1,9 +1,10 @@
-"""Addresses as they may be shown. Opens none."""
+"""Hides the passwords in addresses that are shown or logged."""
 
 from __future__ import annotations
 
 import re
 
+# The password before an @, or the value of a parameter whose name says that it is secret.
 _PASSWORD = re.compile(r"(?<=://)([^/\s:]*):[^/\s]*(?=@)|(?<=[?&;])(password|passwd|token|sslpassword)=[^&\s]*", re.I)
 
 

@@ -1,18 +1,18 @@
-"""Names that users chose, as text of a Markdown document."""
+"""Escapes names that users chose, so that a Markdown document shows them as plain text."""
 
 from __future__ import annotations
 
 import html
 import re
 
-# What begins emphasis, code, a link, a cell or a formula. Not an underscore within a word, which begins nothing.
+# Characters that begin emphasis, code, a link, a table cell or a formula. An underscore within a word is no markup.
 _MARKS = re.compile(r"[\\`*\[\]{}|~$]|(?<![^\W_])_|_(?![^\W_])")
-# Viewers turn addresses into links by themselves.
+# The parts by which viewers recognise addresses, which they turn into links even without markup.
 _AUTOLINK = re.compile(r":(?=//)|(?<=\bwww)\.|@", re.I)
 
 
 def escaped(name: str) -> str:
-    """Return a name so that every viewer shows it as it is: neither markup nor HTML, on one line."""
+    """Return a name with all Markdown and HTML escaped, on one line: every viewer shows the name itself."""
     text = html.escape(" ".join(name.split()), quote=False)
     text = _MARKS.sub(lambda found: "\\" + found[0], text)
     return _AUTOLINK.sub(lambda found: f"&#{ord(found[0])};", text)

@@ -25,6 +25,7 @@ import psutil
 from benchmarks.figures import processor, report, spread, table
 from ops import demo, up
 from settings import Settings
+from startup import load_settings
 
 PORT = 18_100
 
@@ -92,7 +93,7 @@ def main() -> None:
             "ESPALIER_API_PORT": str(PORT),
             "ESPALIER_MLFLOW_PORT": str(PORT + 1),
         }
-        settings = up.load_settings()
+        settings = load_settings()
         with up.running(settings), up.client(settings) as api:
             workers = workers_of(settings)
             contents = demo.digits().contents

@@ -38,7 +38,7 @@ def add_to_outbox(session: Session, run_id: str, kind: str, payload: dict[str, A
 
 
 REFUSED = "refused"
-"""Kind of a row that is not sent: what MLflow refused for good, as `what` and `reason`."""
+"""The kind of rows that are not sent but record what MLflow refused for good; the payload has `what` and `reason`."""
 
 
 def record_refusals(session: Session, run_id: str, refusals: Sequence[Mapping[str, str]]) -> None:
@@ -53,7 +53,7 @@ def record_refusals(session: Session, run_id: str, refusals: Sequence[Mapping[st
 
 
 def drop_refusals(session: Session, run_id: str) -> None:
-    """Forget what MLflow refused of a run, because it is told again."""
+    """Delete the refusals of a run, because all of the run is sent to MLflow again."""
     session.execute(delete(Outbox).where(Outbox.run_id == run_id, Outbox.kind == REFUSED))
 
 
@@ -65,7 +65,7 @@ def get_refusals(session: Session, run_id: str) -> Sequence[Outbox]:
 
 @dataclass(frozen=True)
 class OutboxSummary:
-    """What MLflow does not have: how many facts wait, since when, and the last one that it refused."""
+    """How many facts MLflow does not have: those that wait, since when, those that it refused, and the last refusal."""
 
     waiting: int
     waiting_since: datetime | None
@@ -74,7 +74,7 @@ class OutboxSummary:
 
 
 def summarize_outbox(session: Session) -> OutboxSummary:
-    """Return what MLflow does not have of all runs."""
+    """Return a summary of the facts about all runs that MLflow does not have."""
     waiting, since = session.execute(
         select(func.count(), func.min(Outbox.created_at)).where(Outbox.kind != REFUSED)
     ).one()

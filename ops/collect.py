@@ -12,7 +12,7 @@ from models import garbage
 from models.garbage import GARBAGE_COLLECTION, CollectionSummary
 from models.run import RESUMABLE_FOR
 from models.session import Database
-from settings import Settings
+from startup import exit_with_a_sentence, load_settings, open_database, prepare_folder
 
 MIB = 1024 * 1024
 
@@ -48,8 +48,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="only report what would be removed")
     arguments = parser.parse_args()
-    settings = Settings()
-    database = Database(settings.database)
+    with exit_with_a_sentence():
+        settings = load_settings()
+        prepare_folder(settings.var)
+        database = open_database(settings, must_answer=True)
     try:
         print(collect(database, open_store(settings.store), settings.collect_after_s, dry_run=arguments.dry_run))
     except EspalierError as error:

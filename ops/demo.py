@@ -34,9 +34,10 @@ from artifacts.file_names import is_litter
 from artifacts.images import encode
 from errors import EspalierError, Refused
 from ops import up
-from ops.up import CannotStart, console
+from ops.up import console
 from recipes.headline import HEADLINES
 from recipes.recipe import IMAGENET, RANDOM, Task
+from startup import CannotStart, load_settings
 
 HELD_OUT = 20
 # Few enough that a slow machine answers them within the deadline of one prediction.
@@ -78,7 +79,7 @@ def main() -> int:
     """Run the demo; return the exit status."""
     arguments = _arguments()
     try:
-        settings = up.load_settings()
+        settings = load_settings()
         with up.running(settings) as supervisor:
             with up.client(settings) as api:
                 _demonstrate(api, arguments, settings)

@@ -12,10 +12,12 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -26,42 +28,37 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from pydantic import ValidationError
 from rich.console import Console
-from sqlalchemy.exc import OperationalError
 
 import environments
-from artifacts.addresses import hide_password
 from artifacts.bucket_store import open_store
-from errors import EspalierError, StoreRefused
-from models.session import Database
-from ops.migrate import upgrade
+from errors import StoreRefused
+from ops.migrate import open_migrated
 from ops.valkey_binary import get_binary_path
-from settings import Settings
+from settings import Settings, sqlite_url
+from startup import UMASK, CannotStart, load_settings, prepare_folder, unusable_folder
 
-READY_WITHIN_S = 120.0
+# Seconds in which the API must answer, and after that in which all other parts must.
+ANSWERS_WITHIN_S = 300.0
+READY_WITHIN_S = 30.0
 # The supervisor first stops all programs with the highest priority number together, then those with the next lower one.
 # A worker gives its job back within 25 s.
 _WORKER_STOP_S = 30
 STOP_WITHIN_S = 60
 
+_ROOT = Path(__file__).parent.parent
+# The variable from which the supervisor has the folder of our code, in which it starts all programs.
+_CODE = "ESPALIER_CODE"
 _TRAINING_QUEUES = ("cpu", "gpu")
 
 # The address at which to reach a service on this machine, for each address on which it may listen.
 _ASK_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}  # noqa: S104
 
-_UMASK = 0o077
-# What is missing while nothing answers at all.
-_API = "the API"
 
 _LOG_BYTES = "20MB"
 _LOGS_KEPT = 3
 
 console = Console(highlight=False)
-
-
-class CannotStart(Exception):
-    """The service cannot start on this machine. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,8 @@ def client(settings: Settings, timeout_s: float = 30.0) -> httpx2.Client:
 def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
     """Start the service, wait until it is ready, and stop it at the end of the block.
 
-    Yields the process of the supervisor. Raises CannotStart.
+    Yields the process of the supervisor. Raises CannotStart if the API does not answer. If another part is not ready in
+    time, the service runs without it, and the console says so.
     """
     folder = settings.var.absolute()
     with contextlib.ExitStack() as stack:
@@ -109,7 +107,7 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         if settings.mlflow_url is None:
             _check_port("127.0.0.1", settings.mlflow_port, "ESPALIER_MLFLOW_PORT")
         _check_store(settings)
-        _upgrade(settings)
+        open_migrated(settings).close()
         # The path of a unix socket may have only about 100 bytes, so the socket is not in the data folder.
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espalier-")))
         environment = os.environ | {
@@ -121,7 +119,8 @@ def running(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         _write_config(config, folder, programs(settings, folder, sockets))
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "--silent", "--configuration", str(config)],
-            env=environment,
+            cwd=folder,
+            env=environment | {_CODE: str(_ROOT)},
             start_new_session=True,  # so that Ctrl-C reaches only this process, which then stops the supervisor
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
@@ -148,15 +147,17 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
 
 
 def make_private(folder: Path) -> None:
-    """Let only this user open a folder, and read whatever this process and those that it starts write from now on."""
-    os.umask(_UMASK)
+    """Let only this user open the data folder, and read whatever this process and those that it starts write.
+
+    Raises CannotStart if that is impossible, or would lock others out of a folder that they share with Espalier.
+    """
+    prepare_folder(folder)
+    if folder.stat().st_mode & stat.S_ISVTX or folder in (Path.home(), Path(folder.anchor)):
+        raise unusable_folder(folder, "other programs use it too, and Espalier would make it private")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     except OSError as error:
-        raise CannotStart(
-            f"The data folder {folder} cannot be used: {error.strerror}. Set ESPALIER_VAR to a folder that you own."
-        ) from error
+        raise unusable_folder(folder, error.strerror or str(error)) from error
 
 
 def workers(settings: Settings) -> list[Program]:
@@ -190,7 +191,7 @@ def mlflow_server(port: int, folder: Path) -> Program:
     serves only the paths that Espalier needs (`worker.mlflow_server`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = f"sqlite:///{folder / 'mlflow.db'}"
+    rows = sqlite_url(folder / "mlflow.db")
     environment = {
         # These variables are private to MLflow: `mlflow server` passes its options to uvicorn in them. There are no
         # public ones, since variables such as MLFLOW_BACKEND_STORE_URI are options of that command. If an update of
@@ -198,7 +199,7 @@ def mlflow_server(port: int, folder: Path) -> Program:
         "_MLFLOW_SERVER_FILE_STORE": rows,
         "_MLFLOW_SERVER_REGISTRY_STORE": rows,
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": (folder / "artifacts").as_uri(),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         "_MLFLOW_SGI_NAME": "uvicorn",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # would start eight more processes, for language models
@@ -220,18 +221,20 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     config = configparser.RawConfigParser()
+    # Paths are relative to the data folder, in which the supervisor runs: the supervisor expands some paths once and
+    # others twice, so that no way of writing a percent sign suits both.
     config["supervisord"] = {
-        "logfile": _escaped(str(logs / "supervisor.log")),
+        "logfile": "logs/supervisor.log",
         "logfile_maxbytes": _LOG_BYTES,
         "logfile_backups": str(_LOGS_KEPT),
-        "pidfile": _escaped(str(folder / "supervisord.pid")),
-        "directory": _escaped(str(Path(__file__).parent.parent)),
-        "umask": f"{_UMASK:03o}",
+        "pidfile": "supervisord.pid",
+        "umask": f"{UMASK:03o}",
     }
     for program in supervised:
         config[f"program:{program.name}"] = {
             "command": _escaped(shlex.join(command_line(program, folder))),
-            "environment": _escaped(",".join(f'{name}="{value}"' for name, value in program.environment.items())),
+            "environment": ",".join(f"{name}={value}" for name, value in _own_variables(program).items()),
+            "directory": f"%(ENV_{_CODE})s",
             "priority": str(program.priority),
             "autorestart": "true",
             "startsecs": "2",
@@ -241,7 +244,7 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
             "stopasgroup": "false",
             "killasgroup": "true",
             "redirect_stderr": "true",
-            "stdout_logfile": _escaped(str(logs / f"{program.name}.log")),
+            "stdout_logfile": f"logs/{program.name}.log",
             "stdout_logfile_maxbytes": _LOG_BYTES,
             "stdout_logfile_backups": str(_LOGS_KEPT),
         }
@@ -249,9 +252,18 @@ def _write_config(path: Path, folder: Path, supervised: Sequence[Program]) -> No
         config.write(file)
 
 
-def _escaped(text: str) -> str:
-    """Return a text with percent signs escaped, because supervisor expands them in its configuration."""
-    return text.replace("%", "%%")
+def _own_variables(program: Program) -> Mapping[str, str]:
+    """Return the variables that the supervisor adds to its own: numbers. Those of others are part of the command."""
+    return program.environment if program.is_trusted else {}
+
+
+def _escaped(command: str) -> str:
+    """Return a quoted command line as the supervisor's configuration needs it.
+
+    The supervisor expands percent signs. It takes a semicolon or a hash sign after a space for a comment, so an empty
+    string in quotes comes between the two.
+    """
+    return re.sub(r"(?<=\s)(?=[;#])", "''", command.replace("%", "%%"))
 
 
 @contextlib.contextmanager
@@ -267,18 +279,6 @@ def _locked(folder: Path) -> Iterator[None]:
                 "set ESPALIER_VAR to another folder."
             ) from error
         yield
-
-
-def _upgrade(settings: Settings) -> None:
-    """Bring the database to the newest schema. Raises CannotStart if it cannot be reached."""
-    database = Database(settings.database)
-    try:
-        upgrade(database)
-    except (EspalierError, OperationalError) as error:
-        told = str(error).splitlines()[0]
-        raise CannotStart(f"The database {hide_password(settings.database)} cannot be used: {told}") from error
-    finally:
-        database.close()
 
 
 def _check_port(host: str, port: int, setting: str) -> None:
@@ -303,41 +303,50 @@ def _check_store(settings: Settings) -> None:
 
 
 def _wait_until_ready(settings: Settings, supervisor: subprocess.Popen[bytes], folder: Path) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
-    missing = _API
+    """Wait for all parts of the service, and print that it is ready, or which parts are missing.
+
+    Raises CannotStart if the supervisor ends, or the API does not answer in time.
+    """
+    answers_until = time.monotonic() + ANSWERS_WITHIN_S
+    ready_until: float | None = None
     with console.status("starting …") as status, client(settings, timeout_s=5.0) as api:
-        while time.monotonic() < deadline:
+        while True:
             if supervisor.poll() is not None:
                 raise CannotStart(f"The supervisor ended unexpectedly. The last lines of all logs:\n{_tails(folder)}")
-            missing = _missing(api)
-            if not missing and settings.mlflow_url is None and not mlflow_answers(settings.mlflow):
-                missing = "MLflow"
-            if not missing:
-                return
-            status.update(f"starting … waiting for {missing}")
+            missing = _missing_parts(settings, api)
+            if missing is None and time.monotonic() > answers_until:
+                raise CannotStart(
+                    f"The API did not answer within {ANSWERS_WITHIN_S:.0f} s. The last lines of all logs:\n"
+                    f"{_tails(folder)}"
+                )
+            if missing is not None:
+                ready_until = ready_until or time.monotonic() + READY_WITHIN_S
+                if not missing or time.monotonic() > ready_until:
+                    break
+            status.update(f"starting … waiting for {'the API' if missing is None else ', '.join(missing)}")
             time.sleep(0.3)
-    if missing == _API:
-        raise CannotStart(
-            f"The service is not ready after {READY_WITHIN_S:.0f} s. Still waiting for: {missing}. The last lines of "
-            f"all logs:\n{_tails(folder)}"
+    if not missing:
+        console.print("[bold green]Espalier is ready.[/]")
+    else:  # what answers goes on answering, and what is missing may still come
+        console.print(
+            f"Espalier is running, but not all of it works yet. Still missing: {'; '.join(missing)}. It is "
+            f"started again and again, and GET /readyz shows when it works. The logs are in {folder / 'logs'}.",
+            style="bold red",
+            markup=False,
+            soft_wrap=True,
         )
-    # The API keeps answering, and the missing parts may still start.
-    console.print(
-        f"The service is not ready after {READY_WITHIN_S:.0f} s. Still waiting for: {missing}. The rest of the service "
-        f"works. /readyz shows when all of it does; the logs are in {folder / 'logs'}.",
-        style="bold red",
-        markup=False,
-        soft_wrap=True,
-    )
 
 
-def _missing(api: httpx2.Client) -> str:
-    """Return the API's failed readiness checks as text, or an empty text if the API is ready."""
+def _missing_parts(settings: Settings, api: httpx2.Client) -> list[str] | None:
+    """Return the parts that do not work yet, each with the reason, or None if the API itself does not answer."""
     try:
         checks: dict[str, Any] = api.get("/readyz").json()["checks"]
     except (httpx2.HTTPError, ValueError, KeyError):
-        return _API
-    return ", ".join(f"{name} ({check['detail']})" for name, check in checks.items() if not check["ok"])
+        return None
+    missing = [f"{name} ({check['detail']})" for name, check in checks.items() if not check["ok"]]
+    if settings.mlflow_url is None and not mlflow_answers(settings.mlflow):
+        missing.append(f"MLflow (no answer at {settings.mlflow})")
+    return missing
 
 
 def mlflow_answers(url: str) -> bool:
@@ -419,21 +428,12 @@ def addresses(settings: Settings) -> str:
     )
 
 
-def load_settings() -> Settings:
-    """Return the settings of this process. Raises CannotStart with the names of invalid settings."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors()]
-        raise CannotStart("\n".join(wrong)) from error
-
-
 def main() -> int:
     """Run the service until Ctrl-C; return the exit status."""
     try:
         settings = load_settings()
         with running(settings) as supervisor:
-            console.print(f"[bold green]Espalier is ready.[/] Ctrl-C stops it.\n{addresses(settings)}")
+            console.print(f"Ctrl-C stops it.\n{addresses(settings)}")
             supervisor.wait()
     except CannotStart as error:
         console.print(str(error), style="bold red", markup=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ from errors import StoreUnavailable, WeightsRefused
 from models import registry
 from models.registry import Weights
 from models.session import Database
-from ops.migrate import upgrade
+from ops.migrate import open_migrated
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.recipe import IMAGENET, NAME_PATTERN, RANDOM
-from settings import Settings
+from startup import exit_with_a_sentence, load_settings, prepare_folder
 
 
 def import_file(network: BackboneName, name: str, file: Path, store: Store, database: Database) -> Digest:
@@ -58,10 +57,10 @@ def main() -> int:
         "file", type=Path, help="a .weights.h5, .h5 or .safetensors file with weights only, without the top layers"
     )
     arguments = parser.parse_args()
-    settings = Settings()
-    os.umask(0o077)  # it may be the first command to make the data folder
-    database = Database(settings.database)
-    upgrade(database)
+    with exit_with_a_sentence():
+        settings = load_settings()
+        prepare_folder(settings.var)  # this may be the first command that makes it
+        database = open_migrated(settings)
     network = BackboneName(arguments.backbone)
     try:
         digest = import_file(network, arguments.name, arguments.file, open_store(settings.store), database)

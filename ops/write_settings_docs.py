@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import AliasChoices
 from pydantic_core import PydanticUndefined
 
-from settings import Settings
+from settings import Settings, variable_name
 
 TARGET = Path(__file__).parent.parent / "docs" / "settings.md"
 
@@ -24,10 +23,8 @@ def settings_document() -> str:
     """Return the text of docs/settings.md: a table with a row for each setting."""
     lines = []
     for name, field in Settings.model_fields.items():
-        alias = field.validation_alias
-        variable = str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"ESPALIER_{name.upper()}"
         default = "" if field.default in (None, PydanticUndefined, ()) else _code(field.default)
-        lines.append(f"| `{variable}` | {default} | {field.description} |\n")
+        lines.append(f"| `{variable_name(name)}` | {default} | {field.description} |\n")
     return _HEAD + "".join(lines)
 
 

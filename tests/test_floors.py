@@ -25,6 +25,7 @@ ROOMS = {
     "dispatch",
     "environments",
     "settings",
+    "startup",
     "logs",
 }
 
@@ -38,6 +39,7 @@ ROOMS = {
         ("no_telemetry.py", set()),
         ("logs.py", set()),
         ("settings.py", {"artifacts", "recipes"}),
+        ("startup.py", {"artifacts", "models", "settings"}),
         ("broker.py", set()),
         ("dispatch.py", {"broker", "models"}),
     ],

@@ -23,8 +23,8 @@ from clock import Clock
 from dispatch import ThreadDispatcher
 from errors import StoreRefused
 from models.job import JobKind, Queue
-from models.session import Database
 from settings import Settings
+from startup import CannotStart, load_settings_or_exit, open_database, prepare_folder
 from worker.child_process import clear_left_folders
 from worker.garbage_collector import Collector
 from worker.handlers.compare import Compare
@@ -53,10 +53,10 @@ class WorkerService:
     """All that a worker does besides receiving Celery messages: runs jobs, sweeps, sends due jobs, collects garbage."""
 
     def __init__(self, settings: Settings, name: str, queues: Sequence[Queue]) -> None:
-        """Prepare the service; `start` starts its threads. Raises StoreRefused if the bucket denies access."""
+        """Prepare the service; `start` starts its threads. Raises StoreRefused or CannotStart."""
         self._store = open_store(settings.store)
         self._clock = Clock()
-        self._database = Database(settings.database)
+        self._database = open_database(settings)
         self._queues = queues
         timings = Timings(
             look_every_s=settings.look_every_s,
@@ -164,9 +164,9 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
     }
 
 
-def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
-    """Return the Celery app of workers. It calls `load_settings` when a worker starts, not at import."""
-    app = make_celery(lambda: load_settings().redis_url or LOCAL_URL, lambda: load_settings().queues)
+def make_app(settings: Callable[[], Settings] = load_settings_or_exit) -> Celery:
+    """Return the Celery app of workers. It calls `settings` when a worker starts, not at import."""
+    app = make_celery(lambda: settings().redis_url or LOCAL_URL, lambda: settings().queues)
     running: list[WorkerService] = []
 
     class Service(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -196,9 +196,10 @@ def make_app(load_settings: Callable[[], Settings] = Settings) -> Celery:
             # In a container, a new process can have the same host name and process id as one that was killed before.
             name = f"{worker.hostname} {os.getpid()}-{secrets.token_hex(3)}"
             try:
-                service = WorkerService(load_settings(), name, queues)
-            except StoreRefused as error:
-                log.critical("worker cannot start", error=error.detail)
+                prepare_folder(settings().var)
+                service = WorkerService(settings(), name, queues)
+            except (CannotStart, StoreRefused) as error:
+                log.critical("worker cannot start", error=str(error))
                 raise SystemExit(1) from error
             running.append(service)
             # Celery sends this signal at once. It calls `close` below only after the consumer has returned.

@@ -1,8 +1,8 @@
-"""MLflow's server with only the paths that its tracking, its registry and their pages need, as an ASGI app.
+"""MLflow's server as an ASGI app that serves only tracking, the model registry and their pages.
 
-MLflow has no login, so whoever reaches its port may use every path. Its assistant runs commands, its gateway keeps keys
-and sends requests, webhooks and jobs reach other addresses, and an experiment may name any folder of the machine as the
-place of its files. Espalier needs none of these.
+MLflow has no login, so anyone who reaches its port could use every path of it. Its assistant runs commands, its gateway
+stores keys and sends requests, its webhooks and jobs send requests to other addresses, and an experiment may name any
+folder of the machine as the place of its files. Espalier needs none of these, so this app refuses them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SERVED = re.compile(
     # Pages ask for these at every visit: what the server can do, that telemetry is off, that a run has no traces.
     r"|/(ajax-)?api/3\.0/mlflow/(server-info|ui-telemetry|traces/search)"
 )
-# Runs a prompt through the gateway.
+# This path would run a prompt through the gateway.
 _NOT_SERVED = re.compile(r".*/runs/create-promptlab-run")
 _PROXIED = "mlflow-artifacts:"
 
@@ -45,7 +45,7 @@ async def app(
     receive: Callable[[], Awaitable[Message]],
     send: Callable[[Message], Awaitable[None]],
 ) -> None:
-    """Pass a request on to MLflow if its path is served, and answer 404 as MLflow would otherwise."""
+    """Pass a request to MLflow if its path is served. Otherwise answer 404 in the format of MLflow's own errors."""
     if scope["type"] == "lifespan" or (scope["type"] == "http" and is_served(scope["path"])):
         await mlflow_app(scope, receive, send)
     elif scope["type"] == "websocket":

@@ -21,7 +21,7 @@ ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERE
     MLFLOW_DISABLE_TELEMETRY=true NNCF_CI=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /opt/espalier
 COPY --from=build /opt/venv /opt/venv
-COPY broker.py clock.py dispatch.py environments.py errors.py logs.py no_telemetry.py settings.py ./
+COPY broker.py clock.py dispatch.py environments.py errors.py logs.py no_telemetry.py settings.py startup.py ./
 COPY artifacts artifacts/
 COPY console/vendor console/vendor/
 COPY inference inference/

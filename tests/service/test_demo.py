@@ -10,6 +10,7 @@ import sample
 from running import Service
 
 from ops import demo, up
+from startup import load_settings
 
 DEMOS = {
     "numbers": (
@@ -32,7 +33,7 @@ def test_the_demo_goes_through_its_steps_with_every_kind_of_label(
         monkeypatch.setenv(name, value)
     arguments = ["--data", str(archive), "--backbone", "vgg16", "--features-from", "block1", "--image-size", "32"]
     monkeypatch.setattr(sys, "argv", ["demo", *arguments])
-    settings = up.load_settings()
+    settings = load_settings()
     with up.client(settings) as api:
         demo._demonstrate(api, demo._arguments(), settings)
     told = capsys.readouterr().out

@@ -39,6 +39,7 @@ from models.session import Database
 from ops import demo, up
 from ops.up import console
 from settings import Settings
+from startup import load_settings
 
 _IMAGES = 60
 _SETTLE_S = 600.0
@@ -92,7 +93,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "DATABASE_URL": url,
             "TMPDIR": str(temporary),
         }
-        settings = up.load_settings()
+        settings = load_settings()
         with up.running(settings):
             figures = _run_with_faults(options, settings, take_away, chance)
         left = [process.pid for name in ("api.app", "worker.", "mlflow_server") for process in find(settings.var, name)]

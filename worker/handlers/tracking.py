@@ -47,7 +47,7 @@ _NOTE = "mlflow.note.content"
 # Large files that only the service reads; MLflow does not get them.
 _NOT_SHOWN = (RunFile.NEIGHBOURS,)
 _OF_A_ROW = {"espalier.best_of", "espalier.difference_to_best", "espalier.p_value"}
-# The most that MLflow takes, of an experiment's tag, of a run's tag, of a parameter, and at once.
+# MLflow's limits: characters of an experiment's tag, of a run's tag and of a parameter, and the size of one batch.
 _NOTE_CHARACTERS = 20_000
 _TAG_CHARACTERS = 8_000
 _PARAM_CHARACTERS = 6_000
@@ -176,7 +176,7 @@ def _settle(session: Session, row: Outbox, page: Page) -> None:
 
 
 def _give_up(session: Session, row: Outbox, reason: str) -> None:
-    """Record that MLflow takes nothing of a row, so that the next ones do not wait behind it."""
+    """Record that MLflow refused a row for good, and delete the row, so that the next rows are sent."""
     session.execute(delete(Outbox).where(Outbox.id == row.id, Outbox.run_id == row.run_id))
     record_refusals(session, row.run_id, [{"what": row.kind, "reason": reason[:_TAG_CHARACTERS]}])
 
@@ -218,8 +218,8 @@ def _mlflow(settings: TrackingSettings) -> Iterator[Any]:
         raise Unavailable(told) from error
 
 
-# What MLflow answers about the request itself. All other errors come from a proxy or from a server that is away, too
-# old or out of order: what they refused may be taken later.
+# The error codes with which MLflow rejects the request itself, so that repeating it is useless. After any other error,
+# such as one of a proxy or of a server that is away, the same request may succeed later.
 _FINAL_CODES = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS")
 
 
@@ -228,15 +228,15 @@ def _is_final(error: Exception) -> bool:
 
 
 def mlflow_name(name: str) -> str:
-    """Return the name for an alias or a logged model, which MLflow takes no dot in.
+    """Return a name that MLflow accepts for an alias or a logged model: it may contain no dot.
 
-    Our names have no capital letters, so two of them never become one.
+    Names in Espalier have no capital letters, so two different names stay different.
     """
     return name.replace(".", "-DOT-")
 
 
 def mlflow_alias(alias: str) -> str:
-    """Return the name for an alias: `latest` and `v1` mean something else in MLflow."""
+    """Return a name that MLflow accepts for an alias: it reserves `latest`, and `v` with a number."""
     is_reserved = alias == "latest" or re.fullmatch(r"v\d+", alias)
     return f"ALIAS-{alias}" if is_reserved else mlflow_name(alias)
 
