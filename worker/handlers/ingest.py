@@ -216,7 +216,7 @@ class Ingest(Handler):
         refused = len(intake.refused)
         reasons = _reasons(intake.refused)
         if not rows:
-            raise DatasetRefused(f"The archive has no usable image: {reasons}.")
+            raise DatasetRefused(f"The archive has no usable image among {intake.files:,} files: {reasons}.")
         if parent is not None and not new:
             present = intake.files - refused
             raise DatasetRefused(
