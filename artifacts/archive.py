@@ -96,7 +96,27 @@ def open_archive(path: Path, limits: ArchiveLimits, code_page: str | None = None
         return ZipArchive(path, limits, code_page)
     if kind in ("tar", "tar.gz"):
         return TarArchive(path, limits, code_page)
-    raise ArchiveRefused("Expected a zip, tar or tar.gz archive. Received a file in another format.")
+    raise ArchiveRefused(
+        f"Expected a zip, tar or tar.gz archive. Received {_format_name(path)}. Pack the images again."
+    )
+
+
+_OTHER_FORMATS = {
+    b"7z\xbc\xaf'\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ\0": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file",
+    b"MZ": "a Windows program",
+    b"PK\x07\x08": "a part of a split zip",
+}
+
+
+def _format_name(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(16)
+    known = (name for start, name in _OTHER_FORMATS.items() if head.startswith(start))
+    return next(known, "a file in another format" if head else "an empty file")
 
 
 def sniff(head: bytes) -> str | None:
@@ -119,21 +139,24 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def check_path(name: str, limits: ArchiveLimits) -> str:
-    """Return a member's name as a relative path with `/`, in NFC. Raises ArchiveRefused for a bad name."""
+    """Return a member's name as a relative path with `/`, in NFC. Raises ArchiveRefused for a bad name.
+
+    Only an error that concerns the whole archive repeats the name.
+    """
     check_safe(name)
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-        raise ArchiveRefused(f"The file name {_shown(name)} contains control characters. Rename the file.")
+        raise ArchiveRefused("The file name contains control characters. Rename the file.")
     parts = _parts(unicodedata.normalize("NFC", name))  # macOS writes NFD, all other systems NFC
     if len(parts) > limits.depth:
-        raise ArchiveRefused(f"The path {_shown(name)} has {len(parts)} parts; the limit is {limits.depth}.")
+        raise ArchiveRefused(f"The path has {len(parts)} parts; the limit is {limits.depth}.")
     sizes = [len(part.encode()) for part in parts]
     if max(sizes, default=0) > limits.part_bytes or sum(sizes) + len(sizes) - 1 > limits.path_bytes:
         raise ArchiveRefused(
-            f"The path {_shown(name)} is too long. The limit is {limits.part_bytes} bytes for a name and "
-            f"{limits.path_bytes} bytes for a path. Rename the file or its folders."
+            f"The path is too long. The limits are {limits.part_bytes} bytes for a name and {limits.path_bytes} bytes "
+            "for a path. Rename the file or its folders."
         )
     if not parts:
-        raise ArchiveRefused(f"The archive contains a file without a name: {_shown(name)}. Pack it again.")
+        raise ArchiveRefused("The file has no name. Pack the archive again.")
     return "/".join(parts)
 
 
@@ -215,6 +238,12 @@ class _EntryCollector:
         if self.refused and not self.entries:
             first = self.refused[0]
             raise ArchiveRefused(f"No file of the archive can be read. {_shown(first.path)}: {first.reason}")
+
+
+def _no_content(what: str, packer: str | None = None) -> ArchiveRefused:
+    """Return the error for a file without content. `packer` is the command that would pack the content."""
+    advice = f"Pack the file itself, as {packer} does." if packer else "Leave it out."
+    return ArchiveRefused(f"Expected a file with content. Received {what}. {advice}")
 
 
 def _too_many_files(limits: ArchiveLimits) -> ArchiveRefused:
@@ -307,7 +336,7 @@ class ZipArchive:
             )
         mode = info.external_attr >> 16
         if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            raise ArchiveRefused("Expected regular files and folders only. Received a link or device.")
+            raise _no_content("a symbolic link", "`zip` without -y") if stat.S_ISLNK(mode) else _no_content("a device")
         most = max(self._limits.member_ratio * max(info.compress_size, 1), self._limits.member_ratio_from_bytes)
         if info.file_size > most:
             raise ArchiveRefused(
@@ -479,16 +508,20 @@ class _TarMember:
     number: int
     name: bytes
     size_bytes: int
-    is_regular: bool
+    kind: bytes
 
     @classmethod
     def of(cls, number: int, info: tarfile.TarInfo) -> _TarMember:
-        return cls(number, info.name.encode("utf-8", "surrogateescape"), info.size, info.isreg())
+        return cls(number, info.name.encode("utf-8", "surrogateescape"), info.size, info.type)
 
     def check(self) -> None:
         """Raises ArchiveRefused for a link or a device."""
-        if not self.is_regular:
-            raise ArchiveRefused("Expected regular files and folders only. Received a link or device.")
+        if self.kind == tarfile.SYMTYPE:
+            raise _no_content("a symbolic link", "`tar -h`")
+        if self.kind == tarfile.LNKTYPE:
+            raise _no_content("a hard link", "`tar --hard-dereference`")
+        if self.kind not in tarfile.REGULAR_TYPES:
+            raise _no_content("a device")
 
 
 class _Header(tarfile.TarInfo):
@@ -546,7 +579,7 @@ class _LimitedStream:
 
 
 def _tar_damaged(error: Exception) -> ArchiveRefused:
-    return ArchiveRefused(f"The tar cannot be read: {error}. Pack it again.")
+    return ArchiveRefused(f"The file cannot be read as a tar: {error}. Pack the images again.")
 
 
 def _not_regular(info: tarfile.TarInfo) -> ArchiveRefused:

@@ -9,12 +9,22 @@ from itertools import pairwise
 
 from errors import ArchiveRefused
 
-# Code pages that programs write names in without saying so. The first of several with the same reading is named.
-CODE_PAGES = ("cp949", "cp932", "gb18030", "big5", "cp1252", "cp1250", "cp1251", "cp850", "cp866", "cp437", "cp1253")
+# Code pages that programs write names in without saying so: those of Windows, and those of DOS, which zip tools use. Of
+# several with the same reading, the first is named.
+CODE_PAGES = (
+    *("cp949", "cp932", "gb18030", "big5"),
+    *("cp1252", "cp1250", "cp1251", "cp850", "cp866", "cp437", "cp852", "cp1253", "cp1254", "cp1257", "cp1258"),
+    *("cp857", "cp737", "cp775", "cp1255", "cp862", "cp1256", "cp874", "koi8_r"),
+)
 _FAMILIES = ("cp", "gb", "big5", "euc", "shift_jis", "iso8859", "koi8", "mac", "johab", "utf-8", "tis", "kz", "ptcp")
 _EAST_ASIAN = frozenset({"cp949", "cp932", "gb18030", "big5"})
-_DETECTED_BYTES = 64 * 1024
+# Letters of Greek and Hebrew that stand only at the end of a word.
+_FINAL_LETTERS = frozenset("\u03c2\u05da\u05dd\u05df\u05e3\u05e5")
+# Signs that people write into the names of files, but not between two letters.
+_SIGNS = frozenset("–—°€№©®")
+_JUDGED_BYTES = 64 * 1024
 _READINGS_SHOWN = 3
+_GUESSES = 3
 
 _LITTER_FILES = frozenset(
     {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "picasa.ini", "zbthumbnail.info", "syncthing.tmp"}
@@ -86,15 +96,15 @@ def find_code_page(names: Collection[bytes], chosen: str | None, what: str) -> s
         return "utf-8"
     if chosen is not None and _can_decode(names, chosen):
         return chosen
-    plausible = _readings(sorted(name for name in names if not name.isascii()))
-    if chosen is None and len(plausible) == 1:
+    plausible, is_clear = _readings(sorted(name for name in names if not name.isascii()))
+    if chosen is None and is_clear:
         return next(iter(plausible))
     unread = "not in UTF-8" if chosen is None else f"neither in UTF-8 nor in {chosen}"
-    found = "Plausible code pages are" if plausible else "No known code page gives plausible ones"
     readings = "; ".join(f"{page}: {', '.join(map(repr, some))}" for page, some in plausible.items())
     raise ArchiveRefused(
-        f"The {what} are {unread}. {found}{' ' if readings else ''}{readings}. Choose one with names=…, such as "
-        f"names={next(iter(plausible), 'cp949')}, or pack the archive with a program that writes UTF-8.",
+        f"The {what} are {unread}. Possible code pages are {readings or 'not known'}. Choose one of them, or another "
+        f"one, with names=…, such as names={next(iter(plausible), 'cp949')}, or pack the archive with a program that "
+        "writes UTF-8.",
         retry="names",
         readings={page: list(some) for page, some in plausible.items()},
     )
@@ -118,30 +128,35 @@ def code_page_named(name: str) -> str | None:
     return found if found.startswith(_FAMILIES) else None
 
 
-def _readings(names: list[bytes]) -> dict[str, tuple[str, ...]]:
-    """Return some names as each code page reads them that gives plausible names for all."""
+def _readings(names: list[bytes]) -> tuple[dict[str, tuple[str, ...]], bool]:
+    """Return some names as each code page reads them that gives plausible names for all, the most probable page first.
+
+    If no code page does, returns the most probable ones. The second value says whether only one code page does, and
+    charset-normalizer finds it probable, too.
+    """
     from charset_normalizer import from_bytes  # only in the process that opens archives
 
-    parts = {part: None for name in names for part in name.split(b"/") if not part.isascii()}
+    parts = list({part: None for name in names for part in name.split(b"/") if not part.isascii()})
     text = b"\n".join(parts)
-    if len(text) > _DETECTED_BYTES:
-        text = text[:_DETECTED_BYTES].rpartition(b"\n")[0]
-    probable = {_normal(str(match)) for match in from_bytes(text, cp_isolation=list(CODE_PAGES))}
+    if len(text) > _JUDGED_BYTES:
+        text = text[:_JUDGED_BYTES].rpartition(b"\n")[0]
+    guesses = {
+        page for match in from_bytes(text, cp_isolation=list(CODE_PAGES)) for page in match.could_be_from_charset
+    }
     found: dict[tuple[str, ...], str] = {}
+    others: dict[tuple[str, ...], str] = {}
     for page in CODE_PAGES:
         try:
-            read = [name.decode(page) for name in names]
-            is_probable = page in _EAST_ASIAN or _normal(text.decode(page)) in probable
+            read = tuple(_normal(part.decode(page)) for part in parts)
+            is_plausible = all(_is_plausible(part, page) for part in text.decode(page).split("\n"))
         except UnicodeDecodeError:
             continue
-        if is_probable and all(_is_plausible(name, page) for name in read):
-            found.setdefault(tuple(read), page)
-    return {page: _examples(read) for read, page in found.items()}
-
-
-def _examples(read: Iterable[str]) -> tuple[str, ...]:
-    parts = {part: None for name in read for part in name.split("/") if not part.isascii()}
-    return tuple(parts)[:_READINGS_SHOWN]
+        (found if is_plausible else others).setdefault(read, page)
+    ranked = {page: read for read, page in (found or others).items()}
+    order = sorted(ranked, key=lambda page: page not in guesses)
+    shown = order if found else order[:_GUESSES]
+    is_clear = len(found) == 1 and not guesses.isdisjoint(ranked)
+    return {page: ranked[page][:_READINGS_SHOWN] for page in shown}, is_clear
 
 
 def _normal(text: str) -> str:
@@ -151,7 +166,7 @@ def _normal(text: str) -> str:
 def _is_plausible(name: str, page: str) -> bool:
     """Return whether somebody may have typed this name: the wrong code page leaves symbols and mixes scripts."""
     for char in name:
-        if char.isascii():
+        if char.isascii() or char in _SIGNS:
             continue
         kind = unicodedata.category(char)
         if kind[0] == "C" or (kind[0] in "SPZN" and page not in _EAST_ASIAN) or "\uff61" <= char <= "\uff9f":
@@ -159,15 +174,24 @@ def _is_plausible(name: str, page: str) -> bool:
     for before, char in pairwise(name):
         if before.islower() and char.isupper() and not char.isascii():
             return False
-    return all(_is_one_script(word) for word in _words(name))
+    for before, char, after in zip(name, name[1:], name[2:], strict=False):
+        if char in _SIGNS and before.isalpha() and after.isalpha():
+            return False
+    return all(_is_word(word) for word in _words(name))
 
 
 def _words(name: str) -> list[str]:
-    return "".join(char if char.isalpha() or unicodedata.combining(char) else " " for char in name).split()
+    return "".join(char if char.isalpha() or _is_mark(char) else " " for char in name).split()
 
 
-def _is_one_script(word: str) -> bool:
-    scripts = [_script(char) for char in word if char.isalpha()]
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char).startswith("M")
+
+
+def _is_word(word: str) -> bool:
+    if _is_mark(word[0]) or _FINAL_LETTERS & set(word[:-1]):
+        return False
+    scripts = [script for char in word if (script := _script(char)) != "COMBINING"]
     kinds = set(scripts)
     if kinds <= {"LATIN"} or kinds <= {"CJK", "HIRAGANA", "KATAKANA"} or len(kinds) == 1:
         return True

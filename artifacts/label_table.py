@@ -58,8 +58,10 @@ def read_table(data: bytes, name: str, code_page: str | None) -> LabelTable:
         rows = [(reader.line_num, row) for row in reader if any(row)]
     except csv.Error as error:
         raise LayoutUnknown(
-            f"{name} cannot be read as values separated by {_DELIMITERS[delimiter]}: {error}."
+            f"Line {reader.line_num} of {name} cannot be read as values separated by {_DELIMITERS[delimiter]}: "
+            f"{error}. A value that contains quotes or separators must be in quotes, without spaces outside them."
         ) from error
+    rows = _without_empty_columns(rows)
     header = rows[0][1] if rows else []
     if _has_index(rows):
         notes.append(f"The first column of {name} counts its rows; it was left out.")
@@ -104,6 +106,14 @@ def _has_index(rows: Sequence[tuple[int, Sequence[str]]]) -> bool:
     return all(row and re.fullmatch(r"\s*\d+\s*", row[0]) for _, row in rows[1:])
 
 
+def _without_empty_columns(rows: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """Return rows without the empty columns at their end, which spreadsheets add."""
+    width = max((place for _, row in rows for place, value in enumerate(row, 1) if value.strip()), default=0)
+    if not rows or width >= len(rows[0][1]):
+        return rows
+    return [(line, row[:width] if len(row) == len(rows[0][1]) else row) for line, row in rows]
+
+
 def _columns(header: Sequence[str], name: str, notes: list[str]) -> tuple[str, ...]:
     given = [value.strip().lower() for value in header]
     columns = [_MEANING.get(value, value) for value in given]
@@ -114,9 +124,12 @@ def _columns(header: Sequence[str], name: str, notes: list[str]) -> tuple[str, .
         or "path" not in columns
         or ("label" in columns) == ("target" in columns)
     ):
+        advice = "Write the names of the columns into the first line."
+        if unknown and "path" in columns and ("label" in columns) != ("target" in columns):
+            advice = f"Leave out or rename {' and '.join(map(repr, unknown))}."
         raise LayoutUnknown(
             f"Line 1 of {name}: expected path,label[,group][,split] or path,target[,group][,split]. "
-            f"Received {','.join(header)!r}."
+            f"Received {','.join(header)!r}. {advice}"
         )
     renamed = [f"{old} as {new}" for old, new in zip(given, columns, strict=True) if old != new]
     if renamed:

@@ -47,6 +47,12 @@ _SPLITS = {
 _ADDED = re.compile(r"[^a-z]+|\b(seg|set|data|dataset|images|imgs)\b")
 _UNLABELLED = frozenset({"pred", "prediction", "predictions", "unlabeled", "unlabelled"})
 
+_PICTURE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "photos"})
+_MASK_FOLDERS = frozenset(
+    {"annotation", "annotations", "groundtruth", "gt", "label", "labels", "mask", "masks", "trimaps"}
+    | {"segmentation", "segmentationclass", "segmentationobject"}
+)
+
 _SIDECARS = re.compile(
     r"aae|cfg|csv|dat|db|docx?|html?|ini|ipynb|jsonl?|lnk|log|mat|md|names|nfo|pdf|pbtxt|py|rst|rtf|sh|thm|toml|tsv|txt|url|"
     r"xlsx?|xml|xmp|ya?ml"
@@ -128,7 +134,7 @@ def from_folders(paths: Sequence[str]) -> Layout:
             deep.append(path)
         else:
             samples.append(Sample(path, labels=(parts[0],), split=split))
-    if len(deep) > _DEEP_SHARE * len(pictures):
+    if len(deep) > _ODD_SHARE * len(pictures):
         raise LayoutUnknown(f"{_EXPECTED} Received {deep[0]!r}, which is nested more deeply.")
     refused += [Refused(path, "nested more deeply than the class folders") for path in deep]
     if not samples:
@@ -136,6 +142,7 @@ def from_folders(paths: Sequence[str]) -> Layout:
             f"{_EXPECTED} Received {len(pictures)} files that are not in a class folder, such as {pictures[0]!r}."
         )
     check_class_names({sample.labels[0] for sample in samples})
+    _check_kinds({sample.labels[0].lower() for sample in samples})
     samples = [replace(sample, labels=(sample.labels[0].strip(),)) for sample in samples]
     names = {sample.labels[0] for sample in samples}
     warnings = [f"The folder {name!r} begins with a dot; it was taken as a class." for name in names if name[0] == "."]
@@ -149,13 +156,31 @@ def from_folders(paths: Sequence[str]) -> Layout:
     return Layout(task, tuple(samples), tuple(refused), ignored, tuple(sorted(warnings)))
 
 
+def _check_kinds(folders: set[str]) -> None:
+    """Check that folders are not named for what is in their files, such as images and masks. Raises LayoutUnknown."""
+    if folders <= _PICTURE_FOLDERS | _MASK_FOLDERS and folders & _PICTURE_FOLDERS and folders & _MASK_FOLDERS:
+        raise LayoutUnknown(
+            f"{_EXPECTED} Received the folders {' and '.join(map(repr, sorted(folders)))}, which are no classes. "
+            "Espalier reads no masks: it learns what a whole image shows."
+        )
+
+
 def _without_outer(split: list[list[str]]) -> list[list[str]]:
-    """Return paths without the folders around everything; the last folder that is left may be the only class."""
-    while len({parts[0] for parts in split}) == 1 and min(map(len, split)) > 1 and any(len(p) > 2 for p in split):
-        if _split_named(split[0][0]) is not None:  # an archive with only test images must not be trained on
-            break
-        split = [parts[1:] for parts in split]
-    return split
+    """Return paths without the folders around everything; the last folder that is left may be the only class.
+
+    A few files beside the outer folder, such as a preview, stay as they are.
+    """
+    while True:
+        inner = [parts for parts in split if len(parts) > 1]
+        beside = len(split) - len(inner)
+        least = 2 if beside == 0 else 3
+        if len({parts[0] for parts in inner}) != 1 or beside > _ODD_SHARE * len(split):
+            return split
+        if min(map(len, inner)) < least or max(map(len, inner)) < 3:
+            return split
+        if _split_named(inner[0][0]) is not None:  # an archive with only test images must not be trained on
+            return split
+        split = [parts[1:] if len(parts) > 1 else parts for parts in split]
 
 
 def _with_splits(inner: dict[str, list[str]]) -> dict[str, tuple[Split | None, list[str]]]:
@@ -169,8 +194,13 @@ def _with_splits(inner: dict[str, list[str]]) -> dict[str, tuple[Split | None, l
     is_known = {name for name in folders if name.lower() in _SPLITS}
     if not folders or not any(splits.values()):
         return plain
-    if any(split is None and not _is_unlabelled(name) for name, split in splits.items()):
+    others = {name for name, split in splits.items() if split is None and not _is_unlabelled(name)}
+    odd = sum(parts[0] in others for parts in inner.values())
+    if others and (not is_known or any(len(parts) == 2 for parts in inner.values() if parts[0] in is_known)):
         return plain
+    if odd > _ODD_SHARE * len(inner):
+        return plain
+    folders -= others
     below = {}
     for name in folders:
         paths = [path for path, parts in inner.items() if parts[0] == name and len(parts) > 1]
@@ -188,7 +218,9 @@ def _with_splits(inner: dict[str, list[str]]) -> dict[str, tuple[Split | None, l
             f"Received images directly in {' and '.join(sorted(name.lower() for name in folders))}, so their classes "
             "are unknown."
         )
-    found = {path: (split, parts) for path, (split, parts) in plain.items() if len(parts) == 1}
+    found = {
+        path: (split, parts[-1:]) for path, (split, parts) in plain.items() if len(parts) == 1 or parts[0] in others
+    }
     for name in folders:
         has_classes = name not in flat and splits[name] is not None
         found |= {path: (splits[name] if has_classes else None, parts) for path, parts in below[name].items()}
@@ -251,7 +283,19 @@ def from_labels(data: bytes, csv_path: str, paths: Sequence[str], code_page: str
     check_class_names(names)
     ignored = len(unnamed) - len(pictures)
     task = _task(table.columns, samples.values(), names)
-    return Layout(task, tuple(samples.values()), tuple(refused), ignored, table.notes)
+    notes = (*table.notes, *_doubts(name, names, len(samples)))
+    return Layout(task, tuple(samples.values()), tuple(refused), ignored, notes)
+
+
+def _doubts(name: str, names: set[str], samples: int) -> list[str]:
+    """Return a warning if the labels of a table are measured numbers."""
+    numbers = [label for label in names if re.fullmatch(r"[+-]?\d+[.,]\d+", label)]
+    if len(numbers) < len(names) or len(names) < samples / 2:
+        return []
+    return [
+        f"The labels of {name} are numbers such as {min(numbers)!r}, and each became a class. To predict a number, "
+        "name the column target."
+    ]
 
 
 def _no_file_listed(name: str, table: LabelTable, listed: Sequence[Refused], pictures: Sequence[str]) -> str:
@@ -262,27 +306,40 @@ def _no_file_listed(name: str, table: LabelTable, listed: Sequence[Refused], pic
 
 
 def name_format(path: str, data: bytes) -> str | None:
-    """Return what a file beside images tells of them, for a message, if it is of a known format for other tasks."""
+    """Return a sentence about a file beside images, if it is a table or has annotations of a known format."""
     lower = path.rpartition("/")[2].lower()
-    if lower.endswith(".xml") and b"<annotation" in data[:500]:
-        return f"{path!r} is an annotation of Pascal VOC, which says where objects are"
-    if lower in ("data.yaml", "data.yml", "classes.txt", "obj.names"):
-        return f"{path!r} belongs to annotations of YOLO, which say where objects are"
-    if not lower.endswith(".json"):
+    if lower.endswith((".csv", ".tsv", ".xlsx", ".xls", ".jsonl")) or lower in ("labels.txt", "labels.json"):
+        return (
+            f"{path!r} may be a table of labels. Only a labels.csv at the top of the archive is read, with the columns "
+            "path and label."
+        )
+    said = _annotations(lower, data)
+    return f"{path!r} {said}. Espalier does not read it." if said else None
+
+
+def _annotations(name: str, data: bytes) -> str | None:
+    where = "which say where objects are"
+    if name.endswith(".xml") and b"<annotations>" in data[:500]:
+        return f"has annotations of CVAT, {where}"
+    if name.endswith(".xml") and b"<annotation" in data[:500]:
+        return f"has annotations of Pascal VOC, {where}"
+    if name in ("data.yaml", "data.yml", "classes.txt", "obj.names"):
+        return f"belongs to annotations of YOLO, {where}"
+    if not name.endswith(".json"):
         return None
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
         return None
     if isinstance(found, dict) and {"images", "annotations"} <= found.keys():
-        return f"{path!r} has annotations of COCO, which say where objects are"
+        return f"has annotations of COCO, {where}"
     first = found[0] if isinstance(found, list) and found else None
     if isinstance(first, dict) and ("annotations" in first or "completions" in first) and "data" in first:
-        return f"{path!r} is an export of Label Studio"
+        return "is an export of Label Studio"
     if isinstance(first, dict) and {"choice", "image"} <= first.keys():
-        return f"{path!r} is an export of Label Studio (JSON-MIN)"
+        return "is an export of Label Studio (JSON-MIN)"
     if isinstance(found, dict) and {"shapes", "imagePath"} <= found.keys():
-        return f"{path!r} is an annotation of Labelme, which says where objects are"
+        return f"has annotations of Labelme, {where}"
     return None
 
 
@@ -290,7 +347,7 @@ _EXPECTED = "Expected one folder per class (daisy/1.jpg, rose/2.jpg), or a label
 _TEXT_BYTES = 1024
 # Letters and marks without ink: fillers of Hangul, joiners, variation selectors.
 _INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
-_DEEP_SHARE = 0.2  # with more, the folders mean something else
+_ODD_SHARE = 0.2  # if more files do not fit a layout, the folders mean something else
 # Smallest and largest magnitude of a target other than 0. Float32 can represent these and their squares.
 _LEAST, _GREATEST = 1e-15, 1e15
 

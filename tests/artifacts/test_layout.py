@@ -164,6 +164,33 @@ def test_one_image_that_is_nested_too_deep_is_refused_alone() -> None:
     assert layout.refused == (Refused("rose/old/1.jpg", "nested more deeply than the class folders"),)
 
 
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        ("preview.jpg", "not in a class folder"),
+        ("flowers/preview.jpg", "not in a class folder"),
+        ("flowers/samples/1.jpg", "not in a class folder"),
+    ],
+)
+def test_one_image_beside_splits_is_refused_alone(odd: str, reason: str) -> None:
+    paths = [f"flowers/{split}/{name}/1.jpg" for split in ("train", "val", "test") for name in ("daisy", "rose")]
+    layout = from_folders([*paths, odd])
+    assert layout.refused == (Refused(odd, reason),) and len(layout.samples) == 6
+    assert {sample.labels[0] for sample in layout.samples} == {"daisy", "rose"}
+    assert {sample.split for sample in layout.samples} == set(Split)
+
+
+def test_an_image_beside_the_outer_folder_is_refused_alone() -> None:
+    layout = from_folders([*(f"flowers/daisy/{number}.jpg" for number in range(5)), "flowers/rose/1.jpg", "all.jpg"])
+    assert layout.refused == (Refused("all.jpg", "not in a class folder"),) and len(layout.samples) == 6
+
+
+@pytest.mark.parametrize("folders", [("images", "masks"), ("JPEGImages", "SegmentationClass", "Annotations")])
+def test_images_and_masks_are_no_classes(folders: tuple[str, ...]) -> None:
+    with pytest.raises(LayoutUnknown, match="which are no classes"):
+        from_folders([f"{folder}/1.png" for folder in folders])
+
+
 def test_a_class_that_begins_with_a_dot_is_a_class_with_a_warning() -> None:
     layout = from_folders([".NET/1.jpg", "Java/2.jpg"])
     assert {sample.labels for sample in layout.samples} == {(".NET",), ("Java",)}
@@ -177,6 +204,9 @@ def test_a_class_that_begins_with_a_dot_is_a_class_with_a_warning() -> None:
         ("export.json", b'[{"id": 1, "data": {"image": "1.jpg"}, "annotations": []}]', "Label Studio"),
         ("export.json", b'[{"image": "1.jpg", "choice": "cat"}]', "Label Studio"),
         ("Annotations/1.xml", b"<annotation><object/></annotation>", "Pascal VOC"),
+        ("annotations.xml", b"<?xml version='1.0'?><annotations><image/></annotations>", "CVAT"),
+        ("train/labels.csv", b"path,label", "Only a labels.csv at the top"),
+        ("labels (1).csv", b"path,label", "Only a labels.csv at the top"),
         ("data.yaml", b"nc: 2", "YOLO"),
         ("1.json", b'{"shapes": [], "imagePath": "1.jpg"}', "Labelme"),
         ("settings.json", b'{"a": 1}', None),
@@ -412,7 +442,6 @@ def test_labels_for_no_file_of_the_archive_are_told(text: str) -> None:
         "path,label,label",
         "path,label,colour",
         "1.png,daisy",
-        "path,label,",
         "path,group,split",
     ],
 )
@@ -455,6 +484,7 @@ EXPORTS = {
         "file_name,class\n1.png,Löwe\nimages/2.png,Katze\n".encode(),
         "file_name as path, class as label",
     ),
+    "empty columns": ("path,label,,\n1.png,Löwe,,\nimages/2.png,Katze,,\n".encode(), ""),
     "spaces before quotes": (b'path, label\n1.png, "L\xc3\xb6we"\nimages/2.png, "Katze"\n', ""),
 }
 
@@ -465,6 +495,16 @@ def test_what_excel_and_pandas_write_is_read_and_told(export: str) -> None:
     layout = from_labels(data, "labels.csv", PATHS)
     assert labels_of(layout) == {"1.png": ("Löwe",), "images/2.png": ("Katze",)}
     assert told in " ".join(layout.warnings) and bool(told) == bool(layout.warnings)
+
+
+def test_numbers_as_labels_are_warned_of() -> None:
+    assert "name the column target" in read("path,label\n1.png,1.37\nimages/2.png,2.74\n").warnings[0]
+    assert read("path,label\n1.png,1.5\nimages/2.png,big\n").warnings == ()
+
+
+def test_a_column_too_many_is_named() -> None:
+    with pytest.raises(LayoutUnknown, match="Leave out or rename 'width' and 'height'"):
+        read("path,label,width,height\n1.png,daisy,3,4\n")
 
 
 def test_numbers_of_a_table_with_semicolons_may_have_decimal_commas() -> None:

@@ -18,7 +18,7 @@ from errors import DatasetRefused, ImageRefused, LayoutUnknown, Refused
 from worker.child.channel import Channel
 from worker.messages import ImageAccepted, ImageBegun, ImageRejected, IngestOrder, LayoutFound
 
-# Annotations that are looked at to name their format.
+# Annotations and tables that are looked at to name their format.
 _NAMED_FILES, _NAMED_BYTES = 20, 16 * MIB
 
 
@@ -95,16 +95,14 @@ def _layout(archive: Archive, code_page: str | None) -> Layout:
 
 def _format_named(archive: Archive) -> str | None:
     """Return what is known of annotations in the archive that are not read; None if there are none."""
-    few = [
+    sidecars = [
         entry.path for entry in archive.entries if layout.is_sidecar(entry.path) and entry.size_bytes <= _NAMED_BYTES
     ]
-    for path, data in archive.read(set(few[:_NAMED_FILES])):
+    few = sorted(sidecars, key=lambda path: path.count("/"))[:_NAMED_FILES]
+    for path, data in archive.read(set(few)):
         named = layout.name_format(path, data) if isinstance(data, bytes) else None
         if named is not None:
-            return (
-                f"{named}. Espalier reads no such annotations: it learns what a whole image shows. Write a labels.csv "
-                "with path,label."
-            )
+            return named
     return None
 
 

@@ -216,7 +216,7 @@ class Ingest(Handler):
         refused = len(intake.refused)
         reasons = _reasons(intake.refused)
         if not rows:
-            raise DatasetRefused(f"The archive has no usable image: {reasons}.")
+            raise DatasetRefused(f"The archive has no usable image among {intake.files:,} files: {reasons}.")
         if parent is not None and not new:
             present = intake.files - refused
             raise DatasetRefused(
@@ -240,9 +240,10 @@ class Ingest(Handler):
             return
         if not 2 <= len(names) <= self._limits.classes:
             only = f", {next(iter(names))!r}" if len(names) == 1 else ""
+            advice = " Put the images of each class into a folder of its own, or add a labels.csv." if only else ""
             raise DatasetRefused(
                 f"A data set needs 2 to {self._limits.classes:,} classes with usable images. "
-                f"Received {len(names)}{only}. {' '.join(intake.warnings)}".strip()
+                f"Received {len(names)}{only}.{advice} {' '.join(intake.warnings)}".strip()
             )
         check_class_names(names)
 
@@ -466,11 +467,11 @@ def _choices(error: EspalierError) -> list[str]:
 
 
 def _reasons(refused: Sequence[Refused]) -> str:
-    """Return the most frequent reasons with their numbers and a file each, for a message."""
+    """Return the most frequent reasons, each with a file and the number of others, for a message."""
     counts = Counter(file.reason for file in refused)
     paths = {file.reason: file.path for file in reversed(refused)}
     shown = [
-        f"{count} × {reason.rstrip('.')}, such as {paths[reason]!r}"
+        f"{paths[reason]!r}{f' and {count - 1:,} more' if count > 1 else ''}: {reason.rstrip('.')}"
         for reason, count in counts.most_common(_REASONS_SHOWN)
     ]
     return "; ".join(shown + ["…"] * (len(counts) > _REASONS_SHOWN))
