@@ -104,7 +104,7 @@ class ThreadDispatcher:
         try:
             dispatch(self._database, self._broker, self._live_s)
         except (Unavailable, DiskFull) as error:
-            log.warning("database away", thread="dispatcher", error=error.detail)
+            log.warning("database unavailable", thread="dispatcher", error=error.detail)
         except Exception as error:  # any exception of the broker's client; the next sweep dispatches again
             log.warning("jobs not sent", error=str(error) or type(error).__name__)
 

@@ -345,7 +345,9 @@ class Settings(BaseSettings):
     @cached_property
     def engine_threads(self) -> int:
         """Number of threads that compute one network; at least 1."""
-        return self.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.threads:
+            return self.threads
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     @cached_property
     def archive_limits(self) -> ArchiveLimits:

@@ -129,3 +129,14 @@ def test_only_formats_that_are_decoded_safely_may_be_enabled(monkeypatch: pytest
         monkeypatch.setenv("ESPALIER_IMAGE_FORMATS", formats)
         with pytest.raises(ValidationError, match="image_formats"):
             Settings()
+
+
+@pytest.mark.parametrize("has_affinity", [True, False])
+def test_a_given_number_of_threads_wins_over_the_number_of_processors(
+    monkeypatch: pytest.MonkeyPatch, has_affinity: bool
+) -> None:
+    if not has_affinity:
+        monkeypatch.delattr(os, "sched_getaffinity")
+    assert Settings().engine_threads >= 1
+    monkeypatch.setenv("ESPALIER_THREADS", "77")
+    assert Settings().engine_threads == 77

@@ -1,7 +1,8 @@
 """The service on a small disk of its own, which is really full for a while.
 
-Making such a disk takes the right to mount one. Each rule that is seen together here has a test of its own that needs
-no right: `test_bodies.py`, `test_loop.py`, `test_keeper.py`, `test_session.py`.
+Mounting such a disk needs root. Every rule that is tested together here also has a test that needs no root, in
+`tests/api/test_bodies.py`, `tests/artifacts/test_store.py`, `tests/models/test_session.py`,
+`tests/worker/test_child_process.py`, `tests/worker/test_job_runner.py` and `tests/worker/handlers/test_ingest.py`.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def test_a_database_that_is_away_is_asked_again(tmp_path: Path, broker: ListBrok
     with capture_logs() as logs:
         dispatcher = start(Database(f"sqlite:///{tmp_path / 'no' / 'folder' / 'test.db'}"), broker)
         dispatcher.request()
-        until(lambda: [entry for entry in logs if entry["event"] in ("database away", "jobs not sent")])
+        until(lambda: [entry for entry in logs if entry["event"] in ("database unavailable", "jobs not sent")])
         before = len(logs)
         dispatcher.request()
         until(lambda: len(logs) > before)

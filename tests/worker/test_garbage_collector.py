@@ -40,8 +40,8 @@ def test_it_collects_at_its_start_and_again_and_again(database: Database, store:
         second = leave(store, b"second")
         until(lambda: not store.has(second))
         collector.stop()
-    told = [entry for entry in logs if entry["event"] == "garbage collected"]
-    assert [(entry["files"], entry["size_bytes"]) for entry in told] == [(1, 5), (1, 6)]
+    entries = [entry for entry in logs if entry["event"] == "garbage collected"]
+    assert [(entry["files"], entry["size_bytes"]) for entry in entries] == [(1, 5), (1, 6)]
 
 
 def test_one_process_at_a_time_collects(database: Database, store: Store) -> None:
@@ -104,7 +104,7 @@ def test_it_goes_on_after_the_database_was_away_or_full(database: Database, stor
 def test_it_can_be_stopped_while_the_bucket_hangs(
     sqlite: Database, bucket: Bucket, line: NetworkProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert collector_module._STOP_WITHIN_S < 8, "a worker that is told to end has other things to do, too"
+    assert collector_module._STOP_WITHIN_S < 8, "a worker that shuts down needs time for its other steps"
     monkeypatch.setattr(collector_module, "_STOP_WITHIN_S", 0.3)
     store = bucket.seen_from(tmp_path / "far", line.endpoint).store()
     line.hangs = True

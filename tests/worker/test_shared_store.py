@@ -163,13 +163,13 @@ def test_an_ingest_waits_for_a_bucket_that_is_away_and_then_begins_anew(
 
 def test_an_ingest_tells_that_it_stores_its_images(far: Case, line: NetworkProxy) -> None:
     version_id = far.upload(sample.coloured(per_class=20))
-    told: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.05):
             if progress := far.version(version_id).progress:
-                told.append(progress)
+                reports.append(progress)
 
     line.delay_s = 0.1
     watcher = threading.Thread(target=watch)
@@ -178,7 +178,7 @@ def test_an_ingest_tells_that_it_stores_its_images(far: Case, line: NetworkProxy
     over.set()
     watcher.join()
     assert far.version(version_id).state is DatasetState.READY
-    storing = [progress for progress in told if progress["stage"] == "storing"]
+    storing = [progress for progress in reports if progress["stage"] == "storing"]
     assert storing and all(0 <= progress["fraction"] < 1 and progress["eta_s"] is not None for progress in storing)
 
 

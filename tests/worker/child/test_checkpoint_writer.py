@@ -134,7 +134,7 @@ def test_the_seconds_of_all_attempts_add_up_and_are_divided_among_those_who_lear
         attempt = CheckpointWriter(said, store, MARKED, 0, kept[-1:], share=1.0, count_fits=lambda count=abreast: count)
         clock.sleep(spent_s)
         offered(attempt, 1)
-        kept = [told["sha256"] for told in said.checkpoints()]
+        kept = [message["sha256"] for message in said.checkpoints()]
         found = writer(store, said, kept[-1:]).found
         assert found is not None and found.seconds == pytest.approx(expected_s)
     attempt._count_fits = lambda: 3

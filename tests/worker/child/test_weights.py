@@ -36,7 +36,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @dataclass
 class Server:
-    """A web server on this machine that answers as it is told."""
+    """A local web server whose answers a test chooses."""
 
     port: int
     answer: Answer = lambda request: request.send_error(404)
@@ -97,7 +97,7 @@ class WeightsCase:
     store: Store
     temporary: Path
     source: WeightsSource
-    told: list[tuple[int, int | None, float | None]] = field(default_factory=list)
+    reports: list[tuple[int, int | None, float | None]] = field(default_factory=list)
 
     def obtain(self, content: bytes = CONTENT, name: str = "imagenet") -> Obtained:
         """Obtain weights of VGG16 whose published file has this content."""
@@ -108,7 +108,7 @@ class WeightsCase:
             name,
             self.store,
             self.source,
-            lambda *progress: self.told.append(progress),
+            lambda *progress: self.reports.append(progress),
             {BackboneName.VGG16: entry},
         )
 
@@ -194,7 +194,7 @@ def test_published_weights_are_fetched_and_stored(
     md5 = hashlib.md5(file, usedforsecurity=False).hexdigest()
     assert obtained.source == {"kind": "imagenet", "from": f"{mirror.url}/{PATH}", "md5": md5}
     assert mirror.asked == [f"/{PATH}"]
-    assert place.told[-1] == (len(file), len(file), 0.0)
+    assert place.reports[-1] == (len(file), len(file), 0.0)
 
 
 def test_a_file_that_keras_has_downloaded_before_is_used(
@@ -206,7 +206,7 @@ def test_a_file_that_keras_has_downloaded_before_is_used(
     obtained = place.obtain(file)
     assert is_of(obtained, weights, place)
     assert obtained.source["from"] == str(cached)
-    assert mirror.asked == [] and place.told == []
+    assert mirror.asked == [] and place.reports == []
 
 
 def test_an_earlier_download_that_is_damaged_is_fetched_anew(
@@ -253,7 +253,7 @@ def test_a_download_tells_how_far_it_is_and_how_long_it_will_take(
     mirror.answer = sending(CONTENT[:-1] + b"x")
     monkeypatch.setattr(weights, "time", SimpleNamespace(monotonic=count(0, 2).__next__))  # 2 s for each look at it
     place.refusal()
-    assert place.told == [(done * MIB, 4 * MIB, 2.0 * (4 - done)) for done in (1, 2, 3, 4)]
+    assert place.reports == [(done * MIB, 4 * MIB, 2.0 * (4 - done)) for done in (1, 2, 3, 4)]
 
 
 def test_a_length_that_is_not_told_is_no_guess(place: WeightsCase, mirror: Server) -> None:
@@ -264,7 +264,7 @@ def test_a_length_that_is_not_told_is_no_guess(place: WeightsCase, mirror: Serve
 
     mirror.answer = endless
     assert "is damaged" in place.refusal()
-    assert place.told[-1] == (len(CONTENT) - 1, None, None)
+    assert place.reports[-1] == (len(CONTENT) - 1, None, None)
 
 
 def test_a_mirror_that_would_compress_is_asked_not_to(place: WeightsCase, mirror: Server) -> None:
@@ -280,7 +280,7 @@ def test_a_mirror_that_would_compress_is_asked_not_to(place: WeightsCase, mirror
 
     mirror.answer = squeezing
     place.refusal()
-    assert place.told[-1] == (len(CONTENT) + 1, len(CONTENT) + 1, 0.0)
+    assert place.reports[-1] == (len(CONTENT) + 1, len(CONTENT) + 1, 0.0)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_a_damaged_download_is_refused(place: WeightsCase, mirror: Server) -> No
 def test_a_download_that_is_cut_off_is_refused(place: WeightsCase, mirror: Server) -> None:
     mirror.answer = sending(CONTENT[: 3 * MIB], announced=len(CONTENT))
     assert "received 3145728 bytes, expected 4194304" in place.refusal()
-    assert [done for done, _, _ in place.told] == [MIB, 2 * MIB, 3 * MIB]
+    assert [done for done, _, _ in place.reports] == [MIB, 2 * MIB, 3 * MIB]
 
 
 @pytest.mark.parametrize("status", [403, 404, 503])
@@ -322,10 +322,10 @@ def test_a_server_that_stops_in_the_middle_is_given_up(
 
     mirror.answer = stalling
     for stall_s in (0.5, 5.0, 60.0):  # what comes before the stall may itself be late on a slow machine
-        place.told.clear()
+        place.reports.clear()
         place.source = replace(place.source, stall_s=stall_s)
         assert "timed out" in place.refusal()
-        if place.told and place.told[-1][0] == 2 * MIB:
+        if place.reports and place.reports[-1][0] == 2 * MIB:
             return
     raise AssertionError("nothing came before the stall")
 

@@ -255,19 +255,19 @@ def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(
     case: Case, send_from_child: SendFromChild
 ) -> None:
     table = {"rows": [{"position": 0}, {"position": 2}], "verdict": "equal"}
-    told = [
+    outcomes = [
         ComparisonOutcome(table=table, picture=case.store.put(name), report=case.store.put(name + b".md"))
         for name in (b"first", b"second")
     ]
-    for number, message in enumerate(told):
+    for number, message in enumerate(outcomes):
         send_from_child(message)
         with claimed_work(case.database) as work:
             complete = Compare(case.store, 1).run(work)
             with pytest.raises(ConnectionError):
                 lose(case.database, complete)
             shown = case.comparison()
-            assert shown.picture_sha256 == (told[0].picture if number else None)
-            assert all(case.store.has(file) for one in told for file in (one.picture, one.report))
+            assert shown.picture_sha256 == (outcomes[0].picture if number else None)
+            assert all(case.store.has(file) for one in outcomes for file in (one.picture, one.report))
             with case.database.writing() as session:
                 complete(session)
                 jobs.finish(session, work.lease, JobState.SUCCEEDED)
@@ -276,7 +276,12 @@ def test_the_files_of_an_earlier_table_go_when_there_is_another_and_not_before(
             comparison = session.get_one(Comparison, case.comparison_id)
             comparison.state = ComparisonState.RUNNING
             assert number or comparisons.on_run_ended(session, case.run_ids[0]) is not None
-    assert [case.store.has(file) for one in told for file in (one.picture, one.report)] == [False, False, True, True]
+    assert [case.store.has(file) for one in outcomes for file in (one.picture, one.report)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_table_that_fails_while_a_run_is_tried_again_leaves_the_comparison_open(case: Case) -> None:

@@ -794,8 +794,8 @@ def test_an_ingest_tells_how_far_it_is(intake: IngestCase, begin: Begin, monkeyp
         version_id, _ = begin(intake, sample.coloured(per_class=2, classes=2) | {"green/slow.jpg": slow_jpeg(1)})
         assert is_there.wait(120)
         # The layout, and two messages for each of four images.
-        told = {"stage": "reading", "fraction": 4 / 5, "eta_s": pytest.approx(9 / 4)}
-        assert intake.version(version_id).progress == told
+        expected = {"stage": "reading", "fraction": 4 / 5, "eta_s": pytest.approx(9 / 4)}
+        assert intake.version(version_id).progress == expected
     settled(intake.database, intake.job(version_id).id, JobState.SUCCEEDED)
     assert intake.version(version_id).progress is None
 

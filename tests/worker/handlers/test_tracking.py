@@ -1,4 +1,4 @@
-"""What MLflow is told, against a real server that is away, loses answers, or is told twice."""
+"""What MLflow receives: against a real server that is unavailable, loses answers, or gets the same request twice."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Case:
                 work.write(lambda session: jobs.finish(session, work.lease, JobState.SUCCEEDED))
 
     def count_outbox(self) -> int:
-        """Return how many things MLflow has not been told."""
+        """Return the number of entries that MLflow has not received yet."""
         with self.database.reading() as session:
             return records.count(session, Outbox)
 
@@ -144,7 +144,7 @@ def _settings(url: str) -> TrackingSettings:
 
 
 def add_all_to_outbox(session: Session, run_id: str) -> None:
-    """Owe MLflow everything about a run, whatever it was told before."""
+    """Put everything about a run into the outbox again, whatever MLflow has received before."""
     add_to_outbox(session, run_id, "started", {})
     for number in range(2):
         add_to_outbox(session, run_id, "fold", {"fold": number})
@@ -294,11 +294,11 @@ def test_a_table_that_is_told_twice_is_shown_once_in_place_of_an_earlier_one(
         compare("The first.", None if is_best else less)
         with case.database.reading() as session:
             page = client.get_run(str(session.get_one(Run, case.run_id).mlflow_run_id))
-        told = {name: value for name, value in page.data.tags.items() if name.startswith("espalier.")}
-        assert (told["espalier.comparison"], told["espalier.verdict"]) == (comparison.id, "The first.")
-        assert told.get("espalier.best_of") == (comparison.id if is_best else None)
-        assert told.get("espalier.difference_to_best") == (None if is_best else "-0.125")
-        assert told.get("espalier.p_value") == (None if is_best else "0.0123")
+        tags = {name: value for name, value in page.data.tags.items() if name.startswith("espalier.")}
+        assert (tags["espalier.comparison"], tags["espalier.verdict"]) == (comparison.id, "The first.")
+        assert tags.get("espalier.best_of") == (comparison.id if is_best else None)
+        assert tags.get("espalier.difference_to_best") == (None if is_best else "-0.125")
+        assert tags.get("espalier.p_value") == (None if is_best else "0.0123")
         files = [file.path for file in client.list_artifacts(page.info.run_id)]
         assert files.count("comparison.md") == 1
     assert len(shown_by_mlflow(mlflow_url, case.name)["runs"]) == 3 and case.count_outbox() == 0

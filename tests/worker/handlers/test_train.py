@@ -187,12 +187,16 @@ def test_what_was_written_though_its_answer_was_lost_is_told_once(case: Case, se
     forgetful = LostCommitDatabase(case.database.engine.url)
     case.do(through=forgetful)
     forgetful.close()
-    told = case.events()
-    kinds = [kind.value for kind, _ in told]
+    events = case.events()
+    kinds = [kind.value for kind, _ in events]
     assert kinds == ["state", "state", "epoch", "epoch", "epoch", "progress", "fold", "fold", "state"]
-    assert [payload["state"] for kind, payload in told if kind is EventKind.STATE] == ["queued", "running", "succeeded"]
-    assert [payload["epoch"] for kind, payload in told if kind is EventKind.EPOCH] == [1, 2, 3]
-    assert [payload["fold"] for kind, payload in told if kind is EventKind.FOLD] == [0, 1]
+    assert [payload["state"] for kind, payload in events if kind is EventKind.STATE] == [
+        "queued",
+        "running",
+        "succeeded",
+    ]
+    assert [payload["epoch"] for kind, payload in events if kind is EventKind.EPOCH] == [1, 2, 3]
+    assert [payload["fold"] for kind, payload in events if kind is EventKind.FOLD] == [0, 1]
     assert case.outbox_kinds() == ["started", "fold", "fold", "finished"]
     assert (case.run().state, case.run().training_s) == (RunState.SUCCEEDED, 12.5)
     with case.database.reading() as session:
@@ -471,7 +475,7 @@ def test_attempts_count_from_where_the_work_stands(case: Case, send_from_child: 
 def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(
     tuning: Case, send_from_child: SendFromChild
 ) -> None:
-    def told() -> Digest | None:
+    def weights_in_order() -> Digest | None:
         with tuning.database.writing() as session:
             order = tuning.train._make_order(session, session.get_one(Job, tuning.job_id))
         assert order is not None
@@ -483,11 +487,11 @@ def test_every_part_of_a_run_learns_from_the_weights_that_it_began_with(
             registry.set_weights(session, weights)
 
     before, after = tuning.store.put(b"weights"), tuning.store.put(b"other weights")
-    assert told() is None
+    assert weights_in_order() is None
     name(before)
-    assert told() == before
+    assert weights_in_order() == before
     name(after)
-    assert told() == before
+    assert weights_in_order() == before
     with tuning.database.reading() as session:
         assert find_unreferenced(session, [before, after]) == []
     with tuning.database.writing() as session:
@@ -793,7 +797,7 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, send_fro
                     if tuning.jobs(JobState.RUNNING):
                         assert sweep_twice(tuning.database, tuning.train) == 1
                 else:
-                    loop.runner.close()  # the child has said what it was told to, and can do no other part
+                    loop.runner.close()  # the child has finished its part and cannot do another one
                     return
 
         send_from_child(Prepared())
@@ -807,9 +811,9 @@ def test_a_commit_whose_answer_is_cut_off_is_written_once(tuning: Case, send_fro
         assert wire.cuts > 5
     assert {kind for kind, _ in tuning.jobs(JobState.QUEUED)} <= {JobKind.PUBLISH} and not tuning.jobs(JobState.RUNNING)
     assert tuning.run().state is RunState.SUCCEEDED
-    told = tuning.events()
-    assert [payload["fold"] for kind, payload in told if kind is EventKind.FOLD] == [0, 1]
-    assert [payload["epoch"] for kind, payload in told if kind is EventKind.EPOCH] == [1, 2, 1, 2]
+    events = tuning.events()
+    assert [payload["fold"] for kind, payload in events if kind is EventKind.FOLD] == [0, 1]
+    assert [payload["epoch"] for kind, payload in events if kind is EventKind.EPOCH] == [1, 2, 1, 2]
     assert tuning.outbox_kinds().count("finished") == 1 and tuning.outbox_kinds().count("fold") == 2
     with tuning.database.reading() as session:
         assert records.count(session, ModelVersion) == 1
