@@ -71,7 +71,7 @@ def test_what_cannot_be_is_told_by_every_command_before_anything_starts(
     [
         ("ESPALIER_API_PORT", "99999", "ESPALIER_API_PORT: Input should be less than or equal to 65535"),
         ("ESPALIER_API_HOST", "0.0.0.0", "ESPALIER_API_HOST=0.0.0.0 would give everyone on the network access."),
-        ("ESPALIER_API_KEY", "short", "ESPALIER_API_KEY has 5 characters, so that it can be guessed."),
+        ("ESPALIER_API_KEY", "short", "ESPALIER_API_KEY has 5 characters, which are too easy to guess."),
         ("ESPALIER_STORE_URL", "bucket", "ESPALIER_STORE_URL: Expected a bucket as s3://name"),
         ("ESPALIER_TRUSTED_PROXIES", "127.0.0.1,proxy", "ESPALIER_TRUSTED_PROXIES: Expected IP addresses and networks"),
         ("ESPALIER_TRUSTED_PROXIES", "172.16.0.1/12", "Received '172.16.0.1/12'."),
