@@ -46,7 +46,7 @@ def caption(width: int, *lines: str) -> Image.Image:
 
 def write(picture: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
     """Write a line of text into a picture, cut to `width` pixels; `place` is left and top."""
-    shown = text
+    shown = text if len(text) <= width else f"{text[:width]}…"
     while len(shown) > 1 and text_width(shown) > width:
         shown = shown.removesuffix("…")[:-1] + "…"
     draw = ImageDraw.Draw(picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ _OWN = "DejaVu Sans"
 _BUNDLED = FontEntry(fname=str(BUNDLED_FONT), name="Bundled with Espalier", weight=400, size="scalable")
 # These have a box for every letter. matplotlib brings the first.
 _BOXES = ("Last Resort", "LastResort", "Adobe Blank", "Unicode BMP Fallback")
+# Characters of a name beside a picture.
+_LONGEST = 24
 
 
 def png(figure: Figure, fonts: Sequence[str] = (_OWN,)) -> bytes:
@@ -66,6 +69,13 @@ def drawn_names(names: Sequence[str]) -> DrawnNames:
             missing = missing - found
     shown = [f"#{number}" if _letters([name]) & missing else name for number, name in enumerate(names, 1)]
     return DrawnNames(shown, fonts)
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return names that fit beside a picture: long ones without their middle, with their number if they look alike."""
+    cut = [name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}" for name in names]
+    seen = Counter(cut)
+    return [f"{short} #{number}" if seen[short] > 1 else short for number, short in enumerate(cut, 1)]
 
 
 def _known_fonts() -> Sequence[FontEntry]:

@@ -10,7 +10,7 @@ from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from training import figures
-from training.figures import drawn_names, png
+from training.figures import drawn_names, png, shortened
 
 
 def test_names_in_letters_that_a_font_has_are_drawn_as_they_are() -> None:
@@ -56,3 +56,14 @@ def test_letters_come_from_another_font_where_matplotlibs_own_lacks_them(monkeyp
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of missing letters, which is the point
             pictures.append(np.asarray(Image.open(io.BytesIO(png(figure, fonts)))))
     assert (pictures[0] != pictures[1]).any(), "letters, not boxes"
+
+
+def test_long_names_lose_their_middle_and_stay_apart() -> None:
+    long = [f"a species whose name is much too long for a picture, {end}" for end in ("male", "female", "male")]
+    long[2] = long[2].replace("long", "long too")
+    assert shortened(["cat", *long]) == [
+        "cat",
+        "a species wh…cture, male #2",
+        "a species wh…ure, female",
+        "a species wh…cture, male #4",
+    ]
