@@ -184,6 +184,12 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
     """Open an image and check its limits. Any error of a decoder in the block becomes ImageRefused."""
     if len(data) > limits.size_bytes:
         raise ImageRefused(f"The file has {len(data) / MIB:.1f} MiB; the limit is {limits.size_bytes / MIB:g} MiB.")
+    if jpeg_files.has_long_head(data):
+        raise ImageRefused(
+            "The JPEG has too much between its start and its pixels. Save it again with an image program."
+        )
+    if png_files.has_too_many_chunks(data):
+        raise ImageRefused("The PNG has too many chunks. Save it again with an image program.")
     limit = f"the limit is {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels per side."
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.pixels)
     try:

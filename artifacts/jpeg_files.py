@@ -12,7 +12,12 @@ from PIL import Image
 
 _START, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 # Segments with content: not restarts, stuffed zeros or bytes that the decoder skips.
-_SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xd9-\xfe])")
+# An `\xff+` would take quadratic time for a long run of \xff.
+_SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+# Segments that Pillow skips as a whole. It reads all other bytes before the first scan one by one, in Python.
+_SKIPPED = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xda-\xef\xfe])")
+_STRAY_BYTES = 64 * 1024
+_HEAD_SEGMENTS = 10_000
 # Of the segments 0xC0 to 0xCF, all but these begin an image and say how it is coded.
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)
 _LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
@@ -79,6 +84,25 @@ def is_kept_whole(data: bytes) -> bool:
         return frame is not None
     scan = next((start for kind, start in _segments(data, frame.position) if kind == _SCAN[1]), None)
     return scan is not None and data[scan + 2 : scan + 3] < bytes([frame.components])
+
+
+def has_long_head(data: bytes) -> bool:
+    """Return whether so much stands before the first scan of a JPEG that Pillow would take seconds to find the scan.
+
+    That is many bytes between its segments, or many segments.
+    """
+    if not data.startswith(_START):
+        return False
+    position, stray = len(_START), 0
+    for _ in range(_HEAD_SEGMENTS):
+        segment = _SKIPPED.search(data, position)
+        stray += (len(data) if segment is None else segment.start()) - position
+        if stray > _STRAY_BYTES:
+            return True
+        if segment is None or segment[1] == _SCAN[1:]:
+            return False
+        position = segment.end() + max(2, int.from_bytes(data[segment.end() : segment.end() + 2]))
+    return True
 
 
 def has_more_scans(data: bytes, most: int) -> bool:

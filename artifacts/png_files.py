@@ -15,6 +15,8 @@ _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _ORIENTED_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 # Pillow refuses an image with a longer text.
 _LONGEST_TEXT = 2**20
+# Chunks of a file of 20 MiB, if each of them has at least 200 bytes. Encoders write thousands.
+_MOST_CHUNKS = 100_000
 
 
 def size(data: bytes) -> tuple[int, int] | None:
@@ -23,6 +25,18 @@ def size(data: bytes) -> tuple[int, int] | None:
         return None
     width, height = struct.unpack(">2I", data[16:24])
     return width, height
+
+
+def has_too_many_chunks(data: bytes) -> bool:
+    """Return whether a PNG has so many chunks that Pillow, which reads each in Python, would take seconds."""
+    if not data.startswith(SIGNATURE):
+        return False
+    position = len(SIGNATURE)
+    for _ in range(_MOST_CHUNKS):
+        if position + 12 > len(data):
+            return False
+        position += 12 + int.from_bytes(data[position : position + 4])
+    return True
 
 
 def reduced(data: bytes) -> bytes:

@@ -761,11 +761,44 @@ def test_scans_do_not_hide_behind_other_bytes(door: Door, filling: bytes) -> Non
         door(head + b"".join(filling + b"\xff\xda" + scan for scan in scans), LIMITS)
 
 
+@Doors
+@pytest.mark.parametrize(
+    "filling",
+    [b"\xff", b"\0", b"\xff\xd0", b"\xff\xc8\x01\x00" + bytes(254), b"\xff\xfe\x00\x02"],
+    ids=["padding", "zeros", "restarts", "reserved", "empty-comments"],
+)
+def test_a_jpeg_whose_head_takes_long_to_read_is_refused(door: Door, filling: bytes) -> None:
+    data = saved(landscape(64, 48), "JPEG")
+    first = 2 + 2 + int.from_bytes(data[4:6])
+    door(data[:first] + b"\xff" * 100 + data[first:], LIMITS)
+    for end in (b"", b"\xff\0"):
+        with pytest.raises(ImageRefused, match="between its start and its pixels"):
+            door(data[:first] + filling * (MIB // len(filling)) + end + data[first:], LIMITS)
+
+
+@Doors
+def test_a_long_run_among_the_scans_of_a_jpeg_is_searched_only_once(door: Door) -> None:
+    data = saved(landscape(64, 48), "JPEG")
+    run = b"\xff" * MIB + b"\0" + b"\xff\xda" * 200
+    door(data + run, LIMITS)
+    with pytest.raises(ImageRefused):
+        door(data[:-2] + run, LIMITS)
+
+
 def png_of(width: int, height: int, rows: bytes = b"", depth: int = 8, kind: int = 2) -> bytes:
     """Return a PNG whose header has these values."""
 
     head = struct.pack(">2I5B", width, height, depth, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@Doors
+def test_a_png_of_very_many_chunks_is_refused(door: Door) -> None:
+    data = saved(landscape(64, 48), "PNG")
+    for kind in (b"tEXt", b"IDAT"):
+        door(data[:33] + chunk(kind, b"") * 1000 + data[33:], LIMITS)
+        with pytest.raises(ImageRefused, match="too many chunks"):
+            door(data[:33] + chunk(kind, b"") * 100_000 + data[33:], LIMITS)
 
 
 def gif_frame(width: int, height: int) -> bytes:

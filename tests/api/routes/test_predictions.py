@@ -166,7 +166,7 @@ def test_what_is_wrong_with_json_is_told_with_what_was_received(client: TestClie
     for body, field, received in [
         (b'{"images": ["not base64!"]}', "images[0]", "not base64!"),
         (b'{"images": []}', "images", "[]"),
-        (b'{"image": "x"}', "images", "nothing"),
+        (b'{"image": "x"}', "images", "a field 'image'"),
         (b"{oops", "body", "something else"),
     ]:
         answer = client.post(WARM, content=body).json()
