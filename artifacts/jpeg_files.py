@@ -93,6 +93,34 @@ def has_more_scans(data: bytes, most: int) -> bool:
     return False
 
 
+def lacks_scans(data: bytes) -> bool:
+    """Return whether a JPEG was cut off between its scans, so that it is coarse or lacks colours.
+
+    A scan holds some of the 64 coefficients of each block, for some of the colours. A progressive JPEG sends the lower
+    bits of a coefficient in later scans.
+    """
+    frame = _frame(data)
+    if frame is None:
+        return False
+    complete: dict[int, int] = {}  # bits of the coefficients that were sent to their lowest bit, by colour
+    for kind, start in _segments(data, frame.position):
+        if kind != _SCAN[1] or start + 2 >= len(data):
+            continue
+        colours = data[start + 2]
+        first, last, bits_left = (*data[start + 3 + 2 * colours :][:3], 0, 0, 0)[:3]
+        sent = 0
+        if frame.kind in _LOSSLESS:
+            sent = _ALL_COEFFICIENTS
+        elif bits_left & 15 == 0:
+            sent = _ALL_COEFFICIENTS >> first << first & ~(_ALL_COEFFICIENTS << (last + 1))
+        for colour in data[start + 3 : start + 3 + 2 * colours : 2]:
+            complete[colour] = complete.get(colour, 0) | sent
+    return list(complete.values()) != [_ALL_COEFFICIENTS] * frame.components
+
+
+_ALL_COEFFICIENTS = 2**64 - 1
+
+
 def lacks_end(data: bytes) -> bool:
     """Return whether no end follows the last scan of a JPEG, as if its last bytes were lost."""
     return data.startswith(_START) and data.find(_SCAN, max(0, data.rfind(_END))) >= 0
@@ -101,8 +129,10 @@ def lacks_end(data: bytes) -> bool:
 def with_end(data: bytes) -> bytes:
     """Return a JPEG that lacks its end with one, if its pixels do not depend on what would follow.
 
-    Decodes the image twice. A JPEG of which pixels are missing is returned as it is.
+    Decodes the image twice. A JPEG of which scans or pixels are missing is returned as it is.
     """
+    if lacks_scans(data):
+        return data
     bare = data.rstrip(b"\xff")
     last_rows = _last_rows(bare + _END)
     return bare + _END if last_rows is not None and last_rows == _last_rows(bare + _FILLER + _END) else data

@@ -25,6 +25,17 @@ def size(data: bytes) -> tuple[int, int] | None:
     return width, height
 
 
+def with_bytes_as_colours(data: bytes) -> bytes:
+    """Return a PNG of 16-bit grey values with transparency as one of 8-bit colours with transparency.
+
+    Both have four bytes per pixel: the two bytes of the grey value become red and green, those of the transparency blue
+    and alpha.
+    """
+    start = data.index(b"IHDR")
+    head = data[start : start + 12] + b"\x08\x06" + data[start + 14 : start + 17]
+    return data[:start] + head + struct.pack(">I", zlib.crc32(head)) + data[start + 21 :]
+
+
 def reduced(data: bytes) -> bytes:
     """Return a PNG without texts, profiles and other chunks that neither its pixels nor its orientation depend on.
 

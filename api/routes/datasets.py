@@ -288,6 +288,7 @@ def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:
         refused=_refused_out(shown),
         refused_total=shown.refused_total,
         warnings=shown.warnings,
+        bit_depth=shown.bit_depth,
         version=shown.number,
         versions=_versions_out(versions),
         progress=_progress_out(shown.progress),
