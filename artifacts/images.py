@@ -57,20 +57,22 @@ class ImageLimits:
     memory_bytes: int = 1024 * MIB
 
 
-# Pillow checks sizes before it allocates memory, also in places that `_open` cannot check, such as frames of a GIF. Its
-# limit is global: `_open` raises it to that of an operator. Between the limit and twice the limit Pillow only warns.
+# Pillow checks sizes before it allocates memory, also where `_open` cannot, such as those of frames in a GIF. Its limit
+# is one for the process: `_open` raises it if the operator allows more. Up to twice the limit, Pillow only warns. Here,
+# the warning is an error, too.
 Image.MAX_IMAGE_PIXELS = ImageLimits.pixels
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# Images are decoded side by side already; more threads for one of them take more memory.
+# Several images are decoded at the same time already. More threads for one image would only take more memory.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-# Memory that a decoder takes besides the image, in bytes per pixel, as measured by `benchmarks.decode_memory`: canvases
-# of a WEBP, planes and rows of an AVIF, a TIFF that is one strip, the area that a GIF restores afterwards.
+# Memory in bytes per pixel that a decoder takes besides the decoded image, as `benchmarks.decode_memory` measured: for
+# canvases of a WEBP, planes and rows of an AVIF, the strip of a TIFF that has only one, the area that a GIF restores.
 _DECODER_BYTES = {"WEBP": 14, "AVIF": 18, "TIFF": 8, "GIF": 2, "BMP": 2}
-# The same for any format and any pixels, the image and its RGB copy included.
+# The most bytes per pixel of any format, the decoded image and its RGB copy included.
 MOST_BYTES_PER_PIXEL = 26
+# Bytes per pixel of decoded images, by mode; 4 for all other modes.
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
-# What a decoder takes for any image.
+# Memory that a decoder takes for any image, however small.
 _LEAST_BYTES = 4 * MIB
 # Transparent and 16-bit pixels become RGB in strips of this size, which need no second copy of the whole image.
 _STRIP_PIXELS = 100_000
@@ -96,7 +98,7 @@ class ImageFacts:
 
 
 def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
-    """Decode a whole image, and return its size and format. Raises ImageRefused if the image cannot be used."""
+    """Decode a whole image, and return what is known of it. Raises ImageRefused if the image cannot be used."""
     with _decoded(data, limits, reserve_nothing, lambda upright: (1, 1), None) as (facts, _):
         return replace(facts, has_more=_has_more(data, limits))
 
@@ -233,7 +235,7 @@ def _has_more(data: bytes, limits: ImageLimits) -> bool:
 
 @contextmanager
 def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
-    """Open an image and check its limits. Any error of a decoder in the block becomes ImageRefused."""
+    """Open an image and check its limits. Any error of a decoder inside the block is raised as ImageRefused."""
     if len(data) > limits.size_bytes:
         raise ImageRefused(f"The file has {len(data) / MIB:.1f} MiB; the limit is {limits.size_bytes / MIB:g} MiB.")
     limit = f"the limit is {limits.pixels / 1e6:g} megapixels and {limits.side:,} pixels per side."
@@ -259,7 +261,7 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
 
 
 def _open_file(data: bytes, limits: ImageLimits) -> Image.Image:
-    """Return the image that a file starts with, not yet decoded. What has no effect on its pixels may be broken."""
+    """Return the first image of a file, not yet decoded. Parts without effect on the pixels may be broken."""
     if data.startswith(png_files.SIGNATURE):
         data = png_files.reduced(data)
     try:
@@ -267,8 +269,8 @@ def _open_file(data: bytes, limits: ImageLimits) -> Image.Image:
     except Exception:
         if not _is_avif(data) or b"Exif" not in data:
             raise
-        # The EXIF of an AVIF is read while it is opened; what is raised depends on where it is broken.
-        # The first `Exif` names the item that holds it.
+        # Pillow reads the EXIF of an AVIF while it opens it, and raises various errors if it is broken. The first
+        # `Exif` in the file is the type of the item that holds it. With another type, the item is not read.
         return Image.open(io.BytesIO(data.replace(b"Exif", b"none", 1)), formats=limits.formats)
 
 
@@ -277,7 +279,7 @@ def _is_avif(data: bytes) -> bool:
 
 
 def _check_format(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
-    """Refuse what a format allows but no image of a data set needs. Raises ImageRefused."""
+    """Check for contents that a format allows but Espalier does not read. Raises ImageRefused."""
     if image.format in ("JPEG", "MPO") and jpeg_files.has_more_scans(data, limits.scans):
         raise ImageRefused(f"The JPEG has more scans than the limit of {limits.scans}.")
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
