@@ -17,6 +17,7 @@ EspalierError
 │   ├── LayoutUnknown      an archive with neither class folders nor labels
 │   ├── DatasetRefused     readable files that do not make a data set
 │   └── ImageRefused       one image that cannot be used
+├── RangeUnsatisfiable     a part of a file that begins beyond its end
 ├── TooLarge               a body above its limit
 ├── AddressTooLong         a URL above its limit
 ├── HeadersTooLarge        headers above their limit
@@ -183,6 +184,12 @@ class ImageRefused(Invalid):
     """The image is damaged, too large or of an unsupported kind."""
 
     code = "image-refused"
+
+
+class RangeUnsatisfiable(EspalierError):
+    """The requested part of a file begins beyond its end; `size_bytes` is the size of the file."""
+
+    code = "range-unsatisfiable"
 
 
 class TooLarge(EspalierError):

@@ -70,9 +70,9 @@ class Settings(BaseSettings):
     """Host headers that the API accepts, separated by commas; by default loopback names, or any if a key is set."""
 
     connections: Annotated[int, Field(ge=16, le=100_000)] = 1000
-    """Open connections of one API process, or half of `ulimit -n` less 128; beyond it the longest idle are closed."""
+    """Maximum open connections of one API process, at most (`ulimit -n` − 128) / 2; then the longest idle is closed."""
     head_s: Annotated[float, Field(gt=0)] = 20.0
-    """Seconds for the head of a request to arrive; several round trips of the slowest network."""
+    """Seconds for all headers of a request to arrive; several round trips of the slowest network."""
     body_stall_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds in which 4 KiB of a request's body must arrive, or some of an answer be read; as in common proxies."""
 
@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     classes: Annotated[int, Field(ge=2)] = 1000
     """Maximum number of classes of a data set."""
     refused_share: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Share of an archive's files, from 0 to 1, that may be refused; with more, or a whole class, it is rejected."""
+    """Share of files, from 0 to 1, that may be refused; above it, or without a whole class, a version is rejected."""
     image_bytes: Annotated[int, Field(gt=0)] = 20 * MIB
     """Maximum bytes of an image file, in an archive and in a prediction."""
     image_pixels: Annotated[int, Field(gt=0)] = 40_000_000
@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     )
     """Accepted image formats, separated by commas; decoders of other formats are too vulnerable."""
     decode_bytes: Annotated[int, Field(gt=0)] = GIB
-    """Memory for all images that one process decodes at a time; further ones wait. At least 26 bytes per pixel."""
+    """Memory for all images that one process decodes at a time; others wait; at least 26 bytes per allowed pixel."""
     decode_cpu_s: Annotated[int, Field(gt=0)] = 10
     """Maximum seconds of processor time for decoding one image during ingest."""
     ingest_memory_bytes: Annotated[int, Field(gt=0)] = 3 * GIB // 2
@@ -212,8 +212,8 @@ class Settings(BaseSettings):
             )
         if len(key) < _KEY_CHARACTERS:
             raise ValueError(
-                f"ESPALIER_API_KEY has {len(key)} characters, so that it can be guessed. It must have at least "
-                f"{_KEY_CHARACTERS}. {_MAKE_KEY}"
+                f"ESPALIER_API_KEY has {len(key)} characters, which are too easy to guess. It must have at "
+                f"least {_KEY_CHARACTERS}. {_MAKE_KEY}"
             )
         return SecretStr(key)
 

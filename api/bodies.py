@@ -34,6 +34,9 @@ JSON_VALUES = 20_000
 OTHER_FIELDS = 100
 _NAMES_SHOWN = 3
 _CHUNK_BYTES = MIB
+# How JSON begins, and no image.
+_JSON_STARTS = (b"{", b"[", b'"')
+_DATA_URL = b"data:"
 _SNIFFED_BYTES = 262
 _DISK_EVERY_BYTES = 64 * MIB
 # Disk space that an upload needs, as a multiple of its size. The archive and its images exist at the same time.
@@ -133,7 +136,9 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
         yield b"".join(data for _, data in await asyncio.to_thread(form.feed, piece))
     if not form.parts:
         raise RequestInvalid(
-            f"Expected a multipart field 'archive'. Received {_names(form.other_names)}.", field="archive"
+            f"Expected a multipart field 'archive'. Received {_names(form.other_names)}. Send it as in "
+            "curl -F archive=@images.zip.",
+            field="archive",
         )
 
 
@@ -159,7 +164,7 @@ async def receive_images(request: Request, limit_images: int, limit_bytes: int, 
 
     Raises:
         TooLarge: the body, the number of images or one image exceeds its limit.
-        ImageRefused: a file is empty. The error's field `image` is the index of the file, from 0.
+        ImageRefused: a file is empty, or a data URL. The error's field `image` is the index of the file, from 0.
         RequestInvalid: the request contains no image, or its body is malformed.
     """
     boundary = _boundary(request)
@@ -167,7 +172,7 @@ async def receive_images(request: Request, limit_images: int, limit_bytes: int, 
         images = await _multipart_images(request, boundary, limit_images, limit_bytes)
     else:
         body = await _whole_body(request, limit_bytes)
-        if body[:_SNIFFED_BYTES].lstrip().startswith(b"{"):  # no image begins with a brace
+        if body[:_SNIFFED_BYTES].lstrip().startswith(_JSON_STARTS):
             images = await asyncio.to_thread(_json_images, body, limit_images)
         else:
             images = [body] if body else []
@@ -205,6 +210,12 @@ async def _limited_stream(request: Request, limit_bytes: int) -> AsyncIterator[b
 def _check_file(position: int, image: bytes, limit_bytes: int) -> None:
     if not image:
         raise ImageRefused(f"Image {position + 1} is an empty file.", image=position)
+    if image.startswith(_DATA_URL):
+        raise ImageRefused(
+            f"Image {position + 1}: Expected the bytes of an image file. Received a data URL. Send the bytes that it "
+            'stands for, or JSON {"images": [base64]} with what follows the comma of the URL.',
+            image=position,
+        )
     if len(image) > limit_bytes:
         raise TooLarge(
             f"Image {position + 1} has {len(image) / MIB:.1f} MiB; the limit for a file is {limit_bytes / MIB:g} MiB.",
@@ -235,8 +246,9 @@ def _too_many_images(limit_images: int) -> TooLarge:
 
 
 def _json_images(body: bytes, limit_images: int) -> list[bytes]:
-    """Return the images of a JSON body. Base64 has no commas, so a body with too many of them is not read to its end.
+    """Return the images of a JSON body.
 
+    Base64 has no commas. So a body with more commas than the limit of images is parsed only as far as the limit.
     Raises RequestInvalid for the first error, and TooLarge.
     """
     end = _nth_comma(body, limit_images + 1)
@@ -269,7 +281,13 @@ def _images_invalid(error: ErrorDetails) -> RequestInvalid:
     field = problems.field_path(error["loc"]) or "body"
     expected, received = problems.expected_and_received(error)
     hint = ""
-    if error["loc"][:1] == ("images",) and len(error["loc"]) == 2:
+    if error["type"] == "extra_forbidden":
+        expected = "Expected only the field 'images', a list of base64 texts"
+    elif error["type"] == "missing":
+        expected, received = "Expected a list of base64 texts", _names(list(error["input"])[:_NAMES_SHOWN])
+    elif error["loc"] == ("images",) and isinstance(error["input"], str):
+        hint = " Send a list for a single image too."
+    elif error["loc"][:1] == ("images",) and len(error["loc"]) == 2:
         expected = "Expected the bytes of an image file as base64 text"
         if isinstance(error["input"], str) and error["input"].startswith("data:"):
             hint = " Send only what follows the comma of a data URL."
@@ -323,7 +341,7 @@ class _BodyTooLarge(HTTPException):
 def _limited(receive: Receive) -> Receive:
     """Return a function that receives a JSON body. It raises _BodyTooLarge beyond the limits of bytes and values.
 
-    Every comma separates two values, except for those in texts, which no body has by the thousand.
+    Values are counted by the commas between them. Commas inside texts count too, but a body has few of them.
     """
     left, values_left = JSON_BYTES, JSON_VALUES
 
@@ -336,7 +354,9 @@ def _limited(receive: Receive) -> Receive:
         if left < 0:
             raise _BodyTooLarge(413, _json_too_large(f"more than {JSON_BYTES} bytes"))
         if values_left <= 0:
-            raise _BodyTooLarge(413, f"The body has more than {JSON_VALUES:,} JSON values, which is the limit.")
+            raise _BodyTooLarge(
+                413, f"The body has more than {JSON_VALUES:,} JSON values, which is the limit. Send less at a time."
+            )
         return message
 
     return counted
@@ -356,7 +376,10 @@ def _boundary(request: Request) -> bytes | None:
         return None
     boundary = options.get(b"boundary")
     if not boundary:
-        raise RequestInvalid("The Content-Type multipart/form-data has no boundary.")
+        raise RequestInvalid(
+            "Expected a boundary in the Content-Type multipart/form-data. Received none. HTTP clients add it if they "
+            "build the form and the header."
+        )
     return boundary
 
 

@@ -128,7 +128,7 @@ class Connections:
         self._idle.pop(connection, None)
 
     def mark(self, connection: BoundedProtocol, *, is_idle: bool) -> None:
-        """Note whether a connection is idle: no request of it is being answered."""
+        """Record whether a connection is idle, that is, whether none of its requests is being answered."""
         if not is_idle:
             self._idle.pop(connection, None)
         elif connection in self._open:
@@ -297,8 +297,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def too_large(self) -> EspalierError:
         """Return the error for a head, or for trailers, above the limit."""
         if self.url_bytes > HEAD_BYTES:
-            return AddressTooLong(f"Expected an address that ends within {HEAD_BYTES} bytes. Received none.")
-        return HeadersTooLarge(f"Expected headers that end within {HEAD_BYTES} bytes. Received none.")
+            return AddressTooLong(f"Expected a URL of at most {HEAD_BYTES} bytes. Received a longer one.")
+        return HeadersTooLarge(f"Expected headers of at most {HEAD_BYTES} bytes together. Received more.")
 
     def refuse(self, error: EspalierError) -> None:
         """Answer with a problem if no answer has begun, and close the connection."""
@@ -326,12 +326,14 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self.phase is _Phase.BODY and self.is_answering:
             self.refuse(
                 RequestTimeout(
-                    f"Expected {BODY_STEP_BYTES} bytes of the body within {limits.body_stall_s:g} s, or its end. "
-                    f"Received {self.body_bytes} bytes in all."
+                    f"Expected the end of the body, or {BODY_STEP_BYTES} more bytes of it, within "
+                    f"{limits.body_stall_s:g} s. Received {self.body_bytes} bytes in all. Send the request again."
                 )
             )
         elif self.phase is _Phase.HEAD and self.url_bytes and not self.is_answering:
-            self.refuse(RequestTimeout(f"Expected a whole head within {limits.head_s:g} s. Received a part of one."))
+            self.refuse(
+                RequestTimeout(f"Expected all headers of the request within {limits.head_s:g} s. Received a part.")
+            )
         else:
             self.registry.abort(self, "silent" if self.phase is _Phase.HEAD else "unread-body")
 

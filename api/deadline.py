@@ -54,7 +54,7 @@ class Deadline:
     async def wait(self, stage: Stage, awaitable: Awaitable[Result]) -> Result:
         """Return the result of an awaitable, and count its time for a stage.
 
-        Raises DeadlineExceeded at the end of the time, also where the stage itself noticed that.
+        Raises DeadlineExceeded when the time is over, also if the awaitable itself raises it.
         """
         began = time.perf_counter()
         try:

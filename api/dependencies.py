@@ -58,7 +58,10 @@ async def get_principal() -> Principal:
 
 
 async def refuse_unknown_query(request: Request) -> None:
-    """Refuse query parameters that the route does not document: a filter that is ignored would list everything."""
+    """Refuse query parameters that the route does not document, or that are repeated.
+
+    A filter that is ignored would list what the client did not ask for.
+    """
     if not request.query_params or not request.url.path.startswith("/api/v1/"):
         return
     documented = request.app.openapi()["paths"].get(request.scope["route"].path, {})
@@ -71,6 +74,9 @@ async def refuse_unknown_query(request: Request) -> None:
                 f"Received a query parameter {short_repr(name)}.",
                 field=name,
             )
+        values = request.query_params.getlist(name)
+        if len(values) > 1:
+            raise RequestInvalid(f"{name}: Expected one value. Received {len(values)}.", field=name)
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]

@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class KeyClaim:
-    """One key that is held for one request."""
+    """The claim of one request on its Idempotency-Key."""
 
     def __init__(self, token: str | None) -> None:
         """`token` identifies the row of the claim; None if the claim is a lock."""
@@ -36,13 +36,13 @@ class KeyClaim:
         """Keep the claim until this transaction ends. Raises InFlight if another request has taken it over."""
         if self._token is not None and not idempotency.confirm_claim(session, self._token):
             raise InFlight(
-                "Another request with this Idempotency-Key has begun, because this one lost the database for a while. "
-                "Nothing was changed. Send it again."
+                "Another request with this Idempotency-Key has taken its place, because this one could not reach the "
+                "database for a while. This one changed nothing. Send it again."
             )
 
 
 class KeyClaims:
-    """The keys that this process holds."""
+    """The claims of all requests that this process is answering."""
 
     def __init__(self, database: Database, renew_every_s: float = RENEW_EVERY_S) -> None:
         self._database = database
@@ -52,7 +52,7 @@ class KeyClaims:
         self._renewing: threading.Thread | None = None
 
     def start(self) -> None:
-        """Renew leases from now on, where there are any."""
+        """Start to renew leases. On SQLite there are none."""
         if not self._database.is_sqlite:
             self._renewing = threading.Thread(target=self._renew, name="key-claims", daemon=True)
             self._renewing.start()

@@ -130,7 +130,10 @@ class RequestMiddleware:
             return refusal
         if self._connections.is_crowded:
             limit = self._connections.limits.connections
-            return Overloaded(f"All {limit} connections that the API may keep open are busy. Try again soon.")
+            return Overloaded(
+                f"All {limit} connections that the API may keep open are busy. Try again soon, or raise "
+                "ESPALIER_CONNECTIONS."
+            )
         return None
 
     def _key_refusal(self, scope: Scope, headers: Headers) -> EspalierError | None:
@@ -142,10 +145,10 @@ class RequestMiddleware:
 
 
 def _is_known(scope: Scope, status: int, headers: MutableHeaders) -> bool:
-    """Return whether the client has an answer already, by the ETag that it sent (RFC 9110, 13.1.2)."""
+    """Return whether the client already has this answer: its ETag is in If-None-Match (RFC 9110, 13.1.2)."""
     sent = Headers(scope=scope).get("if-none-match")
     tag = headers.get("etag")
-    if sent is None or tag is None or status != 200 or scope["method"] != "GET":
+    if sent is None or tag is None or status not in (200, 206) or scope["method"] != "GET":
         return False
     return sent.strip() == "*" or tag in [one.strip().removeprefix("W/") for one in sent.split(",")]
 

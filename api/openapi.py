@@ -43,6 +43,9 @@ def _add_problems(document: dict[str, Any]) -> None:
         for operation in operations.values():
             responses = operation["responses"]
             responses.pop("422", None)
+            for status, answer in responses.items():
+                if status >= "400":  # a route that describes an error of its own
+                    answer.setdefault("content", content)
             responses |= {status: {"description": text, "content": content} for status, text in _ERRORS.items()}
 
 

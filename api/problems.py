@@ -50,6 +50,7 @@ TABLE: Mapping[type[EspalierError], int] = {
     errors.LayoutUnknown: 422,
     errors.DatasetRefused: 422,
     errors.ImageRefused: 422,
+    errors.RangeUnsatisfiable: 416,
     errors.TooLarge: 413,
     errors.AddressTooLong: 414,
     errors.HeadersTooLarge: 431,
@@ -104,11 +105,13 @@ def _answer(content: Problem, request_id: str, headers: Mapping[str, str] | None
         extra["WWW-Authenticate"] = "Bearer"
     if content["status"] in (429, 503):
         extra["Retry-After"] = str(math.ceil(content.get("retry_after_s", RETRY_AFTER_S)))
+    if content["type"] == TYPE_PREFIX + errors.RangeUnsatisfiable.code:
+        extra["Content-Range"] = f"bytes */{content['size_bytes']}"
     return ProblemResponse({**content, "request_id": request_id}, content["status"], extra)
 
 
 class ProblemResponse(JSONResponse):
-    """A problem. Half a surrogate pair, which no encoding has, stays the escape that the client wrote."""
+    """A problem as JSON. Half of a surrogate pair has no encoding, so it is written as an escape."""
 
     media_type = MEDIA_TYPE
 
@@ -140,15 +143,18 @@ def install(app: FastAPI) -> None:
         status = HTTPStatus(error.status_code)
         if status < 300:  # a route may raise 204 to end a request early
             return Response(status_code=status)
+        detail, headers = f"{error.detail}: {request.method} {request.url.path}.", dict(error.headers or {})
+        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(request))
+            detail += f" The path allows {headers['Allow']}."
+        elif status is HTTPStatus.NOT_FOUND:
+            detail += " The page /docs lists all paths."
         content: Problem = {
             "type": TYPE_PREFIX + status.phrase.lower().replace(" ", "-"),
             "title": status.phrase,
             "status": status.value,
-            "detail": f"{error.detail}: {request.method} {request.url.path}.",
+            "detail": detail,
         }
-        headers = dict(error.headers or {})
-        if status is HTTPStatus.METHOD_NOT_ALLOWED:
-            headers["Allow"] = ", ".join(_methods(request))
         return _answer(content, request_id(request), headers)
 
     @app.exception_handler(ClientDisconnect)
@@ -164,7 +170,7 @@ def install(app: FastAPI) -> None:
 
 
 def _methods(request: Request) -> list[str]:
-    """Return the methods that a path has, over all routes; each framework route knows only its own."""
+    """Return all methods that the path of a request allows. The framework knows only those of one route at a time."""
     found = set()
     for path, operations in request.app.openapi()["paths"].items():
         if compile_path(path)[0].match(request.url.path):
@@ -185,7 +191,10 @@ def expected_and_received(error: ErrorDetails) -> tuple[str, str]:
     """Return what a validation error says was expected, and the received value, as two phrases for a message."""
     if error["type"] == "json_invalid":
         return "Expected JSON", f"something else: {error['ctx']['error']}"
-    return error["msg"], "nothing" if error["type"] == "missing" else short_repr(error["input"])
+    expected = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "union_tag_not_found":
+        expected = f"Expected a field {error['ctx']['discriminator']}"
+    return expected[:1].upper() + expected[1:], "nothing" if error["type"] == "missing" else short_repr(error["input"])
 
 
 def _invalid(error: RequestValidationError) -> EspalierError:

@@ -38,7 +38,7 @@ def _without_nul(text: str) -> str:
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="Lower-case letters, digits, '.', '_' and '-'.")]
-Id = Annotated[str, AfterValidator(_without_nul)]
+Id = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Number = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 
 
@@ -135,16 +135,14 @@ class IngestProgress(Schema):
     eta_s: float | None
 
 
-class DatasetVersionOut(Schema):
-    """One version of a data set, which never changes once it is ready."""
+class DatasetVersionListed(Schema):
+    """One version of a data set, which never changes once it is ready, without the list of its refused files."""
 
     version: int
     state: DatasetState
     images: int
     ignored: int
     """Number of hidden files, files that macOS or Windows create, such as `.DS_Store`, and text files beside images."""
-    refused: list[RefusedFile]
-    """The first 1,000 refused files."""
     refused_total: int
     warnings: list[str]
     """What the owner of the images should know."""
@@ -153,8 +151,15 @@ class DatasetVersionOut(Schema):
     created_at: datetime
 
 
-class DatasetOut(Schema):
-    """A data set with all its versions.
+class DatasetVersionOut(DatasetVersionListed):
+    """One version of a data set, which never changes once it is ready."""
+
+    refused: list[RefusedFile]
+    """The first 1,000 refused files."""
+
+
+class DatasetListed(Schema):
+    """A data set with all its versions, without the lists of their refused files.
 
     Other fields than `versions` describe the newest version that is ready, or the newest version if none is ready.
     """
@@ -172,8 +177,6 @@ class DatasetOut(Schema):
     """Number of accepted files with the same content as another file of the version."""
     ignored: int
     """Number of hidden files, files that macOS or Windows create, such as `.DS_Store`, and text files beside images."""
-    refused: list[RefusedFile]
-    """The first 1,000 refused files."""
     refused_total: int
     warnings: list[str]
     """What the owner of the images should know, such as classes that lost images."""
@@ -181,10 +184,21 @@ class DatasetOut(Schema):
     """Number of bits from which 16-bit images are scaled: the smallest of 10, 12, 14 and 16 that holds their values.
     Null without such images."""
     version: int
-    versions: list[DatasetVersionOut]
+    versions: list[DatasetVersionListed]
     progress: IngestProgress | None
     created_at: datetime
     error: Problem | None
+
+
+class DatasetOut(DatasetListed):
+    """A data set with all its versions.
+
+    Other fields than `versions` describe the newest version that is ready, or the newest version if none is ready.
+    """
+
+    refused: list[RefusedFile]
+    """The first 1,000 refused files."""
+    versions: list[DatasetVersionOut]  # type: ignore[assignment]  # a list of a subclass
 
 
 class ImageOut(Schema):
@@ -220,7 +234,7 @@ class RunRequest(Request):
 
 
 class RunProgress(Schema):
-    """The progress of a run. `fraction` is from 0 to 1 over the whole run, `eta_s` the estimated seconds left."""
+    """The progress of a run. `fraction` is from 0 to 1 over the whole run."""
 
     stage: str
     fraction: float
@@ -228,7 +242,14 @@ class RunProgress(Schema):
     folds: int | None
     epoch: int | None
     epochs: int | None
+    position: int | None = None
+    """The place of a queued run in the queue of its workers: 1 is the next. Null for other runs."""
     eta_s: float | None
+    """Estimated seconds until the run ends, or until its stage ends if that is before the folds.
+
+    For a queued run it includes the wait, and is computed from the times of past runs with the same mode, network,
+    image size and folds. Null if unknown, for example because there are none, or because no worker serves the queue.
+    """
 
 
 class FoldOut(Schema):
@@ -495,7 +516,10 @@ class ComparisonProgress(Schema):
     fraction: float
     ended: int
     runs: int
+    position: int | None
+    """While no run has started, the place in the queue of the first one: 1 is the next. Null later."""
     eta_s: float | None
+    """Estimated seconds until the last run ends; null if unknown."""
 
 
 class DifferenceOut(Schema):

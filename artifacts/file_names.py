@@ -84,18 +84,17 @@ def find_code_page(names: Collection[bytes], chosen: str | None, what: str) -> s
     """
     if _can_decode(names, "utf-8"):
         return "utf-8"
-    if chosen is not None:
-        if _can_decode(names, chosen):
-            return chosen
-        raise ArchiveRefused(f"The {what} are neither in UTF-8 nor in {chosen}. Choose another one.", retry="names")
+    if chosen is not None and _can_decode(names, chosen):
+        return chosen
     plausible = _readings(sorted(name for name in names if not name.isascii()))
-    if len(plausible) == 1:
+    if chosen is None and len(plausible) == 1:
         return next(iter(plausible))
-    several = "several code pages give plausible ones" if plausible else "no known code page gives plausible ones"
+    unread = "not in UTF-8" if chosen is None else f"neither in UTF-8 nor in {chosen}"
+    found = "Plausible code pages are" if plausible else "No known code page gives plausible ones"
     readings = "; ".join(f"{page}: {', '.join(map(repr, some))}" for page, some in plausible.items())
     raise ArchiveRefused(
-        f"The {what} are not in UTF-8, and {several}{': ' if readings else ''}{readings}. Choose the code page with "
-        "names=…, such as names=cp949, or pack the archive with a program that writes UTF-8.",
+        f"The {what} are {unread}. {found}{' ' if readings else ''}{readings}. Choose one with names=…, such as "
+        f"names={next(iter(plausible), 'cp949')}, or pack the archive with a program that writes UTF-8.",
         retry="names",
         readings={page: list(some) for page, some in plausible.items()},
     )

@@ -29,6 +29,7 @@ LEAST_SIDE = 4
 CHANNELS = 16
 # Smaller images are enlarged to this side, because a picture of 32 pixels is hard to see.
 LEAST_PICTURE = 256
+LEAST_TILE = 96
 
 # Derivative of each activation as a function of its output.
 _SLOPES: Mapping[Activation, Callable[[Float32], Float32]] = {
@@ -132,10 +133,14 @@ def overlay(pixels: Pixels, places: Float32, title: str) -> bytes:
     level = positive / max(most, float(np.finfo(np.float32).tiny))
     large = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     scale = np.tile(np.linspace(0, 1, size[0], dtype=np.float32)[None, :, None], (captions.LINE // 2, 1, 1))
+    if most == 0:
+        scale[:] = 0
     bar = _glowing(np.full((*scale.shape[:2], 3), 128, np.float32), scale)
-    text = captions.caption(size[0], title, "0")
-    at_most = f"{most:+.3g}"
-    captions.write(text, (size[0] - 7 * len(at_most), captions.LINE), at_most, 7 * len(at_most))
+    text = captions.caption(size[0], title, "0" if most else "no part of the image supports it")
+    if most:
+        at_most = f"{most:+.3g}"
+        width = int(np.ceil(captions.text_width(at_most)))
+        captions.write(text, (size[0] - width - 2, captions.LINE), at_most, width)
     return png(captions.below(np.concatenate([_glowing(picture, large), bar]), text))
 
 
@@ -151,23 +156,27 @@ def grid(maps: Features, channels: int = CHANNELS) -> bytes:
     """Return a PNG with the strongest channels of maps [h, w, D] as tiles, the strongest first, row by row.
 
     Channels are ranked by their mean absolute value. Each is scaled from black (its minimum) to white (its maximum).
-    Below each are its number, from 0, and its minimum and maximum.
+    Below each are its number, from 0, and its minimum and maximum. Small maps are enlarged, and keep their proportions.
     """
     strongest = np.argsort(np.abs(maps).mean(axis=(0, 1)))[::-1][:channels]
+    lows, highs = maps.min(axis=(0, 1)), maps.max(axis=(0, 1))
+    texts = [(f"channel {one}", f"{lows[one]:.3g} to {highs[one]:.3g}") for one in strongest]
     columns = int(np.ceil(np.sqrt(len(strongest))))
     rows = -(-len(strongest) // columns)
-    tile = max(96, *maps.shape[:2])
-    width, height = tile + 2, tile + 2 + 2 * captions.LINE
+    longest = max(int(np.ceil(captions.text_width(line))) + 4 for lines in texts for line in lines)
+    least, most = sorted(maps.shape[:2])
+    enlarge = max(1.0, longest / maps.shape[1], min(LEAST_TILE / least, 4 * LEAST_TILE / most))
+    tall, wide = (round(side * enlarge) for side in maps.shape[:2])
+    widest = max(longest, wide)
+    width, height = widest + 2, tall + 2 + 2 * captions.LINE
     sheet = Image.new("L", (columns * width, rows * height), 0)
-    for place, channel in enumerate(strongest):
-        values = maps[:, :, channel]
-        low, high = float(values.min()), float(values.max())
-        level = (255 * (values - low) / max(high - low, float(np.finfo(np.float32).tiny))).astype(np.uint8)
-        picture = Image.fromarray(level).resize((tile, tile), Image.Resampling.NEAREST)
+    for place, (channel, lines) in enumerate(zip(strongest, texts, strict=True)):
+        low, high = float(lows[channel]), float(highs[channel])
+        spread = max(high - low, float(np.finfo(np.float32).tiny))
+        level = (255 * (maps[:, :, channel] - low) / spread).astype(np.uint8)
         top, left = place // columns * height, place % columns * width
-        sheet.paste(picture, (left, top))
-        text = captions.caption(tile, f"channel {channel}", f"{low:.3g} to {high:.3g}")
-        sheet.paste(text.convert("L"), (left, top + tile))
+        sheet.paste(Image.fromarray(level).resize((wide, tall), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(captions.caption(widest, *lines).convert("L"), (left, top + tall))
     return png(np.asarray(sheet))
 
 

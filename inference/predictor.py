@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -297,18 +298,19 @@ class Predictor:
             return None
 
     def _explained_label(self, label: str | None, prediction: Prediction) -> str | None:
-        if isinstance(prediction, ValuePrediction) or (label is not None and label not in self.bundle.labels):
+        if isinstance(prediction, ValuePrediction):
             if label is None:
                 return None
-            if isinstance(prediction, ValuePrediction):
-                detail = f"label: This model predicts a number and has no labels. Leave out label {label!r}."
-            else:
-                known = ", ".join(self.bundle.labels[:10])
-                detail = f"label: This model has no label {label!r}. Its labels are: {known}."
-            raise RequestInvalid(detail, field="label")
-        if label is not None:
-            return label
-        return max(prediction.probabilities, key=prediction.probabilities.__getitem__)
+            raise RequestInvalid(
+                f"label: This model predicts a number and has no labels. Leave out label {label!r}.", field="label"
+            )
+        if label is None:
+            return max(prediction.probabilities, key=prediction.probabilities.__getitem__)
+        for known in self.bundle.labels:  # older bundles may have labels in NFD, as macOS writes them
+            if unicodedata.normalize("NFC", known) == unicodedata.normalize("NFC", label):
+                return known
+        known = ", ".join(self.bundle.labels[:10])
+        raise RequestInvalid(f"label: This model has no label {label!r}. Its labels are: {known}.", field="label")
 
     def _output(self, label: str | None) -> tuple[int, float]:
         """Return the index of the output for a label, and whether it supports (1) or opposes (-1) the label."""

@@ -9,7 +9,7 @@ every transaction locks rows in the order job, run, comparison.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -86,9 +86,22 @@ def get_comparison(session: Session, principal: Principal, comparison_id: str) -
     return comparison
 
 
-def list_comparisons(session: Session, principal: Principal, page: PageRequest) -> RowPage[Comparison]:
-    """Return one page of the comparisons, the newest first."""
+def list_comparisons(
+    session: Session,
+    principal: Principal,
+    page: PageRequest,
+    state: ComparisonState | None = None,
+    name: str | None = None,
+    dataset_versions: Collection[str] | None = None,
+) -> RowPage[Comparison]:
+    """Return one page of the comparisons, the newest first: all, or those of a state, a name or data set versions."""
     query = select(Comparison).where(scope(Comparison.project_id, principal))
+    if state is not None:
+        query = query.where(Comparison.state == state)
+    if name is not None:
+        query = query.where(Comparison.name == name)
+    if dataset_versions is not None:
+        query = query.where(Comparison.dataset_version_id.in_(dataset_versions))
     return fetch_records(session, query, Comparison.id, page)
 
 

@@ -5,6 +5,7 @@ A version never changes once it is ready. Adding images makes a new version, whi
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,6 +18,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    ScalarSelect,
     String,
     UniqueConstraint,
     delete,
@@ -29,14 +31,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.orm import Mapped, Session, defer, mapped_column
 
 from artifacts.images import ImageFacts
 from artifacts.layout import Split
 from artifacts.manifest import Row
 from artifacts.store import Digest
 from errors import NameTaken, NotFound, NotReady, Refused
+from models import job as jobs
 from models.base import Base, Json, new_id, now, text_enum
+from models.job import JobKind, Queue
 from models.paging import PageRequest, RowPage, fetch_page, fetch_records
 from models.project import Principal, owner, scope
 from recipes.defaults import ClassCount
@@ -61,7 +65,8 @@ class DatasetState(StrEnum):
 class Dataset(Base):
     """A data set: a name and a series of versions.
 
-    A deleted data set keeps its row, because runs refer to it, but another data set can take its name.
+    A deleted data set keeps its row, because runs refer to it, but another data set can take its name. A data set whose
+    versions were all rejected is deleted when another one takes its name.
     """
 
     __tablename__ = "dataset"
@@ -194,16 +199,45 @@ def get_dataset(session: Session, principal: Principal, dataset_id: str, *, for_
     return dataset
 
 
-def list_datasets(session: Session, principal: Principal, page: PageRequest) -> RowPage[Dataset]:
-    """Return one page of the data sets that are not deleted, the newest first."""
+def list_datasets(
+    session: Session,
+    principal: Principal,
+    page: PageRequest,
+    state: DatasetState | None = None,
+    name: str | None = None,
+) -> RowPage[Dataset]:
+    """Return one page of the data sets that are not deleted, the newest first: all, or those of a state or a name.
+
+    The state of a data set is that of its `current_version`.
+    """
     query = select(Dataset).where(Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal))
+    if state is not None:
+        query = query.where(_current_state() == state)
+    if name is not None:
+        query = query.where(Dataset.name == name)
     return fetch_records(session, query, Dataset.id, page)
+
+
+def _current_state() -> ScalarSelect[DatasetState]:
+    """Return the SQL expression for the state of a data set's `current_version`."""
+    is_ready = DatasetVersion.state == DatasetState.READY
+    query = select(DatasetVersion.state).where(DatasetVersion.dataset_id == Dataset.id)
+    return query.order_by(is_ready.desc(), DatasetVersion.number.desc()).limit(1).correlate(Dataset).scalar_subquery()
+
+
+def find_versions(session: Session, principal: Principal, dataset_id: str) -> Sequence[str]:
+    """Return the ids of all versions of a data set, also of a deleted one; an empty list for an unknown id."""
+    query = select(DatasetVersion.id).join(Dataset, Dataset.id == DatasetVersion.dataset_id)
+    return session.scalars(query.where(Dataset.id == dataset_id, scope(Dataset.project_id, principal))).all()
 
 
 def list_images(
     session: Session, version_id: str, label: str | None, page: PageRequest
 ) -> RowPage[tuple[Membership, Image]]:
-    """Return one page of a version's images in the order of its manifest; with a `label`, only images with it."""
+    """Return one page of a version's images in the order of its manifest; with a `label`, only images with it.
+
+    The label may be in any Unicode form, and so may the stored ones: only newer versions have all of them in NFC.
+    """
     query = (
         select(Membership, Image)
         .join(Image, Image.id == Membership.image_id)
@@ -212,7 +246,10 @@ def list_images(
     if label:
         position = func.instr if session.get_bind().dialect.name == "sqlite" else func.strpos
         joined = literal("|") + Membership.label + literal("|")
-        query = query.where(or_(Membership.label == label, position(joined, f"|{label}|") > 0))
+        forms = {unicodedata.normalize(form, label) for form in ("NFC", "NFD")}
+        query = query.where(
+            or_(*(or_(Membership.label == form, position(joined, f"|{form}|") > 0) for form in sorted(forms)))
+        )
     key = path_order(session)
     found = fetch_page(session, query, key, lambda row: str(row.Membership.path), page, ascending=True)
     return RowPage([(row.Membership, row.Image) for row in found.rows], found.next_after)
@@ -241,9 +278,11 @@ def find_version_image(session: Session, version_id: str, sha256: str) -> Digest
     return None if found is None else Digest(found)
 
 
-def get_versions(session: Session, dataset_id: str) -> Sequence[DatasetVersion]:
-    """Return every version of a data set, the newest first."""
+def get_versions(session: Session, dataset_id: str, *, with_refused: bool = True) -> Sequence[DatasetVersion]:
+    """Return every version of a data set, the newest first; optionally without the lists of refused files."""
     query = select(DatasetVersion).where(DatasetVersion.dataset_id == dataset_id)
+    if not with_refused:
+        query = query.options(defer(DatasetVersion.refused))
     return session.scalars(query.order_by(DatasetVersion.number.desc())).all()
 
 
@@ -284,22 +323,16 @@ def ready_version(session: Session, dataset: Dataset, number: int | None) -> Dat
 
 
 def check_name(session: Session, principal: Principal, name: str) -> None:
-    """Check that no other data set has this name. Raises NameTaken."""
-    query = select(Dataset.id).where(
-        Dataset.name == name, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
-    )
-    existing = session.scalar(query)
-    if existing is not None:
-        raise NameTaken(
-            f"A data set named {name!r} exists ({existing}). Add images to it with POST "
-            f"/api/v1/datasets/{existing}/versions, delete it, or choose another name.",
-            dataset=existing,
-        )
+    """Check that a new data set can have this name. Raises NameTaken if another has it that was not rejected."""
+    _find_rejected(session, principal, name)
 
 
 def create_dataset(session: Session, principal: Principal, name: str) -> Dataset:
-    """Add a data set without versions. Raises NameTaken."""
-    check_name(session, principal, name)
+    """Add a data set without versions. A rejected data set with this name is deleted. Raises NameTaken."""
+    rejected = _find_rejected(session, principal, name, for_change=True)
+    if rejected is not None:
+        delete_dataset(rejected)
+        jobs.add_job(session, rejected.project_id, JobKind.PURGE, Queue.INGEST, rejected.id)
     dataset = Dataset(project_id=principal.project_id, name=name)
     try:
         with session.begin_nested():
@@ -308,6 +341,27 @@ def create_dataset(session: Session, principal: Principal, name: str) -> Dataset
         check_name(session, principal, name)
         raise
     return dataset
+
+
+def _find_rejected(session: Session, principal: Principal, name: str, *, for_change: bool = False) -> Dataset | None:
+    """Return the data set that has a name, if all its versions were rejected; None if no data set has the name.
+
+    With `for_change`, its row is locked until the transaction ends. Raises NameTaken if it has any other version.
+    """
+    query = select(Dataset).where(
+        Dataset.name == name, Dataset.deleted_at.is_(None), scope(Dataset.project_id, principal)
+    )
+    dataset = session.scalar(query.with_for_update() if for_change else query)
+    if dataset is None:
+        return None
+    versions = get_versions(session, dataset.id)
+    if versions and all(version.state is DatasetState.REJECTED for version in versions):
+        return dataset
+    raise NameTaken(
+        f"A data set named {name!r} exists ({dataset.id}). Add images to it with POST "
+        f"/api/v1/datasets/{dataset.id}/versions, delete it, or choose another name.",
+        dataset=dataset.id,
+    )
 
 
 def check_idle(session: Session, dataset: Dataset) -> None:

@@ -6,7 +6,7 @@ that serves predictions reads only that number to learn whether anything has cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +18,7 @@ from errors import NoChampion, NotFound
 from models.base import Base, new_id, now, text_enum
 from models.paging import PageRequest, RowPage, fetch_records
 from models.project import Principal, owner, scope
+from models.run import Run
 from recipes.catalogue import BackboneName
 
 CHAMPION = "champion"
@@ -131,9 +132,21 @@ def get_model(session: Session, principal: Principal, name: str) -> Model:
     return model
 
 
-def list_models(session: Session, principal: Principal, page: PageRequest) -> RowPage[Model]:
-    """Return one page of the models, the newest first."""
-    return fetch_records(session, select(Model).where(scope(Model.project_id, principal)), Model.id, page)
+def list_models(
+    session: Session,
+    principal: Principal,
+    page: PageRequest,
+    name: str | None = None,
+    dataset_versions: Collection[str] | None = None,
+) -> RowPage[Model]:
+    """Return one page of the models, the newest first: all, or those of a name or with a version of these data sets."""
+    query = select(Model).where(scope(Model.project_id, principal))
+    if name is not None:
+        query = query.where(Model.name == name)
+    if dataset_versions is not None:
+        made = select(ModelVersion.model_id).join(Run, Run.id == ModelVersion.run_id)
+        query = query.where(Model.id.in_(made.where(Run.dataset_version_id.in_(dataset_versions))))
+    return fetch_records(session, query, Model.id, page)
 
 
 def get_model_version(session: Session, model: Model, number: int) -> ModelVersion:

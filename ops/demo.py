@@ -248,16 +248,9 @@ def _contents(dataset: dict[str, Any]) -> str:
 
 
 def _known_dataset(api: httpx2.Client, name: str) -> dict[str, Any] | None:
-    cursor = None
-    while True:
-        query = {"limit": 200} | ({"cursor": cursor} if cursor else {})
-        found = _checked(api.get("/api/v1/datasets", params=query)).json()
-        for dataset in found["items"]:
-            if dataset["name"] == name:
-                return dict(dataset)
-        cursor = found["next_cursor"]
-        if cursor is None:
-            return None
+    """Return the data set with this name; None if there is none or it was rejected, which frees its name."""
+    found = _checked(api.get("/api/v1/datasets", params={"name": name})).json()["items"]
+    return next((dict(dataset) for dataset in found if dataset["state"] != "rejected"), None)
 
 
 def _train(api: httpx2.Client, dataset: dict[str, Any], name: str, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -317,6 +310,8 @@ def _description(title: str, progress: dict[str, Any]) -> str:
     stage = progress.get("stage", "")
     if progress.get("fold"):
         return f"{title}: fold {progress['fold']} of {progress['folds']}, epoch {progress['epoch']}"
+    if progress.get("position"):
+        return f"{title}: {stage}, number {progress['position']} in the queue"
     return f"{title}: {stage}" if stage else title
 
 

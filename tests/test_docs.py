@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 ROOMS = ["api", "artifacts", "benchmarks", "inference", "migrations", "models", "ops", "recipes", "tests", "training"]
-ROOMS += ["worker", "deploy", "docs"]
+ROOMS += ["worker", "deploy", "docs", "console"]
 # Folders of the data folder and of examples, not of the repository.
 ELSEWHERE = {"mlflow/", "logs/", "store/", "features/", "pixels/", "cache/", "signs/"}
 

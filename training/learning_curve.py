@@ -368,9 +368,9 @@ def summary_sentence(headline: Headline, points: Sequence[Point], twice: Doubled
     low, high = sorted(map(abs, twice.change_ci95))
     margin = MARGIN if headline.is_greater_better else RELATIVE_MARGIN * points[-1].score
     title = headline.title[0].lower() + headline.title[1:]
-    interval = f"[{headline.formatted(low)}, {headline.formatted(high)}]"
+    interval = f"(95 % interval {headline.formatted(low)} to {headline.formatted(high)})"
     if headline.form.endswith("%"):
-        much = f"about +{100 * gain:.1f} points of {title} [{100 * low:.1f}, {100 * high:.1f}]"
+        much = f"about +{100 * gain:.1f} points of {title} (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     elif headline.is_greater_better:
         much = f"about +{headline.formatted(gain)} of {title} {interval}"
     else:
@@ -395,7 +395,9 @@ def _plot(
     if law is not None and twice is not None:
         fitted = PowerLaw(np.array(law.floor), np.array(law.scale), np.array(law.exponent))
         along, beyond = np.geomspace(images[0], images[-1], 100), np.geomspace(images[-1], twice.images, 100)
-        axes.plot(along, _error_or_score(headline, fitted.error(along)), "--", color="C0", alpha=0.6, label="power law")
+        axes.plot(
+            along, _error_or_score(headline, fitted.error(along)), "--", color="C0", alpha=0.6, label="fitted power law"
+        )
         # From the measured score on, as the forecast is.
         change = _error_or_score(headline, fitted.error(beyond)) - _error_or_score(headline, fitted.error(along[-1:]))
         axes.plot(beyond, points[-1].score + change, ":", color="C1")
@@ -406,9 +408,11 @@ def _plot(
     axes.minorticks_off()
     axes.set_xlabel("images to learn from")
     axes.set_ylabel(f"{headline.title}, 95 % interval")
-    axes.set_title(textwrap.fill(sentence, 70), fontsize=10)
+    # Lines break at spaces, but not at those without a break.
+    together = sentence.replace("95 % interval", "95\N{NO-BREAK SPACE}%\N{NO-BREAK SPACE}interval")
+    axes.set_title(textwrap.fill(together, 70), fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="best")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return png(figure)
 
 

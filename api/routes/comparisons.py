@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
 from api import problems
 from api.bodies import JsonRoute
 from api.comparison_progress import comparison_progress
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.files import stored_file
+from api.files import StoredFile, file_answers, stored_file
+from api.filters import DatasetQuery, NameQuery, filtered_versions
 from api.idempotency import IdempotencyDep
 from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.presentation import model_ref
@@ -21,8 +21,8 @@ from api.schemas import ComparisonOut, ComparisonRequest, ComparisonRow, Differe
 from errors import NotReady
 from models import comparison as comparisons
 from models import dataset as datasets
-from models import registry
-from models.comparison import Comparison
+from models import registry, run_queue
+from models.comparison import Comparison, ComparisonState
 from models.dataset import DatasetVersion
 from models.registry import ModelVersion
 from models.run import Run
@@ -51,7 +51,7 @@ def start_comparison(
         ]
         check_comparable(recipes)
         comparison, due = comparisons.create_comparison(session, principal, version.id, body.name, recipes)
-        shown = _comparison_out(session, comparison)
+        shown = _comparison_out(session, services, comparison)
         location = response.headers["Location"] = f"/api/v1/comparisons/{shown.id}"
         idempotency.keep_answer(session, shown, location)
     if due:
@@ -61,12 +61,19 @@ def start_comparison(
 
 @router.get("")
 def list_comparisons(
-    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep,
+    principal: PrincipalDep,
+    limit: LimitQuery = 50,
+    cursor: CursorQuery = None,
+    state: Annotated[ComparisonState | None, Query()] = None,
+    dataset: DatasetQuery = None,
+    name: NameQuery = None,
 ) -> Page[ComparisonOut]:
-    """List comparisons, the newest first."""
+    """List comparisons, the newest first: all, or those of a state, a data set or a name."""
     with services.database.reading() as session:
-        page = comparisons.list_comparisons(session, principal, page_request(limit, cursor))
-        items = [_comparison_out(session, comparison) for comparison in page.rows]
+        versions = filtered_versions(session, principal, dataset)
+        page = comparisons.list_comparisons(session, principal, page_request(limit, cursor), state, name, versions)
+        items = [_comparison_out(session, services, comparison) for comparison in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
@@ -74,7 +81,7 @@ def list_comparisons(
 def get_comparison(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> ComparisonOut:
     """Show a comparison with its runs, and with its table once all runs have ended."""
     with services.database.reading() as session:
-        return _comparison_out(session, comparisons.get_comparison(session, principal, comparison_id))
+        return _comparison_out(session, services, comparisons.get_comparison(session, principal, comparison_id))
 
 
 @router.post("/{comparison_id}/cancel", status_code=202)
@@ -87,29 +94,29 @@ def cancel_comparison(services: ServicesDep, principal: PrincipalDep, comparison
     with services.database.writing() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
         due = comparisons.request_cancel(session, comparison.id)
-        shown = _comparison_out(session, comparison)
+        shown = _comparison_out(session, services, comparison)
     if due is not None:
         services.dispatcher.request()
     return shown
 
 
-@router.get("/{comparison_id}/picture", response_class=FileResponse)
-def get_picture(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
+@router.get("/{comparison_id}/picture", response_class=StoredFile, responses=file_answers("image/png"))
+def get_picture(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> StoredFile:
     """Return a PNG picture of the scores and their confidence intervals."""
     with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
     return _file(services, comparison, comparison.picture_sha256, "image/png")
 
 
-@router.get("/{comparison_id}/report", response_class=FileResponse)
-def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> FileResponse:
+@router.get("/{comparison_id}/report", response_class=StoredFile, responses=file_answers("text/markdown"))
+def get_report(services: ServicesDep, principal: PrincipalDep, comparison_id: str) -> StoredFile:
     """Return the table of a comparison as Markdown."""
     with services.database.reading() as session:
         comparison = comparisons.get_comparison(session, principal, comparison_id)
     return _file(services, comparison, comparison.report_sha256, "text/markdown")
 
 
-def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> FileResponse:
+def _file(services: Services, comparison: Comparison, digest: str | None, media_type: str) -> StoredFile:
     if digest is None:
         raise NotReady(
             f"Comparison {comparison.id} is {comparison.state.value} and has no table. A comparison gets its table "
@@ -118,7 +125,7 @@ def _file(services: Services, comparison: Comparison, digest: str | None, media_
     return stored_file(services.store, digest, media_type)
 
 
-def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
+def _comparison_out(session: Session, services: Services, comparison: Comparison) -> ComparisonOut:
     version = session.get_one(DatasetVersion, comparison.dataset_version_id)
     made = comparisons.get_runs(session, comparison.id)
     table = comparison.table or {}
@@ -131,7 +138,7 @@ def _comparison_out(session: Session, comparison: Comparison) -> ComparisonOut:
         version=version.number,
         name=comparison.name,
         state=comparison.state,
-        progress=comparison_progress(comparison, made),
+        progress=comparison_progress(comparison, made, run_queue.find_places(session, made, services.settings.live_s)),
         metric=table.get("metric"),
         greater_is_better=table.get("greater_is_better"),
         best=table.get("best"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -12,12 +11,15 @@ from sqlalchemy.orm import Session
 
 from api import bodies, problems
 from api.dependencies import PrincipalDep, Services, ServicesDep
+from api.filters import NameQuery
 from api.idempotency import IdempotencyDep, IdempotentRequest
 from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.schemas import (
     ClassImages,
     DatasetCreated,
+    DatasetListed,
     DatasetOut,
+    DatasetVersionListed,
     DatasetVersionOut,
     ImageOut,
     IngestProgress,
@@ -35,7 +37,7 @@ from models import dataset as datasets
 from models import job as jobs
 from models import run as runs
 from models import view as views
-from models.dataset import Dataset, DatasetVersion, Image, Membership
+from models.dataset import Dataset, DatasetState, DatasetVersion, Image, Membership
 from models.file_references import lock_files, try_delete_unreferenced
 from models.job import JobKind, Queue
 
@@ -196,12 +198,20 @@ def _record(
 
 @router.get("")
 def list_datasets(
-    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
-) -> Page[DatasetOut]:
-    """List data sets, the newest first."""
+    services: ServicesDep,
+    principal: PrincipalDep,
+    limit: LimitQuery = 50,
+    cursor: CursorQuery = None,
+    state: Annotated[DatasetState | None, Query()] = None,
+    name: NameQuery = None,
+) -> Page[DatasetListed]:
+    """List data sets, the newest first: all, or those of a state or a name.
+
+    They leave out `refused`, the list of refused files, which each data set by itself has.
+    """
     with services.database.reading() as session:
-        page = datasets.list_datasets(session, principal, page_request(limit, cursor))
-        items = [_dataset_out(session, dataset) for dataset in page.rows]
+        page = datasets.list_datasets(session, principal, page_request(limit, cursor), state, name)
+        items = [_listed(session, dataset) for dataset in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
@@ -226,13 +236,17 @@ def list_images(
     with services.database.reading() as session:
         dataset = datasets.get_dataset(session, principal, dataset_id)
         chosen = datasets.ready_version(session, dataset, version)
-        composed = unicodedata.normalize("NFC", label) if label else None
-        page = datasets.list_images(session, chosen.id, composed, page_request(limit, cursor))
+        page = datasets.list_images(session, chosen.id, label, page_request(limit, cursor))
         items = [_image_out(dataset.id, membership, image) for membership, image in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
-@router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response)
+_THUMBNAIL: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The thumbnail.", "content": {"image/webp": {"schema": _BINARY}}}
+}
+
+
+@router.get("/{dataset_id}/images/{image}/thumbnail", response_class=Response, responses=_THUMBNAIL)
 async def get_thumbnail(services: ServicesDep, principal: PrincipalDep, dataset_id: str, image: str) -> Response:
     """Return a thumbnail of an image in WEBP format: rotated as EXIF says, and without metadata."""
 
@@ -276,51 +290,52 @@ def _dataset_out(session: Session, dataset: Dataset) -> DatasetOut:
     versions = datasets.get_versions(session, dataset.id)
     shown = datasets.current_version(versions)
     return DatasetOut(
-        id=dataset.id,
-        name=dataset.name,
-        state=shown.state,
-        task=shown.task,
-        images=shown.images,
-        classes=[ClassImages(name=count.name, images=count.images) for count in shown.class_counts],
-        target=TargetRange(**shown.target) if shown.target else None,
-        duplicates=shown.duplicates,
-        ignored=shown.ignored,
+        **_brief(dataset, shown),
         refused=_refused_out(shown),
-        refused_total=shown.refused_total,
-        warnings=shown.warnings,
-        bit_depth=shown.bit_depth,
-        version=shown.number,
-        versions=_versions_out(versions),
-        progress=_progress_out(shown.progress),
-        created_at=dataset.created_at,
-        error=problems.stored_problem(shown.error),
+        versions=[DatasetVersionOut(**_brief_version(version), refused=_refused_out(version)) for version in versions],
     )
 
 
-def _versions_out(versions: Sequence[DatasetVersion]) -> list[DatasetVersionOut]:
-    return [
-        DatasetVersionOut(
-            version=version.number,
-            state=version.state,
-            images=version.images,
-            ignored=version.ignored,
-            refused=_refused_out(version),
-            refused_total=version.refused_total,
-            warnings=version.warnings,
-            progress=_progress_out(version.progress),
-            error=problems.stored_problem(version.error),
-            created_at=version.created_at,
-        )
-        for version in versions
-    ]
+def _listed(session: Session, dataset: Dataset) -> DatasetListed:
+    versions = datasets.get_versions(session, dataset.id, with_refused=False)
+    return DatasetListed(
+        **_brief(dataset, datasets.current_version(versions)),
+        versions=[DatasetVersionListed(**_brief_version(version)) for version in versions],
+    )
+
+
+def _brief(dataset: Dataset, shown: DatasetVersion) -> dict[str, Any]:
+    """Return the fields of a data set that a list has too, except its versions."""
+    return {
+        "id": dataset.id,
+        "name": dataset.name,
+        "task": shown.task,
+        "classes": [ClassImages(name=count.name, images=count.images) for count in shown.class_counts],
+        "target": TargetRange(**shown.target) if shown.target else None,
+        "duplicates": shown.duplicates,
+        "bit_depth": shown.bit_depth,
+        **_brief_version(shown),
+        "created_at": dataset.created_at,
+    }
+
+
+def _brief_version(version: DatasetVersion) -> dict[str, Any]:
+    """Return the fields of a version that a list has too."""
+    return {
+        "version": version.number,
+        "state": version.state,
+        "images": version.images,
+        "ignored": version.ignored,
+        "refused_total": version.refused_total,
+        "warnings": version.warnings,
+        "progress": IngestProgress(**version.progress) if version.progress else None,
+        "error": problems.stored_problem(version.error),
+        "created_at": version.created_at,
+    }
 
 
 def _refused_out(version: DatasetVersion) -> list[RefusedFile]:
     return [RefusedFile(**file) for file in version.refused]
-
-
-def _progress_out(progress: dict[str, Any] | None) -> IngestProgress | None:
-    return IngestProgress(**progress) if progress else None
 
 
 def _image_out(dataset_id: str, membership: Membership, image: Image) -> ImageOut:

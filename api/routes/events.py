@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, HTTPException
 from fastapi.concurrency import run_in_threadpool
@@ -40,7 +40,12 @@ def existing_run_id(services: ServicesDep, principal: PrincipalDep, run_id: str,
         return run.id
 
 
-@router.get("/{run_id}/events", response_class=EventSourceResponse)
+_NO_MORE: dict[int | str, dict[str, Any]] = {
+    204: {"description": "The run is over, and the client has received its last event. No body."}
+}
+
+
+@router.get("/{run_id}/events", response_class=EventSourceResponse, responses=_NO_MORE)
 async def stream_events(
     services: ServicesDep,
     run_id: Annotated[str, Depends(existing_run_id)],

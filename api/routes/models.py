@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, ServicesDep
+from api.filters import DatasetQuery, NameQuery, filtered_versions
 from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
 from api.schemas import AliasOut, AliasRequest, ModelOut, ModelVersionOut, Number, Page
 from artifacts.store import Digest
@@ -32,11 +33,20 @@ AliasName = Annotated[str, Path(pattern=NAME_PATTERN)]
 
 @router.get("")
 def list_models(
-    services: ServicesDep, principal: PrincipalDep, limit: LimitQuery = 50, cursor: CursorQuery = None
+    services: ServicesDep,
+    principal: PrincipalDep,
+    limit: LimitQuery = 50,
+    cursor: CursorQuery = None,
+    dataset: DatasetQuery = None,
+    name: NameQuery = None,
 ) -> Page[ModelOut]:
-    """List models, the newest first, each with its newest versions."""
+    """List models, the newest first, each with its newest versions: all, or those of a name or of a data set.
+
+    A model is of a data set if any of its versions was trained on it.
+    """
     with services.database.reading() as session:
-        page = registry.list_models(session, principal, page_request(limit, cursor))
+        versions = filtered_versions(session, principal, dataset)
+        page = registry.list_models(session, principal, page_request(limit, cursor), name, versions)
         return Page(items=[_model_out(session, model) for model in page.rows], next_cursor=next_cursor(page.next_after))
 
 

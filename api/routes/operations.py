@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api.dependencies import Services, ServicesDep
+from api.paging import CursorQuery, LimitQuery, page_of
 from api.schemas import Check, Page, Readiness, WorkerOut
 from artifacts.addresses import hide_password
 from errors import EspalierError
@@ -78,7 +79,7 @@ def metrics(services: ServicesDep) -> Response:
 
 
 @router.get("/api/v1/workers")
-def list_workers(services: ServicesDep) -> Page[WorkerOut]:
+def list_workers(services: ServicesDep, limit: LimitQuery = 50, cursor: CursorQuery = None) -> Page[WorkerOut]:
     """List the workers of the last days with the queues that they serve, the most recently seen first."""
     with services.database.reading() as session:
         found = workers.list_workers(session, _WORKERS_SHOWN)
@@ -93,7 +94,7 @@ def list_workers(services: ServicesDep) -> Page[WorkerOut]:
             )
             for worker in found
         ]
-    return Page(items=items, next_cursor=None)
+    return page_of(items, lambda worker: worker.name, limit, cursor)
 
 
 def _checked(check: Callable[[Services], Check], services: Services) -> Check:

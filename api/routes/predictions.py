@@ -24,8 +24,8 @@ from recipes.recipe import NAME_PATTERN
 
 Result = TypeVar("Result")
 
-# A label may be a folder's name, which has at most 255 bytes.
-LONGEST_LABEL = 255
+# A label of a labels.csv has at most 1024 bytes in NFC; a client may send more characters in NFD.
+LONGEST_LABEL = 2048
 
 router = APIRouter(prefix="/api/v1/models", tags=["models"])
 

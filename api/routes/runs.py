@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Response
-from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
 from api import problems
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.files import stored_file
+from api.files import StoredFile, file_answers, stored_file
+from api.filters import DatasetQuery, NameQuery, filtered_versions
 from api.idempotency import IdempotencyDep
-from api.paging import CursorQuery, LimitQuery, next_cursor, page_request
+from api.paging import CursorQuery, LimitQuery, next_cursor, page_of, page_request
 from api.presentation import model_ref
 from api.recipes import fill_recipe
 from api.schemas import (
@@ -22,9 +22,7 @@ from api.schemas import (
     Extraction,
     FileOut,
     FoldOut,
-    Id,
     MlflowRefusal,
-    Name,
     Page,
     RunOut,
     RunProgress,
@@ -35,10 +33,11 @@ from artifacts.run_files import RunFile
 from errors import NotFound
 from models import comparison as comparisons
 from models import dataset as datasets
-from models import outbox, registry, run_jobs
+from models import outbox, registry, run_jobs, run_queue
 from models import run as runs
 from models.dataset import DatasetVersion
 from models.run import Run, RunState
+from models.run_queue import QueuePlace
 from recipes.catalogue import ALL, CATALOGUE, Backbone
 from recipes.recipe import IMAGENET, RANDOM
 
@@ -73,21 +72,19 @@ def list_runs(
     limit: LimitQuery = 50,
     cursor: CursorQuery = None,
     state: Annotated[RunState | None, Query()] = None,
-    dataset: Annotated[Id | None, Query(description="Id of a data set.")] = None,
-    name: Annotated[Name | None, Query()] = None,
+    dataset: DatasetQuery = None,
+    name: NameQuery = None,
 ) -> Page[RunOut]:
     """List runs, the newest first: all, or those of a state, a data set or a name.
 
     Metrics leave out `confusion` and `per_class`, which each run by itself has.
     """
     with services.database.reading() as session:
-        versions = None
-        if dataset is not None:
-            found = datasets.get_dataset(session, principal, dataset)
-            versions = [version.id for version in datasets.get_versions(session, found.id)]
+        versions = filtered_versions(session, principal, dataset)
         page = runs.list_runs(session, principal, page_request(limit, cursor), state, name, versions)
         metrics = runs.get_brief_metrics(session, [run.id for run in page.rows])
-        items = [_run_out(session, services, run, metrics[run.id]) for run in page.rows]
+        places = run_queue.find_places(session, page.rows, services.settings.live_s)
+        items = [_run_out(session, services, run, metrics[run.id], places.get(run.id)) for run in page.rows]
         return Page(items=items, next_cursor=next_cursor(page.next_after))
 
 
@@ -130,10 +127,10 @@ def retry_run(
     return shown
 
 
-@router.get("/runs/{run_id}/files/{name}", response_class=FileResponse)
+@router.get("/runs/{run_id}/files/{name}", response_class=StoredFile, responses=file_answers("*/*"))
 def get_file(
     services: ServicesDep, principal: PrincipalDep, run_id: str, name: Annotated[str, Path(max_length=128)]
-) -> FileResponse:
+) -> StoredFile:
     """Return a file that a run produced, such as its report, a picture or its out-of-fold logits."""
     with services.database.reading() as session:
         runs.get_run(session, principal, run_id)
@@ -143,14 +140,14 @@ def get_file(
     return stored_file(services.store, file.sha256, file.media_type)
 
 
-@router.get("/runs/{run_id}/augmentations", response_class=FileResponse)
-def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> FileResponse:
+@router.get("/runs/{run_id}/augmentations", response_class=StoredFile, responses=file_answers("image/png"))
+def get_augmentations(services: ServicesDep, principal: PrincipalDep, run_id: str) -> StoredFile:
     """Return a picture of a run's data augmentation. Each row shows an image, then random variations of the image."""
     return get_file(services, principal, run_id, RunFile.AUGMENTATIONS)
 
 
 @router.get("/backbones")
-def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
+def list_backbones(services: ServicesDep, limit: LimitQuery = 50, cursor: CursorQuery = None) -> Page[BackboneOut]:
     """List the backbones that a recipe may name, with their cut points and their weights."""
     with services.database.reading() as session:
         here = registry.get_weights_digests(session)
@@ -162,7 +159,7 @@ def list_backbones(services: ServicesDep) -> Page[BackboneOut]:
             for name in sorted({IMAGENET, RANDOM} | imported)
         ]
         items.append(_backbone_out(backbone, weights))
-    return Page(items=items, next_cursor=None)
+    return page_of(items, lambda backbone: backbone.name, limit, cursor)
 
 
 def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
@@ -179,10 +176,13 @@ def _backbone_out(backbone: Backbone, weights: list[WeightsOut]) -> BackboneOut:
 
 
 def _whole_run_out(session: Session, services: Services, run: Run) -> RunOut:
-    return _run_out(session, services, run, run.metrics)
+    places = run_queue.find_places(session, [run], services.settings.live_s)
+    return _run_out(session, services, run, run.metrics, places.get(run.id))
 
 
-def _run_out(session: Session, services: Services, run: Run, metrics: dict[str, Any] | None) -> RunOut:
+def _run_out(
+    session: Session, services: Services, run: Run, metrics: dict[str, Any] | None, place: QueuePlace | None
+) -> RunOut:
     version = session.get_one(DatasetVersion, run.dataset_version_id)
     return RunOut(
         id=run.id,
@@ -192,7 +192,7 @@ def _run_out(session: Session, services: Services, run: Run, metrics: dict[str, 
         recipe=run.recipe,
         batch_size=run.batch_size,
         state=run.state,
-        progress=RunProgress(**run.progress),
+        progress=RunProgress(**run.progress | (vars(place) if place else {})),
         metrics=metrics,
         folds=[
             FoldOut(

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from api.bodies import JsonRoute
 from api.dependencies import PrincipalDep, Services, ServicesDep
-from api.files import stored_file
+from api.files import file_answers, stored_file
 from api.schemas import LearningCurveOut, ViewOut, ViewProgress, VisibleLayer, VisibleLayers
 from artifacts.run_files import RunFile
 from artifacts.store import Digest
@@ -38,10 +38,7 @@ _COMPUTING: dict[int | str, dict[str, Any]] = {
         "model": ViewOut,
     }
 }
-_PICTURE = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
-_LAYERS_OR_PICTURE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The list of layers, or the picture of one layer.", "content": _PICTURE}
-}
+_LAYERS_OR_PICTURE = file_answers("image/png", "The list of layers, or the picture of one layer.")
 
 
 @router.get("/{run_id}/learning-curve", response_model=LearningCurveOut, responses=_COMPUTING)

@@ -25,6 +25,7 @@ COPY --from=build /opt/venv /opt/venv
 COPY broker.py clock.py dispatch.py errors.py logs.py no_telemetry.py settings.py ./
 COPY api api/
 COPY artifacts artifacts/
+COPY console/vendor console/vendor/
 COPY inference inference/
 COPY migrations migrations/
 COPY models models/

@@ -23,6 +23,7 @@ WORKDIR /opt/espalier
 COPY --from=build /opt/venv /opt/venv
 COPY broker.py clock.py dispatch.py environments.py errors.py logs.py no_telemetry.py settings.py ./
 COPY artifacts artifacts/
+COPY console/vendor console/vendor/
 COPY inference inference/
 COPY migrations migrations/
 COPY models models/

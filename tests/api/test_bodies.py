@@ -158,7 +158,7 @@ def test_a_name_is_taken_until_its_data_set_is_deleted(client: TestClient) -> No
         (
             "multipart/form-data; boundary=b",
             b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nPK\x03\x04\r\n--b--\r\n',
-            "field 'archive'",
+            "curl -F archive=@images.zip",
         ),
     ],
 )
@@ -222,11 +222,16 @@ def test_json_images_are_bytes_in_base64() -> None:
     [
         (b'{"images": [' + b"1," * 300_000 + b"1]}", "images[0]: Expected the bytes of an image file as base64"),
         (b'{"images": [' + b'"",' * 300_000 + b'""]}', "more than 32 images"),
-        (b'{"images": ["YQ=="]' + b"".join(b',"%d": 1' % number for number in range(99_000)) + b"}", "0: Extra inputs"),
+        (
+            b'{"images": ["YQ=="]' + b"".join(b',"%d": 1' % number for number in range(99_000)) + b"}",
+            "0: Expected only",
+        ),
         (b'{"images": [' + b'"data:image/png;base64,YQ==",' * 40 + b'""]}', "follows the comma of a data URL"),
         (b'{"images": [' + b"," * 300_000, "body: Expected JSON"),
+        (b'{"file": "YQ=="}', "images: Expected a list of base64 texts. Received a field 'file'."),
+        (b'{"images": "YQ=="}', "Send a list for a single image too"),
     ],
-    ids=["numbers", "empty", "unknown-fields", "data-urls", "no-json"],
+    ids=["numbers", "empty", "unknown-fields", "data-urls", "no-json", "another-field", "no-list"],
 )
 def test_images_in_json_are_read_up_to_their_first_error_or_their_limit(body: bytes, said: str) -> None:
     with pytest.raises((RequestInvalid, TooLarge)) as raised:
@@ -264,6 +269,7 @@ def test_half_a_surrogate_pair_is_refused_like_any_other_value(client: TestClien
         ("images", 33, 413, "more than 32 images"),
         ("other", OTHER_FIELDS + 1, 422, f"at most {OTHER_FIELDS} others"),
         ("file", 1, 422, "curl -F images=@photo.jpg"),
+        ("images", 1, 422, "Received a data URL"),
     ],
 )
 def test_a_multipart_body_is_read_up_to_its_limit_of_fields(
@@ -271,5 +277,7 @@ def test_a_multipart_body_is_read_up_to_its_limit_of_fields(
 ) -> None:
     add_model(services, "one", flat_bundle(services.store.put(b"one")))
     serve(client, services.settings, CountingLoader())
-    answer = client.post("/api/v1/models/one/predict", files=[(name, ("a", b"x"))] * count)
+    answer = client.post("/api/v1/models/one/predict", files=[(name, ("a", b"data:,"))] * count)
     assert answer.status_code == status and said in answer.json()["detail"], answer.text
+    listed = client.post("/api/v1/models/one/predict", content=b' ["YQ=="]')
+    assert listed.status_code == 422 and listed.json()["field"] == "body", listed.text

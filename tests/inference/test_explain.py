@@ -53,8 +53,8 @@ def test_what_speaks_for_the_answer_glows() -> None:
     assert picture.shape == (256 + BELOW, 256, 3)
     assert picture[20, 236, 0] > 170 and picture[20, 236, 2] < 80, "yellow at the top right"
     assert (picture[200, 40] < 90).all(), "dark elsewhere"
-    nothing = np.asarray(Image.open(io.BytesIO(overlay(pixels, np.zeros((4, 4), np.float32), "rose"))))[:256]
-    assert (nothing == nothing[0, 0]).all()
+    nothing = np.asarray(Image.open(io.BytesIO(overlay(pixels, np.zeros((4, 4), np.float32), "rose"))))
+    assert (nothing[:256] == nothing[0, 0]).all() and (nothing[256:264] == nothing[256, 0]).all(), "no scale either"
     wide = np.asarray(Image.open(io.BytesIO(overlay(np.zeros((40, 80, 3), np.uint8), places, "rose"))))
     assert wide.shape == (256 + BELOW, 512, 3), "as wide as the image is"
 
@@ -89,6 +89,16 @@ def test_the_strongest_channels_come_first() -> None:
         for place in range(16)
     }
     assert len(texts) == 16, "each channel has its number"
+
+
+def test_tiles_are_as_wide_as_their_numbers_and_keep_the_proportions_of_the_maps() -> None:
+    maps = np.linspace(-123456, 234567, 8 * 16 * 4, dtype=np.float32).reshape(8, 16, 4)
+    sheet = np.asarray(Image.open(io.BytesIO(grid(maps))))
+    high, wide = (side // 2 for side in sheet.shape)
+    tall = high - 2 - 2 * LINE
+    assert wide - 2 == 2 * tall == 2 * 96, "enlarged until the shorter side is 96"
+    wider = np.asarray(Image.open(io.BytesIO(grid(maps[:, :4] * np.float32(1.2345e-9)))))
+    assert wider.shape[1] // 2 > 98, "both numbers fit"
 
 
 def test_maps_of_too_few_places_are_told_with_the_size_that_is_enough() -> None:

@@ -10,6 +10,7 @@ from artifacts.manifest import Row
 from errors import DatasetRefused, NameTaken, NotFound, NotReady, Refused
 from models import dataset as datasets
 from models.dataset import Dataset, DatasetState, DatasetVersion, Image, IngestedImage, Membership
+from models.job import Job
 from models.project import Principal, Project
 from models.session import Database
 from recipes.defaults import ClassCount
@@ -39,6 +40,26 @@ def test_a_name_is_taken_until_its_data_set_is_deleted(database: Database) -> No
         datasets.delete_dataset(second)
     with database.reading() as session:  # two deleted ones of one name are in nobody's way
         assert records.count(session, Dataset) == 2
+
+
+def test_a_data_set_of_which_nothing_was_taken_leaves_its_name_to_the_next(database: Database) -> None:
+    error = DatasetRefused("No images.").record()
+    with database.writing() as session:
+        first = records.waiting_version(session)
+        with pytest.raises(NameTaken):
+            datasets.create_dataset(session, PRINCIPAL, "flowers")
+        datasets.mark_rejected(session, first.id, error)
+        datasets.check_name(session, PRINCIPAL, "flowers")
+        assert datasets.get_dataset(session, PRINCIPAL, first.dataset_id).name == "flowers", "until it is replaced"
+    with database.writing() as session:
+        second = records.ready_version(session)
+        assert [job.kind for job in session.scalars(select(Job).where(Job.subject_id == first.dataset_id))] == ["purge"]
+        with pytest.raises(NotFound):
+            datasets.get_dataset(session, PRINCIPAL, first.dataset_id)
+        found = datasets.get_dataset(session, PRINCIPAL, second.dataset_id)
+        datasets.mark_rejected(session, datasets.add_version(session, found, digest("more")).id, error)
+        with pytest.raises(NameTaken, match=found.id):  # its first version is ready
+            datasets.create_dataset(session, PRINCIPAL, "flowers")
 
 
 def test_another_project_sees_neither_data_sets_nor_their_names(database: Database) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from artifacts.store import Digest, Store, StoredFile, digest_of
 from errors import Crashed, NotReady, StoreUnavailable, Unavailable
+from models import dataset as datasets
 from models import idempotency, registry, run_jobs
 from models import run as runs
 from models.base import now
@@ -198,16 +199,23 @@ def test_a_run_that_is_tried_again_just_now_keeps_what_it_goes_on_from(database:
     assert set(store.digests()) == set(files)
 
 
-def test_an_archive_whose_worker_ended_before_it_could_remove_it_goes(database: Database, store: Clocked) -> None:
-    archive, waiting = store.put(b"archive"), store.put(b"archive that is still to be read")
-    age(store, archive, waiting)
+def test_archives_go_that_were_kept_for_a_day_or_whose_worker_ended_before_it_removed_them(
+    database: Database, store: Clocked
+) -> None:
+    archives = {name: store.put(name.encode()) for name in ("of-a-dead-worker", "waiting", "kept", "kept-too-long")}
+    age(store, *archives.values())
     with database.writing() as session:
-        ready = records.ready_version(session)
-        ready.archive_sha256 = archive
-        records.waiting_version(session, "waiting").archive_sha256 = waiting
+        records.ready_version(session, "of-a-dead-worker").archive_sha256 = archives["of-a-dead-worker"]
+        for name in ("waiting", "kept", "kept-too-long"):
+            version = records.waiting_version(session, name)
+            version.archive_sha256 = archives[name]
+            if name != "waiting":
+                datasets.mark_rejected(session, version.id, {}, keep_archive=True)
+        assert version.archive_until is not None
+        version.archive_until -= datasets.ARCHIVE_KEPT + timedelta(seconds=1)
     assert collect_garbage(database, store, DAY_S, dry_run=True).files == 0
-    assert collect_garbage(database, store, DAY_S).files == 1
-    assert list(store.digests()) == [waiting]
+    assert collect_garbage(database, store, DAY_S).files == 2
+    assert set(store.digests()) == {archives["waiting"], archives["kept"]}
 
 
 def test_old_answers_are_forgotten(database: Database, store: Clocked) -> None:

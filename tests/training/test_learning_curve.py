@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -195,15 +196,15 @@ def test_twice_the_images_bring_what_the_law_says() -> None:
     assert twice.change == pytest.approx(2 * 800**-0.5 - 2 * 1600**-0.5, abs=1e-3)
     assert twice.ci95[0] < 0.9 < twice.ci95[1] and twice.change_ci95[0] < twice.change < twice.change_ci95[1]
     sentence = summary_sentence(ACCURACY, points(scores), twice)
-    assert sentence.startswith("Twice the images would bring about +2.1 points of accuracy [")
-    assert sentence.endswith("].")
+    assert sentence.startswith("Twice the images would bring about +2.1 points of accuracy (95 % interval ")
+    assert sentence.endswith(").")
 
 
 def test_a_flat_curve_is_called_flat() -> None:
     scores = [0.9, 0.901, 0.9, 0.9, 0.9005]
     _, twice = forecast_doubled(ACCURACY, points(scores), drawn(scores, 0.001), 1000)
     assert summary_sentence(ACCURACY, points(scores), twice).startswith(
-        "The curve is flat: twice the images would bring about +0.0 points of accuracy [0.0, 0."
+        "The curve is flat: twice the images would bring about +0.0 points of accuracy (95 % interval 0.0 to 0."
     )
 
 
@@ -221,7 +222,9 @@ def test_points_that_lie_on_no_law_leave_more_open() -> None:
 def test_what_may_be_nothing_is_said_to_be_so() -> None:
     twice = DoubledForecast(1600, 0.91, (0.88, 0.93), 0.01, (0.0001, 0.02))
     sentence = summary_sentence(ACCURACY, points([0.9] * 5), twice)
-    assert sentence == "Twice the images would bring about +1.0 points of accuracy [0.0, 2.0], so it may be nothing."
+    assert sentence == (
+        "Twice the images would bring about +1.0 points of accuracy (95 % interval 0.0 to 2.0), so it may be nothing."
+    )
 
 
 def test_an_error_falls_and_is_said_in_its_own_unit() -> None:
@@ -232,7 +235,7 @@ def test_an_error_falls_and_is_said_in_its_own_unit() -> None:
     assert twice.change_ci95[0] < twice.change < twice.change_ci95[1] < 0
     sentence = summary_sentence(ERROR, points(scores), twice)
     assert sentence.startswith("Twice the images would bring the root mean squared error down by about 0.20")
-    low, high = (float(bound) for bound in sentence[sentence.index("[") + 1 : sentence.index("]")].split(", "))
+    low, high = map(float, re.findall(r"interval (\S+) to (\S+)\)", sentence)[0])
     assert 0 < low < 0.207 < high
 
 

@@ -94,11 +94,12 @@ def forest(headline: Headline, lines: Sequence[Line]) -> bytes:
         colour = "C0" if line.difference is None else "0.35"
         axes.plot(line.ci95, [place, place], color=colour, linewidth=2)
         axes.plot(line.score, place, "s", color=colour)
-    axes.axvline(lines[0].score, color="C0", alpha=0.4, linestyle=":")
+    axes.axvline(lines[0].score, color="C0", alpha=0.4, linestyle=":", label="score of the best")
     # Without `parse_math=False`, matplotlib would read a label with $ as a formula.
     drawn = drawn_names([row_name(line) for line in lines])
     axes.set_yticks(range(len(lines)), drawn.names, parse_math=False, fontsize=8)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel(f"{headline.title}, 95 % interval")
     axes.grid(axis="x", alpha=0.3)
+    figure.legend(fontsize=8, loc="outside lower right")
     return png(figure, drawn.fonts)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from artifacts.bundle import Logits
 from artifacts.markdown import escaped
@@ -20,7 +21,7 @@ from recipes.layers import NetworkKind, sides
 from recipes.recipe import ClassWeights, Mode, Precision, Task
 from training.bake_off import FOLDS, BakeOffResult
 from training.data.targets import Float64, Truth
-from training.figures import drawn_names, png
+from training.figures import drawn_names, png, shortened
 from training.fitting.learners import DIVERGED, NETWORK, Plan
 from training.networks.precision import MARGIN, RELATIVE_MARGIN, PrecisionDecision
 from training.progress import Epoch, Extraction, FoldResult
@@ -62,8 +63,13 @@ def verdict(task: Task, metrics: dict[str, Any]) -> str:
             f" Micro F1 is {metrics['f1_micro']:.3f}. All labels are right in {metrics['accuracy']:.1%} of the images."
         )
     if task is Task.REGRESSION:
-        sentence += f" Mean absolute error is {metrics['mae']:.4g} and R² is {metrics['r2']:.3f}."
+        sentence += f" Mean absolute error is {metrics['mae']:.4g} and R² is {written_r2(metrics['r2'])}."
     return sentence
+
+
+def written_r2(value: float) -> str:
+    """Return R² as text: three digits after the point, unless it is so far below 0 that nobody needs them."""
+    return f"{value:.3f}" if value > -100 else f"{value:.3g}"
 
 
 def failure(metrics: Mapping[str, Any]) -> str:
@@ -72,12 +78,15 @@ def failure(metrics: Mapping[str, Any]) -> str:
     if found["is_better"]:
         return ""
     if "r2" in found:
-        why = f"always answering the mean of the numbers has an R² of 0, and the model has {found['r2']:.3f}"
+        why = f"always answering the mean of the numbers has an R² of 0, and the model has {written_r2(found['r2'])}."
     else:
-        why = f"against the shares of the classes or labels alone, {_differences(found)}"
+        why = (
+            f"compared with always answering the shares of the classes or labels, {_differences(found)}. Neither "
+            "interval shows the model to be better."
+        )
     return (
-        f"**This model is no better than a constant answer that ignores the image:** {why}. It does not become "
-        "`champion` by itself."
+        f"**This model is no better than a constant answer that ignores the image:** {why} It does not become "
+        "`champion` by itself; to predict with it all the same, name its version."
     )
 
 
@@ -86,9 +95,10 @@ def _differences(found: Mapping[str, Any]) -> str:
     low, high = found["loss_difference_ci95"]
     least, most = found["balanced_accuracy_difference_ci95"]
     return (
-        f"the log-loss differs by {found['loss_difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) and the "
-        f"balanced accuracy by {100 * found['balanced_accuracy_difference']:+.1f} points (95 % interval "
-        f"{100 * least:+.1f} to {100 * most:+.1f})"
+        f"the log-loss (less is better) differs by {found['loss_difference']:+.3f} (95 % interval {low:+.3f} to "
+        f"{high:+.3f}) and the balanced accuracy (the mean over the classes of the share that is right; more is "
+        f"better) by {100 * found['balanced_accuracy_difference']:+.1f} points (95 % interval {100 * least:+.1f} to "
+        f"{100 * most:+.1f})"
     )
 
 
@@ -102,8 +112,9 @@ def _number_lines(run: Description) -> list[str]:
     if not numbered:
         return []
     return [
-        f"- Pictures show numbers for classes whose letters no font of the worker has: {', '.join(numbered)}. With a "
-        "font installed, such as Debian's `fonts-droid-fallback`, they show names."
+        f"- Pictures show numbers instead of names for some classes: {', '.join(numbered)}. Neither Espalier nor the "
+        "worker's machine has a font with all their letters. After such a font is installed, such as one of Debian's "
+        "`fonts-noto-core`, new pictures show the names."
     ]
 
 
@@ -113,7 +124,7 @@ def _baseline_lines(metrics: Mapping[str, Any]) -> list[str]:
     if not found["is_better"] or "r2" in found:
         return []
     return [
-        f"- Against a constant answer, {_differences(found)}. Balanced accuracy is "
+        f"- Compared with a constant answer, {_differences(found)}. Balanced accuracy is "
         f"{100 * found['balanced_accuracy']:.1f} %."
     ]
 
@@ -207,7 +218,7 @@ def _bake_off_lines(run: Description) -> list[str]:
         f"{run.pick.images:,} images, which were split into {FOLDS} folds only for this choice. The score above was "
         "measured afterwards, on the folds of the run. The images of the bake-off are also images of the run, so the "
         "choice depends on some of the labels "
-        "that the score is measured on.",
+        "that the score is measured on, and the score may be slightly too good.",
         "",
         f"| backbone | features from | width | {headline.title} |",
         "|---|---|--:|--:|",
@@ -359,7 +370,8 @@ def overfitting(folds: Sequence[FoldResult], recipe: DecidedRecipe, *, is_bad: b
     # With class weights, training and validation loss have different scales.
     gaps = [fold.metrics["gap"] for fold in watched] if recipe.class_weights is ClassWeights.NONE else []
     gap = (
-        f" At the best epochs, the median gap of validation over training loss was {np.median(gaps):.3f}."
+        f" At the best epochs, the validation loss minus the training loss was {np.median(gaps):.3f} (median of the "
+        "folds)."
         if gaps
         else ""
     )
@@ -422,17 +434,17 @@ def _values(run: Description) -> bytes:
     outside = (np.minimum(truth, guesses) < low) | (np.maximum(truth, guesses) > high)
     inside = ~outside
     axes.plot(truth[inside], guesses[inside], ".", alpha=min(1.0, max(0.05, 300 / len(truth))))
-    axes.plot([low, high], [low, high], color="black", linewidth=1)
+    axes.plot([low, high], [low, high], color="black", linewidth=1, label="a prediction without error")
     if outside.any():
         label = f"{outside.sum():,} outside the picture, drawn at its border"
         kept = truth[outside].clip(low, high), guesses[outside].clip(low, high)
         axes.plot(*kept, "x", color="C3", clip_on=False, label=label)
-        axes.legend(fontsize=8, loc="upper left")
         axes.set_xlim(low, high)
         axes.set_ylim(low, high)
     axes.set_xlabel("true value")
     axes.set_ylabel("predicted value, out of fold")
-    axes.set_title(f"root mean squared error {run.metrics['rmse']:.4g}, R² {run.metrics['r2']:.3f}")
+    axes.set_title(f"root mean squared error {run.metrics['rmse']:.4g}, R² {written_r2(run.metrics['r2'])}", pad=12)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return png(figure)
 
 
@@ -460,11 +472,14 @@ def _labels(run: Description) -> bytes:
     axes.plot([row["precision"] for row in rows], places, ">", label="precision")
     axes.plot([row["recall"] for row in rows], places, "o", fillstyle="none", label="recall")
     drawn = drawn_names(run.labels)
-    shown = dict(zip(run.labels, drawn.names, strict=True))
+    shown = dict(zip(run.labels, shortened(drawn.names), strict=True))
     axes.set_yticks(places, [f"{shown[row['label']]} ({row['images']:,})" for row in rows], parse_math=False)
+    axes.set_ylabel("label (images that have it)")
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlim(0, 1.02)
-    axes.set_title(f"macro F1 {run.metrics['f1_macro']:.3f}")
-    axes.legend(fontsize=8, loc="lower right")
+    which = "" if len(rows) == len(run.labels) else f", the {len(rows)} of {len(run.labels):,} labels with the least F1"
+    axes.set_title(f"macro F1 {run.metrics['f1_macro']:.3f}{which}")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return png(figure, drawn.fonts)
 
 
@@ -473,17 +488,23 @@ def _confusion(run: Description) -> bytes:
     counts = np.array(run.metrics["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     drawn, classes = drawn_names(run.labels), len(run.labels)
-    side = min(12.0, max(4.0, 0.45 * classes + 2))
+    is_named = classes <= _CLASSES_WITH_NUMBERS
+    names = shortened(drawn.names) if is_named else []
+    side = min(12.0, max(4.0, 0.45 * classes + 2) + 0.07 * max(map(len, names), default=0))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    # Classes without names are numbered from 1.
+    extent = None if is_named else (0.5, classes + 0.5, classes + 0.5, 0.5)
+    colours = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, extent=extent)
+    numbered = "" if is_named else ", as a number in the order of the names"
+    axes.set_xlabel(f"predicted class{numbered}")
+    axes.set_ylabel(f"true class{numbered}")
     axes.set_title(f"accuracy {run.metrics['accuracy']:.1%}")
-    if classes <= _CLASSES_WITH_NUMBERS:
+    figure.colorbar(colours, ax=axes, shrink=0.6, label="share of the images of the true class")
+    if is_named:
         # Without `parse_math=False`, matplotlib would read a class name with $ as a formula.
-        axes.set_xticks(range(classes), drawn.names, rotation=90, parse_math=False)
-        axes.set_yticks(range(classes), drawn.names, parse_math=False)
+        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), names, parse_math=False)
         for truth in range(classes):
             for answer in range(classes):
                 colour = "white" if shares[truth, answer] > 0.5 else "black"
@@ -508,7 +529,10 @@ def _curves(run: Description) -> bytes:
             if "phases" in fold.metrics:  # a line marks the beginning of the second phase
                 axes.axvline(fold.metrics["phases"][0]["epochs"] + 0.5, color=colour, alpha=0.35, linestyle=":")
         axes.set_xlabel("epoch")
-        axes.set_title(f"{name}: training (pale) and validation")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        watched_too = any(f"val_{name}" in fold.history[0] for fold in run.folds)
+        axes.set_title(f"{name}: training (pale) and validation" if watched_too else f"{name} of training")
     if panels[0].get_legend_handles_labels()[0]:
-        panels[0].legend(fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+        figure.supxlabel("a dot marks the best epoch, whose weights are kept", fontsize=8)
     return png(figure)

@@ -27,8 +27,8 @@ def compare_with_constant_answer(
 
     Classes and labels are compared by log-loss and by balanced accuracy, the mean recall of the classes (of labels, the
     mean recall of having a label and of not having it). The intervals are paired bootstrap intervals over images, or
-    over groups where images belong together. A model is better if one of the two intervals says so. A model of numbers
-    is better if its R² is positive.
+    over groups where images belong together. A model is better if one of the two intervals lies
+    wholly on the better side of 0. A model of numbers is better if its R² is positive.
 
     Args:
         task: what is predicted.

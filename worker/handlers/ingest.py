@@ -6,6 +6,7 @@ Only a child process (`worker.child.ingest`) opens the archive and decodes image
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,8 +42,6 @@ DEATHS = 50
 """How many images of an archive may kill the process that decodes them."""
 _REASONS_SHOWN = 3
 _NAMES_SHOWN = 5
-# What a rejected archive may be taken in with after all, by the `retry` of its error.
-_CHOICES = {"names": "names=…", "allow_refused": "allow_refused=true"}
 _ROWS_PER_WRITE = 200
 _PROGRESS_EVERY_S = 1.0
 
@@ -347,10 +346,14 @@ class Ingest(Handler):
         drop_images(work, self._store, [work.subject_id])
         self._forget(work, intake)
         record = error.record()
-        choice = _CHOICES.get(error.extra.get("retry", ""))
-        if choice is not None:
-            address = f"/api/v1/datasets/{version.dataset_id}/versions/{version.number}/ingest?{choice}"
-            record["detail"] += f" The archive is kept for a day: POST {address} takes it in without sending it again."
+        choices = _choices(error)
+        if choices:
+            address = f"/api/v1/datasets/{version.dataset_id}/versions/{version.number}/ingest"
+            others = f" (or {' or '.join(choices[1:])})" if choices[1:] else ""
+            record["detail"] += (
+                f" The archive is kept for a day, so that you need not upload it again. POST "
+                f"{address}?{choices[0]}{others} ingests it."
+            )
 
         def complete(session: Session) -> None:
             refused = sorted(intake.refused, key=lambda file: file.path)
@@ -361,10 +364,10 @@ class Ingest(Handler):
                 refused,
                 intake.ignored,
                 intake.warnings,
-                keep_archive=choice is not None,
+                keep_archive=bool(choices),
             )
 
-        if choice is None:
+        if not choices:
             work.afterwards(partial(self._forget_archive, work))
         return complete
 
@@ -459,6 +462,15 @@ class _ProgressReporter:
         self._work.write(partial(datasets.set_progress, version_id=self._work.subject_id, progress=progress))
 
 
+def _choices(error: EspalierError) -> list[str]:
+    """Return the query parameters with which a rejected archive can be ingested after all; none for most errors."""
+    if error.extra.get("retry") == "allow_refused":
+        return ["allow_refused=true"]
+    if error.extra.get("retry") == "names":
+        return [f"names={page}" for page in error.extra.get("readings") or ["CODE_PAGE"]]
+    return []
+
+
 def _reasons(refused: Sequence[Refused]) -> str:
     """Return the most frequent reasons with their numbers and a file each, for a message."""
     counts = Counter(file.reason for file in refused)
@@ -513,14 +525,16 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
     because cameras number their images from the start again. Raises DatasetRefused if one version has numbers and the
     other has labels.
     """
-    old = {row.path: row for row in parent.rows} if parent else {}
+    before = parent.rows if parent else []
+    old = {_composed(row.path): row for row in before}
     if parent and (parent.task is Task.REGRESSION) != (intake.task is Task.REGRESSION):
         raise DatasetRefused(
             f"Expected images for {parent.task.value}, as in the earlier version. Received images for "
             f"{intake.task.value if intake.task else 'no task'}."
         )
     said: dict[Digest, set[str]] = defaultdict(set)
-    for row in (*old.values(), *(image.row for image in intake.accepted)):
+    _spell_as_before(intake, before)
+    for row in (*before, *(image.row for image in intake.accepted)):
         said[row.sha256].add(_said_of(row))
     names = _Names(old, {image.row.path for image in intake.accepted})
     new = []
@@ -570,8 +584,28 @@ def _remarks(parent: _Parent | None, new: Sequence[IngestedImage]) -> list[str]:
     return found
 
 
+def _spell_as_before(intake: _Intake, old: Sequence[Row]) -> None:
+    """Spell labels and groups of new images as earlier rows spell them.
+
+    New ones are in NFC, but rows of older versions may be in NFD, as macOS writes names.
+    """
+    known = {text for row in old for text in (*row.labels, row.group) if text and not text.isascii()}
+    before = {_composed(text): text for text in known if _composed(text) != text}
+    if not before:
+        return
+    intake.classes = {before.get(name, name): count for name, count in intake.classes.items()}
+    for index, image in enumerate(intake.accepted):
+        labels = tuple(sorted(before.get(label, label) for label in image.row.labels))
+        group = before.get(image.row.group or "", image.row.group)
+        intake.accepted[index] = replace(image, row=replace(image.row, labels=labels, group=group))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
 class _Names:
-    """The names of images of a version, and those that were given to new images because theirs were taken."""
+    """The names of images, by their NFC form, and those that were given to new images because theirs were taken."""
 
     def __init__(self, old: Mapping[str, Row], new: Collection[str]) -> None:
         self.renamed: dict[str, str] = {}

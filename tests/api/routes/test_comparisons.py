@@ -50,10 +50,12 @@ def test_a_comparison_is_a_queued_run_for_each_recipe(
         (0, "queued", "features_from=block5"),
         (1, "queued", "features_from=block3"),
     ]
-    assert found["progress"] == {"stage": "queued", "fraction": 0.0, "ended": 0, "runs": 2, "eta_s": None}
+    expected = {"stage": "queued", "fraction": 0.0, "ended": 0, "runs": 2, "position": 1, "eta_s": None}
+    assert found["progress"] == expected
     assert (found["best"], found["verdict"], found["rows"][0]["difference"]) == (None, None, None)
     made = [client.get(f"/api/v1/runs/{row['run']}").json() for row in found["rows"]]
     assert [(run["name"], run["recipe"]["features_from"]) for run in made] == [("m", "block5"), ("m", "block3")]
+    assert [run["progress"]["position"] for run in made] == [1, 2]
     assert [queue for queue, _ in requested] == ["cpu", "cpu"]
     assert client.get(answer.headers["location"]).json() == found
     assert client.get("/api/v1/comparisons").json()["items"] == [found]

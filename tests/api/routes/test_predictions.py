@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import time
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -419,6 +420,7 @@ class Places(FlatEngine):
         return maps.mean(axis=(1, 2)), maps if wants_maps else None
 
 
+NFD_BLUE = unicodedata.normalize("NFD", "bleuté")  # bundles from before have such labels
 RED_LEFT = np.zeros((8, 8, 3), np.uint8)
 RED_LEFT[:, :4, 0], RED_LEFT[:, 4:, 2] = 255, 255
 
@@ -434,7 +436,7 @@ def colours(client: TestClient, services: Services, settings: Settings) -> bytes
     kernel = np.array([[3, 0], [0, 0], [0, 2]], np.float32)
     layers = (Dense(kernel, np.zeros(2, np.float32), Activation.LINEAR),)
     golden = np.zeros((1, 8, 8, 3), np.uint8)
-    flat = flat_bundle(services.store.put(b"places"), labels=("red", "blue"))
+    flat = flat_bundle(services.store.put(b"places"), labels=("red", NFD_BLUE))
     add_model(
         services,
         "colours",
@@ -465,7 +467,7 @@ def test_a_heat_map_shows_which_places_speak_for_the_answer_or_for_a_label(clien
     answer = client.post(f"{url}?explain=heatmap", content=colours).json()
     [explained] = answer["explanations"]
     assert explained["label"] == answer["predictions"][0]["label"] == "red"
-    for label, left_is_brighter in (("red", True), ("blue", False)):
+    for label, left_is_brighter in (("red", True), ("bleuté", False), (NFD_BLUE, False)):
         png = client.post(f"{url}?explain=heatmap&label={label}", content=colours, headers={"Accept": "image/png"})
         assert png.headers["content-type"] == "image/png" and "backbone;dur=" in png.headers["server-timing"]
         picture = np.asarray(Image.open(io.BytesIO(png.content)), dtype=float)[:, :, 1]
@@ -482,7 +484,7 @@ def test_the_channels_of_each_image_are_shown_as_a_sheet(client: TestClient, col
 def test_what_cannot_be_explained_is_told(client: TestClient, colours: bytes, services: Services) -> None:
     url = "/api/v1/models/colours/predict"
     for query, detail in [
-        ("explain=heatmap&label=green", "This model has no label 'green'. Its labels are: red, blue."),
+        ("explain=heatmap&label=green", f"This model has no label 'green'. Its labels are: red, {NFD_BLUE}."),
         ("label=red", "together with explain=heatmap"),
         ("explain=neighbours", "train a model with `neighbours: true`"),
         ("explain=why", "Received 'why'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,8 @@ from sqlalchemy import event
 
 from api.dependencies import Services
 from artifacts.manifest import dump
-from errors import Refused
+from errors import DatasetRefused, Refused
+from models import comparison as comparisons
 from models import dataset as datasets
 from models import registry, run_jobs
 from models import run as runs
@@ -350,11 +352,25 @@ def test_images_are_listed_in_the_order_of_the_manifest(
         assert last.count('membership.path COLLATE "C"') == 2, "to order by, and to begin after"
 
 
-def test_an_empty_label_chooses_nothing(client: TestClient, database: Database) -> None:
-    images = [records.accepted("1.png"), records.accepted("2.png", label="rose")]
+def test_a_label_chooses_images_in_each_unicode_form_and_an_empty_one_chooses_nothing(
+    client: TestClient, database: Database
+) -> None:
+    old = unicodedata.normalize("NFD", "chêne")  # as versions from before have it
+    images = [
+        records.accepted("1.png", label="chêne"),
+        records.accepted("2.png", label="rose"),
+        records.accepted("3.png", label=old),
+    ]
     with database.writing() as session:
         found = records.ready_version(session, images=images).dataset_id
-    for label, paths in [("", ["1.png", "2.png"]), ("rose", ["2.png"]), ("tulip", [])]:
+    oaks = ["1.png", "3.png"]
+    for label, paths in [
+        ("", ["1.png", "2.png", "3.png"]),
+        ("rose", ["2.png"]),
+        ("chêne", oaks),
+        (old, oaks),
+        ("x", []),
+    ]:
         page = client.get(f"/api/v1/datasets/{found}/images", params={"label": label}).json()
         assert [image["path"] for image in page["items"]] == paths
 
@@ -439,6 +455,15 @@ def test_a_file_of_a_run_is_sent_as_it_was_made_or_not_at_all(
     assert client.get(file["url"], headers={"If-None-Match": '"other"'}).status_code == 200
     part = client.get(file["url"], headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
+    for sent, status, said in [
+        ("bytes=10-", 416, "which has 10 bytes"),
+        ("bytes=4-2", 400, "bytes=FIRST-LAST"),
+        ("lines=1-2", 400, "bytes=FIRST-LAST"),
+    ]:
+        refused = client.get(file["url"], headers={"Range": sent})
+        assert (refused.status_code, refused.headers["content-type"]) == (status, "application/problem+json"), sent
+        assert said in refused.json()["detail"]
+        assert refused.headers.get("content-range") == ("bytes */10" if status == 416 else None)
     services.store.path_for(digest).write_bytes(b"0123456780")
     assert client.get(file["url"]).json()["type"].endswith(":corrupt")
 
@@ -455,6 +480,8 @@ def test_a_version_that_was_rejected_later_says_which_files_were_refused(
     shown = client.get(f"/api/v1/datasets/{dataset}").json()
     assert (shown["version"], shown["state"], shown["refused"], shown["refused_total"]) == (1, "ready", [], 0)
     second, first = shown["versions"]
+    (listed,) = client.get("/api/v1/datasets").json()["items"]
+    assert listed["versions"][0]["refused_total"] == 2 and "refused" not in {*listed, *listed["versions"][0]}
     assert second["refused"] == [vars(file) for file in refused]
     assert (second["refused_total"], second["ignored"]) == (2, 3)
     assert second["error"] == {
@@ -602,6 +629,11 @@ def test_every_route_documents_its_problems(client: TestClient) -> None:
         for method, operation in operations.items():
             for status in ("422", "4XX", "5XX"):
                 assert operation["responses"][status]["content"] == problem, (method, path, status)
+    answers = {
+        path: operations["get"]["responses"] for path, operations in document["paths"].items() if "get" in operations
+    }
+    assert "204" in answers["/api/v1/runs/{run_id}/events"]
+    assert {"200", "206", "304"} <= answers["/api/v1/runs/{run_id}/files/{name}"].keys()
     assert not {"HTTPValidationError", "ValidationError"} & document["components"]["schemas"].keys()
     real = client.get("/api/v1/runs/run_none").json()
     assert set(document["components"]["schemas"]["Problem"]["required"]) < real.keys()
@@ -677,6 +709,9 @@ def test_workers_say_which_queues_they_serve(client: TestClient, services: Servi
     here, gone = client.get("/api/v1/workers").json()["items"]
     assert (here["name"], here["queues"], here["is_alive"]) == ("here", ["gpu", "ingest"], True)
     assert (gone["name"], gone["queues"], gone["is_alive"]) == ("gone", ["cpu"], False)
+    first = client.get("/api/v1/workers?limit=1").json()
+    assert client.get("/api/v1/workers", params={"limit": 1, "cursor": first["next_cursor"]}).json()["items"] == [gone]
+    assert client.get("/api/v1/workers?cursor=bm9uZQ").json()["field"] == "cursor"
 
 
 def test_lists_leave_out_what_grows_with_the_classes_and_versions_have_pages(
@@ -706,20 +741,42 @@ def test_lists_leave_out_what_grows_with_the_classes_and_versions_have_pages(
     assert client.get("/api/v1/models/m/versions/52").json()["metrics"] == {"accuracy": 51, **tables}
 
 
-def test_runs_are_listed_by_their_state_name_or_data_set(client: TestClient, services: Services, dataset: str) -> None:
+def test_lists_are_filtered_by_state_name_or_data_set(client: TestClient, services: Services) -> None:
+    rejected = DatasetRefused("No images.").record()
+    digest = services.store.put(b"bundle and backbone")
     with services.database.writing() as session:
-        other = records.ready_version(session, "other")
-        mine, failed = (records.queued_run(session, other, name).id for name in ("mine", "failed"))
+        first, second = (records.ready_version(session, name) for name in ("first", "second"))
+        added = datasets.add_version(session, records.dataset_of(session, second), records.digest("more"))
+        datasets.mark_rejected(session, added.id, rejected)
+        none = records.waiting_version(session, "none")
+        datasets.mark_rejected(session, none.id, rejected, [Refused("a.png", "it is empty")])
+        mine, failed = (records.queued_run(session, first, name).id for name in ("mine", "failed"))
+        also = records.queued_run(session, second, "mine").id
         session.get_one(runs.Run, failed).state = runs.RunState.FAILED
-        other_dataset = records.dataset_of(session, other).id
-    also = start(client, dataset).json()["id"]
-    for query, found in [
-        ("state=failed", [failed]),
-        ("name=mine", [mine]),
-        (f"dataset={dataset}", [also]),
-        (f"dataset={other_dataset}&state=queued", [mine]),
-        ("state=running", []),
+        compared, _ = comparisons.create_comparison(session, records.PRINCIPAL, first.id, "mine", [records.RECIPE])
+        (of_comparison,) = (run.id for run in comparisons.get_runs(session, compared.id))
+        registry.add_model_version(session, records.PRINCIPAL, "mine", mine, digest, digest)
+        registry.add_model_version(session, records.PRINCIPAL, "failed", also, digest, digest)
+        datasets.delete_dataset(records.dataset_of(session, first))
+    for query, key, found in [
+        ("runs?state=failed", "id", [failed]),
+        ("runs?name=mine", "id", [of_comparison, also, mine]),
+        (f"runs?dataset={second.dataset_id}", "id", [also]),
+        (f"runs?dataset={first.dataset_id}&state=queued", "id", [of_comparison, mine]),
+        ("runs?state=running", "id", []),
+        ("datasets?state=ready", "id", [second.dataset_id]),
+        ("datasets?state=rejected&name=none", "id", [none.dataset_id]),
+        ("datasets?state=rejected&name=second", "id", []),
+        ("comparisons?state=queued", "id", [compared.id]),
+        ("comparisons?state=failed", "id", []),
+        (f"comparisons?dataset={first.dataset_id}&name=mine", "id", [compared.id]),
+        (f"comparisons?dataset={second.dataset_id}", "id", []),
+        ("models?name=mine", "name", ["mine"]),
+        (f"models?dataset={second.dataset_id}", "name", ["failed"]),
     ]:
-        assert [run["id"] for run in client.get(f"/api/v1/runs?{query}").json()["items"]] == found, query
-    assert client.get("/api/v1/runs?state=broken").status_code == 422
-    assert client.get("/api/v1/runs?dataset=none").status_code == 404
+        answer = client.get(f"/api/v1/{query}")
+        assert [one[key] for one in answer.json().get("items", ())] == found, (query, answer.text)
+    for query in ("state=broken", "state=", "name=Not A Name", "dataset=none", "name=a&name=b"):
+        for root in ("runs", "datasets", "comparisons", "models"):
+            refused = client.get(f"/api/v1/{root}?{query}")
+            assert (refused.status_code, refused.json()["field"]) == (422, query.split("=")[0]), (root, query)

@@ -34,7 +34,7 @@ CURVE = {
     "law": {"floor": 0.05, "scale": 2.0, "exponent": 0.5, "misfit": 0.01},
     "twice": {"images": 48, "score": 0.95, "ci95": [0.9, 0.97], "change": 0.01, "change_ci95": [0.003, 0.02]},
     "interval": "by draws",
-    "sentence": "Twice the images would bring about +1.0 points of accuracy [0.3, 2.0].",
+    "sentence": "Twice the images would bring about +1.0 points of accuracy (95 % interval 0.3 to 2.0).",
 }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from recipes.recipe import ClassWeights, EarlyStopping, Recipe
+from recipes.recipe import ClassWeights, EarlyStopping, Recipe, Task
 from training.progress import Epoch, FoldResult
-from training.report.run_report import failure, fine_tuning_outcome, overfitting, shown_range, undertrained
+from training.report.run_report import failure, fine_tuning_outcome, overfitting, pictures, shown_range, undertrained
 
 FALLING = (0.9, 0.5, 0.3, 0.2)
 WATCHED, UNWATCHED = Recipe(), Recipe(early_stopping=None)
@@ -31,8 +32,7 @@ def test_validation_loss_that_fell_to_the_end_is_no_overfitting() -> None:
     said = overfitting([fold((0.9, 0.6, 0.5, 0.45), 4), fold((0.9, 0.6, 0.5, 0.505), 3)], WATCHED)
     assert said == (
         "No fold overfitted: validation loss did not rise while training loss fell. At the best epochs, the "
-        "median gap of "
-        "validation over training loss was 0.225."
+        "validation loss minus the training loss was 0.225 (median of the folds)."
     )
 
 
@@ -91,12 +91,15 @@ def test_a_bad_model_is_said_to_be_bad_with_the_figures() -> None:
         "is_better": False,
     }
     assert failure({"baseline": classes}) == (
-        "**This model is no better than a constant answer that ignores the image:** against the shares of the classes "
-        "or labels alone, the log-loss differs by +0.020 (95 % interval -0.010 to +0.050) and the balanced accuracy by "
-        "+1.2 points (95 % interval -4.0 to +6.4). It does not become `champion` by itself."
+        "**This model is no better than a constant answer that ignores the image:** compared with always "
+        "answering the shares of the classes or labels, the log-loss (less is better) differs by +0.020 (95 % interval "
+        "-0.010 to +0.050) and the balanced accuracy (the mean over the classes of the share that is right; more is "
+        "better) by +1.2 points (95 % interval -4.0 to +6.4). Neither interval shows the model to be better. It does "
+        "not become `champion` by itself; to predict with it all the same, name its version."
     )
     numbers = failure({"baseline": {"r2": -1.1, "is_better": False}})
     assert "always answering the mean of the numbers has an R² of 0, and the model has -1.100" in numbers
+    assert "the model has -2.27e+13" in failure({"baseline": {"r2": -22741391046462.2, "is_better": False}})
     assert failure({"baseline": {**classes, "is_better": True}}) == ""
 
 
@@ -144,3 +147,12 @@ def test_one_outlier_does_not_squeeze_the_picture_of_values() -> None:
     assert -0.1 < low < 0 and 1 < high < 1.1
     assert shown_range(np.linspace(0, 1, 99)) == (0, 1) and shown_range(np.full(9, 7.0)) == (7, 7)
     assert shown_range(np.append(np.zeros(50), 1.0)) == (0, 1), "nothing is squeezed if all others are equal"
+
+
+@pytest.mark.parametrize("task", [Task.MULTICLASS, Task.MULTILABEL])
+def test_long_names_leave_room_for_the_picture_itself(task: Task) -> None:
+    labels = [f"a name that is very long, as those of species and products may be: {number}" for number in range(3)]
+    rows = [{"label": label, "images": 9, "precision": 1.0, "recall": 1.0, "f1": 1.0} for label in labels]
+    metrics = {"confusion": np.diag([9, 9, 9]).tolist(), "accuracy": 1.0, "f1_macro": 1.0, "per_class": rows}
+    run: Any = SimpleNamespace(task=task, labels=labels, metrics=metrics, folds=[fold(None, 4)])
+    assert len(pictures(run)) == 2  # a picture without room would be a warning, which is an error in tests

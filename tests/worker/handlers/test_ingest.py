@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import tarfile
 import threading
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -84,15 +85,19 @@ class IngestCase:
 
     def take_in_again(self, version: DatasetVersion, code_page: str | None = None) -> DatasetVersion:
         """Take the archive of a rejected version in, with its refused files or with names in a code page."""
+        version_id = self.queue_again(version, code_page)
+        assert self.loop().work()
+        return self.version(version_id)
+
+    def queue_again(self, version: DatasetVersion, code_page: str | None = None) -> str:
+        """Queue the ingest of a rejected version's archive, as a new version; return its id."""
         with self.database.writing() as session:
             dataset = session.get_one(Dataset, version.dataset_id)
             again = datasets.add_version_again(
                 session, dataset, version.number, code_page, allow_refused=code_page is None
             )
             jobs.add_job(session, dataset.project_id, JobKind.INGEST, Queue.INGEST, again.id)
-            version_id = again.id
-        assert self.loop().work()
-        return self.version(version_id)
+            return again.id
 
     def delete(self, name: str = "flowers") -> str:
         """Delete a data set as the API does; return the id of the purge job."""
@@ -351,7 +356,8 @@ def test_too_many_refused_files_reject_the_set_until_its_owner_accepts_that(anyw
     assert (version.error["code"], version.error["retry"]) == ("dataset-refused", "allow_refused")
     assert "2 of 8 files cannot be used" in version.error["detail"]
     assert "at most 20% may be unusable" in version.error["detail"]
-    assert f"/versions/{version.number}/ingest?allow_refused=true" in version.error["detail"]
+    address = f"/api/v1/datasets/{version.dataset_id}/versions/1/ingest"
+    assert f"POST {address}?allow_refused=true ingests it." in version.error["detail"]
     assert list(refused(version)) == ["blue/bad0.png", "blue/bad1.png"]
     assert anywhere.counts() == (0, 0)
     assert anywhere.has_nothing_but()
@@ -392,8 +398,14 @@ def test_names_in_a_code_page_that_is_not_clear_are_taken_in_once_it_is_chosen(i
             tar.addfile(info, io.BytesIO(data))
     version = intake.take_in(buffer.getvalue())
     assert version.state is DatasetState.REJECTED and version.error is not None
-    assert "고양이" in version.error["readings"]["cp949"] and "ingest?names=" in version.error["detail"]
-    again = intake.take_in_again(version, "cp949")
+    assert "고양이" in version.error["readings"]["cp949"]
+    pages = list(version.error["readings"])
+    choices = f"ingest?names={pages[0]} (or {' or '.join(f'names={page}' for page in pages[1:])}) ingests it."
+    assert len(pages) > 1 and version.error["detail"].endswith(choices)
+    wrong = intake.take_in_again(version, "ascii")
+    assert wrong.error is not None and list(wrong.error["readings"]) == pages
+    assert "/versions/2/ingest?" in wrong.error["detail"]
+    again = intake.take_in_again(wrong, "cp949")
     assert again.state is DatasetState.READY and {row[0] for row in intake.rows(again)} == names
 
 
@@ -497,6 +509,31 @@ def test_a_file_that_changes_its_label_is_refused(intake: IngestCase) -> None:
     assert refused(second) == {"green/0b.png": "this image appears more than once, with two labels: blue and green"}
     assert second.images == 11 and is_stored(intake, files["blue/0.png"])
     assert intake.has_nothing_but(first, second)
+
+
+def test_a_version_from_before_keeps_its_spelling_of_macos_and_is_added_to(intake: IngestCase) -> None:
+    files = {f"é{number}.png": sample.png(number) for number in range(4)}
+    table = "path,label,group\n" + "".join(
+        f"é{number}.png,{'chêne' if number % 2 else 'if'},grün\n" for number in range(4)
+    )
+    first = intake.take_in(files | {"labels.csv": table.encode()})
+    old = [
+        replace(row, path=nfd(row.path), labels=tuple(map(nfd, row.labels)), group=nfd(row.group or ""))
+        for row in intake.manifest(first)
+    ]
+    with intake.database.writing() as session:
+        session.get_one(DatasetVersion, first.id).manifest_sha256 = intake.store.put(manifest.dump(old))
+        for member in session.scalars(select(Membership)):
+            member.path, member.label, member.group = nfd(member.path), nfd(member.label or ""), nfd("grün")
+    more = {"é1.png": files["é1.png"], "é9.png": sample.png(9)}
+    second = intake.take_in(more | {"labels.csv": "path,label,group\né1.png,chêne,grün\né9.png,chêne,grün\n".encode()})
+    assert (second.state, second.task, second.images) == (DatasetState.READY, Task.BINARY, 5)
+    new = Row("é9.png", digest_of(more["é9.png"]), (nfd("chêne"),), None, nfd("grün"), Split.TRAIN)
+    assert intake.manifest(second) == sorted([*old, new], key=lambda row: row.path)
+
+
+def nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
 
 
 def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: IngestCase) -> None:
@@ -692,6 +729,21 @@ def test_what_attempts_wrote_is_dropped_once_the_last_one_lost_its_worker(anywhe
     again = anywhere.take_in(files)
     assert (again.state, again.number) == (DatasetState.READY, 2)
     assert anywhere.has_nothing_but(kept, again)
+
+
+def test_a_kept_archive_is_ingested_though_workers_die_over_it(intake: IngestCase) -> None:
+    files = sample.coloured(per_class=3, classes=2) | {f"blue/bad{number}.png": b"bad" for number in range(2)}
+    version_id = intake.upload(sample.zipped(files))
+    abandon(intake, version_id)  # its worker dies before it writes that the version is rejected
+    assert intake.loop().work()
+    rejected = intake.version(version_id)
+    assert rejected.state is DatasetState.REJECTED and rejected.archive_until is not None
+    version_id = intake.queue_again(rejected)
+    abandon(intake, version_id)
+    assert intake.loop().work()
+    again = intake.version(version_id)
+    assert (again.state, again.images) == (DatasetState.READY, 6)
+    assert intake.has_nothing_but(again)
 
 
 @EACH_STORE_SLOWLY
