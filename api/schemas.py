@@ -180,6 +180,9 @@ class DatasetListed(Schema):
     refused_total: int
     warnings: list[str]
     """What the owner of the images should know, such as classes that lost images."""
+    bit_depth: int | None
+    """Number of bits from which 16-bit images are scaled: the smallest of 10, 12, 14 and 16 that holds their values.
+    Null without such images."""
     version: int
     versions: list[DatasetVersionListed]
     progress: IngestProgress | None

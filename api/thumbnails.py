@@ -1,4 +1,4 @@
-"""Makes thumbnails on threads of their own, with the memory that all routes share for decoding. Knows no HTTP."""
+"""Makes thumbnails of stored images, on own threads and within the memory for decoding of the API. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from artifacts.store import Digest, Store
 
 SIDE = 160
 
-# A page of thumbnails waits for these threads, and not for those of other routes.
+# Thumbnails have their own threads, so that a page with many of them does not take those of other routes.
 _THREADS = 2
 _WAIT_S = 30.0
 
 
 class ThumbnailMaker:
-    """Reads images of the store and makes them small. Belongs to one event loop."""
+    """Makes thumbnails of images in the store. Belongs to one event loop."""
 
     def __init__(self, store: Store, limits: ImageLimits, memory: DecodeMemory) -> None:
         self._store = store
@@ -31,12 +31,12 @@ class ThumbnailMaker:
     async def make(self, image: Digest) -> bytes:
         """Return a stored image as a WEBP of at most `SIDE` pixels a side.
 
-        Raises DeadlineExceeded if larger images take all the memory for too long.
+        Raises DeadlineExceeded if other images take all the memory for too long.
         """
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, image)
 
     def close(self) -> None:
-        """Cancel what has not begun, and accept nothing new."""
+        """Cancel the thumbnails that are not begun yet, and accept no others."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, image: Digest) -> bytes:

@@ -1,7 +1,8 @@
-"""Bundles, format 2: a safetensors file with everything that predictions of one model version need but the backbone.
+"""Bundles, format 3: a safetensors file with everything that predictions of one model version need but the backbone.
 
-Format 2 adds the unit of numbers to format 1; a bundle without a unit is still written as format 1. The metadata of
-the file is the manifest. The tensors are the weights of the head, and a golden input with its output. The manifest
+Format 2 adds the unit of numbers to format 1, and format 3 the bit depth of images. A bundle is written in the first
+format that can hold it, so that earlier versions of Espalier read it if they can. The metadata of the file is the
+manifest. The tensors are the weights of the head, and a golden input with its output. The manifest
 names the backbone by digest, so that bundles can share it. A bundle contains arrays and text, never code.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.bit_depths import BIT_DEPTHS, FULL_DEPTH
 from artifacts.images import Pixels
 from artifacts.store import Digest, parse_digest
 from artifacts.tensors import UNREADABLE, dump, load_values
@@ -22,7 +24,7 @@ from errors import BundleRefused
 from recipes.layers import Activation, Sides, sides
 from recipes.recipe import Precision, Resize, Task
 
-FORMAT, FORMAT_WITH_UNIT = 1, 2
+FORMAT, FORMAT_WITH_UNIT, FORMAT_WITH_BIT_DEPTH = FORMATS = 1, 2, 3
 
 Float32 = npt.NDArray[np.float32]
 Logits = npt.NDArray[np.floating[Any]]
@@ -66,6 +68,7 @@ class Bundle:
         labels: class names in the order of the outputs; a binary bundle has two labels and one output.
         backbone: digest of the network that turns images into features.
         image_rule: number of the rule for decoding images (see `artifacts.images`).
+        bit_depth: number of bits from which 16-bit images are scaled (see `artifacts.bit_depths`).
         layers: the head, from features [N, D] to logits [N, outputs]; the last activation is linear.
         temperature: logits are divided by it before they become probabilities.
         threshold: minimum probability for the second class of a binary task, and for each label of a multi-label task.
@@ -90,11 +93,18 @@ class Bundle:
     temperature: float = 1.0
     threshold: float = 0.5
     neighbours: Digest | None = None
+    bit_depth: int = FULL_DEPTH
+
+    @property
+    def _format(self) -> int:
+        if self.bit_depth != FULL_DEPTH:
+            return FORMAT_WITH_BIT_DEPTH
+        return FORMAT if self.layers[-1].unit is None else FORMAT_WITH_UNIT
 
     def dump(self) -> bytes:
         """Return the bytes of the bundle's file. Equal bundles give equal bytes."""
         manifest = {
-            "format": FORMAT if self.layers[-1].unit is None else FORMAT_WITH_UNIT,
+            "format": self._format,
             "task": self.task,
             "labels": self.labels,
             "backbone": self.backbone,
@@ -109,6 +119,8 @@ class Bundle:
         }
         if self.neighbours is not None:
             manifest["neighbours"] = self.neighbours
+        if self._format == FORMAT_WITH_BIT_DEPTH:
+            manifest["bit_depth"] = self.bit_depth
         tensors: dict[str, npt.NDArray[Any]] = {
             "golden_input": self.golden_input,
             "golden_output": self.golden_output,
@@ -127,9 +139,9 @@ def load(data: bytes) -> Bundle:
     """Return the bundle from the bytes of its file. Raises BundleRefused if it is not valid."""
     try:
         manifest = load_values(data)
-        if manifest.get("format") not in (FORMAT, FORMAT_WITH_UNIT):
+        if manifest.get("format") not in FORMATS:
             raise BundleRefused(
-                f"Expected a bundle of format {FORMAT} or {FORMAT_WITH_UNIT}. Received format {manifest.get('format')}."
+                f"Expected a bundle of format {FORMAT} to {FORMATS[-1]}. Received format {manifest.get('format')}."
             )
         return _bundle(*load_tensors(data))
     except UNREADABLE as error:
@@ -164,6 +176,7 @@ def _bundle(manifest: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
         temperature=manifest["temperature"],
         threshold=manifest["threshold"],
         neighbours=parse_digest(manifest["neighbours"]) if "neighbours" in manifest else None,
+        bit_depth=manifest.get("bit_depth", FULL_DEPTH),
     )
     _check(bundle)
     return bundle
@@ -199,6 +212,8 @@ def _check(bundle: Bundle) -> None:
         raise BundleRefused(f"Expected a linear last layer. Received {bundle.layers[-1].activation}.")
     _expect("golden_input", bundle.golden_input, _U8, (images, *sides(bundle.size), 3))
     _expect("golden_output", bundle.golden_output, _F32 if unit is None else _F64, (images, outputs))
+    if bundle.bit_depth not in BIT_DEPTHS:
+        raise BundleRefused(f"Expected a bit depth of {', '.join(map(str, BIT_DEPTHS))}. Received {bundle.bit_depth}.")
     labels = len(bundle.labels)
     if (labels, outputs) != {Task.BINARY: (2, 1), Task.REGRESSION: (0, 1)}.get(bundle.task, (labels, labels)):
         raise BundleRefused(f"The labels do not fit the head of a {bundle.task} task: {labels} for {outputs} outputs.")

@@ -1,4 +1,4 @@
-"""Limits the memory that images take together while they are decoded in one process. Decodes nothing itself."""
+"""Limits the memory that all images of one process take while they are decoded. Decodes nothing itself."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from errors import DeadlineExceeded
 
-# Takes the bytes that decoding an image needs at most, and returns a context that holds them.
+# A function that takes the largest number of bytes that decoding an image can need. It returns a context that waits for
+# this memory when it is entered, and gives it back when it is left.
 Reserve = Callable[[int], AbstractContextManager[None]]
 
 
 def reserve_nothing(size_bytes: int) -> AbstractContextManager[None]:
-    """Admit every image at once: for a process that decodes one image at a time."""
+    """Return a context that waits for nothing: for a process that decodes one image at a time."""
     return nullcontext()
 
 
 class DecodeMemory:
-    """Admits images to decoding in the order of their arrival, as long as their estimated bytes fit into a limit.
+    """Lets images be decoded in the order of their arrival, as long as their estimated bytes together fit into a limit.
 
-    An image that alone needs more than the limit is admitted when no other is being decoded. Used by several threads.
+    An image that needs more than the limit by itself is decoded when no other one is. Several threads may use this.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -34,10 +35,10 @@ class DecodeMemory:
 
     @contextmanager
     def reserve(self, size_bytes: int, until: float = math.inf) -> Iterator[None]:
-        """Wait for room for an image of so many bytes, and hold it inside the block.
+        """Wait until `size_bytes` more fit into the limit, and count them as taken inside the block.
 
-        A thread that holds a reservation must not ask for another one.
-        Raises DeadlineExceeded if there is no room when `time.perf_counter` reaches `until`.
+        A thread must not call this inside the block of an earlier call: it could wait for itself for ever.
+        Raises DeadlineExceeded if they do not fit before `until`, a time of `time.perf_counter`.
         """
         ticket = object()
         with self._changed:
@@ -47,8 +48,8 @@ class DecodeMemory:
                     left_s = until - time.perf_counter()
                     if left_s <= 0:
                         raise DeadlineExceeded(
-                            "Expected memory to decode the image in time. Received none: larger images are decoded "
-                            "first. Try again in a moment, or send smaller images."
+                            "Expected memory to decode the image in time. Received none: images of other requests take "
+                            "it. Try again in a moment, or send smaller images."
                         )
                     self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
                 self._reserved_bytes += size_bytes

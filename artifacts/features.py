@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.bit_depths import FULL_DEPTH
 from artifacts.store import Digest, disk_errors
 from recipes.layers import Sides
 from recipes.recipe import Precision, Resize
@@ -39,11 +40,17 @@ class FeatureSpace:
     resize: Resize
     backbone: Digest
     precision: Precision
+    bit_depth: int = FULL_DEPTH
 
     @property
     def name(self) -> str:
-        """The name of the folder for features of this space: a hash of the space's fields."""
-        return hashlib.sha256(repr([str(part) for part in astuple(self)]).encode()).hexdigest()[:32]
+        """The name of the folder for features of this space: a hash of the space's fields.
+
+        The full bit depth is left out, so that features of earlier versions of Espalier are found.
+        """
+        *parts, bit_depth = (str(part) for part in astuple(self))
+        named = parts if self.bit_depth == FULL_DEPTH else [*parts, bit_depth]
+        return hashlib.sha256(repr(named).encode()).hexdigest()[:32]
 
 
 class FeatureCache:

@@ -1,4 +1,4 @@
-"""Names files that are not images of an accepted format, and says what to do with them. Decodes nothing."""
+"""Tells the formats of files that are not accepted, and what their owner can do with them. Decodes nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _CONVERT = "Convert it to JPEG or PNG."
 _ASK = f"{_CONVERT} The operator may also add the format to ESPALIER_IMAGE_FORMATS."
 _RAW = "Export it as JPEG, PNG or TIFF."
 
-# The bytes that a file starts with, at a position; what it is called; what to do.
+# For each format: a position, the bytes that a file of it has there, its name, and what to do.
 _STARTS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xff\xd8\xff", "a JPEG", _ASK),
     (0, b"\x89PNG\r\n\x1a\n", "a PNG", _ASK),
@@ -63,7 +63,10 @@ _HEIC_ADVICE = (
 
 
 def advice(data: bytes) -> str:
-    """Return what a file is that is not accepted, and what to do with it; `something else.` if that is not known."""
+    """Return the format of a file that is not accepted, and what to do with it, as the end of a sentence.
+
+    For an unknown format, the answer is `something else.`.
+    """
     if not data.strip(b"\0"):
         return "an empty file, or only zeros. Copy it again."
     if data[4:8] == b"ftyp":

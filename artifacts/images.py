@@ -2,8 +2,9 @@
 
 How images are decoded is called the image rule. Its number is part of every cache key and every bundle. Rule 1 is:
 A JPEG is decoded at the smallest DCT scale that is at least twice the target size. The orientation is applied once.
-16-bit grey values are scaled, not clipped. Transparent pixels are blended with white. The RGB image is then resized
-bilinearly with antialiasing. Any change to these steps needs a new rule number.
+16-bit values are scaled to 8 bits from the bit depth of the data set (see `artifacts.bit_depths`), which is part of the
+keys and bundles, too. Transparent pixels are blended with white. The RGB image is then resized bilinearly with
+antialiasing. Any change to these steps needs a new rule number.
 
 All functions decode images with `_decoded`, so that an image which one of them accepts can be read by the others.
 """
@@ -20,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from artifacts import jpeg_files, png_files
+from artifacts import bit_depths, jpeg_files, png_files
+from artifacts.bit_depths import FULL_DEPTH
 from artifacts.decode_memory import Reserve, reserve_nothing
 from artifacts.foreign_formats import advice
 from errors import EspalierError, ImageRefused
@@ -55,41 +57,60 @@ class ImageLimits:
     memory_bytes: int = 1024 * MIB
 
 
-# Pillow checks sizes before it allocates memory, also in places that `_open` cannot check, such as frames of a GIF. Its
-# limit is global: `_open` raises it to that of an operator. Between the limit and twice the limit Pillow only warns.
+# Pillow checks sizes before it allocates memory, also where `_open` cannot, such as those of frames in a GIF. Its limit
+# is one for the process: `_open` raises it if the operator allows more. Up to twice the limit, Pillow only warns. Here,
+# the warning is an error, too.
 Image.MAX_IMAGE_PIXELS = ImageLimits.pixels
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# Images are decoded side by side already; more threads for one of them take more memory.
+# Several images are decoded at the same time already. More threads for one image would only take more memory.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-# Memory that a decoder takes besides the image, in bytes per pixel, as measured by `benchmarks.decode_memory`: canvases
-# of a WEBP, planes and rows of an AVIF, a TIFF that is one strip, the area that a GIF restores afterwards.
+# Memory in bytes per pixel that a decoder takes besides the decoded image, as `benchmarks.decode_memory` measured: for
+# canvases of a WEBP, planes and rows of an AVIF, the strip of a TIFF that has only one, the area that a GIF restores.
 _DECODER_BYTES = {"WEBP": 14, "AVIF": 18, "TIFF": 8, "GIF": 2, "BMP": 2}
-# The same for any format and any pixels, the image and its RGB copy included.
+# The most bytes per pixel of any format, the decoded image and its RGB copy included.
 MOST_BYTES_PER_PIXEL = 26
+# Bytes per pixel of decoded images, by mode; 4 for all other modes.
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
-# What a decoder takes for any image.
+# Memory that a decoder takes for any image, however small.
 _LEAST_BYTES = 4 * MIB
 # Transparent and 16-bit pixels become RGB in strips of this size, which need no second copy of the whole image.
-_STRIP_PIXELS = 1_000_000
+_STRIP_PIXELS = 100_000
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Width and height of an image in pixels after the rotation that the file asks for, and the name of its format."""
+    """What is known of an image after it was decoded.
+
+    Attributes:
+        width: width in pixels, after the rotation that the file asks for.
+        height: height in pixels, after this rotation.
+        format: name of the format.
+        bit_depth: the smallest of 10, 12, 14 and 16 bits that holds all values of a 16-bit image; None for others.
+        has_more: whether further pictures follow the first, such as pages of a TIFF or frames of an animation.
+    """
 
     width: int
     height: int
     format: str
+    bit_depth: int | None = None
+    has_more: bool = False
 
 
 def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
-    """Decode a whole image, and return its size and format. Raises ImageRefused if the image cannot be used."""
-    with _decoded(data, limits, reserve_nothing, lambda upright: (1, 1)) as (facts, _):
-        return facts
+    """Decode a whole image, and return what is known of it. Raises ImageRefused if the image cannot be used."""
+    with _decoded(data, limits, reserve_nothing, lambda upright: (1, 1), None) as (facts, _):
+        return replace(facts, has_more=_has_more(data, limits))
 
 
-def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserve: Reserve = reserve_nothing) -> Pixels:
+def decode(
+    data: bytes,
+    size: Sides,
+    resize: Resize,
+    limits: ImageLimits,
+    reserve: Reserve = reserve_nothing,
+    bit_depth: int = FULL_DEPTH,
+) -> Pixels:
     """Decode and resize an image by image rule 1.
 
     Args:
@@ -98,6 +119,7 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserv
         resize: `squash` changes the aspect ratio, `crop` keeps only the centre, `pad` adds black borders.
         limits: upper limits for the image.
         reserve: waits for the memory that decoding takes.
+        bit_depth: number of bits that 16-bit images use; larger values become white.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -110,7 +132,7 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserv
     def scaled_size(upright: tuple[int, int]) -> tuple[int, int]:
         return _fitted(upright, (across, down), resize)
 
-    with _decoded(data, limits, reserve, scaled_size) as (facts, upright):
+    with _decoded(data, limits, reserve, scaled_size, bit_depth) as (facts, upright):
         width, height = scaled_size((facts.width, facts.height))
         if resize is Resize.CROP:  # crop while resizing: a whole 16,384 × 1 image of this height would take gigabytes
             box = _middle(upright, (width, height), (across, down))
@@ -124,8 +146,11 @@ def decode(data: bytes, size: Sides, resize: Resize, limits: ImageLimits, reserv
 
 
 def thumbnail(data: bytes, side: int, limits: ImageLimits, reserve: Reserve = reserve_nothing) -> bytes:
-    """Return the image as a WEBP without metadata, at most `side` pixels wide and high. Raises ImageRefused."""
-    with _decoded(data, limits, reserve, lambda upright: (side, side)) as (_, upright):
+    """Return the image as a WEBP without metadata, at most `side` pixels wide and high. Raises ImageRefused.
+
+    A 16-bit image is scaled from its own bit depth.
+    """
+    with _decoded(data, limits, reserve, lambda upright: (side, side), None) as (_, upright):
         upright.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
         return encode(upright, "WEBP")
 
@@ -141,7 +166,11 @@ def encode(image: Image.Image, format: str) -> bytes:
 
 @contextmanager
 def _decoded(
-    data: bytes, limits: ImageLimits, reserve: Reserve, scaled_size: Callable[[tuple[int, int]], tuple[int, int]]
+    data: bytes,
+    limits: ImageLimits,
+    reserve: Reserve,
+    scaled_size: Callable[[tuple[int, int]], tuple[int, int]],
+    bit_depth: int | None,
 ) -> Iterator[tuple[ImageFacts, Image.Image]]:
     """Yield the facts of an image, and the image itself: upright, RGB, decoded no larger than it needs to be.
 
@@ -150,6 +179,7 @@ def _decoded(
         limits: what the image may be at most.
         reserve: waits for the memory that decoding takes; it is held inside the block.
         scaled_size: returns the width and height that an upright image of a width and height will be scaled to.
+        bit_depth: number of bits that 16-bit images use; None for those that this image uses.
     """
     with _open(data, limits) as image:
         # Pillow reports a JPEG with further pictures in the file, as phones write them, as MPO.
@@ -162,6 +192,7 @@ def _decoded(
         least = (2 * target[0], 2 * target[1]) if orientation < 5 else (2 * target[1], 2 * target[0])
         lacks_end = kind == "JPEG" and jpeg_files.lacks_end(data)
         has_scales = kind == "JPEG" and not jpeg_files.is_lossless(data)
+        has_cut_values = bit_depths.has_cut_values(image)
         if has_scales and not lacks_end:
             image.draft(None, least)
         with reserve(_most_bytes(image, stored, target, orientation, data)):
@@ -169,7 +200,12 @@ def _decoded(
                 image = Image.open(io.BytesIO(jpeg_files.with_end(data)), formats=("JPEG",))
                 if has_scales:
                     image.draft(None, least)
-            upright = _to_rgb(image)
+            image.load()
+            if has_cut_values or bit_depths.has_grey_values(image):
+                facts = replace(facts, bit_depth=_bit_depth(image))
+                bit_depth = bit_depth or facts.bit_depth
+            with _lower_bytes(data, limits, bit_depth if has_cut_values else FULL_DEPTH) as lower:
+                upright = _to_rgb(image, lower, bit_depth or FULL_DEPTH)
             if upright is not image:
                 image.close()
             if orientation != 1:
@@ -179,9 +215,27 @@ def _decoded(
             yield facts, upright
 
 
+def _has_more(data: bytes, limits: ImageLimits) -> bool:
+    """Return whether a file with a usable first picture has further ones of their own, which are not read.
+
+    Those of a JPEG are views of the same moment, and smaller ones of a TIFF are copies of the first.
+    """
+    try:
+        with _open_file(data, limits) as image:
+            if image.format in ("JPEG", "MPO"):
+                return False
+            if not isinstance(image, TiffImagePlugin.TiffImageFile):
+                return bool(getattr(image, "is_animated", False))
+            size = image.size
+            image.seek(1)
+            return image.size == size and not int(image.tag_v2.get(ExifTags.Base.NewSubfileType) or 0) & 5
+    except Exception:  # there are none, or they are damaged, which does not matter
+        return False
+
+
 @contextmanager
 def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
-    """Open an image and check its limits. Any error of a decoder in the block becomes ImageRefused."""
+    """Open an image and check its limits. Any error of a decoder inside the block is raised as ImageRefused."""
     if len(data) > limits.size_bytes:
         raise ImageRefused(f"The file has {len(data) / MIB:.1f} MiB; the limit is {limits.size_bytes / MIB:g} MiB.")
     if jpeg_files.has_long_head(data):
@@ -213,7 +267,7 @@ def _open(data: bytes, limits: ImageLimits) -> Iterator[Image.Image]:
 
 
 def _open_file(data: bytes, limits: ImageLimits) -> Image.Image:
-    """Return the image that a file starts with, not yet decoded. What has no effect on its pixels may be broken."""
+    """Return the first image of a file, not yet decoded. Parts without effect on the pixels may be broken."""
     if data.startswith(png_files.SIGNATURE):
         data = png_files.reduced(data)
     try:
@@ -221,8 +275,8 @@ def _open_file(data: bytes, limits: ImageLimits) -> Image.Image:
     except Exception:
         if not _is_avif(data) or b"Exif" not in data:
             raise
-        # The EXIF of an AVIF is read while it is opened; what is raised depends on where it is broken.
-        # The first `Exif` names the item that holds it.
+        # Pillow reads the EXIF of an AVIF while it opens it, and raises various errors if it is broken. The first
+        # `Exif` in the file is the type of the item that holds it. With another type, the item is not read.
         return Image.open(io.BytesIO(data.replace(b"Exif", b"none", 1)), formats=limits.formats)
 
 
@@ -231,7 +285,7 @@ def _is_avif(data: bytes) -> bool:
 
 
 def _check_format(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
-    """Refuse what a format allows but no image of a data set needs. Raises ImageRefused."""
+    """Check for contents that a format allows but Espalier does not read. Raises ImageRefused."""
     if image.format in ("JPEG", "MPO") and jpeg_files.has_more_scans(data, limits.scans):
         raise ImageRefused(f"The JPEG has more scans than the limit of {limits.scans}.")
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -269,6 +323,8 @@ def _most_bytes(
     pixels = image.width * image.height
     loaded = pixels * _BYTES.get(image.mode, 4)
     becomes_rgb = 0 if image.mode == "RGB" and not image.has_transparency_data else 4 * pixels
+    if bit_depths.has_cut_values(image):
+        becomes_rgb = 4 * pixels + 9 * pixels  # the lower bytes, decoded by themselves
     decoder = pixels * _DECODER_BYTES.get(image.format or "", 0) + 2 * len(data)
     if image.format in ("JPEG", "MPO") and jpeg_files.is_kept_whole(data):
         decoder += 2 * stored[0] * stored[1] * len(image.getbands())  # coefficients of the whole image
@@ -325,28 +381,81 @@ def _middle(image: Image.Image, scaled: tuple[int, int], target: tuple[int, int]
     )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image and return it in RGB, itself if it is so already."""
-    image.load()
-    if image.mode == "RGB" and not image.has_transparency_data:
+def _bit_depth(image: Image.Image) -> int:
+    """Return the bit depth that holds all values of a decoded 16-bit image. Transparency is no value."""
+    if bit_depths.has_grey_values(image):
+        return bit_depths.smallest(max(int(np.asarray(strip).max()) for _, strip in _strips(image)))
+    higher = max(int(np.asarray(strip)[..., :3].max()) for _, strip in _strips(image))
+    return bit_depths.smallest(256 * higher + 255)
+
+
+@contextmanager
+def _lower_bytes(data: bytes, limits: ImageLimits, bit_depth: int | None) -> Iterator[Image.Image | None]:
+    """Yield an image of the lower bytes of 16-bit values, decoded; None if the full 16 bits are in use.
+
+    Pillow decodes 16-bit colours to the higher bytes. With 16 bits in use, these are the 8-bit values.
+    """
+    if bit_depth == FULL_DEPTH:
+        yield None
+        return
+    with _open_file(data, limits) as image:
+        if not bit_depths.is_grey_with_alpha(image):
+            bit_depths.read_lower_bytes(image)
+            image.load()
+            yield image
+            return
+    with _open_file(png_files.with_bytes_as_colours(data), limits) as image:
+        yield Image.merge("RGB", [image.getchannel("G")] * 3)
+
+
+def _to_rgb(image: Image.Image, lower: Image.Image | None, bit_depth: int) -> Image.Image:
+    """Return a decoded image in RGB, itself if it is so already.
+
+    Args:
+        image: the image.
+        lower: the lower bytes of its 16-bit values, of which `image` has the higher ones; None if there are none.
+        bit_depth: number of bits that 16-bit values use.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data and lower is None:
         return image
     rgb = Image.new("RGB", image.size)
-    rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        rgb.paste(_strip_to_rgb(strip), (0, top))
+    for box, strip in _strips(image):
+        rgb.paste(_strip_to_rgb(strip, lower and lower.crop(box), bit_depth), box[:2])
     return rgb
 
 
-def _strip_to_rgb(strip: Image.Image) -> Image.Image:
-    if strip.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would make all values above 255 white
-        grey = np.clip(np.asarray(strip), 0, 65535)
-        shades = (grey // 257 + (grey % 257 > 128)).astype(np.uint8)
+def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    """Yield the parts of an image, with their edges: left, top, right, bottom."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        yield box, image.crop(box)
+
+
+def _strip_to_rgb(strip: Image.Image, lower: Image.Image | None, bit_depth: int) -> Image.Image:
+    if bit_depths.has_grey_values(strip):  # Pillow's own conversion would make all values above 255 white
+        grey = np.asarray(strip).astype(np.int32)
+        shades = bit_depths.to_8_bits(grey, bit_depth)
         if "transparency" in strip.info:
             shades[grey == strip.info["transparency"]] = 255
         return Image.fromarray(shades).convert("RGB")
+    if lower is not None:
+        strip = _merged(strip, lower, bit_depth)
     if strip.has_transparency_data:
         strip = strip.convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")
         return Image.alpha_composite(white, strip).convert("RGB")
     return strip.convert("RGB")
+
+
+def _merged(higher: Image.Image, lower: Image.Image, bit_depth: int) -> Image.Image:
+    """Return the 8-bit image of 16-bit colours, which are given as two images of their higher and lower bytes."""
+    first, second = np.asarray(higher), np.asarray(lower)
+    values = 256 * first[..., :3].astype(np.int32) + second[..., :3]
+    shades = bit_depths.to_8_bits(values, bit_depth)
+    if "transparency" in higher.info:  # one colour of 16 bits
+        is_clear = (values == higher.info["transparency"]).all(axis=2, keepdims=True)
+        return Image.fromarray(np.concatenate([shades, np.where(is_clear, 0, 255).astype(np.uint8)], axis=2))
+    if higher.mode == "RGBA":
+        shades = np.concatenate([shades, first[..., 3:]], axis=2)
+    return Image.fromarray(shades)

@@ -1,4 +1,4 @@
-"""Reads the segments of JPEG files: what a decoder would say only while it decodes, or not at all."""
+"""Reads the segments of JPEG files, for facts that Pillow tells only while it decodes, or never. Decodes only ends."""
 
 from __future__ import annotations
 
@@ -11,27 +11,33 @@ from dataclasses import dataclass
 from PIL import Image
 
 _START, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
-# Segments with content: not restarts, stuffed zeros or bytes that the decoder skips.
+# The start of a segment with content. Restart markers, zeros after 0xFF, and bytes that decoders skip are none.
 # An `\xff+` would take quadratic time for a long run of \xff.
 _SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 # Segments that Pillow skips as a whole. It reads all other bytes before the first scan one by one, in Python.
 _SKIPPED = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xda-\xef\xfe])")
 _STRAY_BYTES = 64 * 1024
 _HEAD_SEGMENTS = 10_000
-# Of the segments 0xC0 to 0xCF, all but these begin an image and say how it is coded.
+# Of the segments 0xC0 to 0xCF, all but these are frame headers, which say how the image is coded.
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)
 _LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
-# Bytes that the end of an image would be read from if it were missing.
+# Arbitrary bytes to put where the end of a file is missing: pixels that change with them depend on what is missing.
 _FILLER = bytes(byte % 255 for byte in random.Random(0).randbytes(4096))  # noqa: S311
-# Blocks have 8 rows, those of a colour with fewer rows up to four times as many.
+# The rows that the last blocks cover: 8, and up to four times as many for colours of lower resolution.
 _LAST_ROWS = 32
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """How an image is coded; `position` is where its segment ends."""
+    """The frame header of a JPEG.
+
+    Attributes:
+        kind: marker of the segment, which says how the image is coded.
+        components: number of colour components: 1 for grey, 3 for colours.
+        position: index of the first byte after the segment.
+    """
 
     kind: int
     width: int
@@ -41,7 +47,10 @@ class _Frame:
 
 
 def _segments(data: bytes, position: int) -> Iterator[tuple[int, int]]:
-    """Yield the kind of each segment, and the position of its length, as a decoder finds them; the end is the last."""
+    """Yield the marker and the position of the length of each segment from `position` to the end of the image.
+
+    The segments are found as a decoder finds them.
+    """
     while (segment := _SEGMENT.search(data, position)) is not None:
         kind, start = segment[1][0], segment.end()
         yield kind, start
@@ -72,13 +81,13 @@ def size(data: bytes) -> tuple[int, int] | None:
 
 
 def is_lossless(data: bytes) -> bool:
-    """Return whether a JPEG holds differences of pixels, as scanners write it, so that it has only one scale."""
+    """Return whether a JPEG is lossless, as some scanners write it. It cannot be decoded at a smaller scale."""
     frame = _frame(data)
     return frame is not None and frame.kind in _LOSSLESS
 
 
 def is_kept_whole(data: bytes) -> bool:
-    """Return whether a decoder keeps the coefficients of the whole JPEG, because no scan holds all of a block."""
+    """Return whether a decoder must keep the coefficients of the whole image, because each scan holds only some."""
     frame = _frame(data)
     if frame is None or frame.kind in _PROGRESSIVE:
         return frame is not None
@@ -106,7 +115,7 @@ def has_long_head(data: bytes) -> bool:
 
 
 def has_more_scans(data: bytes, most: int) -> bool:
-    """Return whether a JPEG has more than `most` scans as the decoder counts: not in thumbnails or after the end."""
+    """Return whether a JPEG has more than `most` scans. Those in thumbnails and after the end do not count."""
     if data.count(_SCAN) <= most:
         return False
     scans = 0
@@ -117,16 +126,46 @@ def has_more_scans(data: bytes, most: int) -> bool:
     return False
 
 
+def lacks_scans(data: bytes) -> bool:
+    """Return whether a JPEG was cut off between its scans, so that it is coarse or lacks colours.
+
+    A scan holds some of the 64 coefficients of each block, for some of the colours. A progressive JPEG sends the lower
+    bits of a coefficient in later scans.
+    """
+    frame = _frame(data)
+    if frame is None:
+        return False
+    complete: dict[int, int] = {}  # bits of the coefficients that were sent to their lowest bit, by colour
+    for kind, start in _segments(data, frame.position):
+        if kind != _SCAN[1] or start + 2 >= len(data):
+            continue
+        colours = data[start + 2]
+        first, last, bits_left = (*data[start + 3 + 2 * colours :][:3], 0, 0, 0)[:3]
+        sent = 0
+        if frame.kind in _LOSSLESS:
+            sent = _ALL_COEFFICIENTS
+        elif bits_left & 15 == 0:
+            sent = _ALL_COEFFICIENTS >> first << first & ~(_ALL_COEFFICIENTS << (last + 1))
+        for colour in data[start + 3 : start + 3 + 2 * colours : 2]:
+            complete[colour] = complete.get(colour, 0) | sent
+    return list(complete.values()) != [_ALL_COEFFICIENTS] * frame.components
+
+
+_ALL_COEFFICIENTS = 2**64 - 1
+
+
 def lacks_end(data: bytes) -> bool:
-    """Return whether no end follows the last scan of a JPEG, as if its last bytes were lost."""
+    """Return whether the marker of the end is missing after the last scan of a JPEG."""
     return data.startswith(_START) and data.find(_SCAN, max(0, data.rfind(_END))) >= 0
 
 
 def with_end(data: bytes) -> bytes:
-    """Return a JPEG that lacks its end with one, if its pixels do not depend on what would follow.
+    """Return a JPEG that lacks its end with an end marker, if none of its pixels depends on the missing bytes.
 
-    Decodes the image twice. A JPEG of which pixels are missing is returned as it is.
+    Decodes the image twice. A JPEG of which scans or pixels are missing is returned as it is.
     """
+    if lacks_scans(data):
+        return data
     bare = data.rstrip(b"\xff")
     last_rows = _last_rows(bare + _END)
     return bare + _END if last_rows is not None and last_rows == _last_rows(bare + _FILLER + _END) else data

@@ -1,4 +1,4 @@
-"""Reads the chunks of PNG files, to leave out those that say nothing about the pixels. Decodes nothing."""
+"""Reads the chunks of PNG files, and leaves out or changes some before Pillow reads the file. Decodes no pixels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Chunks that a decoder may do without, but that have an effect on pixels: transparency, orientation and animation.
+# Optional chunks that change what is shown: transparency and animation.
 _NEEDED = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 _ORIENTED = b"eXIf"
-# Texts that may hold the orientation.
+# Kinds of text chunks, and the keywords of texts that may hold the orientation.
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _ORIENTED_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 # Pillow refuses an image with a longer text.
@@ -39,11 +39,22 @@ def has_too_many_chunks(data: bytes) -> bool:
     return True
 
 
-def reduced(data: bytes) -> bytes:
-    """Return a PNG without texts, profiles and other chunks that neither its pixels nor its orientation depend on.
+def with_bytes_as_colours(data: bytes) -> bytes:
+    """Return a PNG of 16-bit grey values with transparency as one of 8-bit colours with transparency.
 
-    They may be of any size, and broken. What tells the orientation stands before the pixels afterwards. From the first
-    chunk on that is not complete, everything is kept.
+    Both have four bytes per pixel: the two bytes of the grey value become red and green, those of the transparency blue
+    and alpha.
+    """
+    start = data.index(b"IHDR")
+    head = data[start : start + 12] + b"\x08\x06" + data[start + 14 : start + 17]
+    return data[:start] + head + struct.pack(">I", zlib.crc32(head)) + data[start + 21 :]
+
+
+def reduced(data: bytes) -> bytes:
+    """Return a PNG without the optional chunks on which neither its pixels nor its orientation depend.
+
+    Such texts and profiles may be of any size, and broken. Chunks with the orientation are moved before the pixels,
+    where Pillow reads them without decoding. If a chunk is not complete, everything from there on is kept.
     """
     view = memoryview(data)
     kept: list[memoryview] = []
@@ -81,7 +92,7 @@ def _tells_orientation(kind: bytes, chunk: memoryview) -> bool:
 
 
 def _is_too_long(kind: bytes, body: bytes) -> bool:
-    """Return whether a text is longer than Pillow reads, or cannot be unpacked."""
+    """Return whether the text of a chunk is longer than Pillow accepts, or cannot be decompressed."""
     if len(body) > _LONGEST_TEXT:
         return True
     _, _, text = body.partition(b"\0")

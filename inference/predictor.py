@@ -172,8 +172,10 @@ class Predictor:
                 f"Only {position} images were decoded before the deadline. Send fewer or smaller images per request."
             )
         try:
-            height, width = sides(self.bundle.size)
-            return images.decode(file, (height * scale, width * scale), self.bundle.resize, limits, reserve)
+            bundle = self.bundle
+            height, width = sides(bundle.size)
+            size = (height * scale, width * scale)
+            return images.decode(file, size, bundle.resize, limits, reserve, bundle.bit_depth)
         except ImageRefused as error:
             raise ImageRefused(f"Image {position + 1}: {error.detail}", image=position) from error
 
@@ -290,7 +292,8 @@ class Predictor:
     def _read_pixels(self, image: Digest, limits: ImageLimits, reserve: Reserve) -> Pixels | None:
         """Return the decoded pixels of a training image, or None if it was deleted or is damaged."""
         try:
-            return images.decode(self._read(image), self.bundle.size, self.bundle.resize, limits, reserve)
+            bundle = self.bundle
+            return images.decode(self._read(image), bundle.size, bundle.resize, limits, reserve, bundle.bit_depth)
         except (NotFound, Corrupt, ImageRefused):
             return None
 

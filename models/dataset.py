@@ -93,6 +93,8 @@ class DatasetVersion(Base):
 
     Attributes:
         warnings: what the owner of the images should know.
+        bit_depth: number of bits from which 16-bit images are scaled: the smallest of 10, 12, 14 and 16 that holds
+            their largest value. None without such images; 16 for versions that were ingested before this was recorded.
         code_page: the encoding of names in the archive that are not in UTF-8; None if it must be found out.
         allow_refused: whether the version becomes ready whatever share of its files is refused.
         archive_until: when the archive of a rejected version is removed. Until then another version can be made of it.
@@ -117,6 +119,7 @@ class DatasetVersion(Base):
     refused: Mapped[list[Any]] = mapped_column(Json, default=list)
     refused_total: Mapped[int] = mapped_column(default=0)
     warnings: Mapped[list[Any]] = mapped_column(Json, default=list)
+    bit_depth: Mapped[int | None]
     code_page: Mapped[str | None] = mapped_column(String(32))
     allow_refused: Mapped[bool] = mapped_column(default=False)
     archive_until: Mapped[datetime | None]
@@ -513,6 +516,7 @@ def mark_ready(
     target: dict[str, Any] | None,
     refused: Sequence[Refused],
     warnings: Sequence[str] = (),
+    bit_depth: int | None = None,
 ) -> None:
     """Mark an ingested version as ready. `drop_archive` may remove its archive after this transaction is committed."""
     version = session.get_one(DatasetVersion, version_id)
@@ -525,6 +529,7 @@ def mark_ready(
     version.classes = [vars(count) for count in classes]
     version.target = target
     version.warnings = list(warnings)
+    version.bit_depth = bit_depth
     _set_refused(version, refused)
     version.progress = None
     version.ready_at = now()

@@ -25,7 +25,6 @@ from recipes.filled import FeatureExtractionRecipe, UndecidedRecipe
 from recipes.headline import HEADLINES
 from recipes.recipe import AUTO, Task
 from training.data.arrays import ReportProgress
-from training.data.pixels import ImageDecoder
 from training.data.split import Fold, Indices, make_folds, nested_subsets
 from training.data.targets import Targets
 from training.fitting.fit_task import FitData
@@ -147,7 +146,7 @@ def bake_off(
     for name in able:
         size = sizes[name]
         cuts = _cuts(recipe, name)
-        decoder = ImageDecoder(workspace.store, size, recipe.resize, workspace.image_limits, workspace.threads)
+        decoder = workspace.decoder(size, recipe.resize)
         model = backbones.build_multi_cut_network(name, cuts, size, workspace.store.read(weights[name]))
         parts: list[Mapping[str, Features]] = []
         for of_batch, pixels in decoder.batches(names):

@@ -257,6 +257,7 @@ def bundle(
     served: DeliveredModel,
     layers: tuple[Dense, ...],
     neighbours: Digest | None,
+    bit_depth: int,
 ) -> Bundle:
     """Return the bundle of a model, with a golden input and its golden output.
 
@@ -267,6 +268,7 @@ def bundle(
         served: the network.
         layers: the head.
         neighbours: digest of the neighbour index, the features of the training images; None without neighbours.
+        bit_depth: number of bits from which 16-bit images are scaled.
     """
     golden_input = golden_images(recipe.image_size)
     return Bundle(
@@ -282,6 +284,7 @@ def bundle(
         golden_input=golden_input,
         golden_output=heads.logits(layers, served.engine.features(golden_input)),
         neighbours=neighbours,
+        bit_depth=bit_depth,
     )
 
 

@@ -189,7 +189,8 @@ class Experiment:
             kept = self._neighbours(served, everything)
             neighbours = store.put(kept)
             files[RunFile.NEIGHBOURS] = kept, "application/octet-stream"
-        bundle = delivery.bundle(recipe, task, labels, served, final.layers, neighbours)
+        bit_depth = self._workspace.bit_depth
+        bundle = delivery.bundle(recipe, task, labels, served, final.layers, neighbours, bit_depth)
         description = run_report.Description(
             recipe,
             task,

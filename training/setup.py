@@ -33,7 +33,7 @@ from training.bake_off import BakeOffResult
 from training.data.arrays import ReportProgress, drop_unused, load_maps, load_pixels, maps_bytes
 from training.data.augmentation import contact_sheet
 from training.data.extraction import sum_extractions
-from training.data.pixels import ImageDecoder, LoadedPixels, PixelSource
+from training.data.pixels import LoadedPixels, PixelSource
 from training.data.split import Indices, make_folds
 from training.data.targets import make_targets
 from training.delivery import TrainedNetworkExporter, golden_images, spread
@@ -280,9 +280,7 @@ class _BackboneSetup:
     def set_up_frozen(self) -> TrainingSetup:
         """Return the setup of a run that trains heads on a frozen backbone."""
         recipe, workspace = self._recipe, self._workspace
-        source = ImageDecoder(
-            workspace.store, recipe.image_size, recipe.resize, workspace.image_limits, workspace.threads
-        )
+        source = workspace.decoder(recipe.image_size, recipe.resize)
         self._listener.stage("backbone")
         frozen_backbone, choice = self._choose_frozen_backbone(self._considered, source)
         return TrainingSetup(
@@ -422,7 +420,7 @@ def _pixels(data: RunData, recipe: DecidedRecipe, workspace: Workspace, listener
     """Return the pixels of every image, uint8 [N, H, W, 3]. With augmentation, also store a sheet of examples."""
     listener.stage("pixels")
     drop_unused(workspace.pixels, workspace.pixels_bytes)
-    decoder = ImageDecoder(workspace.store, recipe.image_size, recipe.resize, workspace.image_limits, workspace.threads)
+    decoder = workspace.decoder(recipe.image_size, recipe.resize)
     pixels = load_pixels(data.digests, decoder, workspace.pixels, listener.images)
     if recipe.augmentation is not None:
         shown = contact_sheet(recipe.augmentation, pixels[spread(len(pixels), _SHOWN)], recipe.seed)

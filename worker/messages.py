@@ -95,6 +95,7 @@ class TrainingSpec(_Message):
         weights: the stored weights of the backbone. None for a network from scratch, for weights that are not stored
             yet, and for `"backbone": "auto"`.
         candidates: for `"backbone": "auto"`, the stored weights of each backbone to choose from.
+        bit_depth: number of bits from which 16-bit images of the data set are scaled.
     """
 
     run: str
@@ -110,6 +111,7 @@ class TrainingSpec(_Message):
     labels: tuple[str, ...]
     weights: Digest | None
     candidates: dict[BackboneName, Digest]
+    bit_depth: int
 
 
 class TrainOrder(_Message):

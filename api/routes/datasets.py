@@ -313,6 +313,7 @@ def _brief(dataset: Dataset, shown: DatasetVersion) -> dict[str, Any]:
         "classes": [ClassImages(name=count.name, images=count.images) for count in shown.class_counts],
         "target": TargetRange(**shown.target) if shown.target else None,
         "duplicates": shown.duplicates,
+        "bit_depth": shown.bit_depth,
         **_brief_version(shown),
         "created_at": dataset.created_at,
     }

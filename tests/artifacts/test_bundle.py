@@ -128,6 +128,7 @@ def bundles(draw: st.DrawFn) -> Bundle:
         resize=draw(st.sampled_from(Resize)),
         temperature=draw(st.floats(0.01, 100)),
         threshold=draw(st.floats(0, 1)),
+        bit_depth=draw(st.sampled_from([10, 12, 14, 16])),
     )
 
 
@@ -159,6 +160,7 @@ def test_equal_bundles_give_equal_bytes() -> None:
         {"temperature": 1.5},
         {"threshold": 0.4},
         {"neighbours": digest_of(b"neighbours")},
+        {"bit_depth": 12},
         {"task": Task.MULTILABEL},
         {"golden_output": BUNDLE.golden_output + 1},
     ],
@@ -210,15 +212,24 @@ def test_a_linear_head_and_a_deep_one_are_read() -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [0, 3, 99, "1", None, 1.5])
+def test_a_bundle_without_a_bit_depth_has_the_full_one_and_one_with_a_smaller_one_is_of_format_3() -> None:
+    manifest, _ = parts(BUNDLE.dump())
+    assert (manifest["format"], "bit_depth" in manifest, load(BUNDLE.dump()).bit_depth) == (1, False, 16)
+    manifest, _ = parts(replace(BUNDLE, bit_depth=12).dump())
+    assert (manifest["format"], manifest["bit_depth"]) == (3, 12)
+    with pytest.raises(BundleRefused, match=r"Expected a bit depth of 10, 12, 14, 16\. Received 9"):
+        load(replace(BUNDLE, bit_depth=9).dump())
+
+
+@pytest.mark.parametrize("number", [0, 4, 99, "1", None, 1.5])
 def test_another_format_is_refused_by_its_number(number: object) -> None:
-    with pytest.raises(BundleRefused, match=f"Expected a bundle of format 1 or 2. Received format {number}"):
+    with pytest.raises(BundleRefused, match=f"Expected a bundle of format 1 to 3. Received format {number}"):
         load(changed(lambda manifest, _: manifest.update(format=number)))
 
 
 def test_another_format_is_told_even_if_nothing_else_is_understood() -> None:
-    with pytest.raises(BundleRefused, match=r"Received format 3\."):
-        load(joined({"format": 3, "graph": []}, {"x": np.zeros(1, np.float32)}))
+    with pytest.raises(BundleRefused, match=r"Received format 4\."):
+        load(joined({"format": 4, "graph": []}, {"x": np.zeros(1, np.float32)}))
 
 
 def with_unit(bundle: Bundle, **changed: Any) -> Bundle:

@@ -150,6 +150,7 @@ OTHERS: dict[str, Any] = {
     "size": 65,
     "resize": Resize.CROP,
     "backbone": digest_of(b"another backbone"),
+    "bit_depth": 12,
 }
 
 

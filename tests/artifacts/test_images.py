@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -248,6 +249,110 @@ def test_sixteen_bit_greys_may_be_transparent() -> None:
         assert colour_of(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")) == [colour] * 3
 
 
+# Colour types of PNG by the number of values per pixel, and how many of these are no transparency.
+KINDS = {1: (0, 1), 2: (4, 1), 3: (2, 3), 4: (6, 3)}
+
+
+def deep_png(values: npt.NDArray[np.uint16], transparency: bytes = b"") -> bytes:
+    """Return a PNG of 16-bit values [height, width, 1 to 4]: grey or colours, the even ones with transparency."""
+    height, width, channels = values.shape
+    head = chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, KINDS[channels][0], 0, 0, 0))
+    rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values), 1)
+    clear = chunk(b"tRNS", transparency) if transparency else b""
+    return b"\x89PNG\r\n\x1a\n" + head + clear + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def deep(peak: int, channels: int, side: int = 16) -> npt.NDArray[np.uint16]:
+    """Return random values up to `peak`, which one of them reaches, all opaque."""
+    values = np.random.default_rng(peak).integers(0, peak + 1, (side, side, channels), np.uint16)
+    values[3, 2, 0] = peak
+    if channels % 2 == 0:
+        values[..., -1] = 65535
+    return values
+
+
+@pytest.mark.parametrize(
+    ("peak", "bit_depth"),
+    [(0, 10), (1023, 10), (1024, 12), (4095, 12), (4096, 14), (16383, 14), (16384, 16), (65535, 16)],
+)
+@pytest.mark.parametrize("channels", KINDS)
+def test_the_bit_depth_is_the_smallest_that_holds_all_values(channels: int, peak: int, bit_depth: int) -> None:
+    assert inspect(deep_png(deep(peak, channels)), LIMITS) == ImageFacts(16, 16, "PNG", bit_depth)
+
+
+def test_other_images_have_no_bit_depth() -> None:
+    for data in (png(1), jpeg(1), saved(plain(RED), "AVIF"), saved(plain(0, "CMYK"), "TIFF")):
+        assert inspect(data, LIMITS).bit_depth is None
+        assert np.array_equal(pixels(data), decode(data, 8, Resize.SQUASH, LIMITS, bit_depth=10))
+
+
+@pytest.mark.parametrize("channels", KINDS)
+@pytest.mark.parametrize("bit_depth", [10, 12, 14])
+def test_fewer_than_sixteen_bits_are_scaled_from_what_they_are(
+    channels: int, bit_depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, most = deep(2**bit_depth - 1, channels), 2**bit_depth - 1
+    data, colours = deep_png(values), values[..., : KINDS[channels][1]]
+    expected = np.broadcast_to(np.rint(colours * (255.0 / most)), (16, 16, 3))
+    found = decode(data, 16, Resize.SQUASH, LIMITS, bit_depth=bit_depth)
+    assert np.array_equal(found, expected)
+    with Image.open(io.BytesIO(thumbnail(data, 16, LIMITS))) as small:
+        assert np.abs(np.asarray(small).mean() - expected.mean()) < 8, "a thumbnail shows the image's own bits"
+    assert (decode(data, 16, Resize.SQUASH, LIMITS, bit_depth=10)[(colours > 1023).all(axis=2)] == 255).all()
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 60)
+    assert np.array_equal(decode(data, 16, Resize.SQUASH, LIMITS, bit_depth=bit_depth), expected)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_deep_tiffs_are_scaled_like_deep_pngs(channels: int, compression: int, order: str) -> None:
+    values = deep(4095, channels)
+    data = deep_tiff(values, compression, order)
+    assert inspect(data, LIMITS) == ImageFacts(16, 16, "TIFF", 12)
+    for bit_depth in (12, 16):
+        found = [decode(file, 9, Resize.CROP, LIMITS, bit_depth=bit_depth) for file in (data, deep_png(values))]
+        assert np.array_equal(*found)
+
+
+def deep_tiff(values: npt.NDArray[np.uint16], compression: int, order: str) -> bytes:
+    """Return a TIFF of one strip of 16-bit values, grey or colours, plain (1) or deflated (8)."""
+    height, width, channels = values.shape
+    strip = values.astype(f"{order}u2").tobytes()
+    strip = zlib.compress(strip) if compression == 8 else strip
+    bits_at = 8 + len(strip)
+    tags = [(256, width), (257, height), (258, 16 if channels == 1 else bits_at), (259, compression)]
+    tags += [(262, 1 if channels == 1 else 2), (273, 8), (277, channels), (278, height), (279, len(strip))]
+    entries = b"".join(
+        struct.pack(f"{order}2HI", tag, 3, channels) + struct.pack(f"{order}2H", value, 0)
+        if tag == 258 and channels == 1
+        else struct.pack(f"{order}2H2I", tag, 3 if tag == 258 else 4, channels if tag == 258 else 1, value)
+        for tag, value in tags
+    )
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", bits_at + 6)
+    return start + strip + struct.pack(f"{order}3H", 16, 16, 16) + struct.pack(f"{order}H", 9) + entries + bytes(4)
+
+
+def test_a_clear_colour_of_a_deep_image_is_laid_on_white() -> None:
+    for channels in (1, 3):
+        values = np.full((4, 4, channels), 4000, np.uint16)
+        values[:2] = 2000
+        found = decode(
+            deep_png(values, struct.pack(f">{channels}H", *[4000] * channels)), 4, Resize.CROP, LIMITS, bit_depth=12
+        )
+        assert (found[:2] == 125).all() and (found[2:] == 255).all()
+
+
+def test_a_transparent_deep_image_is_laid_on_white() -> None:
+    for channels in (2, 4):
+        values = np.full((4, 4, channels), 4095, np.uint16)
+        values[..., -1] = 0
+        values[:2] = 0
+        assert (decode(deep_png(values), 4, Resize.CROP, LIMITS, bit_depth=12) == 255).all()
+        values[:2, :, -1] = 65535
+        assert (decode(deep_png(values), 4, Resize.CROP, LIMITS, bit_depth=12)[:2] == 0).all()
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "1", "CMYK", "I;16"])
 def test_strips_have_the_pixels_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shades = np.random.default_rng(0).integers(0, 256, (31, 23, 4), np.uint8)
@@ -328,8 +433,17 @@ def test_of_a_moving_picture_the_first_frame_counts(format: str) -> None:
     moving = saved(plain(RED), format, save_all=True, append_images=[plain(BLUE), plain(GREEN)], duration=50, **options)
     with Image.open(io.BytesIO(moving)) as image:
         assert getattr(image, "n_frames", 1) == 3
-    assert inspect(moving, LIMITS) == ImageFacts(8, 8, format)
+    assert inspect(moving, LIMITS) == ImageFacts(8, 8, format, has_more=True)
     assert colour_of(moving) == [255, 0, 0]
+
+
+def test_of_several_pages_the_first_counts_and_the_others_are_noticed() -> None:
+    pages = saved(plain(RED), "TIFF", save_all=True, append_images=[plain(BLUE)])
+    assert inspect(pages, LIMITS) == ImageFacts(8, 8, "TIFF", has_more=True)
+    assert colour_of(pages) == [255, 0, 0]
+    for other in (plain(BLUE, size=(4, 4)), plain(0, "1", size=(4, 4))):  # a smaller copy, as viewers want it
+        pyramid = saved(plain(RED), "TIFF", save_all=True, append_images=[other])
+        assert inspect(pyramid, LIMITS) == ImageFacts(8, 8, "TIFF")
 
 
 def test_a_jpeg_with_more_pictures_behind_it_is_a_jpeg() -> None:
@@ -670,6 +784,10 @@ def test_a_jpeg_may_lack_its_end_but_no_pixels(options: dict[str, Any]) -> None:
             for size in (20, 300):
                 assert np.array_equal(pixels(data, size), pixels(whole, size))
             assert thumbnail(data, 16, LIMITS) == thumbnail(whole, 16, LIMITS)
+        scans = [match.start() for match in re.finditer(b"\xff\xda", whole)]
+        for cut in scans[1:]:  # the image is coarse, or lacks colours
+            with pytest.raises(ImageRefused, match="The image is damaged: "):
+                pixels(whole[: whole.rindex(b"\xff\xc4", 0, cut)], 20)
         for lost in (4, 5, 10, 50, 200):
             with pytest.raises(ImageRefused, match="The image is damaged: "):
                 inspect(whole[:-lost], LIMITS)
@@ -899,7 +1017,7 @@ def reserve(size_bytes):
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 decode(Path(sys.argv[1]).read_bytes(), 8, Resize.SQUASH, ImageLimits())  # what is loaded once
 for file in sys.argv[1:]:
-    decode(Path(file).read_bytes(), 600, Resize.PAD, ImageLimits(), reserve)
+    decode(Path(file).read_bytes(), 600, Resize.PAD, ImageLimits(), reserve, 12)
 """
 
 
@@ -913,6 +1031,9 @@ def test_no_image_takes_more_memory_than_it_reserves(tmp_path: Path) -> None:
     files += [saved(image.convert("CMYK"), "JPEG", progressive=True), saved(image, "JPEG")[:-2]]
     files += [saved(clear, "TIFF", compression="tiff_adobe_deflate", strip_size=2**30)]
     files += [saved(image.convert("L"), "BMP"), saved(image.quantize(9, Image.Quantize.FASTOCTREE), "GIF")]
+    levels = np.arange(2400 * 1600 * 4, dtype=np.uint32).reshape(1600, 2400, 4).astype(np.uint16) & 4095
+    files += [deep_png(levels[..., :channels]) for channels in KINDS]
+    files += [deep_tiff(levels[..., :channels], 8, ">") for channels in (1, 3)]
     paths = [tmp_path / str(number) for number in range(len(files))]
     for path, data in zip(paths, files, strict=True):
         path.write_bytes(data)
@@ -937,6 +1058,12 @@ SEEDS = [
     saved(picture(1), "GIF", save_all=True, append_images=[picture(2)]),
     saved(picture(1), "BMP"),
     saved(picture(1), "MPO", save_all=True, append_images=[picture(2)]),
+    saved(picture(1), "AVIF", speed=10),
+    saved(picture(1), "TIFF"),
+    saved(picture(1), "TIFF", compression="tiff_lzw"),
+    deep_png(deep(4095, 3)),
+    deep_png(deep(4095, 2)),
+    deep_tiff(deep(4095, 3), 8, ">"),
 ]
 
 

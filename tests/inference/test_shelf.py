@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import threading
 import weakref
 from dataclasses import replace
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import sample
 from flat_models import CountingLoader, flat_bundle
+from PIL import Image
 from waiting import until
 
-from artifacts.images import IMAGE_RULE, ImageLimits
+from artifacts.images import IMAGE_RULE, ImageLimits, encode
 from artifacts.store import Digest, Store
 from errors import BundleRefused, Corrupt, DeadlineExceeded, ImageRefused, NotFound, Unavailable
 from inference.predictor import ClassPrediction, Predictor
 from inference.shelf import EngineLoader, Shelf, resident_bytes
+from training.data.pixels import ImageDecoder
 
 LIMITS = ImageLimits()
 # A head of `flat_bundle` with the objects around it.
@@ -114,6 +117,15 @@ def test_a_bundle_of_another_image_rule_is_refused(store: Store) -> None:
     shelf = make_shelf(store)
     with pytest.raises(BundleRefused, match="image rule 2"):
         shelf.predictor(store.put(bundle.dump()))
+
+
+def test_a_model_reads_deep_images_as_its_data_set_does(store: Store) -> None:
+    bundle = replace(flat_bundle(store.put(b"a network"), seed=0), bit_depth=12)
+    predictor = make_shelf(store).predictor(store.put(bundle.dump()))
+    image = encode(Image.fromarray(np.full((8, 8), 2048, np.uint16)), "PNG")
+    trained_on = ImageDecoder(store, bundle.size, bundle.resize, LIMITS, 1, bit_depth=12)
+    (_, pixels), *_ = trained_on.batches([store.put(image)])
+    assert np.array_equal(predictor.decode(0, image, LIMITS, math.inf), pixels[0]) and (pixels == 128).all()
 
 
 def test_a_backbone_that_rotted_is_refused_and_can_be_mended(store: Store) -> None:

@@ -46,6 +46,7 @@ def bench(tmp_path: Path, exports: Exports) -> ExperimentRunner:
 
 def test_a_run_measures_out_of_fold_and_serves_what_it_measured(tmp_path: Path, exports: Exports) -> None:
     bench = ExperimentRunner(tmp_path, exports, is_new=True)
+    bench.place = replace(bench.place, bit_depth=12)
     files = sample.coloured(per_class=20)
     rows = bench.rows(files)
     outcome, heard = bench.run(rows)
@@ -71,6 +72,7 @@ def test_a_run_measures_out_of_fold_and_serves_what_it_measured(tmp_path: Path, 
     assert again["loss"] == pytest.approx(outcome.metrics["loss"])
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    assert predictor.bundle.bit_depth == 12
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.95
@@ -289,6 +291,7 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Ex
         assert head["epochs"] + network["epochs"] == result.epochs == len(result.history)
         assert network["validation"] < head["validation"] and result.metrics["kept"] == "network"
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    assert predictor.bundle.bit_depth == 12
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.9
@@ -423,6 +426,7 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Experime
     assert [row["label"] for row in metrics["per_class"]] == ["<i>green", "red|"]
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
+    assert predictor.bundle.bit_depth == 12
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
     right = [
         isinstance(prediction, LabelsPrediction) and prediction.labels == wanted[path]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.bit_depths import FULL_DEPTH
 from artifacts.features import FeatureSpace
 from artifacts.images import IMAGE_RULE, Pixels
 from artifacts.store import Digest, disk_errors
@@ -54,7 +55,8 @@ def load_pixels(digests: Sequence[Digest], decoder: ImageDecoder, folder: Path, 
         Corrupt: a stored image cannot be decoded.
         DiskFull: the disk has no room for the file.
     """
-    key = ("pixels", IMAGE_RULE, decoder.size, decoder.resize.value, *digests)
+    depth = () if decoder.bit_depth == FULL_DEPTH else (f"{decoder.bit_depth} bits",)
+    key = ("pixels", IMAGE_RULE, decoder.size, decoder.resize.value, *depth, *digests)
     shape = (len(digests), *sides(decoder.size), 3)
     batches = (pixels for _, pixels in decoder.batches(digests))
     return _load(key, folder, np.dtype(np.uint8), shape, batches, report)

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from artifacts import images
+from artifacts.bit_depths import FULL_DEPTH
 from artifacts.decode_memory import DecodeMemory
 from artifacts.images import ImageLimits, Pixels
 from artifacts.store import Digest, Store
@@ -24,13 +25,17 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """Decodes stored images and resizes them to one size, in `threads` threads and within `limits.memory_bytes`."""
+    """Decodes stored images and resizes them to one size, in `threads` threads and within `limits.memory_bytes`.
+
+    16-bit images are scaled from `bit_depth` bits.
+    """
 
     store: Store
     size: Sides
     resize: Resize
     limits: ImageLimits
     threads: int
+    bit_depth: int = FULL_DEPTH
 
     def batches(self, digests: Sequence[Digest]) -> Iterator[tuple[Sequence[Digest], Pixels]]:
         """Yield batches of (digests, uint8 [n, H, W, 3]). While the caller uses a batch, threads decode the next ones.
@@ -56,7 +61,8 @@ class ImageDecoder:
     def _decode(self, digest: Digest, prefetched: Future[None], memory: DecodeMemory) -> Pixels:
         prefetched.result()  # a bucket downloads a whole batch in parallel; single reads would wait one by one
         try:
-            return images.decode(self.store.read(digest), self.size, self.resize, self.limits, memory.reserve)
+            data = self.store.read(digest)
+            return images.decode(data, self.size, self.resize, self.limits, memory.reserve, self.bit_depth)
         except ImageRefused as error:
             raise Corrupt(
                 f"Image {digest} was decoded at upload, but cannot be decoded now: {error.detail} The stored file may "

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from artifacts.bit_depths import FULL_DEPTH
 from artifacts.features import FeatureCache, Features, FeatureSpace
 from artifacts.images import IMAGE_RULE, ImageLimits
 from artifacts.store import Digest, Store
@@ -16,10 +17,10 @@ from inference.engine import OpenVinoEngine
 from recipes.catalogue import CATALOGUE, BackboneName
 from recipes.filled import BackboneRecipe
 from recipes.layers import Sides
-from recipes.recipe import Precision
+from recipes.recipe import Precision, Resize
 from training.data.arrays import ReportProgress
 from training.data.extraction import extract
-from training.data.pixels import PixelSource
+from training.data.pixels import ImageDecoder, PixelSource
 from training.data.split import Indices
 from training.networks import backbones
 from training.networks.export import EXPORT_VERSION, export
@@ -32,7 +33,7 @@ _SAMPLE_SEED = 0
 
 @dataclass(frozen=True)
 class Workspace:
-    """The store, cache folders, limits and threads that a training may use.
+    """The store, cache folders, limits and threads that a training may use, and how it reads its images.
 
     Attributes:
         store: the store with images, weights and networks.
@@ -41,6 +42,7 @@ class Workspace:
         pixels_bytes: size in bytes to which that cache is reduced when a run starts.
         image_limits: limits for decoded images.
         threads: number of threads for decoding and for the engine.
+        bit_depth: number of bits from which the 16-bit images of the data set are scaled.
     """
 
     store: Store
@@ -49,6 +51,11 @@ class Workspace:
     pixels_bytes: int
     image_limits: ImageLimits
     threads: int
+    bit_depth: int = FULL_DEPTH
+
+    def decoder(self, size: Sides, resize: Resize) -> ImageDecoder:
+        """Return a decoder of the images of the data set."""
+        return ImageDecoder(self.store, size, resize, self.image_limits, self.threads, self.bit_depth)
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,8 @@ class NetworkFiles:
 
     def feature_space(self, network: Digest, precision: Precision) -> FeatureSpace:
         """Return the key under which features of a network in a precision are cached."""
-        return FeatureSpace(IMAGE_RULE, self._recipe.image_size, self._recipe.resize, network, precision)
+        recipe, bit_depth = self._recipe, self._workspace.bit_depth
+        return FeatureSpace(IMAGE_RULE, recipe.image_size, recipe.resize, network, precision, bit_depth)
 
     def frozen_backbone(
         self,

@@ -167,6 +167,7 @@ class _TrainingSession:
             pixels_bytes=spec.pixels_bytes,
             image_limits=spec.image_limits,
             threads=spec.threads,
+            bit_depth=spec.bit_depth,
         )
         candidates = {name: digest for name, digest in spec.candidates.items() if self._store.has(digest)}
         request = TrainingRequest(self._recipe, spec.manifest, spec.labels, self._weights, candidates)

@@ -57,7 +57,8 @@ def _activations(order: ActivationsOrder, store: Store, bundle: Bundle) -> bytes
     from inference.layer_maps import CHANNELS, LayerReader
 
     try:
-        pixels = images.decode(store.read(order.image), bundle.size, bundle.resize, order.image_limits)
+        file = store.read(order.image)
+        pixels = images.decode(file, bundle.size, bundle.resize, order.image_limits, bit_depth=bundle.bit_depth)
     except ImageRefused as error:
         raise Corrupt(f"Image {order.image} was accepted but cannot be decoded any more: {error.detail}") from error
     insight = LayerReader(store.verified_path(bundle.backbone), order.threads)
@@ -115,12 +116,13 @@ def _features(
     from training.data.pixels import ImageDecoder
 
     width = bundle.layers[0].kernel.shape[0]
-    space = FeatureSpace(IMAGE_RULE, bundle.size, bundle.resize, bundle.backbone, bundle.precision)
+    size, resize, bit_depth = bundle.size, bundle.resize, bundle.bit_depth
+    space = FeatureSpace(IMAGE_RULE, size, resize, bundle.backbone, bundle.precision, bit_depth)
     cache = FeatureCache(Path(order.features), space, width)
     try:
         if cache.missing(digests):
             engine = OpenVinoEngine(store.verified_path(bundle.backbone), bundle.precision, order.threads)
-            decoder = ImageDecoder(store, bundle.size, bundle.resize, order.image_limits, order.threads)
+            decoder = ImageDecoder(store, size, resize, order.image_limits, order.threads, bit_depth)
             extract(digests, engine, cache, decoder, lambda done, total: progress.report(done / total))
         return cache.rows(digests)
     finally:

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from artifacts import manifest
 from artifacts.archive import ArchiveLimits
+from artifacts.bit_depths import FULL_DEPTH
 from artifacts.images import ImageLimits
 from artifacts.layout import Split, check_class_names
 from artifacts.manifest import Row, group_rows, splits_of
@@ -106,6 +107,7 @@ class _Parent:
     version_id: str
     task: Task
     rows: list[Row]
+    bit_depth: int | None
 
 
 class Ingest(Handler):
@@ -139,7 +141,7 @@ class Ingest(Handler):
             if stopped.reason in (Reason.CANCELLED, Reason.STALLED):  # no further attempt will need these files
                 self._forget(work, intake)
             raise
-        return self._readiness(work, intake, _task(intake, parent, rows), rows)
+        return self._readiness(work, intake, _task(intake, parent, rows), rows, _bit_depth(parent, new))
 
     def requeued(self, session: Session, job: Job, error: EspalierError | None) -> None:
         datasets.requeue_ingest(session, job.subject_id)
@@ -236,6 +238,7 @@ class Ingest(Handler):
             f"No image of class {name!r} could be used; the data set does not have it." for name in vanished
         ]
         intake.warnings += self._losses(intake)
+        intake.warnings += _remarks(parent, new)
         if intake.task is Task.REGRESSION:
             return
         if not 2 <= len(names) <= self._limits.classes:
@@ -283,7 +286,7 @@ class Ingest(Handler):
             version = session.get_one(DatasetVersion, parent_id)
         assert version.manifest_sha256 is not None and version.task is not None
         rows = manifest.load(self._store.read(Digest(version.manifest_sha256)))
-        return _Parent(parent_id, version.task, rows)
+        return _Parent(parent_id, version.task, rows, version.bit_depth)
 
     def _write(
         self, work: Work, lent: Store, parent: _Parent | None, new: Sequence[IngestedImage], intake: _Intake
@@ -312,7 +315,9 @@ class Ingest(Handler):
                 )
             work.report_progress()
 
-    def _readiness(self, work: Work, intake: _Intake, task: Task, rows: Sequence[Row]) -> Complete:
+    def _readiness(
+        self, work: Work, intake: _Intake, task: Task, rows: Sequence[Row], bit_depth: int | None
+    ) -> Complete:
         lines = manifest.dump(rows)
         digest = self._store.put(lines)
 
@@ -332,6 +337,7 @@ class Ingest(Handler):
                 target=_target(rows) if task is Task.REGRESSION else None,
                 refused=sorted(intake.refused, key=lambda file: file.path),
                 warnings=intake.warnings,
+                bit_depth=bit_depth,
             )
 
         work.afterwards(partial(self._forget_archive, work))
@@ -547,6 +553,36 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
             f"names of their own, such as {became!r} for {was!r}."
         )
     return new
+
+
+def _bit_depth(parent: _Parent | None, new: Sequence[IngestedImage]) -> int | None:
+    """Return the bit depth of a version: the largest of its images and of the earlier version; None if none has one."""
+    depths = [image.facts.bit_depth for image in new] + [parent.bit_depth if parent else None]
+    return max((depth for depth in depths if depth is not None), default=None)
+
+
+def _remarks(parent: _Parent | None, new: Sequence[IngestedImage]) -> list[str]:
+    """Return warnings about what the new images are, and how they are read."""
+    found = []
+    several = [image.row.path for image in new if image.facts.has_more]
+    if several:
+        found.append(
+            f"{len(several)} files have several pictures (pages of a TIFF or frames of an animation), such as "
+            f"{several[0]!r}. Only the first of each is used. To use the others, save each as a file of its own."
+        )
+    bit_depth, before = _bit_depth(parent, new), parent.bit_depth if parent else None
+    if before is not None and bit_depth != before:
+        found.append(
+            f"The new 16-bit images have values of {bit_depth} bits, those of the earlier version have {before}. In "
+            f"this version, all of them are scaled from {bit_depth} bits, which makes the earlier ones darker. Models "
+            "of the earlier version stay as they are."
+        )
+    elif bit_depth is not None and bit_depth != before and bit_depth < FULL_DEPTH:
+        found.append(
+            f"No value of the 16-bit images is above {2**bit_depth - 1:,}. They are read as images of {bit_depth} "
+            "bits: this value becomes white, in predictions too."
+        )
+    return found
 
 
 def _spell_as_before(intake: _Intake, old: Sequence[Row]) -> None:

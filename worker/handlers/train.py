@@ -14,6 +14,7 @@ from typing import TypeVar
 from sqlalchemy.orm import Session
 
 import environments
+from artifacts.bit_depths import FULL_DEPTH
 from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store
 from errors import Crashed, DiskFull, EspalierError, StoreUnavailable
@@ -231,6 +232,7 @@ class Train(Handler):
             labels=tuple(count.name for count in version.class_counts),
             weights=Digest(run.weights_sha256) if run.weights_sha256 else None,
             candidates=candidates,
+            bit_depth=version.bit_depth or FULL_DEPTH,
         )
 
     # --- after ------------------------------------------------------------------------------------------------------

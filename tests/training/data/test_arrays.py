@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,10 +53,11 @@ def test_pixels_are_decoded_once_and_read_from_a_file_after_that(
 def test_another_size_or_other_images_are_another_file(store: Store, decoder: ImageDecoder, tmp_path: Path) -> None:
     rows = digests(store, 3)
     larger = ImageDecoder(store, 24, Resize.SQUASH, ImageLimits(), threads=2)
-    for images, how in ((rows, decoder), (rows[::-1], decoder), (rows, larger)):
+    shallow = replace(decoder, bit_depth=12)
+    for images, how in ((rows, decoder), (rows[::-1], decoder), (rows, larger), (rows, shallow)):
         pixels = load_pixels(images, how, tmp_path, lambda *done: None)
         assert np.array_equal(pixels, np.concatenate([squares for _, squares in how.batches(images)]))
-    assert len(list(tmp_path.glob("*.rows"))) == 3
+    assert len(list(tmp_path.glob("*.rows"))) == 4
 
 
 def test_an_image_that_rotted_leaves_no_file(store: Store, decoder: ImageDecoder, tmp_path: Path) -> None:

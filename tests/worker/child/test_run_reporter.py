@@ -38,6 +38,7 @@ def training_order(folder: Path) -> TrainOrder:
         labels=(),
         weights=None,
         candidates={},
+        bit_depth=16,
     )
     return TrainOrder(
         part=TrainPart.ALL,

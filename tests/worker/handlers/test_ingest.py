@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import records
 import sample
@@ -546,6 +547,38 @@ def test_targets_do_not_go_onto_classes_nor_classes_onto_targets(intake: IngestC
         assert "as in the earlier version" in second.error["detail"]
         assert intake.rows(second) == []
     assert intake.has_nothing_but(*kept)
+
+
+def deep(value: int, count: int) -> dict[str, bytes]:
+    """Return 16-bit images in two folders, whose largest value is this."""
+    return {
+        f"{name}/{value}-{number}.png": encode(Image.fromarray(np.full((8, 8), value - number, np.uint16)), "PNG")
+        for name, numbers in {"blue": range(count), "green": range(count, 2 * count)}.items()
+        for number in numbers
+    }
+
+
+def test_the_bit_depth_of_a_data_set_is_told_and_grows_with_its_images(intake: IngestCase) -> None:
+    plain = intake.take_in(sample.coloured(per_class=2, classes=2))
+    assert (plain.bit_depth, plain.warnings) == (None, [])
+    first = intake.take_in(deep(4000, 2))
+    assert first.bit_depth == 12 and "No value of the 16-bit images is above 4,095." in first.warnings[0]
+    darker = intake.take_in(deep(900, 2))
+    assert (darker.bit_depth, darker.warnings) == (12, [])
+    second = intake.take_in(deep(40_000, 2))
+    assert (
+        second.bit_depth == 16 and "have values of 16 bits, those of the earlier version have 12." in second.warnings[0]
+    )
+    assert intake.version(first.id).bit_depth == 12
+    assert (intake.take_in(deep(50_000, 2), "scans").bit_depth, second.state) == (16, DatasetState.READY)
+
+
+def test_files_with_further_pictures_are_warned_of(intake: IngestCase) -> None:
+    pages = io.BytesIO()
+    Image.new("L", (8, 8)).save(pages, "TIFF", save_all=True, append_images=[Image.new("L", (8, 8), 9)])
+    version = intake.take_in(sample.coloured(per_class=2, classes=2) | {"blue/pages.tif": pages.getvalue()})
+    assert version.state is DatasetState.READY
+    assert "1 files have several pictures" in version.warnings[0] and "'blue/pages.tif'" in version.warnings[0]
 
 
 @EACH_STORE_SLOWLY
