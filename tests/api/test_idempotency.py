@@ -163,7 +163,7 @@ def test_a_request_whose_key_was_taken_over_changes_nothing(services: Services) 
             assert claim is not None and taken is not None
             with services.database.writing() as session:
                 taken.confirm(session)
-            with pytest.raises(InFlight, match="Nothing was changed"), services.database.writing() as session:
+            with pytest.raises(InFlight, match="changed nothing"), services.database.writing() as session:
                 claim.confirm(session)
 
 
