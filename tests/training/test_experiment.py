@@ -291,7 +291,6 @@ def test_a_fine_tuned_network_is_measured_and_served_as_one_of_its_own(bench: Ex
         assert head["epochs"] + network["epochs"] == result.epochs == len(result.history)
         assert network["validation"] < head["validation"] and result.metrics["kept"] == "network"
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
-    assert predictor.bundle.bit_depth == 12
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
     right = [prediction.label == path.split("/")[0] for path, prediction in zip(files, predictions, strict=True)]
     assert np.mean(right) > 0.9
@@ -426,7 +425,6 @@ def test_labels_are_learned_measured_and_answered_each_by_itself(bench: Experime
     assert [row["label"] for row in metrics["per_class"]] == ["<i>green", "red|"]
 
     predictor = Shelf(bench.store, threads=2, budget_bytes=10**9).predictor(outcome.bundle)
-    assert predictor.bundle.bit_depth == 12
     predictions = predictor.predict(list(files.values()), ImageLimits(), deadline_s=120)
     right = [
         isinstance(prediction, LabelsPrediction) and prediction.labels == wanted[path]
