@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from artifacts import bit_depths, jpeg_files, png_files
+from artifacts import avif_files, bit_depths, jpeg_files, png_files
 from artifacts.bit_depths import FULL_DEPTH
 from artifacts.decode_memory import Reserve, reserve_nothing
 from artifacts.foreign_formats import advice
@@ -270,24 +270,26 @@ def _open_file(data: bytes, limits: ImageLimits) -> Image.Image:
     """Return the first image of a file, not yet decoded. Parts without effect on the pixels may be broken."""
     if data.startswith(png_files.SIGNATURE):
         data = png_files.reduced(data)
+    if "AVIF" not in limits.formats or not avif_files.is_avif(data):
+        return Image.open(io.BytesIO(data), formats=limits.formats)
+    coded = avif_files.coded(data)  # first: Pillow takes minutes or gigabytes to open some files that this refuses
     try:
         return Image.open(io.BytesIO(data), formats=limits.formats)
     except Exception:
-        if not _is_avif(data) or b"Exif" not in data:
-            raise
         # Pillow reads the EXIF of an AVIF while it opens it, and raises various errors if it is broken. The first
         # `Exif` in the file is the type of the item that holds it. With another type, the item is not read.
-        return Image.open(io.BytesIO(data.replace(b"Exif", b"none", 1)), formats=limits.formats)
-
-
-def _is_avif(data: bytes) -> bool:
-    return data[4:8] == b"ftyp" and b"avi" in data[8:64]
+        changed = data.replace(b"Exif", b"none", 1)
+        if changed == data or avif_files.coded(changed) != coded:  # it was not this type that was changed
+            raise
+        return Image.open(io.BytesIO(changed), formats=limits.formats)
 
 
 def _check_format(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
     """Check for contents that a format allows but Espalier does not read. Raises ImageRefused."""
     if image.format in ("JPEG", "MPO") and jpeg_files.has_more_scans(data, limits.scans):
         raise ImageRefused(f"The JPEG has more scans than the limit of {limits.scans}.")
+    if image.format == "AVIF":
+        _check_frames(avif_files.coded(data), image.size, limits)
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     tags = image.tag_v2
@@ -308,6 +310,29 @@ def _check_format(image: Image.Image, data: bytes, limits: ImageLimits) -> None:
 _TIFF_DNG_VERSION = 0xC612
 
 
+def _check_frames(coded: avif_files.Coded, size: tuple[int, int], limits: ImageLimits) -> None:
+    """Check that an AVIF of this width and height holds no more than the size allows. Raises ImageRefused."""
+    larger = coded.larger_than(size)
+    if larger is not None:
+        raise ImageRefused(
+            f"The AVIF says that it has {size[0]:,} × {size[1]:,} pixels, but holds a picture of up to "
+            f"{larger.width:,} × {larger.height:,}. Export it again."
+        )
+    if coded.pixels > _AVIF_FRAMES * limits.pixels:
+        raise ImageRefused(
+            f"The AVIF holds {coded.pixels / 1e6:,.1f} megapixels in all its pictures; the limit is "
+            f"{_AVIF_FRAMES * limits.pixels / 1e6:g}. Export it as a single picture."
+        )
+    if coded.memory_bytes(size) > (MOST_BYTES_PER_PIXEL - 8) * max(limits.pixels, 1_000_000):
+        raise ImageRefused(
+            "Decoding the pictures in the AVIF would take too much memory. Export a single, smaller one."
+        )
+
+
+# Pictures of the largest allowed size that an AVIF may hold: the image, its transparency, and together smaller ones.
+_AVIF_FRAMES = 3
+
+
 def _most_bytes(
     image: Image.Image, stored: tuple[int, int], target: tuple[int, int], orientation: int, data: bytes
 ) -> int:
@@ -326,6 +351,8 @@ def _most_bytes(
     if bit_depths.has_cut_values(image):
         becomes_rgb = 4 * pixels + 9 * pixels  # the lower bytes, decoded by themselves
     decoder = pixels * _DECODER_BYTES.get(image.format or "", 0) + 2 * len(data)
+    if image.format == "AVIF":
+        decoder = max(decoder, avif_files.coded(data).memory_bytes(image.size) + 2 * len(data))
     if image.format in ("JPEG", "MPO") and jpeg_files.is_kept_whole(data):
         decoder += 2 * stored[0] * stored[1] * len(image.getbands())  # coefficients of the whole image
     turned = 4 * pixels if orientation != 1 else 0
