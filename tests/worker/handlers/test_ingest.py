@@ -312,6 +312,17 @@ def test_a_file_that_its_archive_cannot_give_is_refused_with_the_others(intake: 
     assert "Received a symbolic link" in refused(version)["blue/link.png"]
 
 
+def test_a_table_of_labels_that_its_archive_cannot_give_is_not_replaced_by_the_folders(intake: IngestCase) -> None:
+    buffer = io.BytesIO(sample.tarred(sample.coloured(per_class=3, classes=2), "w"))
+    with tarfile.open(fileobj=buffer, mode="a") as tar:
+        link = tarfile.TarInfo("labels.csv")
+        link.type, link.linkname = tarfile.SYMTYPE, "../labels.csv"
+        tar.addfile(link)
+    version = intake.take_in(buffer.getvalue())
+    assert version.state is DatasetState.REJECTED and version.error is not None
+    assert "labels.csv cannot be used. Expected a file with content. Received a symbolic link" in version.error["detail"]
+
+
 @EACH_STORE_SLOWLY
 def test_the_same_file_twice_counts_as_a_duplicate(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
