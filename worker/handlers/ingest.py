@@ -70,7 +70,6 @@ class _Intake:
     """The result of reading an archive, as far as it has been read.
 
     Attributes:
-        samples: number of images that the archive names.
         ignored: number of files that are neither images nor labels.
         stored: digests of image files that were copied from the lent store into the store.
         files: number of images and of files that were refused before any image was read.
@@ -80,7 +79,6 @@ class _Intake:
     """
 
     task: Task | None = None
-    samples: int = 0
     ignored: int = 0
     accepted: list[IngestedImage] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
@@ -92,7 +90,7 @@ class _Intake:
 
     @property
     def done(self) -> int:
-        """Number of files that have been read."""
+        """Number of files that have been read or refused."""
         return len(self.accepted) + len(self.refused)
 
     def done_paths(self) -> tuple[str, ...]:
@@ -198,7 +196,7 @@ class Ingest(Handler):
         progress = _ProgressReporter(work, "reading", intake.done)
         for message in messages(child, work):
             _take_in(intake, message)
-            progress.report(intake.done, intake.samples)
+            progress.report(intake.done, intake.files)
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
@@ -502,12 +500,11 @@ def _take_in(intake: _Intake, message: ChildMessage) -> None:
     match message:
         case LayoutFound() if intake.task is None:
             intake.task = message.task
-            intake.samples = message.samples
             intake.ignored = message.ignored
             intake.classes = message.classes
             intake.warnings += message.warnings
             intake.refused += message.refused
-            intake.files = intake.samples + len(intake.refused)
+            intake.files = message.samples + len(intake.refused)
         case ImageBegun():
             intake.reading = message.path
         case ImageRejected():

@@ -835,10 +835,11 @@ def test_an_ingest_tells_how_far_it_is(intake: IngestCase, begin: Begin, monkeyp
     seconds = SimpleNamespace(monotonic=count().__next__)  # one passes between any two looks at this clock
     monkeypatch.setattr(ingest, "time", seconds)
     with held_at_the_slow_image() as is_there:
-        version_id, _ = begin(intake, sample.coloured(per_class=2, classes=2) | {"green/slow.jpg": slow_jpeg(1)})
+        files = {"loose.png": b""} | sample.coloured(per_class=2, classes=2) | {"green/slow.jpg": slow_jpeg(1)}
+        version_id, _ = begin(intake, files)
         assert is_there.wait(120)
         # The layout, and two messages for each of four images.
-        expected = {"stage": "reading", "fraction": 4 / 5, "eta_s": pytest.approx(9 / 4)}
+        expected = {"stage": "reading", "fraction": 5 / 6, "eta_s": pytest.approx(9 / 5)}
         assert intake.version(version_id).progress == expected
     settled(intake.database, intake.job(version_id).id, JobState.SUCCEEDED)
     assert intake.version(version_id).progress is None
