@@ -568,7 +568,13 @@ def _remarks(parent: _Parent | None, new: Sequence[IngestedImage]) -> list[str]:
             f"{several[0]!r}. Only the first of each is used. To use the others, save each as a file of its own."
         )
     bit_depth, before = _bit_depth(parent, new), parent.bit_depth if parent else None
-    if before is not None and bit_depth != before:
+    of_new = _bit_depth(None, new)
+    if before == FULL_DEPTH and of_new is not None and of_new < FULL_DEPTH:  # less than that may be dark images
+        found.append(
+            f"No value of the new 16-bit images is above {2**of_new - 1:,}. They are read as images of {before} bits, "
+            f"as those of the earlier version, so images of a camera with {of_new} bits are darker than they should be."
+        )
+    elif before is not None and bit_depth != before:
         found.append(
             f"The new 16-bit images have values of {bit_depth} bits, those of the earlier version have {before}. In "
             f"this version, all of them are scaled from {bit_depth} bits, which makes the earlier ones darker. Models "

@@ -582,6 +582,8 @@ def test_the_bit_depth_of_a_data_set_is_told_and_grows_with_its_images(intake: I
     )
     assert intake.version(first.id).bit_depth == 12
     assert (intake.take_in(deep(50_000, 2), "scans").bit_depth, second.state) == (16, DatasetState.READY)
+    third = intake.take_in(deep(3000, 2))
+    assert third.bit_depth == 16 and "No value of the new 16-bit images is above 4,095." in third.warnings[0]
 
 
 def test_files_with_further_pictures_are_warned_of(intake: IngestCase) -> None:
