@@ -23,7 +23,7 @@ from artifacts.images import ImageLimits
 from artifacts.layout import Split, check_class_names
 from artifacts.manifest import Row, group_rows, splits_of
 from artifacts.store import Digest, Store
-from errors import DatasetRefused, EspalierError, Refused, Unavailable
+from errors import DatasetRefused, EspalierError, ImageRefused, Refused, Unavailable
 from models import dataset as datasets
 from models import job as jobs
 from models import view as views
@@ -43,6 +43,7 @@ DEATHS = 50
 _REASONS_SHOWN = 3
 _NAMES_SHOWN = 5
 _ROWS_PER_WRITE = 200
+_NAME_BYTES, _PATH_BYTES = ArchiveLimits().part_bytes, ArchiveLimits().path_bytes
 _PROGRESS_EVERY_S = 1.0
 
 
@@ -541,7 +542,13 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
         if len(said[row.sha256]) > 1:
             both = " and ".join(sorted(said[row.sha256]))
             intake.refused.append(Refused(row.path, f"this image appears more than once, with two labels: {both}"))
-        elif (path := names.free_name(row)) is not None:
+            continue
+        try:
+            path = names.free_name(row)
+        except ImageRefused as error:
+            intake.refused.append(Refused(row.path, error.detail))
+            continue
+        if path is not None:
             new.append(image if path == row.path else replace(image, row=replace(row, path=path)))
     if names.renamed:
         was, became = next(iter(names.renamed.items()))
@@ -617,18 +624,32 @@ class _Names:
         self._taken = {*old, *new}
 
     def free_name(self, row: Row) -> str | None:
-        """Return the path for a new image; None if the version before has this image under its name."""
-        path, stem = row.path, PurePosixPath(row.path)
+        """Return the path for a new image; None if the version before has this image under its name.
+
+        Raises ImageRefused if its name is taken and a path with another one would be too long.
+        """
+        path = row.path
         number = 1
         while (before := self._old.get(path)) is not None or (path != row.path and path in self._taken):
             if before is not None and before.sha256 == row.sha256:
                 return None
             number += 1
-            path = str(stem.with_name(f"{stem.stem} ({number}){stem.suffix}"))
+            path = _numbered(row.path, number)
         if path != row.path:
             self.renamed[row.path] = path
             self._taken.add(path)
         return path
+
+
+def _numbered(path: str, number: int) -> str:
+    """Return a path with a number after the stem of its name, which is cut if the path would be too long."""
+    old, end = PurePosixPath(path), f" ({number})"
+    most = min(_NAME_BYTES, _PATH_BYTES - len(path.encode()) + len(old.name.encode()))
+    room = most - len(f"{end}{old.suffix}".encode())
+    stem = old.stem.encode()[: max(room, 0)].decode(errors="ignore")
+    if not stem:
+        raise ImageRefused("Another image of the earlier version has this path. Rename the file or its folders.")
+    return str(old.with_name(f"{stem}{end}{old.suffix}"))
 
 
 def _said_of(row: Row) -> str:

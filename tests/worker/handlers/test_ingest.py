@@ -483,7 +483,8 @@ def test_a_process_without_memory_rejects_the_set_and_says_so(intake: IngestCase
 
 
 def test_a_further_version_adds_what_is_new(anywhere: IngestCase) -> None:
-    files = sample.coloured(per_class=3, classes=2)
+    long = f"green/{'é' * 125}.png"  # 254 of the 255 bytes that a name may have
+    files = sample.coloured(per_class=3, classes=2) | {long: sample.png(903)}
     first = anywhere.take_in(files)
     more = {
         "blue/0.png": files["blue/0.png"],  # known
@@ -491,24 +492,26 @@ def test_a_further_version_adds_what_is_new(anywhere: IngestCase) -> None:
         "red/0.png": sample.png(901),  # a new class
         "green/again.png": files["green/1.png"],  # a known file at another path
         "green/2.png": sample.png(902),  # another file at a known path
+        long: sample.png(904),
     }
     second = anywhere.take_in(more)
     assert (second.state, second.number, second.task) == (DatasetState.READY, 2, Task.MULTICLASS)
     assert refused(second) == {}
-    assert "1 images have the names of other images" in second.warnings[0] and "'green/2 (2).png'" in second.warnings[0]
-    assert (second.images, second.duplicates) == (10, 1)
-    assert [(count.name, count.images) for count in second.class_counts] == [("blue", 4), ("green", 5), ("red", 1)]
+    assert "2 images have the names of other images" in second.warnings[0] and "'green/2 (2).png'" in second.warnings[0]
+    assert (second.images, second.duplicates) == (12, 1)
+    assert [(count.name, count.images) for count in second.class_counts] == [("blue", 4), ("green", 7), ("red", 1)]
     expected = files | {path: more[path] for path in ("blue/9.png", "red/0.png", "green/again.png")}
     expected["green/2 (2).png"] = more["green/2.png"]
+    expected[f"green/{'é' * 123} (2).png"] = more[long]
     assert [row[:2] for row in anywhere.rows(second)] == sorted(
         (path, digest_of(data)) for path, data in expected.items()
     )
     assert sorted(row.path for row in anywhere.manifest(second)) == sorted(expected)
-    assert anywhere.version(first.id).images == 6 and len(anywhere.rows(first)) == 6  # what it was stays so
+    assert anywhere.version(first.id).images == 7 and len(anywhere.rows(first)) == 7  # what it was stays so
     assert anywhere.has_nothing_but(first, second)
     third = anywhere.take_in(more)
     assert third.state is DatasetState.REJECTED and third.error is not None
-    assert "Received none: 5 are in it already" in third.error["detail"]
+    assert "Received none: 6 are in it already" in third.error["detail"]
     assert anywhere.has_nothing_but(first, second)
 
 
