@@ -182,7 +182,7 @@ class DatasetListed(Schema):
     """What the owner of the images should know, such as classes that lost images."""
     bit_depth: int | None
     """Number of bits from which 16-bit images are scaled: the smallest of 10, 12, 14 and 16 that holds their values.
-    Null without such images."""
+    Null without such images; 16 for versions of earlier releases with PNG or TIFF files."""
     version: int
     versions: list[DatasetVersionListed]
     progress: IngestProgress | None

@@ -23,7 +23,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
-from artifacts.store import Digest, Store, StoreAddress, StoredFile, digest_at, disk_errors, files_in, is_digest, sync
+from artifacts.store import Digest, Store, StoreAddress, StoredFile, check_lent, disk_errors, files_in, is_digest, sync
 from errors import Corrupt, NotFound, StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -248,8 +248,7 @@ class BucketStore(Store):
         def import_one(digest: Digest) -> Digest:
             place = lent.path_for(digest)
             if place.exists():
-                if digest_at(place) != digest:
-                    raise Corrupt(f"A file from a child process does not match its digest {digest}. Run the job again.")
+                check_lent(place, digest)
                 with disk_errors():
                     sync(place)
                 self.add_file(place, digest)

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -168,19 +169,20 @@ def _check_kinds(folders: set[str]) -> None:
 def _without_outer(split: list[list[str]]) -> list[list[str]]:
     """Return paths without the folders around everything; the last folder that is left may be the only class.
 
-    A few files beside the outer folder, such as a preview, stay as they are.
+    Of a few files beside the outer folder, such as a preview, only the names are kept: they are in no class folder.
     """
     while True:
-        inner = [parts for parts in split if len(parts) > 1]
-        beside = len(split) - len(inner)
-        least = 2 if beside == 0 else 3
-        if len({parts[0] for parts in inner}) != 1 or beside > _ODD_SHARE * len(split):
+        tops = Counter(parts[0] for parts in split if len(parts) > 1)
+        outer, within = max(tops.items(), key=lambda top: top[1], default=("", 0))
+        beside = len(split) - within
+        if not tops or beside > _ODD_SHARE * len(split):
             return split
-        if min(map(len, inner)) < least or max(map(len, inner)) < 3:
+        depths = [len(parts) for parts in split if len(parts) > 1 and parts[0] == outer]
+        if min(depths) < (2 if beside == 0 else 3) or max(depths) < 3:
             return split
-        if _split_named(inner[0][0]) is not None:  # an archive with only test images must not be trained on
+        if any(_split_named(top) is not None for top in tops):  # only test images: they must not be trained on
             return split
-        split = [parts[1:] if len(parts) > 1 else parts for parts in split]
+        split = [parts[1:] if len(parts) > 1 and parts[0] == outer else parts[-1:] for parts in split]
 
 
 def _with_splits(inner: dict[str, list[str]]) -> dict[str, tuple[Split | None, list[str]]]:

@@ -159,12 +159,19 @@ class Store:
     def import_files(self, lent: Store, digests: Iterable[Digest]) -> Iterator[Digest]:
         """Add files from a store that `lend_store` has lent, and yield each digest once its file is stored.
 
-        All files are synced together, then moved. Files that were imported before are skipped. Raises DiskFull.
+        All files are synced together, then moved. Files that were imported before are skipped. A file that the store
+        has already is replaced, so that garbage collection does not delete it as an old one. Raises DiskFull, or
+        Corrupt if a file does not match its digest; then nothing is moved.
         """
+
+        def check(digest: Digest) -> None:
+            check_lent(lent.path_for(digest), digest)
+            sync(lent.path_for(digest))
+
         wanted = list(dict.fromkeys(digests))
         files = [digest for digest in wanted if lent.path_for(digest).exists()]
         with disk_errors(), ThreadPoolExecutor(_SYNCS_AT_ONCE, "sync") as pool:
-            list(pool.map(sync, map(lent.path_for, files)))
+            list(pool.map(check, files))
             folders = {self.path_for(digest).parent for digest in files}
             missing = [folder for folder in folders if not folder.exists()]
             for folder in missing:
@@ -368,6 +375,12 @@ def sync(place: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_lent(place: Path, digest: Digest) -> None:
+    """Check that what a child process has written is a file, no link, and matches its digest. Raises Corrupt."""
+    if place.is_symlink() or digest_at(place) != digest:
+        raise Corrupt(f"A file from a child process does not match its digest {digest}. Run the job again.")
 
 
 def _corrupt(digest: Digest) -> Corrupt:

@@ -135,17 +135,6 @@ def test_a_harmed_object_is_told_and_never_named_here(bucket: Bucket, there: Buc
     assert bucket.digests() == {digest} and bucket.seen_from(there.root / "fresh").store().read(digest) == DATA
 
 
-def test_what_a_borrower_made_up_is_not_taken_over(bucket: Bucket) -> None:
-    store = bucket.store()
-    digest, other = store.put(b"archive"), digest_of(b"somebody's model")
-    with store.lend_store(digest) as lent:
-        lent.path_for(other).parent.mkdir(exist_ok=True)
-        lent.path_for(other).write_bytes(b"poison")
-        with pytest.raises(Corrupt, match=other):
-            list(store.import_files(lent, [other]))
-    assert bucket.digests() == {digest} and not store.path_for(other).exists()
-
-
 def test_what_a_borrower_stores_is_nowhere_until_it_is_taken_over(bucket: Bucket) -> None:
     store = bucket.store()
     archive = store.put(b"archive")

@@ -180,9 +180,11 @@ def test_one_image_beside_splits_is_refused_alone(odd: str, reason: str) -> None
     assert {sample.split for sample in layout.samples} == set(Split)
 
 
-def test_an_image_beside_the_outer_folder_is_refused_alone() -> None:
-    layout = from_folders([*(f"flowers/daisy/{number}.jpg" for number in range(5)), "flowers/rose/1.jpg", "all.jpg"])
-    assert layout.refused == (Refused("all.jpg", "not in a class folder"),) and len(layout.samples) == 6
+@pytest.mark.parametrize("odd", ["all.jpg", "previews/all.jpg", "a/b/all.jpg"])
+def test_an_image_beside_the_outer_folder_is_refused_alone(odd: str) -> None:
+    layout = from_folders([*(f"flowers/daisy/{number}.jpg" for number in range(5)), "flowers/rose/1.jpg", odd])
+    assert layout.refused == (Refused(odd, "not in a class folder"),) and len(layout.samples) == 6
+    assert {sample.labels[0] for sample in layout.samples} == {"daisy", "rose"}
 
 
 @pytest.mark.parametrize("folders", [("images", "masks"), ("JPEGImages", "SegmentationClass", "Annotations")])
@@ -243,6 +245,7 @@ def test_a_file_at_the_root_is_refused_and_the_rest_goes_on(outer: str) -> None:
         ["train/daisy/1.jpg", "test/rose/old/2.jpg"],
         ["a/b/c/1.jpg", "a/c/d/e/2.jpg"],
         ["0.jpg", "flowers/daisy/1.jpg"],
+        ["test/1.jpg", *(f"data/daisy/{number}.jpg" for number in range(9))],
     ],
 )
 def test_folders_that_are_nested_too_deep_are_told(paths: list[str]) -> None:

@@ -209,6 +209,24 @@ def test_what_a_borrower_stores_is_kept_once_it_is_taken_over(store: Store) -> N
 
 
 @EACH_STORE
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_a_borrower_made_up_is_not_taken_over(store: Store, is_link: bool) -> None:
+    archive = store.put(b"archive")
+    other = store.put(b"somebody's model")
+    with store.lend_store(archive) as lent:
+        place = lent.path_for(other)
+        place.parent.mkdir(exist_ok=True)
+        if is_link:  # which matches its digest now
+            place.symlink_to(store.path(other).absolute())
+        else:
+            place.write_bytes(b"poison")
+        with pytest.raises(Corrupt, match=other):
+            list(store.import_files(lent, [other]))
+    assert store.read(other) == b"somebody's model" and not store.path(other).is_symlink()
+    assert set(store.digests()) == {archive, other}
+
+
+@EACH_STORE
 def test_what_is_not_here_cannot_be_lent(store: Store) -> None:
     with pytest.raises(NotFound, match=NOWHERE), store.lend_store(NOWHERE):
         pass

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import records
 from alembic.autogenerate import compare_metadata
@@ -12,6 +14,7 @@ from models import comparison as comparisons
 from models import job as jobs
 from models import view as views
 from models.base import Base
+from models.dataset import DatasetVersion
 from models.job import Job, JobKind, Queue
 from models.outbox import Outbox, add_to_outbox
 from models.project import DEFAULT_PROJECT, Project
@@ -72,6 +75,17 @@ def test_a_schema_without_views_keeps_all_else(database: Database) -> None:
         again = session.get_one(Run, run.id)
         assert again.features_choice is None and again.recipe == run.recipe
         views.request_view(session, again, ViewKind.LEARNING_CURVE)
+
+
+def test_a_version_from_before_bit_depths_has_16_bits_if_its_images_may_have_them(database: Database) -> None:
+    png = records.accepted("1.png")
+    jpeg = replace(records.accepted("1.jpg"), facts=replace(png.facts, format="JPEG"))
+    with database.writing() as session:
+        ids = [records.ready_version(session, image.row.path, [image]).id for image in (png, jpeg)]
+    downgrade(database, "0009")
+    upgrade(database)
+    with database.reading() as session:
+        assert [session.get_one(DatasetVersion, version_id).bit_depth for version_id in ids] == [16, None]
 
 
 @pytest.mark.parametrize(("column", "value"), [("kind", "dance"), ("queue", "dance"), ("state", "dance")])

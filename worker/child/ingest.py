@@ -75,8 +75,12 @@ def ingest(order: IngestOrder, channel: Channel) -> None:
 def _layout(archive: Archive, code_page: str | None) -> Layout:
     """Return the layout of all files, those that the archive refuses included: they tell of classes, too."""
     paths = [entry.path for entry in archive.entries]
-    labels = layout.labels_file(paths)
-    paths = list(dict.fromkeys([*paths, *(file.path for file in archive.refused)]))
+    readable = set(paths)
+    reasons = {file.path: file.reason for file in archive.refused if file.path not in readable}
+    labels = layout.labels_file([*paths, *filter(layout.is_sidecar, reasons)])
+    paths = [*paths, *reasons]
+    if labels in reasons:  # without it, the folders would be taken for classes
+        raise DatasetRefused(f"{labels} cannot be used. {reasons[labels]}")
     if labels is not None:
         _, data = next(archive.read({labels}))
         if isinstance(data, Refused):

@@ -23,7 +23,7 @@ from artifacts.images import ImageLimits
 from artifacts.layout import Split, check_class_names
 from artifacts.manifest import Row, group_rows, splits_of
 from artifacts.store import Digest, Store
-from errors import DatasetRefused, EspalierError, Refused, Unavailable
+from errors import DatasetRefused, EspalierError, ImageRefused, Refused, Unavailable
 from models import dataset as datasets
 from models import job as jobs
 from models import view as views
@@ -43,6 +43,7 @@ DEATHS = 50
 _REASONS_SHOWN = 3
 _NAMES_SHOWN = 5
 _ROWS_PER_WRITE = 200
+_NAME_BYTES, _PATH_BYTES = ArchiveLimits().part_bytes, ArchiveLimits().path_bytes
 _PROGRESS_EVERY_S = 1.0
 
 
@@ -70,7 +71,6 @@ class _Intake:
     """The result of reading an archive, as far as it has been read.
 
     Attributes:
-        samples: number of images that the archive names.
         ignored: number of files that are neither images nor labels.
         stored: digests of image files that were copied from the lent store into the store.
         files: number of images and of files that were refused before any image was read.
@@ -80,7 +80,6 @@ class _Intake:
     """
 
     task: Task | None = None
-    samples: int = 0
     ignored: int = 0
     accepted: list[IngestedImage] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
@@ -92,7 +91,7 @@ class _Intake:
 
     @property
     def done(self) -> int:
-        """Number of files that have been read."""
+        """Number of files that have been read or refused."""
         return len(self.accepted) + len(self.refused)
 
     def done_paths(self) -> tuple[str, ...]:
@@ -198,7 +197,7 @@ class Ingest(Handler):
         progress = _ProgressReporter(work, "reading", intake.done)
         for message in messages(child, work):
             _take_in(intake, message)
-            progress.report(intake.done, intake.samples)
+            progress.report(intake.done, intake.files)
 
     # --- judging ---------------------------------------------------------------------------------------------------
 
@@ -502,12 +501,11 @@ def _take_in(intake: _Intake, message: ChildMessage) -> None:
     match message:
         case LayoutFound() if intake.task is None:
             intake.task = message.task
-            intake.samples = message.samples
             intake.ignored = message.ignored
             intake.classes = message.classes
             intake.warnings += message.warnings
             intake.refused += message.refused
-            intake.files = intake.samples + len(intake.refused)
+            intake.files = message.samples + len(intake.refused)
         case ImageBegun():
             intake.reading = message.path
         case ImageRejected():
@@ -544,7 +542,13 @@ def _merge(intake: _Intake, parent: _Parent | None) -> list[IngestedImage]:
         if len(said[row.sha256]) > 1:
             both = " and ".join(sorted(said[row.sha256]))
             intake.refused.append(Refused(row.path, f"this image appears more than once, with two labels: {both}"))
-        elif (path := names.free_name(row)) is not None:
+            continue
+        try:
+            path = names.free_name(row)
+        except ImageRefused as error:
+            intake.refused.append(Refused(row.path, error.detail))
+            continue
+        if path is not None:
             new.append(image if path == row.path else replace(image, row=replace(row, path=path)))
     if names.renamed:
         was, became = next(iter(names.renamed.items()))
@@ -571,7 +575,13 @@ def _remarks(parent: _Parent | None, new: Sequence[IngestedImage]) -> list[str]:
             f"{several[0]!r}. Only the first of each is used. To use the others, save each as a file of its own."
         )
     bit_depth, before = _bit_depth(parent, new), parent.bit_depth if parent else None
-    if before is not None and bit_depth != before:
+    of_new = _bit_depth(None, new)
+    if before == FULL_DEPTH and of_new is not None and of_new < FULL_DEPTH:  # less than that may be dark images
+        found.append(
+            f"No value of the new 16-bit images is above {2**of_new - 1:,}. They are read as images of {before} bits, "
+            f"as those of the earlier version, so images of a camera with {of_new} bits are darker than they should be."
+        )
+    elif before is not None and bit_depth != before:
         found.append(
             f"The new 16-bit images have values of {bit_depth} bits, those of the earlier version have {before}. In "
             f"this version, all of them are scaled from {bit_depth} bits, which makes the earlier ones darker. Models "
@@ -614,18 +624,32 @@ class _Names:
         self._taken = {*old, *new}
 
     def free_name(self, row: Row) -> str | None:
-        """Return the path for a new image; None if the version before has this image under its name."""
-        path, stem = row.path, PurePosixPath(row.path)
+        """Return the path for a new image; None if the version before has this image under its name.
+
+        Raises ImageRefused if its name is taken and a path with another one would be too long.
+        """
+        path = row.path
         number = 1
         while (before := self._old.get(path)) is not None or (path != row.path and path in self._taken):
             if before is not None and before.sha256 == row.sha256:
                 return None
             number += 1
-            path = str(stem.with_name(f"{stem.stem} ({number}){stem.suffix}"))
+            path = _numbered(row.path, number)
         if path != row.path:
             self.renamed[row.path] = path
             self._taken.add(path)
         return path
+
+
+def _numbered(path: str, number: int) -> str:
+    """Return a path with a number after the stem of its name, which is cut if the path would be too long."""
+    old, end = PurePosixPath(path), f" ({number})"
+    most = min(_NAME_BYTES, _PATH_BYTES - len(path.encode()) + len(old.name.encode()))
+    room = most - len(f"{end}{old.suffix}".encode())
+    stem = old.stem.encode()[: max(room, 0)].decode(errors="ignore")
+    if not stem:
+        raise ImageRefused("Another image of the earlier version has this path. Rename the file or its folders.")
+    return str(old.with_name(f"{stem}{end}{old.suffix}"))
 
 
 def _said_of(row: Row) -> str:

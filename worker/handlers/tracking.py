@@ -220,7 +220,8 @@ def _mlflow(settings: TrackingSettings) -> Iterator[Any]:
 
 # The error codes with which MLflow rejects the request itself, so that repeating it is useless. After any other error,
 # such as one of a proxy or of a server that is away, the same request may succeed later.
-_FINAL_CODES = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS")
+# Of what exists already, another worker has just created it: the next attempt finds it.
+_FINAL_CODES = ("INVALID_PARAMETER_VALUE",)
 
 
 def _is_final(error: Exception) -> bool:
@@ -354,11 +355,18 @@ class _Page:
 
     def _experiment(self) -> str:
         """Return the id of the MLflow experiment of this model. Create it if needed, and update its card."""
+        from mlflow.exceptions import RestException
+
         name = self._facts.run.name
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            experiment_id = str(self._client.create_experiment(name))
-        else:
+            try:
+                experiment_id = str(self._client.create_experiment(name))
+            except RestException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = self._client.get_experiment_by_name(name)  # another worker has just created it
+        if experiment is not None:
             experiment_id = str(experiment.experiment_id)
             if experiment.lifecycle_stage == "deleted":
                 self._client.restore_experiment(experiment_id)

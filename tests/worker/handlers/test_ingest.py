@@ -312,6 +312,17 @@ def test_a_file_that_its_archive_cannot_give_is_refused_with_the_others(intake: 
     assert "Received a symbolic link" in refused(version)["blue/link.png"]
 
 
+def test_a_table_of_labels_that_its_archive_cannot_give_is_not_replaced_by_the_folders(intake: IngestCase) -> None:
+    buffer = io.BytesIO(sample.tarred(sample.coloured(per_class=3, classes=2), "w"))
+    with tarfile.open(fileobj=buffer, mode="a") as tar:
+        link = tarfile.TarInfo("labels.csv")
+        link.type, link.linkname = tarfile.SYMTYPE, "../labels.csv"
+        tar.addfile(link)
+    version = intake.take_in(buffer.getvalue())
+    assert version.state is DatasetState.REJECTED and version.error is not None
+    assert "labels.csv cannot be used. Expected a file with content. Received" in version.error["detail"]
+
+
 @EACH_STORE_SLOWLY
 def test_the_same_file_twice_counts_as_a_duplicate(intake: IngestCase) -> None:
     files = sample.coloured(per_class=3, classes=2)
@@ -472,7 +483,8 @@ def test_a_process_without_memory_rejects_the_set_and_says_so(intake: IngestCase
 
 
 def test_a_further_version_adds_what_is_new(anywhere: IngestCase) -> None:
-    files = sample.coloured(per_class=3, classes=2)
+    long = f"green/{'é' * 125}.png"  # 254 of the 255 bytes that a name may have
+    files = sample.coloured(per_class=3, classes=2) | {long: sample.png(903)}
     first = anywhere.take_in(files)
     more = {
         "blue/0.png": files["blue/0.png"],  # known
@@ -480,24 +492,26 @@ def test_a_further_version_adds_what_is_new(anywhere: IngestCase) -> None:
         "red/0.png": sample.png(901),  # a new class
         "green/again.png": files["green/1.png"],  # a known file at another path
         "green/2.png": sample.png(902),  # another file at a known path
+        long: sample.png(904),
     }
     second = anywhere.take_in(more)
     assert (second.state, second.number, second.task) == (DatasetState.READY, 2, Task.MULTICLASS)
     assert refused(second) == {}
-    assert "1 images have the names of other images" in second.warnings[0] and "'green/2 (2).png'" in second.warnings[0]
-    assert (second.images, second.duplicates) == (10, 1)
-    assert [(count.name, count.images) for count in second.class_counts] == [("blue", 4), ("green", 5), ("red", 1)]
+    assert "2 images have the names of other images" in second.warnings[0] and "'green/2 (2).png'" in second.warnings[0]
+    assert (second.images, second.duplicates) == (12, 1)
+    assert [(count.name, count.images) for count in second.class_counts] == [("blue", 4), ("green", 7), ("red", 1)]
     expected = files | {path: more[path] for path in ("blue/9.png", "red/0.png", "green/again.png")}
     expected["green/2 (2).png"] = more["green/2.png"]
+    expected[f"green/{'é' * 123} (2).png"] = more[long]
     assert [row[:2] for row in anywhere.rows(second)] == sorted(
         (path, digest_of(data)) for path, data in expected.items()
     )
     assert sorted(row.path for row in anywhere.manifest(second)) == sorted(expected)
-    assert anywhere.version(first.id).images == 6 and len(anywhere.rows(first)) == 6  # what it was stays so
+    assert anywhere.version(first.id).images == 7 and len(anywhere.rows(first)) == 7  # what it was stays so
     assert anywhere.has_nothing_but(first, second)
     third = anywhere.take_in(more)
     assert third.state is DatasetState.REJECTED and third.error is not None
-    assert "Received none: 5 are in it already" in third.error["detail"]
+    assert "Received none: 6 are in it already" in third.error["detail"]
     assert anywhere.has_nothing_but(first, second)
 
 
@@ -571,6 +585,8 @@ def test_the_bit_depth_of_a_data_set_is_told_and_grows_with_its_images(intake: I
     )
     assert intake.version(first.id).bit_depth == 12
     assert (intake.take_in(deep(50_000, 2), "scans").bit_depth, second.state) == (16, DatasetState.READY)
+    third = intake.take_in(deep(3000, 2))
+    assert third.bit_depth == 16 and "No value of the new 16-bit images is above 4,095." in third.warnings[0]
 
 
 def test_files_with_further_pictures_are_warned_of(intake: IngestCase) -> None:
@@ -824,10 +840,11 @@ def test_an_ingest_tells_how_far_it_is(intake: IngestCase, begin: Begin, monkeyp
     seconds = SimpleNamespace(monotonic=count().__next__)  # one passes between any two looks at this clock
     monkeypatch.setattr(ingest, "time", seconds)
     with held_at_the_slow_image() as is_there:
-        version_id, _ = begin(intake, sample.coloured(per_class=2, classes=2) | {"green/slow.jpg": slow_jpeg(1)})
+        files = {"loose.png": b""} | sample.coloured(per_class=2, classes=2) | {"green/slow.jpg": slow_jpeg(1)}
+        version_id, _ = begin(intake, files)
         assert is_there.wait(120)
         # The layout, and two messages for each of four images.
-        expected = {"stage": "reading", "fraction": 4 / 5, "eta_s": pytest.approx(9 / 4)}
+        expected = {"stage": "reading", "fraction": 5 / 6, "eta_s": pytest.approx(9 / 5)}
         assert intake.version(version_id).progress == expected
     settled(intake.database, intake.job(version_id).id, JobState.SUCCEEDED)
     assert intake.version(version_id).progress is None

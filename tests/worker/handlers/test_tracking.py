@@ -47,6 +47,7 @@ class LossyRelay:
     def __init__(self, target: str) -> None:
         self.loses_from: int | None = None
         self.refused_path: str | None = None
+        self.hidden_path: str | None = None
         self.changes = 0
         self._client = client = httpx2.Client(timeout=120, trust_env=False)  # one for all: making one takes longer
         relay = self
@@ -57,6 +58,10 @@ class LossyRelay:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 if relay.refused_path is not None and self.path.endswith(relay.refused_path):
                     self._say(400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "Not like this."}')
+                    return
+                if relay.hidden_path is not None and relay.hidden_path in self.path:
+                    relay.hidden_path = None  # created by somebody else just after this question
+                    self._say(404, b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "Not yet."}')
                     return
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host",)}
                 answer = client.request(self.command, target + self.path, content=body, headers=headers)
@@ -384,6 +389,16 @@ def test_what_mlflow_refuses_for_good_is_recorded_and_nothing_waits_behind_it(
     case.publish(relay.url)
     with case.database.reading() as session:
         assert get_refusals(session, case.run_id) == []  # it was told again, and taken
+
+
+def test_an_experiment_that_another_worker_creates_at_the_same_time_is_used(relay: LossyRelay, case: Case) -> None:
+    experiment_id = mlflow.MlflowClient(relay.url).create_experiment(case.name)
+    relay.hidden_path = "/experiments/get-by-name"
+    case.publish(relay.url)
+    with case.database.reading() as session:
+        assert (get_unsent_rows(session, case.run_id), get_refusals(session, case.run_id)) == ([], [])
+        assert session.get_one(Run, case.run_id).mlflow_experiment_id == experiment_id
+    assert relay.hidden_path is None
 
 
 @pytest.mark.slow
