@@ -263,6 +263,13 @@ def test_half_a_surrogate_pair_is_refused_like_any_other_value(client: TestClien
     assert answer.status_code == 422 and answer.json()["request_id"], answer.text
 
 
+def test_json_of_any_depth_is_refused_like_any_other_value(client: TestClient) -> None:
+    for depth in range(900, 1010, 2):
+        value = "[" * depth + "]" * depth
+        answer = client.post("/api/v1/runs", content=f'{{"dataset": "d", "name": "m", "recipe": {{"x": {value}}}}}')
+        assert answer.status_code == 422 and answer.json()["request_id"], (depth, answer.text)
+
+
 @pytest.mark.parametrize(
     ("name", "count", "status", "said"),
     [
