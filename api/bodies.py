@@ -140,8 +140,8 @@ async def _archive_bytes(request: Request, limit_bytes: int) -> AsyncIterator[by
         received += len(piece)
         if received > limit_bytes + _AROUND_ARCHIVE_BYTES:
             raise TooLarge(
-                f"The multipart body has {received / MIB:,.1f} MiB or more; the limit is {limit_bytes / MIB:,.0f} MiB for "
-                f"the archive and {_AROUND_ARCHIVE_BYTES / MIB:g} MiB for all else. Send only the field 'archive'."
+                f"The multipart body has {received / MIB:,.1f} MiB or more; the limit is {limit_bytes / MIB:,.0f} MiB "
+                f"for the archive and {_AROUND_ARCHIVE_BYTES / MIB:g} MiB for all else. Send only the field 'archive'."
             )
         yield b"".join(data for _, data in await asyncio.to_thread(form.feed, piece))
     if not form.parts:
