@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -305,8 +306,8 @@ class Settings(BaseSettings):
 
     @cached_property
     def mlflow_public(self) -> str:
-        """The MLflow address for links that users open."""
-        return (self.mlflow_public_url or self.mlflow).rstrip("/")
+        """The MLflow address for links that users open, without the user and password of the one for workers."""
+        return (self.mlflow_public_url or _without_user(self.mlflow)).rstrip("/")
 
     @cached_property
     def api_public(self) -> str:
@@ -360,3 +361,8 @@ class Settings(BaseSettings):
         return ImageLimits(
             self.image_bytes, self.image_pixels, self.image_side, self.image_formats, memory_bytes=self.decode_bytes
         )
+
+
+def _without_user(url: str) -> str:
+    """Return an address without user and password."""
+    return re.sub(r"(?<=://)[^\s]*@", "", url)

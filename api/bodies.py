@@ -34,6 +34,8 @@ JSON_VALUES = 20_000
 OTHER_FIELDS = 100
 _NAMES_SHOWN = 3
 _CHUNK_BYTES = MIB
+# Bytes of a multipart body beside the archive: other fields, headers and boundaries.
+_AROUND_ARCHIVE_BYTES = MIB
 # How JSON begins, and no image.
 _JSON_STARTS = (b"{", b"[", b'"')
 _DATA_URL = b"data:"
@@ -68,7 +70,7 @@ async def receive_archive(request: Request, store: Store, limit_bytes: int, free
     _check_disk(store, int(_ROOM * announced) + free_disk_bytes)
     sink = _ArchiveSink(store, limit_bytes, free_disk_bytes)
     with store.writer() as writer:
-        async for piece in _archive_bytes(request):
+        async for piece in _archive_bytes(request, limit_bytes):
             await asyncio.to_thread(sink.take, writer, piece)
         sink.check_end()
         return await asyncio.to_thread(writer.commit)
@@ -124,7 +126,8 @@ def _check_disk(store: Store, needed_bytes: int) -> None:
         )
 
 
-async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
+async def _archive_bytes(request: Request, limit_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the bytes of the archive. Raises TooLarge if what surrounds it makes the body far larger than the limit."""
     boundary = _boundary(request)
     pieces = _in_large_chunks(request.stream())
     if boundary is None:
@@ -132,7 +135,14 @@ async def _archive_bytes(request: Request) -> AsyncIterator[bytes]:
             yield piece
         return
     form = _MultipartForm(boundary, "archive", limit=1)
+    received = 0
     async for piece in pieces:
+        received += len(piece)
+        if received > limit_bytes + _AROUND_ARCHIVE_BYTES:
+            raise TooLarge(
+                f"The multipart body has {received / MIB:,.1f} MiB or more; the limit is {limit_bytes / MIB:,.0f} MiB "
+                f"for the archive and {_AROUND_ARCHIVE_BYTES / MIB:g} MiB for all else. Send only the field 'archive'."
+            )
         yield b"".join(data for _, data in await asyncio.to_thread(form.feed, piece))
     if not form.parts:
         raise RequestInvalid(

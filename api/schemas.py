@@ -56,11 +56,16 @@ class Request(Schema):
     @model_validator(mode="before")
     @classmethod
     def _check_text(cls, body: object) -> object:
-        """Refuse halves of surrogate pairs, which JSON can write but no file, database or answer can hold."""
+        """Refuse halves of surrogate pairs, which JSON can write but no file, database or answer can hold.
+
+        Refuse also what is nested more deeply than Python can write it.
+        """
         try:
             json.dumps(body, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise ValueError("expected text in Unicode, received half a surrogate pair") from error
+        except RecursionError as error:
+            raise ValueError("expected JSON that is not so deeply nested") from error
         return body
 
     @model_validator(mode="before")

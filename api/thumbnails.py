@@ -11,6 +11,7 @@ from artifacts import images
 from artifacts.decode_memory import DecodeMemory
 from artifacts.images import ImageLimits
 from artifacts.store import Digest, Store
+from errors import DeadlineExceeded
 
 SIDE = 160
 
@@ -31,14 +32,20 @@ class ThumbnailMaker:
     async def make(self, image: Digest) -> bytes:
         """Return a stored image as a WEBP of at most `SIDE` pixels a side.
 
-        Raises DeadlineExceeded if other images take all the memory for too long.
+        Raises DeadlineExceeded if other images take all the threads or all the memory for too long.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, image)
+        until = time.perf_counter() + _WAIT_S
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, image, until)
 
     def close(self) -> None:
         """Cancel the thumbnails that are not begun yet, and accept no others."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, image: Digest) -> bytes:
-        reserve = partial(self._memory.reserve, until=time.perf_counter() + _WAIT_S)
+    def _make(self, image: Digest, until: float) -> bytes:
+        if time.perf_counter() >= until:
+            raise DeadlineExceeded(
+                "Expected a free thread for the thumbnail in time. Received none: other thumbnails take them. Try "
+                "again in a moment."
+            )
+        reserve = partial(self._memory.reserve, until=until)
         return images.thumbnail(self._store.read(image), SIDE, self._limits, reserve)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # The password before an @, or the value of a parameter whose name says that it is secret.
-_PASSWORD = re.compile(r"(?<=://)([^/\s:]*):[^/\s]*(?=@)|(?<=[?&;])(password|passwd|token|sslpassword)=[^&\s]*", re.I)
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^\s]*(?=@)|(?<=[?&;])(password|passwd|token|sslpassword)=[^&\s]*", re.I)
 
 
 def hide_password(text: str) -> str:

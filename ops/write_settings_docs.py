@@ -24,7 +24,8 @@ def settings_document() -> str:
     lines = []
     for name, field in Settings.model_fields.items():
         default = "" if field.default in (None, PydanticUndefined, ()) else _code(field.default)
-        lines.append(f"| `{variable_name(name)}` | {default} | {field.description} |\n")
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{variable_name(name)}` | {default} | {meaning} |\n")
     return _HEAD + "".join(lines)
 
 

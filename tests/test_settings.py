@@ -140,3 +140,8 @@ def test_a_given_number_of_threads_wins_over_the_number_of_processors(
     assert Settings().engine_threads >= 1
     monkeypatch.setenv("ESPALIER_THREADS", "77")
     assert Settings().engine_threads == 77
+
+
+def test_links_to_mlflow_have_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3/cr@et@ml:5000/")
+    assert (Settings().mlflow_public, Settings().mlflow) == ("http://ml:5000", "http://me:s3/cr@et@ml:5000/")

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from flat_models import CountingLoader, add_model, flat_bundle, serve
 from sqlalchemy import Connection, event
 
-from api.bodies import OTHER_FIELDS, _json_images
+from api.bodies import MIB, OTHER_FIELDS, _json_images
 from api.dependencies import Services
 from api.problems import ERRORS_SHOWN
 from artifacts.store import digest_of
@@ -90,6 +90,22 @@ def test_a_full_disk_is_told_before_anything_is_sent(client: TestClient, service
     client.app.state.services = Services(**{**vars(services), "settings": huge})  # type: ignore[attr-defined]
     answer = client.post("/api/v1/datasets?name=x", content=ARCHIVE)
     assert answer.status_code == 507
+    assert stored(services) == []
+
+
+@pytest.mark.parametrize("around", ["another-field", "after-the-end"])
+def test_a_multipart_body_that_never_ends_is_refused_although_its_archive_is_small(
+    client: TestClient, services: Services, around: str
+) -> None:
+    def body() -> Iterator[bytes]:
+        name = b"junk" if around == "another-field" else b"archive"
+        yield b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n' % name
+        yield b"" if around == "another-field" else ARCHIVE + b"\r\n--b--\r\n"
+        yield from [bytes(MIB)] * 8
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    answer = client.post("/api/v1/datasets?name=x", content=body(), headers=headers)
+    assert answer.status_code == 413 and "Send only the field 'archive'" in answer.json()["detail"], answer.text
     assert stored(services) == []
 
 
@@ -261,6 +277,13 @@ def test_a_json_body_of_very_many_values_is_not_read_and_few_errors_are_listed(c
 def test_half_a_surrogate_pair_is_refused_like_any_other_value(client: TestClient, body: bytes) -> None:
     answer = client.post("/api/v1/runs", content=body)
     assert answer.status_code == 422 and answer.json()["request_id"], answer.text
+
+
+def test_json_of_any_depth_is_refused_like_any_other_value(client: TestClient) -> None:
+    for depth in range(900, 1010, 2):
+        value = "[" * depth + "]" * depth
+        answer = client.post("/api/v1/runs", content=f'{{"dataset": "d", "name": "m", "recipe": {{"x": {value}}}}}')
+        assert answer.status_code == 422 and answer.json()["request_id"], (depth, answer.text)
 
 
 @pytest.mark.parametrize(

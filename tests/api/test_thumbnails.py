@@ -35,7 +35,10 @@ def test_a_thumbnail_waits_for_the_memory_that_predictions_take(
     for made in asyncio.run(make_side_by_side()):
         with Image.open(io.BytesIO(made)) as small:
             assert small.size == (160, 160)
-    monkeypatch.setattr(thumbnails, "_WAIT_S", 0.0)
+    monkeypatch.setattr(thumbnails, "_WAIT_S", 1.0)
     with memory.reserve(10**9), pytest.raises(DeadlineExceeded, match="Expected memory"):
+        asyncio.run(maker.make(image))
+    monkeypatch.setattr(thumbnails, "_WAIT_S", 0.0)
+    with pytest.raises(DeadlineExceeded, match="Expected a free thread"):
         asyncio.run(maker.make(image))
     maker.close()

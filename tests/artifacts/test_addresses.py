@@ -9,6 +9,7 @@ from artifacts.addresses import hide_password
     ("text", "shown"),
     [
         ("postgresql://me:s3cret@db:5432/x", "postgresql://me:***@db:5432/x"),
+        ("postgresql://me:s3/cr@et@db/x", "postgresql://me:***@db/x"),
         ("redis://:s3cret@valkey:6379/0", "redis://:***@valkey:6379/0"),
         ("http://me:s3@cret@mlflow:5000: refused", "http://me:***@mlflow:5000: refused"),
         (
