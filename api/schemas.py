@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    Base64Bytes,
     BaseModel,
     ConfigDict,
+    EncodedBytes,
+    EncoderProtocol,
     Field,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from artifacts.layout import Split
 from models.comparison import ComparisonState
@@ -641,12 +644,36 @@ class AliasOut(Schema):
     serving: Literal["new", "old"]
 
 
+class _StrictBase64(EncoderProtocol):
+    """Base64 in which line breaks and spaces are allowed, but no other characters.
+
+    Pydantic's own decoder skips every foreign character, so that it reads the head of a data URL as data.
+    """
+
+    @classmethod
+    def decode(cls, data: bytes) -> bytes:
+        try:
+            return base64.b64decode(data.translate(None, b" \t\r\n"), validate=True)
+        except ValueError as error:
+            raise PydanticCustomError(
+                "base64_decode", "Base64 decoding error: {error}", {"error": str(error)}
+            ) from error
+
+    @classmethod
+    def encode(cls, value: bytes) -> bytes:
+        return base64.b64encode(value)
+
+    @classmethod
+    def get_json_format(cls) -> Literal["base64"]:
+        return "base64"
+
+
 class PredictRequest(Schema):
     """The body of a prediction request in JSON: image files as base64 text."""
 
     model_config = ConfigDict(extra="forbid")
 
-    images: Annotated[list[Base64Bytes], Field(min_length=1, fail_fast=True)]
+    images: Annotated[list[Annotated[bytes, EncodedBytes(encoder=_StrictBase64)]], Field(min_length=1, fail_fast=True)]
 
 
 class ClassPredictionOut(Schema):

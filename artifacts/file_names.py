@@ -99,7 +99,7 @@ def find_code_page(names: Collection[bytes], chosen: str | None, what: str) -> s
     plausible, is_clear = _readings(sorted(name for name in names if not name.isascii()))
     if chosen is None and is_clear:
         return next(iter(plausible))
-    unread = "not in UTF-8" if chosen is None else f"neither in UTF-8 nor in {chosen}"
+    unread = "not in UTF-8" if chosen in (None, "utf-8") else f"neither in UTF-8 nor in {chosen}"
     readings = "; ".join(f"{page}: {', '.join(map(repr, some))}" for page, some in plausible.items())
     raise ArchiveRefused(
         f"The {what} are {unread}. Possible code pages are {readings or 'not known'}. Choose one of them, or another "

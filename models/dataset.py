@@ -394,6 +394,12 @@ def add_version(
     return version
 
 
+def _keeps_archive(version: DatasetVersion) -> bool:
+    """Say whether a rejected version still has its archive, so that a request can ingest it without a new upload."""
+    is_kept = version.archive_until is not None and version.archive_until > now()
+    return version.state is DatasetState.REJECTED and is_kept and version.archive_sha256 is not None
+
+
 def add_version_again(
     session: Session, dataset: Dataset, number: int, code_page: str | None, *, allow_refused: bool
 ) -> DatasetVersion:
@@ -401,14 +407,17 @@ def add_version_again(
 
     Raises NotFound if there is no such version, and NotReady if its archive was dropped or was not the reason.
     """
-    rejected = next((version for version in get_versions(session, dataset.id) if version.number == number), None)
+    versions = get_versions(session, dataset.id)
+    rejected = next((version for version in versions if version.number == number), None)
     if rejected is None:
         raise NotFound(f"Data set {dataset.name!r} has no version {number}.")
-    is_kept = rejected.archive_until is not None and rejected.archive_until > now()
-    if rejected.state is not DatasetState.REJECTED or not is_kept or rejected.archive_sha256 is None:
+    kept = [version for version in versions if _keeps_archive(version)]
+    if rejected not in kept or rejected.archive_sha256 is None:
+        numbers = " and ".join(str(version.number) for version in kept)
         raise NotReady(
             f"The archive of version {number} of data set {dataset.name!r} is not kept: only one that was rejected for "
-            "its names or its refused files is, for a day. Upload it again."
+            "its names or its refused files is, for a day. "
+            + (f"Version {numbers} of this data set still has its archive." if kept else "Upload it again.")
         )
     archive, rejected.archive_sha256 = Digest(rejected.archive_sha256), None
     return add_version(

@@ -231,6 +231,7 @@ def test_a_prediction_for_an_unknown_model_is_told_whatever_is_sent(client: Test
 
 def test_json_images_are_bytes_in_base64() -> None:
     assert _json_images(b'{"images": ["' + base64.b64encode(b"abc") + b'"]}', 1) == [b"abc"]
+    assert _json_images(b'{"images": ["YW\\r\\n Jj"]}', 1) == [b"abc"]  # with line breaks, as `base64` writes them
 
 
 @pytest.mark.parametrize(
@@ -243,11 +244,24 @@ def test_json_images_are_bytes_in_base64() -> None:
             "0: Expected only",
         ),
         (b'{"images": [' + b'"data:image/png;base64,YQ==",' * 40 + b'""]}', "follows the comma of a data URL"),
+        # Without its signs, the head of this URL is twenty letters, which are base64 themselves.
+        (b'{"images": ["data:image/jpeg;base64,YQ=="]}', "follows the comma of a data URL"),
+        (b'{"images": ["!!!!"]}', "images[0]: Expected the bytes of an image file as base64 text. Received '!!!!'"),
         (b'{"images": [' + b"," * 300_000, "body: Expected JSON"),
         (b'{"file": "YQ=="}', "images: Expected a list of base64 texts. Received a field 'file'."),
         (b'{"images": "YQ=="}', "Send a list for a single image too"),
     ],
-    ids=["numbers", "empty", "unknown-fields", "data-urls", "no-json", "another-field", "no-list"],
+    ids=[
+        "numbers",
+        "empty",
+        "unknown-fields",
+        "data-urls",
+        "jpeg-url",
+        "no-base64",
+        "no-json",
+        "another-field",
+        "no-list",
+    ],
 )
 def test_images_in_json_are_read_up_to_their_first_error_or_their_limit(body: bytes, said: str) -> None:
     with pytest.raises((RequestInvalid, TooLarge)) as raised:

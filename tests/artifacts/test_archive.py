@@ -485,6 +485,8 @@ def test_a_name_that_several_code_pages_explain_is_never_guessed(
     assert contents(chosen) == {f"{name}/1.png": b"data"}
     with pytest.raises(ArchiveRefused, match="neither in UTF-8 nor in ascii"):
         open_archive(tmp_path / "archive", LIMITS, "ascii")
+    with pytest.raises(ArchiveRefused, match=r"not in UTF-8\. "):
+        open_archive(tmp_path / "archive", LIMITS, "utf-8")
 
 
 # Names in the code pages of Windows and of its zip tools, and whether no other code page gives plausible ones.
