@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ForeignKey, Index, String, func, select
-from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.orm import Mapped, Session, defer, mapped_column
 
 from artifacts.store import Digest
 from errors import NotFound, NothingToCompare
@@ -105,9 +105,11 @@ def list_comparisons(
     return fetch_records(session, query, Comparison.id, page)
 
 
-def get_runs(session: Session, comparison_id: str) -> Sequence[Run]:
-    """Return the runs of a comparison in the order of its recipes."""
+def get_runs(session: Session, comparison_id: str, *, with_metrics: bool = True) -> Sequence[Run]:
+    """Return the runs of a comparison in the order of its recipes. Metrics take megabytes if there are many classes."""
     query = select(Run).join(ComparisonRun, ComparisonRun.run_id == Run.id)
+    if not with_metrics:
+        query = query.options(defer(Run.metrics))
     return session.scalars(
         query.where(ComparisonRun.comparison_id == comparison_id).order_by(ComparisonRun.position)
     ).all()

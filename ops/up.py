@@ -146,14 +146,20 @@ def programs(settings: Settings, folder: Path, sockets: Path) -> list[Program]:
     return found
 
 
+# Files and folders that Espalier makes in its data folder, one of which shows that the folder is Espalier's.
+_OUR_FILES = frozenset({"lock", "espalier.db", "store", "cache", "features", "pixels", "mlflow", "logs"})
+
+
 def make_private(folder: Path) -> None:
     """Let only this user open the data folder, and read whatever this process and those that it starts write.
 
     Raises CannotStart if that is impossible, or would lock others out of a folder that they share with Espalier.
     """
     prepare_folder(folder)
-    if folder.stat().st_mode & stat.S_ISVTX or folder in (Path.home(), Path(folder.anchor)):
-        raise unusable_folder(folder, "other programs use it too, and Espalier would make it private")
+    found = {file.name for file in folder.iterdir()}
+    is_ours = not found or bool(found & _OUR_FILES)
+    if not is_ours or folder.stat().st_mode & stat.S_ISVTX or folder in (Path.home(), Path(folder.anchor)):
+        raise unusable_folder(folder, "it has files of other programs, and Espalier would make it private")
     try:
         folder.chmod(0o700)
     except OSError as error:

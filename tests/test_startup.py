@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from running import ROOT, free_port
 
+from ops.up import make_private
 from startup import CannotStart, load_settings, open_database, prepare_folder
 
 COMMANDS = {
@@ -106,3 +107,14 @@ def test_the_data_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.M
     open_database(settings).close()
     assert [file.name for file in tmp_path.iterdir()] == [odd]
     assert (tmp_path / odd / "espalier.db").is_file() and (tmp_path / odd).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_with_files_of_others_is_not_made_private(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").touch()
+    tmp_path.chmod(0o755)
+    with pytest.raises(CannotStart, match="it has files of other programs"):
+        make_private(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    (tmp_path / "espalier.db").touch()
+    make_private(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o700

@@ -164,9 +164,9 @@ def make_handlers(settings: Settings, store: Store) -> Mapping[JobKind, Handler]
     }
 
 
-def make_app(settings: Callable[[], Settings] = load_settings_or_exit) -> Celery:
-    """Return the Celery app of workers. It calls `settings` when a worker starts, not at import."""
-    app = make_celery(lambda: settings().redis_url or LOCAL_URL, lambda: settings().queues)
+def make_app(load_settings: Callable[[], Settings] = load_settings_or_exit) -> Celery:
+    """Return the Celery app of workers. It calls `load_settings` when a worker starts, not at import."""
+    app = make_celery(lambda: load_settings().redis_url or LOCAL_URL, lambda: load_settings().queues)
     running: list[WorkerService] = []
 
     class Service(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -196,8 +196,8 @@ def make_app(settings: Callable[[], Settings] = load_settings_or_exit) -> Celery
             # In a container, a new process can have the same host name and process id as one that was killed before.
             name = f"{worker.hostname} {os.getpid()}-{secrets.token_hex(3)}"
             try:
-                prepare_folder(settings().var)
-                service = WorkerService(settings(), name, queues)
+                prepare_folder(load_settings().var)
+                service = WorkerService(load_settings(), name, queues)
             except (CannotStart, StoreRefused) as error:
                 log.critical("worker cannot start", error=str(error))
                 raise SystemExit(1) from error

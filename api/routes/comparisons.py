@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -26,6 +28,7 @@ from models.comparison import Comparison, ComparisonState
 from models.dataset import DatasetVersion
 from models.registry import ModelVersion
 from models.run import Run
+from models.run_queue import QueuePlace
 from recipes.titles import difference_titles
 
 router = APIRouter(prefix="/api/v1/comparisons", tags=["comparisons"], route_class=JsonRoute)
@@ -73,8 +76,7 @@ def list_comparisons(
     with services.database.reading() as session:
         versions = filtered_versions(session, principal, dataset)
         page = comparisons.list_comparisons(session, principal, page_request(limit, cursor), state, name, versions)
-        items = [_comparison_out(session, services, comparison) for comparison in page.rows]
-        return Page(items=items, next_cursor=next_cursor(page.next_after))
+        return Page(items=_comparisons_out(session, services, page.rows), next_cursor=next_cursor(page.next_after))
 
 
 @router.get("/{comparison_id}")
@@ -126,8 +128,22 @@ def _file(services: Services, comparison: Comparison, digest: str | None, media_
 
 
 def _comparison_out(session: Session, services: Services, comparison: Comparison) -> ComparisonOut:
+    return _comparisons_out(session, services, [comparison])[0]
+
+
+def _comparisons_out(session: Session, services: Services, shown: Sequence[Comparison]) -> list[ComparisonOut]:
+    made = [comparisons.get_runs(session, comparison.id, with_metrics=False) for comparison in shown]
+    places = run_queue.find_places(session, chain.from_iterable(made), services.settings.live_s)
+    return [
+        _one_out(session, comparison, runs, {run.id: places[run.id] for run in runs if run.id in places})
+        for comparison, runs in zip(shown, made, strict=True)
+    ]
+
+
+def _one_out(
+    session: Session, comparison: Comparison, made: Sequence[Run], places: Mapping[str, QueuePlace]
+) -> ComparisonOut:
     version = session.get_one(DatasetVersion, comparison.dataset_version_id)
-    made = comparisons.get_runs(session, comparison.id)
     table = comparison.table or {}
     titles = difference_titles([run.recipe for run in made])
     versions = registry.get_run_versions(session, [run.id for run in made])
@@ -138,7 +154,7 @@ def _comparison_out(session: Session, services: Services, comparison: Comparison
         version=version.number,
         name=comparison.name,
         state=comparison.state,
-        progress=comparison_progress(comparison, made, run_queue.find_places(session, made, services.settings.live_s)),
+        progress=comparison_progress(comparison, made, places),
         metric=table.get("metric"),
         greater_is_better=table.get("greater_is_better"),
         best=table.get("best"),

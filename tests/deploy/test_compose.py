@@ -355,6 +355,17 @@ def test_no_container_can_take_the_memory_or_the_processes_of_the_machine(name: 
     assert SERVICES[name]["mem_limit"] not in ("", "0") and int(SERVICES[name]["pids_limit"]) > 0
 
 
+@pytest.mark.parametrize(("machine_gib", "api_gib"), [(8, 3), (16, 4), (64, 16)])
+def test_the_api_has_two_gib_beside_the_networks_that_it_loads(tmp_path: Path, machine_gib: int, api_gib: int) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal:       {machine_gib * 2**20} kB\n")
+    lines = [line for line in (ROOT / "docs/deploy.md").read_text().splitlines() if line.startswith("awk ")]
+    script = "\n".join(lines).replace("/proc/meminfo", "meminfo")
+    subprocess.run(["sh", "-c", script], cwd=tmp_path, check=True)
+    made = dict(line.split("=") for name in (".env", "espalier.env") for line in (tmp_path / name).read_text().split())
+    assert made["API_MEMORY"] == f"{api_gib * 1024}m" and made["WORKER_MEMORY"] == f"{machine_gib * 512}m"
+    assert int(made["ESPALIER_SHELF_BYTES"]) == (api_gib - 2) * 2**30
+
+
 # --- MLflow --------------------------------------------------------------------------------------------------------
 
 
