@@ -16,7 +16,7 @@ from errors import EspalierError
 from models import comparison as comparisons
 from models import registry
 from models import run as runs
-from models.comparison import Comparison
+from models.comparison import Comparison, ComparisonState
 from models.dataset import DatasetVersion
 from models.file_references import delete_unreferenced_after_commit
 from models.job import Job
@@ -25,7 +25,7 @@ from models.run import Run, RunState
 from recipes.recipe import Task
 from recipes.titles import difference_titles
 from worker.child_process import Child, ChildConnection, ChildDied, messages, store_keys
-from worker.lease import Complete, Handler, Work
+from worker.lease import Complete, Handler, Reason, Stopped, Work
 from worker.messages import ComparedRun, CompareOrder, ComparisonOutcome
 
 StartChild = Callable[[CompareOrder, Mapping[str, str]], AbstractContextManager[ChildConnection]]
@@ -40,11 +40,15 @@ class Compare(Handler):
         self._start = start
 
     def run(self, work: Work) -> Complete:
-        """Compare the runs in a child process; return the function that stores the table and closes the comparison."""
+        """Compare the runs in a child process; return the function that stores the table and closes the comparison.
+
+        Raises Stopped if the comparison was cancelled before.
+        """
         with work.database.reading() as session:
-            if session.get_one(
-                Comparison, work.subject_id
-            ).state.is_final:  # the comparison was cancelled before this job began
+            state = session.get_one(Comparison, work.subject_id).state
+            if state is ComparisonState.CANCELLED:  # before this job began
+                raise Stopped(Reason.CANCELLED)
+            if state.is_final:
                 return lambda session: None
             order = self._order(session, work.subject_id)
         outcome: ComparisonOutcome | None = None

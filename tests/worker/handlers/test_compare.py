@@ -39,7 +39,7 @@ from recipes.layers import Activation
 from recipes.recipe import Precision, Resize, Task
 from worker.handlers.compare import Compare
 from worker.handlers.train import Train
-from worker.lease import Complete
+from worker.lease import Complete, Reason, Stopped
 from worker.messages import Alive, ComparisonOutcome, Failed, RunOutcome
 
 ERROR = Crashed("It died.")
@@ -317,8 +317,9 @@ def test_a_comparison_that_was_cancelled_before_starts_no_child(case: Case, send
     send_from_child(Failed.by(ERROR))
     with case.database.writing() as session:
         comparisons.cancel_comparison(session, case.comparison_id)
-    with claimed_work(case.database) as work:
+    with claimed_work(case.database) as work, pytest.raises(Stopped) as stopped:
         Compare(case.store, 1).run(work)
+    assert stopped.value.reason is Reason.CANCELLED
 
 
 def test_a_comparison_fails_with_what_its_child_said(
