@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from artifacts.file_names import find_code_page
 from errors import LayoutUnknown
 
-COLUMNS = ("path", "label", "target", "group", "split")
-
 _ALIASES = {
     "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_name"),
     "label": ("label", "labels", "class", "class_name", "category"),

@@ -536,11 +536,6 @@ class _Page:
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
-def experiment_url(base: str, experiment_id: str, run_id: str) -> str:
-    """Return the URL of a run's page in MLflow."""
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
-
-
 def _name(run: Run, chosen: dict[str, Any] | None = None) -> str:
     """Return the name of a run in MLflow, such as `vgg16-block3-extraction-5fold-a1b2`.
 
